@@ -1,0 +1,36 @@
+# make demo   the main job, on data that needs no download
+# make test   ruff, mypy and pytest
+# make setup  only the virtual environment
+.PHONY: setup demo test test-setup system-packages
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/.test-installed: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/edgekd run pipelines/digits.yaml
+
+test-setup: .venv/.test-installed system-packages
+
+# The real Fashion-MNIST images; tests that need them say why they skip where apt-get is not.
+system-packages:
+	@test -d /usr/share/datasets/fashion-mnist || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
+	  && { apt-get install -y -qq --no-install-recommends dataset-fashion-mnist >/dev/null 2>&1 \
+	       || { apt-get update -qq && apt-get install -y -qq --no-install-recommends dataset-fashion-mnist >/dev/null; }; }; } \
+	  || echo "dataset-fashion-mnist is not installed: tests on it are skipped"
+
+test: test-setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest

@@ -1,0 +1,23 @@
+"""edgekd: from a teacher network to a gated, deployable edge artifact.
+
+What a notebook needs stands here; each name is imported when it is first used, so that
+``import edgekd`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgekd.api import benchmark, build, export, gate, run
+    from edgekd.config.profile import load_profile
+
+__all__ = ["benchmark", "build", "export", "gate", "load_profile", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'edgekd' has no attribute {name!r}")
+    module = "edgekd.config.profile" if name == "load_profile" else "edgekd.api"
+    return getattr(importlib.import_module(module), name)

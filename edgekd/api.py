@@ -1,0 +1,142 @@
+"""The same as the command line, for a notebook or a script."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from edgekd.config.loader import load_pipeline, load_section
+from edgekd.config.pipeline import GateConfig
+from edgekd.config.profile import Profile, load_profile
+from edgekd.errors import InputError
+from edgekd.pipeline.progress import ConsoleProgress, EventLog
+from edgekd.pipeline.runner import RunOutcome, Runner, stages_until
+from edgekd.pipeline.stage import Job
+from edgekd.pipeline.store import Store
+
+if TYPE_CHECKING:
+    from edgekd.release.gate import Verdict
+
+
+def open_job(pipeline: str | Path, overrides: Sequence[str] = ()) -> Job:
+    """Read a pipeline file and the profile it names.
+
+    Raises:
+        InputError: something in them is wrong.
+    """
+    path = Path(pipeline)
+    config = load_pipeline(path, overrides)
+    base = path.resolve().parent
+    return Job(config, base, load_profile(config.profile, base))
+
+
+def run_folder(job: Job, output: str | Path | None = None) -> Path:
+    """Where a job's artifacts lie: ``output``, or ``runs/<name>`` in the working folder.
+
+    Raises:
+        InputError: the path exists and is not a folder.
+    """
+    folder = Path(output) if output is not None else Path("runs") / job.config.name
+    if folder.exists() and not folder.is_dir():
+        raise InputError(
+            "the run folder is a file", where=str(folder), remedy="give another --output"
+        )
+    return folder
+
+
+def execute(
+    job: Job, folder: Path, until: str | None = None, console: Console | None = None
+) -> RunOutcome:
+    """Run a job with progress on ``console`` (None: silently) and a log in its run folder.
+
+    Returns:
+        What was done. ``outcome.failure`` is set when the gate did not pass.
+
+    Raises:
+        EdgekdError: as the stages raise, but for :class:`edgekd.errors.GateFailed`.
+    """
+    stages_until(until)  # A misspelt stage is refused before the folder is made.
+    store = Store(folder)
+    store.acquire()
+    try:
+        log = EventLog(folder / "log.jsonl")
+        try:
+            with ConsoleProgress(console or Console(), log, quiet=console is None) as progress:
+                return Runner(job, store, progress, log).run(until)
+        finally:
+            log.close()
+    finally:
+        store.release()
+
+
+def run(
+    pipeline: str | Path,
+    *,
+    until: str | None = None,
+    overrides: Sequence[str] = (),
+    output: str | Path | None = None,
+    console: Console | None = None,
+) -> RunOutcome:
+    """Run a pipeline file, whole or up to a stage; stages that are up to date are kept.
+
+    Args:
+        pipeline: the YAML file.
+        until: the last stage to run; None runs all.
+        overrides: ``key.sub=value`` strings that replace what the file says.
+        output: the run folder; ``runs/<name>`` by default.
+        console: where progress is shown; None shows none.
+
+    Raises:
+        GateFailed: the gate did not pass; the report is written all the same.
+        EdgekdError: a stage failed or the input is wrong.
+    """
+    job = open_job(pipeline, overrides)
+    outcome = execute(job, run_folder(job, output), until, console)
+    if outcome.failure is not None:
+        raise outcome.failure
+    return outcome
+
+
+def export(pipeline: str | Path, **options: Any) -> RunOutcome:
+    """:func:`run` up to the ONNX files; the options are the same."""
+    return run(pipeline, until="export", **options)
+
+
+def build(pipeline: str | Path, **options: Any) -> RunOutcome:
+    """:func:`run` up to the engines; the options are the same."""
+    return run(pipeline, until="engines", **options)
+
+
+def benchmark(
+    model: str | Path, against: str | Path | None = None, target: str = "local", **settings: Any
+) -> dict[str, Any]:
+    """Measure an ONNX file in a fresh process, alone or in turn with another one.
+
+    The settings are those of :meth:`edgekd.targets.local.LocalTarget.bench`.
+
+    Raises:
+        InputError: a file or an input does not fit.
+        TargetError: the process that measures could not be started or failed.
+    """
+    from edgekd.targets import open_target
+
+    other = Path(against) if against is not None else None
+    return open_target(target).bench(Path(model), against=other, **settings)
+
+
+def gate(
+    result: Mapping[str, Any], budgets: GateConfig | str | Path, profile: Profile | None = None
+) -> list[Verdict]:
+    """Hold a result against budgets, given as such or as a YAML file.
+
+    Raises:
+        InputError: the result or the budgets are wrong, or there is nothing to check.
+    """
+    from edgekd.release.gate import evaluate
+
+    if not isinstance(budgets, GateConfig):
+        budgets = load_section(Path(budgets), GateConfig)
+    return evaluate(result, budgets, profile)

@@ -1,0 +1,79 @@
+"""The command line: parse, call, print. A command's module is imported when it is used."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+from edgekd.errors import EdgekdError, nearest
+
+_COMMANDS = {
+    "init": ("edgekd.cli.init:init", "Write an example pipeline to start from."),
+    "run": ("edgekd.cli.run:run", "Run a pipeline: from the teacher to the gated bundle."),
+    "plan": ("edgekd.cli.run:plan", "Show what a run would do, without doing it."),
+    "distill": ("edgekd.cli.run:distill", "Run a pipeline up to the distilled student."),
+    "export": ("edgekd.cli.run:export", "Run a pipeline up to the checked ONNX files."),
+    "build": ("edgekd.cli.run:build", "Run a pipeline up to the engines."),
+    "benchmark": ("edgekd.cli.benchmark:benchmark", "Measure an ONNX model, or a pipeline's."),
+    "gate": ("edgekd.cli.gate:gate", "Hold a result against its budgets."),
+    "report": ("edgekd.cli.run:report", "Run a pipeline up to its report."),
+    "bundle": ("edgekd.cli.run:bundle", "Run a pipeline up to the bundle for the device."),
+    "verify": ("edgekd.cli.verify:verify", "Find changed, missing or extra files in a bundle."),
+    "compare": ("edgekd.cli.compare:compare", "Put the results of several runs side by side."),
+    "profiles": ("edgekd.cli.profiles:profiles", "List, show and check device profiles."),
+    "doctor": ("edgekd.cli.doctor:doctor", "Say what this machine can do and what is missing."),
+}
+
+
+class LazyGroup(click.Group):
+    """Commands imported on use; every error of the project becomes a message and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands in the order in which a user meets them."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the module of a command."""
+        if cmd_name not in _COMMANDS:
+            return None
+        module, _, name = _COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), name)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Suggest the nearest command for a misspelt one."""
+        if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
+            guess = nearest(args[0], _COMMANDS)
+            hint = f" Did you mean {guess!r}?" if guess else ""
+            ctx.fail(f"There is no command {args[0]!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of commands, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command; print errors without a traceback and leave with their exit code."""
+        try:
+            return super().invoke(ctx)
+        except EdgekdError as error:
+            click.secho("error: ", nl=False, err=True, fg="red", bold=True)
+            click.echo(str(error), err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("\ninterrupted: what was finished is kept; run again to go on", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="edgekd", prog_name="edgekd")
+def main() -> None:
+    """From a teacher network to a gated, deployable edge artifact.
+
+    Exit codes: 0 done and the gate passed, 1 the gate failed, 2 the input is wrong,
+    3 a stage failed, 4 the target could not be reached, 130 interrupted.
+    """

@@ -1,0 +1,141 @@
+"""``edgekd benchmark``: measure any ONNX model, or a pipeline's student against its teacher."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgekd.errors import InputError, StageError
+
+if TYPE_CHECKING:
+    from edgekd.config.profile import Profile
+
+PIPELINE_SUFFIXES = (".yaml", ".yml")
+FILE = click.Path(path_type=Path)
+
+
+@click.command()
+@click.argument("model", type=FILE, metavar="MODEL.onnx")
+@click.option("--against", type=FILE, metavar="OTHER.onnx", help="Compare, in interleaved rounds.")
+@click.option("--profile", metavar="NAME", help="Threads and providers of this device profile.")
+@click.option("--threads", type=click.IntRange(min=1), help="[default: the profile's, or 1]")
+@click.option("--inputs", type=FILE, metavar="DATA.npz", help="[default: random inputs]")
+@click.option("--shape", "shapes", multiple=True, metavar="NAME=1x3x224x224")
+@click.option("--providers", metavar="A,B", help="[default: the profile's, or the CPU]")
+@click.option("--batch", type=click.IntRange(min=1), help="Samples of one query.  [default: 1]")
+@click.option("--min-queries", type=click.IntRange(min=1), default=1000, show_default=True)
+@click.option("--max-seconds", type=click.FloatRange(0, min_open=True), default=60.0)
+@click.option("--json", "out", type=FILE, metavar="OUT", help="Write the whole record here.")
+def benchmark(
+    model: Path,
+    against: Path | None,
+    profile: str | None,
+    threads: int | None,
+    inputs: Path | None,
+    shapes: tuple[str, ...],
+    providers: str | None,
+    batch: int | None,
+    min_queries: int,
+    max_seconds: float,
+    out: Path | None,
+) -> None:
+    """Measure the latency and peak memory of MODEL.onnx on this machine.
+
+    The model runs in a fresh process that holds only numpy and ONNX Runtime. It is warmed up
+    until steady; percentiles are shown only with enough queries, each with its 95 % interval.
+
+    Given a pipeline's YAML file, run the pipeline up to its benchmark.
+    """
+    if model.suffix.lower() in PIPELINE_SUFFIXES:
+        _refuse_model_options()
+        from edgekd.cli.stage_command import run_pipeline_until
+
+        run_pipeline_until(model, "benchmark")
+        return
+    from rich.console import Console
+
+    from edgekd.cli.benchmark_table import print_benchmark
+    from edgekd.release.assemble import evidence_of
+    from edgekd.targets import LocalTarget, open_target
+
+    loaded = _load_profile(profile)
+    target = open_target(LocalTarget.name)
+    console = Console()
+    chosen, left_out = _providers(providers, loaded)
+    with Console(stderr=True).status("measuring: warm-up until steady, then timed rounds"):
+        record = target.bench(
+            model,
+            against,
+            inputs=inputs,
+            shapes=shapes,
+            batch=batch,
+            threads=threads or (loaded.runtime.threads if loaded else None) or 1,
+            providers=chosen,
+            min_queries=min_queries,
+            max_seconds=max_seconds,
+        )
+    name = loaded.name if loaded else "host"
+    evidence = evidence_of(name, target.name)
+    record.update(
+        profile=name, target=target.name, evidence=evidence, providers_left_out=left_out
+    )
+    if out is not None:
+        _write(out, record)
+    print_benchmark(console, record)
+
+
+def _refuse_model_options() -> None:
+    """A pipeline has all these in its file; an option that did nothing would mislead."""
+    context = click.get_current_context()
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if isinstance(parameter, click.Option)
+        and parameter.name is not None
+        and context.get_parameter_source(parameter.name) is click.core.ParameterSource.COMMANDLINE
+    ]
+    if given:
+        raise InputError(
+            f"{', '.join(given)} is for an ONNX model, not for a pipeline",
+            where="edgekd benchmark",
+            remedy="set it in the pipeline file, or benchmark the ONNX file of a run",
+        )
+
+
+def _load_profile(name: str | None) -> Profile | None:
+    if name is None:
+        return None
+    from edgekd.config.profile import load_profile
+
+    return load_profile(name)
+
+
+def _providers(given: str | None, profile: Profile | None) -> tuple[list[str], list[str]]:
+    """The providers to use, and those of the profile that this machine does not have.
+
+    One that is asked for must be there; a profile may be another device's, and then the ones
+    left out are shown beside the figures.
+    """
+    if given is not None:
+        return [name.strip() for name in given.split(",") if name.strip()], []
+    if profile is None:
+        return [], []
+    from edgekd.config.host import local_providers
+
+    here = local_providers()
+    wanted = profile.runtime.providers
+    return [name for name in wanted if name in here], [name for name in wanted if name not in here]
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StageError(
+            f"the record cannot be written: {error.strerror}",
+            where=str(path),
+            remedy="give --json a file in a folder that exists and has space",
+        ) from error

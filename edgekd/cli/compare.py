@@ -1,0 +1,57 @@
+"""``edgekd compare``: several results side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from edgekd.release.compare import Comparison, SeedMeans, compare_files
+from edgekd.release.figure_text import full_text, interval_text, value_text
+
+
+@click.command()
+@click.argument(
+    "paths", nargs=-1, required=True, metavar="RESULT|RUN…", type=click.Path(path_type=Path)
+)
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="Write the figures here."
+)
+def compare(paths: tuple[Path, ...], json_path: Path | None) -> None:
+    """Compare result files or run folders; average over the seeds of one pipeline."""
+    comparison = compare_files(paths)
+    console = Console()
+    console.print(_side_by_side(comparison))
+    for means in comparison.seed_means:
+        console.print()
+        console.print(_over_seeds(means))
+    for note in comparison.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
+    if json_path is not None:
+        json_path.write_text(json.dumps(comparison.to_json(), indent=1) + "\n", encoding="utf-8")
+
+
+def _side_by_side(comparison: Comparison) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("figure")
+    for label in comparison.labels:
+        table.add_column(label, justify="right", overflow="fold")
+    for row in comparison.rows:
+        table.add_row(row.label, *(full_text(figure) for figure in row.figures))
+    return table
+
+
+def _over_seeds(means: SeedMeans) -> Table:
+    seeds = ", ".join(map(str, means.seeds))
+    title = f"{means.name}: mean over {len(means.seeds)} seeds ({seeds})"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for heading in ("figure", "mean", "95 % interval", "note"):
+        table.add_column(heading, justify="left" if heading in ("figure", "note") else "right")
+    for row in means.rows:
+        figure = row.figures[0]
+        note = figure.note if figure else ""
+        table.add_row(row.label, value_text(figure), interval_text(figure), note)
+    return table

@@ -1,0 +1,108 @@
+"""``edgekd gate``: a result against its budgets, alone or as a stage of a pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from edgekd.errors import GateFailed, InputError
+from edgekd.release.figure_text import full_text
+from edgekd.release.verdict import Verdict, passed, summary_line
+
+_COLOURS = {"pass": "green", "fail": "red", "not shown": "yellow"}
+
+
+@click.command()
+@click.argument("result", type=click.Path(path_type=Path), metavar="RESULT.json|PIPELINE.yaml")
+@click.option(
+    "--budget", type=click.Path(path_type=Path), help="YAML with the keys of a pipeline's gate."
+)
+@click.option("--profile", help="Also hold the limits of this profile (a name or a YAML file).")
+@click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML here.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write JSON here.")
+def gate(
+    result: Path,
+    budget: Path | None,
+    profile: str | None,
+    junit: Path | None,
+    json_path: Path | None,
+) -> None:
+    """Hold the figures of RESULT.json against budgets; exit code 1 when they are not met.
+
+    The budget file has the keys of a pipeline's gate section, or is a whole pipeline. Given a
+    pipeline instead of a result, it is run up to its gate.
+    """
+    if result.suffix in (".yaml", ".yml") and budget is None:
+        if profile or junit or json_path:
+            raise InputError(
+                "--profile, --junit and --json go with a result file",
+                where=str(result),
+                remedy="a pipeline names its profile, and its gate stage writes both files",
+            )
+        from edgekd.cli.stage_command import run_pipeline_until
+
+        run_pipeline_until(result, "gate")
+        return
+    verdicts = _evaluate(result, budget, profile, junit, json_path)
+    console = Console()
+    console.print(verdict_table(verdicts))
+    console.print(summary_line(verdicts), highlight=False, markup=False)
+    if not passed(verdicts):
+        raise GateFailed(
+            "the gate did not pass",
+            where=str(result),
+            remedy="change the student or the budget; 'not shown' needs more samples or evidence",
+        )
+
+
+def _evaluate(
+    result: Path,
+    budget: Path | None,
+    profile: str | None,
+    junit: Path | None,
+    json_path: Path | None,
+) -> list[Verdict]:
+    from edgekd.config.pipeline import GateConfig
+    from edgekd.config.profile import load_profile
+    from edgekd.release.budget_file import load_budgets
+    from edgekd.release.compare import find_result
+    from edgekd.release.gate import evaluate, write_gate_json
+    from edgekd.release.junit import write_junit
+    from edgekd.release.result import read_result
+
+    content = read_result(find_result(result))
+    budgets = GateConfig() if budget is None else load_budgets(budget)
+    verdicts = evaluate(content, budgets, load_profile(profile) if profile else None)
+    for path, write in ((json_path, write_gate_json), (junit, write_junit)):
+        if path is not None:
+            try:
+                write(path, content["name"], verdicts)
+            except OSError as error:
+                raise InputError(
+                    f"the verdicts cannot be written: {error.strerror}",
+                    where=str(path),
+                    remedy="give a path in a folder that exists and that you may write to",
+                ) from error
+    return verdicts
+
+
+def verdict_table(verdicts: list[Verdict]) -> Table:
+    """The verdicts as a table for the terminal."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("rule", "verdict", "figure", "budget", "why"):
+        table.add_column(heading, no_wrap=heading in ("rule", "verdict"))
+    for verdict in verdicts:
+        colour = _COLOURS[verdict.status]
+        origin = "" if verdict.origin == "gate" else f" ({verdict.origin})"
+        table.add_row(
+            verdict.rule,
+            f"[{colour}]{verdict.status}[/{colour}]",
+            escape(full_text(verdict.figure)),
+            escape(verdict.budget_text + origin),
+            "" if verdict.status == "pass" else escape(verdict.reason),
+        )
+    return table

@@ -1,0 +1,56 @@
+"""The result of a run as a table on the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from edgekd.pipeline.runner import RunOutcome
+from edgekd.release.figure_text import full_text, value_text
+from edgekd.release.gate import read_gate
+from edgekd.release.verdict import passed
+from edgekd.release.result import ModelResult, Result, read_result
+
+_ROLES = {"teacher": "teacher", "baseline": "student alone", "student": "student distilled"}
+_STATUS = {"pass": "green", "fail": "red", "not shown": "yellow"}
+
+
+def print_result(console: Console, outcome: RunOutcome) -> None:
+    """Print the models side by side, and the gate's verdicts when it was reached."""
+    file = outcome.folder("benchmark") / "result.json"
+    result = Result.from_json(read_result(file), str(file))
+    console.print(_models(result))
+    for name, figure in result.comparison.items():
+        if name in ("gap_closed", "drop", "speedup", "size_ratio") and figure.value is not None:
+            console.print(f"  {name.replace('_', ' ')}: {full_text(figure)}", highlight=False)
+    if "gate" not in outcome.artifacts:
+        return
+    verdicts = read_gate(outcome.folder("gate"))
+    for verdict in verdicts:
+        color = _STATUS[verdict.status]
+        console.print(f"  [{color}]{verdict.status:9}[/] {verdict.rule}: ", end="", highlight=False)
+        console.print(verdict.reason, markup=False, highlight=False, soft_wrap=True)
+    verdict_text = "[bold green]passed" if passed(verdicts) else "[bold red]not passed"
+    console.print(f"gate: {verdict_text}[/]", highlight=False)
+
+
+def _models(result: Result) -> Table:
+    table = Table(title=f"{result.name} on {result.profile} ({result.evidence})")
+    table.add_column("")
+    for name in (result.metric, "parameters", "size", "p50", "p95", "peak memory"):
+        table.add_column(name, justify="right")
+    for role, title in _ROLES.items():
+        if role in result.models:
+            table.add_row(title, *_row(result.models[role]))
+    return table
+
+
+def _row(model: ModelResult) -> list[str]:
+    return [
+        full_text(model.metric),
+        value_text(model.parameters),
+        value_text(model.size_mb),
+        full_text(model.latency.get("p50_ms")),
+        full_text(model.latency.get("p95_ms")),
+        value_text(model.peak_memory_mb),
+    ]

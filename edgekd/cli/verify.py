@@ -1,0 +1,26 @@
+"""``edgekd verify``: whether a bundle still is what was packed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from edgekd.release.bundle_verify import verify_bundle
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+def verify(bundle: Path) -> None:
+    """Check every file of BUNDLE (a folder or .tar.gz) against its manifest.
+
+    Exit code 1 when a file is changed, missing or extra.
+    """
+    problems = verify_bundle(bundle)
+    for problem in problems:
+        click.echo(problem)
+    if problems:
+        click.echo(f"{bundle}: {len(problems)} problem(s)")
+        sys.exit(1)
+    click.echo(f"{bundle}: intact")

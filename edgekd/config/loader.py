@@ -1,0 +1,139 @@
+"""From a YAML file to a validated section; every error names the line and the nearest key."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from edgekd.config.overrides import Override, apply_overrides
+from edgekd.config.pipeline import PipelineConfig
+from edgekd.config.yaml_source import Location, YamlSource, read_yaml
+from edgekd.errors import InputError, nearest
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
+    """Read and validate a pipeline file.
+
+    Args:
+        path: the YAML file.
+        overrides: ``key.sub=value`` strings that replace what the file says (``--set``).
+
+    Raises:
+        InputError: anything in the file or the overrides is wrong; all problems are named.
+    """
+    source = read_yaml(path)
+    parsed = [Override.parse(text) for text in overrides]
+    content = apply_overrides(source.content, parsed)
+    return _validate(PipelineConfig, content, source, (), parsed)
+
+
+def load_section(path: Path, model: type[Model], key: str | None = None) -> Model:
+    """Read one section of a YAML file.
+
+    Args:
+        path: the YAML file.
+        model: the pydantic model of the section.
+        key: take this top-level key's value; None takes the whole file.
+
+    Raises:
+        InputError: the file cannot be read, lacks the key, or does not fit the model.
+    """
+    source = read_yaml(path)
+    if key is None:
+        return _validate(model, source.content, source, (), ())
+    if key not in source.content:
+        raise InputError(
+            f"the file has no key {key!r}", where=str(path), remedy=f"add a '{key}:' section"
+        )
+    return _validate(model, source.content[key], source, (key,), ())
+
+
+def _validate(
+    model: type[Model],
+    content: Any,
+    source: YamlSource,
+    prefix: tuple[str, ...],
+    overrides: Sequence[Override],
+) -> Model:
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        problems = [
+            _explain(model, details, source, prefix, overrides) for details in error.errors()
+        ]
+    if len(problems) == 1:
+        what, where, remedy = problems[0]
+        raise InputError(what, where=where, remedy=remedy)
+    rows = [f"{where}: {what}" + (f" ({remedy})" if remedy else "") for what, where, remedy in problems]
+    raise InputError(
+        f"{len(problems)} things are wrong:\n  " + "\n  ".join(rows),
+        where=str(source.path),
+        remedy="mend each of them",
+    )
+
+
+def _explain(
+    model: type[BaseModel],
+    details: ErrorDetails,
+    source: YamlSource,
+    prefix: tuple[str, ...],
+    overrides: Sequence[Override],
+) -> tuple[str, str, str | None]:
+    """One pydantic error as (what, where, remedy)."""
+    location: tuple[str | int, ...] = (*prefix, *details["loc"])
+    key = ".".join(map(str, location))
+    where = source.at(location)
+    for override in overrides:
+        if location[: len(override.location)] == override.location:
+            where = f"--set {override.text}"
+    kind, given = details["type"], details["input"]
+    if kind == "extra_forbidden":
+        known = _fields_at(model, details["loc"][:-1])
+        guess = nearest(str(location[-1]), known)
+        hint = f"did you mean {guess!r}? " if guess else ""
+        return f"unknown key {key!r}", where, f"{hint}known: {', '.join(known)}"
+    if kind == "missing":
+        return f"the key {key!r} is missing", where, f"add '{location[-1]}: …'"
+    if kind == "value_error":
+        return f"{key}: {details['ctx']['error']}" if key else str(details["ctx"]["error"]), where, None
+    message = details["msg"][0].lower() + details["msg"][1:]
+    shown = "" if isinstance(given, dict | list) else f"; it is {given!r}"
+    if kind == "literal_error":
+        guess = nearest(str(given), _quoted(details["ctx"]["expected"]))
+        remedy = f"did you mean {guess!r}?" if guess else None
+        return f"{key}: {message}{shown}", where, remedy
+    return f"{key}: {message}{shown}", where, None
+
+
+def _quoted(expected: str) -> list[str]:
+    return expected.split("'")[1::2]
+
+
+def _fields_at(model: type[BaseModel], location: Location) -> list[str]:
+    """The keys of the section that a location leads to."""
+    current: type[BaseModel] | None = model
+    for part in location:
+        if current is None or isinstance(part, int):
+            continue
+        field = current.model_fields.get(part)
+        if field is not None:
+            current = _section_in(field.annotation)
+    return sorted(current.model_fields) if current else []
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section class inside an annotation such as ``tuple[LossTerm, ...]`` or ``X | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in typing.get_args(annotation):
+        found = _section_in(argument)
+        if found is not None:
+            return found
+    return None

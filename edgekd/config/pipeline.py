@@ -1,0 +1,253 @@
+"""The pipeline file: what a person writes for ``edgekd run``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from edgekd.figure import Evidence
+
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values are not changed after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Section):
+    """Where samples come from and how they are split.
+
+    ``source`` is a built-in name (``digits``, ``fashion-mnist``), ``npz``, ``image-folder`` or
+    ``package.module:name``. ``test`` is never used to choose anything; ``validation`` is the
+    fraction cut from the training split, stratified where there are labels.
+    """
+
+    source: str
+    path: str | None = None
+    args: dict[str, Any] = Field(default_factory=dict)
+    targets: tuple[str, ...] | None = None
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    test: Annotated[float, Field(gt=0, lt=1)] | None = None
+    image_size: tuple[Count, Count] | None = None
+    augment: tuple[str | dict[str, dict[str, Any]], ...] = ()
+    download: bool = False
+
+
+class TrainConfig(Section):
+    """How a network is trained; the same keys for teacher, student and distillation."""
+
+    epochs: Count = 10
+    batch_size: Count = 128
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    learning_rate: Positive = 2e-3
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    schedule: Literal["constant", "cosine", "one-cycle"] = "one-cycle"
+    clip_norm: Positive | None = None
+    channels_last: bool = True
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class ModelConfig(Section):
+    """A network: a built-in name or ``package.module:name``, and its arguments."""
+
+    model: str | None = None
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+class TeacherConfig(ModelConfig):
+    """Trained here (``train``), loaded (``checkpoint``), or an ONNX file as a black box."""
+
+    checkpoint: str | None = None
+    onnx: str | None = None
+    train: TrainConfig | None = None
+    allow_pickle: bool = False
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> TeacherConfig:
+        origins = [k for k in ("checkpoint", "onnx", "train") if getattr(self, k) is not None]
+        if len(origins) != 1:
+            found = " and ".join(origins) or "none of them"
+            raise ValueError(f"give one of train, checkpoint or onnx; there is {found}")
+        if self.onnx is None and self.model is None:
+            raise ValueError(f"{origins[0]} needs a model to fill: add 'model: …'")
+        if self.onnx is not None and self.model is not None:
+            raise ValueError("an onnx teacher is a black box: remove 'model'")
+        return self
+
+
+class StudentConfig(ModelConfig):
+    """The network that is shipped. ``checkpoint`` starts it from given weights."""
+
+    model: str
+    checkpoint: str | None = None
+
+
+class LossTerm(Section):
+    """One term of the objective: ``{soft_labels: {temperature: 4}, weight: 0.9}``."""
+
+    name: str
+    args: dict[str, Any] = Field(default_factory=dict)
+    weight: Annotated[float, Field(ge=0)] = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_yaml(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if not isinstance(value, dict) or "name" in value:
+            return value
+        names = [key for key in value if key != "weight"]
+        if len(names) != 1:
+            raise ValueError(
+                "a loss term names one loss, e.g. {soft_labels: {temperature: 4}, weight: 0.9}; "
+                f"here: {', '.join(map(str, names)) or 'none'}"
+            )
+        rest = {"weight": value["weight"]} if "weight" in value else {}
+        return {"name": names[0], "args": value[names[0]] or {}, **rest}
+
+
+class DistillConfig(TrainConfig):
+    """The student's training: the terms of the objective beside the training keys.
+
+    ``baseline: true`` also trains the same student, from the same initial weights and over the
+    same batches, without the teacher, so that the gap closed is measured.
+    """
+
+    losses: tuple[LossTerm, ...] = Field(
+        default=(
+            LossTerm(name="hard_labels", weight=0.1),
+            LossTerm(name="soft_labels", args={"temperature": 4.0}, weight=0.9),
+        ),
+        min_length=1,
+    )
+    epochs: Count = 20
+    baseline: bool = True
+
+
+class ExportConfig(Section):
+    """The ONNX file. Tolerances are those of the parity check against PyTorch."""
+
+    opset: Annotated[int, Field(ge=17, le=23)] = 18
+    absolute_tolerance: Positive = 1e-3
+    relative_tolerance: Positive = 1e-3
+    argmax_agreement: Fraction = 1.0
+    samples: Count = 256
+
+
+class EngineConfig(Section):
+    """How the ONNX file is run. ``providers`` None means the profile's."""
+
+    kind: Literal["onnxruntime"] = "onnxruntime"
+    providers: tuple[str, ...] | None = None
+    threads: Count | None = None
+    optimization: Literal["disabled", "basic", "extended", "all"] = "all"
+
+
+class BenchmarkConfig(Section):
+    """How long to measure, and against what."""
+
+    against: Literal["teacher", "none"] = "teacher"
+    batch_size: Count = 1
+    min_queries: Count = 1000
+    max_seconds: Positive = 60.0
+
+
+class AccuracyBudget(Section):
+    """The primary metric: an absolute bound, and the largest drop below the teacher.
+
+    ``min`` is the floor of a metric that is better when higher (accuracy), ``max`` the ceiling
+    of one that is better when lower (mae).
+    """
+
+    min: float | None = None
+    max: float | None = None
+    max_drop: float | None = None
+
+
+class SizeBudget(Section):
+    """The shipped file, in MB of 10⁶ bytes; ``min_ratio``: how many times below the teacher's."""
+
+    max_mb: Positive | None = None
+    min_ratio: Positive | None = None
+
+
+class ParameterBudget(Section):
+    """Parameters of the shipped model."""
+
+    max: Count | None = None
+    max_ratio: Positive | None = None
+
+
+class LatencyBudget(Section):
+    """Percentiles in ms of one query at the benchmark's batch size."""
+
+    p50_ms: Positive | None = None
+    p90_ms: Positive | None = None
+    p95_ms: Positive | None = None
+    p99_ms: Positive | None = None
+    min_speedup: Positive | None = None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LatencyBudget:
+        given = [
+            (key, value)
+            for key in ("p50_ms", "p90_ms", "p95_ms", "p99_ms")
+            if (value := getattr(self, key)) is not None
+        ]
+        for (low, low_ms), (high, high_ms) in zip(given, given[1:], strict=False):
+            if low_ms > high_ms:
+                raise ValueError(
+                    f"the budget contradicts itself: {low} = {low_ms} ms is above "
+                    f"{high} = {high_ms} ms, but a lower percentile is never slower"
+                )
+        return self
+
+
+class MemoryBudget(Section):
+    """Peak resident memory of the running process above an empty one, in MB of 10⁶ bytes."""
+
+    peak_mb: Positive | None = None
+
+
+class GateConfig(Section):
+    """The budgets. A section left out is not gated, but for what the profile itself demands."""
+
+    evidence: Evidence = "measured-on-target"
+    accuracy: AccuracyBudget = AccuracyBudget()
+    size: SizeBudget = SizeBudget()
+    parameters: ParameterBudget = ParameterBudget()
+    latency: LatencyBudget = LatencyBudget()
+    memory: MemoryBudget = MemoryBudget()
+
+
+class PipelineConfig(Section):
+    """A whole pipeline file."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+    task: str = "classification"
+    task_args: dict[str, Any] = Field(default_factory=dict)
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    data: DataConfig
+    profile: str = "host"
+    target: str = "local"
+    teacher: TeacherConfig
+    student: StudentConfig
+    distill: DistillConfig = DistillConfig()
+    export: ExportConfig = ExportConfig()
+    engines: tuple[EngineConfig, ...] = (EngineConfig(),)
+    benchmark: BenchmarkConfig = BenchmarkConfig()
+    gate: GateConfig = GateConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_engines(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("engines"), list):
+            engines = [{"kind": e} if isinstance(e, str) else e for e in value["engines"]]
+            return {**value, "engines": engines}
+        return value

@@ -1,0 +1,288 @@
+"""The device profile: what a device has, how a model is run on it, and what it may cost.
+
+Every figure says its source; one that was recalled and not looked up says ``verified: false``,
+and one that is uncertain is left out. MB are 10⁶ bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, StringConstraints, model_validator
+
+from edgekd.config.host import local_providers, this_machine
+from edgekd.config.loader import load_section
+from edgekd.config.pipeline import Count, Section
+from edgekd.errors import InputError, unknown_name
+from edgekd.resources import profiles_folder
+
+Source = Literal[
+    "nvidia-documentation",
+    "ultralytics-documentation",
+    "third-party",
+    "derived",
+    "recalled",
+    "convention",
+    "this-machine",
+]
+"""Where a figure is from. ``derived``: computed from others; ``recalled``: from memory, not looked
+up; ``convention``: a choice of whoever wrote the profile; ``this-machine``: read from the system.
+"""
+
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+
+SPARSE_OVER_DENSE = 1.8
+"""The least ratio of a published sparse figure to a dense one of the same device; 2:4 sparsity
+doubles the rate, and vendors round both."""
+
+
+HOST_USABLE = 0.8
+"""The share of this machine's memory that counts as usable for models."""
+
+
+class Stated(Section):
+    """What every statement in a profile carries: its source, and whether it was looked up."""
+
+    source: Source
+    verified: bool = True
+    note: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_source(cls, value: Any) -> Any:
+        if isinstance(value, dict | BaseModel):
+            return value
+        raise ValueError(
+            f"a figure says where it is from: write {{value: {value}, source: third-party}}"
+        )
+
+    @model_validator(mode="after")
+    def _recalled_is_unverified(self) -> Stated:
+        if self.source == "recalled" and self.verified:
+            raise ValueError("a recalled figure was not looked up: add 'verified: false'")
+        return self
+
+
+class Quantity(Stated):
+    """A number; its unit is in the name of its key (``total_mb``, ``bandwidth_gb_s``)."""
+
+    value: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Text(Stated):
+    """A name or a version. Versions are quoted in YAML, or 6.10 would become 6.1."""
+
+    value: Annotated[str, StringConstraints(strict=True, min_length=1)]
+
+
+class Memory(Section):
+    """Memory in MB. On a Jetson the GPU and the CPU share it; on a desktop it is the GPU's own.
+
+    ``usable_mb`` is what is left for models beside the operating system and its services.
+    """
+
+    total_mb: Quantity
+    usable_mb: Quantity
+
+    @model_validator(mode="after")
+    def _usable_is_a_part(self) -> Memory:
+        if self.usable_mb.value > self.total_mb.value:
+            raise ValueError(
+                f"usable_mb = {self.usable_mb.value:g} is above total_mb = {self.total_mb.value:g}"
+            )
+        return self
+
+
+class Compute(Section):
+    """Peak rates. Dense and sparse figures have keys of their own and are never mixed.
+
+    ``int8_dense_tops`` is the GPU alone; ``int8_sparse_tops`` is the module's headline figure,
+    which on an Orin NX or AGX Orin has the DLA in it; ``dla_int8_dense_tops`` is the DLA alone.
+    """
+
+    fp32_tflops: Quantity | None = None
+    fp16_dense_tflops: Quantity | None = None
+    int8_dense_tops: Quantity | None = None
+    dla_int8_dense_tops: Quantity | None = None
+    int8_sparse_tops: Quantity | None = None
+    fp8_sparse_tflops: Quantity | None = None
+    bandwidth_gb_s: Quantity | None = None
+
+    @model_validator(mode="after")
+    def _dense_is_not_sparse(self) -> Compute:
+        dense, sparse = self.int8_dense_tops, self.int8_sparse_tops
+        if dense and sparse and sparse.value < SPARSE_OVER_DENSE * dense.value:
+            raise ValueError(
+                f"int8_dense_tops = {dense.value:g} beside int8_sparse_tops = {sparse.value:g}: "
+                "the dense figure is about half of the sparse one"
+            )
+        return self
+
+
+class Cpu(Section):
+    """The processor: how many cores a program can use, and what they are."""
+
+    cores: Quantity
+    model: Text
+
+
+class Gpu(Section):
+    """The GPU; the compute capability is written ``"8.7"``."""
+
+    compute_capability: Text
+
+
+class PowerMode(Stated):
+    """A power mode and its watts; ``watts`` is left out of a mode without a limit (MAXN)."""
+
+    name: str
+    watts: Annotated[float, Field(gt=0)] | None = None
+
+
+class Runtime(Section):
+    """How models are run there.
+
+    ``engine`` is the runtime that serves the device best. ``providers`` are ONNX Runtime's
+    execution providers, the preferred first, for when ONNX Runtime runs the model. ``threads``
+    None leaves the number to the runtime. Only ``host`` has no providers in its file.
+    """
+
+    engine: Literal["onnxruntime", "tensorrt"]
+    providers: tuple[str, ...] = ()
+    threads: Count | None = None
+    jetpack: Text | None = None
+    tensorrt: Text | None = None
+    cuda: Text | None = None
+
+
+class Budget(Section):
+    """What one model may cost there when the pipeline says nothing else.
+
+    ``latency_ms``: one query; ``memory_mb``: peak of the process above an empty one;
+    ``storage_mb``: the shipped files.
+    """
+
+    latency_ms: Quantity | None = None
+    memory_mb: Quantity | None = None
+    storage_mb: Quantity | None = None
+
+
+class Profile(Section):
+    """One device. Only ``host`` has no ``memory`` and ``cpu`` in its file: they are read here."""
+
+    name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+    device: str
+    kind: Literal["jetson", "desktop-gpu", "cpu-board", "x86", "host"]
+    memory: Memory | None = None
+    storage_mb: Quantity | None = None
+    compute: Compute = Compute()
+    cpu: Cpu | None = None
+    gpu: Gpu | None = None
+    power_modes: tuple[PowerMode, ...] = ()
+    precisions: Annotated[tuple[Precision, ...], Field(min_length=1)]
+    runtime: Runtime
+    budget: Budget = Budget()
+    note: str | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Profile:
+        if self.kind != "host" and self.memory is None:
+            raise ValueError("add 'memory:' with total_mb and usable_mb")
+        if self.kind != "host" and not self.runtime.providers:
+            raise ValueError("runtime: add 'providers: [CPUExecutionProvider]' or others")
+        if self.kind in ("jetson", "desktop-gpu") and self.gpu is None:
+            raise ValueError(f"a {self.kind} has a GPU: add 'gpu: {{compute_capability: …}}'")
+        if self.memory and self.budget.memory_mb:
+            budget, usable = self.budget.memory_mb.value, self.memory.usable_mb.value
+            if budget > usable:
+                raise ValueError(
+                    f"budget.memory_mb = {budget:g} is above memory.usable_mb = {usable:g}"
+                )
+        return self
+
+    def statements(self) -> Iterator[tuple[str, Stated]]:
+        """Every figure and version with its dotted key, in the order of the file."""
+        yield from _statements(self, "")
+
+    def unverified(self) -> list[tuple[str, Stated]]:
+        """The statements that nobody looked up yet."""
+        return [(key, stated) for key, stated in self.statements() if not stated.verified]
+
+
+def _statements(section: BaseModel, prefix: str) -> Iterator[tuple[str, Stated]]:
+    for key in type(section).model_fields:
+        value = getattr(section, key)
+        name = f"{prefix}{key}"
+        if isinstance(value, Stated):
+            yield name, value
+        elif isinstance(value, BaseModel):
+            yield from _statements(value, f"{name}.")
+        elif isinstance(value, tuple):
+            for item in value:
+                if isinstance(item, PowerMode):
+                    yield f"{name}.{item.name}", item
+
+
+def list_profiles() -> list[str]:
+    """The names of the shipped profiles, sorted."""
+    return sorted(path.stem for path in profiles_folder().glob("*.yaml"))
+
+
+def load_profile(name_or_path: str, base: Path | None = None) -> Profile:
+    """Read a device profile.
+
+    Args:
+        name_or_path: a shipped profile's name (``raspberry-pi-5``), or a YAML file.
+        base: the folder that a relative path is meant from; None is the current folder.
+
+    Returns:
+        The profile; that of kind ``host`` is filled with what this machine has.
+
+    Raises:
+        InputError: no shipped profile has this name (the nearest is suggested), or the file is
+            missing or does not fit; the error names the file and its line.
+    """
+    if name_or_path.endswith((".yaml", ".yml")) or "/" in name_or_path or "\\" in name_or_path:
+        path = (base or Path()) / Path(name_or_path).expanduser()
+        if path.is_dir():
+            raise InputError(
+                "this is a folder, not a profile", where=str(path), remedy="give a YAML file"
+            )
+    elif name_or_path in (known := list_profiles()):
+        path = profiles_folder() / f"{name_or_path}.yaml"
+    else:
+        raise unknown_name("profile", name_or_path, known)
+    profile = load_section(path, Profile)
+    return _filled(profile) if profile.kind == "host" else profile
+
+
+def _filled(profile: Profile) -> Profile:
+    """A ``host`` profile with this machine's memory, processor and providers."""
+    machine = this_machine()
+    here: Source = "this-machine"
+    # A fixed share and not what is free at this moment: a profile is part of what a benchmark is
+    # fingerprinted by, and the same machine must give the same profile.
+    memory = Memory(
+        total_mb=Quantity(value=machine.memory_mb, source=here),
+        usable_mb=Quantity(
+            value=round(HOST_USABLE * machine.memory_mb),
+            source="convention",
+            note=f"{HOST_USABLE:.0%} of the total",
+        ),
+    )
+    cpu = Cpu(
+        cores=Quantity(value=machine.cores, source=here),
+        model=Text(value=machine.cpu_model, source=here),
+    )
+    runtime = profile.runtime
+    if not runtime.providers:
+        runtime = runtime.model_copy(update={"providers": local_providers()})
+    return profile.model_copy(
+        update={
+            "memory": profile.memory or memory,
+            "cpu": profile.cpu or cpu,
+            "runtime": runtime,
+        }
+    )

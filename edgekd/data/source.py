@@ -1,0 +1,143 @@
+"""What a data source is: raw named arrays by split, and a fingerprint of where they came from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgekd.config.pipeline import DataConfig
+from edgekd.data.dataset import Array
+from edgekd.errors import InputError, unknown_name
+
+UNSPLIT = "all"
+"""The split name of samples that the source has not split."""
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class RawData:
+    """What a source delivers, before names are cleaned, splits cut and targets told apart.
+
+    Attributes:
+        splits: arrays by name, by split: ``train`` with or without the others, or only ``all``.
+        where: the file, folder or key to name in errors about these samples.
+        description: where they came from, for a person.
+        labels: class names, in the order of the integer labels.
+        layout: the axes of 4-D inputs when the source knows them: "nchw".
+        image_scale: the factor that brings uint8 images to [0, 1].
+        test_fraction: how much is cut off as test when the samples come unsplit.
+    """
+
+    splits: Mapping[str, Mapping[str, Array]]
+    where: str
+    description: str
+    labels: tuple[str, ...] | None = None
+    layout: str | None = None
+    image_scale: float = 1 / 255
+    test_fraction: float = 0.2
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of a source: the pipeline's ``data`` section and the pipeline's folder."""
+
+    config: DataConfig
+    base: Path
+
+    @property
+    def path(self) -> Path | None:
+        """``data.path``, relative to the pipeline file, with ``~`` expanded."""
+        if self.config.path is None:
+            return None
+        return self.base / Path(self.config.path).expanduser()
+
+    def required_path(self, what: str) -> Path:
+        """:attr:`path`, which must be given and exist.
+
+        Raises:
+            InputError: it is not given, or nothing is there.
+        """
+        if self.path is None:
+            raise InputError(
+                f"the source {self.config.source!r} needs a path",
+                where="data.path",
+                remedy=f"give {what} as data.path, relative to the pipeline file",
+            )
+        if not self.path.exists():
+            raise InputError(
+                "data.path does not exist",
+                where=str(self.path),
+                remedy=f"give {what}; a relative path starts at the pipeline file's folder",
+            )
+        return self.path
+
+    def arguments(self, known: Iterable[str]) -> Mapping[str, Any]:
+        """``data.args`` without those that all sources share.
+
+        Raises:
+            InputError: an argument is unknown to this source.
+        """
+        known = {*known, *SHARED_ARGUMENTS}
+        for name in self.config.args:
+            if name not in known:
+                raise unknown_name("argument", name, known, "data.args")
+        return self.config.args
+
+    def refuse(self, *keys: str) -> None:
+        """Refuse keys that mean nothing to this source, so that none is silently ignored.
+
+        Raises:
+            InputError: one of them is given.
+        """
+        for key in keys:
+            if getattr(self.config, key):
+                raise InputError(
+                    f"the source {self.config.source!r} takes no {key!r}",
+                    where=f"data.{key}",
+                    remedy=f"remove data.{key}, or choose another source",
+                )
+
+
+SHARED_ARGUMENTS = ("normalize", "layout")
+"""Arguments in ``data.args`` that every source takes; see :mod:`edgekd.data.assemble`."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A registered source: how it is read and what identifies its content."""
+
+    read: Callable[[Request], RawData]
+    fingerprint: Callable[[Request], dict[str, str]]
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file's content.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(
+            f"the file cannot be read: {error.strerror}", where=str(path), remedy="check it"
+        ) from error
+    return digest.hexdigest()
+
+
+def hash_path(path: Path) -> str:
+    """SHA-256 of a file, or of a folder: its sorted relative paths and their contents."""
+    if not path.is_dir():
+        return hash_file(path)
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        # repr() escapes a newline in a path, so that no two folders give the same lines.
+        digest.update(f"{file.relative_to(path).as_posix()!r} {hash_file(file)}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,181 @@
+"""The user's own data: a function that returns named arrays, by ``package.module:name``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from edgekd.data.checks import check_alike, check_arrays, check_finite
+from edgekd.data.dataset import Array, Dataset
+from edgekd.data.source import (
+    SHARED_ARGUMENTS,
+    SPLITS,
+    UNSPLIT,
+    RawData,
+    Request,
+    hash_file,
+    hash_path,
+)
+from edgekd.errors import EdgekdError, InputError, unknown_name
+from edgekd.extension import source_files
+
+LABEL_NAMES = "classes"
+"""The key beside the splits (or arrays) that holds the class names."""
+
+
+def read_function(function: Any, request: Request, seed: int) -> Dataset | RawData:
+    """Call the user's function and take its samples.
+
+    It is called with ``data.args``, and with ``path`` (a ``Path``) and ``seed`` if it has
+    parameters of these names. It returns a :class:`~edgekd.data.dataset.Dataset`, or
+    ``{"train": {"image": …, "label": …}, "test": {…}}``, or unsplit ``{"image": …, "label": …}``,
+    with numpy arrays, torch tensors or lists of numbers; ``"classes"`` beside them may name the
+    classes.
+
+    Raises:
+        InputError: it is not callable, its arguments do not fit, it fails, or returns
+            something else.
+    """
+    name = request.config.source
+    if not callable(function):
+        raise InputError(
+            f"{name!r} is {type(function).__name__}, not a function",
+            where="data.source",
+            remedy="name a function that returns the samples",
+        )
+    request.refuse("download")
+    arguments = _arguments(function, request, seed)
+    try:
+        result = function(**arguments)
+    except EdgekdError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{name} fails: {type(error).__name__}: {error}",
+            where="data.source",
+            remedy="call it in python alone to see the whole traceback",
+        ) from error
+    if isinstance(result, Dataset):
+        return _checked(result, name)
+    return _raw(result, name)
+
+
+def fingerprint_function(request: Request) -> dict[str, str]:
+    """SHA-256 of the module, of what it imports from beside it, and of what ``data.path`` names."""
+    files = source_files(request.config.source)
+    found = {f"module {number} {f.name}": hash_file(f) for number, f in enumerate(files)}
+    if request.path is not None:
+        found["path"] = hash_path(request.required_path("what the function reads"))
+    return found
+
+
+def _arguments(function: Callable[..., Any], request: Request, seed: int) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    arguments: dict[str, Any] = {}
+    for name, value in request.config.args.items():
+        if name in parameters or (takes_any and name not in SHARED_ARGUMENTS):
+            arguments[name] = value
+        elif name not in SHARED_ARGUMENTS:
+            raise unknown_name(
+                f"argument of {request.config.source}", name, parameters, "data.args"
+            )
+    if "seed" in parameters:
+        arguments.setdefault("seed", seed)
+    if "path" in parameters and request.path is not None:
+        arguments["path"] = request.required_path("what the function reads")
+    elif request.path is not None:
+        raise InputError(
+            f"data.path is given, but {request.config.source} has no parameter 'path'",
+            where="data.path",
+            remedy="remove data.path, or add the parameter",
+        )
+    missing = [
+        p.name
+        for p in parameters.values()
+        if p.default is p.empty
+        and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        and p.name not in arguments
+    ]
+    if missing:
+        raise InputError(
+            f"{request.config.source} needs the argument {missing[0]!r}",
+            where="data.path" if missing[0] == "path" else "data.args",
+            remedy="give it there",
+        )
+    return arguments
+
+
+def _checked(dataset: Dataset, name: str) -> Dataset:
+    if set(dataset.splits) != set(SPLITS):
+        raise InputError(
+            f"the dataset of {name} has the splits {', '.join(dataset.splits) or 'none'}",
+            where="data.source",
+            remedy=f"a Dataset has all of {', '.join(SPLITS)}; return a mapping of arrays "
+            "instead to have them cut",
+        )
+    splits = {split: dataset.splits[split].arrays for split in SPLITS}
+    check_arrays(splits, name)
+    check_alike(splits, name)
+    for split, arrays in splits.items():
+        for array_name, array in arrays.items():
+            check_finite(split, array_name, array, name)
+    return dataset
+
+
+def _raw(result: Any, name: str) -> RawData:
+    if not isinstance(result, Mapping):
+        raise InputError(
+            f"{name} returned {type(result).__name__}",
+            where="data.source",
+            remedy='return {"train": {"image": …, "label": …}, "test": {…}} of arrays',
+        )
+    content = dict(result)
+    labels = content.pop(LABEL_NAMES, None)
+    nested = [key for key, value in content.items() if isinstance(value, Mapping)]
+    if loose := [key for key in content if key in SPLITS and key not in nested]:
+        raise InputError(
+            f"the split {loose[0]!r} of {name} is {type(content[loose[0]]).__name__}",
+            where="data.source",
+            remedy='make it a mapping of named arrays: {"image": …, "label": …}',
+        )
+    if nested and len(nested) < len(content):
+        odd = next(key for key in content if key not in nested)
+        raise InputError(
+            f"{name} returned splits and, beside them, {odd!r}",
+            where="data.source",
+            remedy=f"put every array into a split; only {LABEL_NAMES!r} stands beside them",
+        )
+    if unknown := [str(key) for key in nested if key not in SPLITS]:
+        raise unknown_name("split", unknown[0], SPLITS, name)
+    splits = content if nested else {UNSPLIT: content}
+    return RawData(
+        splits={
+            split: {str(key): _array(value, f"{key!r} of {name}") for key, value in arrays.items()}
+            for split, arrays in splits.items()
+        },
+        where=name,
+        description=name,
+        labels=None if labels is None else tuple(str(label) for label in labels),
+    )
+
+
+def _array(value: Any, what: str) -> Array:
+    # torch is not imported to find out: a value of torch's can only exist when torch is.
+    from_torch = type(value).__module__.partition(".")[0] == "torch"
+    try:
+        return _from_torch(value) if from_torch else np.asarray(value)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{what} is no array: {error}",
+            where="data.source",
+            remedy="return arrays with one row per sample, all of the same shape",
+        ) from error
+
+
+def _from_torch(tensor: Any) -> Array:
+    array: Array = tensor.detach().cpu().numpy()
+    return array

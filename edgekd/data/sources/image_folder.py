@@ -1,0 +1,167 @@
+"""A folder of image files, one folder per class."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from edgekd.data.dataset import Array
+from edgekd.data.memory import allocate
+from edgekd.data.source import UNSPLIT, RawData, Request, Source, hash_path
+from edgekd.errors import InputError, unknown_name
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+"""Files that count as images; other files in a class's folder are passed over."""
+
+_CHANNELS = {"RGB": 3, "L": 1}
+_SPLIT_FOLDERS = {
+    "train": "train",
+    "validation": "validation",
+    "val": "validation",
+    "test": "test",
+}
+
+
+def read_image_folder(request: Request) -> RawData:
+    """``<path>/train/<class>/*`` and ``<path>/test/<class>/*``, or just ``<path>/<class>/*``.
+
+    ``image`` is uint8 (N, C, H, W), ``label`` the index of the class in alphabetical order. Files
+    are decoded to RGB, or to grey with ``data.args: {mode: L}``; the orientation that a camera
+    wrote into EXIF is applied. ``data.image_size`` (height, width) resizes them all.
+
+    Raises:
+        InputError: there are no images, one cannot be decoded, or they differ in size and
+            ``data.image_size`` is not given.
+    """
+    request.refuse("download")
+    mode = request.arguments(("mode",)).get("mode", "RGB")
+    if mode not in _CHANNELS:
+        raise unknown_name("image mode", str(mode), _CHANNELS, "data.args")
+    root = _root(request)
+    folders = {
+        split: root / name for name, split in _SPLIT_FOLDERS.items() if (root / name).is_dir()
+    }
+    if "train" not in folders:
+        folders = {UNSPLIT: root}
+    listed = {split: _files(folder) for split, folder in folders.items()}
+    classes = sorted(next(iter(listed.values())))
+    for split, by_class in listed.items():
+        for name in by_class:
+            if name not in classes:
+                raise InputError(
+                    f"the class {name!r} of {split} has no images in train",
+                    where=str(folders[split] / name),
+                    remedy="give images to train it on, or remove the folder",
+                )
+    reader = _Reader(mode, request.config.image_size)
+    return RawData(
+        splits={split: reader.read(by_class, classes) for split, by_class in listed.items()},
+        where=str(root),
+        description=f"images in {root}",
+        labels=tuple(classes),
+        layout="nchw",
+    )
+
+
+def _root(request: Request) -> Path:
+    root = request.required_path("a folder of images by class")
+    if not root.is_dir():
+        raise InputError(
+            "data.path is no folder", where=str(root), remedy="give a folder of images by class"
+        )
+    return root
+
+
+def _files(folder: Path) -> Mapping[str, list[Path]]:
+    by_class: dict[str, list[Path]] = {}
+    for child in sorted(folder.iterdir()):
+        if not child.is_dir() or child.name.startswith("."):
+            continue
+        files = sorted(
+            Path(parent) / name
+            for parent, _, names in os.walk(child)
+            for name in names
+            if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+        )
+        if not files:
+            raise InputError(
+                f"the class {child.name!r} has no images",
+                where=str(child),
+                remedy=f"put images there ({', '.join(SUFFIXES)}), or remove the folder",
+            )
+        by_class[child.name] = files
+    if not by_class:
+        raise InputError(
+            "there are no class folders with images",
+            where=str(folder),
+            remedy="lay the images out as <class>/<file>, or train/<class>/<file> and "
+            "test/<class>/<file>",
+        )
+    return by_class
+
+
+class _Reader:
+    """Decodes files to one size: the given one, or else that of the very first file."""
+
+    def __init__(self, mode: str, size: tuple[int, int] | None) -> None:
+        self.mode = mode
+        self.resize = size
+        self.size = size
+        self.first: Path | None = None
+
+    def read(self, by_class: Mapping[str, list[Path]], classes: list[str]) -> dict[str, Array]:
+        rows = [(path, classes.index(name)) for name, paths in by_class.items() for path in paths]
+        images: Array | None = None
+        for row, (path, _) in enumerate(rows):
+            pixels = self._decode(path)
+            if images is None:
+                shape = (len(rows), _CHANNELS[self.mode], *pixels.shape[1:])
+                images = allocate(shape, np.dtype(np.uint8))
+            images[row] = pixels
+        assert images is not None  # _files() gives no empty class
+        return {"image": images, "label": np.array([label for _, label in rows], np.int64)}
+
+    def _decode(self, path: Path) -> Array:
+        try:
+            with Image.open(path) as file:
+                if file.mode.startswith(("I", "F")):
+                    raise InputError(
+                        f"the image has {file.mode!r} pixels of more than 8 bits",
+                        where=str(path),
+                        remedy="convert it to 8 bits, or give float32 arrays in an npz file",
+                    )
+                image = ImageOps.exif_transpose(file).convert(self.mode)
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            raise InputError(
+                f"the image cannot be decoded: {error}",
+                where=str(path),
+                remedy="replace or remove the file",
+            ) from error
+        size = (image.height, image.width)
+        if self.resize is not None and size != self.resize:
+            image = image.resize((self.resize[1], self.resize[0]), Image.Resampling.BILINEAR)
+        elif self.size is None:
+            self.size, self.first = size, path
+        elif size != self.size:
+            raise InputError(
+                f"the images differ in size: {self.first} is {self.size[0]}x{self.size[1]}, "
+                f"{path} is {size[0]}x{size[1]} (height x width)",
+                where=str(path),
+                remedy=f"set data.image_size, e.g. [{self.size[0]}, {self.size[1]}], "
+                "to resize them all",
+            )
+        pixels = np.asarray(image)
+        return pixels[None] if self.mode == "L" else pixels.transpose(2, 0, 1)
+
+
+def fingerprint_image_folder(request: Request) -> dict[str, str]:
+    """SHA-256 of the sorted relative paths and their contents; the version of the decoder."""
+    return {"images": hash_path(_root(request)), "pillow": version("pillow")}
+
+
+IMAGE_FOLDER = Source(read_image_folder, fingerprint_image_folder)

@@ -1,0 +1,103 @@
+"""An ``.npz`` file of named arrays, split or not."""
+
+from __future__ import annotations
+
+import re
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from edgekd.data.dataset import Array
+from edgekd.data.source import UNSPLIT, RawData, Request, Source, hash_file
+from edgekd.errors import InputError
+
+LABEL_NAMES = "classes"
+"""The array of text that names the classes, beside the samples."""
+
+_SPLIT = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+_BEFORE = re.compile(rf"({'|'.join(_SPLIT)})_(\w+)")
+_AFTER = re.compile(rf"(\w+)_({'|'.join(_SPLIT)})")
+
+
+def read_npz(request: Request) -> RawData:
+    """Arrays named ``train_image``, ``test_label``; or ``x_train``, ``y_test``; or unsplit.
+
+    ``val_`` means ``validation_``. An array of text named ``classes`` names the classes. Of
+    unsplit arrays a fifth is cut off as test. Pickles are never read.
+
+    Raises:
+        InputError: the file is missing, damaged, no npz, or holds an object array.
+    """
+    request.refuse("download")
+    request.arguments(())
+    path = request.required_path("an .npz file")
+    arrays = _load(path)
+    labels = None
+    if LABEL_NAMES in arrays and arrays[LABEL_NAMES].dtype.kind == "U":
+        labels = tuple(str(name) for name in arrays.pop(LABEL_NAMES).ravel())
+    return RawData(
+        splits=_by_split(arrays, str(path)), where=str(path), description=str(path), labels=labels
+    )
+
+
+def _load(path: Path) -> dict[str, Array]:
+    damaged = "write it again with numpy.savez; it is no complete .npz file"
+    if path.is_dir():
+        raise InputError("this is a folder", where=str(path), remedy="give an .npz file")
+    if path.stat().st_size == 0:
+        raise InputError("the file is empty", where=str(path), remedy=damaged)
+    arrays: dict[str, Array] = {}
+    name = ""
+    try:
+        if not zipfile.is_zipfile(path):
+            raise InputError(
+                "the file is no npz archive, or it is cut off", where=str(path), remedy=damaged
+            )
+        with np.load(path, allow_pickle=False) as archive:
+            for name in archive.files:
+                arrays[name] = archive[name]
+    except ValueError as error:
+        # numpy refuses an object array with a ValueError, for it would have to unpickle it.
+        raise InputError(
+            f"the array {name!r} cannot be read: {error}",
+            where=str(path),
+            remedy="save plain numbers: arrays of objects are pickles, which are refused",
+        ) from error
+    except (OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(
+            f"the file is damaged{f' at array {name!r}' if name else ''}: {error}",
+            where=str(path),
+            remedy=damaged,
+        ) from error
+    if not arrays:
+        raise InputError("the file holds no array", where=str(path), remedy=damaged)
+    return arrays
+
+
+def _by_split(arrays: dict[str, Array], where: str) -> dict[str, dict[str, Array]]:
+    splits: dict[str, dict[str, Array]] = {}
+    for name, array in arrays.items():
+        if match := _BEFORE.fullmatch(name):
+            split, short = match.groups()
+        elif match := _AFTER.fullmatch(name):
+            short, split = match.groups()
+        else:
+            split, short = UNSPLIT, name
+        splits.setdefault(_SPLIT.get(split, split), {})[short] = array
+    if UNSPLIT in splits and len(splits) > 1:
+        raise InputError(
+            f"some arrays name their split, these do not: {', '.join(splits[UNSPLIT])}",
+            where=where,
+            remedy="name them train_NAME and test_NAME, or none of the arrays so",
+        )
+    return splits
+
+
+def fingerprint_npz(request: Request) -> dict[str, str]:
+    """SHA-256 of the file."""
+    return {"npz": hash_file(request.required_path("an .npz file"))}
+
+
+NPZ = Source(read_npz, fingerprint_npz)

@@ -1,0 +1,1 @@
+"""The heart: losses, objective, teachers and the training loop."""

@@ -1,0 +1,109 @@
+"""The state of a training on disk, so that a stop loses at most the current epoch."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgekd.distill.history import History
+from edgekd.errors import StageError
+
+NAME = "checkpoint.pt"
+_VERSION = 1
+
+
+@dataclass
+class TrainingState:
+    """Everything that the next epoch depends on.
+
+    Attributes:
+        run: what the training was asked for; a state of another run is not gone on with.
+        model: the weights and buffers after the last epoch.
+        optimizer: the optimizer's state dict.
+        best: the weights and buffers after the best epoch.
+        history: the epochs so far.
+    """
+
+    run: Mapping[str, Any]
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any]
+    best: Mapping[str, Tensor]
+    history: History
+
+
+def save_checkpoint(state: TrainingState, folder: Path) -> None:
+    """Write the state into a folder, at once or not at all.
+
+    Raises:
+        StageError: it cannot be written; what was there before is still there.
+    """
+    path = folder / NAME
+    partial = folder / f"{NAME}.partial"
+    content = {
+        "version": _VERSION,
+        "run": dict(state.run),
+        "model": dict(state.model),
+        "optimizer": dict(state.optimizer),
+        "best": dict(state.best),
+        "history": state.history.to_json(),
+    }
+    # Through memory: torch's own writer reports a full disk as a riddle.
+    serialized = io.BytesIO()
+    torch.save(content, serialized)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(serialized.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)  # noqa: PTH105 - os.replace says that it is atomic
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise StageError(
+            f"the training state cannot be written: {error.strerror or error}",
+            where=str(path),
+            remedy="make room on the disk; the next run goes on from the epoch before",
+        ) from error
+
+
+def load_checkpoint(folder: Path, run: Mapping[str, Any]) -> tuple[TrainingState | None, str]:
+    """The state to go on from.
+
+    Returns:
+        The state, or None; and why there is none although a file is there ("" if there is no
+        file). A damaged file is no error: the training can start again.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        return None, ""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if content["version"] != _VERSION or content["run"] != dict(run):
+            return None, "it is of another training"
+        return (
+            TrainingState(
+                content["run"],
+                content["model"],
+                content["optimizer"],
+                content["best"],
+                History.from_json(content["history"]),
+            ),
+            "",
+        )
+    except (
+        *(OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile),
+        *(KeyError, TypeError, ValueError, IndexError, AttributeError),
+    ) as error:
+        reason = str(error).strip().splitlines()
+        return None, f"it cannot be read ({reason[0][:120] if reason else type(error).__name__})"

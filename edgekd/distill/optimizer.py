@@ -1,0 +1,70 @@
+"""How weights are stepped: the optimizer, and its learning rate at each step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from edgekd.config.pipeline import TrainConfig
+from edgekd.errors import InputError
+
+WARM_UP = 0.2
+"""The part of a one-cycle training in which the rate rises."""
+_START = 1 / 25
+_END = 1e-6
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
+    """The learning rate of a step, a function of the step alone: resuming needs no state.
+
+    ``constant``; ``cosine``: half a cosine from the given rate down to almost 0; ``one-cycle``
+    (Smith & Topin 2018): half a cosine up from 1/25 of the rate, then one down to almost 0.
+
+    Args:
+        config: ``schedule`` and its peak, ``learning_rate``.
+        step: from 0.
+        steps: of the whole training.
+    """
+    peak = config.learning_rate
+    if config.schedule == "constant":
+        return peak
+    if config.schedule == "cosine":
+        return _half_cosine(peak, peak * _END, step / max(1, steps - 1))
+    top = max(1.0, WARM_UP * steps - 1)
+    if step <= top:
+        return _half_cosine(peak * _START, peak, step / top)
+    return _half_cosine(peak, peak * _END, (step - top) / max(1.0, steps - 1 - top))
+
+
+def _half_cosine(start: float, end: float, part: float) -> float:
+    """From ``start`` at 0 to ``end`` at 1."""
+    return end + (start - end) * (1 + math.cos(math.pi * min(1.0, part))) / 2
+
+
+def build_optimizer(
+    parameters: Sequence[nn.Parameter], config: TrainConfig
+) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum, or AdamW; biases and norms are not decayed.
+
+    Raises:
+        InputError: there is nothing to train.
+    """
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise InputError("the model has no parameters to train", remedy="give another model")
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+    return torch.optim.SGD(
+        groups,
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        nesterov=config.momentum > 0,
+        fused=True,
+    )

@@ -1,0 +1,242 @@
+"""A teacher is anything that answers a batch: a torch module, or an ONNX file as a black box."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from edgekd.distill.evaluate import device_of, prepared
+from edgekd.errors import InputError
+from edgekd.spec import TensorSpec
+
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
+
+
+class Teacher(Protocol):
+    """Anything that answers a batch."""
+
+    def answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs by name, without a graph."""
+        ...
+
+
+class ModuleTeacher:
+    """A torch model, in evaluation mode and frozen.
+
+    Args:
+        model: called with the batch, gives outputs by name (a ``NamedModel``). It is put in
+            evaluation mode and its parameters no longer require gradients.
+        channels_last: also lay out its weights for channels-last images, faster on CPUs.
+    """
+
+    def __init__(self, model: nn.Module, channels_last: bool = True) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self._channels_last = channels_last
+        self._device = device_of(model)
+        if channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @torch.no_grad()  # not inference_mode: its tensors cannot be part of the student's graph
+    def answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs by name, without a graph."""
+        moved = prepared(batch, self._device, self._channels_last)
+        answers: dict[str, Tensor] = self.model(moved)
+        return answers
+
+
+class OnnxTeacher:
+    """An ONNX file, run by ONNX Runtime on the CPU.
+
+    Args:
+        path: the file. Its inputs are matched by name; when names differ, by order. A fixed
+            batch size is served by pieces, the last one filled up.
+        inputs: what the batches hold.
+        outputs: what the task wants. The file's outputs are matched by name; when names differ,
+            by order. Left out, the file's own names are given.
+        threads: intra-op threads; None takes ONNX Runtime's default.
+
+    Attributes:
+        gives_probabilities: the primary output sums to 1 over classes, as after a softmax. It is
+            then answered as its logarithm, which is a valid set of logits: softmax(log p) = p.
+
+    Raises:
+        InputError: the file is missing, truncated or no ONNX; or it cannot take these inputs or
+            does not give these outputs, both shapes named.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec] = (),
+        threads: int | None = None,
+    ) -> None:
+        self.path = path
+        self._session = _open(path, threads)
+        self._inputs = _match_inputs(self._session, inputs, path)
+        self._batch_size = _fixed_batch(self._session)
+        self.gives_probabilities = False
+        given = [node.name for node in self._session.get_outputs()]
+        wanted = [spec.name for spec in outputs] or given
+        if not set(wanted) <= set(given) and len(given) < len(wanted):
+            raise InputError(
+                f"the ONNX teacher gives {', '.join(given)}, and {', '.join(wanted)} are wanted",
+                where=str(path),
+                remedy="export it with these outputs",
+            )
+        self._fetched = wanted if set(wanted) <= set(given) else given[: len(wanted)]
+        self._names = wanted
+        self._probe(inputs, outputs)
+
+    def answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs by name, float32 where the file gives floats of another width."""
+        arrays = {}
+        for name, node, dtype in self._inputs:
+            if name not in batch:
+                raise InputError(
+                    f"the batch lacks the teacher's input {name!r}", where=str(self.path)
+                )
+            arrays[node] = np.ascontiguousarray(batch[name].detach().cpu().numpy(), dtype=dtype)
+        device = batch[self._inputs[0][0]].device
+        answers = self._run(arrays)
+        tensors = {
+            name: torch.from_numpy(_float32(array)).to(device)
+            for name, array in zip(self._names, answers, strict=True)
+        }
+        if self.gives_probabilities:
+            primary = self._names[0]
+            tensors[primary] = tensors[primary].clamp_min(torch.finfo(torch.float32).tiny).log()
+        return tensors
+
+    def _run(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        count = len(next(iter(arrays.values())))
+        size = self._batch_size or count
+        pieces = []
+        for start in range(0, count, size):
+            piece = {name: array[start : start + size] for name, array in arrays.items()}
+            filled = {
+                name: np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
+                if len(part) < size
+                else part
+                for name, part in piece.items()
+            }
+            answers = self._session.run(self._fetched, filled)
+            pieces.append([answer[: min(size, count - start)] for answer in answers])
+        return [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
+
+    def _probe(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+        """Run two samples of noise once, to find wrong shapes now and not in the first epoch."""
+        noise = np.random.default_rng(0)
+        specs = {spec.name: spec for spec in inputs}
+        arrays = {}
+        for name, node, dtype in self._inputs:
+            sizes = [2, *(s if isinstance(s, int) else 4 for s in specs[name].shape[1:])]
+            arrays[node] = noise.random(sizes).astype(dtype)
+        try:
+            answers = self._run(arrays)
+        except Exception as error:
+            raise InputError(
+                f"the ONNX teacher cannot take {', '.join(map(str, inputs))}: "
+                f"{str(error).strip().splitlines()[0][:200]}",
+                where=str(self.path),
+                remedy="give data in the shape it was exported for",
+            ) from error
+        for spec, array in zip(outputs, answers, strict=False):
+            wanted = [size for size in spec.shape[1:] if isinstance(size, int)]
+            if array.ndim != len(spec.shape) or len(array) != 2 or list(array.shape[1:]) != wanted:
+                raise InputError(
+                    f"the ONNX teacher gives {spec.name} [batch, "
+                    f"{', '.join(map(str, array.shape[1:]))}], and the task needs "
+                    f"[{', '.join(map(str, spec.shape))}]",
+                    where=str(self.path),
+                    remedy="give a teacher for the same classes or targets as the data have",
+                )
+        if outputs and outputs[0].name == "logits":
+            rows = answers[0].astype(np.float64)
+            self.gives_probabilities = bool(
+                (rows >= 0).all() and np.allclose(rows.sum(axis=-1), 1, atol=1e-3)
+            )
+
+
+def _open(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
+    if not path.is_file():
+        raise InputError(
+            "the ONNX teacher does not exist", where=str(path), remedy="check the path"
+        )
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        # ONNX Runtime's own exceptions have no common base class.
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no reason"
+        raise InputError(
+            f"ONNX Runtime cannot load the teacher: {reason}",
+            where=str(path),
+            remedy="copy or export it again: it may be cut off, or its .data file is missing",
+        ) from error
+
+
+def _match_inputs(
+    session: onnxruntime.InferenceSession, inputs: Sequence[TensorSpec], path: Path
+) -> list[tuple[str, str, type[np.generic]]]:
+    """(name in the batch, name in the file, dtype) of each input of the file."""
+    nodes = session.get_inputs()
+    by_name = {spec.name: spec for spec in inputs}
+    if all(node.name in by_name for node in nodes):
+        pairs = [(by_name[node.name], node) for node in nodes]
+    elif len(nodes) == len(inputs):
+        pairs = list(zip(inputs, nodes, strict=True))
+    else:
+        raise InputError(
+            f"the ONNX teacher takes {', '.join(node.name for node in nodes)}, and the data have "
+            f"{', '.join(by_name)}",
+            where=str(path),
+            remedy="name the data's inputs as the file names them",
+        )
+    for spec, node in pairs:
+        shape = list(node.shape)
+        fixed = len(shape) == len(spec.shape) and all(
+            not isinstance(wanted, int) or not isinstance(size, int) or wanted == size
+            for wanted, size in zip(shape[1:], spec.shape[1:], strict=True)
+        )
+        if not fixed:
+            raise InputError(
+                f"the ONNX teacher takes {node.name} {shape}, and the data give {spec}",
+                where=str(path),
+                remedy="resize the data (data.image_size), or export the teacher for this size",
+            )
+        if node.type not in _DTYPES:
+            raise InputError(
+                f"the ONNX teacher's input {node.name} is a {node.type}",
+                where=str(path),
+                remedy="numbers and booleans can be fed",
+            )
+    return [(spec.name, node.name, _DTYPES[node.type]) for spec, node in pairs]
+
+
+def _fixed_batch(session: onnxruntime.InferenceSession) -> int | None:
+    """The batch size the file is fixed to, or None when it takes any."""
+    sizes = {node.shape[0] for node in session.get_inputs() if node.shape}
+    fixed = [size for size in sizes if isinstance(size, int) and size > 0]
+    return fixed[0] if fixed else None
+
+
+def _float32(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return array.astype(np.float32) if array.dtype.kind == "f" else array

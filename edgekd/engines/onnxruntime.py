@@ -1,0 +1,269 @@
+"""The ONNX Runtime engine: a model optimized offline, saved, and checked to answer the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from edgekd.engines.onnx_file import UNKNOWN_RANK, check_onnx, describe_onnx
+from edgekd.engines.session import (
+    CPU_PROVIDER,
+    Optimization,
+    first_line,
+    open_session,
+    providers_for,
+    session_options,
+)
+from edgekd.errors import InputError, StageError
+from edgekd.spec import ModelSpec
+
+__all__ = ["EngineInfo", "build_engine", "made_up_inputs", "open_session", "providers_for"]
+
+Array = npt.NDArray[Any]
+TRIED_SIZES = (1, 16, 128, 512)
+"""What symbolic dimensions other than the batch's are tried with when no samples are given."""
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """How a model was prepared for ONNX Runtime and is to be run.
+
+    ``providers_session`` are those the session took, ``nodes`` how many nodes of the optimized
+    graph each really ran. ``saved_level`` is the optimization inside the file, ``run_level`` the
+    one to open it with. ``max_difference`` is the largest |optimized − exported| seen.
+    """
+
+    file: str
+    size_bytes: int
+    providers_requested: tuple[str, ...]
+    providers_session: tuple[str, ...]
+    nodes: dict[str, int]
+    threads: int
+    saved_level: str
+    run_level: str
+    max_difference: float
+    session_options: dict[str, Any]
+    versions: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain mapping for a JSON file."""
+        return asdict(self)
+
+
+def build_engine(
+    onnx_path: Path,
+    out_path: Path,
+    providers: Sequence[str],
+    threads: int = 1,
+    optimization: Optimization = "all",
+    samples: Mapping[str, Array] | None = None,
+    tolerance: float = 1e-3,
+) -> EngineInfo:
+    """Optimize a model offline, save it, load it again and compare its answers.
+
+    The file is optimized to ``extended`` at most: what ``all`` adds (blocked memory layouts)
+    depends on the processor it was made on. It is meant to be run at ``optimization``, which
+    adds the rest where it runs.
+
+    Args:
+        onnx_path: the exported model.
+        out_path: the optimized file; not the same as ``onnx_path``.
+        providers: from :func:`providers_for`.
+        threads: intra-op threads.
+        optimization: the level to run at.
+        samples: inputs to compare on, (N, …) by name; made up where None: see
+            :func:`made_up_inputs`; a size that the model can run is searched.
+        tolerance: |optimized − exported| may be ``tolerance · max(1, max|exported|)``. The
+            default allows what fusing float32 convolutions and normalizations changes.
+
+    Raises:
+        InputError: the file is not a valid model, or a provider does not start.
+        StageError: the optimized file cannot be written, read back, or answers differently.
+    """
+    check_onnx(onnx_path)
+    saved: Optimization = "extended" if optimization == "all" else optimization
+    _save_optimized(onnx_path, out_path, providers, threads, saved)
+    exported = open_session(onnx_path, providers, threads, "disabled")
+    if samples is None:
+        inputs, reference = _made_up(exported, describe_onnx(onnx_path).spec, onnx_path)
+    else:
+        inputs, reference = dict(samples), _answers(exported, samples, onnx_path)
+    with tempfile.TemporaryDirectory() as folder:
+        options = session_options(threads, optimization)
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder) / "trace")
+        session = open_session(out_path, providers, threads, optimization, options)
+        answers = _answers(session, inputs, out_path)
+        nodes = _nodes_by_provider(Path(session.end_profiling()))
+    check_providers_used(providers, nodes, out_path)
+    difference = _largest_difference(reference, answers, tolerance, out_path)
+    return EngineInfo(
+        file=out_path.name,
+        size_bytes=out_path.stat().st_size,
+        providers_requested=tuple(providers),
+        providers_session=tuple(session.get_providers()),
+        nodes=nodes,
+        threads=threads,
+        saved_level=saved,
+        run_level=optimization,
+        max_difference=difference,
+        session_options={
+            "intra_op_num_threads": threads,
+            "inter_op_num_threads": 1,
+            "execution_mode": "sequential",
+            "graph_optimization_level": optimization,
+        },
+        versions={"onnxruntime": onnxruntime.__version__},
+    )
+
+
+def check_providers_used(providers: Sequence[str], nodes: Mapping[str, int], path: Path) -> None:
+    """Make sure that the preferred provider ran something.
+
+    Raises:
+        InputError: it ran no node, and the model would be measured on another device.
+    """
+    preferred = providers[0]
+    if preferred != CPU_PROVIDER and not nodes.get(preferred):
+        ran = ", ".join(f"{name} ({count} nodes)" for name, count in nodes.items())
+        raise InputError(
+            f"{preferred} ran no node of the model; {ran or 'nothing'} did",
+            where=str(path),
+            remedy="the provider supports none of its operations: choose another provider",
+        )
+
+
+def made_up_inputs(spec: ModelSpec, size: int = 1, seed: int = 0) -> dict[str, Array]:
+    """Inputs of the right shapes for a model about which nothing else is known.
+
+    Floats are standard normal, all else is zero. The first input is taken for the data and later
+    ones for its state: symbolic dimensions of the first input but its first one (the batch) are
+    ``size`` wherever they occur, all others are 1.
+
+    Raises:
+        InputError: an input has no known number of dimensions, or holds strings.
+    """
+    random = np.random.default_rng(seed)
+    free = {d for tensor in spec.inputs[:1] for d in tensor.shape[1:] if isinstance(d, str)}
+    inputs: dict[str, Array] = {}
+    for tensor in spec.inputs:
+        if tensor.dtype == "string" or UNKNOWN_RANK in tensor.shape:
+            raise InputError(
+                f"no input can be made up for {tensor}", where=tensor.name, remedy="give samples"
+            )
+        shape = tuple(d if isinstance(d, int) else size if d in free else 1 for d in tensor.shape)
+        floating = "float" in tensor.dtype
+        values = random.standard_normal(shape) if floating else np.zeros(shape)
+        inputs[tensor.name] = np.asarray(values).astype(tensor.dtype)
+    return inputs
+
+
+def _save_optimized(
+    onnx_path: Path, out_path: Path, providers: Sequence[str], threads: int, level: Optimization
+) -> None:
+    try:
+        if level == "disabled":
+            shutil.copyfile(onnx_path, out_path)
+            return
+        # Opened first, so that a folder that cannot be written is told from a bad model.
+        out_path.write_bytes(b"")
+    except OSError as error:
+        raise StageError(
+            f"the optimized model cannot be written: {error.strerror}",
+            where=str(out_path),
+            remedy="free space or choose another folder",
+        ) from error
+    options = session_options(threads, level)
+    options.optimized_model_filepath = str(out_path)
+    open_session(onnx_path, providers, threads, level, options)
+    if out_path.stat().st_size == 0:
+        raise StageError(
+            "ONNX Runtime wrote no optimized model",
+            where=str(out_path),
+            remedy="free space, or set engines: [{kind: onnxruntime, optimization: disabled}]",
+        )
+
+
+def _made_up(
+    session: onnxruntime.InferenceSession, spec: ModelSpec, path: Path
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Made-up inputs of the first size that the model can run, and its answers to them."""
+    failure: StageError | None = None
+    for size in TRIED_SIZES:
+        inputs = made_up_inputs(spec, size)
+        try:
+            return inputs, _answers(session, inputs, path)
+        except StageError as error:
+            failure = failure or error
+    assert failure is not None
+    raise failure
+
+
+def _answers(
+    session: onnxruntime.InferenceSession, inputs: Mapping[str, Array], path: Path
+) -> dict[str, Array]:
+    names = [output.name for output in session.get_outputs()]
+    try:
+        return dict(zip(names, session.run(names, dict(inputs)), strict=True))
+    except Exception as error:  # the runtime's own exception classes have no public base
+        shapes = ", ".join(f"{name} {value.shape}" for name, value in inputs.items())
+        raise StageError(
+            f"the model does not run on {shapes}: {first_line(error)}",
+            where=str(path),
+            remedy="give samples of the shapes that the model takes",
+        ) from error
+
+
+def _nodes_by_provider(trace: Path) -> dict[str, int]:
+    """From ONNX Runtime's profile: how many nodes each provider ran."""
+    ran = {
+        event["name"]: event["args"]["provider"]
+        for event in json.loads(trace.read_text())
+        if event.get("cat") == "Node" and event.get("args", {}).get("provider")
+    }
+    return dict(Counter(ran.values()))
+
+
+def _largest_difference(
+    reference: Mapping[str, Array], answers: Mapping[str, Array], tolerance: float, path: Path
+) -> float:
+    largest = 0.0
+    for name, expected in reference.items():
+        answer = answers.get(name)
+        if answer is None or answer.shape != expected.shape:
+            raise StageError(
+                f"the optimized model lost or reshaped output {name!r}",
+                where=str(path),
+                remedy="set engines: [{kind: onnxruntime, optimization: basic}]",
+            )
+        if expected.dtype.kind not in "fiub":
+            if not np.array_equal(expected, answer):
+                raise _differs(name, path, "another value")
+            continue
+        p, o = expected.astype(np.float64), answer.astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            same = (p == o) | (np.isnan(p) & np.isnan(o))
+            difference = float(np.where(same, 0.0, np.abs(o - p)).max(initial=0.0))
+        finite = np.abs(p[np.isfinite(p)])
+        if not difference <= tolerance * max(1.0, float(finite.max(initial=0.0))):
+            raise _differs(name, path, f"a difference of {difference:.3g}")
+        largest = max(largest, difference)
+    return largest
+
+
+def _differs(name: str, path: Path, how: str) -> StageError:
+    return StageError(
+        f"the optimized model answers differently: output {name!r} has {how}",
+        where=str(path),
+        remedy="set engines: [{kind: onnxruntime, optimization: basic}] or disabled",
+    )

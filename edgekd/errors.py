@@ -1,0 +1,79 @@
+"""Every error that a user can cause or must know about: what is wrong, where, and what to do.
+
+The command line prints one of these without a traceback and leaves with its exit code.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EdgekdError(Exception):
+    """Base of all errors of the project.
+
+    Args:
+        what: what is wrong, as a sentence without a full stop at its end.
+        where: the file, key, line or layer it concerns.
+        remedy: what the user can do about it.
+    """
+
+    exit_code = 3
+
+    def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
+        self.what = what
+        self.where = where
+        self.remedy = remedy
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.remedy:
+            lines.append(f"  to do: {self.remedy}")
+        return "\n".join(lines)
+
+
+class GateFailed(EdgekdError):
+    """The artifact was made and measured, and does not meet its budgets."""
+
+    exit_code = 1
+
+
+class InputError(EdgekdError):
+    """What the user gave (YAML, data, checkpoint, model, option) is wrong."""
+
+    exit_code = 2
+
+
+class StageError(EdgekdError):
+    """A stage could not do its work: training diverged, parity failed, the disk is full."""
+
+    exit_code = 3
+
+
+class TargetError(EdgekdError):
+    """The machine to measure on could not be reached or could not run the model."""
+
+    exit_code = 4
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like a misspelt one, or None when nothing is near."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return matches[0] if matches else None
+
+
+def unknown_name(
+    kind: str, name: str, known: Iterable[str], where: str | None = None
+) -> InputError:
+    """The error for a name that is none of the known ones, with the nearest as a suggestion."""
+    choices = sorted(known)
+    guess = nearest(name, choices)
+    hint = f"did you mean {guess!r}? " if guess else ""
+    return InputError(
+        f"there is no {kind} named {name!r}",
+        where=where,
+        remedy=f"{hint}known: {', '.join(choices)}",
+    )

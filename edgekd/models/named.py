@@ -1,0 +1,143 @@
+"""A network with named inputs and outputs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from edgekd.errors import InputError
+from edgekd.spec import ModelSpec, TensorSpec
+
+
+class NamedModel(nn.Module):
+    """Any module, called with a mapping from name to tensor and answering with one.
+
+    Args:
+        module: takes its inputs by name if the parameters of its ``forward`` have the names of
+            ``spec.inputs``; the whole mapping if its only parameter is called ``batch``; else
+            by position in the order of ``spec.inputs``. It gives a tensor, a tuple or a mapping.
+        spec: the names, shapes and dtypes.
+
+    Raises:
+        InputError: ``forward`` cannot take that many inputs.
+    """
+
+    spec: ModelSpec
+    module: nn.Module
+
+    def __init__(self, module: nn.Module, spec: ModelSpec) -> None:
+        super().__init__()
+        self.module = module
+        self.spec = spec
+        self._input_names = tuple(s.name for s in spec.inputs)
+        self._passing = _passing(module, self._input_names)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs by name.
+
+        Args:
+            batch: at least the inputs of the spec; other names (targets) are not looked at.
+
+        Raises:
+            InputError: an input is missing, or the module gives other outputs than the spec.
+        """
+        missing = [name for name in self._input_names if name not in batch]
+        if missing:
+            raise InputError(
+                f"the batch lacks the input {', '.join(map(repr, missing))}",
+                remedy=f"the batch has {', '.join(batch)}",
+            )
+        if self._passing == "mapping":
+            answer = self.module({name: batch[name] for name in self._input_names})
+        elif self._passing == "name":
+            answer = self.module(**{name: batch[name] for name in self._input_names})
+        else:
+            answer = self.module(*(batch[name] for name in self._input_names))
+        return name_outputs(answer, self.spec.outputs)
+
+    def check_batch(self, batch: Mapping[str, Tensor]) -> None:
+        """Raise InputError when an input does not have the shape of the spec; both are named."""
+        for spec in self.spec.inputs:
+            if spec.name in batch and not fits(batch[spec.name].shape, spec):
+                raise InputError(
+                    f"the model takes {spec}, and {spec.name!r} is {list(batch[spec.name].shape)}",
+                    remedy="resize the data (data.image_size), or build the model for this size",
+                )
+
+
+def fits(shape: Sequence[int], spec: TensorSpec) -> bool:
+    """Whether a tensor's shape is that of a spec, whose symbolic dimensions take any size."""
+    return len(shape) == len(spec.shape) and all(
+        isinstance(wanted, str) or wanted == size
+        for size, wanted in zip(shape, spec.shape, strict=True)
+    )
+
+
+def name_outputs(answer: object, outputs: Sequence[TensorSpec]) -> dict[str, Tensor]:
+    """What a module gave, by the names of the spec.
+
+    Raises:
+        InputError: it gave another number of outputs, other names, or no tensors.
+    """
+    names = [spec.name for spec in outputs]
+    named: dict[str, object]
+    if isinstance(answer, Mapping):
+        lacking = [name for name in names if name not in answer]
+        if lacking:
+            raise InputError(
+                f"the model gives {', '.join(map(str, answer))}, and not {', '.join(lacking)}",
+                remedy="name its outputs as the task does, or return a tensor",
+            )
+        named = {name: answer[name] for name in names}
+    else:
+        given = list(answer) if isinstance(answer, tuple | list) else [answer]
+        if len(given) != len(names):
+            raise InputError(
+                f"the model gives {len(given)} outputs, and {len(names)} are wanted: "
+                f"{', '.join(names)}",
+                remedy="return a mapping from output name to tensor",
+            )
+        named = dict(zip(names, given, strict=True))
+    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    for name, value in named.items():
+        if name not in tensors:
+            raise InputError(
+                f"the model's output {name!r} is a {type(value).__name__}, not a tensor",
+                remedy="return a tensor, a tuple of tensors or a mapping from name to tensor",
+            )
+    return tensors
+
+
+def count_parameters(model: nn.Module) -> int:
+    """How many numbers the parameters hold; buffers (batch-norm statistics) do not count."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _passing(module: nn.Module, names: Sequence[str]) -> str:
+    parameters = inspect.signature(module.forward).parameters
+    kinds = inspect.Parameter
+    by_name = {
+        key
+        for key, p in parameters.items()
+        if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
+    }
+    if set(names) <= by_name:
+        return "name"
+    if list(parameters) == ["batch"]:
+        return "mapping"
+    by_position = [
+        p
+        for p in parameters.values()
+        if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+    ]
+    needed = sum(p.default is kinds.empty for p in by_position)
+    unbounded = any(p.kind is kinds.VAR_POSITIONAL for p in parameters.values())
+    if needed > len(names) or (len(by_position) < len(names) and not unbounded):
+        raise InputError(
+            f"forward({', '.join(parameters)}) of {type(module).__name__} cannot take the "
+            f"{len(names)} inputs {', '.join(names)}",
+            remedy="name its parameters as the inputs are named",
+        )
+    return "position"

@@ -1,0 +1,1 @@
+"""How stages run: fingerprints, the store of artifacts, resume, progress."""

@@ -1,0 +1,63 @@
+"""The contract between a stage and what runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from edgekd.config.pipeline import PipelineConfig
+from edgekd.config.profile import Profile
+from edgekd.distill.progress import Progress
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a user asked for: a validated pipeline, where it lies and for which device."""
+
+    config: PipelineConfig
+    base: Path
+    """The folder of the pipeline file: relative paths and own modules are found from here."""
+    profile: Profile
+
+    def path(self, name: str) -> Path:
+        """A path of the pipeline file, taken from the file's folder when it is relative."""
+        return self.base / Path(name).expanduser()
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage may use while it runs."""
+
+    job: Job
+    out: Path
+    """An empty folder: what the stage writes here becomes its artifact, all or nothing."""
+    scratch: Path
+    """A folder that outlives a kill (epoch checkpoints) and is removed when the stage is done."""
+    progress: Progress
+    fingerprints: Mapping[str, str]
+    """The fingerprints of the stages that ran before, by name."""
+
+
+class Stage(Protocol):
+    """One step of the pipeline.
+
+    A stage is run again when its fingerprint changes: that of :meth:`config_slice`, of its
+    inputs' contents, of the source of ``code`` and of the versions of ``libraries``.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    code: tuple[str, ...]
+    """Modules and packages, by dotted name, whose source decides what the stage writes."""
+    libraries: tuple[str, ...]
+    """Distributions whose version decides what the stage writes."""
+
+    def config_slice(self, job: Job) -> dict[str, Any]:
+        """All of the job that the stage's result depends on, as JSON values."""
+        ...
+
+    def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
+        """Read the artifacts of ``inputs``, write this stage's into ``context.out``."""
+        ...

@@ -1,0 +1,185 @@
+"""The store: one folder per artifact, found by fingerprint, complete or absent.
+
+A stage writes into a temporary folder beside its final place; the rename at the end is the
+only moment at which the artifact appears, so a kill leaves the old state or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from edgekd.errors import InputError
+from edgekd.pipeline.fingerprint import file_sha256, json_sha256
+
+_RECORD = "artifact.json"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished stage: its folder, and what it was made from."""
+
+    stage: str
+    fingerprint: str
+    folder: Path
+    digest: str
+    """The hash of its files' contents: what later stages depend on."""
+    made_from: Mapping[str, Any]
+
+
+class Store:
+    """The artifacts of one run folder. Only one process may write to it at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.artifacts = folder / "artifacts"
+        self._lock = FileLock(folder / ".lock")
+
+    def acquire(self) -> None:
+        """Make the folder and take its lock.
+
+        Raises:
+            InputError: the folder cannot be written, or another run holds it.
+        """
+        try:
+            self.artifacts.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            owner = self._owner()
+            raise InputError(
+                f"another run{owner} is using this folder",
+                where=str(self.folder),
+                remedy="wait until it ends, or give this run its own folder with --output",
+            ) from error
+        except OSError as error:
+            raise InputError(
+                f"the run folder cannot be written: {error.strerror or error}",
+                where=str(self.folder),
+                remedy="give a folder that you may write to with --output",
+            ) from error
+        # Best effort: the name of the owner is only for the other run's message.
+        (self.folder / ".owner").write_text(str(os.getpid()), encoding="utf-8")
+        for leftover in self.artifacts.glob("*/.tmp-*"):
+            shutil.rmtree(leftover)
+
+    def release(self) -> None:
+        """Let other runs use the folder."""
+        (self.folder / ".owner").unlink(missing_ok=True)
+        self._lock.release()
+
+    def _owner(self) -> str:
+        owner = self.folder / ".owner"
+        return f" (process {owner.read_text(encoding='utf-8')})" if owner.is_file() else ""
+
+    def find(self, stage: str, fingerprint: str) -> Artifact | None:
+        """The artifact of this fingerprint, or None when there is none or it was damaged."""
+        folder = self._place(stage, fingerprint)
+        record = self._record(folder)
+        if record is None or not _intact(folder, record["files"]):
+            return None
+        return Artifact(stage, fingerprint, folder, record["digest"], record["made_from"])
+
+    def latest(self, stage: str) -> Mapping[str, Any] | None:
+        """What the newest artifact of a stage was made from, to explain why it is made anew."""
+        records = [
+            (file.stat().st_mtime_ns, file)
+            for file in (self.artifacts / stage).glob(f"[0-9a-f]*/{_RECORD}")
+        ]
+        if not records:
+            return None
+        record = self._record(max(records)[1].parent)
+        return record["made_from"] if record else None
+
+    def begin(self, stage: str, fingerprint: str) -> Path:
+        """An empty temporary folder for a stage to write into."""
+        temporary = self._place(stage, fingerprint).parent / f".tmp-{fingerprint[:16]}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        return temporary
+
+    def commit(
+        self, stage: str, fingerprint: str, temporary: Path, made_from: Mapping[str, Any]
+    ) -> Artifact:
+        """Make a stage's temporary folder its artifact, in one rename."""
+        files = {
+            str(file.relative_to(temporary)): _stamp(file) | {"sha256": file_sha256(file)}
+            for file in sorted(temporary.rglob("*"))
+            if file.is_file()
+        }
+        digest = json_sha256({name: entry["sha256"] for name, entry in files.items()})
+        record = {
+            "schema": "edgekd.artifact/1",
+            "stage": stage,
+            "fingerprint": fingerprint,
+            "digest": digest,
+            "files": files,
+            "made_from": made_from,
+        }
+        write_atomically(temporary / _RECORD, json.dumps(record, indent=1, default=str))
+        final = self._place(stage, fingerprint)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        return Artifact(stage, fingerprint, final, digest, made_from)
+
+    def scratch(self, stage: str, fingerprint: str) -> Path:
+        """A folder that outlives a kill, for a stage's checkpoints."""
+        folder = self.folder / "scratch" / f"{stage}-{fingerprint[:16]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def link(self, name: str, artifact: Artifact) -> Path:
+        """Point ``<run folder>/<name>`` at an artifact, so that its path is easy to remember."""
+        link = self.folder / name
+        temporary = self.folder / f".{name}.link"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(artifact.folder.relative_to(self.folder), target_is_directory=True)
+        temporary.replace(link)
+        return link
+
+    def unlink(self, name: str) -> None:
+        """Remove a link of :meth:`link`, so that it does not show an outdated artifact."""
+        (self.folder / name).unlink(missing_ok=True)
+
+    def _place(self, stage: str, fingerprint: str) -> Path:
+        return self.artifacts / stage / fingerprint[:16]
+
+    @staticmethod
+    def _record(folder: Path) -> dict[str, Any] | None:
+        try:
+            record: dict[str, Any] = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+            return None
+        return record
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _stamp(file: Path) -> dict[str, Any]:
+    status = file.stat()
+    return {"bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+
+
+def _intact(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether every file is as it was written; contents are read only where a stamp differs."""
+    for name, entry in files.items():
+        file = folder / name
+        if not file.is_file():
+            return False
+        stamp = _stamp(file)
+        if stamp["bytes"] != entry["bytes"]:
+            return False
+        if stamp["modified_ns"] != entry["modified_ns"] and file_sha256(file) != entry["sha256"]:
+            return False
+    return True

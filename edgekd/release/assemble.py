@@ -1,0 +1,176 @@
+"""From what was measured to the result file: every figure with unit, n, interval and evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekd.figure import Evidence, Figure
+from edgekd.release import statistics
+from edgekd.release.result import SCHEMA
+
+MB = 1e6
+
+
+class Scored(Protocol):
+    """What of a task the result file states."""
+
+    name: str
+    metric: str
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model's file, its parameters and its score on each test sample, (N,)."""
+
+    file: Path
+    parameters: int
+    scores: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What was measured: the job, where and with what."""
+
+    name: str
+    seed: int
+    recipe: str
+    profile: str
+    target: str
+    evidence: Evidence
+    versions: Mapping[str, str]
+    fingerprints: Mapping[str, str]
+
+
+def evidence_of(profile: str, target: str) -> Evidence:
+    """How strong a measurement is.
+
+    This machine is the target itself only under the profile ``host``; under any other profile
+    it merely stands in for the device.
+    """
+    on_target = target != "local" or profile == "host"
+    return "measured-on-target" if on_target else "measured-on-host"
+
+
+def assemble_result(
+    origin: Origin, task: Scored, measured: Mapping[str, Measured], bench: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The content of a result file.
+
+    Args:
+        origin: what was measured, where and with what.
+        task: whose scores they are.
+        measured: ``student``, and ``teacher`` and ``baseline`` if any.
+        bench: the answer of ``edgerun bench`` for the student, and the teacher if it was timed.
+
+    Returns:
+        JSON values of the schema ``edgekd.result/1``.
+    """
+    timed = dict(zip(("student", "teacher"), bench["models"], strict=False))
+    models = {
+        role: _model(entry, timed.get(role), task, origin.evidence)
+        for role, entry in measured.items()
+    }
+    figures = _comparison(measured, task, bench, origin.evidence)
+    return {
+        "schema": SCHEMA,
+        "name": origin.name,
+        "seed": origin.seed,
+        "recipe": origin.recipe,
+        "profile": origin.profile,
+        "target": origin.target,
+        "evidence": origin.evidence,
+        "task": {
+            "name": task.name,
+            "metric": task.metric,
+            "higher_is_better": task.higher_is_better,
+        },
+        "models": models,
+        "comparison": {name: figure.to_json() for name, figure in figures.items()},
+        "environment": bench["environment"],
+        "versions": dict(origin.versions),
+        "fingerprints": dict(origin.fingerprints),
+    }
+
+
+def _model(
+    entry: Measured, timed: Mapping[str, Any] | None, task: Scored, evidence: Evidence
+) -> dict[str, Any]:
+    metric = statistics.mean_score(entry.scores).figure(task.metric, evidence)
+    size = Figure(entry.file.stat().st_size / MB, "MB", evidence=evidence)
+    parameters = Figure(float(entry.parameters), "parameters", evidence=evidence)
+    row: dict[str, Any] = {
+        "file": entry.file.name,
+        "metric": metric.to_json(),
+        "size_mb": size.to_json(),
+        "parameters": parameters.to_json(),
+    }
+    if timed is None:
+        return row
+    latency = timed["latency"]
+    memory = timed["memory"]
+    row["latency"] = {
+        f"{name}_ms": Figure(
+            latency[name]["value"],
+            "ms",
+            latency[name]["n"],
+            tuple(latency[name]["interval"]) if latency[name]["interval"] else None,
+            evidence=evidence,
+            note=latency[name]["note"],
+        ).to_json()
+        for name in ("p50", "p90", "p95", "p99")
+    }
+    row["peak_memory_mb"] = Figure(
+        memory["above_empty_mb"],
+        "MB",
+        evidence=evidence,
+        note="above an empty process"
+        if memory["above_empty_mb"] is not None
+        else "peak memory cannot be read on this system",
+    ).to_json()
+    row["samples_ms"] = timed["samples_ms"]
+    row["warmup"] = timed["warmup"]
+    row["runtime"] = {"providers": timed["providers"], "threads": timed["threads"]}
+    return row
+
+
+def _comparison(
+    measured: Mapping[str, Measured], task: Scored, bench: Mapping[str, Any], evidence: Evidence
+) -> dict[str, Figure]:
+    student, teacher = measured["student"], measured.get("teacher")
+    baseline = measured.get("baseline")
+    figures: dict[str, Figure] = {}
+    sign = 1 if task.higher_is_better else -1
+    # A difference of two accuracies is in points: "1 %" of an accuracy could mean a ratio.
+    unit = "points" if task.metric == "accuracy" else task.metric
+    if teacher is not None:
+        # Scores are turned so that higher is better; a drop is then teacher minus student.
+        drop = statistics.paired_difference(sign * teacher.scores, sign * student.scores)
+        figures["drop"] = drop.figure(unit, evidence)
+        sizes = teacher.file.stat().st_size / student.file.stat().st_size
+        figures["size_ratio"] = Figure(sizes, "×", evidence=evidence)
+        figures["parameter_ratio"] = Figure(
+            student.parameters / max(teacher.parameters, 1), "×", evidence=evidence
+        )
+    if baseline is not None:
+        gain = statistics.paired_difference(sign * student.scores, sign * baseline.scores)
+        figures["baseline_gain"] = gain.figure(unit, evidence)
+    if teacher is not None and baseline is not None:
+        gap = statistics.gap_closed(teacher.scores, baseline.scores, student.scores)
+        figures["gap_closed"] = gap.figure("of the gap", evidence)
+    timing = bench.get("comparison")
+    if timing is not None:
+        figures["speedup"] = Figure(
+            timing["ratio"],
+            "×",
+            timing["rounds"],
+            tuple(timing["interval"]),
+            evidence=evidence,
+        )
+    return figures

@@ -1,0 +1,128 @@
+"""Which budget bounds which figure of a result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from edgekd.config.pipeline import GateConfig
+from edgekd.errors import InputError
+from edgekd.figure import Figure
+from edgekd.release.result import PERCENTILES, Result
+from edgekd.release.verdict import Side
+
+
+class Limit(Protocol):
+    """A number of a profile."""
+
+    @property
+    def value(self) -> float:
+        """The number, in the unit of its key."""
+
+
+class Limits(Protocol):
+    """What one model may cost on a device, each None when the profile does not say."""
+
+    @property
+    def latency_ms(self) -> Limit | None:
+        """One query; bounds p95."""
+
+    @property
+    def memory_mb(self) -> Limit | None:
+        """Peak of the process above an empty one."""
+
+    @property
+    def storage_mb(self) -> Limit | None:
+        """The shipped file."""
+
+
+class DeviceProfile(Protocol):
+    """The part of a device profile that the gate reads."""
+
+    @property
+    def name(self) -> str:
+        """The profile's name."""
+
+    @property
+    def budget(self) -> Limits:
+        """Its limits."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One budget and the figure it bounds."""
+
+    key: str
+    """The budget's key, such as ``latency.p95_ms``."""
+    budget: float
+    side: Side
+    figure: Figure | None
+    """None when the result has no such figure."""
+    performance: bool
+    """Whether the figure depends on where it was measured, so that its evidence counts."""
+    origin: str = "gate"
+
+
+def check_direction(budgets: GateConfig, metric: str, higher_is_better: bool) -> None:
+    """Refuse an absolute accuracy budget on the wrong side of the metric.
+
+    Raises:
+        InputError: a floor for a metric that is better when lower, or a ceiling for one that is
+            better when higher.
+    """
+    wrong, right = ("max", "min") if higher_is_better else ("min", "max")
+    if getattr(budgets.accuracy, wrong) is not None:
+        better = "higher" if higher_is_better else "lower"
+        raise InputError(
+            f"the budget contradicts the metric: {metric} is better when {better}",
+            where=f"gate.accuracy.{wrong}",
+            remedy=f"write {right}: …, or max_drop: … against the teacher",
+        )
+
+
+def rules_of(result: Result, budgets: GateConfig, profile: DeviceProfile | None) -> Iterator[Rule]:
+    """The rules that budgets and profile make, in the order of the section's keys.
+
+    A limit of the profile makes a rule only where ``budgets`` has none of the same key.
+    """
+    student, against = result.student, result.comparison
+    accuracy, size, parameters = budgets.accuracy, budgets.size, budgets.parameters
+    limits = profile.budget if profile else None
+    origin = f"profile {profile.name}" if profile else ""
+
+    if accuracy.min is not None:
+        yield Rule("accuracy.min", accuracy.min, "at least", student.metric, True)
+    if accuracy.max is not None:
+        yield Rule("accuracy.max", accuracy.max, "at most", student.metric, True)
+    if accuracy.max_drop is not None:
+        yield Rule("accuracy.max_drop", accuracy.max_drop, "at most", against.get("drop"), True)
+    if size.max_mb is not None:
+        yield Rule("size.max_mb", size.max_mb, "at most", student.size_mb, False)
+    elif limits and limits.storage_mb:
+        storage = limits.storage_mb.value
+        yield Rule("size.max_mb", storage, "at most", student.size_mb, False, origin)
+    if size.min_ratio is not None:
+        ratio = against.get("size_ratio")
+        yield Rule("size.min_ratio", size.min_ratio, "at least", ratio, False)
+    if parameters.max is not None:
+        yield Rule("parameters.max", parameters.max, "at most", student.parameters, False)
+    if parameters.max_ratio is not None:
+        ratio = against.get("parameter_ratio")
+        yield Rule("parameters.max_ratio", parameters.max_ratio, "at most", ratio, False)
+    for key in PERCENTILES:
+        figure, given = student.latency.get(key), getattr(budgets.latency, key)
+        if given is not None:
+            yield Rule(f"latency.{key}", given, "at most", figure, True)
+        elif key == "p95_ms" and limits and limits.latency_ms:
+            milliseconds = limits.latency_ms.value
+            yield Rule("latency.p95_ms", milliseconds, "at most", figure, True, origin)
+    if budgets.latency.min_speedup is not None:
+        speedup, least = against.get("speedup"), budgets.latency.min_speedup
+        yield Rule("latency.min_speedup", least, "at least", speedup, True)
+    if budgets.memory.peak_mb is not None:
+        peak = budgets.memory.peak_mb
+        yield Rule("memory.peak_mb", peak, "at most", student.peak_memory_mb, True)
+    elif limits and limits.memory_mb:
+        peak = limits.memory_mb.value
+        yield Rule("memory.peak_mb", peak, "at most", student.peak_memory_mb, True, origin)

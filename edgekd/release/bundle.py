@@ -1,0 +1,173 @@
+"""The bundle: everything a device needs to run the model and to check what it was given."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgekd.errors import StageError
+from edgekd.release.bundle_readme import readme_text
+from edgekd.release.bundle_verify import MANIFEST, SCHEMA, sha256_of
+from edgekd.spec import ModelSpec
+
+MODEL = "model.onnx"
+EXAMPLE = "example.npz"
+EXPECTED = "expected.npz"
+REQUIREMENTS = "numpy\nonnxruntime\n"
+_EPOCH = 0
+"""Modification time of every member of the archive, so that equal content is an equal file."""
+
+
+def write_bundle(
+    folder: Path,
+    model: Path,
+    edgerun_folder: Path,
+    *,
+    name: str,
+    spec: ModelSpec,
+    preprocess: Mapping[str, Mapping[str, Any]],
+    labels: Sequence[str] | None,
+    task: Mapping[str, Any],
+    runtime: Mapping[str, Any],
+    result: Mapping[str, Any],
+    example: Mapping[str, npt.NDArray[Any]],
+) -> Path:
+    """Write a bundle as a folder and as ``<folder>.tar.gz`` beside it.
+
+    The bundle's own ``edgerun`` answers the example in a fresh process before it is packed: the
+    answers lie beside it as ``expected.npz``, and a bundle that does not run is never written.
+
+    Args:
+        folder: the bundle's folder; replaced if it exists.
+        model: the ONNX file.
+        edgerun_folder: the device-side package, copied in.
+        name: of the pipeline.
+        spec: the model's inputs and outputs.
+        preprocess: by input name ``{"scale", "mean", "std"}``: what ``edgerun`` does to raw uint8
+            data, ``(x · scale − mean) / std``.
+        labels: class names, if the task has them.
+        task: ``{"name", "output"}``.
+        runtime: ``{"providers", "threads"}`` that the figures were measured with.
+        result: the content of the result file; its figures, versions and fingerprints go in.
+        example: a few real samples by input name, (N, …): raw where they are uint8, otherwise
+            as the model takes them.
+
+    Returns:
+        The archive.
+
+    Raises:
+        StageError: the bundle does not run.
+    """
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    shutil.copyfile(model, folder / MODEL)
+    shutil.copytree(
+        edgerun_folder,
+        folder / "edgerun",
+        ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"),
+    )
+    (folder / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
+    np.savez(folder / EXAMPLE, **dict(example))  # type: ignore[arg-type]
+    manifest = {
+        "schema": SCHEMA,
+        "name": name,
+        "task": dict(task),
+        "model": {"file": MODEL},
+        **spec.to_json(),
+        "preprocess": {key: dict(value) for key, value in preprocess.items()},
+        "labels": list(labels) if labels else None,
+        "runtime": dict(runtime),
+        "example": {"inputs": EXAMPLE, "outputs": EXPECTED},
+        "figures": _figures(result),
+        "environment": result.get("environment", {}),
+        "versions": result.get("versions", {}),
+        "fingerprints": result.get("fingerprints", {}),
+    }
+    (folder / "README.md").write_text(readme_text(manifest), encoding="utf-8")
+    _write_manifest(folder, manifest)
+    _answer_example(folder, runtime)
+    _write_manifest(folder, manifest)
+    archive = folder.parent / f"{folder.name}.tar.gz"
+    write_archive(folder, archive)
+    return archive
+
+
+def write_archive(folder: Path, archive: Path) -> None:
+    """Pack a folder so that equal content gives an equal file, byte for byte.
+
+    Members are sorted, have no owner and no time, and lie under the folder's name.
+    """
+    with (
+        archive.open("wb") as raw,
+        gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=_EPOCH) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+            member = tarfile.TarInfo(f"{folder.name}/{file.relative_to(folder).as_posix()}")
+            member.size = file.stat().st_size
+            member.mode, member.mtime = 0o644, _EPOCH
+            with file.open("rb") as content:
+                tar.addfile(member, content)
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    files = {
+        path.relative_to(folder).as_posix(): {
+            "sha256": sha256_of(path),
+            "bytes": path.stat().st_size,
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    content = json.dumps({**manifest, "files": files}, indent=1, ensure_ascii=False)
+    (folder / MANIFEST).write_text(content + "\n", encoding="utf-8")
+
+
+def _answer_example(folder: Path, runtime: Mapping[str, Any]) -> None:
+    """Let the bundle answer its own example, as the device will."""
+    command = [sys.executable, "-B", "-m", "edgerun", "run", MODEL]
+    command += ["--inputs", EXAMPLE, "--output", EXPECTED]
+    if runtime.get("threads"):
+        command += ["--threads", str(runtime["threads"])]
+    # Python finds the bundle's own edgerun: the working folder comes first for -m. An inherited
+    # PYTHONPATH or PYTHONSAFEPATH must not put another one before it.
+    inherited = ("PYTHONPATH", "PYTHONSAFEPATH")
+    environment = {key: value for key, value in os.environ.items() if key not in inherited}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0 or not (folder / EXPECTED).is_file():
+        raise StageError(
+            f"the bundle does not run: {(done.stderr or done.stdout).strip()[-2000:]}",
+            where=str(folder),
+            remedy=f"run it there by hand: {' '.join(['python', *command[1:]])}",
+        )
+
+
+def _figures(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The student's figures and the comparison, without the raw samples."""
+    student = {
+        key: value
+        for key, value in result["models"]["student"].items()
+        if key not in ("file", "samples_ms")
+    }
+    return {
+        "profile": result["profile"],
+        "target": result["target"],
+        "evidence": result["evidence"],
+        "task": result["task"],
+        "student": student,
+        "comparison": result["comparison"],
+    }

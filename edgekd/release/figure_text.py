@@ -1,0 +1,70 @@
+"""Figures as people read them: digits that the unit deserves, with unit and interval."""
+
+from __future__ import annotations
+
+import math
+
+from edgekd.figure import Figure
+
+ABSENT = "–"
+_SHOWN_UNIT = {"accuracy": "%", "of the gap": "% of the gap", "parameters": ""}
+_PERCENT = ("accuracy", "points", "of the gap")
+"""Units whose values are fractions of one, and are shown times 100."""
+
+
+def number(value: float, digits: int = 4) -> str:
+    """A number with ``digits`` significant digits, no exponent between 1e-4 and 1e15."""
+    if value == 0:
+        return "0"
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{value:,.0f}"
+    places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    if places > digits + 3:
+        return f"{value:.{digits - 1}e}"
+    return f"{value:,.{places}f}"
+
+
+def value_text(figure: Figure | None, signed: bool = False) -> str:
+    """``92.13 %``, ``0.0412 ms``; a dash for a figure that is absent or has no value."""
+    if figure is None or figure.value is None:
+        return ABSENT
+    sign = "+" if signed and figure.value > 0 else ""
+    return f"{sign}{_scaled(figure.value, figure.unit)}{_unit(figure.unit)}"
+
+
+def interval_text(figure: Figure | None) -> str:
+    """``91.6 to 92.6``, in the unit of :func:`value_text`; empty when there is none."""
+    if figure is None or figure.value is None or figure.interval is None:
+        return ""
+    low, high = (_scaled(end, figure.unit) for end in figure.interval)
+    return f"{low} to {high}"
+
+
+def full_text(figure: Figure | None) -> str:
+    """Value, unit and interval: ``92.13 % (91.6 to 92.6)``."""
+    interval = interval_text(figure)
+    return value_text(figure) + (f" ({interval})" if interval else "")
+
+
+def bound_text(value: float, unit: str) -> str:
+    """A budget in the unit of the figure it bounds."""
+    return f"{_scaled(value, unit)}{_unit(unit)}"
+
+
+def _scaled(value: float, unit: str) -> str:
+    return f"{100 * value:.2f}" if unit in _PERCENT else number(value)
+
+
+def _unit(unit: str) -> str:
+    shown = display_unit(unit)
+    return f" {shown}" if shown else ""
+
+
+def display_scale(unit: str) -> float:
+    """What a value of this unit is multiplied by for display (100 for a share shown in %)."""
+    return 100.0 if unit in _PERCENT else 1.0
+
+
+def display_unit(unit: str) -> str:
+    """The unit as shown: ``%`` for an accuracy, empty for a plain count."""
+    return _SHOWN_UNIT.get(unit, unit)

@@ -1,0 +1,286 @@
+"""The report's tables and sentences: what the page and the summary say, before any markup."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edgekd.figure import Figure
+from edgekd.release.figure_text import ABSENT, full_text, interval_text, number, value_text
+from edgekd.release.result import ModelResult, Result
+from edgekd.release.verdict import Verdict, passed
+
+ROLES = {"teacher": "teacher", "baseline": "student alone", "student": "student distilled"}
+_PERCENTILES = {"p50_ms": "p50", "p90_ms": "p90", "p95_ms": "p95", "p99_ms": "p99"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure in a table: its value, and below it the interval or why there is no value."""
+
+    value: str
+    detail: str = ""
+    n: str = ""
+    evidence: str = ""
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """A labelled row of cells."""
+
+    label: str
+    cells: tuple[Cell, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class KeyFigure:
+    """One of the few figures at the top of the page."""
+
+    label: str
+    value: str
+    detail: str
+
+
+def cell(figure: Figure | None, with_n: bool = False) -> Cell:
+    """The cell of a figure."""
+    if figure is None:
+        return Cell(ABSENT)
+    detail = interval_text(figure) if figure.value is not None else figure.note
+    n = f"{figure.n:,}" if with_n else ""
+    return Cell(value_text(figure), detail, n, figure.evidence)
+
+
+def headline(result: Result) -> str:
+    """One sentence: what the student costs and what it is worth against the teacher."""
+    against, student = result.comparison, result.student
+    speedup, size, drop = against.get("speedup"), against.get("size_ratio"), against.get("drop")
+    parts = [text for text in (_times_faster(speedup), _times_smaller(size)) if text]
+    text = f"The student reaches {value_text(student.metric)} {result.metric}"
+    if drop and drop.value is not None:
+        worse = "below" if drop.value >= 0 else "above"
+        if not result.higher_is_better:
+            worse = "worse than" if drop.value >= 0 else "better than"
+        size_of = Figure(abs(drop.value), drop.unit)
+        text += f", {value_text(size_of)} {worse} the teacher"
+    if parts:
+        text += f", and is {' and '.join(parts)}"
+    return text + "."
+
+
+def key_figures(result: Result) -> list[KeyFigure]:
+    """The figures at the top: metric, latency, size, memory, and the gap closed."""
+    student, against = result.student, result.comparison
+    latency = student.latency.get("p95_ms")
+    if latency is None or latency.value is None:
+        name, latency = "p50", student.latency.get("p50_ms")
+    else:
+        name = "p95"
+    found = [
+        KeyFigure(result.metric, value_text(student.metric), _versus(result, "drop")),
+        KeyFigure(f"latency {name}", value_text(latency), _versus(result, "speedup")),
+        KeyFigure("size", value_text(student.size_mb), _versus(result, "size_ratio")),
+        KeyFigure("peak memory", value_text(student.peak_memory_mb), "above an empty process"),
+        KeyFigure("gap closed", value_text(against.get("gap_closed")), _gap_detail(against)),
+    ]
+    return [figure for figure in found if figure.value != ABSENT]
+
+
+def result_table(result: Result) -> tuple[list[str], list[TableRow]]:
+    """Column headings and rows of the table teacher / student alone / student distilled."""
+    roles = [role for role in ROLES if role in result.models]
+    models = [result.models[role] for role in roles]
+    metric_n = result.student.metric.n
+    rows = [
+        _row(f"{result.metric}", [m.metric for m in models], f"n = {metric_n:,} test samples"),
+        _row("parameters", [m.parameters for m in models]),
+        _row("size", [m.size_mb for m in models], "the file, 1 MB = 10⁶ bytes"),
+    ]
+    for key, name in _PERCENTILES.items():
+        figures = [model.latency.get(key) for model in models]
+        if any(figures):
+            counts = {f.n for f in figures if f}
+            note = f"n = {', '.join(f'{n:,}' for n in sorted(counts))} queries"
+            rows.append(_row(f"latency {name}", figures, note))
+    memory = [model.peak_memory_mb for model in models]
+    if any(memory):
+        rows.append(_row("peak memory", memory, "above an empty process"))
+    return [ROLES[role] for role in roles], rows
+
+
+def comparison_rows(result: Result) -> list[TableRow]:
+    """The paired comparisons, one figure each."""
+    drop_of = "teacher minus student" if result.higher_is_better else "student minus teacher"
+    labels = {
+        "drop": ("drop to the teacher", f"{drop_of}, paired over the test samples"),
+        "baseline_gain": ("gain over the student alone", "paired over the test samples"),
+        "gap_closed": ("gap closed", "(distilled − alone) / (teacher − alone), bootstrap"),
+        "speedup": ("speed-up", "teacher p50 / student p50, timed in alternation"),
+        "size_ratio": ("times smaller", "teacher's file / student's file"),
+        "parameter_ratio": ("parameters", "student's / teacher's"),
+    }
+    return [
+        TableRow(label, (cell(result.comparison[key], with_n=True),), note)
+        for key, (label, note) in labels.items()
+        if key in result.comparison
+    ]
+
+
+def gate_rows(verdicts: Sequence[Verdict]) -> list[dict[str, str]]:
+    """One row per rule, as text."""
+    return [
+        {
+            "rule": verdict.rule,
+            "status": verdict.status,
+            "figure": full_text(verdict.figure),
+            "budget": verdict.budget_text,
+            "origin": "" if verdict.origin == "gate" else verdict.origin,
+            "evidence": verdict.figure.evidence,
+            "reason": "" if verdict.status == "pass" else verdict.reason,
+        }
+        for verdict in verdicts
+    ]
+
+
+def cautions(result: Result) -> list[str]:
+    """What a reader must know before believing the figures."""
+    found = []
+    if result.evidence != "measured-on-target":
+        found.append(
+            f"The figures are {result.evidence}: profile {result.profile}, measured on target "
+            f"{result.target}. They are not the device's."
+        )
+    for role, model in result.models.items():
+        if model.warmup.get("steady") is False:
+            queries = model.warmup.get("queries", "?")
+            found.append(
+                f"The {ROLES[role]} never became steady within {queries} warm-up queries: its "
+                "latency may change from run to run."
+            )
+    gap = result.comparison.get("gap_closed")
+    if gap is not None and gap.value is None and gap.note:
+        found.append(f"Gap closed: {gap.note}.")
+    throttling = _throttled(result.environment)
+    if throttling:
+        found.append(f"The device throttled while it was measured ({throttling}).")
+    return found
+
+
+def parity_rows(reports: Mapping[str, Any]) -> list[dict[str, str]]:
+    """One row per exported file, output and batch size."""
+    return [
+        {
+            "model": ROLES.get(role, role),
+            "output": str(row["output"]),
+            "batch": str(row["batch_size"]),
+            "samples": f"{row['samples']:,}",
+            "absolute": _difference(row["max_absolute"]),
+            "relative": _difference(row["max_relative"]),
+            "agreement": ABSENT
+            if row["argmax_agreement"] is None
+            else f"{100 * row['argmax_agreement']:.2f} %",
+        }
+        for role, report in reports.items()
+        for row in report["rows"]
+    ]
+
+
+def flat_rows(content: Any, key: str = "") -> list[tuple[str, str]]:
+    """A nested mapping as (dotted key, text) rows; what could not be read says so."""
+    if isinstance(content, Mapping):
+        return [
+            row
+            for name, value in content.items()
+            for row in flat_rows(value, f"{key}.{name}".lstrip("."))
+        ]
+    if content is None:
+        return [(key, "not available")]
+    if isinstance(content, bool):
+        return [(key, "yes" if content else "no")]
+    if isinstance(content, int | float):
+        return [(key, number(float(content), 6))]
+    if isinstance(content, list | tuple):
+        if all(isinstance(item, int | float) for item in content):
+            return [(key, ", ".join(number(float(item), 5) for item in content) or "none")]
+        if any(isinstance(item, Mapping | list) for item in content):
+            return [r for i, item in enumerate(content) for r in flat_rows(item, f"{key}.{i}")]
+        return [(key, ", ".join(map(str, content)) or "none")]
+    return [(key, str(content))]
+
+
+def run_rows(result: Result) -> list[tuple[str, str]]:
+    """Per timed model its file, providers, threads and warm-up, as (key, text) rows."""
+    return [
+        row
+        for role, model in result.models.items()
+        if model.runtime or model.warmup
+        for row in flat_rows(
+            {"file": model.file, **model.runtime, "warm-up": model.warmup}, ROLES[role]
+        )
+    ]
+
+
+def verdict_word(verdicts: Sequence[Verdict]) -> str:
+    """``PASS``, ``FAIL``, or that nothing was gated."""
+    if not verdicts:
+        return "NOT GATED"
+    return "PASS" if passed(verdicts) else "FAIL"
+
+
+def runtime_text(model: ModelResult) -> str:
+    """``steady after 300 queries`` for a model's warm-up, empty when it is not known."""
+    if "steady" not in model.warmup:
+        return ""
+    state = "steady after" if model.warmup["steady"] else "NOT steady after"
+    return f"{state} {model.warmup.get('queries', '?')} warm-up queries"
+
+
+def _row(label: str, figures: Sequence[Figure | None], note: str = "") -> TableRow:
+    return TableRow(label, tuple(cell(figure) for figure in figures), note)
+
+
+def _versus(result: Result, key: str) -> str:
+    figure = result.comparison.get(key)
+    if figure is None or figure.value is None:
+        return ""
+    if key == "drop":
+        sign = -1 if result.higher_is_better else 1
+        change = Figure(sign * figure.value, figure.unit)
+        return f"{value_text(change, signed=True)} to the teacher"
+    text = _times_faster(figure) if key == "speedup" else _times_smaller(figure)
+    return f"{text} than the teacher" if text else ""
+
+
+def _times_faster(speedup: Figure | None) -> str:
+    """``9.6× faster`` or ``1.3× slower``."""
+    return _times(speedup, "faster", "slower")
+
+
+def _times_smaller(ratio: Figure | None) -> str:
+    return _times(ratio, "smaller", "larger")
+
+
+def _times(ratio: Figure | None, above: str, below: str) -> str:
+    if ratio is None or not ratio.value or ratio.value <= 0:
+        return ""
+    if ratio.value >= 1:
+        return f"{number(ratio.value, 3)}× {above}"
+    return f"{number(1 / ratio.value, 3)}× {below}"
+
+
+def _gap_detail(against: Mapping[str, Figure]) -> str:
+    return f"{interval_text(against.get('gap_closed'))} %"
+
+
+def _difference(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.1e}"
+
+
+def _throttled(environment: Mapping[str, Any]) -> str:
+    """Where the environment says that the device throttled."""
+    return ", ".join(
+        key
+        for key, text in flat_rows(environment)
+        if "throttl" in key and text not in ("not available", "no", "0", "none", "")
+    )

@@ -1,0 +1,107 @@
+"""Stage benchmark: latency, memory, size and accuracy of the very files that would be shipped."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgekd.pipeline.stage import Context, Job
+from edgekd.stages.fitting import open_ground, read_json, write_json
+
+ROLES = ("student", "baseline", "teacher")
+RECIPE = {"task", "task_args", "data", "teacher", "student", "distill", "export", "engines"}
+"""The keys that decide what network comes out: runs that share them differ by their seed."""
+
+
+class BenchmarkStage:
+    """Writes ``result.json``, the figures that gate and report read, and the scores per sample."""
+
+    name = "benchmark"
+    inputs = ("data", "engines")
+    code = ("edgekd.stages.benchmark", "edgekd.targets", "edgekd.release", "edgekd.tasks")
+    libraries = ("numpy", "onnxruntime")
+
+    def config_slice(self, job: Job) -> dict[str, Any]:
+        """See :class:`edgekd.pipeline.stage.Stage`.
+
+        The machine belongs to it: a figure measured on another one is not this one's.
+        """
+        config = job.config
+        return {
+            "name": config.name,
+            "benchmark": config.benchmark.model_dump(mode="json"),
+            "profile": job.profile.name,
+            "target": config.target,
+            "machine": [platform.node(), platform.machine()],
+            "task": [config.task, config.task_args],
+            "seed": config.seed,
+        }
+
+    def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
+        """See :class:`edgekd.pipeline.stage.Stage`."""
+        from edgekd.pipeline.fingerprint import library_versions
+        from edgekd.release.assemble import Measured, Origin, assemble_result, evidence_of
+        from edgekd.release.result import recipe_sha256
+        from edgekd.targets import open_target
+
+        config, profile = context.job.config, context.job.profile
+        ground = open_ground(inputs["data"], config)
+        test = ground.dataset.splits["test"]
+        samples = context.scratch / "test.npz"
+        np.savez(samples, **ground.dataset.model_inputs("test", 0, len(test)))  # type: ignore[arg-type]
+        answers = {name: np.asarray(test.arrays[name]) for name in _names(ground.dataset.targets)}
+
+        engines = read_json(inputs["engines"] / "engines.json")
+        target = open_target(config.target)
+        files = {
+            role: inputs["engines"] / f"{role}.onnx"
+            for role in ROLES
+            if (inputs["engines"] / f"{role}.onnx").is_file()
+        }
+        settings = {
+            "providers": engines["student"]["providers"],
+            "threads": engines["student"]["threads"],
+        }
+        context.progress.message(f"  timing on {target.name}: until steady, then in turn")
+        bench = target.bench(
+            files["student"],
+            against=files["teacher"] if config.benchmark.against == "teacher" else None,
+            inputs=samples,
+            batch=config.benchmark.batch_size,
+            min_queries=config.benchmark.min_queries,
+            max_seconds=config.benchmark.max_seconds,
+            **settings,
+        )
+        measured = {}
+        for role, file in files.items():
+            outputs = context.scratch / f"{role}.npz"
+            target.run(file, samples, outputs, **settings)
+            with np.load(outputs) as given:
+                scores = ground.task.scores({name: given[name] for name in given}, answers)
+            measured[role] = Measured(file, engines[role]["parameters"], scores)
+            outputs.unlink()
+        samples.unlink()
+        origin = Origin(
+            name=config.name,
+            seed=config.seed,
+            recipe=recipe_sha256(config.model_dump(mode="json", include=RECIPE)),
+            profile=profile.name,
+            target=config.target,
+            evidence=evidence_of(profile.name, config.target),
+            versions=library_versions(("edgekd", "torch", "onnx", "onnxruntime", "numpy")),
+            fingerprints=context.fingerprints,
+        )
+        result = assemble_result(origin, ground.task, measured, bench)
+        write_json(context.out / "result.json", result)
+        np.savez(
+            context.out / "scores.npz",
+            **{role: entry.scores for role, entry in measured.items()},  # type: ignore[arg-type]
+        )
+
+
+def _names(specs: Any) -> list[str]:
+    return [spec.name for spec in specs]

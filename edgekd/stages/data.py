@@ -1,0 +1,45 @@
+"""Stage data: load the samples once, split and check them, keep them memory-mapped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edgekd.extension import is_reference
+from edgekd.pipeline.stage import Context, Job
+
+
+class DataStage:
+    """Writes ``dataset.json`` and one ``.npy`` per split and name."""
+
+    name = "data"
+    inputs = ()
+    code = ("edgekd.stages.data", "edgekd.data", "edgekd.tasks")
+    libraries = ("numpy",)
+
+    def config_slice(self, job: Job) -> dict[str, Any]:
+        """See :class:`edgekd.pipeline.stage.Stage`."""
+        from edgekd.data.sources import source_fingerprint
+
+        config = job.config
+        return {
+            "data": config.data.model_dump(mode="json", exclude={"augment", "path", "download"}),
+            "source": source_fingerprint(config.data, job.base),
+            # Only the user's own function may draw from it; built-in splits are seed-free.
+            "seed": config.seed if is_reference(config.data.source) else None,
+            "task": [config.task, config.task_args],
+        }
+
+    def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
+        """See :class:`edgekd.pipeline.stage.Stage`."""
+        from edgekd.data.sources import load_dataset
+        from edgekd.data.store import save_dataset
+        from edgekd.tasks import get_task
+
+        config = context.job.config
+        dataset = load_dataset(config.data, context.job.base, config.seed)
+        get_task(config.task, config.task_args).check(dataset)
+        save_dataset(dataset, context.out)
+        sizes = ", ".join(f"{name} {len(split):,}" for name, split in dataset.splits.items())
+        context.progress.message(f"  {dataset.source}: {sizes}")

@@ -1,0 +1,85 @@
+"""Stage export: every network as an ONNX file that gives the same answers as PyTorch."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edgekd.pipeline.stage import Context, Job
+from edgekd.stages.distill import BASELINE, STUDENT
+from edgekd.stages.fitting import open_ground, write_json
+from edgekd.stages.student import build_student
+from edgekd.stages.teacher import BLACK_BOX, WEIGHTS, build_teacher
+
+
+class ExportStage:
+    """Writes ``<role>.onnx`` and ``parity.json``; a mismatch fails the stage."""
+
+    name = "export"
+    inputs = ("data", "teacher", "distill")
+    code = ("edgekd.stages.export", "edgekd.engines", "edgekd.models", "edgekd.tasks")
+    libraries = ("torch", "onnx", "onnxruntime", "onnxscript")
+
+    def config_slice(self, job: Job) -> dict[str, Any]:
+        """See :class:`edgekd.pipeline.stage.Stage`."""
+        config = job.config
+        return {
+            "name": config.name,
+            "export": config.export.model_dump(mode="json"),
+            "student": config.student.model_dump(mode="json", include={"model", "args"}),
+            "teacher": config.teacher.model_dump(mode="json", include={"model", "args"}),
+            "task": [config.task, config.task_args],
+        }
+
+    def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
+        """See :class:`edgekd.pipeline.stage.Stage`."""
+        from edgekd.engines.onnx import check_onnx, export_onnx
+        from edgekd.engines.parity import check_parity, parity
+        from edgekd.models.weights import load_weights
+
+        config = context.job.config
+        ground = open_ground(inputs["data"], config)
+        dataset, task = ground.dataset, ground.task
+        count = min(config.export.samples, len(dataset.splits["validation"]))
+        samples = dataset.model_inputs("validation", 0, count)
+
+        sources = {
+            "student": (build_student, inputs["distill"] / STUDENT),
+            "baseline": (build_student, inputs["distill"] / BASELINE),
+            "teacher": (build_teacher, inputs["teacher"] / WEIGHTS),
+        }
+        reports = {}
+        for role, (build, weights) in sources.items():
+            if not weights.is_file():
+                continue
+            model = build(ground)
+            load_weights(model, weights, where=role)
+            model.eval()
+            path = context.out / f"{role}.onnx"
+            labels = {"labels": "\n".join(dataset.labels)} if dataset.labels else {}
+            metadata = {
+                "edgekd.pipeline": config.name,
+                "edgekd.role": role,
+                "edgekd.task": task.name,
+                **labels,
+            }
+            export_onnx(model, path, config.export.opset, metadata)
+            report = parity(
+                model,
+                path,
+                samples,
+                task.output,
+                config.export,
+                classification=task.name == "classification",
+            )
+            reports[role] = report.to_json()
+            # Written before the check, so that a failure leaves its figures in the log.
+            context.progress.message(f"  {role}: {report.summary()}")
+            check_parity(report)
+        black_box = inputs["teacher"] / BLACK_BOX
+        if black_box.is_file():
+            check_onnx(black_box)
+            shutil.copyfile(black_box, context.out / BLACK_BOX)
+        write_json(context.out / "parity.json", reports)

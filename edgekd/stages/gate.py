@@ -1,0 +1,34 @@
+"""Stage gate: hold the figures against the budgets. The verdict is a result, not an error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edgekd.pipeline.stage import Context, Job
+from edgekd.stages.fitting import read_json
+
+
+class GateStage:
+    """Writes ``gate.json`` and ``gate.xml`` (JUnit)."""
+
+    name = "gate"
+    inputs = ("benchmark",)
+    code = ("edgekd.stages.gate", "edgekd.release")
+    libraries = ()
+
+    def config_slice(self, job: Job) -> dict[str, Any]:
+        """See :class:`edgekd.pipeline.stage.Stage`."""
+        return {
+            "gate": job.config.gate.model_dump(mode="json"),
+            "profile": [job.profile.name, job.profile.budget.model_dump(mode="json")],
+        }
+
+    def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
+        """See :class:`edgekd.pipeline.stage.Stage`."""
+        from edgekd.release.gate import evaluate, write_gate
+
+        result = read_json(inputs["benchmark"] / "result.json")
+        verdicts = evaluate(result, context.job.config.gate, context.job.profile)
+        write_gate(context.out, context.job.config.name, verdicts)

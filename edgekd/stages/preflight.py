@@ -1,0 +1,35 @@
+"""Look every name of a pipeline up before the first stage runs.
+
+A misspelt loss is to be found now, not after the teacher has been trained for an hour.
+"""
+
+from __future__ import annotations
+
+from edgekd.pipeline.stage import Job
+
+
+def preflight(job: Job) -> None:
+    """Resolve the task, data source, augmentations, networks, losses and target of a job.
+
+    Raises:
+        InputError: a name is unknown, an argument does not fit, or a module cannot be imported.
+    """
+    from edgekd.data.sources import find_source
+    from edgekd.data.transforms import check_augmentations
+    from edgekd.distill.objective import Objective
+    from edgekd.models.build import find_model
+    from edgekd.targets import open_target
+    from edgekd.tasks import get_task
+
+    config = job.config
+    task = get_task(config.task, config.task_args)
+    find_source(config.data.source)
+    check_augmentations(config.data.augment)
+    for name, where in (
+        (config.teacher.model, "teacher.model"),
+        (config.student.model, "student.model"),
+    ):
+        if name is not None:
+            find_model(name, where)
+    Objective(config.distill.losses, task)
+    open_target(config.target)

@@ -1,0 +1,217 @@
+"""This machine as a target: edgerun in a fresh process without torch and without edgekd."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from edgekd.errors import InputError, TargetError
+from edgekd.resources import edgerun_folder
+
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+)
+STDERR_LINES = 10
+
+
+class LocalTarget:
+    """Runs ``python -m edgerun`` with this interpreter, one fresh process for each call.
+
+    All methods raise InputError when edgerun finds the input wrong, and TargetError when it
+    fails, crashes or is killed.
+    """
+
+    name: ClassVar[str] = "local"
+
+    def bench(
+        self,
+        model: Path,
+        against: Path | None = None,
+        *,
+        inputs: Path | None = None,
+        shapes: Sequence[str] = (),
+        batch: int | None = None,
+        threads: int | None = None,
+        providers: Sequence[str] = (),
+        optimization: str = "all",
+        min_queries: int = 1000,
+        max_seconds: float = 60.0,
+        seed: int = 0,
+        memory: bool = True,
+    ) -> dict[str, Any]:
+        """Measure one model, or two in interleaved rounds: a record ``edgerun.bench/1``.
+
+        Args:
+            model: an ONNX file.
+            against: another one; the record's ratio is its p50 over the model's.
+            inputs: an npz file with the models' inputs; None makes random ones.
+            shapes: ``NAME=1x3x224x224`` for random inputs.
+            batch: samples of one query.
+            threads: the runtime's threads for one operator; None leaves it to the runtime.
+            providers: ONNX Runtime's execution providers in order; none is the CPU.
+            optimization: ``disabled``, ``basic``, ``extended`` or ``all``.
+            min_queries: timed queries of each model, unless ``max_seconds`` are over before.
+            max_seconds: of timing both models.
+            seed: of random inputs.
+            memory: whether to measure peak memory, in further processes.
+        """
+        words = [
+            *("--min-queries", str(min_queries)),
+            *("--max-seconds", str(max_seconds)),
+            *("--seed", str(seed)),
+            *_settings(batch, threads, providers, optimization),
+        ]
+        if against is not None:
+            words += ["--against", _absolute(against)]
+        if inputs is not None:
+            words += ["--inputs", _absolute(inputs)]
+        for shape in shapes:
+            words += [f"--shape={shape}"]
+        if not memory:
+            words += ["--no-memory"]
+        return _edgerun_json("bench", [*words, "--", _absolute(model)], threads)
+
+    def run(
+        self,
+        model: Path,
+        inputs: Path,
+        output: Path,
+        *,
+        batch: int | None = None,
+        threads: int | None = None,
+        providers: Sequence[str] = (),
+        optimization: str = "all",
+        manifest: Path | None = None,
+        raw: bool = False,
+    ) -> None:
+        """Write the model's answers for every sample of an npz file to another one.
+
+        Args:
+            model: an ONNX file.
+            inputs: an npz file with the model's inputs by name.
+            output: the npz file to write, the outputs by name.
+            batch: samples of one call; None is edgerun's choice.
+            threads: as in :meth:`bench`.
+            providers: as in :meth:`bench`.
+            optimization: as in :meth:`bench`.
+            manifest: the manifest whose preprocessing raw samples need.
+            raw: preprocess samples of any dtype, not only uint8.
+        """
+        words = ["--inputs", _absolute(inputs), "--output", _absolute(output)]
+        words += _settings(batch, threads, providers, optimization)
+        if manifest is not None:
+            words += ["--manifest", _absolute(manifest)]
+        if raw:
+            words += ["--raw"]
+        _edgerun("run", [*words, "--", _absolute(model)], threads)
+
+    def info(self, model: Path | None = None) -> dict[str, Any]:
+        """Describe this machine, and a model's inputs and outputs: ``edgerun.info/1``."""
+        return _edgerun_json("info", [] if model is None else ["--", _absolute(model)], None)
+
+
+def clean_environment(threads: int | None) -> dict[str, str]:
+    """The environment of a measuring process.
+
+    Python's own variables are dropped, so that nothing of this process's packages or settings
+    comes along but the interpreter; edgerun's parent is the whole PYTHONPATH.
+    """
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    kept["PYTHONPATH"] = str(edgerun_folder().parent)
+    # numpy's libraries allocate buffers for each thread when imported: memory that no model needs.
+    kept.update(dict.fromkeys(THREAD_VARIABLES, str(threads or 1)))
+    return kept
+
+
+def _settings(
+    batch: int | None, threads: int | None, providers: Sequence[str], optimization: str
+) -> list[str]:
+    words = ["--optimization", optimization]
+    if batch is not None:
+        words += ["--batch", str(batch)]
+    if threads is not None:
+        words += ["--threads", str(threads)]
+    if providers:
+        words += ["--providers", ",".join(providers)]
+    return words
+
+
+def _edgerun_json(command: str, words: Sequence[str], threads: int | None) -> dict[str, Any]:
+    """Run edgerun with ``--json`` and read what it wrote."""
+    with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
+        path = Path(folder) / "answer.json"
+        _edgerun(command, ["--json", str(path), *words], threads)
+        try:
+            answer: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise TargetError(
+                f"edgerun {command} ended well but left no readable result: {error}",
+                where=LocalTarget.name,
+                remedy="check the space in the temporary folder",
+            ) from error
+    return answer
+
+
+def _edgerun(command: str, words: Sequence[str], threads: int | None) -> None:
+    # An empty working folder: 'python -m' would prefer a numpy.py that happens to lie here.
+    with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "edgerun", command, *words],
+                env=clean_environment(threads),
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=False,
+            )
+        except OSError as error:
+            raise TargetError(
+                f"{sys.executable} could not be started: {error}", where=LocalTarget.name
+            ) from error
+    if done.returncode != 0:
+        raise _error(command, done.returncode, done.stderr)
+
+
+def _error(command: str, code: int, stderr: str) -> InputError | TargetError:
+    """The error that a failed edgerun reported, or what it last wrote when it crashed."""
+    what, where, remedy = _reported(stderr)
+    if what is not None and code == InputError.exit_code:
+        return InputError(what, where=where, remedy=remedy)
+    if what is not None:
+        return TargetError(what, where=where or LocalTarget.name, remedy=remedy)
+    ending = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+    last = "\n".join(f"    {line}" for line in stderr.strip().splitlines()[-STDERR_LINES:])
+    return TargetError(
+        f"edgerun {command} {ending}" + (f"; it last wrote:\n{last}" if last else ""),
+        where=LocalTarget.name,
+        remedy="signal 9 often means that the memory ran out" if code == -9 else None,
+    )
+
+
+def _reported(stderr: str) -> tuple[str | None, str | None, str | None]:
+    """What, where and remedy of edgerun's own message; three Nones when there is none."""
+    what: list[str] = []
+    fields: dict[str, str] = {}
+    for line in stderr.splitlines():
+        if line.startswith("edgerun: "):
+            what, fields = [line.removeprefix("edgerun: ")], {}
+        elif what and line.startswith(("  where: ", "  to do: ")):
+            fields[line[2:7]] = line[9:]
+        elif what and not fields:
+            what.append(line)
+    return "\n".join(what) or None, fields.get("where"), fields.get("to do")
+
+
+def _absolute(path: Path) -> str:
+    return str(Path(path).resolve())

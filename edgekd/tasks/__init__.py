@@ -1,0 +1,53 @@
+"""What an output means: its hard loss, its metric and the checks of its data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from edgekd.arguments import check_arguments
+from edgekd.errors import InputError
+from edgekd.extension import resolve
+from edgekd.tasks.classification import Classification
+from edgekd.tasks.policy import Policy
+from edgekd.tasks.regression import Regression
+from edgekd.tasks.task import DatasetLike, Task
+
+__all__ = ["TASKS", "Classification", "DatasetLike", "Policy", "Regression", "Task", "get_task"]
+
+TASKS: dict[str, Callable[..., Task]] = {
+    "classification": Classification,
+    "regression": Regression,
+    "policy": Policy,
+}
+"""The built-in tasks by the names they have in a pipeline."""
+
+_MEMBERS = (
+    *("output", "target", "metric", "higher_is_better"),
+    *("check", "outputs", "hard_loss", "scores"),
+)
+
+
+def get_task(name: str, args: Mapping[str, Any] | None = None, where: str = "task") -> Task:
+    """The task a pipeline names.
+
+    Args:
+        name: a key of :data:`TASKS`, or ``package.module:name`` of a class or function that
+            gives a :class:`Task`.
+        args: its arguments (``task_args``).
+        where: the YAML key, for errors.
+
+    Raises:
+        InputError: there is no such task, its arguments are wrong, or it is not a task.
+    """
+    maker = resolve(name, TASKS, "task", where)
+    given = check_arguments(maker, args or {}, name=f"task {name!r}", where=f"{where}_args")
+    task: Task = maker(**given)
+    lacking = [member for member in _MEMBERS if not hasattr(task, member)]
+    if lacking:
+        raise InputError(
+            f"{name!r} is not a task: it has no {', '.join(lacking)}",
+            where=where,
+            remedy="give it what edgekd.tasks.Task describes",
+        )
+    return task

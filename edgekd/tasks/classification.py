@@ -1,0 +1,144 @@
+"""Classification: one class out of C per sample, or per position of a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from edgekd.errors import InputError
+from edgekd.spec import Dimension, TensorSpec
+from edgekd.tasks.checks import (
+    check_finite,
+    check_inputs,
+    check_outputs_finite,
+    required,
+    target_arrays,
+)
+from edgekd.tasks.task import Arrays, DatasetLike
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Classification:
+    """Logits (B, C) or (B, T, C) against integer labels (B,) or (B, T); the metric is accuracy.
+
+    Args:
+        target: the name of the label array.
+        output: the name of the logits.
+        classes: how many classes there are; left out, the data's class names say it, and
+            without names the largest label of the training split.
+    """
+
+    name = "classification"
+    metric = "accuracy"
+    higher_is_better = True
+
+    def __init__(
+        self,
+        target: str = "label",
+        output: str = "logits",
+        classes: Annotated[int, Field(ge=2)] | None = None,
+    ) -> None:
+        self.target = target
+        self.output = output
+        self.classes = classes
+
+    def check(self, dataset: DatasetLike) -> None:
+        """See :meth:`edgekd.tasks.task.Task.check`."""
+        arrays = target_arrays(dataset, self.target, self.name)
+        for split, labels in arrays.items():
+            self._check_integers(labels, split)
+        classes = self._classes(dataset)
+        for split, labels in arrays.items():
+            outside = (labels < 0) | (labels >= classes)
+            if outside.any():
+                position = np.argwhere(outside)[0]
+                raise InputError(
+                    f"the label of sample {int(position[0])} is {labels[tuple(position)]}, outside "
+                    f"0…{classes - 1} ({int(outside.sum())} of {outside.size} labels are)",
+                    where=f"split {split}, {self.target!r}",
+                    remedy=f"labels count from 0; there are {classes} classes "
+                    f"({self._classes_from(dataset)})",
+                )
+        check_inputs(dataset)
+
+    def outputs(self, dataset: DatasetLike) -> tuple[TensorSpec, ...]:
+        """The logits, (batch, C) or (batch, T, C)."""
+        labels = target_arrays(dataset, self.target, self.name)["train"]
+        shape: tuple[Dimension, ...] = ("batch", *labels.shape[1:], self._classes(dataset))
+        return (TensorSpec(self.output, shape, "float32"),)
+
+    def hard_loss(
+        self,
+        outputs: Mapping[str, Tensor],
+        batch: Mapping[str, Tensor],
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        """Cross-entropy, mean over the batch."""
+        from edgekd.tasks.hard import cross_entropy
+
+        return cross_entropy(outputs[self.output], batch[self.target], label_smoothing)
+
+    def scores(self, outputs: Arrays, targets: Arrays) -> np.ndarray[Any, Any]:
+        """1 where the largest logit is the label's, else 0; the mean over a sample's positions."""
+        logits = required(outputs, self.output, "output")
+        labels = required(targets, self.target, "target")
+        if logits.shape[:-1] != labels.shape:
+            raise InputError(
+                f"logits {list(logits.shape)} do not fit labels {list(labels.shape)}",
+                remedy="the model must give one row of logits per label",
+            )
+        check_outputs_finite(logits, self.output)
+        right = (logits.argmax(axis=-1) == labels).reshape(len(labels), -1)
+        scores: np.ndarray[Any, Any] = right.mean(axis=1, dtype=np.float64)
+        return scores
+
+    def _check_integers(self, labels: np.ndarray[Any, Any], split: str) -> None:
+        where = f"split {split}, {self.target!r}"
+        if labels.dtype.kind in "iu":
+            return
+        if labels.dtype.kind == "f":
+            check_finite(labels, f"the label {self.target!r}", split)
+            fractional = labels != np.floor(labels)
+            if fractional.any():
+                position = np.argwhere(fractional)[0]
+                raise InputError(
+                    f"the label of sample {int(position[0])} is {labels[tuple(position)]}, "
+                    "not an integer",
+                    where=where,
+                    remedy="classification needs class numbers from 0; for continuous targets "
+                    "write 'task: regression'",
+                )
+        raise InputError(
+            f"labels are of type {labels.dtype}, not integers",
+            where=where,
+            remedy=f"save them as integers: {self.target}.astype('int64')"
+            if labels.dtype.kind in "fb"
+            else "save class numbers from 0, and give the names as 'labels'",
+        )
+
+    def _classes(self, dataset: DatasetLike) -> int:
+        if self.classes is not None:
+            return self.classes
+        if dataset.labels:
+            count = len(dataset.labels)
+        else:
+            count = int(dataset.splits["train"].arrays[self.target].max()) + 1
+        if count < 2:
+            raise InputError(
+                f"the data have {count} class; nothing is to be told apart",
+                where=f"split train, {self.target!r}",
+                remedy="give data of two classes or more",
+            )
+        return count
+
+    def _classes_from(self, dataset: DatasetLike) -> str:
+        if self.classes is not None:
+            return "as task_args.classes says"
+        if dataset.labels:
+            return "as many as class names"
+        return "the largest label of the training split says so; task_args.classes can"

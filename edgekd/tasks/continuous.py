@@ -1,0 +1,156 @@
+"""What regression and policy share: continuous targets, an error per element, an optional mask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgekd.errors import InputError
+from edgekd.spec import TensorSpec
+from edgekd.tasks.checks import (
+    check_finite,
+    check_inputs,
+    check_outputs_finite,
+    required,
+    target_arrays,
+)
+from edgekd.tasks.task import Arrays, DatasetLike
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgekd.tasks.hard import Distance
+
+
+class ContinuousTask:
+    """Continuous outputs against targets of the same shape; the metric is the mean absolute error.
+
+    Where the data have ``<target>_mask``, elements with a zero there (the padding at the end of
+    an action chunk) count neither in the loss nor in the metric. A mask has the target's shape
+    or that of its leading dimensions.
+    """
+
+    name: str
+    metric = "mae"
+    higher_is_better = False
+
+    def __init__(self, target: str, output: str, loss: Distance) -> None:
+        self.target = target
+        self.output = output
+        self.loss: Distance = loss
+
+    @property
+    def mask(self) -> str:
+        """The name that the mask has in a batch."""
+        return f"{self.target}_mask"
+
+    def check(self, dataset: DatasetLike) -> None:
+        """See :meth:`edgekd.tasks.task.Task.check`."""
+        arrays = target_arrays(dataset, self.target, self.name)
+        delivered = {spec.name for spec in dataset.targets}
+        shape = arrays["train"].shape[1:]
+        for split, values in arrays.items():
+            where = f"split {split}, {self.target!r}"
+            if values.dtype.kind not in "fiu":
+                raise InputError(
+                    f"targets are of type {values.dtype}, not numbers",
+                    where=where,
+                    remedy="save them as float32",
+                )
+            if values.shape[1:] != shape:
+                raise InputError(
+                    f"a target has the shape {list(values.shape[1:])}, and {list(shape)} in train",
+                    where=where,
+                    remedy="every split needs targets of one shape",
+                )
+            mask = dataset.splits[split].arrays.get(self.mask)
+            if mask is None:
+                check_finite(values, f"the target {self.target!r}", split)
+            else:
+                self._check_masked(values, mask, split, self.mask in delivered)
+        check_inputs(dataset)
+
+    def outputs(self, dataset: DatasetLike) -> tuple[TensorSpec, ...]:
+        """The output in the target's shape; (batch, 1) for targets that are single numbers."""
+        values = target_arrays(dataset, self.target, self.name)["train"]
+        sample = tuple(map(int, values.shape[1:])) or (1,)
+        return (TensorSpec(self.output, ("batch", *sample), "float32"),)
+
+    def hard_loss(
+        self,
+        outputs: Mapping[str, Tensor],
+        batch: Mapping[str, Tensor],
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        """The distance to the target over the elements that the mask keeps."""
+        from edgekd.tasks.hard import distance
+
+        if label_smoothing:
+            raise InputError(
+                f"label_smoothing has no meaning for the task {self.name}",
+                remedy="remove it: there are no labels to smooth",
+            )
+        target, mask = batch[self.target], batch.get(self.mask)
+        return distance(outputs[self.output], target, self.loss, mask)
+
+    def scores(self, outputs: Arrays, targets: Arrays) -> np.ndarray[Any, Any]:
+        """The mean absolute error of each sample over the elements that the mask keeps."""
+        predicted = required(outputs, self.output, "output")
+        wanted = required(targets, self.target, "target")
+        if predicted.shape == (*wanted.shape, 1):
+            wanted = wanted[..., None]
+        if predicted.shape != wanted.shape:
+            raise InputError(
+                f"output {list(predicted.shape)} does not fit target {list(wanted.shape)}",
+                remedy="the model's output must have the shape of the target",
+            )
+        check_outputs_finite(predicted, self.output)
+        error = np.abs(predicted.astype(np.float64) - wanted.astype(np.float64))
+        rows = error.reshape(len(error), -1)
+        scores: np.ndarray[Any, Any]
+        if self.mask not in targets:
+            scores = rows.mean(axis=1)
+            return scores
+        kept = _expand(np.asarray(targets[self.mask]), error.shape).reshape(rows.shape)
+        scores = np.where(kept, rows, 0.0).sum(axis=1) / np.maximum(kept.sum(axis=1), 1)
+        return scores
+
+    def _check_masked(
+        self,
+        values: np.ndarray[Any, Any],
+        mask: np.ndarray[Any, Any],
+        split: str,
+        delivered: bool,
+    ) -> None:
+        where = f"split {split}, {self.mask!r}"
+        if not delivered:
+            raise InputError(
+                f"the data have a mask {self.mask!r}, but it is not among the targets",
+                where=where,
+                remedy=f"name it too: data.targets: [{self.target}, {self.mask}]",
+            )
+        if mask.shape != values.shape[: mask.ndim]:
+            raise InputError(
+                f"the mask has the shape {list(mask.shape)}, the target {list(values.shape)}",
+                where=where,
+                remedy="a mask has the shape of the target, or of its leading dimensions",
+            )
+        kept = _expand(mask, values.shape)
+        empty = np.logical_not(np.any(kept.reshape(len(kept), -1), axis=1))
+        if empty.any():
+            raise InputError(
+                f"the mask of sample {int(np.argmax(empty))} keeps nothing "
+                f"({int(empty.sum())} of {len(empty)} samples)",
+                where=where,
+                remedy="remove samples that have no target at all",
+            )
+        # What a mask leaves out may be NaN; it is never looked at.
+        check_finite(np.where(kept, values, 0), f"the target {self.target!r}", split)
+
+
+def _expand(mask: np.ndarray[Any, Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """A mask over the leading dimensions as a boolean mask over every element."""
+    trailing = (1,) * (len(shape) - mask.ndim)
+    return np.broadcast_to((mask != 0).reshape(*mask.shape, *trailing), shape)

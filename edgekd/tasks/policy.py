@@ -1,0 +1,27 @@
+"""Policy: an action vector, or a chunk of them, from observations."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from edgekd.tasks.continuous import ContinuousTask
+
+
+class Policy(ContinuousTask):
+    """Actions (B, A), or a chunk (B, T, A), imitating recorded ones; see :class:`ContinuousTask`.
+
+    Args:
+        target: the name of the recorded actions; their mask is ``<target>_mask``.
+        output: the name of the model's actions.
+        loss: the hard loss. ``mae`` is less drawn to rare, large actions than ``mse``.
+    """
+
+    name = "policy"
+
+    def __init__(
+        self,
+        target: str = "action",
+        output: str = "action",
+        loss: Literal["mse", "mae", "huber"] = "mse",
+    ) -> None:
+        super().__init__(target, output, loss)

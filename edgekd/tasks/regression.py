@@ -1,0 +1,27 @@
+"""Regression: continuous numbers from named inputs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from edgekd.tasks.continuous import ContinuousTask
+
+
+class Regression(ContinuousTask):
+    """A prediction (B, ...) against a target of the same shape; see :class:`ContinuousTask`.
+
+    Args:
+        target: the name of the target array.
+        output: the name of the model's prediction.
+        loss: the hard loss.
+    """
+
+    name = "regression"
+
+    def __init__(
+        self,
+        target: str = "target",
+        output: str = "prediction",
+        loss: Literal["mse", "mae", "huber"] = "mse",
+    ) -> None:
+        super().__init__(target, output, loss)

@@ -1,0 +1,88 @@
+"""What a task is: what an output means, its hard loss and its metric."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from edgekd.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Arrays = Mapping[str, "np.ndarray[Any, Any]"]
+"""Named arrays of one split, the samples along the first dimension."""
+
+
+class SplitLike(Protocol):
+    """One split of a data set: named arrays with the same number of samples."""
+
+    @property
+    def arrays(self) -> Arrays:
+        """The arrays by name, each (N, ...)."""
+        ...
+
+
+class DatasetLike(Protocol):
+    """What a task needs to know of a data set."""
+
+    @property
+    def splits(self) -> Mapping[str, SplitLike]:
+        """``train``, ``validation`` and ``test``."""
+        ...
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What a model takes."""
+        ...
+
+    @property
+    def targets(self) -> tuple[TensorSpec, ...]:
+        """What is to be learnt."""
+        ...
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """Class names; None when the task has no classes or they are unnamed."""
+        ...
+
+
+class Task(Protocol):
+    """What the outputs of a model mean.
+
+    Attributes:
+        name: the task's name in a pipeline.
+        output: the primary output of the model, such as ``logits``.
+        target: the array it is compared with, such as ``label``.
+        metric: the primary metric's name.
+        higher_is_better: the metric's direction.
+    """
+
+    name: str
+    output: str
+    target: str
+    metric: str
+    higher_is_better: bool
+
+    def check(self, dataset: DatasetLike) -> None:
+        """Raise InputError when the data do not fit the task; names split, sample and value."""
+        ...
+
+    def outputs(self, dataset: DatasetLike) -> tuple[TensorSpec, ...]:
+        """What a model must give for this data set, the primary output first."""
+        ...
+
+    def hard_loss(
+        self,
+        outputs: Mapping[str, Tensor],
+        batch: Mapping[str, Tensor],
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
+        """The loss against the data's own targets, a scalar."""
+        ...
+
+    def scores(self, outputs: Arrays, targets: Arrays) -> np.ndarray[Any, Any]:
+        """The metric of each sample, (N,) float64; the metric of a set is their mean."""
+        ...

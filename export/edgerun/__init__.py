@@ -1,0 +1,8 @@
+"""edgerun: answer, measure and verify on the device that a model was built for.
+
+Needs the standard library, numpy and onnxruntime only, and Python 3.8 or later. The same code
+measures on a workstation, in a fresh process, so that a figure from there and one from a board
+mean the same thing. Start it with ``python -m edgerun run|bench|verify|info``.
+"""
+
+__version__ = "0.1.0"

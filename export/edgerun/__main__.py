@@ -1,0 +1,224 @@
+"""``python -m edgerun``: parse the arguments, call, print.
+
+Exit codes: 0 done, 1 a bundle is not intact, 2 the input is wrong, 3 the runtime failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, Sequence
+
+import edgerun
+from edgerun.errors import BadInput, EdgerunError, RunFailed
+
+# numpy and the runtime are imported inside the commands: verify must work without them.
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.command(options)
+    except EdgerunError as error:
+        print(f"edgerun: {error}", file=sys.stderr)
+        return error.exit_code
+    except ImportError as error:
+        print(
+            f"edgerun: {error.name} is not installed for {sys.executable}\n"
+            f"  to do: {sys.executable} -m pip install numpy onnxruntime",
+            file=sys.stderr,
+        )
+        return RunFailed.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
+    from edgerun.manifest import MANIFEST, manifest_beside, read_manifest
+    from edgerun.run import run
+    from edgerun.session import Model
+
+    manifest = None
+    if options.bundle is not None:
+        manifest = read_manifest(options.bundle / MANIFEST)
+    elif options.manifest is not None:
+        manifest = read_manifest(options.manifest)
+    path = options.model or (manifest.model_path if manifest else None)
+    if path is None:
+        raise BadInput("no model is given", remedy="edgerun run MODEL.onnx, or --bundle FOLDER")
+    manifest = manifest or manifest_beside(path)
+    model = Model(path, _settings(options))
+    begin = time.perf_counter()
+    answers = run(model, options.inputs, options.batch, manifest, options.raw)
+    seconds = time.perf_counter() - begin
+    answers.save(options.output)
+    for name, array in answers.outputs.items():
+        print(f"{name} {array.dtype} {'x'.join(map(str, array.shape))}")
+    if answers.labels is not None:
+        more = " …" if answers.samples > 10 else ""
+        print(f"labels: {', '.join(answers.labels[:10])}{more}")
+    print(f"{answers.samples} samples in {seconds:.2f} s -> {options.output}")
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from edgerun.bench import Plan, bench
+    from edgerun.shapes import parse_shapes
+    from edgerun.text import bench_lines
+
+    record = bench(
+        Plan(
+            models=tuple(p for p in (options.model, options.against) if p is not None),
+            settings=_settings(options),
+            inputs=options.inputs,
+            shapes=parse_shapes(options.shape),
+            batch=options.batch,
+            seed=options.seed,
+            min_queries=options.min_queries,
+            max_seconds=options.max_seconds,
+            memory=not options.no_memory,
+        )
+    )
+    if options.json is not None:
+        _write_json(options.json, record)
+    print("\n".join(bench_lines(record)))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from edgerun.verify import verify
+
+    verdict = verify(options.folder)
+    print("\n".join(verdict.lines()))
+    return 0 if verdict.intact else 1
+
+
+def _info(options: argparse.Namespace) -> int:
+    from edgerun.environment import describe_environment
+    from edgerun.model_files import describe_files
+    from edgerun.sensors import read_conditions
+    from edgerun.session import Model, Settings
+    from edgerun.text import description_lines
+
+    described: dict[str, Any] = {
+        "schema": "edgerun.info/1",
+        "environment": {**describe_environment(), "now": read_conditions()},
+    }
+    if options.model is not None:
+        model = Model(options.model, Settings())
+        described["model"] = {
+            "path": str(options.model),
+            **describe_files(options.model),
+            "inputs": [t.to_json() for t in model.inputs],
+            "outputs": [t.to_json() for t in model.outputs],
+        }
+        for tensor in model.inputs:
+            print(f"input  {tensor}")
+        for tensor in model.outputs:
+            print(f"output {tensor}")
+    if options.json is not None:
+        _write_json(options.json, described)
+    print("\n".join(description_lines(described["environment"])))
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> Any:
+    from edgerun.session import Settings, full_provider_name
+
+    names = [name.strip() for name in options.providers.split(",") if name.strip()]
+    if not names:
+        raise BadInput("no provider is named", "--providers", "for example: --providers cpu")
+    providers = tuple(dict.fromkeys(full_provider_name(name) for name in names))
+    return Settings(options.threads, providers, options.optimization)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(value, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RunFailed(f"the result cannot be written: {error}", str(path)) from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edgerun", description="Answer, measure and verify an ONNX model on this device."
+    )
+    parser.add_argument("--version", action="version", version=f"edgerun {edgerun.__version__}")
+    commands = parser.add_subparsers(dest="name", metavar="COMMAND")
+    commands.required = True
+
+    run = commands.add_parser("run", help="answers for every sample of an npz file")
+    run.add_argument("model", type=Path, nargs="?", metavar="MODEL.onnx")
+    run.add_argument("--inputs", type=Path, required=True, metavar="DATA.npz")
+    run.add_argument("--output", type=Path, required=True, metavar="ANSWERS.npz")
+    run.add_argument("--bundle", type=Path, metavar="FOLDER", help="take model and manifest here")
+    run.add_argument("--manifest", type=Path, metavar="manifest.json")
+    run.add_argument("--raw", action="store_true", help="preprocess data of any dtype")
+    _add_settings(run)
+    run.set_defaults(command=_run)
+
+    bench = commands.add_parser("bench", help="latency with intervals, peak memory")
+    bench.add_argument("model", type=Path, metavar="MODEL.onnx")
+    bench.add_argument("--against", type=Path, metavar="OTHER.onnx", help="compare, interleaved")
+    bench.add_argument("--inputs", type=Path, metavar="DATA.npz", help="default: random inputs")
+    bench.add_argument("--shape", action="append", default=[], metavar="NAME=1x3x224x224")
+    bench.add_argument("--seed", type=_natural, default=0, metavar="N")
+    bench.add_argument("--min-queries", type=_count, default=1000, metavar="N")
+    bench.add_argument("--max-seconds", type=_seconds, default=60.0, metavar="S")
+    bench.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    bench.add_argument("--json", type=Path, metavar="OUT", help="write the whole record here")
+    _add_settings(bench)
+    bench.set_defaults(command=_bench)
+
+    verify = commands.add_parser("verify", help="whether a bundle is intact")
+    verify.add_argument("folder", type=Path, metavar="FOLDER")
+    verify.set_defaults(command=_verify)
+
+    info = commands.add_parser("info", help="what this device, or a model, is")
+    info.add_argument("model", type=Path, nargs="?", metavar="MODEL.onnx")
+    info.add_argument("--json", type=Path, metavar="OUT")
+    info.set_defaults(command=_info)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch", type=_count, metavar="N", help="samples of one call")
+    parser.add_argument("--threads", type=_count, metavar="N", help="default: the runtime's choice")
+    parser.add_argument("--providers", default="cpu", metavar="A,B", help="default: cpu")
+    parser.add_argument(
+        "--optimization", choices=("disabled", "basic", "extended", "all"), default="all"
+    )
+
+
+def _natural(text: str) -> int:
+    return _whole(text, least=0)
+
+
+def _count(text: str) -> int:
+    return _whole(text, least=1)
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

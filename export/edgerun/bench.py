@@ -1,0 +1,143 @@
+"""The benchmark: latency, memory and environment of one model, or of two in alternation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+from edgerun.environment import describe_environment
+from edgerun.errors import BadInput
+from edgerun.inputs import Feeds, feeds_from, make_feeds
+from edgerun.manifest import manifest_beside
+from edgerun.memory import empty_memory, model_memory
+from edgerun.model_files import describe_files
+from edgerun.percentiles import summarize
+from edgerun.placement import provider_nodes
+from edgerun.sensors import read_conditions
+from edgerun.session import Model, Settings
+from edgerun.timing import Stopwatch, WarmUp, compare, timed_rounds
+
+SCHEMA = "edgerun.bench/1"
+WARM_UP_SHARE = 0.25
+"""A warm-up may take at most this share of the seconds allowed for timing."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure and for how long.
+
+    Attributes:
+        models: one path, or two to compare.
+        inputs: an npz file with the models' inputs; None makes random ones from ``seed``. Raw
+            uint8 data is preprocessed by the manifest of the bundle that the model lies in.
+        shapes: sizes by input name, for random inputs.
+        batch: samples of one query; None is 1 or what the model fixes.
+        min_queries: timed queries of each model, unless ``max_seconds`` is over before.
+        memory: whether to measure peak memory, in processes of their own.
+    """
+
+    models: tuple[Path, ...]
+    settings: Settings
+    inputs: Path | None = None
+    shapes: Mapping[str, tuple[int, ...]] | None = None
+    batch: int | None = None
+    seed: int = 0
+    min_queries: int = 1000
+    max_seconds: float = 60.0
+    memory: bool = True
+
+
+def bench(plan: Plan) -> dict[str, Any]:
+    """Measure and return the record of schema ``edgerun.bench/1``; times in ms, memory in MB.
+
+    Everything that would disturb the timing (hashing, memory, profiling) comes after it.
+
+    Raises:
+        BadInput: a model, an input or a shape is wrong.
+        RunFailed: the runtime cannot run a model.
+    """
+    models = [Model(path, plan.settings) for path in plan.models]
+    watches = [Stopwatch(model, feeds) for model, feeds in zip(models, _feeds(plan, models))]
+    for watch in watches:
+        watch.check()
+    before = read_conditions()
+    warm_ups = [watch.warm_up(plan.max_seconds * WARM_UP_SHARE) for watch in watches]
+    rounds = timed_rounds(watches, warm_ups, plan.min_queries, plan.max_seconds)
+    after = read_conditions()
+    empty = empty_memory() if plan.memory else None
+    return {
+        "schema": SCHEMA,
+        "models": [
+            _record(plan, watch, warm_up, timed, empty)
+            for watch, warm_up, timed in zip(watches, warm_ups, rounds)
+        ],
+        "comparison": compare(*rounds) if len(rounds) == 2 else None,
+        "settings": {
+            "threads": plan.settings.threads,
+            "optimization": plan.settings.optimization,
+            "min_queries": plan.min_queries,
+            "max_seconds": plan.max_seconds,
+        },
+        "environment": {**describe_environment(), "before": before, "after": after},
+    }
+
+
+def _feeds(plan: Plan, models: Sequence[Model]) -> list[Feeds]:
+    if plan.inputs is not None:
+        if plan.shapes:
+            raise BadInput(
+                "shapes are for random inputs; the file's arrays have their own",
+                where="--shape",
+                remedy="leave out --shape or --inputs",
+            )
+        return [
+            feeds_from(plan.inputs, model.inputs, plan.batch, manifest_beside(model.path))
+            for model in models
+        ]
+    shapes = plan.shapes or {}
+    known = {tensor.name for model in models for tensor in model.inputs}
+    for name in shapes:
+        if name not in known:
+            raise BadInput(
+                f"there is no input {name!r}",
+                where="--shape",
+                remedy=f"the inputs are: {', '.join(str(t) for m in models for t in m.inputs)}",
+            )
+    return [make_feeds(model.inputs, shapes, plan.batch, plan.seed) for model in models]
+
+
+def _record(
+    plan: Plan,
+    watch: Stopwatch,
+    warm_up: WarmUp,
+    rounds: Sequence[Sequence[float]],
+    empty: float | None,
+) -> dict[str, Any]:
+    model, feeds = watch.model, watch.feeds
+    samples = [round(ms, 6) for block in rounds for ms in block]
+    return {
+        "path": str(model.path),
+        **describe_files(model.path),
+        "inputs": [tensor.to_json() for tensor in model.inputs],
+        "outputs": [tensor.to_json() for tensor in model.outputs],
+        "fed": feeds.to_json(),
+        "providers": {
+            "requested": list(plan.settings.providers),
+            "session": list(model.providers),
+            "nodes": provider_nodes(model.path, plan.settings, feeds.feeds[0]),
+        },
+        "threads": plan.settings.threads,
+        "load_ms": round(model.load_ms, 3),
+        "warmup": warm_up.to_json(),
+        "samples_ms": samples,
+        "queries_per_round": len(rounds[0]),
+        "latency": summarize(samples),
+        "memory": _memory(plan, model, feeds, empty),
+    }
+
+
+def _memory(plan: Plan, model: Model, feeds: Feeds, empty: float | None) -> dict[str, Any] | None:
+    if not plan.memory:
+        return None
+    return model_memory(model.path, plan.settings, feeds.feeds[0], empty)

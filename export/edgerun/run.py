@@ -1,0 +1,114 @@
+"""Answers for every sample of an npz file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgerun.errors import BadInput, RunFailed
+from edgerun.inputs import Samples, load_arrays
+from edgerun.manifest import Manifest
+from edgerun.session import Model
+
+BATCH = 64
+"""Samples of one call, for a model of open batch size."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Outputs by name over all samples, and the class names where the manifest has them."""
+
+    outputs: dict[str, np.ndarray[Any, Any]]
+    samples: int
+    labels: np.ndarray[Any, Any] | None
+
+    def save(self, path: Path) -> None:
+        """Write an npz file: the outputs, and ``label`` (text) when there are labels.
+
+        Raises:
+            RunFailed: the file cannot be written.
+        """
+        arrays = dict(self.outputs)
+        if self.labels is not None:
+            arrays.setdefault("label", self.labels)
+        try:
+            with path.open("wb") as file:
+                np.savez(file, **arrays)
+        except OSError as error:
+            raise RunFailed(f"the answers cannot be written: {error}", str(path)) from error
+
+
+def run(
+    model: Model,
+    inputs: Path,
+    batch: int | None = None,
+    manifest: Manifest | None = None,
+    raw: bool = False,
+) -> Answers:
+    """Run every sample, in batches.
+
+    A model of fixed batch size gets its last batch filled with copies of the last sample, whose
+    answers are dropped. ``raw`` applies the manifest's preprocessing to data of any dtype, not
+    only to uint8.
+
+    Raises:
+        BadInput: the file does not hold what the model takes.
+        RunFailed: the runtime fails, or answers change their shape from batch to batch.
+    """
+    if raw and (manifest is None or not manifest.preprocess):
+        raise BadInput(
+            "raw inputs need a manifest with preprocessing constants",
+            where="--raw",
+            remedy="give --bundle FOLDER or --manifest manifest.json",
+        )
+    arrays = load_arrays(inputs, model.inputs, manifest, raw)
+    samples = Samples.of(arrays, model.inputs, str(inputs))
+    size = samples.layout.batch(batch, default=min(BATCH, samples.count))
+    gathered: dict[str, np.ndarray[Any, Any]] = {}
+    for start in range(0, samples.count, size):
+        wanted = min(size, samples.count - start)
+        # Only a fixed batch must be filled; an open one takes the rest as it is.
+        fed = size if samples.layout.size is not None else wanted
+        for tensor, answer in zip(model.outputs, model.run(samples.feed(start, fed))):
+            part = _by_sample(tensor.name, np.asarray(answer), fed)[:wanted]
+            if tensor.name not in gathered:
+                shape = (samples.count, *part.shape[1:])
+                gathered[tensor.name] = np.empty(shape, part.dtype)
+            if part.shape[1:] != gathered[tensor.name].shape[1:]:
+                raise RunFailed(
+                    f"output {tensor.name!r} changes its shape from {part.shape[1:]} to "
+                    f"{gathered[tensor.name].shape[1:]} between batches",
+                    where=f"samples {start} to {start + wanted - 1}",
+                    remedy="answers of different shapes do not fit one array: run these samples "
+                    "from files of their own",
+                )
+            gathered[tensor.name][start : start + wanted] = part
+    labels = manifest.labels if manifest else None
+    return Answers(gathered, samples.count, _named(gathered, labels))
+
+
+def _by_sample(name: str, answer: np.ndarray[Any, Any], batch: int) -> np.ndarray[Any, Any]:
+    """The answer with samples on its first axis."""
+    if answer.ndim and answer.shape[0] == batch:
+        return answer
+    if batch == 1:
+        return answer[np.newaxis]
+    raise RunFailed(
+        f"output {name!r} of shape {answer.shape} has no answer per sample for {batch} samples",
+        remedy="run one sample at a time: --batch 1",
+    )
+
+
+def _named(
+    outputs: dict[str, np.ndarray[Any, Any]], labels: tuple[str, ...] | None
+) -> np.ndarray[Any, Any] | None:
+    """The class name of the largest value of the first output with one value per class."""
+    if labels is None:
+        return None
+    for scores in outputs.values():
+        if scores.ndim == 2 and scores.shape[1] == len(labels):
+            return np.asarray(labels)[scores.argmax(axis=1)]
+    return None

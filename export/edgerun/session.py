@@ -1,0 +1,214 @@
+"""An ONNX Runtime session: opened with stated settings, described, and its errors made readable."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+import numpy as np
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as _state
+
+from edgerun.errors import BadInput, EdgerunError, RunFailed
+
+if hasattr(onnxruntime, "disable_telemetry_events"):
+    onnxruntime.disable_telemetry_events()
+
+DTYPES = {
+    "float": "float32",
+    "double": "float64",
+    "float16": "float16",
+    "int8": "int8",
+    "int16": "int16",
+    "int32": "int32",
+    "int64": "int64",
+    "uint8": "uint8",
+    "uint16": "uint16",
+    "uint32": "uint32",
+    "uint64": "uint64",
+    "bool": "bool",
+}
+"""numpy's name of each tensor element type that numpy can hold."""
+
+OPTIMIZATION = {
+    "disabled": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+
+# The runtime's exception classes share no base but Exception; collecting them by type keeps a
+# programming error from being reported as the runtime's.
+RUNTIME_ERRORS: tuple[type[Exception], ...] = (
+    *(v for v in vars(_state).values() if isinstance(v, type) and issubclass(v, Exception)),
+    RuntimeError,
+)
+_NOT_A_MODEL = ("InvalidProtobuf", "InvalidGraph", "InvalidArgument", "NoSuchFile", "NoModel")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A declared input or output.
+
+    ``shape`` holds a size, the name of a symbolic dimension, or None for one without a name;
+    ``dtype`` is numpy's name, or the runtime's own where numpy has none (``tensor(string)``).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """``{"name", "dtype", "shape"}`` with null for a dimension without a name."""
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype}{written(self.shape)}"
+
+
+def written(shape: Sequence[int | str | None]) -> str:
+    """A shape as people read it: ``[batch, 3, ?, 224]``."""
+    return "[" + ", ".join("?" if d is None else str(d) for d in shape) + "]"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a session is opened. ``threads`` None leaves the number to the runtime."""
+
+    threads: int | None = None
+    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    optimization: str = "all"
+
+
+class Model:
+    """A loaded model file with what it declares.
+
+    Raises:
+        BadInput: the file is missing, is not an ONNX model, or is truncated.
+        RunFailed: the runtime cannot load it, or silently left out a provider asked for.
+    """
+
+    def __init__(self, path: Path, settings: Settings, profile_to: Path | None = None) -> None:
+        self.path = path
+        self.settings = settings
+        _check_file(path)
+        _check_providers(settings.providers)
+        options = onnxruntime.SessionOptions()
+        # Every error of the runtime also comes as an exception; here it would be printed twice.
+        options.log_severity_level = 4
+        options.graph_optimization_level = OPTIMIZATION[settings.optimization]
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+        options.inter_op_num_threads = 1
+        options.intra_op_num_threads = settings.threads or 0
+        if profile_to is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile_to)
+        begin = time.perf_counter()
+        try:
+            self.session = onnxruntime.InferenceSession(
+                str(path), options, providers=list(settings.providers)
+            )
+        except RUNTIME_ERRORS as error:
+            raise _load_error(path, error) from error
+        self.load_ms = (time.perf_counter() - begin) * 1e3
+        self.providers = tuple(self.session.get_providers())
+        left_out = [p for p in settings.providers if p not in self.providers]
+        if left_out:
+            raise RunFailed(
+                f"{', '.join(left_out)} could not be started; only "
+                f"{', '.join(self.providers)} would run the model",
+                where=str(path),
+                remedy="see the runtime's message above, or leave the provider out",
+            )
+        self.inputs = tuple(_tensor(node) for node in self.session.get_inputs())
+        self.outputs = tuple(_tensor(node) for node in self.session.get_outputs())
+
+    def run(self, feed: Mapping[str, np.ndarray[Any, Any]]) -> list[Any]:
+        """The outputs in declared order for one feed.
+
+        Raises:
+            BadInput: the feed does not fit what the model declares.
+            RunFailed: the runtime fails; the message names the shapes fed.
+        """
+        try:
+            answers: list[Any] = self.session.run(None, dict(feed))
+        except RUNTIME_ERRORS as error:
+            shapes = ", ".join(f"{name} {written(array.shape)}" for name, array in feed.items())
+            refused = type(error).__name__ == "InvalidArgument"
+            raise (BadInput if refused else RunFailed)(
+                f"the model fails on inputs {shapes}: {_reason(error)}",
+                where=str(self.path),
+                remedy="give the shapes it needs (--shape NAME=1x3x224x224) or real inputs "
+                "(--inputs data.npz)",
+            ) from error
+        return answers
+
+
+def full_provider_name(name: str) -> str:
+    """``cpu`` → ``CPUExecutionProvider``; a name given in full stays as it is."""
+    known: list[str] = onnxruntime.get_all_providers()
+    for full in known:
+        if name.lower() in (full.lower(), full.lower().replace("executionprovider", "")):
+            return full
+    return name
+
+
+def _check_file(path: Path) -> None:
+    if not path.exists():
+        raise BadInput("there is no such model file", str(path), "check the path")
+    if not path.is_file():
+        raise BadInput("the model is a folder, not a file", str(path), "give the .onnx file in it")
+
+
+def _check_providers(providers: Sequence[str]) -> None:
+    available = onnxruntime.get_available_providers()
+    for name in providers:
+        if name not in available:
+            raise BadInput(
+                f"this onnxruntime has no {name}",
+                where="--providers",
+                remedy=f"available here: {', '.join(available)}",
+            )
+
+
+def _tensor(node: Any) -> TensorInfo:
+    kind = str(node.type)
+    element = kind[len("tensor(") : -1] if kind.startswith("tensor(") else kind
+    shape = tuple(_dimension(d) for d in node.shape)
+    return TensorInfo(str(node.name), DTYPES.get(element, kind), shape)
+
+
+def _dimension(value: Any) -> int | str | None:
+    # Some exporters write "?" or a size below 1 for "not known"; neither is a name or a size.
+    if isinstance(value, str):
+        return None if value in ("", "?") else value
+    return None if value is None or int(value) < 1 else int(value)
+
+
+def _reason(error: Exception) -> str:
+    """The runtime's message on one line, without its code prefix."""
+    text = " ".join(str(error).split())
+    return text.split(" : ", 3)[-1] if text.startswith("[ONNXRuntimeError]") else text
+
+
+def _load_error(path: Path, error: Exception) -> EdgerunError:
+    reason = _reason(error)
+    if "external" in reason.lower() or ".data" in reason:
+        return BadInput(
+            f"the model's weights lie in another file, which cannot be read: {reason}",
+            where=str(path),
+            remedy="put the weight file beside the model, under the name it was exported with",
+        )
+    if type(error).__name__ in _NOT_A_MODEL:
+        return BadInput(
+            f"this is not a complete ONNX model: {reason}",
+            where=f"{path} ({path.stat().st_size} bytes)",
+            remedy="the file may be truncated or of another format: export or copy it again",
+        )
+    return RunFailed(
+        f"onnxruntime {onnxruntime.__version__} cannot load the model: {reason}",
+        where=str(path),
+        remedy="a newer runtime, another provider, or a lower opset at export may help",
+    )

@@ -1,0 +1,160 @@
+"""Which axis of each input counts samples, and what sizes its open dimensions take."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Mapping, Sequence
+
+from edgerun.errors import BadInput
+from edgerun.session import TensorInfo, written
+
+IMAGE_SIDE = 224
+CHANNELS = (1, 3, 4)
+_SHAPE_OPTION = re.compile(r"^(?P<name>.+)=(?P<shape>\d+(?:x\d+)*|)$")
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """Where a model's inputs count samples.
+
+    Attributes:
+        axes: input name → the axis that counts samples; None for an input shared by all samples
+            (a scalar, or a state without a batch dimension).
+        size: the batch size that the model fixes; None when it is open.
+    """
+
+    axes: Mapping[str, int | None]
+    size: int | None
+
+    @classmethod
+    def of(cls, inputs: Sequence[TensorInfo]) -> BatchLayout:
+        """Read the layout from declared shapes.
+
+        An open first dimension is the batch, and so is every other dimension of the same
+        symbolic name (a recurrent state is often ``[layers, batch, units]``). Without an open
+        first dimension, the first input's size is the batch of all inputs that share it.
+        """
+        open_first = [t for t in inputs if t.shape and not isinstance(t.shape[0], int)]
+        names = {t.shape[0] for t in open_first if t.shape[0] is not None}
+        if open_first:
+            axes: dict[str, int | None] = {}
+            for tensor in inputs:
+                named = [i for i, d in enumerate(tensor.shape) if d is not None and d in names]
+                axes[tensor.name] = 0 if tensor in open_first else next(iter(named), None)
+            return cls(axes, None)
+        first = next((t.shape[0] for t in inputs if t.shape), None)
+        fixed = first if isinstance(first, int) else None
+        return cls(
+            {t.name: 0 if t.shape and t.shape[0] == fixed else None for t in inputs}, fixed
+        )
+
+    def batch(self, wanted: int | None, default: int = 1) -> int:
+        """The batch size to use.
+
+        Raises:
+            BadInput: the model fixes another one than is wanted.
+        """
+        if self.size is None:
+            return wanted or default
+        if wanted not in (None, self.size):
+            raise BadInput(
+                f"the model is built for batch size {self.size}, not {wanted}",
+                where="--batch",
+                remedy=f"leave --batch out, or export the model again for batch {wanted}",
+            )
+        return self.size
+
+
+@dataclass(frozen=True)
+class ChosenShape:
+    """The shape that an input is fed with, and a note on each size that had to be chosen."""
+
+    shape: tuple[int, ...]
+    note: str
+
+
+def parse_shapes(options: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """``["x=1x3x224x224", "sr="]`` → sizes by input name; nothing after = is a scalar.
+
+    Raises:
+        BadInput: an option of another form, a size of zero, or one input twice.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for option in options:
+        match = _SHAPE_OPTION.match(option)
+        sizes = match.group("shape").split("x") if match and match.group("shape") else []
+        shape = tuple(int(size) for size in sizes)
+        if match is None or 0 in shape:
+            raise BadInput(
+                f"{option!r} is not a shape",
+                where="--shape",
+                remedy="write NAME=1x3x224x224, with sizes of at least 1",
+            )
+        if match.group("name") in shapes:
+            raise BadInput(f"the shape of {match.group('name')!r} is given twice", "--shape")
+        shapes[match.group("name")] = shape
+    return shapes
+
+
+def choose_shapes(
+    inputs: Sequence[TensorInfo], given: Mapping[str, tuple[int, ...]], batch: int | None
+) -> dict[str, ChosenShape]:
+    """The shape to feed each input with.
+
+    An open dimension takes the size given; else the batch size on the batch axis, 224 for the
+    height and width of an image (four dimensions, 1, 3 or 4 channels), and 1 otherwise.
+
+    Raises:
+        BadInput: a given shape contradicts the declared one, or the batch the fixed one.
+    """
+    layout = BatchLayout.of(inputs)
+    size = layout.batch(batch)
+    chosen = {}
+    for tensor in inputs:
+        if tensor.name in given:
+            check_shape(tensor, given[tensor.name], where="--shape")
+            chosen[tensor.name] = ChosenShape(given[tensor.name], "given")
+        else:
+            chosen[tensor.name] = _default(tensor, layout.axes[tensor.name], size)
+    return chosen
+
+
+def check_shape(tensor: TensorInfo, shape: Sequence[int], where: str) -> None:
+    """Raise BadInput when a shape does not fit the declared one."""
+    fits = len(shape) == len(tensor.shape) and not any(
+        isinstance(declared, int) and declared != size
+        for declared, size in zip(tensor.shape, shape)
+    )
+    if not fits:
+        raise BadInput(
+            f"shape {written(shape)} does not fit input {tensor}",
+            where=where,
+            remedy="the number of dimensions and each fixed size must be the declared ones",
+        )
+
+
+def _default(tensor: TensorInfo, batch_axis: int | None, batch: int) -> ChosenShape:
+    sides = _image_sides(tensor)
+    sizes, notes = [], []
+    for axis, declared in enumerate(tensor.shape):
+        if isinstance(declared, int):
+            sizes.append(declared)
+            continue
+        if axis == batch_axis:
+            size, reason = batch, "batch"
+        elif axis in sides:
+            size, reason = IMAGE_SIDE, "image side"
+        else:
+            size, reason = 1, "default"
+        sizes.append(size)
+        notes.append(f"axis {axis} ({declared or 'open'}) = {size} ({reason})")
+    return ChosenShape(tuple(sizes), "; ".join(notes) or "declared")
+
+
+def _image_sides(tensor: TensorInfo) -> tuple[int, ...]:
+    if len(tensor.shape) != 4:
+        return ()
+    if tensor.shape[1] in CHANNELS:
+        return (2, 3)
+    return (1, 2) if tensor.shape[3] in CHANNELS else ()

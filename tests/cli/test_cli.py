@@ -1,0 +1,84 @@
+"""The command line: quick to start, honest in its exit codes, without tracebacks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from edgekd.cli import _COMMANDS, main
+from edgekd.resources import pipelines_folder
+
+
+def invoke(*arguments: str):
+    return CliRunner().invoke(main, list(arguments))
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["benchmark", "--help"]])
+def test_help_does_not_import_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from edgekd.cli import main\n"
+        f"main({arguments!r}, standalone_mode=False)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("command", list(_COMMANDS))
+def test_every_command_has_help(command: str) -> None:
+    outcome = invoke(command, "--help")
+    assert outcome.exit_code == 0
+    assert "Usage:" in outcome.output
+
+
+def test_misspelt_command_is_suggested() -> None:
+    outcome = invoke("distil")
+    assert outcome.exit_code == 2
+    assert "'distill'" in outcome.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "absent.yaml"], "absent.yaml"),
+        (["run", "PIPELINE", "--set", "profile=raspbery-pi-5"], "raspberry-pi-5"),
+        (["run", "PIPELINE", "--set", "distill.losses=[soft_label]"], "soft_labels"),
+        (["run", "PIPELINE", "--set", "student.model=convnet-x"], "convnet-xs"),
+        (["run", "PIPELINE", "--set", "data.source=digit"], "digits"),
+        (["run", "PIPELINE", "--set", "data.augment=[flop]"], "flip"),
+        (["run", "PIPELINE", "--set", "task=clasification"], "classification"),
+        (["run", "PIPELINE", "--set", "student.model=absent_module:net"], "absent_module"),
+        (["run", "PIPELINE", "--until", "distil"], "distill"),
+        (["run", "PIPELINE", "-o", "/proc/edgekd"], "--output"),
+    ],
+)
+def test_wrong_input_is_explained(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipeline = str(pipelines_folder() / "digits.yaml")
+    outcome = invoke(*(pipeline if word == "PIPELINE" else word for word in arguments))
+    assert outcome.exit_code == 2, outcome.output
+    assert says in outcome.output
+    assert "to do:" in outcome.output
+    assert "Traceback" not in outcome.output
+
+
+def test_init_writes_an_example_and_never_over_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    assert invoke("init", str(path)).exit_code == 0
+    assert path.read_text() == (pipelines_folder() / "digits.yaml").read_text()
+    assert invoke("init", str(path)).exit_code == 2
+    assert invoke("init", str(tmp_path / "other.yaml"), "--example", "digit").exit_code == 2
+
+
+@pytest.mark.parametrize("file", sorted(pipelines_folder().glob("*.yaml")), ids=lambda f: f.stem)
+def test_shipped_pipelines_are_valid(file: Path, tmp_path: Path) -> None:
+    outcome = invoke("plan", str(file), "-o", str(tmp_path / "run"))
+    assert outcome.exit_code in (0, 2)
+    if outcome.exit_code == 2:
+        assert "dataset-fashion-mnist" in outcome.output, "only the data may be missing"

@@ -1,0 +1,116 @@
+"""A wrong pipeline file gives an error that names the line, the key and the remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edgekd.config.loader import load_pipeline, load_section
+from edgekd.config.pipeline import GateConfig
+from edgekd.errors import InputError
+
+GOOD = """\
+name: small
+data: {source: digits}
+teacher: {model: convnet-m, train: {epochs: 3, learning_rate: 1e-3}}
+student: {model: convnet-xs}
+distill:
+  epochs: 2
+  losses:
+    - {hard_labels: {}, weight: 0.1}
+    - {soft_labels: {temperature: 4}, weight: 0.9}
+    - teacher_labels
+engines: [onnxruntime]
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def _write(text: str) -> Path:
+        path = tmp_path / "pipeline.yaml"
+        path.write_text(text)
+        return path
+
+    return _write
+
+
+def test_short_forms_are_understood(write) -> None:
+    config = load_pipeline(write(GOOD))
+    names = [(term.name, term.args, term.weight) for term in config.distill.losses]
+    assert names == [
+        ("hard_labels", {}, 0.1),
+        ("soft_labels", {"temperature": 4}, 0.9),
+        ("teacher_labels", {}, 1.0),
+    ]
+    assert config.engines[0].kind == "onnxruntime"
+    assert config.teacher.train is not None
+    assert config.teacher.train.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "says"),
+    [
+        ("  epochs: 2", "  epoch: 2", 6, "did you mean 'epochs'"),
+        ("  epochs: 2", "  epochs: many", 6, "'many'"),
+        ("distill:", "distil:", 5, "did you mean 'distill'"),
+        ("name: small", "name: ../escape", 1, "name"),
+        ("{soft_labels: {temperature: 4}, weight: 0.9}", "{a: 1, b: 2}", 9, "a, b"),
+        ("engines: [onnxruntime]", "engines: [onnxruntim]", 11, "did you mean 'onnxruntime'"),
+        ("train: {epochs: 3, learning_rate: 1e-3}", "onnx: t.onnx", 3, "remove 'model'"),
+        (", train: {epochs: 3, learning_rate: 1e-3}", "", 3, "give one of train"),
+    ],
+)
+def test_one_mistake_is_pointed_at(write, old: str, new: str, line: int, says: str) -> None:
+    assert old in GOOD
+    path = write(GOOD.replace(old, new))
+    with pytest.raises(InputError) as caught:
+        load_pipeline(path)
+    assert f"pipeline.yaml:{line}" in str(caught.value)
+    assert says in str(caught.value)
+
+
+def test_all_mistakes_are_named_at_once(write) -> None:
+    path = write(GOOD.replace("epochs: 2", "epoch: 2") + "gate: {size: {max_mb: -1}}\n")
+    with pytest.raises(InputError, match="2 things are wrong") as caught:
+        load_pipeline(path)
+    assert "pipeline.yaml:6" in str(caught.value)
+    assert "pipeline.yaml:12" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: [1", "not valid YAML"),
+        ("", "no mapping"),
+        ("- 1\n", "no mapping"),
+        ("name: a\nname: b\n", "stands twice"),
+        ("a: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
+    ],
+)
+def test_what_is_not_a_pipeline_file_is_refused(write, text: str, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        load_pipeline(write(text))
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="absent.yaml"):
+        load_pipeline(tmp_path / "absent.yaml")
+
+
+def test_overrides_replace_and_are_blamed(write) -> None:
+    path = write(GOOD)
+    config = load_pipeline(path, ["distill.epochs=7", "distill.losses.1.weight=0.5", "seed=3"])
+    assert (config.distill.epochs, config.distill.losses[1].weight, config.seed) == (7, 0.5, 3)
+    with pytest.raises(InputError, match="--set distill.epochs=x"):
+        load_pipeline(path, ["distill.epochs=x"])
+    with pytest.raises(InputError, match="sets nothing"):
+        load_pipeline(path, ["distill.epochs"])
+    with pytest.raises(InputError, match="nothing named 9"):
+        load_pipeline(path, ["distill.losses.9.weight=1"])
+
+
+def test_budget_that_contradicts_itself(write) -> None:
+    path = write("gate: {latency: {p50_ms: 3, p95_ms: 1}}\n")
+    with pytest.raises(InputError, match="contradicts itself"):
+        load_section(path, GateConfig, "gate")

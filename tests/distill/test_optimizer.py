@@ -1,0 +1,54 @@
+"""Learning-rate schedules."""
+
+import pytest
+import torch
+from torch import nn
+
+from edgekd.config.pipeline import TrainConfig
+from edgekd.distill.optimizer import build_optimizer, learning_rate
+from edgekd.errors import InputError
+
+
+def rates(schedule, steps, peak=0.5):
+    config = TrainConfig(schedule=schedule, learning_rate=peak)
+    return [learning_rate(config, step, steps) for step in range(steps)]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "one-cycle"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 1000])
+def test_rates_are_positive_and_never_above_the_peak(schedule, steps):
+    assert all(0 < rate <= 0.5 for rate in rates(schedule, steps))
+
+
+def test_one_cycle_rises_to_its_peak_once_and_falls_to_almost_nothing():
+    values = rates("one-cycle", 1000)
+    top = values.index(max(values))
+    assert values[top] == 0.5
+    assert values[: top + 1] == sorted(values[: top + 1])
+    assert values[top:] == sorted(values[top:], reverse=True)
+    assert values[0] == pytest.approx(0.5 / 25)
+    assert values[-1] < 1e-5
+
+
+def test_cosine_starts_at_its_peak_and_is_half_way_in_the_middle():
+    values = rates("cosine", 101)
+    assert values[0] == 0.5
+    assert values[50] == pytest.approx(0.25, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_only_matrices_are_decayed(kind):
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    config = TrainConfig(optimizer=kind, weight_decay=0.1, learning_rate=0.1)
+    optimizer = build_optimizer(list(model.parameters()), config)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for key, value in model.named_parameters():
+        assert torch.equal(value, before[key]) == (value.ndim == 1), key
+
+
+def test_nothing_to_train():
+    with pytest.raises(InputError, match="no parameters to train"):
+        build_optimizer([], TrainConfig())

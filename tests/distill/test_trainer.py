@@ -1,0 +1,301 @@
+"""The training loop: determinism, resuming to the very same weights, and stopping on NaN."""
+
+import pytest
+import torch
+from torch import nn
+
+from edgekd.config.pipeline import LossTerm, TrainConfig
+from edgekd.distill.checkpoint import NAME
+from edgekd.distill.objective import Objective
+from edgekd.distill.teacher import ModuleTeacher
+from edgekd.distill.trainer import score, train
+from edgekd.errors import InputError, StageError
+from edgekd.models import NamedModel
+from edgekd.spec import ModelSpec, TensorSpec
+from edgekd.tasks import Classification
+
+TASK = Classification()
+SPEC = ModelSpec((TensorSpec("image", ("batch", 1, 8, 8)),), (TensorSpec("logits", ("batch", 3)),))
+
+
+class Silent:
+    """A progress display that keeps what it was told."""
+
+    def __init__(self):
+        self.messages, self.done, self.total, self.finished = [], 0, 0, 0
+
+    def start(self, label, total, unit):
+        self.total += total
+
+    def advance(self, n=1, **figures):
+        self.done += n
+
+    def message(self, text):
+        self.messages.append(text)
+
+    def finish(self):
+        self.finished += 1
+
+
+class Source:
+    """Blobs in three places of a noisy image; ``stop_in`` raises in the middle of that epoch."""
+
+    def __init__(self, count=96, batch=16, stop_in=None, poison=None, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.label = torch.randint(0, 3, (count,), generator=generator)
+        self.image = torch.randn(count, 1, 8, 8, generator=generator)
+        for row, label in zip(self.image, self.label, strict=True):
+            row[0, 2 * int(label) : 2 * int(label) + 2] += 1.0
+        self.batch, self.stop_in, self.poison = batch, stop_in, poison
+
+    def __len__(self):
+        return len(self.label) // self.batch
+
+    def epoch(self, seed, epoch):
+        generator = torch.Generator().manual_seed(1000 * seed + epoch)
+        order = torch.randperm(len(self.label), generator=generator)
+        for step in range(len(self)):
+            if epoch == self.stop_in and step == 3:
+                raise KeyboardInterrupt
+            rows = order[step * self.batch : (step + 1) * self.batch]
+            image = self.image[rows]
+            if self.poison == (epoch, step + 1):
+                image = image * float("nan")
+            yield {"image": image, "label": self.label[rows]}
+
+    def ordered(self):
+        for start in range(0, len(self.label), 40):
+            rows = slice(start, start + 40)
+            yield {"image": self.image[rows], "label": self.label[rows]}
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    module = nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Conv2d(6, 8, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(128, 3),
+    )
+    return NamedModel(module, SPEC)
+
+
+DISTILL = [
+    LossTerm(name="hard_labels", weight=0.1),
+    LossTerm(name="soft_labels", args={"temperature": 4.0}, weight=0.9),
+]
+
+
+def fit(folder, *, seed=0, source=None, objective=None, teacher=None, progress=None, **keys):
+    model = network()
+    config = TrainConfig(**{"epochs": 4, "batch_size": 16, **keys})
+    history = train(
+        model,
+        objective or Objective.supervised(TASK),
+        (source or Source(), Source(50, seed=1)),
+        TASK,
+        config,
+        seed,
+        checkpoint_folder=folder,
+        progress=progress or Silent(),
+        teacher=teacher,
+    )
+    return model, history
+
+
+def same(a, b):
+    return all(
+        torch.equal(x, y)
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
+
+
+def last_weights(folder):
+    return torch.load(folder / NAME, weights_only=True)["model"]
+
+
+OPTIMIZERS = [
+    {"optimizer": "adamw"},
+    {"optimizer": "sgd", "learning_rate": 0.05, "clip_norm": 1.0},
+    {"optimizer": "adamw", "channels_last": False, "schedule": "cosine"},
+]
+
+
+@pytest.mark.parametrize("keys", OPTIMIZERS)
+def test_stopped_and_gone_on_with_gives_the_very_same_weights(tmp_path, keys):
+    distil = {"objective": Objective(DISTILL, TASK), "teacher": ModuleTeacher(network(9))}
+    whole, history = fit(tmp_path / "whole", **distil, **keys)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "parts", source=Source(stop_in=3), **distil, **keys)
+    progress = Silent()
+    resumed, again = fit(tmp_path / "parts", progress=progress, **distil, **keys)
+    assert progress.messages == ["training: going on after epoch 2 of 4"]
+    assert same(whole, resumed)
+    first, second = last_weights(tmp_path / "whole"), last_weights(tmp_path / "parts")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert [(r.loss, r.terms, r.validation) for r in history.epochs] == [
+        (r.loss, r.terms, r.validation) for r in again.epochs
+    ]
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(tmp_path):
+    first, _ = fit(tmp_path / "a")
+    torch.rand(7)
+    second, _ = fit(tmp_path / "b")
+    other, _ = fit(tmp_path / "c", seed=1)
+    assert same(first, second)
+    assert not same(first, other)
+
+
+def test_training_gives_the_callers_random_numbers_back(tmp_path):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    model = network()
+    torch.manual_seed(5)
+    train(
+        model,
+        Objective.supervised(TASK),
+        (Source(), Source(50)),
+        TASK,
+        TrainConfig(epochs=1),
+        0,
+        checkpoint_folder=tmp_path,
+        progress=Silent(),
+    )
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_it_learns_and_keeps_the_best_weights(tmp_path):
+    model, history = fit(tmp_path, epochs=6, learning_rate=1e-2)
+    metrics = [row.validation for row in history.epochs]
+    best = max(metrics)
+    assert best > 0.7
+    assert history.best_epoch == max(i for i, m in enumerate(metrics, 1) if m == best)
+    assert not model.training
+    assert score(model, Source(50, seed=1), TASK).mean() == pytest.approx(best)
+    assert history.epochs[-1].loss < history.epochs[0].loss
+
+
+def test_history_is_plain_json_and_comes_back(tmp_path):
+    import json
+
+    _, history = fit(tmp_path, epochs=2)
+    rows = json.loads(json.dumps(history.to_json()))
+    assert type(history).from_json(rows) == history
+    assert set(rows["epochs"][0]) == {
+        *("epoch", "loss", "terms", "validation"),
+        *("learning_rate", "seconds", "samples_per_second"),
+    }
+
+
+def test_a_finished_training_is_not_done_again(tmp_path):
+    first, _ = fit(tmp_path)
+    before = (tmp_path / NAME).stat().st_mtime_ns
+    second, history = fit(tmp_path, source=Source(stop_in=1))
+    assert same(first, second)
+    assert len(history.epochs) == 4
+    assert (tmp_path / NAME).stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("part", [0.0, 0.2, 0.99])
+def test_a_damaged_checkpoint_is_said_and_the_training_starts_again(tmp_path, part):
+    whole, _ = fit(tmp_path / "whole")
+    fit(tmp_path / "cut")
+    path = tmp_path / "cut" / NAME
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * part)])
+    progress = Silent()
+    again, history = fit(tmp_path / "cut", progress=progress)
+    assert "cannot be read" in progress.messages[0]
+    assert "starting again" in progress.messages[0]
+    assert same(whole, again)
+    assert len(history.epochs) == 4
+
+
+def test_a_checkpoint_of_another_training_is_not_gone_on_with(tmp_path):
+    fit(tmp_path, learning_rate=1e-3)
+    progress = Silent()
+    model, _ = fit(tmp_path, learning_rate=2e-3, progress=progress)
+    assert "another training" in progress.messages[0]
+    assert same(model, fit(tmp_path / "fresh", learning_rate=2e-3)[0])
+
+
+def test_a_stop_while_the_checkpoint_is_written_leaves_the_one_before(tmp_path, monkeypatch):
+    import os
+
+    calls = []
+
+    def replace(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    original = os.replace
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "parts")
+    monkeypatch.undo()
+    progress = Silent()
+    resumed, _ = fit(tmp_path / "parts", progress=progress)
+    assert progress.messages == ["training: going on after epoch 2 of 4"]
+    assert same(resumed, fit(tmp_path / "whole")[0])
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_stage_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StageError, match="cannot be written"):
+        fit(tmp_path / "file" / "folder")
+
+
+def test_nan_names_epoch_step_and_terms(tmp_path):
+    objective = Objective(DISTILL, TASK)
+    with pytest.raises(
+        StageError,
+        match=r"became nan in epoch 2, step 4; its terms: hard_labels nan, soft_labels nan",
+    ):
+        fit(
+            tmp_path,
+            source=Source(poison=(2, 4)),
+            objective=objective,
+            teacher=ModuleTeacher(network(9)),
+        )
+    assert len(torch.load(tmp_path / NAME, weights_only=True)["history"]["epochs"]) == 1
+
+
+def test_progress_adds_up(tmp_path):
+    progress = Silent()
+    fit(tmp_path, progress=progress)
+    assert progress.done == progress.total == 4 * 6
+    assert progress.finished == 1
+
+
+def test_progress_is_finished_when_stopped(tmp_path):
+    progress = Silent()
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, source=Source(stop_in=1), progress=progress)
+    assert progress.finished == 1
+
+
+def test_an_objective_that_needs_a_teacher_must_have_one(tmp_path):
+    with pytest.raises(InputError, match="there is none"):
+        fit(tmp_path, objective=Objective(DISTILL, TASK))
+
+
+def test_images_of_another_size_name_both(tmp_path):
+    source = Source()
+    source.image = torch.zeros(96, 1, 9, 9)
+    with pytest.raises(InputError, match=r"batch, 1, 8, 8\], and 'image' is \[16, 1, 9, 9\]"):
+        fit(tmp_path, source=source)
+
+
+def test_the_teacher_is_not_changed(tmp_path):
+    teacher_model, untouched = network(9), network(9)
+    fit(tmp_path, objective=Objective(DISTILL, TASK), teacher=ModuleTeacher(teacher_model))
+    assert same(teacher_model, untouched)
+    assert all(p.grad is None for p in teacher_model.parameters())

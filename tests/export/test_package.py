@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "export" / "edgerun"
+ALLOWED = {"numpy", "onnxruntime", "edgerun"}
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.name)
+def test_each_file_is_python_3_8_and_imports_only_what_a_device_has(file):
+    tree = ast.parse(file.read_text(), feature_version=(3, 8))
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            imported.add(node.module.partition(".")[0])
+    assert imported <= ALLOWED | set(sys.stdlib_module_names)
+
+
+def test_verify_works_where_neither_numpy_nor_a_runtime_is(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"files": {}}')
+    script = (
+        "import sys; sys.modules['numpy'] = sys.modules['onnxruntime'] = None\n"
+        "from edgerun.__main__ import main\n"
+        f"sys.exit(main(['verify', {str(tmp_path)!r}]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={"PYTHONPATH": str(PACKAGE.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "intact: 0 files\n"), done.stderr
+
+
+def test_a_missing_runtime_is_said_in_one_message(tmp_path):
+    script = (
+        "import sys; sys.modules['onnxruntime'] = None\n"
+        "from edgerun.__main__ import main\n"
+        "sys.exit(main(['info']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={"PYTHONPATH": str(PACKAGE.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3
+    assert "onnxruntime is not installed" in done.stderr
+    assert "Traceback" not in done.stderr

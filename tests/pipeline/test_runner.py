@@ -1,0 +1,150 @@
+"""Stages run once, again when what they depend on changes, and go on after a failure."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgekd.config.pipeline import PipelineConfig
+from edgekd.config.profile import load_profile
+from edgekd.errors import InputError, StageError
+from edgekd.pipeline import runner as runner_module
+from edgekd.pipeline.runner import Runner, is_disk_full, plan, stages_until
+from edgekd.pipeline.stage import Context, Job
+from edgekd.pipeline.store import Store
+
+
+class Silent:
+    def start(self, label: str, total: int, unit: str) -> None: ...
+    def advance(self, n: int = 1, **figures: float) -> None: ...
+    def message(self, text: str) -> None: ...
+    def finish(self) -> None: ...
+
+
+@dataclass
+class Recorded:
+    """A stage that writes a text, counts its runs and can be told to fail."""
+
+    name: str
+    key: str
+    inputs: tuple[str, ...] = ()
+    code: tuple[str, ...] = ()
+    libraries: tuple[str, ...] = ()
+    text: str = "same"
+    fails_with: Exception | None = None
+    runs: list[str] = field(default_factory=list)
+
+    def config_slice(self, job: Job) -> dict[str, Any]:
+        return {self.key: getattr(job.config, self.key)}
+
+    def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
+        self.runs.append(self.name)
+        (context.scratch / "checkpoint").write_text("epoch 1")
+        (context.out / "out.txt").write_text(self.text)
+        if self.fails_with is not None:
+            raise self.fails_with
+
+
+def job(tmp_path: Path, **changes: Any) -> Job:
+    values = {
+        "name": "n",
+        "data": {"source": "digits"},
+        "teacher": {"model": "m", "train": {}},
+        "student": {"model": "s"},
+    }
+    config = PipelineConfig.model_validate(values | changes)
+    return Job(config, tmp_path, load_profile("host"))
+
+
+@pytest.fixture(autouse=True)
+def no_preflight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "preflight", lambda job: None)
+
+
+@pytest.fixture
+def stages():
+    first = Recorded("first", "seed")
+    second = Recorded("second", "target", inputs=("first",))
+    third = Recorded("third", "name", inputs=("second",))
+    return (first, second, third)
+
+
+def run(made: Job, folder: Path, stages: tuple[Recorded, ...]) -> list[str]:
+    return Runner(made, Store(folder), Silent(), stages=stages).run().ran
+
+
+def test_second_run_does_nothing(tmp_path: Path, stages) -> None:
+    assert run(job(tmp_path), tmp_path / "r", stages) == ["first", "second", "third"]
+    assert run(job(tmp_path), tmp_path / "r", stages) == []
+
+
+def test_changed_key_reruns_what_depends_on_it(tmp_path: Path, stages) -> None:
+    run(job(tmp_path), tmp_path / "r", stages)
+    stages[1].text = "other"
+    changed = job(tmp_path, target="ssh://board")
+    rows = plan(changed, tmp_path / "r", stages=stages)
+    assert [row.action for row in rows] == ["cached", "run", "run"]
+    assert "target local → ssh://board" in rows[1].reason
+    assert run(changed, tmp_path / "r", stages) == ["second", "third"]
+    assert run(job(tmp_path), tmp_path / "r", stages) == [], "the old result is still there"
+
+
+def test_rerun_with_the_same_result_stops_there(tmp_path: Path, stages) -> None:
+    run(job(tmp_path), tmp_path / "r", stages)
+    assert run(job(tmp_path, target="ssh://board"), tmp_path / "r", stages) == ["second"]
+
+
+def test_plan_writes_nothing(tmp_path: Path, stages) -> None:
+    rows = plan(job(tmp_path), tmp_path / "r", stages=stages)
+    assert [row.action for row in rows] == ["run"] * 3
+    assert not (tmp_path / "r").exists()
+
+
+def test_failure_keeps_what_is_done_and_the_checkpoint(tmp_path: Path, stages) -> None:
+    stages[1].fails_with = ValueError("of the user's own making")
+    with pytest.raises(StageError, match="of the user's own making"):
+        run(job(tmp_path), tmp_path / "r", stages)
+    assert list((tmp_path / "r" / "scratch").glob("second-*/checkpoint"))
+    stages[1].fails_with = None
+    assert run(job(tmp_path), tmp_path / "r", stages) == ["second", "third"]
+    assert not list((tmp_path / "r" / "scratch").glob("second-*"))
+
+
+def test_damaged_artifact_is_made_again(tmp_path: Path, stages) -> None:
+    folder = tmp_path / "r"
+    run(job(tmp_path), folder, stages)
+    next(folder.glob("artifacts/second/*/out.txt")).write_text("bit rot")
+    assert run(job(tmp_path), folder, stages) == ["second"]
+
+
+def test_full_disk_is_said_and_leaves_the_store_consistent(tmp_path: Path, stages) -> None:
+    stages[1].fails_with = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(StageError, match="the disk is full"):
+        run(job(tmp_path), tmp_path / "r", stages)
+    assert not list((tmp_path / "r").glob("artifacts/*/.tmp-*"))
+    assert [row.action for row in plan(job(tmp_path), tmp_path / "r", stages=stages)] == [
+        "cached",
+        "run",
+        "run",
+    ]
+
+
+def test_disk_full_is_found_behind_a_library_error(tmp_path: Path) -> None:
+    try:
+        try:
+            raise OSError(errno.ENOSPC, "x")
+        except OSError as cause:
+            raise RuntimeError("serialization failed") from cause
+    except RuntimeError as error:
+        assert is_disk_full(error, tmp_path)
+    assert not is_disk_full(RuntimeError("shape mismatch"), tmp_path)
+
+
+def test_misspelt_stage_is_suggested() -> None:
+    with pytest.raises(InputError, match="did you mean 'distill'"):
+        stages_until("distil")
