@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,9 @@ def execute(
     Raises:
         EdgekdError: as the stages raise, but for :class:`edgekd.errors.GateFailed`.
     """
+    # Read when torch loads its thread pool. Its default of spinning for milliseconds makes two
+    # threads many times slower than one as soon as anything else wants the processor.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     stages_until(until)  # A misspelt stage is refused before the folder is made.
     store = Store(folder)
     store.acquire()

@@ -79,9 +79,7 @@ def benchmark(
         )
     name = loaded.name if loaded else "host"
     evidence = evidence_of(name, target.name)
-    record.update(
-        profile=name, target=target.name, evidence=evidence, providers_left_out=left_out
-    )
+    record.update(profile=name, target=target.name, evidence=evidence, providers_left_out=left_out)
     if out is not None:
         _write(out, record)
     print_benchmark(console, record)

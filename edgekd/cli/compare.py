@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from edgekd.errors import InputError
 from edgekd.release.compare import Comparison, SeedMeans, compare_files
 from edgekd.release.figure_text import full_text, interval_text, value_text
 
@@ -31,7 +32,15 @@ def compare(paths: tuple[Path, ...], json_path: Path | None) -> None:
     for note in comparison.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
     if json_path is not None:
-        json_path.write_text(json.dumps(comparison.to_json(), indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(comparison.to_json(), indent=1) + "\n"
+        try:
+            json_path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise InputError(
+                f"the figures cannot be written: {error.strerror}",
+                where=str(json_path),
+                remedy="give a path in a folder that exists and that you may write to",
+            ) from error
 
 
 def _side_by_side(comparison: Comparison) -> Table:

@@ -44,17 +44,24 @@ def gate(
                 remedy="a pipeline names its profile, and its gate stage writes both files",
             )
         from edgekd.cli.stage_command import run_pipeline_until
+        from edgekd.release.gate import read_gate
 
-        run_pipeline_until(result, "gate")
+        verdicts = read_gate(run_pipeline_until(result, "gate").folder("gate"))
+        _conclude(verdicts, result)
         return
     verdicts = _evaluate(result, budget, profile, junit, json_path)
+    _conclude(verdicts, result)
+
+
+def _conclude(verdicts: list[Verdict], where: Path) -> None:
+    """Print the verdicts; a gate that did not pass is an error."""
     console = Console()
     console.print(verdict_table(verdicts))
     console.print(summary_line(verdicts), highlight=False, markup=False)
     if not passed(verdicts):
         raise GateFailed(
             "the gate did not pass",
-            where=str(result),
+            where=str(where),
             remedy="change the student or the budget; 'not shown' needs more samples or evidence",
         )
 

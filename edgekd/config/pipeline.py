@@ -119,13 +119,8 @@ class DistillConfig(TrainConfig):
     same batches, without the teacher, so that the gap closed is measured.
     """
 
-    losses: tuple[LossTerm, ...] = Field(
-        default=(
-            LossTerm(name="hard_labels", weight=0.1),
-            LossTerm(name="soft_labels", args={"temperature": 4.0}, weight=0.9),
-        ),
-        min_length=1,
-    )
+    losses: tuple[LossTerm, ...] | None = Field(default=None, min_length=1)
+    """None: those of :meth:`PipelineConfig.loss_terms`."""
     epochs: Count = 20
     baseline: bool = True
 
@@ -243,6 +238,22 @@ class PipelineConfig(Section):
     engines: tuple[EngineConfig, ...] = (EngineConfig(),)
     benchmark: BenchmarkConfig = BenchmarkConfig()
     gate: GateConfig = GateConfig()
+
+    @property
+    def loss_terms(self) -> tuple[LossTerm, ...]:
+        """The terms of the student's objective: the file's, or soft labels for the task.
+
+        A tenth against the labels and nine tenths against the teacher; continuous outputs have
+        no classes, so both are distances there.
+        """
+        if self.distill.losses is not None:
+            return self.distill.losses
+        if self.task in ("regression", "policy"):
+            hard, soft = LossTerm(name="hard_targets", weight=0.1), LossTerm(name="regression")
+        else:
+            hard = LossTerm(name="hard_labels", weight=0.1)
+            soft = LossTerm(name="soft_labels", args={"temperature": 4.0})
+        return hard, soft.model_copy(update={"weight": 0.9})
 
     @model_validator(mode="before")
     @classmethod

@@ -126,6 +126,8 @@ def _target_names(
         targets = {renamed.get(name, name) for name in config.targets}
     else:
         targets = {new for new in renamed.values() if new in DEFAULT_TARGETS}
+        # A mask says which parts of a target count; it is never an input.
+        targets |= {f"{name}_mask" for name in targets} & set(renamed.values())
     found = ", ".join(arrays)
     if not targets:
         raise InputError(

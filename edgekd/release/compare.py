@@ -13,6 +13,8 @@ from edgekd.release.result import Result, read_result
 from edgekd.release.statistics import mean
 
 SCHEMA = "edgekd.compare/1"
+_FIXED = ("size", "parameters")
+"""Figures of the network, which no seed changes."""
 _RESULT_PLACES = ("result.json", "benchmark/result.json")
 
 
@@ -168,7 +170,7 @@ def _seed_means(results: Sequence[Result], notes: list[str]) -> Iterator[SeedMea
                 f"{group[0].name}: seed {repeated[0]} stands twice, so there is no mean over seeds"
             )
             continue
-        rows = [_mean_row(row, len(group)) for row in _rows(group)]
+        rows = [_mean_row(row, len(group)) for row in _rows(group) if row.label not in _FIXED]
         yield SeedMeans(group[0].name, tuple(seeds), tuple(row for row in rows if row is not None))
 
 

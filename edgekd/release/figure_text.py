@@ -7,21 +7,23 @@ import math
 from edgekd.figure import Figure
 
 ABSENT = "–"
+MINUS = "−"
 _SHOWN_UNIT = {"accuracy": "%", "of the gap": "% of the gap", "parameters": ""}
 _PERCENT = ("accuracy", "points", "of the gap")
 """Units whose values are fractions of one, and are shown times 100."""
 
 
 def number(value: float, digits: int = 4) -> str:
-    """A number with ``digits`` significant digits, no exponent between 1e-4 and 1e15."""
+    """A number with ``digits`` significant digits, without zeros at its end."""
     if value == 0:
         return "0"
     if float(value).is_integer() and abs(value) < 1e15:
-        return f"{value:,.0f}"
+        return f"{value:,.0f}".replace("-", MINUS)
     places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     if places > digits + 3:
         return f"{value:.{digits - 1}e}"
-    return f"{value:,.{places}f}"
+    text = f"{value:,.{places}f}"
+    return (text.rstrip("0").rstrip(".") if places else text).replace("-", MINUS)
 
 
 def value_text(figure: Figure | None, signed: bool = False) -> str:
@@ -48,16 +50,19 @@ def full_text(figure: Figure | None) -> str:
 
 def bound_text(value: float, unit: str) -> str:
     """A budget in the unit of the figure it bounds."""
-    return f"{_scaled(value, unit)}{_unit(unit)}"
+    return f"{number(value * display_scale(unit))}{_unit(unit)}"
 
 
 def _scaled(value: float, unit: str) -> str:
-    return f"{100 * value:.2f}" if unit in _PERCENT else number(value)
+    if unit in _PERCENT:
+        return f"{100 * value:.2f}".replace("-", MINUS)
+    return number(value)
 
 
 def _unit(unit: str) -> str:
     shown = display_unit(unit)
-    return f" {shown}" if shown else ""
+    # A factor is written 9.8×, as a percentage never is.
+    return shown if shown == "×" else f" {shown}" if shown else ""
 
 
 def display_scale(unit: str) -> float:

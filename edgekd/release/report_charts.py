@@ -13,7 +13,7 @@ from edgekd.release.charts.curves import Line, curves
 from edgekd.release.charts.distribution import latency_histogram
 from edgekd.release.charts.scatter import Point, scatter
 from edgekd.release.figure_text import display_scale, display_unit
-from edgekd.release.report_tables import ROLES, runtime_text
+from edgekd.release.report_tables import ROLES, warmup_text
 from edgekd.release.result import Result
 
 _SHAPES = {"teacher": "square", "baseline": "triangle", "student": "circle"}
@@ -114,6 +114,6 @@ def _latency(result: Result) -> Iterator[Markup]:
         percentiles: dict[str, Figure] = {
             key.removesuffix("_ms"): figure for key, figure in model.latency.items()
         }
-        warmup = runtime_text(model)
+        warmup = warmup_text(model)
         title = f"Latency, {ROLES[role]}" + (f" ({warmup})" if warmup else "")
         yield latency_histogram(title, f"s-{role}", model.samples_ms, percentiles)

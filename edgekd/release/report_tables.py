@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edgekd.figure import Figure
@@ -82,7 +82,7 @@ def key_figures(result: Result) -> list[KeyFigure]:
         KeyFigure(f"latency {name}", value_text(latency), _versus(result, "speedup")),
         KeyFigure("size", value_text(student.size_mb), _versus(result, "size_ratio")),
         KeyFigure("peak memory", value_text(student.peak_memory_mb), "above an empty process"),
-        KeyFigure("gap closed", value_text(against.get("gap_closed")), _gap_detail(against)),
+        _gap_key(against.get("gap_closed")),
     ]
     return [figure for figure in found if figure.value != ABSENT]
 
@@ -137,7 +137,7 @@ def gate_rows(verdicts: Sequence[Verdict]) -> list[dict[str, str]]:
             "budget": verdict.budget_text,
             "origin": "" if verdict.origin == "gate" else verdict.origin,
             "evidence": verdict.figure.evidence,
-            "reason": "" if verdict.status == "pass" else verdict.reason,
+            "reason": verdict.reason if verdict.status == "not shown" else "",
         }
         for verdict in verdicts
     ]
@@ -209,16 +209,25 @@ def flat_rows(content: Any, key: str = "") -> list[tuple[str, str]]:
     return [(key, str(content))]
 
 
-def run_rows(result: Result) -> list[tuple[str, str]]:
-    """Per timed model its file, providers, threads and warm-up, as (key, text) rows."""
-    return [
-        row
-        for role, model in result.models.items()
-        if model.runtime or model.warmup
-        for row in flat_rows(
-            {"file": model.file, **model.runtime, "warm-up": model.warmup}, ROLES[role]
+def run_rows(result: Result) -> list[dict[str, str]]:
+    """One row per timed model: file, providers really used, threads and warm-up, as text."""
+    rows = []
+    for role, model in result.models.items():
+        if not model.runtime and not model.warmup:
+            continue
+        providers = model.runtime.get("providers") or {}
+        nodes = providers.get("nodes") or {}
+        rows.append(
+            {
+                "model": ROLES[role],
+                "file": model.file,
+                "session": ", ".join(providers.get("session") or ()) or ABSENT,
+                "nodes": ", ".join(f"{name}: {n}" for name, n in nodes.items()) or ABSENT,
+                "threads": str(model.runtime.get("threads") or "the runtime's choice"),
+                "warmup": warmup_text(model) or ABSENT,
+            }
         )
-    ]
+    return rows
 
 
 def verdict_word(verdicts: Sequence[Verdict]) -> str:
@@ -228,7 +237,7 @@ def verdict_word(verdicts: Sequence[Verdict]) -> str:
     return "PASS" if passed(verdicts) else "FAIL"
 
 
-def runtime_text(model: ModelResult) -> str:
+def warmup_text(model: ModelResult) -> str:
     """``steady after 300 queries`` for a model's warm-up, empty when it is not known."""
     if "steady" not in model.warmup:
         return ""
@@ -269,8 +278,11 @@ def _times(ratio: Figure | None, above: str, below: str) -> str:
     return f"{number(1 / ratio.value, 3)}× {below}"
 
 
-def _gap_detail(against: Mapping[str, Figure]) -> str:
-    return f"{interval_text(against.get('gap_closed'))} %"
+def _gap_key(gap: Figure | None) -> KeyFigure:
+    if gap is None or gap.value is None:
+        return KeyFigure("gap closed", ABSENT, "")
+    shown = replace(gap, unit="accuracy")
+    return KeyFigure("gap closed", value_text(shown), f"{interval_text(shown)} % of the gap")
 
 
 def _difference(value: float | None) -> str:

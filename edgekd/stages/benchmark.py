@@ -63,8 +63,9 @@ class BenchmarkStage:
             if (inputs["engines"] / f"{role}.onnx").is_file()
         }
         settings = {
-            "providers": engines["student"]["providers"],
+            "providers": engines["student"]["providers_requested"],
             "threads": engines["student"]["threads"],
+            "optimization": engines["student"]["run_level"],
         }
         context.progress.message(f"  timing on {target.name}: until steady, then in turn")
         bench = target.bench(

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edgekd.errors import GateFailed
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.fitting import open_ground, read_json
@@ -56,6 +58,7 @@ class BundleStage:
         ground = open_ground(inputs["data"], config)
         dataset = ground.dataset
         test = dataset.splits["test"]
+        prepared = dataset.model_inputs("test", 0, min(EXAMPLE_SAMPLES, len(test)))
         engine = read_json(inputs["engines"] / "engines.json")["student"]
         model = inputs["engines"] / "student.onnx"
         write_bundle(
@@ -67,11 +70,13 @@ class BundleStage:
             preprocess={name: entry.to_json() for name, entry in dataset.preprocess.items()},
             labels=dataset.labels,
             task={"name": ground.task.name, "output": ground.task.output},
-            runtime={"providers": engine["providers"], "threads": engine["threads"]},
+            runtime={"providers": engine["providers_requested"], "threads": engine["threads"]},
             result=read_json(inputs["benchmark"] / "result.json"),
             example={
-                name: array[:EXAMPLE_SAMPLES]
-                for name, array in test.arrays.items()
-                if name in {spec.name for spec in dataset.inputs}
+                # The device prepares raw uint8 itself; anything else is given as the model takes it.
+                name: test.arrays[name][:EXAMPLE_SAMPLES]
+                if test.arrays[name].dtype == np.uint8
+                else prepared[name]
+                for name in prepared
             },
         )

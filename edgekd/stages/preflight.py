@@ -18,6 +18,7 @@ def preflight(job: Job) -> None:
     from edgekd.data.transforms import check_augmentations
     from edgekd.distill.objective import Objective
     from edgekd.models.build import find_model
+    from edgekd.release.budget_rules import check_direction
     from edgekd.targets import open_target
     from edgekd.tasks import get_task
 
@@ -31,5 +32,6 @@ def preflight(job: Job) -> None:
     ):
         if name is not None:
             find_model(name, where)
-    Objective(config.distill.losses, task)
+    Objective(config.loss_terms, task)
     open_target(config.target)
+    check_direction(config.gate, task.metric, task.higher_is_better)

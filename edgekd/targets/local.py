@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from edgekd.errors import InputError, TargetError
 from edgekd.resources import edgerun_folder
@@ -30,7 +30,7 @@ class LocalTarget:
     fails, crashes or is killed.
     """
 
-    name: ClassVar[str] = "local"
+    name = "local"
 
     def bench(
         self,

@@ -13,7 +13,10 @@ from edgekd.targets.local import LocalTarget
 class Target(Protocol):
     """A machine that has edgerun and runs each call in a fresh process of its own."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What :func:`open_target` opens it by."""
+        ...
 
     def bench(
         self,

@@ -67,9 +67,7 @@ def make_feeds(
     """
     check_dtypes(inputs)
     chosen = choose_shapes(inputs, shapes, batch)
-    elements = sum(
-        int(np.prod(chosen[t.name].shape)) * np.dtype(t.dtype).itemsize for t in inputs
-    )
+    elements = sum(int(np.prod(chosen[t.name].shape)) * np.dtype(t.dtype).itemsize for t in inputs)
     count = max(1, min(FEEDS, FEED_BYTES // max(1, elements)))
     feeds = []
     for index in range(count):
@@ -157,7 +155,9 @@ class Samples:
             one_batch = list(shape)
             one_batch[axis] = declared if isinstance(declared, int) else shape[axis]
             check_shape(tensor, one_batch, where)
-            counts[tensor.name] = int(shape[axis])
+            # One initial state, with its batch behind its layers, serves every sample.
+            if axis == 0 or shape[axis] != 1:
+                counts[tensor.name] = int(shape[axis])
         total = max(counts.values(), default=1)
         for name, count in counts.items():
             # A model of fixed batch may have a state of that very size: it is shared.
@@ -172,7 +172,7 @@ class Samples:
                 )
         if total == 0:
             raise BadInput("there are no samples", where, "give at least one")
-        return cls(arrays, BatchLayout(axes, layout.size), total)
+        return cls(arrays, BatchLayout(axes, layout.size, layout.names), total)
 
     def feed(self, start: int, batch: int) -> Feed:
         """Samples ``start … start + batch``; the last one is repeated to fill the batch."""
@@ -186,7 +186,7 @@ class Samples:
             elif whole and axis == 0:
                 part = array[start : start + batch]
             else:
-                part = np.take(array, chosen, axis=axis)
+                part = np.take(array, np.minimum(chosen, array.shape[axis] - 1), axis=axis)
             # A scalar must stay one: ascontiguousarray would give it a dimension.
             feed[name] = np.ascontiguousarray(part) if part.ndim else part
         return feed
@@ -278,11 +278,8 @@ def _random(
 ) -> np.ndarray[Any, Any]:
     kind = np.dtype(tensor.dtype)
     if kind.kind == "f":
-        values = generator.random(shape, dtype=np.float32)
-    elif kind.kind == "b":
-        values = generator.integers(0, 2, shape)
-    elif kind.itemsize == 1:
-        values = generator.integers(0, np.iinfo(tensor.dtype).max + 1, shape)
-    else:
-        values = generator.integers(0, 2, shape)
-    return np.asarray(values).astype(kind)
+        return np.asarray(generator.random(shape, dtype=np.float32)).astype(kind)
+    byte = kind.kind in "iu" and kind.itemsize == 1
+    above = int(np.iinfo(tensor.dtype).max) + 1 if byte else 2
+    # asarray: a scalar's shape () would give a Python number.
+    return np.asarray(generator.integers(0, above, shape)).astype(kind)

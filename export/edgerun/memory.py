@@ -50,7 +50,9 @@ def empty_memory() -> float | None:
     return statistics.median(known) if known else None
 
 
-def model_memory(model: Path, settings: Settings, feed: Feed, empty: float | None) -> dict[str, Any]:
+def model_memory(
+    model: Path, settings: Settings, feed: Feed, empty: float | None
+) -> dict[str, Any]:
     """``{"peak_mb", "empty_mb", "above_empty_mb", "processes"}``: the largest of the peaks.
 
     Values are null where the kernel does not tell them.
@@ -61,7 +63,8 @@ def model_memory(model: Path, settings: Settings, feed: Feed, empty: float | Non
     with tempfile.TemporaryDirectory(prefix="edgerun-") as folder:
         path = Path(folder) / "feed.npz"
         # By number: an input's name may not be usable as a file name inside an npz.
-        np.savez(path, **{f"a{i}": array for i, array in enumerate(feed.values())})
+        arrays: dict[str, Any] = {f"a{i}": array for i, array in enumerate(feed.values())}
+        np.savez(path, **arrays)
         job = {
             "model": str(model),
             "feed": str(path),
@@ -83,9 +86,8 @@ def _child(arguments: Sequence[str]) -> float | None:
     done = subprocess.run(
         [sys.executable, "-m", "edgerun.memory", *arguments],
         env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        universal_newlines=True,
+        capture_output=True,
+        text=True,
         check=False,
     )
     if done.returncode != 0:

@@ -106,8 +106,6 @@ def _binomial_cumulative(n: int, probability: float) -> np.ndarray[Any, Any]:
     choose = np.concatenate(([0.0], np.cumsum(np.log(n - k + 1) - np.log(k))))
     successes = np.arange(n + 1, dtype=np.float64)
     log_mass = (
-        choose
-        + successes * math.log(probability)
-        + (n - successes) * math.log1p(-probability)
+        choose + successes * math.log(probability) + (n - successes) * math.log1p(-probability)
     )
     return np.cumsum(np.exp(log_mass))

@@ -13,6 +13,8 @@ from edgerun.errors import EdgerunError
 from edgerun.inputs import Feed
 from edgerun.session import RUNTIME_ERRORS, Model, Settings
 
+NO_PROFILE: tuple[type[Exception], ...] = (EdgerunError, OSError, ValueError, *RUNTIME_ERRORS)
+
 
 def provider_nodes(model: Path, settings: Settings, feed: Feed) -> dict[str, int] | None:
     """Provider → number of nodes that it ran for one feed.
@@ -25,7 +27,7 @@ def provider_nodes(model: Path, settings: Settings, feed: Feed) -> dict[str, int
             profiled = Model(model, settings, profile_to=Path(folder) / "profile")
             profiled.run(feed)
             events = json.loads(Path(profiled.session.end_profiling()).read_text("utf-8"))
-        except (EdgerunError, OSError, ValueError, *RUNTIME_ERRORS):
+        except NO_PROFILE:
             # The figures stand without it: "not known" is the honest answer here.
             return None
     nodes: dict[str, set[str]] = {}

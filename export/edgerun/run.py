@@ -19,7 +19,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Answers:
-    """Outputs by name over all samples, and the class names where the manifest has them."""
+    """Outputs by name, samples first, and the class names where the manifest has them."""
 
     outputs: dict[str, np.ndarray[Any, Any]]
     samples: int
@@ -31,7 +31,7 @@ class Answers:
         Raises:
             RunFailed: the file cannot be written.
         """
-        arrays = dict(self.outputs)
+        arrays: dict[str, Any] = dict(self.outputs)
         if self.labels is not None:
             arrays.setdefault("label", self.labels)
         try:
@@ -73,7 +73,8 @@ def run(
         # Only a fixed batch must be filled; an open one takes the rest as it is.
         fed = size if samples.layout.size is not None else wanted
         for tensor, answer in zip(model.outputs, model.run(samples.feed(start, fed))):
-            part = _by_sample(tensor.name, np.asarray(answer), fed)[:wanted]
+            axis = samples.layout.axis_of(tensor)
+            part = _by_sample(tensor.name, np.asarray(answer), axis, fed)[:wanted]
             if tensor.name not in gathered:
                 shape = (samples.count, *part.shape[1:])
                 gathered[tensor.name] = np.empty(shape, part.dtype)
@@ -90,10 +91,12 @@ def run(
     return Answers(gathered, samples.count, _named(gathered, labels))
 
 
-def _by_sample(name: str, answer: np.ndarray[Any, Any], batch: int) -> np.ndarray[Any, Any]:
-    """The answer with samples on its first axis."""
-    if answer.ndim and answer.shape[0] == batch:
-        return answer
+def _by_sample(
+    name: str, answer: np.ndarray[Any, Any], axis: int, batch: int
+) -> np.ndarray[Any, Any]:
+    """The answer with samples on its first axis, wherever the model has them."""
+    if axis < answer.ndim and answer.shape[axis] == batch:
+        return np.moveaxis(answer, axis, 0)
     if batch == 1:
         return answer[np.newaxis]
     raise RunFailed(
@@ -110,5 +113,6 @@ def _named(
         return None
     for scores in outputs.values():
         if scores.ndim == 2 and scores.shape[1] == len(labels):
-            return np.asarray(labels)[scores.argmax(axis=1)]
+            named: np.ndarray[Any, Any] = np.asarray(labels)[scores.argmax(axis=1)]
+            return named
     return None

@@ -57,9 +57,7 @@ def read_throttling(root: Path = ROOT) -> dict[str, Any] | None:
     flags = _vcgencmd_throttled(root)
     if flags is not None:
         found["raspberry_pi_flags"] = flags
-    rails = {
-        path.name: _number(path) for path in root.glob("sys/class/hwmon/hwmon*/oc*_event_cnt")
-    }
+    rails = {path.name: _number(path) for path in root.glob("sys/class/hwmon/hwmon*/oc*_event_cnt")}
     if rails:
         found["jetson_overcurrent_events"] = rails
     return found or None
@@ -134,7 +132,7 @@ def _command(*words: str) -> str | None:
             words,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            universal_newlines=True,
+            text=True,
             timeout=5,
             check=False,
         )

@@ -22,10 +22,12 @@ class BatchLayout:
         axes: input name → the axis that counts samples; None for an input shared by all samples
             (a scalar, or a state without a batch dimension).
         size: the batch size that the model fixes; None when it is open.
+        names: the symbolic names of the batch dimension.
     """
 
     axes: Mapping[str, int | None]
     size: int | None
+    names: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, inputs: Sequence[TensorInfo]) -> BatchLayout:
@@ -36,18 +38,20 @@ class BatchLayout:
         first dimension, the first input's size is the batch of all inputs that share it.
         """
         open_first = [t for t in inputs if t.shape and not isinstance(t.shape[0], int)]
-        names = {t.shape[0] for t in open_first if t.shape[0] is not None}
+        names = frozenset(t.shape[0] for t in open_first if isinstance(t.shape[0], str))
         if open_first:
             axes: dict[str, int | None] = {}
             for tensor in inputs:
-                named = [i for i, d in enumerate(tensor.shape) if d is not None and d in names]
+                named = [i for i, d in enumerate(tensor.shape) if d in names]
                 axes[tensor.name] = 0 if tensor in open_first else next(iter(named), None)
-            return cls(axes, None)
+            return cls(axes, None, names)
         first = next((t.shape[0] for t in inputs if t.shape), None)
         fixed = first if isinstance(first, int) else None
-        return cls(
-            {t.name: 0 if t.shape and t.shape[0] == fixed else None for t in inputs}, fixed
-        )
+        return cls({t.name: 0 if t.shape and t.shape[0] == fixed else None for t in inputs}, fixed)
+
+    def axis_of(self, output: TensorInfo) -> int:
+        """The axis on which an output counts samples: that of the batch's name, else the first."""
+        return next((i for i, d in enumerate(output.shape) if d in self.names), 0)
 
     def batch(self, wanted: int | None, default: int = 1) -> int:
         """The batch size to use.

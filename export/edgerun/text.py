@@ -25,7 +25,8 @@ def bench_lines(record: dict[str, Any]) -> Iterator[str]:
     if comparison:
         interval = comparison["interval"]
         bounds = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else " (too few rounds)"
-        yield f"second / first: {comparison['ratio']:.3f}x{bounds} over {comparison['rounds']} rounds"
+        rounds = f"over {comparison['rounds']} rounds"
+        yield f"second / first: {comparison['ratio']:.3f}x{bounds} {rounds}"
 
 
 def description_lines(value: dict[str, Any], indent: str = "") -> Iterator[str]:
@@ -51,6 +52,4 @@ def _percentile(figure: dict[str, Any]) -> str:
 def _memory(memory: dict[str, Any]) -> str:
     if memory["above_empty_mb"] is None:
         return "not known"
-    return (
-        f"{memory['peak_mb']:.1f} MB, {memory['above_empty_mb']:.1f} MB above an empty process"
-    )
+    return f"{memory['peak_mb']:.1f} MB, {memory['above_empty_mb']:.1f} MB above an empty process"

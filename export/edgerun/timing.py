@@ -160,9 +160,7 @@ def timed_rounds(
     return rounds
 
 
-def compare(
-    first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]
-) -> dict[str, Any]:
+def compare(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> dict[str, Any]:
     """How many times slower the second model is: p50 against p50 within each round.
 
     The ratio is the median over the rounds. Its interval is the median's order-statistic
@@ -181,9 +179,7 @@ def compare(
     }
 
 
-def _block_queries(
-    latency_s: float, round_s: float, min_queries: int, max_seconds: float
-) -> int:
+def _block_queries(latency_s: float, round_s: float, min_queries: int, max_seconds: float) -> int:
     """Queries of one block: enough for the goal in 30 rounds, few enough for 30 in the time."""
     latency_s = max(latency_s, 1e-7)
     wanted = max(math.ceil(min_queries / ROUNDS), math.ceil(BLOCK_SECONDS / latency_s))

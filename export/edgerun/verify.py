@@ -53,9 +53,7 @@ def verify(folder: Path) -> Verdict:
     """
     listed = _listed(folder)
     found = _files(folder)
-    changed = [
-        name for name in listed if name in found and not _same(folder / name, listed[name])
-    ]
+    changed = [name for name in listed if name in found and not _same(folder / name, listed[name])]
     return Verdict(
         checked=len(listed),
         changed=tuple(sorted(changed)),
@@ -95,7 +93,7 @@ def _listed(folder: Path) -> dict[str, dict[str, Any]]:
 def _files(folder: Path) -> set[str]:
     found = set()
     for root, folders, names in os.walk(str(folder)):
-        links = [name for name in folders if os.path.islink(os.path.join(root, name))]
+        links = [name for name in folders if Path(root, name).is_symlink()]
         folders[:] = [name for name in folders if name != "__pycache__" and name not in links]
         for name in [*names, *links]:
             found.add(Path(root, name).relative_to(folder).as_posix())

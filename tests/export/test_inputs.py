@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from edgerun.errors import BadInput
 from edgerun.inputs import Samples, feeds_from, load_arrays, make_feeds
 from edgerun.session import Model, Settings, TensorInfo

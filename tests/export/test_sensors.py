@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from edgerun.environment import describe_environment
 from edgerun.sensors import read_conditions, read_power
 
@@ -51,9 +52,7 @@ def test_a_jetson(machine):
 def test_an_x86_machine(machine):
     cpu = "sys/devices/system/cpu"
     root = machine(
-        **{
-            f"{cpu}/cpu{i}/cpufreq/scaling_cur_freq": f"{1000 + i}000" for i in (0, 2, 10)
-        },
+        **{f"{cpu}/cpu{i}/cpufreq/scaling_cur_freq": f"{1000 + i}000" for i in (0, 2, 10)},
         **{f"{cpu}/cpu{i}/thermal_throttle/core_throttle_count": "3" for i in (0, 2)},
         **{
             f"{cpu}/cpu0/cpufreq/scaling_governor": "performance\n",

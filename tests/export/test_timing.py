@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
+
 from edgerun.timing import LEAST_ROUNDS, ROUNDS, WarmUp, compare, is_steady, timed_rounds
 
 

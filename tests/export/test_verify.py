@@ -4,6 +4,7 @@ import hashlib
 import json
 
 import pytest
+
 from edgerun.errors import BadInput
 from edgerun.verify import verify
 
@@ -55,9 +56,7 @@ def test_a_link_is_not_the_file_it_points_to(bundle, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "a/../b", "./model.onnx"])
 def test_a_manifest_that_reaches_outside_is_refused(bundle, name):
-    (bundle / "manifest.json").write_text(
-        json.dumps({"files": {name: {"sha256": "", "bytes": 0}}})
-    )
+    (bundle / "manifest.json").write_text(json.dumps({"files": {name: {"sha256": "", "bytes": 0}}}))
     with pytest.raises(BadInput, match="not a plain path inside"):
         verify(bundle)
 

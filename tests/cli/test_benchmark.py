@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import onnx
+import pytest
+from click.testing import CliRunner
+from onnx import TensorProto, helper
+
+from edgekd.cli import main
+
+
+@pytest.fixture
+def model(tmp_path):
+    """y = x + x, float32 (batch, 3, height, width)."""
+    shape = ["batch", 3, "height", "width"]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "g", [x], [y])
+    path = tmp_path / "model.onnx"
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path
+    )
+    return path
+
+
+def invoke(*words):
+    return CliRunner().invoke(main, ["benchmark", *map(str, words)], env={"COLUMNS": "140"})
+
+
+def test_a_model_is_measured_alone_and_against_another(model, tmp_path):
+    out = tmp_path / "out.json"
+    done = invoke(
+        *(model, "--against", model, "--shape", "x=1x3x8x8", "--profile", "raspberry-pi-5"),
+        *("--min-queries", 70, "--max-seconds", 3, "--json", out),
+    )
+    assert done.exit_code == 0, done.output
+    for word in ("p50", "p99.9", "queries", "times the p50", "above empty", "1 x 3 x 8 x 8"):
+        assert word in done.output
+    record = json.loads(out.read_text())
+    assert record["profile"] == "raspberry-pi-5"
+    # This machine merely stands in for the board.
+    assert record["evidence"] == "measured-on-host"
+    assert "measured-on-host" in done.output
+
+
+def test_providers_of_another_device_are_shown_as_left_out(model):
+    done = invoke(
+        *(model, "--profile", "jetson-orin-nano-8gb", "--shape", "x=1x3x8x8"),
+        *("--min-queries", 11, "--max-seconds", 1),
+    )
+    assert done.exit_code == 0, done.output
+    assert "left out: TensorrtExecutionProvider" in done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--shape", "y=1x3x8x8"), "there is no input 'y'"),
+        (("--profile", "raspberry-pi-6"), "raspberry-pi-5"),
+        (("--providers", "cuda"), "has no CUDAExecutionProvider"),
+        (("--inputs", "none.npz"), "no such input file"),
+        (("--against", "none.onnx"), "no such model file"),
+    ],
+)
+def test_a_wrong_option_is_one_message_and_exit_code_2(model, words, message):
+    done = invoke(model, *words)
+    assert done.exit_code == 2, done.output
+    assert message in done.output
+
+
+def test_options_of_a_model_are_refused_for_a_pipeline(tmp_path):
+    (tmp_path / "p.yaml").write_text("name: x\n")
+    done = invoke(tmp_path / "p.yaml", "--threads", 2)
+    assert done.exit_code == 2
+    assert "--threads is for an ONNX model" in done.output
+
+
+def test_torch_is_never_imported(model):
+    script = (
+        "import sys\n"
+        "from edgekd.cli import main\n"
+        f"main(['benchmark', {str(model)!r}, '--shape', 'x=1x3x8x8', '--min-queries', '11',"
+        " '--max-seconds', '1'], standalone_mode=False)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,128 @@
+"""The report is whole, says the same in its three forms, and cannot be injected into."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgekd.config.pipeline import GateConfig
+from edgekd.release.charts.axis import linear_axis, log_axis
+from edgekd.release.gate import evaluate
+from edgekd.release.report import write_report
+
+BUDGETS = GateConfig.model_validate({"accuracy": {"max_drop": 0.02}, "size": {"max_mb": 0.01}})
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class Balanced(HTMLParser):
+    """Fails on a tag that is not closed where it was opened."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.attributes, self.scripts = [], [], 0
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += attrs
+        self.scripts += tag == "script"
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def written(folder, result, histories, pipeline, extras=None):
+    write_report(folder, result, evaluate(result, BUDGETS), histories, pipeline, extras)
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_is_balanced_and_loads_nothing(tmp_path, result, histories, pipeline):
+    page = written(tmp_path, result, histories, pipeline)
+    parser = Balanced()
+    parser.feed(page)
+    assert parser.open == []
+    assert parser.scripts == 0
+    assert not [value for name, value in parser.attributes if name in ("src", "href")]
+    assert not re.search(r"https?://|@import|url\(", page)
+
+
+def test_all_three_forms_hold_the_same_figures(tmp_path, result, histories, pipeline):
+    page = written(tmp_path, result, histories, pipeline)
+    summary = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    for text in ("92.51 %", "93.86 %", "91.42 %", "9.81×", "44.70 %"):
+        assert text in page
+        assert text in summary
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["passed"] is False
+    assert report["result"]["comparison"] == json.loads(json.dumps(result["comparison"]))
+    assert "samples_ms" not in report["result"]["models"]["student"]
+
+
+def test_markup_in_names_stays_text(tmp_path, result, histories, pipeline):
+    evil = '<script>alert("1")</script>'
+    result["name"] = result["profile"] = evil
+    result["environment"][evil] = evil
+    histories["student"]["epochs"][0]["terms"][evil] = 1.0
+    histories["student"]["epochs"][1]["terms"][evil] = 1.0
+    page = written(tmp_path, result, histories, {**pipeline, "name": evil}, {evil: {evil: evil}})
+    assert "<script" not in page
+    assert "<script" not in (tmp_path / "summary.md").read_text(encoding="utf-8")
+
+
+def test_a_lean_result_still_makes_a_report(tmp_path, result, pipeline):
+    # A black-box teacher that was not timed, no baseline, no training here.
+    del result["models"]["baseline"]
+    for key in ("latency", "samples_ms", "warmup", "peak_memory_mb", "runtime"):
+        del result["models"]["teacher"][key]
+    for key in ("gap_closed", "baseline_gain", "speedup"):
+        del result["comparison"][key]
+    page = written(tmp_path, result, {"teacher": None}, pipeline)
+    assert "student alone" not in page
+    assert "Validation accuracy" not in page
+
+
+def test_what_weakens_the_figures_is_said(tmp_path, result, histories, pipeline):
+    result["evidence"] = "measured-on-host"
+    result["models"]["student"]["warmup"]["steady"] = False
+    result["comparison"]["gap_closed"].update(value=None, interval=None, note="no gap to close")
+    page = written(tmp_path, result, histories, pipeline)
+    for words in ("not the device", "never became steady", "no gap to close"):
+        assert words in page
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_short_or_diverged_trainings_are_drawn(tmp_path, result, histories, pipeline, epochs):
+    history = histories["student"]
+    history["epochs"] = history["epochs"][:epochs]
+    history["epochs"][0]["loss"] = float("nan")
+    history["best_epoch"] = epochs
+    assert "nan" not in written(tmp_path, result, {"student": history}, pipeline)
+
+
+def test_equal_latencies_are_drawn(tmp_path, result, histories, pipeline):
+    result["models"]["student"]["samples_ms"] = [0.05] * 100
+    assert "NaN" not in written(tmp_path, result, histories, pipeline)
+
+
+@given(st.lists(st.floats(-1e6, 1e6, allow_subnormal=False), min_size=1, max_size=5))
+def test_linear_axes_hold_their_values_and_a_readable_number_of_ticks(values):
+    values = [value if abs(value) > 1e-6 else 0.0 for value in values]
+    axis = linear_axis(values)
+    assert axis.low <= min(values) <= max(values) <= axis.high
+    assert 2 <= len(axis.ticks) <= 9
+    assert len({label for _, label in axis.ticks}) == len(axis.ticks)
+    steps = np.diff([mark for mark, _ in axis.ticks])
+    assert np.allclose(steps, steps[0], rtol=1e-3)
+
+
+@given(st.floats(1e-4, 1e4), st.floats(1.5, 1e4))
+def test_log_axes_hold_their_values(low, ratio):
+    axis = log_axis([low, low * ratio])
+    assert axis.low < low < low * ratio < axis.high
+    positions = [axis.position(mark) for mark, _ in axis.ticks]
+    assert positions == sorted(positions)
+    assert all(float(label.replace(",", "")) == pytest.approx(m) for m, label in axis.ticks)

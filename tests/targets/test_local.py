@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from edgekd.errors import InputError, TargetError
+from edgekd.resources import edgerun_folder
+from edgekd.targets import LocalTarget, local, open_target
+from edgekd.targets.local import clean_environment
+
+
+@pytest.fixture
+def model(tmp_path):
+    """y = x + x, float32 (batch, 2)."""
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 2]) for n in "xy")
+    graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "g", [x], [y])
+    path = tmp_path / "model.onnx"
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path
+    )
+    return path
+
+
+def test_a_run_answers_and_a_bench_measures(model, tmp_path, monkeypatch):
+    # Relative paths are meant from here, though edgerun runs in a folder of its own.
+    monkeypatch.chdir(tmp_path)
+    x = np.arange(6, dtype=np.float32).reshape(3, 2)
+    np.savez("d.npz", x=x)
+    target = LocalTarget()
+    target.run(model.relative_to(tmp_path), "d.npz", "y.npz", threads=1)
+    np.testing.assert_array_equal(np.load("y.npz")["y"], 2 * x)
+    record = target.bench(
+        "model.onnx", "model.onnx", threads=1, min_queries=20, max_seconds=3, memory=False
+    )
+    assert len(record["models"]) == 2
+    assert record["models"][0]["threads"] == 1
+    assert record["comparison"]["interval"] is not None
+    assert target.info(model)["model"]["inputs"][0]["name"] == "x"
+
+
+def test_the_process_has_edgerun_and_nothing_of_this_one(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "/somewhere/with/torch")
+    monkeypatch.setenv("PYTHONSTARTUP", "x.py")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    environment = clean_environment(2)
+    assert environment["PYTHONPATH"] == str(edgerun_folder().parent)
+    assert "PYTHONSTARTUP" not in environment
+    assert environment["OMP_NUM_THREADS"] == environment["OPENBLAS_NUM_THREADS"] == "2"
+
+
+def test_a_module_in_the_current_folder_does_not_stand_in_for_numpy(tmp_path, monkeypatch):
+    (tmp_path / "numpy.py").write_text("raise SystemError('the wrong numpy')")
+    monkeypatch.chdir(tmp_path)
+    assert LocalTarget().info()["environment"]["versions"]["numpy"] == np.__version__
+
+
+def test_bad_input_keeps_what_where_and_remedy(tmp_path):
+    bad = tmp_path / "bad.onnx"
+    bad.write_bytes(b"hello")
+    with pytest.raises(InputError, match="not a complete ONNX model") as caught:
+        LocalTarget().bench(bad)
+    assert str(bad) in caught.value.where
+    assert "export or copy it again" in caught.value.remedy
+
+
+@pytest.fixture
+def fake_edgerun(tmp_path, monkeypatch):
+    """An edgerun whose main module a test writes."""
+
+    def write(source):
+        folder = tmp_path / "fake" / "edgerun"
+        folder.mkdir(parents=True)
+        (folder / "__main__.py").write_text(source)
+        monkeypatch.setattr(local, "edgerun_folder", lambda: folder)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("raise ZeroDivisionError('deep inside')", "ZeroDivisionError: deep inside"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "killed by signal 9"),
+        ("import sys; print('edgerun: no memory', file=sys.stderr); sys.exit(3)", "^no memory"),
+        ("import sys; print('usage', file=sys.stderr); sys.exit(2)", "ended with code 2"),
+        ("", "left no readable result"),
+    ],
+)
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_crash_is_a_target_error_with_the_last_words(fake_edgerun, source, message):
+    fake_edgerun(source)
+    with pytest.raises(TargetError, match=message):
+        LocalTarget().info()
+
+
+def test_a_target_is_opened_by_name():
+    assert open_target("local").name == "local"
+    with pytest.raises(InputError, match="later version"):
+        open_target("ssh://user@board")
+    with pytest.raises(InputError, match="did you mean 'local'"):
+        open_target("locl")
