@@ -14,7 +14,7 @@ from edgekd.config.pipeline import GateConfig
 from edgekd.config.profile import Profile, load_profile
 from edgekd.errors import InputError
 from edgekd.pipeline.progress import ConsoleProgress, EventLog
-from edgekd.pipeline.runner import RunOutcome, Runner, stages_until
+from edgekd.pipeline.runner import Runner, RunOutcome, stages_until
 from edgekd.pipeline.stage import Job
 from edgekd.pipeline.store import Store
 

@@ -65,9 +65,7 @@ def import_module(reference: str, where: str | None = None) -> ModuleType:
         ) from error
 
 
-def resolve(
-    name: str, registry: Mapping[str, Any], kind: str, where: str | None = None
-) -> Any:
+def resolve(name: str, registry: Mapping[str, Any], kind: str, where: str | None = None) -> Any:
     """The object a YAML name stands for: a registered one or a ``package.module:name``.
 
     Args:

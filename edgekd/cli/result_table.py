@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rich.console import Console
 from rich.table import Table
 
 from edgekd.pipeline.runner import RunOutcome
 from edgekd.release.figure_text import full_text, value_text
 from edgekd.release.gate import read_gate
-from edgekd.release.verdict import passed
 from edgekd.release.result import ModelResult, Result, read_result
+from edgekd.release.verdict import passed
 
 _ROLES = {"teacher": "teacher", "baseline": "student alone", "student": "student distilled"}
 _STATUS = {"pass": "green", "fail": "red", "not shown": "yellow"}
@@ -35,22 +37,22 @@ def print_result(console: Console, outcome: RunOutcome) -> None:
 
 
 def _models(result: Result) -> Table:
+    """One column per model: three models fit on a terminal, six figures beside them do not."""
+    shown = [
+        (title, result.models[role]) for role, title in _ROLES.items() if role in result.models
+    ]
     table = Table(title=f"{result.name} on {result.profile} ({result.evidence})")
     table.add_column("")
-    for name in (result.metric, "parameters", "size", "p50", "p95", "peak memory"):
-        table.add_column(name, justify="right")
-    for role, title in _ROLES.items():
-        if role in result.models:
-            table.add_row(title, *_row(result.models[role]))
+    for title, _ in shown:
+        table.add_column(title, justify="right")
+    rows: dict[str, Callable[[ModelResult], str]] = {
+        result.metric: lambda model: full_text(model.metric),
+        "parameters": lambda model: value_text(model.parameters),
+        "size": lambda model: value_text(model.size_mb),
+        "p50": lambda model: full_text(model.latency.get("p50_ms")),
+        "p95": lambda model: full_text(model.latency.get("p95_ms")),
+        "peak memory": lambda model: value_text(model.peak_memory_mb),
+    }
+    for name, text in rows.items():
+        table.add_row(name, *(text(model) for _, model in shown))
     return table
-
-
-def _row(model: ModelResult) -> list[str]:
-    return [
-        full_text(model.metric),
-        value_text(model.parameters),
-        value_text(model.size_mb),
-        full_text(model.latency.get("p50_ms")),
-        full_text(model.latency.get("p95_ms")),
-        value_text(model.peak_memory_mb),
-    ]

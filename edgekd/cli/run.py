@@ -56,4 +56,3 @@ export = _until("export", "Run PIPELINE up to the ONNX files, checked against Py
 build = _until("engines", "Run PIPELINE up to the engines for its profile.", name="build")
 report = _until("report", "Run PIPELINE up to its report.")
 bundle = _until("bundle", "Run PIPELINE up to the bundle; withheld when the gate fails.")
-

@@ -60,7 +60,8 @@ def run_pipeline_until(
         console.print("Nothing to do: every stage is up to date.")
     if "benchmark" in outcome.artifacts:
         print_result(console, outcome)
-    for name, place in (("report", "report/report.html"), ("bundle", "bundle")):
+    archive = f"bundle/{job.config.name}.tar.gz"
+    for name, place in (("report", "report/report.html"), ("bundle", archive)):
         if name in outcome.artifacts:
             console.print(f"{name + ':':8}{folder / place}", highlight=False, soft_wrap=True)
     if outcome.failure is not None:

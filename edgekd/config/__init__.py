@@ -1,0 +1,1 @@
+"""What a person writes: pipeline and profile files, read and checked."""

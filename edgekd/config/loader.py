@@ -71,7 +71,9 @@ def _validate(
     if len(problems) == 1:
         what, where, remedy = problems[0]
         raise InputError(what, where=where, remedy=remedy)
-    rows = [f"{where}: {what}" + (f" ({remedy})" if remedy else "") for what, where, remedy in problems]
+    rows = [
+        f"{where}: {what}" + (f" ({remedy})" if remedy else "") for what, where, remedy in problems
+    ]
     raise InputError(
         f"{len(problems)} things are wrong:\n  " + "\n  ".join(rows),
         where=str(source.path),
@@ -102,7 +104,11 @@ def _explain(
     if kind == "missing":
         return f"the key {key!r} is missing", where, f"add '{location[-1]}: …'"
     if kind == "value_error":
-        return f"{key}: {details['ctx']['error']}" if key else str(details["ctx"]["error"]), where, None
+        return (
+            f"{key}: {details['ctx']['error']}" if key else str(details["ctx"]["error"]),
+            where,
+            None,
+        )
     message = details["msg"][0].lower() + details["msg"][1:]
     shown = "" if isinstance(given, dict | list) else f"; it is {given!r}"
     if kind == "literal_error":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -195,7 +196,7 @@ class LatencyBudget(Section):
             for key in ("p50_ms", "p90_ms", "p95_ms", "p99_ms")
             if (value := getattr(self, key)) is not None
         ]
-        for (low, low_ms), (high, high_ms) in zip(given, given[1:], strict=False):
+        for (low, low_ms), (high, high_ms) in pairwise(given):
             if low_ms > high_ms:
                 raise ValueError(
                     f"the budget contradicts itself: {low} = {low_ms} ms is above "

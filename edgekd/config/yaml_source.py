@@ -25,7 +25,9 @@ class _Loader(yaml.SafeLoader):
             line = key_node.start_mark.line + 1
             if isinstance(key, Hashable) and key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice (also in line {seen[key]})",
+                    None,
+                    None,
+                    f"the key {key!r} stands twice (also in line {seen[key]})",
                     key_node.start_mark,
                 )
             seen[key] = line
@@ -41,7 +43,7 @@ _Loader.add_implicit_resolver(
 
 def parse_scalar(text: str) -> Any:
     """A YAML value given on the command line: ``3``, ``1e-3``, ``[a, b]``, ``true``."""
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    return yaml.load(text, Loader=_Loader)
 
 
 @dataclass
@@ -91,7 +93,7 @@ def read_yaml(path: Path) -> YamlSource:
         ) from error
     try:
         root = yaml.compose(text, Loader=_Loader)
-        content = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+        content = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         raise InputError(

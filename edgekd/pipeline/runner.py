@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgekd.distill.progress import Progress
-from edgekd.errors import EdgekdError, GateFailed, InputError, StageError, unknown_name
+from edgekd.errors import EdgekdError, GateFailed, StageError, unknown_name
 from edgekd.extension import searching
 from edgekd.pipeline.fingerprint import (
     code_sha256,

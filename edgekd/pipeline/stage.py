@@ -47,12 +47,25 @@ class Stage(Protocol):
     inputs' contents, of the source of ``code`` and of the versions of ``libraries``.
     """
 
-    name: str
-    inputs: tuple[str, ...]
-    code: tuple[str, ...]
-    """Modules and packages, by dotted name, whose source decides what the stage writes."""
-    libraries: tuple[str, ...]
-    """Distributions whose version decides what the stage writes."""
+    @property
+    def name(self) -> str:
+        """Its name, that of its file."""
+        ...
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The stages whose artifacts it reads."""
+        ...
+
+    @property
+    def code(self) -> tuple[str, ...]:
+        """Modules and packages, by dotted name, whose source decides what the stage writes."""
+        ...
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """Distributions whose version decides what the stage writes."""
+        ...
 
     def config_slice(self, job: Job) -> dict[str, Any]:
         """All of the job that the stage's result depends on, as JSON values."""

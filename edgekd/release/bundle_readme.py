@@ -29,7 +29,7 @@ def readme_text(manifest: Mapping[str, Any]) -> str:
         "was packed, those in `expected.npz`:",
         "",
         "```sh",
-        "python -c \"import numpy as n; a, e = n.load('answers.npz'), n.load('expected.npz'); "
+        "python -c \"import numpy as n; a, e = n.load('../answers.npz'), n.load('expected.npz'); "
         'print({k: float(abs(a[k] - e[k]).max()) for k in e})"   # near 0',
         "python -m edgerun bench model.onnx --inputs example.npz --json ../bench.json",
         "```",

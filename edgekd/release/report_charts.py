@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from markupsafe import Markup
 
@@ -73,7 +73,9 @@ def _training(result: Result, histories: Mapping[str, Mapping[str, Any]]) -> Ite
     validation = [_line(role, history, "validation", scale) for role, history in present.items()]
     if any(line.points for line in validation):
         lines = [line for line in validation if line.points]
-        yield curves(f"Validation {result.metric}", lines, _metric_title(result))
+        better: Literal["higher", "lower"] = "higher" if result.higher_is_better else "lower"
+        title = f"Validation {result.metric}"
+        yield curves(title, lines, _metric_title(result), better=better)
     losses = [_line(role, history, "loss", 1.0) for role, history in present.items()]
     if any(line.points for line in losses):
         note = "Each training has its own objective: the levels do not compare, the shapes do."

@@ -73,7 +73,7 @@ class BundleStage:
             runtime={"providers": engine["providers_requested"], "threads": engine["threads"]},
             result=read_json(inputs["benchmark"] / "result.json"),
             example={
-                # The device prepares raw uint8 itself; anything else is given as the model takes it.
+                # The device prepares raw uint8 itself; all else is given as the model takes it.
                 name: test.arrays[name][:EXAMPLE_SAMPLES]
                 if test.arrays[name].dtype == np.uint8
                 else prepared[name]

@@ -43,7 +43,13 @@ class DistillStage:
         config = context.job.config.distill
         teacher = open_teacher(inputs["teacher"], ground)
 
-        runs = [("student", STUDENT, Objective(context.job.config.loss_terms, ground.task, config.label_smoothing))]
+        runs = [
+            (
+                "student",
+                STUDENT,
+                Objective(context.job.config.loss_terms, ground.task, config.label_smoothing),
+            )
+        ]
         if config.baseline:
             alone = Objective.supervised(ground.task, config.label_smoothing)
             runs.append(("student alone", BASELINE, alone))

@@ -36,9 +36,7 @@ class ReportStage:
             context.out,
             result=read_json(inputs["benchmark"] / "result.json"),
             verdicts=read_gate(inputs["gate"]),
-            histories={
-                role: read_json(file) for role, file in histories.items() if file.is_file()
-            },
+            histories={role: read_json(file) for role, file in histories.items() if file.is_file()},
             pipeline=context.job.config.model_dump(mode="json", exclude_defaults=True),
             extras={"parity": read_json(inputs["export"] / "parity.json")},
         )

@@ -42,8 +42,8 @@ class TeacherStage:
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """See :class:`edgekd.pipeline.stage.Stage`."""
-        from edgekd.distill.teacher import ModuleTeacher
         from edgekd.distill.objective import Objective
+        from edgekd.distill.teacher import ModuleTeacher
         from edgekd.distill.trainer import score
         from edgekd.models.weights import load_weights, save_weights
 

@@ -94,7 +94,7 @@ def test_what_is_not_a_pipeline_file_is_refused(write, text: str, says: str) -> 
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="absent.yaml"):
+    with pytest.raises(InputError, match=r"absent\.yaml"):
         load_pipeline(tmp_path / "absent.yaml")
 
 
@@ -102,7 +102,7 @@ def test_overrides_replace_and_are_blamed(write) -> None:
     path = write(GOOD)
     config = load_pipeline(path, ["distill.epochs=7", "distill.losses.1.weight=0.5", "seed=3"])
     assert (config.distill.epochs, config.distill.losses[1].weight, config.seed) == (7, 0.5, 3)
-    with pytest.raises(InputError, match="--set distill.epochs=x"):
+    with pytest.raises(InputError, match=r"--set distill\.epochs=x"):
         load_pipeline(path, ["distill.epochs=x"])
     with pytest.raises(InputError, match="sets nothing"):
         load_pipeline(path, ["distill.epochs"])

@@ -135,13 +135,9 @@ def test_full_disk_is_said_and_leaves_the_store_consistent(tmp_path: Path, stage
 
 
 def test_disk_full_is_found_behind_a_library_error(tmp_path: Path) -> None:
-    try:
-        try:
-            raise OSError(errno.ENOSPC, "x")
-        except OSError as cause:
-            raise RuntimeError("serialization failed") from cause
-    except RuntimeError as error:
-        assert is_disk_full(error, tmp_path)
+    error = RuntimeError("serialization failed")
+    error.__cause__ = OSError(errno.ENOSPC, "x")
+    assert is_disk_full(error, tmp_path)
     assert not is_disk_full(RuntimeError("shape mismatch"), tmp_path)
 
 

@@ -69,7 +69,8 @@ def test_corrupt_record_means_absent(tmp_path: Path) -> None:
 def test_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from edgekd.pipeline.store import Store\n"
-        "store = Store(Path(sys.argv[1])); store.acquire(); print('held', flush=True); time.sleep(60)"
+        "store = Store(Path(sys.argv[1])); store.acquire()\n"
+        "print('held', flush=True); time.sleep(60)"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from markupsafe import Markup
 
-from edgekd.release.charts.axis import axis_for, linear_axis
+from edgekd.release.charts.axis import Axis, axis_for, linear_axis
 from edgekd.release.charts.plot import DASHES, Key, Plot, element, joined
 from edgekd.release.figure_text import number
 
@@ -26,7 +27,13 @@ class Line:
     best: float | None = None
 
 
-def curves(title: str, lines: Sequence[Line], y_title: str, note: str = "") -> Markup:
+def curves(
+    title: str,
+    lines: Sequence[Line],
+    y_title: str,
+    note: str = "",
+    better: Literal["higher", "lower"] | None = None,
+) -> Markup:
     """Draw lines over the epoch; the kept epoch has a ring, every epoch a tooltip.
 
     Args:
@@ -34,13 +41,22 @@ def curves(title: str, lines: Sequence[Line], y_title: str, note: str = "") -> M
         lines: at least one, each of at least one point with finite values.
         y_title: what the values are, with their unit.
         note: a sentence below the chart.
+        better: for a metric: the worst sixth of the values, the first epochs', is drawn at the
+            edge, so that the differences which count can be seen.
     """
     epochs = [x for line in lines for x, _ in line.points]
     values = [y for line in lines for _, y in line.points]
     span = linear_axis(epochs, 0.02) if max(epochs) > min(epochs) else linear_axis([0, 2], 0)
     whole = tuple((mark, label) for mark, label in span.ticks if float(mark).is_integer())
     x_axis = type(span)(span.low, span.high, False, whole)
-    plot = Plot(title, x_axis, axis_for(values), "epoch", y_title, note)
+    plot = Plot(
+        title,
+        x_axis,
+        _metric_axis(values, better) if better else axis_for(values),
+        "epoch",
+        y_title,
+        note,
+    )
     for index, line in enumerate(lines):
         dash = DASHES[index % len(DASHES)] or None
         path = " ".join(f"{plot.x_at(x):.1f},{plot.y_at(y):.1f}" for x, y in line.points)
@@ -71,3 +87,8 @@ def curves(title: str, lines: Sequence[Line], y_title: str, note: str = "") -> M
         ring = element("circle", class_="kept", cx=14, cy=7, r=5)
         plot.keys.append(Key("line neutral", "the epoch that is kept", ring))
     return plot.render()
+
+
+def _metric_axis(values: Sequence[float], better: Literal["higher", "lower"]) -> Axis:
+    ordered = sorted(values, reverse=better == "lower")
+    return linear_axis(ordered[len(ordered) // 6 :], 0.05)
