@@ -70,7 +70,7 @@ def _validate(
         ]
     if len(problems) == 1:
         what, where, remedy = problems[0]
-        raise InputError(what, where=where, remedy=remedy)
+        raise InputError(what, where=where, remedy=remedy or "change this key")
     rows = [
         f"{where}: {what}" + (f" ({remedy})" if remedy else "") for what, where, remedy in problems
     ]

@@ -102,6 +102,12 @@ class OnnxTeacher:
         self._names = wanted
         self._probe(inputs, outputs)
 
+    @property
+    def names(self) -> dict[str, str]:
+        """The pipeline's name of each input and output by the file's own."""
+        inputs = {node: name for name, node, _ in self._inputs}
+        return inputs | dict(zip(self._fetched, self._names, strict=True))
+
     def answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs by name, float32 where the file gives floats of another width."""
         arrays = {}

@@ -16,6 +16,7 @@ from edgekd.engines.onnx_file import (
     check_onnx,
     count_onnx_parameters,
     describe_onnx,
+    files_of_onnx,
 )
 from edgekd.engines.session import first_line
 from edgekd.errors import StageError
@@ -24,7 +25,14 @@ from edgekd.spec import ModelSpec, TensorSpec
 if TYPE_CHECKING:
     from edgekd.engines.torch_export import SpecModule
 
-__all__ = ["OnnxInfo", "check_onnx", "count_onnx_parameters", "describe_onnx", "export_onnx"]
+__all__ = [
+    "OnnxInfo",
+    "check_onnx",
+    "count_onnx_parameters",
+    "describe_onnx",
+    "export_onnx",
+    "files_of_onnx",
+]
 
 DEFAULT_OPSET = 18
 

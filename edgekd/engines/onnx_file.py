@@ -140,6 +140,15 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     return model
 
 
+def files_of_onnx(path: Path) -> list[Path]:
+    """The file itself and those of its external data.
+
+    Raises:
+        InputError: as :func:`read_onnx`.
+    """
+    return [path, *_external(read_onnx(path), path)]
+
+
 def count_onnx_parameters(model: onnx.ModelProto) -> int:
     """The number of weights, by the rule of :class:`OnnxInfo`."""
     tensors = _weights(model.graph)

@@ -124,8 +124,10 @@ class Runner:
 
     def _run(self, until: str | None) -> None:
         checked = False
+        stages = stages_until(until, self.stages)
+        names = [stage.name for stage in stages]
         with searching(self.job.base):
-            for stage in stages_until(until, self.stages):
+            for stage in stages:
                 material = _material(stage, self.job, self.outcome.artifacts)
                 fingerprint = json_sha256(material)
                 artifact = self.store.find(stage.name, fingerprint)
@@ -134,7 +136,7 @@ class Runner:
                 else:
                     if not checked:
                         # Every name is looked up before the first minute goes into training.
-                        preflight(self.job)
+                        preflight(self.job, gated="gate" in names)
                         checked = True
                     reason = _why(material, self.store.latest(stage.name))
                     self.progress.message(f"{stage.name}: {reason}")
@@ -160,6 +162,7 @@ class Runner:
             artifact = self.store.commit(stage.name, fingerprint, temporary, material)
         except Exception as error:
             self._record("stage-failed", stage=stage.name, traceback=traceback.format_exc())
+            self.store.discard(stage.name, fingerprint)
             raise _explained(error, stage, self.store) from error
         shutil.rmtree(scratch, ignore_errors=True)
         seconds = time.monotonic() - started
@@ -175,8 +178,6 @@ class Runner:
 def _explained(error: Exception, stage: Stage, store: Store) -> EdgekdError:
     """Any exception of a stage as an error that says what to do."""
     if is_disk_full(error, store.folder):
-        for leftover in store.artifacts.glob("*/.tmp-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
         return StageError(
             f"the disk is full: stage {stage.name!r} could not write its result",
             where=str(store.folder),

@@ -99,10 +99,17 @@ class Store:
 
     def begin(self, stage: str, fingerprint: str) -> Path:
         """An empty temporary folder for a stage to write into."""
-        temporary = self._place(stage, fingerprint).parent / f".tmp-{fingerprint[:16]}"
-        shutil.rmtree(temporary, ignore_errors=True)
+        self.discard(stage, fingerprint)
+        temporary = self._temporary(stage, fingerprint)
         temporary.mkdir(parents=True)
         return temporary
+
+    def discard(self, stage: str, fingerprint: str) -> None:
+        """Remove what a stage wrote before it failed."""
+        shutil.rmtree(self._temporary(stage, fingerprint), ignore_errors=True)
+
+    def _temporary(self, stage: str, fingerprint: str) -> Path:
+        return self.artifacts / stage / f".tmp-{fingerprint[:16]}"
 
     def commit(
         self, stage: str, fingerprint: str, temporary: Path, made_from: Mapping[str, Any]

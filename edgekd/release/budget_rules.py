@@ -64,6 +64,23 @@ class Rule:
     origin: str = "gate"
 
 
+def check_any_rule(budgets: GateConfig, profile: DeviceProfile | None) -> None:
+    """Refuse a gate without any budget, before time is spent on what it would judge.
+
+    Raises:
+        InputError: neither the budgets nor the profile bound anything.
+    """
+    given = budgets.model_dump(exclude={"evidence"}, exclude_none=True)
+    limits = profile.budget if profile else None
+    bounded = any(getattr(limits, name, None) for name in ("latency_ms", "memory_mb", "storage_mb"))
+    if not any(given.values()) and not bounded:
+        raise InputError(
+            "the gate has no rule, and a gate that checks nothing must not pass",
+            where="gate",
+            remedy="add a budget, for example gate: {accuracy: {max_drop: 0.01}}",
+        )
+
+
 def check_direction(budgets: GateConfig, metric: str, higher_is_better: bool) -> None:
     """Refuse an absolute accuracy budget on the wrong side of the metric.
 

@@ -8,17 +8,22 @@ from __future__ import annotations
 from edgekd.pipeline.stage import Job
 
 
-def preflight(job: Job) -> None:
+def preflight(job: Job, gated: bool = True) -> None:
     """Resolve the task, data source, augmentations, networks, losses and target of a job.
 
+    Args:
+        job: the pipeline and its profile.
+        gated: whether the run comes to the gate, which then needs a rule.
+
     Raises:
-        InputError: a name is unknown, an argument does not fit, or a module cannot be imported.
+        InputError: a name is unknown, an argument does not fit, a module cannot be imported, or
+            there is nothing that the gate could check.
     """
     from edgekd.data.sources import find_source
     from edgekd.data.transforms import check_augmentations
     from edgekd.distill.objective import Objective
     from edgekd.models.build import find_model
-    from edgekd.release.budget_rules import check_direction
+    from edgekd.release.budget_rules import check_any_rule, check_direction
     from edgekd.targets import open_target
     from edgekd.tasks import get_task
 
@@ -35,3 +40,5 @@ def preflight(job: Job) -> None:
     Objective(config.loss_terms, task)
     open_target(config.target)
     check_direction(config.gate, task.metric, task.higher_is_better)
+    if gated:
+        check_any_rule(config.gate, job.profile)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,18 +23,22 @@ class TeacherStage:
 
     name = "teacher"
     inputs = ("data",)
-    code = ("edgekd.stages.teacher", *TRAINING_CODE)
+    code = ("edgekd.stages.teacher", "edgekd.engines", *TRAINING_CODE)
     libraries = ("torch",)
 
     def config_slice(self, job: Job) -> dict[str, Any]:
         """See :class:`edgekd.pipeline.stage.Stage`."""
         teacher = job.config.teacher
         chosen = teacher.model_dump(mode="json", exclude={"checkpoint", "onnx"})
-        files = {
-            key: file_sha256(_existing(job, key, value))
-            for key in ("checkpoint", "onnx")
-            if (value := getattr(teacher, key)) is not None
-        }
+        files = {}
+        if teacher.checkpoint is not None:
+            path = _existing(job, "checkpoint", teacher.checkpoint)
+            files["checkpoint"] = file_sha256(path)
+        if teacher.onnx is not None:
+            from edgekd.engines.onnx import files_of_onnx
+
+            parts = files_of_onnx(_existing(job, "onnx", teacher.onnx))
+            files["onnx"] = " ".join(map(file_sha256, parts))
         training = {"seed": job.config.seed, "augment": list(job.config.data.augment)}
         task = [job.config.task, job.config.task_args]
         return {"teacher": chosen, **files, "task": task, **(training if teacher.train else {})}
@@ -43,15 +46,20 @@ class TeacherStage:
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """See :class:`edgekd.pipeline.stage.Stage`."""
         from edgekd.distill.objective import Objective
-        from edgekd.distill.teacher import ModuleTeacher
+        from edgekd.distill.teacher import ModuleTeacher, OnnxTeacher
         from edgekd.distill.trainer import score
+        from edgekd.engines.onnx_adopt import pack_onnx, rename_onnx
         from edgekd.models.weights import load_weights, save_weights
 
         job = context.job
         config = job.config.teacher
         ground = open_ground(inputs["data"], job.config)
         if config.onnx is not None:
-            shutil.copyfile(_existing(job, "onnx", config.onnx), context.out / BLACK_BOX)
+            pack_onnx(_existing(job, "onnx", config.onnx), context.out / BLACK_BOX)
+            adopted = open_teacher(context.out, ground)
+            assert isinstance(adopted, OnnxTeacher)
+            # Student and teacher are timed on the same samples, so they share their names.
+            rename_onnx(context.out / BLACK_BOX, adopted.names)
             teacher = open_teacher(context.out, ground)
         else:
             model = build_teacher(ground)

@@ -63,7 +63,7 @@ def job(tmp_path: Path, **changes: Any) -> Job:
 
 @pytest.fixture(autouse=True)
 def no_preflight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner_module, "preflight", lambda job: None)
+    monkeypatch.setattr(runner_module, "preflight", lambda job, gated: None)
 
 
 @pytest.fixture

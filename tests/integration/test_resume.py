@@ -1,0 +1,88 @@
+"""A kill at any moment loses at most the current epoch, and the result is the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from commandline import DIGITS, Edgekd
+
+UNTIL = "distill"
+
+
+def weights(run: Path) -> dict[str, str]:
+    return {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in run.glob("artifacts/*/*/*.safetensors")
+    }
+
+
+def kill_when(run: Path, cwd: Path, label: str, epoch: int) -> None:
+    """Start a run and kill it -9 once its log shows this training inside this epoch."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "edgekd", "run", "p.yaml", "-o", str(run), "--until", UNTIL],
+        cwd=cwd,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if _reached(run / "log.jsonl", label, epoch):
+                os.kill(process.pid, signal.SIGKILL)
+                break
+            time.sleep(0.005)
+        process.wait()
+        assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+
+
+def _reached(log: Path, label: str, epoch: int) -> bool:
+    if not log.is_file():
+        return False
+    for line in log.read_text().splitlines():
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if event.get("label") == label and event.get("epoch", 0) >= epoch:
+            return True
+    return False
+
+
+@pytest.mark.slow
+def test_killed_run_goes_on_to_the_same_weights(tmp_path: Path, edgekd: Edgekd) -> None:
+    (tmp_path / "p.yaml").write_text(DIGITS)
+    assert edgekd("run", "p.yaml", "-o", "straight", "--until", UNTIL).returncode == 0
+    killed = tmp_path / "killed"
+    kill_when(killed, tmp_path, "teacher", 3)
+    kill_when(killed, tmp_path, "student", 4)
+    done = edgekd("run", "p.yaml", "-o", "killed", "--until", UNTIL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "going on after epoch" in done.stdout
+    assert weights(killed) == weights(tmp_path / "straight")
+    assert len(weights(killed)) == 4
+
+
+def test_interrupt_leaves_with_130(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text(DIGITS.replace("epochs: 6", "epochs: 500"))
+    with subprocess.Popen(
+        [sys.executable, "-m", "edgekd", "run", "p.yaml", "-o", "run"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        while not _reached(tmp_path / "run" / "log.jsonl", "teacher", 1):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run again to go on" in errors
+    assert "Traceback" not in errors

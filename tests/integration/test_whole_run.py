@@ -1,0 +1,124 @@
+"""One command leads from the teacher to the bundle; a second call has nothing to do."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import onnx
+from commandline import DIGITS, call
+
+
+def test_every_artifact_is_there(digits_run: Path) -> None:
+    result = json.loads((digits_run / "benchmark" / "result.json").read_text())
+    assert set(result["models"]) == {"teacher", "baseline", "student"}
+    assert result["evidence"] == "measured-on-target"
+    for name in ("drop", "speedup", "size_ratio", "gap_closed", "baseline_gain"):
+        assert name in result["comparison"]
+    assert (digits_run / "report" / "report.html").stat().st_size > 10_000
+    assert (digits_run / "report" / "summary.md").is_file()
+    assert list((digits_run / "artifacts" / "gate").glob("*/gate.json"))
+    junit = next((digits_run / "artifacts" / "gate").glob("*/gate.xml"))
+    assert ElementTree.parse(junit).getroot().get("failures") == "0"
+    with tarfile.open(digits_run / "bundle" / "digits.tar.gz") as archive:
+        assert any(name.endswith("model.onnx") for name in archive.getnames())
+
+
+def test_report_needs_no_network(digits_run: Path) -> None:
+    page = (digits_run / "report" / "report.html").read_text()
+    for fetching in ("<link", "src=", "@import", "url(http", "<script src"):
+        assert fetching not in page
+
+
+def test_accuracy_is_that_of_the_shipped_file(digits_run: Path) -> None:
+    import onnxruntime
+
+    data = next((digits_run / "artifacts" / "data").iterdir())
+    info = json.loads((digits_run / "bundle" / "digits" / "manifest.json").read_text())
+    constants = info["inputs"][0]["preprocess"]
+    images = np.load(data / "test" / "image.npy").astype(np.float32)
+    mean, std = (np.float32(constants[key]).reshape(1, -1, 1, 1) for key in ("mean", "std"))
+    prepared = (images * np.float32(constants["scale"]) - mean) / std
+    session = onnxruntime.InferenceSession(
+        digits_run / "bundle" / "digits" / "model.onnx", providers=["CPUExecutionProvider"]
+    )
+    (logits,) = session.run(["logits"], {"image": prepared})
+    accuracy = float((logits.argmax(1) == np.load(data / "test" / "label.npy")).mean())
+    result = json.loads((digits_run / "benchmark" / "result.json").read_text())
+    assert result["models"]["student"]["metric"]["value"] == accuracy
+
+
+def test_exported_file_is_what_it_says(digits_run: Path) -> None:
+    file = next((digits_run / "artifacts" / "export").glob("*/student.onnx"))
+    model = onnx.load(file)
+    onnx.checker.check_model(model, full_check=True)
+    assert model.graph.input[0].name == "image"
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert metadata["edgekd.role"] == "student"
+
+
+def test_second_run_does_nothing_and_says_so(digits_run: Path) -> None:
+    folder = digits_run.parent.parent
+    before = sorted(digits_run.glob("artifacts/*/*"))
+    done = call("run", "digits.yaml", cwd=folder)
+    assert done.returncode == 0
+    assert "Nothing to do" in done.stdout
+    assert sorted(digits_run.glob("artifacts/*/*")) == before
+
+
+def test_plan_names_exactly_what_a_changed_key_reruns(digits_run: Path) -> None:
+    folder = digits_run.parent.parent
+    for override, first in (
+        ("gate.size.max_mb=2", "gate"),
+        ("export.samples=9", "export"),
+        ("distill.epochs=9", "distill"),
+        ("seed=1", "teacher"),
+    ):
+        done = call("plan", "digits.yaml", "--set", override, cwd=folder)
+        rows = [line.split()[:2] for line in done.stdout.splitlines()[:-1]]
+        actions = dict(rows)
+        assert actions[first] == "run", done.stdout
+        order = [name for name, _ in rows]
+        assert all(actions[name] == "cached" for name in order[: order.index(first)])
+        assert override.split("=")[0] in done.stdout
+
+
+def test_failed_gate_leaves_a_report_and_no_bundle(digits_run: Path) -> None:
+    folder = digits_run.parent.parent
+    done = call("run", "digits.yaml", "--set", "gate.accuracy.min=1.1", cwd=folder)
+    assert done.returncode == 1
+    assert "accuracy.min" in done.stderr
+    assert (digits_run / "report" / "report.html").is_file()
+    assert not (digits_run / "bundle").exists()
+    gate = call("gate", "digits.yaml", cwd=folder)
+    assert gate.returncode == 0, gate.stderr
+    # Back to the file's own budgets, for the tests that look at the bundle.
+    assert call("run", "digits.yaml", cwd=folder).returncode == 0
+    assert (digits_run / "bundle").is_dir()
+
+
+def test_gate_alone_on_a_result_file(digits_run: Path, tmp_path: Path) -> None:
+    result = digits_run / "benchmark" / "result.json"
+    budget = tmp_path / "budget.yaml"
+    budget.write_text("size: {max_mb: 1}\n")
+    assert call("gate", result, "--budget", budget, cwd=tmp_path).returncode == 0
+    budget.write_text("size: {max_mb: 0.001}\n")
+    failed = call("gate", result, "--budget", budget, "--junit", "g.xml", cwd=tmp_path)
+    assert failed.returncode == 1
+    assert ElementTree.parse(tmp_path / "g.xml").getroot().get("failures") == "1"
+
+
+def test_result_measured_elsewhere_is_not_shown(digits_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text(DIGITS.replace("name: digits", "name: other"))
+    done = call(
+        *("run", "p.yaml", "--set", "profile=raspberry-pi-5", "--set", "teacher.train.epochs=1"),
+        *("--set", "distill.epochs=1", "--set", "gate.accuracy.min=0"),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "not shown" in done.stdout
+    assert "measured-on-host" in done.stdout
