@@ -46,22 +46,17 @@ def gate(
         from edgekd.cli.stage_command import run_pipeline_until
         from edgekd.release.gate import read_gate
 
+        # The run prints its result and the verdicts itself.
         verdicts = read_gate(run_pipeline_until(result, "gate").folder("gate"))
-        _conclude(verdicts, result)
-        return
-    verdicts = _evaluate(result, budget, profile, junit, json_path)
-    _conclude(verdicts, result)
-
-
-def _conclude(verdicts: list[Verdict], where: Path) -> None:
-    """Print the verdicts; a gate that did not pass is an error."""
-    console = Console()
-    console.print(verdict_table(verdicts))
-    console.print(summary_line(verdicts), highlight=False, markup=False)
+    else:
+        verdicts = _evaluate(result, budget, profile, junit, json_path)
+        console = Console()
+        console.print(verdict_table(verdicts))
+        console.print(summary_line(verdicts), highlight=False, markup=False)
     if not passed(verdicts):
         raise GateFailed(
             "the gate did not pass",
-            where=str(where),
+            where=str(result),
             remedy="change the student or the budget; 'not shown' needs more samples or evidence",
         )
 

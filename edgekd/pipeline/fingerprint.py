@@ -12,6 +12,7 @@ from typing import Any
 
 import edgekd
 from edgekd.extension import is_reference, source_files
+from edgekd.resources import edgerun_folder
 
 _ROOT = Path(edgekd.__file__).parent
 
@@ -33,13 +34,15 @@ def json_sha256(value: Any) -> str:
 
 @lru_cache
 def code_sha256(names: tuple[str, ...]) -> str:
-    """The SHA-256 over the source files of edgekd's modules or packages of these names."""
+    """The SHA-256 over the source files of these modules and packages of edgekd, or ``edgerun``."""
     digest = hashlib.sha256()
     for name in sorted(names):
-        place = _ROOT.joinpath(*name.split(".")[1:])
+        device_side = name == edgerun_folder().name
+        place = edgerun_folder() if device_side else _ROOT.joinpath(*name.split(".")[1:])
         files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
         for file in files:
-            digest.update(str(file.relative_to(_ROOT)).encode() + b"\0" + file.read_bytes())
+            digest.update(str(file.relative_to(place.parent)).encode() + b"\0")
+            digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

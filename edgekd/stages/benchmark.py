@@ -22,7 +22,14 @@ class BenchmarkStage:
 
     name = "benchmark"
     inputs = ("data", "engines")
-    code = ("edgekd.stages.benchmark", "edgekd.targets", "edgekd.release", "edgekd.tasks")
+    code = (
+        "edgekd.stages.benchmark",
+        "edgekd.targets",
+        "edgekd.release.assemble",
+        "edgekd.release.statistics",
+        "edgekd.tasks",
+        "edgerun",
+    )
     libraries = ("numpy", "onnxruntime")
 
     def config_slice(self, job: Job) -> dict[str, Any]:

@@ -24,18 +24,12 @@ class BundleStage:
 
     name = "bundle"
     inputs = ("data", "engines", "benchmark", "gate")
-    code = ("edgekd.stages.bundle", "edgekd.release.bundle")
+    code = ("edgekd.stages.bundle", "edgekd.release", "edgerun")
     libraries = ("numpy",)
 
     def config_slice(self, job: Job) -> dict[str, Any]:
         """See :class:`edgekd.pipeline.stage.Stage`."""
-        from edgekd.pipeline.fingerprint import file_sha256
-        from edgekd.resources import edgerun_folder
-
-        device_side = {
-            file.name: file_sha256(file) for file in sorted(edgerun_folder().glob("*.py"))
-        }
-        return {"name": job.config.name, "edgerun": device_side}
+        return {"name": job.config.name}
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """See :class:`edgekd.pipeline.stage.Stage`."""
