@@ -38,7 +38,7 @@ def test_accuracy_is_that_of_the_shipped_file(digits_run: Path) -> None:
 
     data = next((digits_run / "artifacts" / "data").iterdir())
     info = json.loads((digits_run / "bundle" / "digits" / "manifest.json").read_text())
-    constants = info["inputs"][0]["preprocess"]
+    constants = info["preprocess"]["image"]
     images = np.load(data / "test" / "image.npy").astype(np.float32)
     mean, std = (np.float32(constants[key]).reshape(1, -1, 1, 1) for key in ("mean", "std"))
     prepared = (images * np.float32(constants["scale"]) - mean) / std
