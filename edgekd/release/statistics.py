@@ -215,16 +215,21 @@ def gap_closed(
     return Estimate(value, (float(low), float(high)), n, confidence)
 
 
+_MOST_WIDTHS = 1000
+"""A budget nearer to the value than a thousandth of the interval: a million times the samples."""
+
+
 def samples_to_show(n: int, value: float, interval: Interval, budget: float) -> int | None:
     """Roughly how many samples would show on which side of a budget a figure lies.
 
     The half width shrinks with the square root of the number of samples. None when the value
-    is at the budget, where no number of samples would do, or when ``n`` is not known.
+    is at the budget or so near to it that no number of samples would do, or when ``n`` is not
+    known.
     """
     margin = abs(value - budget)
     # The side of the interval that reaches over the budget is the one that has to shrink.
     half = value - interval[0] if value > budget else interval[1] - value
-    if margin == 0 or n < 1 or not math.isfinite(half):
+    if n < 1 or not math.isfinite(half) or half > _MOST_WIDTHS * margin:
         return None
     return max(n + 1, math.ceil(n * (half / margin) ** 2))
 

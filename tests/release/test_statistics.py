@@ -180,3 +180,9 @@ def test_samples_to_show_would_shrink_the_interval_to_the_budget():
 def test_impossible_input_is_an_input_error(call):
     with pytest.raises(InputError):
         call()
+
+
+def test_a_value_at_its_budget_needs_no_impossible_number_of_samples():
+    for budget in (0.0, 4e-189, 1e-9):
+        assert samples_to_show(100, 0.0, (-0.1, 0.1), budget) is None
+    assert samples_to_show(100, 0.0, (-0.1, 0.1), 0.05) == 400
