@@ -195,13 +195,14 @@ def _reason(error: Exception) -> str:
 
 def _load_error(path: Path, error: Exception) -> EdgerunError:
     reason = _reason(error)
-    if "external" in reason.lower() or ".data" in reason:
+    # Releases word these differently; the file itself was there when it was opened.
+    if any(word in reason.lower() for word in ("external", ".data", "file_size", "no such file")):
         return BadInput(
             f"the model's weights lie in another file, which cannot be read: {reason}",
             where=str(path),
             remedy="put the weight file beside the model, under the name it was exported with",
         )
-    if type(error).__name__ in _NOT_A_MODEL:
+    if type(error).__name__ in _NOT_A_MODEL or "does not have a graph" in reason:
         return BadInput(
             f"this is not a complete ONNX model: {reason}",
             where=f"{path} ({path.stat().st_size} bytes)",
