@@ -9,6 +9,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+SAMPLE, VIEW = "@sample", "@view"
+"""Keys that a training batch holds beside inputs and targets: the sample's row in its split, and
+which augmentation of it this is; both int64 (B,)."""
+
 Dimension = int | str
 """A fixed size, or the name of a symbolic one such as ``"batch"``."""
 

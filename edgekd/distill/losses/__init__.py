@@ -1,7 +1,12 @@
 """The losses a pipeline can name.
 
 Every public function of this package's modules whose first parameter is ``student`` is one, under
-its own name. Adding a loss is adding one such function; there is nothing to register.
+its own name. A loss with trained parts (an adapter, a memory bank) is a module class: its name in
+a pipeline is its own in lower case with underscores, its ``__init__`` takes the captured shapes
+``student`` and ``teacher`` first and hyper-parameters after them, its ``forward`` takes the
+tensors. It stands before the pure function of the same name, which it calls.
+
+Adding a loss is adding one such function or class; there is nothing to register.
 """
 
 from __future__ import annotations
@@ -9,25 +14,46 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from types import ModuleType
 
-from torch import Tensor
+from torch import Tensor, nn
 
-Loss = Callable[..., Tensor]
+Loss = Callable[..., Tensor] | type[nn.Module]
+
+
+def _in_module(module: ModuleType) -> Iterator[tuple[str, Loss]]:
+    """The losses of one module: functions first, so that a class of the same name replaces one."""
+    own = [
+        (name, value)
+        for name, value in vars(module).items()
+        if getattr(value, "__module__", None) == module.__name__ and not name.startswith("_")
+    ]
+    for name, value in own:
+        if inspect.isfunction(value) and _first_parameter(value, 0) == "student":
+            yield name, value
+    for name, value in own:
+        if inspect.isclass(value) and issubclass(value, nn.Module):
+            if _first_parameter(value.forward, 1) == "student":
+                yield _snake_case(name), value
+
+
+def _first_parameter(function: Callable[..., object], skip: int) -> str | None:
+    return next(iter(list(inspect.signature(function).parameters)[skip:]), None)
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
 def _losses() -> dict[str, Loss]:
     found: dict[str, Loss] = {}
     for entry in pkgutil.iter_modules(__path__):
-        module = importlib.import_module(f"{__name__}.{entry.name}")
-        for name, function in inspect.getmembers(module, inspect.isfunction):
-            if name.startswith("_") or function.__module__ != module.__name__:
-                continue
-            if next(iter(inspect.signature(function).parameters), None) != "student":
-                continue
-            if name in found:
-                raise RuntimeError(f"two losses are named {name!r}")
-            found[name] = function
+        losses = dict(_in_module(importlib.import_module(f"{__name__}.{entry.name}")))
+        for name in losses.keys() & found.keys():
+            raise RuntimeError(f"two losses are named {name!r}")
+        found |= losses
     return found
 
 
