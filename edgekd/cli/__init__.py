@@ -21,6 +21,7 @@ _COMMANDS = {
     "bundle": ("edgekd.cli.run:bundle", "Run a pipeline up to the bundle for the device."),
     "verify": ("edgekd.cli.verify:verify", "Find changed, missing or extra files in a bundle."),
     "compare": ("edgekd.cli.compare:compare", "Put the results of several runs side by side."),
+    "layers": ("edgekd.cli.layers:layers", "List the layers that a loss can name, with shapes."),
     "profiles": ("edgekd.cli.profiles:profiles", "List, show and check device profiles."),
     "doctor": ("edgekd.cli.doctor:doctor", "Say what this machine can do and what is missing."),
 }

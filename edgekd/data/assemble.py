@@ -9,6 +9,7 @@ import numpy as np
 from edgekd.config.pipeline import DataConfig
 from edgekd.data.checks import check_alike, check_arrays, check_finite
 from edgekd.data.dataset import Array, Dataset, Preprocess, Split, is_image
+from edgekd.data.labelled import fill_labels, keep_share, without_labels
 from edgekd.data.memory import take
 from edgekd.data.normalization import fit_preprocess
 from edgekd.data.source import SPLITS, UNSPLIT, RawData
@@ -18,6 +19,9 @@ from edgekd.spec import TensorSpec
 
 DEFAULT_TARGETS = ("label", "labels", "y", "target", "action")
 """The arrays that are targets when ``data.targets`` does not name any."""
+
+LABEL = "label"
+"""The target of samples that come without any."""
 
 _IMAGE_NAMES = ("image", "images", "x")
 
@@ -29,7 +33,9 @@ def assemble(raw: RawData, config: DataConfig) -> Dataset:
 
     In this order:
 
-    1. Names: ``x`` and ``images`` become ``image`` when they have three or more axes; ``labels``
+    1. Labels: a split without any target, where others have integer ones, has -1 for each. So
+       have all where no array is a target (and none is shaped as one), or ``data.targets`` is [].
+       Names: ``x`` and ``images`` become ``image`` when they have three or more axes; ``labels``
        becomes ``label``; ``y`` becomes ``label`` when it holds integers, else ``target``. An
        array keeps its name when the new one is taken. ``data.targets`` may use either name.
     2. ``image`` of shape (N, H, W) gets a channel axis; inputs (N, H, W, C) are transposed when
@@ -39,7 +45,9 @@ def assemble(raw: RawData, config: DataConfig) -> Dataset:
     3. ``test`` is cut off when the source has none, then ``validation`` from what is left to
        train on, unless the source brings its own (``data.validation`` then has no use).
        Both are the same for every training seed, and stratified when there is an integer target.
-    4. Normalisation constants from the training split only. ``data.args: {normalize: false}``
+    4. Of train's and validation's labels only the share ``data.labelled`` stays
+       (:func:`~edgekd.data.labelled.keep_share`).
+    5. Normalisation constants from the training split only. ``data.args: {normalize: false}``
        leaves floats as they are and only scales uint8 images to [0, 1].
 
     Raises:
@@ -56,6 +64,10 @@ def assemble(raw: RawData, config: DataConfig) -> Dataset:
             where=raw.where,
             remedy="give train, or unsplit samples",
         )
+    splits = fill_labels(splits, config.targets or DEFAULT_TARGETS)
+    if _is_unlabelled(splits["train"], config):
+        splits = without_labels(splits, LABEL)
+        config = config.model_copy(update={"targets": (LABEL,)})
     check_arrays(splits, raw.where)
     renamed = _clean_names(splits["train"])
     targets = _target_names(splits["train"], renamed, config, raw.where)
@@ -69,7 +81,7 @@ def assemble(raw: RawData, config: DataConfig) -> Dataset:
     for split, arrays in splits.items():
         for name, array in arrays.items():
             check_finite(split, name, array, raw.where)
-    splits = _split(splits, targets, raw, config)
+    splits = keep_share(_split(splits, targets, raw, config), config.labelled, targets)
     train = splits["train"]
     inputs = [name for name in train if name not in targets]
     if config.image_size is not None and not any(is_image(train[name]) for name in inputs):
@@ -98,6 +110,25 @@ def _normalize(config: DataConfig) -> bool:
             f"normalize is {value!r}, not true or false", where="data.args", remedy="mend it"
         )
     return value
+
+
+def _is_unlabelled(arrays: Arrays, config: DataConfig) -> bool:
+    """Whether there is no target, and no array that may be one under another name.
+
+    Raises:
+        InputError: ``data.targets`` says that there is none, and an array has a target's name.
+    """
+    named = [name for name in arrays if name in DEFAULT_TARGETS]
+    if config.targets is None:
+        shaped = any(array.ndim < 2 or array.size == len(array) for array in arrays.values())
+        return bool(arrays) and not named and not shaped
+    if not config.targets and named:
+        raise InputError(
+            f"data.targets is [], and {named[0]!r} is the name of a target",
+            where="data.targets",
+            remedy="remove data.targets, or rename the array",
+        )
+    return not config.targets
 
 
 def _clean_names(arrays: Arrays) -> dict[str, str]:
@@ -133,7 +164,8 @@ def _target_names(
         raise InputError(
             f"none of the arrays is a target: {found}",
             where=where,
-            remedy=f"name it in data.targets, or call it one of {', '.join(DEFAULT_TARGETS)}",
+            remedy=f"name it in data.targets, or call it one of {', '.join(DEFAULT_TARGETS)}; "
+            "write data.targets: [] when there are no labels",
         )
     if not set(renamed.values()) - targets:
         raise InputError(

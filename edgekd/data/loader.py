@@ -11,23 +11,42 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from edgekd.data.dataset import Array, Dataset, Preprocess, Split, is_image
-from edgekd.data.transforms import augmentations, probe
+from edgekd.data.draws import Draws
+from edgekd.data.mixing import check_mixing, mixed_classes, mixed_values, partner_rows
+from edgekd.data.transforms import augmentations, mixing, probe
 from edgekd.errors import InputError
+from edgekd.spec import SAMPLE, VIEW
+
+_PROBED = 8
 
 
 class Loader:
     """Batches of one split: preprocessed inputs and targets, by name.
 
+    An augmented image depends on the seeds, its row and its view only, to the last bit: not on
+    the batch it is in, nor on the rows and the epoch it was reached by. With mixing, so do its
+    targets: integer classes (B,) become probabilities (B, C) float32, all zero where either image
+    has no label (-1). The partner is any row of the split, whatever ``rows`` says.
+
     Args:
         split: one of the dataset's splits, or its name.
         dataset: says what is an input, what a target, and how inputs are preprocessed.
         batch_size: samples per batch.
-        augment: ``data.augment``: applied to image inputs in :meth:`epoch`, never in
-            :meth:`ordered`.
+        augment: ``data.augment``: applied to image inputs in :meth:`epoch` and :meth:`view`,
+            never in :meth:`ordered`.
         channels_last: give images in torch's channels-last memory format.
+        seed: from 0, below 2³¹. Loaders of other seeds augment differently, though
+            :meth:`epoch` and :meth:`view` are given the same seed.
+        views: how many augmentations of each sample the epochs go through in turn; None: each
+            epoch has its own.
+        rows: (R,) the rows of the split that :meth:`epoch` and :meth:`ordered` use, in this
+            order; None: all.
+        steps: batches per epoch; the rows are shuffled anew and gone through again as often as
+            they must. None: as many full batches as the rows give.
 
     Raises:
-        InputError: the split is unknown or empty, or an augmentation does not fit.
+        InputError: the split is unknown or empty, ``rows`` are not rows of it, or an
+            augmentation does not fit.
     """
 
     def __init__(
@@ -37,17 +56,28 @@ class Loader:
         batch_size: int,
         augment: Sequence[str | Mapping[str, Mapping[str, Any]]] = (),
         channels_last: bool = False,
+        *,
+        seed: int = 0,
+        views: int | None = None,
+        rows: NDArray[np.int64] | None = None,
+        steps: int | None = None,
     ) -> None:
         self.split = dataset.splits[split] if isinstance(split, str) else split
         self.batch_size = batch_size
+        self.views = views
+        self._seed = seed
+        self._steps = steps
         self._preprocess = dataset.preprocess
         self._channels_last = channels_last
-        self._names = [spec.name for spec in (*dataset.inputs, *dataset.targets)]
+        self._targets = [spec.name for spec in dataset.targets]
+        self._names = [*(spec.name for spec in dataset.inputs), *self._targets]
         arrays = self.split.arrays
         self._images = [s.name for s in dataset.inputs if is_image(arrays[s.name])]
         self._augmentations = augmentations(augment)
+        self._mixing = mixing(augment)
         if self.samples == 0:
             raise InputError("the split is empty", where=dataset.source, remedy="give samples")
+        self.rows = _checked(rows, self.samples, dataset.source)
         if augment and not self._images:
             raise InputError(
                 "there are augmentations, but no input is an image",
@@ -55,53 +85,127 @@ class Loader:
                 remedy="remove data.augment",
             )
         for name in self._images:
-            images = torch.from_numpy(np.array(arrays[name][:2]))
+            images = torch.from_numpy(np.array(arrays[name][:_PROBED]))
             for augmentation in self._augmentations:
                 probe(augmentation, images)
+        if self._mixing is not None:
+            self._classes = check_mixing(dataset, arrays)
+            rows_probed = np.arange(len(images))
+            self._mixing(images, images, Draws(0, rows_probed, rows_probed))
 
     @property
     def samples(self) -> int:
-        """Samples in the split."""
+        """Samples in the split; those of a batch are named by their row of it."""
         return len(self.split)
 
+    @property
+    def augmented(self) -> bool:
+        """Whether different views of a sample differ."""
+        return bool(self._augmentations) or self._mixing is not None
+
     def __len__(self) -> int:
-        """Batches per :meth:`epoch`: the last partial one is dropped, unless it is the only one."""
-        return max(1, self.samples // self.batch_size)
+        """Batches per :meth:`epoch`.
+
+        Without ``steps`` the last partial one is dropped, unless it is the only one.
+        """
+        if self._steps is not None:
+            return self._steps
+        return max(1, len(self.rows) // self.batch_size)
 
     def epoch(self, seed: int, epoch: int) -> Iterator[dict[str, Tensor]]:
         """Shuffled and augmented batches, the same ones for the same ``(seed, epoch)``.
 
-        The order does not depend on the augmentations.
+        The order does not depend on the augmentations. Each batch also holds ``SAMPLE``, the rows
+        in the split, and ``VIEW``, which augmentation of them this is: int64 (B,).
+
+        Args:
+            seed: from 0, below 2³¹.
+            epoch: from 1.
         """
-        # Two streams, so that adding an augmentation does not change the batches' samples.
-        order_seed, augment_seed = np.random.SeedSequence([seed, epoch]).generate_state(2)
-        order = torch.randperm(
-            self.samples, generator=Generator().manual_seed(int(order_seed))
-        ).numpy()
-        generator = Generator().manual_seed(int(augment_seed))
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            yield self._batch(order[start : start + self.batch_size], generator)
+        view = (epoch - 1) % self.views if self.views is not None else epoch - 1
+        order = self._order(seed, epoch)
+        for start in range(0, len(order), self.batch_size):
+            yield self._view(order[start : start + self.batch_size], seed, view)
+
+    def view(self, seed: int, view: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
+        """One view of every sample of the split, in order; the last batch may be smaller.
+
+        The same samples, bit for bit, as :meth:`epoch` gives for this seed and view. All of
+        the split, whatever ``rows`` says, so that its n-th answer is that of row n.
+
+        Args:
+            seed: as in :meth:`epoch`.
+            view: from 0.
+            start: the row to begin with.
+        """
+        for first in range(start, self.samples, self.batch_size):
+            rows = np.arange(first, min(first + self.batch_size, self.samples))
+            yield self._view(rows, seed, view)
 
     def ordered(self) -> Iterator[dict[str, Tensor]]:
-        """All samples in their order, not augmented; the last batch may be smaller."""
-        for start in range(0, self.samples, self.batch_size):
-            yield self._batch(slice(start, start + self.batch_size), None)
+        """The samples in order, not augmented; the last batch may be smaller."""
+        for start in range(0, len(self.rows), self.batch_size):
+            yield self._finished(self._raw(self.rows[start : start + self.batch_size]))
 
-    def _batch(
-        self, rows: NDArray[np.int64] | slice, generator: Generator | None
-    ) -> dict[str, Tensor]:
-        batch: dict[str, Tensor] = {}
-        for name in self._names:
-            tensor = _rows(self.split.arrays[name], rows)
-            is_input_image = name in self._images
-            if generator is not None and is_input_image:
-                for augmentation in self._augmentations:
-                    tensor = augmentation(tensor, generator)
-            if name in self._preprocess:
-                tensor = preprocess(tensor, self._preprocess[name])
-            if is_input_image and self._channels_last:
-                tensor = tensor.contiguous(memory_format=torch.channels_last)
-            batch[name] = tensor
+    def _order(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """The rows of an epoch."""
+        wanted = len(self) * self.batch_size
+        if self._steps is None:
+            wanted = min(wanted, len(self.rows))
+        passes = []
+        for number in range(-(-wanted // len(self.rows))):
+            state = np.random.SeedSequence([seed, epoch, number]).generate_state(1)
+            shuffled = torch.randperm(
+                len(self.rows), generator=Generator().manual_seed(int(state[0]))
+            )
+            passes.append(self.rows[shuffled.numpy()])
+        return np.concatenate(passes)[:wanted]
+
+    def _view(self, rows: NDArray[np.int64], seed: int, view: int) -> dict[str, Tensor]:
+        batch = self._raw(rows)
+        views = np.full(len(rows), view, np.int64)
+        if self.augmented:
+            draws = Draws(seed + (self._seed << 32), rows, views)
+            for name in self._images:
+                batch[name] = self._augment(batch[name], draws)
+            if self._mixing is not None:
+                self._mix(batch, rows, draws)
+        batch = self._finished(batch)
+        # Copies: the loader's own rows must not become a tensor that can be written to.
+        batch[SAMPLE], batch[VIEW] = torch.tensor(rows), torch.from_numpy(views)
+        return batch
+
+    def _augment(self, images: Tensor, draws: Draws) -> Tensor:
+        for augmentation in self._augmentations:
+            images = augmentation(images, draws)
+        return images
+
+    def _mix(self, batch: dict[str, Tensor], rows: NDArray[np.int64], draws: Draws) -> None:
+        """Mix the batch's images and targets with their partners', in place."""
+        assert self._mixing is not None
+        arrays = self.split.arrays
+        partners = partner_rows(rows, draws, self.samples)
+        (image,) = self._images
+        others = self._augment(_rows(arrays[image], partners), draws.branch())
+        batch[image], share = self._mixing(batch[image], others, draws)
+        for name in self._targets:
+            own, other = batch[name], _rows(arrays[name], partners)
+            batch[name] = (
+                mixed_classes(own, other, share, self._classes[name])
+                if name in self._classes
+                else mixed_values(own, other, share)
+            )
+
+    def _raw(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
+        return {name: _rows(self.split.arrays[name], rows) for name in self._names}
+
+    def _finished(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Preprocessed, in the memory format asked for."""
+        for name, constants in self._preprocess.items():
+            batch[name] = preprocess(batch[name], constants)
+        if self._channels_last:
+            for name in self._images:
+                batch[name] = batch[name].contiguous(memory_format=torch.channels_last)
         return batch
 
 
@@ -115,7 +219,32 @@ def preprocess(tensor: Tensor, constants: Preprocess) -> Tensor:
     return values.mul_(constants.scale).sub_(mean).div_(std)
 
 
-def _rows(array: Array, rows: NDArray[np.int64] | slice) -> Tensor:
-    # np.array copies: a read-only mapping must not become a tensor that can be written to.
-    picked = np.array(array[rows]) if isinstance(rows, slice) else np.take(array, rows, axis=0)
-    return torch.from_numpy(np.asarray(picked))
+def _rows(array: Array, rows: NDArray[np.int64]) -> Tensor:
+    # take copies: a read-only mapping must not become a tensor that can be written to.
+    return torch.from_numpy(np.asarray(np.take(array, rows, axis=0)))
+
+
+def _checked(rows: NDArray[np.int64] | None, samples: int, where: str) -> NDArray[np.int64]:
+    """The rows to use.
+
+    Raises:
+        InputError: there are none, or they are not rows of the split.
+    """
+    if rows is None:
+        return np.arange(samples)
+    rows = np.asarray(rows)
+    if rows.dtype.kind not in "iu" or rows.ndim != 1:
+        raise InputError(
+            f"the rows to use are {rows.dtype} {rows.shape}, not integers (R,)",
+            where=where,
+            remedy="give row numbers, e.g. numpy.flatnonzero(label >= 0)",
+        )
+    if len(rows) == 0 or rows.min() < 0 or rows.max() >= samples:
+        raise InputError(
+            f"the rows to use go from {rows.min()} to {rows.max()}, and the split has {samples}"
+            if len(rows)
+            else "there are no rows to use",
+            where=where,
+            remedy=f"give rows from 0 to {samples - 1}",
+        )
+    return rows.astype(np.int64)

@@ -1,8 +1,4 @@
-"""Augmentations: pure functions ``(images, generator, **arguments) -> images`` of a batch.
-
-They see raw images (N, C, H, W) before normalisation, uint8 where the source is, so that what
-is shifted in or erased is the image's own zero. They run as batches: no loop over images.
-"""
+"""``data.augment``: the augmentations and the mixing it names, looked up and tried out."""
 
 from __future__ import annotations
 
@@ -11,110 +7,98 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Generator, Tensor
-from torch.nn import functional
+from torch import Tensor
 
+from edgekd.data.augment import AUGMENTATIONS
+from edgekd.data.draws import Draws
+from edgekd.data.mixing import MIXINGS, Mixing
 from edgekd.errors import EdgekdError, InputError, unknown_name
 from edgekd.extension import resolve
 
-Augmentation = Callable[[Tensor, Generator], Tensor]
-
-
-def flip(images: Tensor, generator: Generator, p: float = 0.5) -> Tensor:
-    """Mirror each image left to right with probability ``p``."""
-    _within("p", p, 0, 1)
-    chosen = torch.rand(len(images), generator=generator) < p
-    return torch.where(chosen[:, None, None, None], images.flip(-1), images)
-
-
-def shift(images: Tensor, generator: Generator, pixels: int = 2) -> Tensor:
-    """Shift each image by up to ``pixels`` up or down and left or right; zeros move in."""
-    _within("pixels", pixels, 0, min(images.shape[-2:]) - 1)
-    if pixels == 0:
-        return images
-    count, _, height, width = images.shape
-    padded = functional.pad(images, (pixels,) * 4)
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
-    offsets = torch.randint(2 * pixels + 1, (2, count), generator=generator)
-    return windows[torch.arange(count), :, offsets[0], offsets[1]]
-
-
-def erase(images: Tensor, generator: Generator, p: float = 0.5, size: float = 0.3) -> Tensor:
-    """Set a rectangle to zero with probability ``p``: Cutout, DeVries and Taylor (2017).
-
-    Its sides are ``size`` times the image's; its place is uniform, wholly inside the image.
-    """
-    _within("p", p, 0, 1)
-    _within("size", size, 0, 1)
-    count, _, height, width = images.shape
-    chosen = torch.rand(count, generator=generator) < p
-    rows = _interval(count, height, size, generator)
-    columns = _interval(count, width, size, generator)
-    erased = rows[:, :, None] & columns[:, None, :] & chosen[:, None, None]
-    return images.masked_fill(erased[:, None], 0)
-
-
-AUGMENTATIONS: dict[str, Callable[..., Tensor]] = {"flip": flip, "shift": shift, "erase": erase}
+Augmentation = Callable[[Tensor, Draws], Tensor]
+Entry = str | Mapping[str, Mapping[str, Any]]
+"""``flip``, ``{shift: {pixels: 2}}`` or ``{package.module:name: {…}}``."""
 
 
 def augmentations(
-    entries: Sequence[str | Mapping[str, Mapping[str, Any]]], where: str = "data.augment"
+    entries: Sequence[Entry], where: str = "data.augment"
 ) -> tuple[Augmentation, ...]:
-    """The functions that ``data.augment`` names, with their arguments bound.
+    """The functions that ``data.augment`` names, with their arguments bound, but for the mixing.
 
     Args:
-        entries: ``flip``, ``{shift: {pixels: 2}}`` or ``{package.module:name: {…}}``, in the
-            order in which they are applied.
+        entries: in the order in which they are applied.
         where: the key, for the error.
 
     Raises:
-        InputError: a name or an argument is unknown.
+        InputError: a name or an argument is unknown, or a mixing is not the last entry.
     """
     result: list[Augmentation] = []
-    for entry in entries:
-        named = {entry: {}} if isinstance(entry, str) else entry
-        if len(named) != 1:
+    for number, entry in enumerate(entries, start=1):
+        name, arguments = _named(entry, where)
+        if name not in MIXINGS:
+            known = {**AUGMENTATIONS, **MIXINGS}
+            function = resolve(name, known, "augmentation", where)
+            _check_arguments(name, function, arguments, 2, where)
+            result.append(partial(function, **arguments))
+        elif number < len(entries):
             raise InputError(
-                f"an augmentation is one name with its arguments, not {len(named)}: "
-                f"{', '.join(named) or 'nothing'}",
+                f"{name!r} is entry {number} of {len(entries)}, and mixing comes last",
                 where=where,
-                remedy="write e.g. [flip, {shift: {pixels: 2}}]",
+                remedy=f"write {name} at the end; there is one mixing at most",
             )
-        name, arguments = next(iter(named.items()))
-        function = resolve(name, AUGMENTATIONS, "augmentation", where)
-        _check_arguments(name, function, arguments, where)
-        result.append(partial(function, **arguments))
     return tuple(result)
 
 
-def check_augmentations(
-    entries: Sequence[str | Mapping[str, Mapping[str, Any]]], where: str = "data.augment"
-) -> None:
+def mixing(entries: Sequence[Entry], where: str = "data.augment") -> Mixing | None:
+    """The ``mixup`` or ``cutmix`` at the end of ``data.augment``, with its arguments bound.
+
+    Raises:
+        InputError: an argument is unknown.
+    """
+    if not entries:
+        return None
+    name, arguments = _named(entries[-1], where)
+    if name not in MIXINGS:
+        return None
+    _check_arguments(name, MIXINGS[name], arguments, 3, where)
+    return partial(MIXINGS[name], **arguments)
+
+
+def check_augmentations(entries: Sequence[Entry], where: str = "data.augment") -> None:
     """Look up the names and arguments of ``data.augment``, before there are any images.
 
     Raises:
-        InputError: a name or an argument is unknown.
+        InputError: a name or an argument is unknown, or a mixing is not the last entry.
     """
     augmentations(entries, where)
+    mixing(entries, where)
 
 
 def probe(augmentation: Augmentation, images: Tensor, where: str = "data.augment") -> None:
     """Try an augmentation on a few images, so that it fails before training and not during it.
 
     Raises:
-        InputError: it fails, or changes the shape or the dtype.
+        InputError: it fails, changes the shape or the dtype, or makes something else of an image
+            when it meets it again with the same draws in another batch.
     """
     name = getattr(getattr(augmentation, "func", augmentation), "__name__", str(augmentation))
+    later = slice(min(1, len(images) - 1), None)
+    rows = np.arange(len(images))
     try:
-        result = augmentation(images, Generator().manual_seed(0))
+        # Copies, so that one that works in place is not given its own result.
+        result = augmentation(images.clone(), Draws(0, rows, rows))
+        again = augmentation(images[later].clone(), Draws(0, rows[later], rows[later]))
     except EdgekdError:
         raise
     except Exception as error:
         raise InputError(
             f"the augmentation {name!r} fails: {type(error).__name__}: {error}",
             where=where,
-            remedy=f"it is given images {images.dtype} {tuple(images.shape)} and a generator",
+            remedy=f"it is given images {images.dtype} {tuple(images.shape)} and draws, which are "
+            "no torch.Generator: draws.uniform() gives one random number per image, and there "
+            "are integers(high), normal() and beta(alpha)",
         ) from error
     if not isinstance(result, Tensor) or (result.shape, result.dtype) != (
         images.shape,
@@ -130,34 +114,41 @@ def probe(augmentation: Augmentation, images: Tensor, where: str = "data.augment
             where=where,
             remedy="return a tensor of the same shape and dtype",
         )
+    if not torch.equal(result[later], again):
+        raise InputError(
+            f"the augmentation {name!r} made two different images of one image and its draws",
+            where=where,
+            remedy="take random numbers from draws alone, and treat each image by itself: "
+            "a teacher's answer to an augmented image is kept and met again",
+        )
 
 
-def _check_arguments(name: str, function: Any, arguments: Mapping[str, Any], where: str) -> None:
+def _named(entry: Entry, where: str) -> tuple[str, Mapping[str, Any]]:
+    named = {entry: {}} if isinstance(entry, str) else entry
+    if len(named) != 1:
+        raise InputError(
+            f"an augmentation is one name with its arguments, not {len(named)}: "
+            f"{', '.join(named) or 'nothing'}",
+            where=where,
+            remedy="write e.g. [flip, {shift: {pixels: 2}}]",
+        )
+    return next(iter(named.items()))
+
+
+def _check_arguments(
+    name: str, function: Any, arguments: Mapping[str, Any], given: int, where: str
+) -> None:
+    """``given``: how many parameters come from the loader and not from the file."""
     if not callable(function):
         raise InputError(
             f"the augmentation {name!r} is {type(function).__name__}, not a function",
             where=where,
-            remedy="name a function (images, generator, **arguments) -> images",
+            remedy="name a function (images, draws, **arguments) -> images",
         )
     parameters = inspect.signature(function).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
-    known = list(parameters)[2:]
+    known = list(parameters)[given:]
     for argument in arguments:
         if argument not in known:
             raise unknown_name(f"argument of {name!r}", argument, known, where)
-
-
-def _within(name: str, value: Any, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise InputError(
-            f"{name} is {value!r}", where="data.augment", remedy=f"give {low:g} to {high:g}"
-        )
-
-
-def _interval(count: int, length: int, size: float, generator: Generator) -> Tensor:
-    """(count, length) booleans: one run of ``size * length`` in each row, at a random place."""
-    run = round(size * length)
-    start = torch.randint(length - run + 1, (count, 1), generator=generator)
-    position = torch.arange(length)
-    return (position >= start) & (position < start + run)

@@ -19,7 +19,7 @@ from edgekd.distill.history import History
 from edgekd.errors import StageError
 
 NAME = "checkpoint.pt"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass
@@ -29,6 +29,7 @@ class TrainingState:
     Attributes:
         run: what the training was asked for; a state of another run is not gone on with.
         model: the weights and buffers after the last epoch.
+        objective: the weights and buffers of the loss terms' adapters.
         optimizer: the optimizer's state dict.
         best: the weights and buffers after the best epoch.
         history: the epochs so far.
@@ -36,6 +37,7 @@ class TrainingState:
 
     run: Mapping[str, Any]
     model: Mapping[str, Tensor]
+    objective: Mapping[str, Tensor]
     optimizer: Mapping[str, Any]
     best: Mapping[str, Tensor]
     history: History
@@ -53,6 +55,7 @@ def save_checkpoint(state: TrainingState, folder: Path) -> None:
         "version": _VERSION,
         "run": dict(state.run),
         "model": dict(state.model),
+        "objective": dict(state.objective),
         "optimizer": dict(state.optimizer),
         "best": dict(state.best),
         "history": state.history.to_json(),
@@ -95,6 +98,7 @@ def load_checkpoint(folder: Path, run: Mapping[str, Any]) -> tuple[TrainingState
             TrainingState(
                 content["run"],
                 content["model"],
+                content["objective"],
                 content["optimizer"],
                 content["best"],
                 History.from_json(content["history"]),

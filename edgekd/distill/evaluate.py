@@ -28,6 +28,11 @@ class BatchSource(Protocol):
         """Batches per epoch."""
         ...
 
+    @property
+    def samples(self) -> int:
+        """Rows of the split."""
+        ...
+
 
 class Loaders(NamedTuple):
     """The two sources of a training; the test split is not one of them."""
@@ -39,11 +44,11 @@ class Loaders(NamedTuple):
 def score(
     answer: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], source: BatchSource, task: Task
 ) -> np.ndarray[Any, Any]:
-    """The task's score of each sample, (N,) float64, in the source's order.
+    """The task's score of each labelled sample, (N,) float64, in the source's order.
 
     Args:
         answer: gives the outputs by name: a teacher's ``answer``, or a model in evaluation mode.
-        source: every sample of it is scored.
+        source: every sample of it that has a target is scored.
         task: says what a score is.
 
     Raises:
@@ -55,10 +60,16 @@ def score(
         for batch in source.ordered():
             outputs = {name: _array(tensor) for name, tensor in answer(batch).items()}
             targets = {name: tensor.cpu().numpy() for name, tensor in batch.items()}
-            scores.append(task.scores(outputs, targets))
-    if not scores:
-        raise InputError("there are no samples to score", remedy="give more data")
-    return np.concatenate(scores)
+            scores.append(task.scores(outputs, targets)[task.labelled(targets)])
+    found: np.ndarray[Any, Any] = np.concatenate(scores) if scores else np.empty(0)
+    if len(found) == 0:
+        raise InputError(
+            f"there are no {'labelled ' if scores else ''}samples to score",
+            remedy="give labels, or a teacher whose answers stand for them"
+            if scores
+            else "give more data",
+        )
+    return found
 
 
 def _array(tensor: Tensor) -> np.ndarray[Any, Any]:

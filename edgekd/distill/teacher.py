@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.distill.evaluate import device_of, prepared
+from edgekd.distill.features import Capture
 from edgekd.errors import InputError
+from edgekd.models.named import NamedModel
 from edgekd.spec import TensorSpec
 
 _DTYPES = {
@@ -29,8 +32,21 @@ _DTYPES = {
 class Teacher(Protocol):
     """Anything that answers a batch."""
 
+    @property
+    def digest(self) -> str:
+        """Identifies its weights; another teacher has another one."""
+        ...
+
     def answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The outputs by name, without a graph."""
+        """The outputs by name, and the features of watched layers, without a graph."""
+        ...
+
+    def watch(self, layers: Sequence[str]) -> None:
+        """Also answer with the features of these layers, from now on; none for no layers.
+
+        Raises:
+            InputError: it has no such layer, or shows none.
+        """
         ...
 
 
@@ -45,8 +61,10 @@ class ModuleTeacher:
 
     def __init__(self, model: nn.Module, channels_last: bool = True) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.digest = weights_digest(model)
         self._channels_last = channels_last
         self._device = device_of(model)
+        self._capture = Capture(model, (), "teacher")
         if channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -55,7 +73,23 @@ class ModuleTeacher:
         """The outputs by name, without a graph."""
         moved = prepared(batch, self._device, self._channels_last)
         answers: dict[str, Tensor] = self.model(moved)
-        return answers
+        return answers | self._capture.take()
+
+    def watch(self, layers: Sequence[str]) -> None:
+        """See :class:`Teacher`."""
+        self._capture.remove()
+        self._capture = Capture(self.model, layers, "teacher")
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of a network's class, and of its weights and buffers with their names."""
+    network = model.module if isinstance(model, NamedModel) else model
+    digest = hashlib.sha256(f"{type(network).__qualname__} {network}".encode())
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(plain.numpy().tobytes())
+    return digest.hexdigest()
 
 
 class OnnxTeacher:
@@ -87,6 +121,7 @@ class OnnxTeacher:
     ) -> None:
         self.path = path
         self._session = _open(path, threads)
+        self.digest = _file_digest(path)
         self._inputs = _match_inputs(self._session, inputs, path)
         self._batch_size = _fixed_batch(self._session)
         self.gives_probabilities = False
@@ -127,6 +162,15 @@ class OnnxTeacher:
             primary = self._names[0]
             tensors[primary] = tensors[primary].clamp_min(torch.finfo(torch.float32).tiny).log()
         return tensors
+
+    def watch(self, layers: Sequence[str]) -> None:
+        """See :class:`Teacher`."""
+        if layers:
+            raise InputError(
+                f"an ONNX teacher shows no layers, and {', '.join(layers)} are asked for",
+                where=str(self.path),
+                remedy="use losses on its outputs, or give the teacher as a torch module",
+            )
 
     def _run(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
         count = len(next(iter(arrays.values())))
@@ -197,6 +241,17 @@ def _open(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
             where=str(path),
             remedy="copy or export it again: it may be cut off, or its .data file is missing",
         ) from error
+
+
+def _file_digest(path: Path) -> str:
+    """SHA-256 of an ONNX file and of the data file that exporters put beside it."""
+    digest = hashlib.sha256()
+    beside = path.with_name(path.name + ".data")
+    for part in [path, beside] if beside.is_file() else [path]:
+        with part.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def _match_inputs(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from edgekd.config.pipeline import TrainConfig
 from edgekd.distill.checkpoint import TrainingState, load_checkpoint, save_checkpoint
 from edgekd.distill.evaluate import BatchSource, Loaders, device_of, prepared, score
+from edgekd.distill.features import Capture
 from edgekd.distill.history import Epoch, History
 from edgekd.distill.objective import Objective
 from edgekd.distill.optimizer import build_optimizer, learning_rate
@@ -80,12 +81,14 @@ def train(
     run = _Run(model, objective, Loaders(*loaders), task, config, seed, teacher, progress)
     history = History(task.metric, task.higher_is_better)
     best = _copied(model)
+    run.prepare()
     identity = _identity(model, objective, config, seed, len(run.loaders.train))
     state, refused = load_checkpoint(checkpoint_folder, identity)
     if refused:
         progress.message(f"{label}: the checkpoint is not used: {refused}; starting again")
     if state is not None:
         model.load_state_dict(state.model)
+        objective.load_state_dict(state.objective)
         run.optimizer.load_state_dict(dict(state.optimizer))
         history, best = state.history, dict(state.best)
     done = len(history.epochs)
@@ -98,11 +101,18 @@ def train(
             for number in range(done + 1, config.epochs + 1):
                 if history.add(run.epoch(number)):
                     best = _copied(model)
-                optimizer_state = run.optimizer.state_dict()
-                after = TrainingState(identity, model.state_dict(), optimizer_state, best, history)
+                after = TrainingState(
+                    identity,
+                    model.state_dict(),
+                    objective.state_dict(),
+                    run.optimizer.state_dict(),
+                    best,
+                    history,
+                )
                 save_checkpoint(after, checkpoint_folder)
     finally:
         progress.finish()
+        run.capture.remove()
     model.load_state_dict(best)
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     model.eval()
@@ -127,10 +137,22 @@ class _Run:
         self.config, self.seed, self.teacher, self.progress = config, seed, teacher, progress
         self.device = device_of(model)
         self.devices_to_fork = [self.device] if self.device.type == "cuda" else []
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(self.parameters, config)
+        self.capture = Capture(model, objective.student_layers, "student")
         self.check_every = 1 if self.device.type == "cpu" else _STEPS_BETWEEN_CHECKS_ON_GPU
-        self.labels = [term.label for term in objective.terms]
+        self.labels = objective.labels
+
+    def prepare(self) -> None:
+        """Make the objective's adapters for the shapes of a first batch, and the optimizer."""
+        if self.objective.needs_shapes:
+            with torch.random.fork_rng(devices=self.devices_to_fork), torch.no_grad():
+                torch.manual_seed(_epoch_seed(self.seed, 0))
+                batch = next(iter(self.loaders.train.epoch(self.seed, 1)))
+                self.model.eval()
+                student = self._answer(batch)
+                self.objective.prepare(student, self._ask(batch), self.loaders.train.samples)
+        modules = (self.model, self.objective)
+        self.parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(self.parameters, self.config)
 
     def epoch(self, number: int) -> Epoch:
         """Train one epoch (from 1) and validate."""
@@ -147,7 +169,8 @@ class _Run:
             rate = learning_rate(
                 self.config, (number - 1) * steps + step, self.config.epochs * steps
             )
-            values, size = self._step(batch, rate, first=step == 0)
+            part = ((number - 1) * steps + step) / (self.config.epochs * steps)
+            values, size = self._step(batch, rate, part, first=step == 0)
             pending.append(values)
             sizes.append(size)
             if len(pending) == self.check_every:
@@ -169,18 +192,19 @@ class _Run:
         samples_per_second = sum(sizes) / seconds
         return Epoch(number, float(means[0]), terms, validation, rate, seconds, samples_per_second)
 
-    def _step(self, batch: Mapping[str, Tensor], rate: float, first: bool) -> tuple[Tensor, int]:
+    def _step(
+        self, batch: Mapping[str, Tensor], rate: float, part: float, first: bool
+    ) -> tuple[Tensor, int]:
         """One step; the total and each term's value (1 + terms,), and the batch's size."""
         batch = prepared(batch, self.device, self.config.channels_last)
         check = getattr(self.model, "check_batch", None)
         if first and callable(check):
             check(batch)
-        answers = None
-        if self.teacher is not None and self.objective.needs_teacher:
-            answers = self.teacher.answer(batch)
-        total, terms = self.objective(self.model(batch), answers, batch)
+        teacher = self._ask(batch)
+        student = self.model(batch) | self.capture.take()
+        total, terms = self.objective(student, teacher, batch, part)
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         if self.config.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         for group in self.optimizer.param_groups:
@@ -194,7 +218,13 @@ class _Run:
         outputs: dict[str, Tensor] = self.model(
             prepared(batch, self.device, self.config.channels_last)
         )
-        return outputs
+        return outputs | self.capture.take()
+
+    def _ask(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """The teacher's answers, when the objective compares with them."""
+        if self.teacher is None or not self.objective.needs_teacher:
+            return None
+        return self.teacher.answer(batch)
 
     def _read(self, pending: list[Tensor], epoch: int, before: int) -> list[list[float]]:
         """The values of the steps since the last reading, which are then forgotten.
@@ -235,6 +265,6 @@ def _identity(
         "config": config.model_dump_json(),
         "seed": seed,
         "steps": steps,
-        "terms": [f"{term.label} {term.weight} {dict(term.args)}" for term in objective.terms],
+        "terms": objective.identity,
         "shapes": {key: list(tensor.shape) for key, tensor in model.state_dict().items()},
     }

@@ -115,7 +115,7 @@ def probe(model: NamedModel, name: str = "the model") -> None:
     Raises:
         InputError: it cannot take its inputs, or gives another shape than its spec says.
     """
-    batch = {spec.name: _zeros(spec) for spec in model.spec.inputs}
+    batch = example_batch(model.spec.inputs)
     training = model.training
     taken = ", ".join(str(spec) for spec in model.spec.inputs)
     model.eval()
@@ -142,6 +142,15 @@ def probe(model: NamedModel, name: str = "the model") -> None:
                 remedy="give its last layer that size (a parameter named num_classes or outputs "
                 "is filled in)",
             )
+
+
+def example_batch(inputs: Sequence[TensorSpec]) -> dict[str, Tensor]:
+    """Two empty samples of these inputs.
+
+    Raises:
+        InputError: an input has a type or a size that no tensor can have.
+    """
+    return {spec.name: _zeros(spec) for spec in inputs}
 
 
 def _zeros(spec: TensorSpec) -> Tensor:

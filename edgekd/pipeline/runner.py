@@ -157,7 +157,8 @@ class Runner:
             scratch = self.store.scratch(stage.name, fingerprint)
             fingerprints = {name: made.fingerprint for name, made in done.items()}
             fingerprints[stage.name] = fingerprint
-            context = Context(self.job, temporary, scratch, self.progress, fingerprints)
+            cache = self.store.folder / "cache"
+            context = Context(self.job, temporary, scratch, cache, self.progress, fingerprints)
             stage.run(context, {name: done[name].folder for name in stage.inputs})
             artifact = self.store.commit(stage.name, fingerprint, temporary, material)
         except Exception as error:

@@ -35,6 +35,8 @@ class Context:
     """An empty folder: what the stage writes here becomes its artifact, all or nothing."""
     scratch: Path
     """A folder that outlives a kill (epoch checkpoints) and is removed when the stage is done."""
+    cache: Path
+    """A folder of the run for what can be made again; it outlives the stage."""
     progress: Progress
     fingerprints: Mapping[str, str]
     """The fingerprints of the stages that ran before, by name."""

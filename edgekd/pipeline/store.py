@@ -34,6 +34,12 @@ class Artifact:
     made_from: Mapping[str, Any]
 
 
+def digest_of(folder: Path) -> str:
+    """The digest of the artifact in a folder, as it was recorded when the stage was done."""
+    record: dict[str, Any] = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+    return str(record["digest"])
+
+
 class Store:
     """The artifacts of one run folder. Only one process may write to it at a time."""
 

@@ -12,13 +12,18 @@ import numpy as np
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.fitting import open_ground, read_json, write_json
 
-ROLES = ("student", "baseline", "teacher")
+ROLES = ("teacher", "student", "baseline")
+"""The teacher first: where there are no labels, its answers stand for them."""
 RECIPE = {"task", "task_args", "data", "teacher", "student", "distill", "export", "engines"}
 """The keys that decide what network comes out: runs that share them differ by their seed."""
 
 
 class BenchmarkStage:
-    """Writes ``result.json``, the figures that gate and report read, and the scores per sample."""
+    """Writes ``result.json``, the figures that gate and report read, and the scores per sample.
+
+    The metric is that of the labelled test samples. When there are none, it is agreement with the
+    teacher, whose own is then 1; the gate's ``accuracy`` budgets bound what there is.
+    """
 
     name = "benchmark"
     inputs = ("data", "engines")
@@ -54,6 +59,7 @@ class BenchmarkStage:
         from edgekd.release.assemble import Measured, Origin, assemble_result, evidence_of
         from edgekd.release.result import recipe_sha256
         from edgekd.targets import open_target
+        from edgekd.tasks import against_teacher
 
         config, profile = context.job.config, context.job.profile
         ground = open_ground(inputs["data"], config)
@@ -84,12 +90,25 @@ class BenchmarkStage:
             max_seconds=config.benchmark.max_seconds,
             **settings,
         )
+        task, labelled = ground.task, ground.task.labelled(answers)
+        by_teacher = not labelled.any() and "teacher" in files
+        if by_teacher:
+            task, labelled = against_teacher(task), np.ones(len(test), bool)
+            context.progress.message(f"  no test sample has a label: the metric is {task.metric}")
+        elif not labelled.all():
+            context.progress.message(
+                f"  scored on the {int(labelled.sum()):,} of {len(test):,} test samples that have "
+                "a label"
+            )
         measured = {}
         for role, file in files.items():
             outputs = context.scratch / f"{role}.npz"
             target.run(file, samples, outputs, **settings)
-            with np.load(outputs) as given:
-                scores = ground.task.scores({name: given[name] for name in given}, answers)
+            with np.load(outputs) as archive:
+                given = {name: archive[name] for name in archive}
+            if by_teacher and role == "teacher":
+                answers |= task.targets_from(given)
+            scores = task.scores(given, answers)[labelled]
             measured[role] = Measured(file, engines[role]["parameters"], scores)
             outputs.unlink()
         samples.unlink()
@@ -103,7 +122,7 @@ class BenchmarkStage:
             versions=library_versions(("edgekd", "torch", "onnx", "onnxruntime", "numpy")),
             fingerprints=context.fingerprints,
         )
-        result = assemble_result(origin, ground.task, measured, bench)
+        result = assemble_result(origin, task, measured, bench)
         write_json(context.out / "result.json", result)
         np.savez(
             context.out / "scores.npz",

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from edgekd.pipeline.fingerprint import file_sha256
 from edgekd.pipeline.stage import Context, Job
+from edgekd.stages.classroom import open_classroom
 from edgekd.stages.fitting import TRAINING_CODE, fit, open_ground, write_json
 from edgekd.stages.student import FIRST_WEIGHTS, build_student
-from edgekd.stages.teacher import open_teacher
 
 STUDENT, BASELINE = "student.safetensors", "baseline.safetensors"
 
@@ -19,14 +20,16 @@ class DistillStage:
 
     name = "distill"
     inputs = ("data", "teacher", "student")
-    code = ("edgekd.stages.distill", *TRAINING_CODE)
+    code = ("edgekd.stages.distill", "edgekd.stages.classroom", *TRAINING_CODE)
     libraries = ("torch",)
 
     def config_slice(self, job: Job) -> dict[str, Any]:
         """See :class:`edgekd.pipeline.stage.Stage`."""
         config = job.config
         return {
-            "distill": config.distill.model_dump(mode="json"),
+            # Where the answers lie does not change them.
+            "distill": config.distill.model_dump(mode="json", exclude={"cache": {"folder"}}),
+            "files": {name: file_sha256(path) for name, path in _files(job).items()},
             "student": config.student.model_dump(mode="json", exclude={"checkpoint"}),
             "teacher": config.teacher.model_dump(mode="json", include={"model", "args"}),
             "seed": config.seed,
@@ -37,25 +40,41 @@ class DistillStage:
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """See :class:`edgekd.pipeline.stage.Stage`."""
         from edgekd.distill.objective import Objective
+        from edgekd.distill.schemes import find_scheme
         from edgekd.models.weights import load_weights, save_weights
 
         ground = open_ground(inputs["data"], context.job.config)
         config = context.job.config.distill
-        teacher = open_teacher(inputs["teacher"], ground)
-
-        runs = [
-            (
-                "student",
-                STUDENT,
-                Objective(context.job.config.loss_terms, ground.task, config.label_smoothing),
-            )
-        ]
+        room = open_classroom(ground, context, inputs)
+        histories = dict(find_scheme(config.scheme)(room))
+        save_weights(room.student, context.out / STUDENT)
         if config.baseline:
             alone = Objective.supervised(ground.task, config.label_smoothing)
-            runs.append(("student alone", BASELINE, alone))
-        for label, file, objective in runs:
             model = build_student(ground)
             load_weights(model, inputs["student"] / FIRST_WEIGHTS, where="student")
-            history = fit(ground, model, objective, config, label, context, teacher)
-            save_weights(model, context.out / file)
-            write_json(context.out / f"{Path(file).stem}-history.json", history)
+            histories["baseline"] = fit(ground, model, alone, config, "student alone", context)
+            save_weights(model, context.out / BASELINE)
+        for label, history in histories.items():
+            name = f"{label.replace(' ', '-')}-history.json"
+            write_json(context.out / name, history.to_json())
+
+
+def _files(job: Job) -> dict[str, Path]:
+    """The weights that the scheme's arguments name, such as an ensemble's members."""
+    found: dict[str, Path] = {}
+
+    def look(value: Any, where: str) -> None:
+        if isinstance(value, Mapping):
+            for key, entry in value.items():
+                if key in ("checkpoint", "onnx") and isinstance(entry, str):
+                    path = job.path(entry)
+                    if path.is_file():
+                        found[f"{where}.{key}"] = path
+                else:
+                    look(entry, f"{where}.{key}")
+        elif isinstance(value, list | tuple):
+            for index, entry in enumerate(value):
+                look(entry, f"{where}[{index}]")
+
+    look(job.config.distill.scheme.args, "distill.scheme")
+    return found

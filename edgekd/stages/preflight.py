@@ -9,7 +9,7 @@ from edgekd.pipeline.stage import Job
 
 
 def preflight(job: Job, gated: bool = True) -> None:
-    """Resolve the task, data source, augmentations, networks, losses, target and providers.
+    """Resolve the task, data source, augmentations, networks, losses, scheme, target and providers.
 
     Args:
         job: the pipeline and its profile.
@@ -22,6 +22,7 @@ def preflight(job: Job, gated: bool = True) -> None:
     from edgekd.data.sources import find_source
     from edgekd.data.transforms import check_augmentations
     from edgekd.distill.objective import Objective
+    from edgekd.distill.schemes import find_scheme
     from edgekd.engines.onnxruntime import providers_for
     from edgekd.models.build import find_model
     from edgekd.release.budget_rules import check_any_rule, check_direction
@@ -39,6 +40,7 @@ def preflight(job: Job, gated: bool = True) -> None:
         if name is not None:
             find_model(name, where)
     Objective(config.loss_terms, task)
+    find_scheme(config.distill.scheme)
     open_target(config.target)
     providers_for(job.profile.runtime.providers, config.engines[0].providers)
     check_direction(config.gate, task.metric, task.higher_is_better)

@@ -11,9 +11,18 @@ from edgekd.extension import resolve
 from edgekd.tasks.classification import Classification
 from edgekd.tasks.policy import Policy
 from edgekd.tasks.regression import Regression
-from edgekd.tasks.task import DatasetLike, Task
+from edgekd.tasks.task import DatasetLike, Task, against_teacher
 
-__all__ = ["TASKS", "Classification", "DatasetLike", "Policy", "Regression", "Task", "get_task"]
+__all__ = [
+    "TASKS",
+    "Classification",
+    "DatasetLike",
+    "Policy",
+    "Regression",
+    "Task",
+    "against_teacher",
+    "get_task",
+]
 
 TASKS: dict[str, Callable[..., Task]] = {
     "classification": Classification,
@@ -24,7 +33,7 @@ TASKS: dict[str, Callable[..., Task]] = {
 
 _MEMBERS = (
     *("output", "target", "metric", "higher_is_better"),
-    *("check", "outputs", "hard_loss", "scores"),
+    *("check", "outputs", "hard_loss", "scores", "labelled", "targets_from", "constant"),
 )
 
 

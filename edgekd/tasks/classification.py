@@ -22,15 +22,21 @@ from edgekd.tasks.task import Arrays, DatasetLike
 if TYPE_CHECKING:
     from torch import Tensor
 
+UNLABELLED = -1
+"""The label of a sample that has none, as in scikit-learn."""
+
 
 class Classification:
     """Logits (B, C) or (B, T, C) against integer labels (B,) or (B, T); the metric is accuracy.
+
+    The label -1 says that there is none: it counts neither in the loss nor in the metric.
 
     Args:
         target: the name of the label array.
         output: the name of the logits.
         classes: how many classes there are; left out, the data's class names say it, and
-            without names the largest label of the training split.
+            without names the largest label of the training split. Data without labels need
+            it.
     """
 
     name = "classification"
@@ -54,15 +60,15 @@ class Classification:
             self._check_integers(labels, split)
         classes = self._classes(dataset)
         for split, labels in arrays.items():
-            outside = (labels < 0) | (labels >= classes)
+            outside = (labels < UNLABELLED) | (labels >= classes)
             if outside.any():
                 position = np.argwhere(outside)[0]
                 raise InputError(
                     f"the label of sample {int(position[0])} is {labels[tuple(position)]}, outside "
                     f"0…{classes - 1} ({int(outside.sum())} of {outside.size} labels are)",
                     where=f"split {split}, {self.target!r}",
-                    remedy=f"labels count from 0; there are {classes} classes "
-                    f"({self._classes_from(dataset)})",
+                    remedy=f"labels count from 0, and {UNLABELLED} is for samples without one; "
+                    f"there are {classes} classes ({self._classes_from(dataset)})",
                 )
         check_inputs(dataset)
 
@@ -84,7 +90,10 @@ class Classification:
         return cross_entropy(outputs[self.output], batch[self.target], label_smoothing)
 
     def scores(self, outputs: Arrays, targets: Arrays) -> np.ndarray[Any, Any]:
-        """1 where the largest logit is the label's, else 0; the mean over a sample's positions."""
+        """1 where the largest logit is the label's, else 0; the mean over a sample's positions.
+
+        Positions without a label do not count; a sample without any has the score NaN.
+        """
         logits = required(outputs, self.output, "output")
         labels = required(targets, self.target, "target")
         if logits.shape[:-1] != labels.shape:
@@ -94,8 +103,29 @@ class Classification:
             )
         check_outputs_finite(logits, self.output)
         right = (logits.argmax(axis=-1) == labels).reshape(len(labels), -1)
-        scores: np.ndarray[Any, Any] = right.mean(axis=1, dtype=np.float64)
+        known = (labels > UNLABELLED).reshape(len(labels), -1)
+        count = known.sum(axis=1)
+        scores: np.ndarray[Any, Any] = np.full(len(labels), np.nan)
+        np.divide((right & known).sum(axis=1), count, out=scores, where=count > 0)
         return scores
+
+    def labelled(self, targets: Arrays) -> np.ndarray[Any, Any]:
+        """Where a label, or that of one position, is a class; see :class:`Task`."""
+        labels = required(targets, self.target, "target")
+        some: np.ndarray[Any, Any] = (labels > UNLABELLED).reshape(len(labels), -1).any(axis=1)
+        return some
+
+    def targets_from(self, outputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """The class of the largest logit, int64; see :class:`Task`."""
+        return {self.target: required(outputs, self.output, "output").argmax(axis=-1)}
+
+    def constant(self, targets: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """Logits of 1 for the most frequent class of all and 0 for the others."""
+        labels = required(targets, self.target, "target")
+        frequency = np.bincount(labels[labels > UNLABELLED], minlength=1)
+        logits = np.zeros((*labels.shape, len(frequency)))
+        logits[..., frequency.argmax()] = 1
+        return {self.output: logits}
 
     def _check_integers(self, labels: np.ndarray[Any, Any], split: str) -> None:
         where = f"split {split}, {self.target!r}"
@@ -128,6 +158,12 @@ class Classification:
             count = len(dataset.labels)
         else:
             count = int(dataset.splits["train"].arrays[self.target].max()) + 1
+            if count <= 0:
+                raise InputError(
+                    "no training sample has a label, so the number of classes is unknown",
+                    where=f"split train, {self.target!r}",
+                    remedy="say it in the pipeline: task_args: {classes: …}",
+                )
         if count < 2:
             raise InputError(
                 f"the data have {count} class; nothing is to be told apart",

@@ -117,6 +117,29 @@ class ContinuousTask:
         scores = np.where(kept, rows, 0.0).sum(axis=1) / np.maximum(kept.sum(axis=1), 1)
         return scores
 
+    def labelled(self, targets: Arrays) -> np.ndarray[Any, Any]:
+        """Every sample has a target; see :class:`edgekd.tasks.task.Task`."""
+        return np.ones(len(required(targets, self.target, "target")), bool)
+
+    def targets_from(self, outputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """The outputs themselves, float32; see :class:`edgekd.tasks.task.Task`."""
+        predicted = required(outputs, self.output, "output")
+        return {self.target: predicted.astype(np.float32, copy=False)}
+
+    def constant(self, targets: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """The median of each element over the samples: no constant has a lower mean abs. error.
+
+        Where a mask leaves elements out, over those that it keeps; 0 where it keeps none.
+        """
+        wanted = required(targets, self.target, "target").astype(np.float64)
+        if self.mask in targets:
+            kept = _expand(np.asarray(targets[self.mask]), wanted.shape)
+            masked = np.ma.median(np.ma.masked_array(wanted, ~kept), axis=0)
+            best = np.ma.filled(masked, 0.0)
+        else:
+            best = np.median(wanted, axis=0)
+        return {self.output: np.broadcast_to(best, wanted.shape)}
+
     def _check_masked(
         self,
         values: np.ndarray[Any, Any],

@@ -10,7 +10,11 @@ from torch.nn import functional as F
 
 from edgekd.errors import InputError
 
-Distance = Literal["mse", "mae", "huber"]
+Distance = Literal["mse", "mae", "l1", "huber"]
+"""``l1`` is another name of ``mae``."""
+
+UNLABELLED = -1
+"""The class of a sample that has none; every number below 0 is read as it."""
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -22,7 +26,35 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of logits (B, ..., C) with integer classes (B, ...), mean over all but C.
+    """Cross-entropy of logits (B, ..., C), mean over all but C.
+
+    Args:
+        logits: (B, ..., C).
+        target: integer classes (B, ...), of which those below 0 are unlabelled and left out of
+            the mean (none left gives 0); or class probabilities of the logits' own shape.
+        label_smoothing: the part of the probability spread evenly over all classes.
+
+    Raises:
+        InputError: the target is neither.
+    """
+    logits = at_least_float32(logits)
+    rows = logits.reshape(-1, logits.shape[-1])
+    if target.is_floating_point() and target.shape == logits.shape:
+        mixture = target.to(logits.dtype).reshape(rows.shape)
+        return F.cross_entropy(rows, mixture, label_smoothing=label_smoothing)
+    classes = class_numbers(logits, target).reshape(-1)
+    summed = F.cross_entropy(
+        rows,
+        classes.clamp(min=UNLABELLED),
+        ignore_index=UNLABELLED,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
+    return summed / (classes >= 0).sum().clamp(min=1)
+
+
+def class_numbers(logits: Tensor, target: Tensor) -> Tensor:
+    """The target as int64 classes, one for each row of logits (B, ..., C).
 
     Raises:
         InputError: the target is not integer, or its shape is not the logits' without C.
@@ -37,12 +69,7 @@ def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) 
             f"logits {list(logits.shape)} do not fit labels {list(target.shape)}",
             remedy=f"labels must have the shape {list(logits.shape[:-1])}",
         )
-    classes = logits.shape[-1]
-    return F.cross_entropy(
-        at_least_float32(logits).reshape(-1, classes),
-        target.reshape(-1).long(),
-        label_smoothing=label_smoothing,
-    )
+    return target.long()
 
 
 def distance(
@@ -53,7 +80,7 @@ def distance(
     Args:
         prediction: (B, ...).
         target: the same shape; (B,) also fits a prediction (B, 1).
-        kind: ``mse``, ``mae`` or ``huber``.
+        kind: ``mse``, ``mae`` (or ``l1``) or ``huber``.
         mask: nonzero where an element counts; (B,), (B, T) or the full shape. With a mask the
             mean is over the kept elements; none kept gives 0.
 
@@ -73,7 +100,7 @@ def distance(
 def _error(prediction: Tensor, target: Tensor, kind: Distance) -> Tensor:
     if kind == "mse":
         return (prediction - target).square()
-    if kind == "mae":
+    if kind in ("mae", "l1"):
         return (prediction - target).abs()
     return F.huber_loss(prediction, target, reduction="none")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -52,6 +53,9 @@ class DatasetLike(Protocol):
 class Task(Protocol):
     """What the outputs of a model mean.
 
+    A sample may have no target; the metric of a split is that of its labelled samples. A split
+    without any is scored by what the teacher answers (:func:`against_teacher`).
+
     Attributes:
         name: the task's name in a pipeline.
         output: the primary output of the model, such as ``logits``.
@@ -84,5 +88,38 @@ class Task(Protocol):
         ...
 
     def scores(self, outputs: Arrays, targets: Arrays) -> np.ndarray[Any, Any]:
-        """The metric of each sample, (N,) float64; the metric of a set is their mean."""
+        """The metric of each sample, (N,) float64; the metric of a set is their mean.
+
+        Only that over the samples that are :meth:`labelled` means anything.
+        """
         ...
+
+    def labelled(self, targets: Arrays) -> np.ndarray[Any, Any]:
+        """Which samples have a target to be held against, (N,) bool."""
+        ...
+
+    def targets_from(self, outputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """The targets that a model with these outputs would be right about in every sample."""
+        ...
+
+    def constant(self, targets: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+        """The outputs of a model that always gives the one best answer to these targets.
+
+        What it scores is the level of chance: it knows the answers and not the samples.
+        """
+        ...
+
+
+AGREEMENT = "agreement"
+"""The metric against the teacher's answers, where there are no labels."""
+
+
+def against_teacher(task: Task) -> Task:
+    """The same task with the metric named for what it is when its targets are the teacher's.
+
+    The share of samples in which student and teacher agree, or for a task with another metric
+    its distance to the teacher's answers.
+    """
+    agreeing = copy.copy(task)
+    agreeing.metric = AGREEMENT if task.metric == "accuracy" else f"{task.metric} to the teacher"
+    return agreeing

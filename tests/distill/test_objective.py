@@ -103,7 +103,7 @@ def test_misspelt_choice():
 
 
 def test_tensors_cannot_come_from_yaml():
-    with pytest.raises(InputError, match="'teacher' is filled in by the project"):
+    with pytest.raises(InputError, match="'teacher' is 3, and not a layer"):
         Objective(terms({"soft_labels": {"teacher": 3}}), TASK)
 
 

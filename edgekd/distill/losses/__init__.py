@@ -23,6 +23,11 @@ from torch import Tensor, nn
 Loss = Callable[..., Tensor] | type[nn.Module]
 
 
+def takes_sequence(parameter: inspect.Parameter) -> bool:
+    """Whether a loss takes all of its layers at once: its parameter is a sequence of tensors."""
+    return str(parameter.annotation).startswith(("Sequence[", "list[", "tuple[", "collections."))
+
+
 def _in_module(module: ModuleType) -> Iterator[tuple[str, Loss]]:
     """The losses of one module: functions first, so that a class of the same name replaces one."""
     own = [
@@ -34,9 +39,9 @@ def _in_module(module: ModuleType) -> Iterator[tuple[str, Loss]]:
         if inspect.isfunction(value) and _first_parameter(value, 0) == "student":
             yield name, value
     for name, value in own:
-        if inspect.isclass(value) and issubclass(value, nn.Module):
-            if _first_parameter(value.forward, 1) == "student":
-                yield _snake_case(name), value
+        is_module = inspect.isclass(value) and issubclass(value, nn.Module)
+        if is_module and _first_parameter(value.forward, 1) == "student":
+            yield _snake_case(name), value
 
 
 def _first_parameter(function: Callable[..., object], skip: int) -> str | None:

@@ -7,10 +7,13 @@ batch size and sequence length. Half precision is widened before any exponential
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
+import torch
 from pydantic import Field
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.nn.functional import log_softmax
 
 from edgekd.errors import InputError
@@ -27,7 +30,8 @@ def hard_labels(student: Tensor, target: Tensor, label_smoothing: Smoothing = 0.
 
     Args:
         student: logits.
-        target: integer classes, the logits' shape without C.
+        target: integer classes, the logits' shape without C, below 0 where there is none; or
+            class probabilities in the logits' shape, as mixup and cutmix give.
         label_smoothing: the part of the probability spread evenly over all classes.
     """
     return cross_entropy(student, target, label_smoothing)
@@ -44,11 +48,10 @@ def soft_labels(student: Tensor, teacher: Tensor, temperature: Temperature = 4.0
         teacher: logits of the same shape.
         temperature: T, at least 1.
     """
-    _same_shape(student, teacher)
-    log_p = log_softmax(at_least_float32(teacher) / temperature, dim=-1)
-    log_q = log_softmax(at_least_float32(student) / temperature, dim=-1)
-    divergence = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-    return temperature**2 * divergence.mean()
+    check_same_shape(student, teacher)
+    log_p = log_probabilities(teacher, temperature)
+    log_q = log_probabilities(student, temperature)
+    return temperature**2 * kl_divergence(log_p, log_q).mean()
 
 
 def teacher_labels(student: Tensor, teacher: Tensor) -> Tensor:
@@ -58,7 +61,7 @@ def teacher_labels(student: Tensor, teacher: Tensor) -> Tensor:
         student: logits.
         teacher: logits of the same shape.
     """
-    _same_shape(student, teacher)
+    check_same_shape(student, teacher)
     return cross_entropy(student, teacher.argmax(dim=-1))
 
 
@@ -70,7 +73,7 @@ def regression(
     Args:
         student: (B, ...).
         teacher: the same shape.
-        kind: ``mse``, ``mae`` or ``huber`` (δ = 1); the mean over all elements.
+        kind: ``mse``, ``mae`` (or ``l1``) or ``huber`` (δ = 1); the mean over all elements.
         mask: nonzero where an element counts; the leading dimensions or the full shape.
     """
     return distance(student, teacher, kind, mask)
@@ -83,10 +86,113 @@ def hard_targets(
     return distance(student, target, kind, mask)
 
 
-def _same_shape(student: Tensor, teacher: Tensor) -> None:
-    """Broadcasting would silently give a wrong loss."""
-    if student.shape != teacher.shape:
+def standardized(student: Tensor, teacher: Tensor, temperature: Temperature = 2.0) -> Tensor:
+    """``T² · KL(softmax(Z(z_t) / T) ‖ softmax(Z(z_s) / T))`` (logit standardization, Sun et al.
+    2024, algorithm 1): the student need not reach the size of the teacher's logits.
+
+    Z takes each sample's mean away and divides by its standard deviation over the C classes (1/C,
+    as in the paper; the authors' code divides by C − 1). The loss therefore knows neither shift
+    nor scale of a sample. Logits that are all equal have no Z; they count as 0, without gradient.
+
+    Args:
+        student: logits.
+        teacher: logits of the same shape.
+        temperature: T, at least 1. The authors weigh this loss 9 beside 0.1 of hard labels.
+    """
+    check_same_shape(student, teacher)
+    size = math.sqrt(student.shape[-1])
+    return soft_labels(size * unit_deviation(student), size * unit_deviation(teacher), temperature)
+
+
+def jsd(
+    student: Tensor,
+    teacher: Tensor,
+    beta: Annotated[float, Field(ge=0, le=1)] = 0.5,
+    temperature: Temperature = 1.0,
+) -> Tensor:
+    """``T² · [β · KL(p ‖ m) + (1 − β) · KL(q ‖ m)]``, ``m = β·p + (1 − β)·q``: the generalized
+    Jensen–Shannon divergence of GKD (Agarwal et al. 2024, equation 1); p teacher, q student.
+
+    At its ends it is 0 for all logits, while JSD/β tends to KL(p ‖ q) and JSD/(1 − β) to
+    KL(q ‖ p). Exactly 0 and 1 therefore mean these: 0 is :func:`soft_labels`, which covers all
+    that the teacher holds possible; 1 the reverse, which settles on one of its modes. Close to
+    an end the loss is small and needs a larger weight. T² is not in the paper, where T is 1.
+
+    Args:
+        student: logits.
+        teacher: logits of the same shape.
+        beta: β, from 0 to 1.
+        temperature: T, at least 1.
+    """
+    check_same_shape(student, teacher)
+    log_p = log_probabilities(teacher, temperature)
+    log_q = log_probabilities(student, temperature)
+    if beta == 0:
+        divergence = kl_divergence(log_p, log_q)
+    elif beta == 1:
+        divergence = kl_divergence(log_q, log_p)
+    else:
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+        divergence = beta * kl_divergence(log_p, log_m) + (1 - beta) * kl_divergence(log_q, log_m)
+    return temperature**2 * divergence.mean()
+
+
+def multi_label(student: Tensor, teacher: Tensor, temperature: Temperature = 1.0) -> Tensor:
+    """``T² · KL(Bernoulli(σ(z_t / T)) ‖ Bernoulli(σ(z_s / T)))``, mean over all outputs.
+
+    Soft labels of classes that do not exclude each other: each logit is a yes-or-no question of
+    its own, so that a shift of a sample's logits does change the loss.
+
+    Args:
+        student: logits.
+        teacher: logits of the same shape.
+        temperature: T, at least 1.
+    """
+    check_same_shape(student, teacher)
+    log_p = log_probabilities(_yes_and_no(teacher), temperature)
+    log_q = log_probabilities(_yes_and_no(student), temperature)
+    return temperature**2 * kl_divergence(log_p, log_q).mean()
+
+
+def _yes_and_no(logits: Tensor) -> Tensor:
+    """Logits (..., 2) whose softmax is (σ(z), σ(−z))."""
+    half = at_least_float32(logits) / 2
+    return torch.stack([half, -half], dim=-1)
+
+
+def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """``log softmax(z / T)`` over the last dimension, in float32 or better."""
+    return log_softmax(at_least_float32(logits) / temperature, dim=-1)
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """``KL(p ‖ q)`` over the last dimension, from log-probabilities; one number per row."""
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+
+def unit_deviation(values: Tensor) -> Tensor:
+    """``(x − mean(x)) / ‖x − mean(x)‖`` over the last dimension, in float32 or better.
+
+    Its product with another's is Pearson's correlation; √C times it is the z-score. A row that
+    is constant within its rounding has no direction: it gives 0, without a gradient, where a
+    small number added to the norm would give a gradient of its reciprocal.
+    """
+    values = at_least_float32(values)
+    rounding = 8 * torch.finfo(values.dtype).eps
+    deviation = values - values.mean(dim=-1, keepdim=True)
+    size = vector_norm(deviation, dim=-1, keepdim=True)
+    varies = size > rounding * (vector_norm(values, dim=-1, keepdim=True) + rounding)
+    return torch.where(varies, deviation, 0) / torch.where(varies, size, 1)
+
+
+def check_same_shape(prediction: Tensor, answer: Tensor) -> None:
+    """Student and teacher must agree: broadcasting would silently give a wrong loss.
+
+    Raises:
+        InputError: they do not.
+    """
+    if prediction.shape != answer.shape:
         raise InputError(
-            f"student {list(student.shape)} and teacher {list(teacher.shape)} differ in shape",
+            f"student {list(prediction.shape)} and teacher {list(answer.shape)} differ in shape",
             remedy="both must have the same classes, in the same order",
         )

@@ -1,5 +1,7 @@
 """Response losses against formulas worked out with numpy, and their invariances."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,13 +10,16 @@ from edgekd.distill.losses import LOSSES
 from edgekd.distill.losses.response import (
     hard_labels,
     hard_targets,
+    jsd,
+    multi_label,
     regression,
     soft_labels,
+    standardized,
     teacher_labels,
 )
 from edgekd.errors import InputError
 
-SHAPES = [(5, 7), (3, 4, 6), (4, 2)]
+SHAPES = [(5, 7), (3, 4, 6), (4, 2), (2, 1000)]
 TEMPERATURES = [1.0, 2.0, 4.0, 20.0]
 
 
@@ -30,8 +35,13 @@ def softmax(z):
 
 
 def test_registry_holds_the_losses_and_nothing_else():
-    names = {"hard_labels", "soft_labels", "teacher_labels", "regression", "hard_targets"}
-    assert names <= LOSSES.keys()
+    names = (
+        "hard_labels soft_labels teacher_labels regression hard_targets standardized jsd "
+        "multi_label dkd wsld virtual_teacher dist mlkd"
+    )
+    assert set(names.split()) <= LOSSES.keys()
+    shared = {"check_same_shape", "kl_divergence", "log_probabilities", "unit_deviation"}
+    assert not shared & LOSSES.keys()
     assert all(not name.startswith("_") for name in LOSSES)
 
 
@@ -170,7 +180,8 @@ def test_distances_are_their_formulas():
     difference = (student - teacher).numpy()
     size = np.abs(difference)
     huber = np.where(size < 1, 0.5 * difference**2, size - 0.5)
-    for kind, expected in (("mse", difference**2), ("mae", size), ("huber", huber)):
+    kinds = (("mse", difference**2), ("mae", size), ("l1", size), ("huber", huber))
+    for kind, expected in kinds:
         assert regression(student, teacher, kind).item() == pytest.approx(
             expected.mean(), rel=1e-12
         )
@@ -192,7 +203,9 @@ def test_a_mask_takes_the_mean_over_what_it_keeps():
     assert regression(student, teacher, mask=torch.zeros(3)).item() == 0.0
 
 
-@pytest.mark.parametrize("loss", [soft_labels, teacher_labels, regression])
+@pytest.mark.parametrize(
+    "loss", [soft_labels, teacher_labels, regression, standardized, jsd, multi_label]
+)
 def test_shapes_that_would_broadcast_are_refused(loss):
     with pytest.raises(InputError, match=r"\[4, 3\].*\[4, 2\]|\[4, 3\].*\[1, 3\]"):
         loss(torch.zeros(4, 3), torch.zeros(1, 3))
@@ -201,3 +214,128 @@ def test_shapes_that_would_broadcast_are_refused(loss):
 def test_continuous_targets_are_no_labels():
     with pytest.raises(InputError, match="must be integers"):
         hard_labels(torch.zeros(4, 3), torch.zeros(4))
+
+
+def test_unlabelled_samples_are_left_out_of_the_mean():
+    student, _ = logits((6, 4))
+    target = torch.tensor([2, -1, 0, -100, 3, -1])
+    student.requires_grad_()
+    value = hard_labels(student, target, 0.1)
+    assert torch.isclose(value, hard_labels(student[[0, 2, 4]], target[[0, 2, 4]], 0.1))
+    (gradient,) = torch.autograd.grad(value, student)
+    assert (gradient[[1, 3, 5]] == 0).all()
+    assert (gradient[[0, 2, 4]] != 0).all()
+
+
+def test_a_batch_without_labels_gives_0_and_can_be_differentiated():
+    student, _ = logits((2, 3, 4))
+    student.requires_grad_()
+    loss = hard_labels(student, torch.full((2, 3), -1), 0.1)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert (student.grad == 0).all()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_class_probabilities_are_targets(shape, smoothing):
+    student, other = logits(shape)
+    mixture = softmax(other.numpy())
+    wanted = (1 - smoothing) * mixture + smoothing / shape[-1]
+    expected = -(wanted * np.log(softmax(student.numpy()))).sum(-1).mean()
+    value = hard_labels(student, torch.from_numpy(mixture), smoothing).item()
+    assert value == pytest.approx(expected, rel=1e-10)
+
+
+def test_probabilities_of_one_class_each_are_its_labels():
+    student, _ = logits((5, 7))
+    target = torch.tensor([0, 6, 2, 2, 5])
+    certain = torch.nn.functional.one_hot(target, 7).to(torch.float16)
+    assert torch.isclose(hard_labels(student, certain), hard_labels(student, target))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_standardized_is_the_published_formula(shape, temperature):
+    student, teacher = logits(shape)
+    rows = []
+    for z_s, z_t in zip(
+        *(z.numpy().reshape(-1, shape[-1]) for z in (student, teacher)), strict=True
+    ):
+        # Algorithm 1 of the paper: the standard deviation has 1/C.
+        p, q = (softmax((z - z.mean()) / z.std(ddof=0) / temperature) for z in (z_t, z_s))
+        rows.append(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+    expected = temperature**2 * sum(rows) / len(rows)
+    assert standardized(student, teacher, temperature).item() == pytest.approx(
+        expected, rel=1e-10, abs=1e-13
+    )
+
+
+def test_standardized_knows_no_scale_and_no_shift():
+    student, teacher = logits((5, 7))
+    scale = torch.tensor([[0.01], [1.0], [3.0], [50.0], [1e4]], dtype=torch.float64)
+    before = standardized(student, teacher)
+    assert torch.isclose(before, standardized(student * scale + 5, teacher / scale), rtol=1e-9)
+    assert torch.isclose(standardized(teacher * scale, teacher), before.new_zeros(()), atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_standardized_of_a_head_that_starts_at_zero_does_not_explode(dtype):
+    """Equal logits have no scale: dividing by a small number would give a gradient of 1e7."""
+    _, teacher = logits((4, 10))
+    student = torch.full((4, 10), 0.1, dtype=dtype, requires_grad=True)
+    loss = standardized(student, teacher.to(dtype))
+    loss.backward()
+    assert loss > 0
+    assert student.grad.abs().max() < 1
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_jsd_is_the_published_formula(shape, temperature, beta):
+    student, teacher = logits(shape)
+    p, q = softmax(teacher.numpy() / temperature), softmax(student.numpy() / temperature)
+    m = beta * p + (1 - beta) * q
+    rows = (beta * p * np.log(p / m) + (1 - beta) * q * np.log(q / m)).sum(-1)
+    assert jsd(student, teacher, beta, temperature).item() == pytest.approx(
+        temperature**2 * rows.mean(), rel=1e-10
+    )
+
+
+def test_jsd_has_the_two_divergences_as_its_ends():
+    student, teacher = logits((5, 7))
+    assert torch.isclose(jsd(student, teacher, 0.0, 4.0), soft_labels(student, teacher, 4.0))
+    assert torch.isclose(jsd(student, teacher, 1.0, 4.0), soft_labels(teacher, student, 4.0))
+    near = 1e-6
+    # What is left out is of the relative size β · max(p/q), here some 1e-6 · 1e4.
+    forward, reverse = jsd(student, teacher, near) / near, jsd(student, teacher, 1 - near) / near
+    assert torch.isclose(forward, jsd(student, teacher, 0.0), rtol=1e-2)
+    assert torch.isclose(reverse, jsd(student, teacher, 1.0), rtol=1e-2)
+
+
+def test_jsd_swaps_its_sides_with_beta_and_is_bounded():
+    student, teacher = logits((5, 7), scale=30)
+    assert torch.isclose(jsd(student, teacher, 0.3), jsd(teacher, student, 0.7))
+    # The entropy of the mixing weights bounds it: ln 2 for a half.
+    assert jsd(student, teacher, 0.5) <= math.log(2)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_multi_label_is_a_binary_divergence_per_output(shape, temperature):
+    student, teacher = logits(shape)
+    total = 0.0
+    for z_s, z_t in zip(student.numpy().ravel(), teacher.numpy().ravel(), strict=True):
+        p, q = (1 / (1 + math.exp(-z / temperature)) for z in (z_t, z_s))
+        total += p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    expected = temperature**2 * total / student.numel()
+    # 1 − p for p near 1 loses digits in the loop, not in the loss.
+    assert multi_label(student, teacher, temperature).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_multi_label_outputs_are_independent():
+    student, teacher = logits((5, 7))
+    each = [multi_label(student[:, [c]], teacher[:, [c]]) for c in range(7)]
+    assert torch.isclose(multi_label(student, teacher), torch.stack(each).mean())
+    assert multi_label(student + 1, teacher + 1) != pytest.approx(multi_label(student, teacher))

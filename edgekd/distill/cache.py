@@ -1,0 +1,281 @@
+"""The teacher cache: a teacher answers each view of each sample once, whoever asks again.
+
+:func:`fill_cache` asks for what is missing; the teacher it gives reads from the disk. A folder
+may be shared: several runs, at once too, fill it once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from shutil import disk_usage
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from edgekd.distill.answer_records import AnswerLayout, Records
+from edgekd.distill.cache_file import SCHEMA, AnswerFile
+from edgekd.distill.progress import Progress
+from edgekd.errors import InputError, StageError
+from edgekd.spec import SAMPLE, VIEW, TensorSpec
+
+BLOCK_SAMPLES = 4096
+
+
+class KnownTeacher(Protocol):
+    """A teacher that can be told from others."""
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of what it is: another one where an answer may differ."""
+        ...
+
+    def answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs by name, without a graph."""
+        ...
+
+
+class ViewSource(Protocol):
+    """What delivers the same augmentation of a sample again."""
+
+    @property
+    def samples(self) -> int:
+        """Samples of each view."""
+        ...
+
+    def view(self, seed: int, view: int, start: int = 0) -> Iterator[Mapping[str, Tensor]]:
+        """All samples from row ``start`` in their order, augmented as this view."""
+        ...
+
+
+def fill_cache(
+    teacher: KnownTeacher,
+    loader: ViewSource,
+    root: Path,
+    *,
+    outputs: Sequence[TensorSpec],
+    logits: Collection[str] = (),
+    views: int,
+    top: int,
+    seed: int,
+    data: str,
+    augment: Any = (),
+    preprocess: Any = None,
+    progress: Progress,
+    block_samples: int = BLOCK_SAMPLES,
+) -> CachedTeacher:
+    """Ask the teacher for each (sample, view) that is not yet on disk.
+
+    The answers lie in ``root/<first 16 digits of their key>``; the key is of everything that
+    they depend on, so that a changed teacher, preprocessing or data set never meets old ones.
+    More views of the same answers are added to those that are there. A kill at any moment loses
+    at most the unfinished block.
+
+    Args:
+        teacher: asked here, and again where a block turns out to be damaged later.
+        loader: the training samples.
+        root: the folder of all caches; made if need be.
+        outputs: what is kept of an answer, batch dimension first.
+        logits: the names of the outputs that are class logits, and may be shortened.
+        views: how many augmentations of each sample.
+        top: of class logits as many of the largest are kept; see :class:`AnswerLayout`.
+        seed: of the augmentations.
+        data: the training data's fingerprint.
+        augment: the augmentations' configuration, as JSON.
+        preprocess: how raw data become inputs, as JSON.
+        progress: told of the samples answered, and when another run is waited for.
+        block_samples: samples that share a checksum.
+
+    Returns:
+        The teacher that answers from the disk.
+
+    Raises:
+        InputError: an output is missing or of another shape; the folder holds something else.
+        StageError: an answer is NaN or infinite; the disk is too small or cannot be written.
+    """
+    layout = AnswerLayout(outputs, logits, top)
+    parts = {
+        "teacher": teacher.digest,
+        "data": data,
+        "samples": loader.samples,
+        "augment": augment,
+        "preprocess": preprocess,
+        "seed": seed,
+        "top": top,
+        "outputs": layout.to_json(),
+        "block_samples": block_samples,
+    }
+    key = cache_key(parts)
+    folder = root.resolve() / key[:16]
+    file = AnswerFile(folder, key, layout.dtype.itemsize, loader.samples, block_samples)
+    asked = _Asked(teacher, loader, layout, file, seed)
+    if not file.header_fits() or file.missing(views):
+        with file.writing(progress.message):
+            # Looked at again: whoever held the lock may have filled it.
+            file.header_fits()
+            missing = file.missing(views)
+            _check_room(file, missing)
+            file.write_header({**parts, "views": max(views, file.views_begun())})
+            progress.start("teacher's answers", sum(map(file.length, missing)), "sample")
+            try:
+                asked.fill(missing, progress.advance)
+            finally:
+                progress.finish()
+    return CachedTeacher(asked, views, progress)
+
+
+def cache_key(parts: Mapping[str, Any]) -> str:
+    """The SHA-256 of what answers depend on (JSON) and of the format, whatever the keys' order."""
+    text = json.dumps({**parts, "schema": SCHEMA}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class CachedTeacher:
+    """A teacher's answers from the disk; made by :func:`fill_cache`.
+
+    Each block's checksum is verified when the first of its records is read. A damaged block is
+    not an answer: the teacher is asked for it again, there and then.
+    """
+
+    def __init__(self, asked: _Asked, views: int, progress: Progress) -> None:
+        self.folder = asked.file.folder
+        self._asked = asked
+        self._file = asked.file
+        self._views = views
+        self._progress = progress
+        self._verified = np.zeros(views * asked.file.blocks_per_view, np.bool_)
+
+    @property
+    def digest(self) -> str:
+        """The wrapped teacher's."""
+        return self._asked.teacher.digest
+
+    def answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs of each sample's view by name, float32, on the batch's device.
+
+        Raises:
+            InputError: the batch does not say which samples and views it holds, or one of them
+                is not in the cache.
+            StageError: a damaged block could not be replaced.
+        """
+        if SAMPLE not in batch or VIEW not in batch:
+            raise InputError(
+                f"the batch lacks {SAMPLE} or {VIEW}: there is no telling which answer is meant",
+                remedy="ask the cache about training batches only",
+            )
+        samples = _within(batch[SAMPLE], self._file.samples, "sample", self.folder)
+        views = _within(batch[VIEW], self._views, "view", self.folder)
+        blocks = views * self._file.blocks_per_view + samples // self._file.block_samples
+        rows = (views * self._file.samples + samples).tolist()
+        for _ in range(2):
+            for block in np.unique(blocks[~self._verified[blocks]]).tolist():
+                self._verify(block)
+            taken = self._file.take(rows)
+            if taken is not None:
+                layout = self._asked.layout
+                return layout.decode(np.frombuffer(taken, layout.dtype), batch[SAMPLE].device)
+            # Cut off or removed since it was verified.
+            self._verified[:] = False
+        raise self._unreadable("the teacher cache")
+
+    def _verify(self, block: int) -> None:
+        if not self._file.intact(block):
+            with self._file.writing(self._progress.message):
+                if not self._file.intact(block):
+                    self._progress.message(
+                        f"{self._file.describe(block)} is damaged: asking the teacher again"
+                    )
+                    self._asked.fill([block], lambda n: None)
+            if not self._file.intact(block):
+                raise self._unreadable(self._file.describe(block))
+        self._verified[block] = True
+
+    def _unreadable(self, what: str) -> StageError:
+        return StageError(
+            f"{what} does not read as it was written",
+            where=str(self._file.path),
+            remedy="check the disk, or name another folder in distill.cache.folder",
+        )
+
+
+class _Asked:
+    """A teacher, what it is asked about, and where its answers go."""
+
+    def __init__(
+        self,
+        teacher: KnownTeacher,
+        loader: ViewSource,
+        layout: AnswerLayout,
+        file: AnswerFile,
+        seed: int,
+    ) -> None:
+        self.teacher = teacher
+        self.layout = layout
+        self.file = file
+        self._loader = loader
+        self._seed = seed
+
+    def fill(self, blocks: Sequence[int], done: Callable[[int], None]) -> None:
+        """Ask for these blocks, ascending, and write each as soon as it is whole."""
+        per_view = self.file.blocks_per_view
+        # Neighbours in a view differ from their position by the same number.
+        runs = groupby(enumerate(blocks), lambda pair: (pair[1] // per_view, pair[1] - pair[0]))
+        for _, run in runs:
+            neighbours = [block for _, block in run]
+            held = np.zeros(0, self.layout.dtype)
+            for records in self._records(neighbours[0], neighbours[-1]):
+                held = np.concatenate([held, records])
+                while neighbours and len(held) >= self.file.length(neighbours[0]):
+                    block = neighbours.pop(0)
+                    whole, held = np.split(held, [self.file.length(block)])
+                    self.file.write(block, whole.tobytes())
+                done(len(records))
+
+    @torch.no_grad()
+    def _records(self, first: int, last: int) -> Iterator[Records]:
+        view, at, _ = self.file.place(first)
+        _, _, stop = self.file.place(last)
+        for batch in self._loader.view(self._seed, view, start=at):
+            rows = batch[SAMPLE][: stop - at]
+            expected = torch.arange(at, at + len(rows), device=rows.device)
+            if not torch.equal(rows, expected) or (batch[VIEW] != view).any():
+                break
+            wanted = {name: tensor[: len(rows)] for name, tensor in batch.items()}
+            yield self.layout.encode(self.teacher.answer(wanted), view, at)
+            at += len(rows)
+            if at == stop:
+                return
+        raise StageError(
+            f"the loader did not give sample {at} of view {view} in its turn",
+            remedy="report this: view() must give all samples from its start, in their order",
+        )
+
+
+def _check_room(file: AnswerFile, blocks: Sequence[int]) -> None:
+    needed = sum(map(file.length, blocks)) * file.record_bytes
+    free = disk_usage(file.folder).free
+    if needed > free:
+        raise StageError(
+            f"the teacher's answers need {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free",
+            where=str(file.folder),
+            remedy="make room, name another folder in distill.cache.folder, or lower "
+            "distill.cache.views or distill.cache.top",
+        )
+
+
+def _within(numbers: Tensor, count: int, what: str, folder: Path) -> NDArray[np.int64]:
+    rows: NDArray[np.int64] = numbers.cpu().numpy()
+    outside = rows[(rows < 0) | (rows >= count)]
+    if len(outside):
+        raise InputError(
+            f"{what} {outside[0]} is not in the teacher cache, which has {what}s 0 to {count - 1}",
+            where=str(folder),
+            remedy="fill the cache for the data and views that are trained with",
+        )
+    return rows

@@ -1,0 +1,177 @@
+"""Features inside a network: the outputs of layers that are named by their module path."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from edgekd.errors import InputError, unknown_name
+from edgekd.models.named import NamedModel
+
+Hook = Callable[[nn.Module, Any, Any], None]
+
+_ELEMENT = re.compile(r"^(?P<path>.*?)\[(?P<index>\d+)\]$")
+
+
+def layer_key(layer: str) -> str:
+    """The key of a layer's feature among a model's answers; no output is named so."""
+    return f"@{layer}"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer as ``edgekd layers`` lists it; no shape: it gives no tensor, or was not run."""
+
+    path: str
+    kind: str
+    parameters: int
+    shape: tuple[int, ...] | None
+
+
+class Capture:
+    """Keeps the outputs of named layers in each forward pass, with their graph.
+
+    Args:
+        model: the network; a :class:`NamedModel` is looked into.
+        layers: module paths (``features.layers.2``); ``path[1]`` is the second tensor of a layer
+            that gives several.
+        where: whose layers they are (``student``, ``teacher``), for errors.
+
+    Raises:
+        InputError: there is no such layer; the nearest path is suggested.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[str], where: str = "model") -> None:
+        self.layers = tuple(dict.fromkeys(layers))
+        self._where = where
+        self._seen: dict[str, tuple[Tensor, int]] = {}
+        self._handles: list[RemovableHandle] = []
+        modules = dict(_network(model).named_modules())
+        for layer in self.layers:
+            path, index = _split(layer)
+            if not path or path not in modules:
+                raise unknown_name("layer", path, (name for name in modules if name), where)
+            self._handles.append(modules[path].register_forward_hook(self._keep(layer, index)))
+
+    def take(self) -> dict[str, Tensor]:
+        """The features of the forward pass just done, by :func:`layer_key`; they are forgotten.
+
+        Raises:
+            InputError: a layer was not run, was run twice, gives no tensor, or its output was
+                changed in place afterwards, so that it is not the layer's feature any more.
+        """
+        seen, self._seen = self._seen, {}
+        features = {}
+        for layer in self.layers:
+            if layer not in seen:
+                raise InputError(
+                    f"the layer {layer!r} took no part in the forward pass",
+                    where=self._where,
+                    remedy="name a layer that is run",
+                )
+            tensor, version = seen[layer]
+            if tensor._version != version:
+                raise InputError(
+                    f"the output of {layer!r} is changed in place by a later layer, such as "
+                    "ReLU(inplace=True): what would be compared is not that layer's feature",
+                    where=self._where,
+                    remedy="name the later layer, or build the network without inplace=True",
+                )
+            features[layer_key(layer)] = tensor
+        return features
+
+    def remove(self) -> None:
+        """Take the hooks off; the model is as before."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _keep(self, layer: str, index: int | None) -> Hook:
+        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+            if layer in self._seen:
+                # A forward that raised in its middle leaves what it had captured.
+                raise InputError(
+                    f"the layer {layer!r} is run more than once in a forward pass",
+                    where=self._where,
+                    remedy="name a layer that is run once, such as the block around it",
+                )
+            tensor = _tensor(output, index)
+            if tensor is None:
+                raise InputError(
+                    f"the layer {layer!r} gives {_described(output)}, not a tensor",
+                    where=self._where,
+                    remedy=f"name an element of it, such as {_split(layer)[0]}[0]",
+                )
+            self._seen[layer] = (tensor, tensor._version)
+
+        return keep
+
+
+def list_layers(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Layer]:
+    """Every layer with its path, class and the shape it gives for a batch, in module order."""
+    network = _network(model)
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def record(path: str) -> Hook:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            tensor = _tensor(output, None)
+            if tensor is not None:
+                shapes[path] = tuple(tensor.shape)
+
+        return hook
+
+    named = [(path, module) for path, module in network.named_modules() if path]
+    handles = [module.register_forward_hook(record(path)) for path, module in named]
+    training = model.training
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(batch)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return [
+        Layer(
+            path,
+            type(module).__name__,
+            sum(parameter.numel() for parameter in module.parameters()),
+            shapes.get(path),
+        )
+        for path, module in named
+    ]
+
+
+def _network(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, NamedModel) else model
+
+
+def _split(layer: str) -> tuple[str, int | None]:
+    match = _ELEMENT.match(layer)
+    return (match["path"], int(match["index"])) if match else (layer, None)
+
+
+def _tensor(output: object, index: int | None) -> Tensor | None:
+    """The tensor of a layer's output: the output itself, or an element of several."""
+    if isinstance(output, Tensor):
+        return output if index in (None, 0) else None
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
+    if isinstance(output, tuple | list):
+        chosen = output if index is None else output[index : index + 1]
+        tensors = [entry for entry in chosen if isinstance(entry, Tensor)]
+        if len(tensors) == 1:
+            return tensors[0]
+    return None
+
+
+def _described(output: object) -> str:
+    if isinstance(output, tuple | list):
+        return f"{len(output)} values"
+    return f"a {type(output).__name__}"

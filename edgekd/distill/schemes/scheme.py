@@ -1,0 +1,123 @@
+"""What a scheme is given and gives back: who teaches whom, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Protocol
+
+from pydantic import AfterValidator, BeforeValidator
+from torch import Tensor, nn
+
+from edgekd.config.pipeline import ModelConfig, TeacherConfig
+from edgekd.distill.history import History
+from edgekd.distill.objective import Objective
+from edgekd.distill.teacher import Teacher
+from edgekd.models.build import find_model
+from edgekd.models.named import NamedModel
+from edgekd.tasks import Task
+
+
+class Fit(Protocol):
+    """The one training loop with the pipeline's data and settings."""
+
+    def __call__(
+        self, model: nn.Module, objective: Objective, label: str, teacher: Teacher | None = None
+    ) -> History:
+        """Train ``model`` in place; it then holds the weights of its best epoch on validation.
+
+        Args:
+            model: takes a batch, gives outputs by name.
+            objective: a fresh one: its adapters are trained with this model.
+            label: what the work is called; different for each training of a scheme.
+            teacher: who answers, when the objective needs it; through the cache if there is one.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Classroom:
+    """What a scheme works with.
+
+    Attributes:
+        student: the network that is shipped, with its first weights; trained in place.
+        teacher: the pipeline's teacher.
+        task: says what an output means.
+        label_smoothing: the pipeline's, for terms that a scheme makes itself.
+        fit: the training loop.
+        new_objective: a fresh objective of the pipeline's loss terms.
+        new_student: another student; the same index gives the same first weights, 0 those of
+            ``student``.
+        build: a network for the same data by its section of the pipeline, with first weights
+            drawn from the pipeline's seed and the index.
+        open_teacher: another teacher by its section: loaded, or trained with ``fit``'s loop on
+            the data's own labels. The text is its YAML position and label.
+        say: tells the person who watches.
+    """
+
+    student: NamedModel
+    teacher: Teacher
+    task: Task
+    label_smoothing: float
+    fit: Fit
+    new_objective: Callable[[], Objective]
+    new_student: Callable[[int], NamedModel]
+    build: Callable[[ModelConfig, int], NamedModel]
+    open_teacher: Callable[[TeacherConfig, str], Teacher]
+    say: Callable[[str], None]
+
+
+Scheme = Callable[..., Mapping[str, History]]
+"""A function ``(room, **arguments)`` that trains ``room.student`` and returns the history of each
+training by its label; the student's own has the label ``student``."""
+
+
+def _section(value: Any) -> Any:
+    return {"model": value} if isinstance(value, str) else value
+
+
+def _known(config: ModelConfig) -> ModelConfig:
+    find_model(config.model or "", "distill.scheme")
+    return config
+
+
+Network = Annotated[ModelConfig, BeforeValidator(_section), AfterValidator(_known)]
+"""A scheme's argument that is a network: a name, or ``{model: name, args: {…}}``. Whether there is
+one of that name is found out before the first stage runs."""
+
+
+class SchemeTerm(nn.Module):
+    """What the terms that a scheme makes have in common; see :class:`edgekd.distill.term.Term`.
+
+    Args:
+        label: its name in the history.
+        weight: its factor in the sum.
+        layers: the layers of the trained network that it looks at.
+    """
+
+    needs_teacher = False
+    needs_shapes = False
+    teacher_layers: tuple[str, ...] = ()
+
+    def __init__(self, label: str, weight: float = 1.0, layers: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.label = label
+        self.student_layers = layers
+        self._weight = weight
+
+    @property
+    def identity(self) -> str:
+        """See :class:`edgekd.distill.term.Term`."""
+        return f"{self.label} {self._weight} {self.student_layers}"
+
+    def weight(self, part: float) -> float:
+        """See :class:`edgekd.distill.term.Term`."""
+        return self._weight
+
+    def prepare(
+        self,
+        student: Mapping[str, Tensor],
+        teacher: Mapping[str, Tensor] | None,
+        samples: int,
+    ) -> None:
+        """Nothing is trained in it, unless it says otherwise."""

@@ -1,0 +1,75 @@
+"""What a scheme of the distill stage works with, made from the pipeline's artifacts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+from zlib import crc32
+
+from edgekd.config.pipeline import ModelConfig, TeacherConfig
+from edgekd.pipeline.stage import Context
+from edgekd.stages.fitting import Ground, fit
+from edgekd.stages.student import FIRST_WEIGHTS, build_student
+from edgekd.stages.teacher import load_teacher, open_teacher
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from edgekd.distill.history import History
+    from edgekd.distill.objective import Objective
+    from edgekd.distill.schemes import Classroom
+    from edgekd.distill.teacher import Teacher
+    from edgekd.models.named import NamedModel
+
+
+def open_classroom(ground: Ground, context: Context, inputs: Mapping[str, Path]) -> Classroom:
+    """The student with its first weights, its teacher, and how either is made anew."""
+    import torch
+
+    from edgekd.distill.objective import Objective
+    from edgekd.distill.schemes import Classroom
+    from edgekd.models.build import build_model
+    from edgekd.models.weights import load_weights
+
+    pipeline = context.job.config
+    outputs = ground.task.outputs(ground.dataset)
+
+    def build(config: ModelConfig, index: int) -> NamedModel:
+        torch.manual_seed(pipeline.seed + index * 1_000_003)
+        return build_model(config, ground.dataset.inputs, outputs, where="distill.scheme")
+
+    def new_student(index: int) -> NamedModel:
+        if index:
+            return build(pipeline.student, index)
+        model = build_student(ground)
+        load_weights(model, inputs["student"] / FIRST_WEIGHTS, where="student")
+        return model
+
+    def train(
+        model: nn.Module, objective: Objective, label: str, teacher: Teacher | None = None
+    ) -> History:
+        return fit(ground, model, objective, pipeline.distill, label, context, teacher)
+
+    def another_teacher(config: TeacherConfig, label: str) -> Teacher:
+        # With the pipeline's own seed the same section would give the same network once more.
+        seed = (pipeline.seed + crc32(label.encode())) % 2**31
+        own = replace(ground, config=pipeline.model_copy(update={"seed": seed}))
+        return load_teacher(own, config, context, label)
+
+    def new_objective() -> Objective:
+        return Objective(pipeline.loss_terms, ground.task, pipeline.distill.label_smoothing)
+
+    return Classroom(
+        student=new_student(0),
+        teacher=open_teacher(inputs["teacher"], ground),
+        task=ground.task,
+        label_smoothing=pipeline.distill.label_smoothing,
+        fit=train,
+        new_objective=new_objective,
+        new_student=new_student,
+        build=build,
+        open_teacher=another_teacher,
+        say=context.progress.message,
+    )
