@@ -17,6 +17,7 @@ from edgekd.pipeline.progress import ConsoleProgress, EventLog
 from edgekd.pipeline.runner import Runner, RunOutcome, stages_until
 from edgekd.pipeline.stage import Job
 from edgekd.pipeline.store import Store
+from edgekd.pipeline.team import Team, joined
 
 if TYPE_CHECKING:
     from edgekd.release.gate import Verdict
@@ -49,9 +50,15 @@ def run_folder(job: Job, output: str | Path | None = None) -> Path:
 
 
 def execute(
-    job: Job, folder: Path, until: str | None = None, console: Console | None = None
+    job: Job,
+    folder: Path,
+    until: str | None = None,
+    console: Console | None = None,
+    team: Team | None = None,
 ) -> RunOutcome:
     """Run a job with progress on ``console`` (None: silently) and a log in its run folder.
+
+    ``team``: the processes that train together, of which this is the first; None: this is alone.
 
     Returns:
         What was done. ``outcome.failure`` is set when the gate did not pass.
@@ -69,7 +76,7 @@ def execute(
         log = EventLog(folder / "log.jsonl")
         try:
             with ConsoleProgress(console or Console(), log, quiet=console is None) as progress:
-                return Runner(job, store, progress, log).run(until)
+                return Runner(job, store, progress, log, team=team).run(until)
         finally:
             log.close()
     finally:
@@ -86,6 +93,9 @@ def run(
 ) -> RunOutcome:
     """Run a pipeline file, whole or up to a stage; stages that are up to date are kept.
 
+    Of several processes that ``torchrun`` started, the first does this and the others only train
+    with it; their outcome is empty.
+
     Args:
         pipeline: the YAML file.
         until: the last stage to run; None runs all.
@@ -97,11 +107,15 @@ def run(
         GateFailed: the gate did not pass; the report is written all the same.
         EdgekdError: a stage failed or the input is wrong.
     """
-    job = open_job(pipeline, overrides)
-    outcome = execute(job, run_folder(job, output), until, console)
-    if outcome.failure is not None:
-        raise outcome.failure
-    return outcome
+    with joined() as team:
+        if team is not None and not team.leads:
+            team.follow()
+            return RunOutcome()
+        job = open_job(pipeline, overrides)
+        outcome = execute(job, run_folder(job, output), until, console, team)
+        if outcome.failure is not None:
+            raise outcome.failure
+        return outcome
 
 
 def export(pipeline: str | Path, **options: Any) -> RunOutcome:

@@ -13,6 +13,9 @@ SAMPLE, VIEW = "@sample", "@view"
 """Keys that a training batch holds beside inputs and targets: the sample's row in its split, and
 which augmentation of it this is; both int64 (B,)."""
 
+UNLABELLED = -1
+"""The integer target of a sample whose class is not known, as in scikit-learn."""
+
 Dimension = int | str
 """A fixed size, or the name of a symbolic one such as ``"batch"``."""
 

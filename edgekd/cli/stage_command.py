@@ -12,6 +12,7 @@ from rich.console import Console
 from edgekd.api import execute, open_job, run_folder
 from edgekd.cli.result_table import print_result
 from edgekd.pipeline.runner import RunOutcome
+from edgekd.pipeline.team import joined
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -52,18 +53,22 @@ def run_pipeline_until(
         EdgekdError: as the stages raise; :class:`edgekd.errors.GateFailed` when the gate did
             not pass, after the result was printed.
     """
-    job = open_job(pipeline, overrides)
-    folder = run_folder(job, output)
-    console = Console()
-    outcome = execute(job, folder, until, None if quiet else console)
-    if not quiet and not outcome.ran and outcome.failure is None:
-        console.print("Nothing to do: every stage is up to date.")
-    if "benchmark" in outcome.artifacts:
-        print_result(console, outcome)
-    archive = f"bundle/{job.config.name}.tar.gz"
-    for name, place in (("report", "report/report.html"), ("bundle", archive)):
-        if name in outcome.artifacts:
-            console.print(f"{name + ':':8}{folder / place}", highlight=False, soft_wrap=True)
-    if outcome.failure is not None:
-        raise outcome.failure
-    return outcome
+    with joined() as team:
+        if team is not None and not team.leads:
+            team.follow()
+            return RunOutcome()
+        job = open_job(pipeline, overrides)
+        folder = run_folder(job, output)
+        console = Console()
+        outcome = execute(job, folder, until, None if quiet else console, team)
+        if not quiet and not outcome.ran and outcome.failure is None:
+            console.print("Nothing to do: every stage is up to date.")
+        if "benchmark" in outcome.artifacts:
+            print_result(console, outcome)
+        archive = f"bundle/{job.config.name}.tar.gz"
+        for name, place in (("report", "report/report.html"), ("bundle", archive)):
+            if name in outcome.artifacts:
+                console.print(f"{name + ':':8}{folder / place}", highlight=False, soft_wrap=True)
+        if outcome.failure is not None:
+            raise outcome.failure
+        return outcome

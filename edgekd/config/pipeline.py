@@ -96,8 +96,15 @@ class ModelConfig(Section):
     args: dict[str, Any] = Field(default_factory=dict)
 
 
+HUBS = ("timm:", "transformers:")
+"""Prefixes of model names whose networks come with their weights."""
+
+
 class TeacherConfig(ModelConfig):
-    """Trained here (``train``), loaded (``checkpoint``), or an ONNX file as a black box."""
+    """Trained here (``train``), loaded (``checkpoint``), or an ONNX file as a black box.
+
+    A network of a hub (``transformers:NAME``) needs none of them: it is finished.
+    """
 
     checkpoint: str | None = None
     onnx: str | None = None
@@ -107,6 +114,8 @@ class TeacherConfig(ModelConfig):
     @model_validator(mode="after")
     def _one_origin(self) -> TeacherConfig:
         origins = [k for k in ("checkpoint", "onnx", "train") if getattr(self, k) is not None]
+        if not origins and self.model is not None and self.model.startswith(HUBS):
+            return self
         if len(origins) != 1:
             found = " and ".join(origins) or "none of them"
             raise ValueError(f"give one of train, checkpoint or onnx; there is {found}")

@@ -8,9 +8,7 @@ import numpy as np
 
 from edgekd.data.dataset import Array
 from edgekd.errors import InputError
-
-UNLABELLED = -1
-"""The label of a sample that has none, as in scikit-learn."""
+from edgekd.spec import UNLABELLED
 
 Arrays = Mapping[str, Array]
 

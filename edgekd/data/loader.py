@@ -122,10 +122,10 @@ class Loader:
             seed: from 0, below 2³¹.
             epoch: from 1.
         """
-        view = (epoch - 1) % self.views if self.views is not None else epoch - 1
-        order = self._order(seed, epoch)
+        order, views = self._order(seed, epoch)
         for start in range(0, len(order), self.batch_size):
-            yield self._view(order[start : start + self.batch_size], seed, view)
+            part = slice(start, start + self.batch_size)
+            yield self._view(order[part], seed, views[part])
 
     def view(self, seed: int, view: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
         """One view of every sample of the split, in order; the last batch may be smaller.
@@ -140,30 +140,34 @@ class Loader:
         """
         for first in range(start, self.samples, self.batch_size):
             rows = np.arange(first, min(first + self.batch_size, self.samples))
-            yield self._view(rows, seed, view)
+            yield self._view(rows, seed, np.full(len(rows), view, np.int64))
 
     def ordered(self) -> Iterator[dict[str, Tensor]]:
         """The samples in order, not augmented; the last batch may be smaller."""
         for start in range(0, len(self.rows), self.batch_size):
             yield self._finished(self._raw(self.rows[start : start + self.batch_size]))
 
-    def _order(self, seed: int, epoch: int) -> NDArray[np.int64]:
-        """The rows of an epoch."""
+    def _order(self, seed: int, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The rows of an epoch, and which view of each: another one in each pass over them."""
         wanted = len(self) * self.batch_size
         if self._steps is None:
             wanted = min(wanted, len(self.rows))
-        passes = []
-        for number in range(-(-wanted // len(self.rows))):
+        passes = -(-wanted // len(self.rows))
+        orders, views = [], []
+        for number in range(passes):
             state = np.random.SeedSequence([seed, epoch, number]).generate_state(1)
             shuffled = torch.randperm(
                 len(self.rows), generator=Generator().manual_seed(int(state[0]))
             )
-            passes.append(self.rows[shuffled.numpy()])
-        return np.concatenate(passes)[:wanted]
+            orders.append(self.rows[shuffled.numpy()])
+            view = (epoch - 1) * passes + number
+            views.append(np.full(len(self.rows), view % self.views if self.views else view))
+        return np.concatenate(orders)[:wanted], np.concatenate(views)[:wanted]
 
-    def _view(self, rows: NDArray[np.int64], seed: int, view: int) -> dict[str, Tensor]:
+    def _view(
+        self, rows: NDArray[np.int64], seed: int, views: NDArray[np.int64]
+    ) -> dict[str, Tensor]:
         batch = self._raw(rows)
-        views = np.full(len(rows), view, np.int64)
         if self.augmented:
             draws = Draws(seed + (self._seed << 32), rows, views)
             for name in self._images:

@@ -22,23 +22,11 @@ from torch import Tensor
 from edgekd.distill.answer_records import AnswerLayout, Records
 from edgekd.distill.cache_file import SCHEMA, AnswerFile
 from edgekd.distill.progress import Progress
+from edgekd.distill.teacher import Teacher
 from edgekd.errors import InputError, StageError
 from edgekd.spec import SAMPLE, VIEW, TensorSpec
 
 BLOCK_SAMPLES = 4096
-
-
-class KnownTeacher(Protocol):
-    """A teacher that can be told from others."""
-
-    @property
-    def digest(self) -> str:
-        """The SHA-256 of what it is: another one where an answer may differ."""
-        ...
-
-    def answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The outputs by name, without a graph."""
-        ...
 
 
 class ViewSource(Protocol):
@@ -55,7 +43,7 @@ class ViewSource(Protocol):
 
 
 def fill_cache(
-    teacher: KnownTeacher,
+    teacher: Teacher,
     loader: ViewSource,
     root: Path,
     *,
@@ -184,6 +172,15 @@ class CachedTeacher:
             self._verified[:] = False
         raise self._unreadable("the teacher cache")
 
+    def watch(self, layers: Sequence[str]) -> None:
+        """See :class:`edgekd.distill.teacher.Teacher`."""
+        if layers:
+            raise InputError(
+                f"the teacher cache keeps outputs, and layers are asked for: {', '.join(layers)}",
+                where="distill.cache",
+                remedy="set distill.cache: false, or use losses on the teacher's outputs",
+            )
+
     def _verify(self, block: int) -> None:
         if not self._file.intact(block):
             with self._file.writing(self._progress.message):
@@ -209,7 +206,7 @@ class _Asked:
 
     def __init__(
         self,
-        teacher: KnownTeacher,
+        teacher: Teacher,
         loader: ViewSource,
         layout: AnswerLayout,
         file: AnswerFile,

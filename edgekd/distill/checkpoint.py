@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from edgekd.config.pipeline import TrainConfig
 from edgekd.distill.history import History
+from edgekd.distill.objective import Objective
 from edgekd.errors import StageError
 
 NAME = "checkpoint.pt"
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass
@@ -30,17 +32,30 @@ class TrainingState:
         run: what the training was asked for; a state of another run is not gone on with.
         model: the weights and buffers after the last epoch.
         objective: the weights and buffers of the loss terms' adapters.
-        optimizer: the optimizer's state dict.
-        best: the weights and buffers after the best epoch.
+        step: the state of :class:`edgekd.distill.step.Step`: optimizer, loss scale, average.
+        best: the weights and buffers of the best epoch; the averaged ones if they are averaged.
         history: the epochs so far.
     """
 
     run: Mapping[str, Any]
     model: Mapping[str, Tensor]
     objective: Mapping[str, Tensor]
-    optimizer: Mapping[str, Any]
+    step: Mapping[str, Any]
     best: Mapping[str, Tensor]
     history: History
+
+
+def training_identity(
+    model: nn.Module, objective: Objective, config: TrainConfig, seed: int, steps: int
+) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be gone on with, as plain values."""
+    return {
+        "config": config.model_dump_json(),
+        "seed": seed,
+        "steps": steps,
+        "terms": objective.identity,
+        "shapes": {key: list(tensor.shape) for key, tensor in model.state_dict().items()},
+    }
 
 
 def save_checkpoint(state: TrainingState, folder: Path) -> None:
@@ -56,7 +71,7 @@ def save_checkpoint(state: TrainingState, folder: Path) -> None:
         "run": dict(state.run),
         "model": dict(state.model),
         "objective": dict(state.objective),
-        "optimizer": dict(state.optimizer),
+        "step": dict(state.step),
         "best": dict(state.best),
         "history": state.history.to_json(),
     }
@@ -99,7 +114,7 @@ def load_checkpoint(folder: Path, run: Mapping[str, Any]) -> tuple[TrainingState
                 content["run"],
                 content["model"],
                 content["objective"],
-                content["optimizer"],
+                content["step"],
                 content["best"],
                 History.from_json(content["history"]),
             ),

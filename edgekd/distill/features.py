@@ -76,7 +76,7 @@ class Capture:
                     remedy="name a layer that is run",
                 )
             tensor, version = seen[layer]
-            if tensor._version != version:
+            if _version(tensor) != version:
                 raise InputError(
                     f"the output of {layer!r} is changed in place by a later layer, such as "
                     "ReLU(inplace=True): what would be compared is not that layer's feature",
@@ -108,7 +108,7 @@ class Capture:
                     where=self._where,
                     remedy=f"name an element of it, such as {_split(layer)[0]}[0]",
                 )
-            self._seen[layer] = (tensor, tensor._version)
+            self._seen[layer] = (tensor, _version(tensor))
 
         return keep
 
@@ -169,6 +169,11 @@ def _tensor(output: object, index: int | None) -> Tensor | None:
         if len(tensors) == 1:
             return tensors[0]
     return None
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; not counted in inference mode (validation)."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _described(output: object) -> str:

@@ -47,6 +47,21 @@ class History:
             self.best_epoch = epoch.epoch
         return is_best
 
+    @property
+    def kept(self) -> Epoch:
+        """The epoch whose weights are kept; ``epochs[-1]`` is the last one."""
+        return self.epochs[self.best_epoch - 1]
+
+    @property
+    def epochs_since_better(self) -> int:
+        """How many epochs have ended since validation last became better; equal is not better."""
+        better_at, best = 0, None
+        sign = 1 if self.higher_is_better else -1
+        for row in self.epochs:
+            if best is None or sign * row.validation > best:
+                better_at, best = row.epoch, sign * row.validation
+        return len(self.epochs) - better_at
+
     def to_json(self) -> dict[str, Any]:
         """A plain mapping for a JSON file; :meth:`from_json` takes it back."""
         return asdict(self)

@@ -20,19 +20,23 @@ _END = 1e-6
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     """The learning rate of a step, a function of the step alone: resuming needs no state.
 
-    ``constant``; ``cosine``: half a cosine from the given rate down to almost 0; ``one-cycle``
-    (Smith & Topin 2018): half a cosine up from 1/25 of the rate, then one down to almost 0.
+    ``constant``; ``cosine``: half a cosine from the given rate down to almost 0; both after a
+    line up from almost 0 over the part ``warm_up`` of the steps. ``one-cycle`` (Smith & Topin
+    2018): half a cosine up from 1/25 of the rate, then one down to almost 0.
 
     Args:
-        config: ``schedule`` and its peak, ``learning_rate``.
+        config: ``schedule`` and its peak, ``learning_rate``; ``warm_up``.
         step: from 0.
         steps: of the whole training.
     """
     peak = config.learning_rate
+    rise = 0 if config.schedule == "one-cycle" else round(config.warm_up * steps)
+    if step < rise:
+        return peak * (step + 1) / (rise + 1)
     if config.schedule == "constant":
         return peak
     if config.schedule == "cosine":
-        return _half_cosine(peak, peak * _END, step / max(1, steps - 1))
+        return _half_cosine(peak, peak * _END, (step - rise) / max(1, steps - 1 - rise))
     top = max(1.0, WARM_UP * steps - 1)
     if step <= top:
         return _half_cosine(peak * _START, peak, step / top)

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from edgekd.config.pipeline import TrainConfig
-from edgekd.distill.checkpoint import TrainingState, load_checkpoint, save_checkpoint
+from edgekd.distill.averaging import WeightAverage
+from edgekd.distill.checkpoint import (
+    TrainingState,
+    load_checkpoint,
+    save_checkpoint,
+    training_identity,
+)
 from edgekd.distill.evaluate import BatchSource, Loaders, device_of, prepared, score
 from edgekd.distill.features import Capture
 from edgekd.distill.history import Epoch, History
 from edgekd.distill.objective import Objective
-from edgekd.distill.optimizer import build_optimizer, learning_rate
+from edgekd.distill.optimizer import learning_rate
 from edgekd.distill.progress import Progress
+from edgekd.distill.runtime import Processes, open_processes, training_device
+from edgekd.distill.step import Step, check_step, read_values
+from edgekd.distill.synced_batch_norm import synced_batch_norms
 from edgekd.distill.teacher import Teacher
-from edgekd.errors import InputError, StageError
+from edgekd.distill.world import world_size
+from edgekd.errors import InputError
 from edgekd.tasks import Task
 
 __all__ = ["BatchSource", "Loaders", "Progress", "score", "train"]
@@ -48,11 +57,15 @@ def train(
 ) -> History:
     """Train a model; afterwards it holds the weights of its best epoch on validation.
 
-    On the CPU, and with the same number of threads, the same seed gives the same weights, also
-    when the training was stopped and is gone on with. A checkpoint is left after each epoch.
+    With ``ema`` these are the averaged ones, and so are those that are validated. On the CPU, and
+    with the same number of threads, the same seed gives the same weights, also when the training
+    was stopped and is gone on with. A checkpoint is left after each epoch. Where ``torchrun``
+    started several processes, each calls this with the same arguments and ends with the same
+    weights: those of one process, but for rounding and dropout.
 
     Args:
-        model: takes a batch, gives outputs by name; trained in place, on the device it is on.
+        model: takes a batch, gives outputs by name; trained in place, on a GPU when there is
+            one, and then back on the device it came from.
         objective: what it is trained for.
         loaders: the training and the validation batches.
         task: gives the metric that chooses the best epoch.
@@ -65,7 +78,7 @@ def train(
 
     Raises:
         InputError: the batches do not fit the model or the objective; no teacher where one is
-            needed.
+            needed; a configuration that this machine cannot train.
         StageError: the loss became NaN or infinite (epoch, step and each term's value are
             named), or a checkpoint cannot be written.
     """
@@ -76,51 +89,66 @@ def train(
         )
     if len(loaders[0]) == 0:
         raise InputError("there are no training batches", remedy="give more data")
+    came_from = device_of(model)
+    device = training_device() if came_from.type == "cpu" else came_from
+    processes = open_processes() if world_size() > 1 else None
+    check_step(config, objective, device, processes)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    model.to(memory_format=layout)  # type: ignore[call-overload]
-    run = _Run(model, objective, Loaders(*loaders), task, config, seed, teacher, progress)
-    history = History(task.metric, task.higher_is_better)
-    best = _copied(model)
-    run.prepare()
-    identity = _identity(model, objective, config, seed, len(run.loaders.train))
-    state, refused = load_checkpoint(checkpoint_folder, identity)
-    if refused:
-        progress.message(f"{label}: the checkpoint is not used: {refused}; starting again")
-    if state is not None:
-        model.load_state_dict(state.model)
-        objective.load_state_dict(state.objective)
-        run.optimizer.load_state_dict(dict(state.optimizer))
-        history, best = state.history, dict(state.best)
-    done = len(history.epochs)
-    if 0 < done < config.epochs:
-        progress.message(f"{label}: going on after epoch {done} of {config.epochs}")
-    progress.start(label, (config.epochs - done) * len(run.loaders.train), "step")
-    try:
+    model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    objective.to(device)
+    history, best = History(task.metric, task.higher_is_better), _copied(model)
+    run = _Run(
+        *(model, objective, Loaders(*loaders), task, config, seed),
+        *(teacher, progress, device, processes),
+    )
+    with ExitStack() as stack:
+        stack.callback(run.capture.remove)
+        if processes is not None:
+            stack.enter_context(synced_batch_norms(model, processes))
+        run.prepare()
+        identity = training_identity(model, objective, config, seed, len(run.loaders.train))
+        state, refused = run.from_first(lambda: load_checkpoint(checkpoint_folder, identity))
+        if refused:
+            progress.message(f"{label}: the checkpoint is not used: {refused}; starting again")
+        if state is not None:
+            model.load_state_dict(state.model)
+            objective.load_state_dict(state.objective)
+            run.step.load_state(state.step)
+            history, best = state.history, dict(state.best)
+        done = len(history.epochs)
+        waits = config.patience or config.epochs
+        if 0 < done < config.epochs and history.epochs_since_better < waits:
+            progress.message(f"{label}: going on after epoch {done} of {config.epochs}")
+        progress.start(label, (config.epochs - done) * len(run.loaders.train), "step")
+        stack.callback(progress.finish)
         # Dropout draws from torch's own generator: seeded per epoch, and given back as it was.
-        with torch.random.fork_rng(devices=run.devices_to_fork):
-            for number in range(done + 1, config.epochs + 1):
-                if history.add(run.epoch(number)):
-                    best = _copied(model)
-                after = TrainingState(
-                    identity,
-                    model.state_dict(),
-                    objective.state_dict(),
-                    run.optimizer.state_dict(),
-                    best,
-                    history,
+        stack.enter_context(torch.random.fork_rng(devices=run.devices_to_fork))
+        for number in range(done + 1, config.epochs + 1):
+            if history.epochs_since_better >= waits:
+                progress.message(
+                    f"{label}: stopped after epoch {number - 1} of {config.epochs}: validation "
+                    f"{task.metric} was not better for {waits}"
                 )
-                save_checkpoint(after, checkpoint_folder)
-    finally:
-        progress.finish()
-        run.capture.remove()
+                break
+            if history.add(run.epoch(number)):
+                best = _copied(run.kept)
+            if processes is None or processes.rank == 0:
+                states = model.state_dict(), objective.state_dict(), run.step.state()
+                save_checkpoint(TrainingState(identity, *states, best, history), checkpoint_folder)
     model.load_state_dict(best)
-    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    model.to(device=came_from, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     model.eval()
     return history
 
 
 class _Run:
-    """One training with everything an epoch needs."""
+    """One training with everything an epoch needs.
+
+    Attributes:
+        kept: the network that is validated and kept: the model, or the average of its weights.
+    """
+
+    step: Step
 
     def __init__(
         self,
@@ -132,11 +160,19 @@ class _Run:
         seed: int,
         teacher: Teacher | None,
         progress: Progress,
+        device: torch.device,
+        processes: Processes | None,
     ) -> None:
         self.model, self.objective, self.loaders, self.task = model, objective, loaders, task
         self.config, self.seed, self.teacher, self.progress = config, seed, teacher, progress
-        self.device = device_of(model)
+        self.device, self.processes = device, processes
+        self.together = 1 if processes is None else processes.count
         self.devices_to_fork = [self.device] if self.device.type == "cuda" else []
+        if processes is not None:
+            processes.spread(model)
+        # Copied before any hook is on the model: the copy must not fill the capture too.
+        self.average = WeightAverage(model, config.ema) if config.ema is not None else None
+        self.kept = model if self.average is None else self.average.module
         self.capture = Capture(model, objective.student_layers, "student")
         self.check_every = 1 if self.device.type == "cpu" else _STEPS_BETWEEN_CHECKS_ON_GPU
         self.labels = objective.labels
@@ -146,17 +182,21 @@ class _Run:
         if self.objective.needs_shapes:
             with torch.random.fork_rng(devices=self.devices_to_fork), torch.no_grad():
                 torch.manual_seed(_epoch_seed(self.seed, 0))
-                batch = next(iter(self.loaders.train.epoch(self.seed, 1)))
+                batch = self._prepared(next(iter(self.loaders.train.epoch(self.seed, 1))))
                 self.model.eval()
-                student = self._answer(batch)
+                student = self.model(batch) | self.capture.take()
                 self.objective.prepare(student, self._ask(batch), self.loaders.train.samples)
-        modules = (self.model, self.objective)
-        self.parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(self.parameters, self.config)
+            if self.processes is not None:
+                self.processes.spread(self.objective)
+        self.step = Step(
+            *(self.model, self.average, self.objective, self.config),
+            *(self.capture, self.device, self.processes),
+        )
 
     def epoch(self, number: int) -> Epoch:
         """Train one epoch (from 1) and validate."""
-        torch.manual_seed(_epoch_seed(self.seed, number))
+        seed = _epoch_seed(self.seed, number)
+        torch.manual_seed(seed)
         self.model.train()
         steps = len(self.loaders.train)
         report_every = max(1, steps // _UPDATES_PER_EPOCH)
@@ -166,20 +206,33 @@ class _Run:
         sizes: list[int] = []
         rate = 0.0
         for step, batch in enumerate(self.loaders.train.epoch(self.seed, number)):
-            rate = learning_rate(
-                self.config, (number - 1) * steps + step, self.config.epochs * steps
+            at, of = (number - 1) * steps + step, self.config.epochs * steps
+            rate = learning_rate(self.config, at, of)
+            batch = self._prepared(batch)
+            check = getattr(self.model, "check_batch", None)
+            if step == 0 and callable(check):
+                check(batch)
+            sizes.append(len(batch[self.task.target]))
+            pending.append(
+                self.step.take(
+                    batch,
+                    sizes[-1],
+                    self._ask(batch),
+                    rate=rate,
+                    part=at / of,
+                    step=step,
+                    steps=steps,
+                    seed=seed,
+                )
             )
-            part = ((number - 1) * steps + step) / (self.config.epochs * steps)
-            values, size = self._step(batch, rate, part, first=step == 0)
-            pending.append(values)
-            sizes.append(size)
             if len(pending) == self.check_every:
-                rows += self._read(pending, number, len(rows))
+                rows += read_values(pending, self.labels, number, len(rows))
             if (step + 1) % report_every == 0:
                 self.progress.advance(report_every, epoch=number, loss=rows[-1][0] if rows else 0.0)
-        rows += self._read(pending, number, len(rows))
+        rows += read_values(pending, self.labels, number, len(rows))
         seconds = time.perf_counter() - started
         means = np.average(np.array(rows), axis=0, weights=sizes)
+        self.kept.eval()
         self.model.eval()
         validation = float(score(self._answer, self.loaders.validation, self.task).mean())
         self.progress.advance(
@@ -192,60 +245,40 @@ class _Run:
         samples_per_second = sum(sizes) / seconds
         return Epoch(number, float(means[0]), terms, validation, rate, seconds, samples_per_second)
 
-    def _step(
-        self, batch: Mapping[str, Tensor], rate: float, part: float, first: bool
-    ) -> tuple[Tensor, int]:
-        """One step; the total and each term's value (1 + terms,), and the batch's size."""
-        batch = prepared(batch, self.device, self.config.channels_last)
-        check = getattr(self.model, "check_batch", None)
-        if first and callable(check):
-            check(batch)
-        teacher = self._ask(batch)
-        student = self.model(batch) | self.capture.take()
-        total, terms = self.objective(student, teacher, batch, part)
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        if self.config.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        values = [total.detach(), *terms.values()]
-        size = len(batch[self.task.target])
-        return torch.stack([value.float() for value in values]), size
+    def from_first(
+        self, load: Callable[[], tuple[TrainingState | None, str]]
+    ) -> tuple[TrainingState | None, str]:
+        """What the first process found; several must not go on from different states."""
+        if self.processes is None:
+            return load()
+        return self.processes.told(load() if self.processes.rank == 0 else None)
+
+    def _prepared(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return prepared(batch, self.device, self.config.channels_last)
 
     def _answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        outputs: dict[str, Tensor] = self.model(
-            prepared(batch, self.device, self.config.channels_last)
-        )
-        return outputs | self.capture.take()
+        """The validated network's outputs, in float32 as it is exported."""
+        batch = self._prepared(batch)
+        size = len(batch[self.task.target])
+        shared_by = None if size < self.together else self.processes
+        if shared_by is not None:
+            batch = shared_by.share(batch, size)
+        outputs: dict[str, Tensor] = self.kept(batch)
+        if self.average is None:
+            self.capture.take()
+        return outputs if shared_by is None else shared_by.gathered(outputs, size)
 
     def _ask(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """The teacher's answers, when the objective compares with them."""
         if self.teacher is None or not self.objective.needs_teacher:
             return None
-        return self.teacher.answer(batch)
-
-    def _read(self, pending: list[Tensor], epoch: int, before: int) -> list[list[float]]:
-        """The values of the steps since the last reading, which are then forgotten.
-
-        Raises:
-            StageError: one of their totals is NaN or infinite.
-        """
-        rows: list[list[float]] = torch.stack(pending).tolist() if pending else []
-        pending.clear()
-        for step, row in enumerate(rows, start=before + 1):
-            if math.isfinite(row[0]):
-                continue
-            named = ", ".join(
-                f"{label} {value:g}" for label, value in zip(self.labels, row[1:], strict=True)
-            )
-            raise StageError(
-                f"the loss became {row[0]:g} in epoch {epoch}, step {step}; its terms: {named}",
-                remedy="lower learning_rate or set clip_norm; a term that is infinite by itself "
-                "shows which loss, or which teacher answer, is at fault",
-            )
-        return rows
+        if self.processes is None and self.device.type == "cpu":
+            return self.teacher.answer(batch)
+        size = len(batch[self.task.target])
+        asked = batch if self.processes is None else self.processes.share(batch, size)
+        # The teacher may be on another device.
+        answers = {name: t.to(self.device) for name, t in self.teacher.answer(asked).items()}
+        return answers if self.processes is None else self.processes.gathered(answers, size)
 
 
 def _copied(model: nn.Module) -> dict[str, Tensor]:
@@ -255,16 +288,3 @@ def _copied(model: nn.Module) -> dict[str, Tensor]:
 def _epoch_seed(seed: int, epoch: int) -> int:
     digest = hashlib.sha256(f"edgekd epoch {seed} {epoch}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
-
-
-def _identity(
-    model: nn.Module, objective: Objective, config: TrainConfig, seed: int, steps: int
-) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be gone on with, as plain values."""
-    return {
-        "config": config.model_dump_json(),
-        "seed": seed,
-        "steps": steps,
-        "terms": objective.identity,
-        "shapes": {key: list(tensor.shape) for key, tensor in model.state_dict().items()},
-    }

@@ -15,6 +15,7 @@ from edgekd.config.pipeline import ModelConfig
 from edgekd.errors import EdgekdError, InputError
 from edgekd.extension import resolve
 from edgekd.models.convnet import ConvNet
+from edgekd.models.hub import HUBS
 from edgekd.models.mlp import Mlp
 from edgekd.models.named import NamedModel, fits
 from edgekd.models.policy import Policy
@@ -38,11 +39,17 @@ _OPEN_DIMENSION = 4
 
 
 def find_model(name: str, where: str = "model") -> Callable[..., nn.Module]:
-    """What makes the network of that name: a built-in one or a ``package.module:name``.
+    """What makes the network of that name.
+
+    It is a built-in one, ``timm:NAME``, ``transformers:NAME_OR_FOLDER`` (:mod:`edgekd.models.hub`)
+    or a ``package.module:name``.
 
     Raises:
-        InputError: there is none; the nearest built-in name is suggested.
+        InputError: there is none, the nearest name is suggested; or its package is not installed.
     """
+    package, _, rest = name.partition(":")
+    if package in HUBS and rest:
+        return HUBS[package](rest, where)
     maker: Callable[..., nn.Module] = resolve(name, MODELS, "model", where)
     return maker
 
@@ -56,9 +63,9 @@ def build_model(
     """Build a network for given inputs and outputs, and try it once.
 
     Args:
-        config: a key of :data:`MODELS` or ``package.module:name`` of a class or function that
-            gives a module, and its arguments. A parameter called ``inputs``, ``outputs`` or
-            ``num_classes`` is filled in unless the arguments give it.
+        config: a name that :func:`find_model` knows, ``package.module:name`` being a class or
+            function that gives a module, and its arguments. A parameter called ``inputs``,
+            ``outputs`` or ``num_classes`` is filled in unless the arguments give it.
         inputs: what the data deliver.
         outputs: what the task wants.
         where: the YAML section (``teacher``, ``student``), for errors.

@@ -23,6 +23,7 @@ from edgekd.pipeline.fingerprint import (
 from edgekd.pipeline.progress import EventLog
 from edgekd.pipeline.stage import Context, Job, Stage
 from edgekd.pipeline.store import Artifact, Store
+from edgekd.pipeline.team import Team
 from edgekd.stages import STAGES
 from edgekd.stages.preflight import preflight
 
@@ -101,12 +102,14 @@ class Runner:
         progress: Progress,
         log: EventLog | None = None,
         stages: tuple[Stage, ...] = STAGES,
+        team: Team | None = None,
     ) -> None:
         self.job = job
         self.store = store
         self.progress = progress
         self.log = log
         self.stages = stages
+        self.team = team
         self.outcome = RunOutcome()
 
     def run(self, until: str | None = None) -> RunOutcome:
@@ -159,7 +162,11 @@ class Runner:
             fingerprints[stage.name] = fingerprint
             cache = self.store.folder / "cache"
             context = Context(self.job, temporary, scratch, cache, self.progress, fingerprints)
-            stage.run(context, {name: done[name].folder for name in stage.inputs})
+            inputs = {name: done[name].folder for name in stage.inputs}
+            if self.team is None:
+                stage.run(context, inputs)
+            else:
+                self.team.run(stage, context, inputs)
             artifact = self.store.commit(stage.name, fingerprint, temporary, material)
         except Exception as error:
             self._record("stage-failed", stage=stage.name, traceback=traceback.format_exc())

@@ -148,7 +148,7 @@ def _comparison(
     figures: dict[str, Figure] = {}
     sign = 1 if task.higher_is_better else -1
     # A difference of two accuracies is in points: "1 %" of an accuracy could mean a ratio.
-    unit = "points" if task.metric == "accuracy" else task.metric
+    unit = "points" if task.metric in ("accuracy", "agreement") else task.metric
     if teacher is not None:
         # Scores are turned so that higher is better; a drop is then teacher minus student.
         drop = statistics.paired_difference(sign * teacher.scores, sign * student.scores)

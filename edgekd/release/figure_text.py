@@ -8,8 +8,8 @@ from edgekd.figure import Figure
 
 ABSENT = "–"
 MINUS = "−"
-_SHOWN_UNIT = {"accuracy": "%", "of the gap": "% of the gap", "parameters": ""}
-_PERCENT = ("accuracy", "points", "of the gap")
+_SHOWN_UNIT = {"accuracy": "%", "agreement": "%", "of the gap": "% of the gap", "parameters": ""}
+_PERCENT = ("accuracy", "agreement", "points", "of the gap")
 """Units whose values are fractions of one, and are shown times 100."""
 
 

@@ -48,7 +48,10 @@ class DistillStage:
         room = open_classroom(ground, context, inputs)
         histories = dict(find_scheme(config.scheme)(room))
         save_weights(room.student, context.out / STUDENT)
-        if config.baseline:
+        lacking = ground.lacks_labels()
+        if config.baseline and lacking:
+            context.progress.message(f"  the student alone is not trained: {lacking}")
+        elif config.baseline:
             alone = Objective.supervised(ground.task, config.label_smoothing)
             model = build_student(ground)
             load_weights(model, inputs["student"] / FIRST_WEIGHTS, where="student")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from edgekd.config.pipeline import CacheConfig, DistillConfig, PipelineConfig, TrainConfig
 from edgekd.errors import InputError
-from edgekd.pipeline.fingerprint import references_sha256
+from edgekd.pipeline.fingerprint import code_sha256, library_versions, references_sha256
 from edgekd.pipeline.store import digest_of
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 TRAINING_CODE = ("edgekd.stages.fitting", "edgekd.data", "edgekd.tasks", "edgekd.models",
                  "edgekd.distill")  # fmt: skip
 EVALUATION_BATCH = 512
+_AUGMENTATION = ("edgekd.data.augment", "edgekd.data.draws", "edgekd.data.mixing",
+                 "edgekd.data.transforms")  # fmt: skip
+HUB_PACKAGES = ("timm", "transformers")
 
 
 @dataclass(frozen=True)
@@ -218,10 +222,29 @@ def _answering(
         top=cache.top,
         seed=ground.config.seed,
         data=ground.digest,
-        augment=[augment, references_sha256(augment)],
+        augment=[augment, code_sha256(_AUGMENTATION), references_sha256(augment)],
         preprocess={name: p.to_json() for name, p in dataset.preprocess.items()},
         progress=context.progress,
     )
+
+
+def hub_identity(name: str | None) -> dict[str, str]:
+    """What decides a network of a hub beside its name: the package's version, and its folder.
+
+    Empty for all other networks.
+    """
+    package, _, rest = (name or "").partition(":")
+    if package not in HUB_PACKAGES or not rest:
+        return {}
+    from edgekd.data.source import hash_path
+    from edgekd.models.hub import find_folder
+
+    try:
+        found = library_versions((package,))
+    except PackageNotFoundError:
+        return {}
+    folder = find_folder(rest) if package == "transformers" else None
+    return found if folder is None else {**found, "folder": hash_path(folder)}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from edgekd.errors import InputError
 from edgekd.pipeline.fingerprint import file_sha256
 from edgekd.pipeline.stage import Context, Job
-from edgekd.stages.fitting import Ground, open_ground, write_json
+from edgekd.stages.fitting import Ground, hub_identity, open_ground, write_json
 
 if TYPE_CHECKING:
     from edgekd.models.named import NamedModel
@@ -36,6 +36,7 @@ class StudentStage:
             "seed": job.config.seed,
             "task": [job.config.task, job.config.task_args],
             **files,
+            **hub_identity(student.model),
         }
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:

@@ -10,7 +10,14 @@ from edgekd.config.pipeline import TeacherConfig
 from edgekd.errors import InputError
 from edgekd.pipeline.fingerprint import file_sha256
 from edgekd.pipeline.stage import Context, Job
-from edgekd.stages.fitting import TRAINING_CODE, Ground, fit, open_ground, write_json
+from edgekd.stages.fitting import (
+    TRAINING_CODE,
+    Ground,
+    fit,
+    hub_identity,
+    open_ground,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from edgekd.distill.history import History
@@ -34,7 +41,7 @@ class TeacherStage:
         """See :class:`edgekd.pipeline.stage.Stage`."""
         teacher = job.config.teacher
         chosen = teacher.model_dump(mode="json", exclude={"checkpoint", "onnx"})
-        files = {}
+        files = hub_identity(teacher.model)
         if teacher.checkpoint is not None:
             path = _existing(job, "teacher.checkpoint", teacher.checkpoint)
             files["checkpoint"] = file_sha256(path)
@@ -83,7 +90,9 @@ def _trained_or_loaded(
     if config.train is not None:
         objective = Objective.supervised(ground.task, config.train.label_smoothing)
         return model, fit(ground, model, objective, config.train, where, context)
-    assert config.checkpoint is not None
+    if config.checkpoint is None:
+        # A network of a hub comes with its weights.
+        return model, None
     load_weights(
         model,
         _existing(context.job, f"{where}.checkpoint", config.checkpoint),
@@ -157,7 +166,7 @@ def check_teacher(
         if above.interval is None or above.interval[0] <= 0:
             raise InputError(
                 f"the teacher does not know this task: {task.metric} {metric:.4g}, and always "
-                f"giving the same best answer has {chance:.4g} "
+                f"giving one and the same answer gives {chance:.4g} "
                 f"({len(rows):,} labelled validation samples)",
                 where=where,
                 remedy="see that it gets its inputs as it was trained (normalisation: data.args, "

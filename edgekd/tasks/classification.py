@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from edgekd.errors import InputError
-from edgekd.spec import Dimension, TensorSpec
+from edgekd.spec import UNLABELLED, Dimension, TensorSpec
 from edgekd.tasks.checks import (
     check_finite,
     check_inputs,
@@ -21,9 +21,6 @@ from edgekd.tasks.task import Arrays, DatasetLike
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-UNLABELLED = -1
-"""The label of a sample that has none, as in scikit-learn."""
 
 
 class Classification:
@@ -112,8 +109,8 @@ class Classification:
     def labelled(self, targets: Arrays) -> np.ndarray[Any, Any]:
         """Where a label, or that of one position, is a class; see :class:`Task`."""
         labels = required(targets, self.target, "target")
-        some: np.ndarray[Any, Any] = (labels > UNLABELLED).reshape(len(labels), -1).any(axis=1)
-        return some
+        known = (labels > UNLABELLED).reshape(len(labels), -1)
+        return np.asarray(known.any(axis=1))
 
     def targets_from(self, outputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """The class of the largest logit, int64; see :class:`Task`."""

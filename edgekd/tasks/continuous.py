@@ -134,7 +134,9 @@ class ContinuousTask:
         wanted = required(targets, self.target, "target").astype(np.float64)
         if self.mask in targets:
             kept = _expand(np.asarray(targets[self.mask]), wanted.shape)
-            masked = np.ma.median(np.ma.masked_array(wanted, ~kept), axis=0)
+            masked = np.ma.median(  # type: ignore[no-untyped-call]
+                np.ma.masked_array(wanted, ~kept), axis=0
+            )
             best = np.ma.filled(masked, 0.0)
         else:
             best = np.median(wanted, axis=0)

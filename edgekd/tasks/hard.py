@@ -9,12 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from edgekd.errors import InputError
+from edgekd.spec import UNLABELLED
 
 Distance = Literal["mse", "mae", "l1", "huber"]
 """``l1`` is another name of ``mae``."""
-
-UNLABELLED = -1
-"""The class of a sample that has none; every number below 0 is read as it."""
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

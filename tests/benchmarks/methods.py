@@ -34,7 +34,9 @@ METHODS: dict[str, list[str]] = {
     "soft labels only, T=4": ["distill.losses=[{soft_labels: {temperature: 4}}]"],
     "logit regression": [f"distill.losses=[{HARD}, {{regression: {{kind: mse}}, weight: 0.1}}]"],
     "teacher's labels": ["distill.losses=[hard_labels, teacher_labels]"],
-    "DKD": [f"distill.losses=[{HARD}, {{dkd: {{beta: 2}}, weight: {{start: 0, end: 1, over: 0.1}}}}]"],
+    "DKD": [
+        f"distill.losses=[{HARD}, {{dkd: {{beta: 2}}, weight: {{start: 0, end: 1, over: 0.1}}}}]"
+    ],
     "DIST": [f"distill.losses=[{HARD}, {{dist: {{}}, weight: 2}}]"],
     "logit standardization": [
         "distill.losses=[{hard_labels: {}, weight: 0.1}, {standardized: {}, weight: 9}]"
@@ -61,13 +63,13 @@ def run(pipeline: Path, folder: Path, method: str, seed: int, overrides: list[st
     ])  # fmt: skip
     outcome = execute(job, folder / f"run-{seed}", until="distill")
 
+    from edgekd.data.loader import Loader
     from edgekd.distill.evaluate import score
     from edgekd.distill.teacher import ModuleTeacher
     from edgekd.models.weights import load_weights
     from edgekd.stages.fitting import open_ground, read_json
     from edgekd.stages.student import build_student
     from edgekd.stages.teacher import open_teacher
-    from edgekd.data.loader import Loader
 
     ground = open_ground(outcome.folder("data"), job.config)
     student = build_student(ground)
@@ -100,8 +102,11 @@ def table(folder: Path) -> None:
     teacher = {seed: row["teacher"] for seed, row in by_method["student alone"].items()}
     print("| method | seeds | test accuracy, % | gap closed, % | s |\n|---|---:|---:|---:|---:|")
     _line("teacher", [100 * value for value in teacher.values()], None, None)
-    order = sorted(by_method, key=lambda name: -_mean([r["student"] for r in by_method[name].values()]))
-    for method in order:
+
+    def by_accuracy(method: str) -> float:
+        return -_mean([row["student"] for row in by_method[method].values()])
+
+    for method in sorted(by_method, key=by_accuracy):
         seeds = sorted(set(by_method[method]) & set(alone))
         accuracy = [100 * by_method[method][seed]["student"] for seed in seeds]
         gap = [
@@ -112,9 +117,7 @@ def table(folder: Path) -> None:
         _line(method, accuracy, gap if method != "student alone" else None, seconds)
 
 
-def _line(
-    name: str, accuracy: list[float], gap: list[float] | None, seconds: float | None
-) -> None:
+def _line(name: str, accuracy: list[float], gap: list[float] | None, seconds: float | None) -> None:
     cells = [name, str(len(accuracy)), _interval(accuracy), _interval(gap) if gap else "–",
              "–" if seconds is None else f"{seconds:.0f}"]  # fmt: skip
     print("| " + " | ".join(cells) + " |")

@@ -1,5 +1,7 @@
 """Learning-rate schedules."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -9,8 +11,8 @@ from edgekd.distill.optimizer import build_optimizer, learning_rate
 from edgekd.errors import InputError
 
 
-def rates(schedule, steps, peak=0.5):
-    config = TrainConfig(schedule=schedule, learning_rate=peak)
+def rates(schedule, steps, peak=0.5, **keys):
+    config = TrainConfig(schedule=schedule, learning_rate=peak, **keys)
     return [learning_rate(config, step, steps) for step in range(steps)]
 
 
@@ -34,6 +36,26 @@ def test_cosine_starts_at_its_peak_and_is_half_way_in_the_middle():
     values = rates("cosine", 101)
     assert values[0] == 0.5
     assert values[50] == pytest.approx(0.25, rel=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("steps", [1, 2, 7, 1000])
+@pytest.mark.parametrize("warm_up", [0.01, 0.3, 0.99])
+def test_a_warm_up_is_a_line_up_to_the_peak(schedule, steps, warm_up):
+    values = rates(schedule, steps, warm_up=warm_up)
+    rise = round(warm_up * steps)
+    assert all(0 < value <= 0.5 for value in values)
+    differences = [b - a for a, b in pairwise(values[:rise])]
+    assert differences == pytest.approx([0.5 / (rise + 1)] * len(differences))
+    if rise:
+        assert values[0] == pytest.approx(0.5 / (rise + 1))
+    if rise < steps:
+        assert values[rise] == 0.5
+        assert values[rise:] == sorted(values[rise:], reverse=True)
+
+
+def test_cosine_comes_to_almost_nothing_after_a_warm_up_too():
+    assert rates("cosine", 100, warm_up=0.2)[-1] < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])

@@ -77,9 +77,9 @@ CASES = {
     "empty data": (lambda f: (f / "d.npz").write_bytes(b""), [], "d.npz"),
     "another image size": (save, ["data.image_size=[16, 16]"], "8"),
     "label out of range": (
-        lambda f: save(f, train_label=np.where(np.arange(60) == 7, -1, np.arange(60) % 3)),
+        lambda f: save(f, train_label=np.where(np.arange(60) == 7, -2, np.arange(60) % 3)),
         [],
-        "-1",
+        "-2",
     ),
     "NaN in the data": (nan_in_state, [], "17"),
     "checkpoint that does not fit": (

@@ -8,7 +8,7 @@ import torch
 
 from edgekd.errors import InputError, StageError
 from edgekd.spec import TensorSpec
-from edgekd.tasks import Classification, Policy, Regression, get_task
+from edgekd.tasks import Classification, Policy, Regression, against_teacher, get_task
 
 
 def dataset(labels=None, targets=("label",), image=None, **splits):
@@ -52,11 +52,22 @@ def test_a_task_of_ones_own_must_be_a_task():
         get_task("fractions:Fraction")
 
 
-@pytest.mark.parametrize("bad", [3, -1])
+@pytest.mark.parametrize("bad", [3, -2])
 def test_label_out_of_range_names_split_sample_and_value(bad):
     data = labelled([0, 1, 2], [0, 2, bad, 1], labels=("a", "b", "c"))
     with pytest.raises(InputError, match=rf"sample 2 is {bad}, outside 0…2[\s\S]*validation"):
         Classification().check(data)
+
+
+def test_unlabelled_samples_are_good_data_in_every_split():
+    Classification().check(labelled([0, -1, 2], [-1, -1]))
+    Classification(classes=3).check(labelled([-1, -1], [-1]))
+
+
+def test_without_any_training_label_the_classes_must_be_said():
+    with pytest.raises(InputError, match=r"no training sample has a label[\s\S]*classes"):
+        Classification().check(labelled([-1, -1]))
+    assert Classification(classes=4).outputs(labelled([-1, -1]))[0].shape == ("batch", 4)
 
 
 def test_classes_come_from_the_training_split_when_unnamed():
@@ -123,6 +134,57 @@ def test_accuracy_over_positions_is_a_mean_per_sample():
     logits = np.eye(3)[[[0, 1], [2, 2]]]
     scores = Classification().scores({"logits": logits}, {"label": np.array([[0, 0], [2, 2]])})
     assert scores.tolist() == [0.5, 1.0]
+
+
+def test_positions_without_a_label_do_not_count():
+    logits = np.eye(3)[[[0, 1], [2, 2], [0, 0]]]
+    labels = {"label": np.array([[0, -1], [2, 1], [-1, -1]])}
+    scores = Classification().scores({"logits": logits}, labels)
+    assert scores[:2].tolist() == [1.0, 0.5]
+    assert np.isnan(scores[2])
+    assert Classification().labelled(labels).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("task", "outputs"),
+    [
+        (Classification(), {"logits": np.random.default_rng(0).random((6, 4))}),
+        (Classification(), {"logits": np.random.default_rng(0).random((6, 3, 4))}),
+        (Policy(), {"action": np.random.default_rng(0).random((6, 3, 2), np.float32)}),
+        (Regression(), {"prediction": np.random.default_rng(0).random((6, 1), np.float32)}),
+    ],
+)
+def test_a_model_is_right_about_its_own_answers(task, outputs):
+    targets = task.targets_from(outputs)
+    assert task.labelled(targets).all()
+    assert (task.scores(outputs, targets) == (1.0 if task.higher_is_better else 0.0)).all()
+
+
+def test_the_constant_answer_is_the_best_of_all_constants():
+    labels = {"label": np.array([2, 0, 2, -1, 1, 2, -1, -1, -1])}
+    task = Classification()
+    given = task.scores(task.constant(labels), labels)[task.labelled(labels)]
+    assert given.mean() == 3 / 5
+    rng = np.random.default_rng(0)
+    target = rng.gamma(1.0, 2.0, (41, 2, 3))
+    mask = rng.random((41, 2)) < 0.7
+    mask[:, 0] = True
+    target[~mask] = np.nan
+    targets = {"action": target, "action_mask": mask}
+    policy = Policy()
+    # The mean over the kept elements: each sample weighs as much as it has of them.
+    weights = mask.sum(1)
+    best = (policy.scores(policy.constant(targets), targets) * weights).sum()
+    for shift in rng.normal(0, 0.3, (50, 2, 3)):
+        moved = {"action": policy.constant(targets)["action"] + shift}
+        assert (policy.scores(moved, targets) * weights).sum() >= best
+
+
+def test_the_task_against_the_teacher_is_named_so_and_leaves_the_other_alone():
+    task = Classification(target="digit")
+    agreeing = against_teacher(task)
+    assert (agreeing.metric, agreeing.target, task.metric) == ("agreement", "digit", "accuracy")
+    assert against_teacher(Policy()).metric == "mae to the teacher"
 
 
 def test_answers_that_are_nan_are_no_score():

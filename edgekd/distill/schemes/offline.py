@@ -28,14 +28,17 @@ def _propose_assistant(room: Classroom) -> None:
     if above <= LARGE_GAP * below:
         return
     candidates = {}
+    kinds = (type(room.student.module), type(getattr(room.teacher.model, "module", None)))
     for name in MODELS:
         try:
-            candidates[name] = count_parameters(room.build(ModelConfig(model=name), 0))
+            network = room.build(ModelConfig(model=name), 0)
         except InputError:
             continue  # It is made for other inputs.
+        if isinstance(network.module, kinds):
+            candidates[name] = count_parameters(network)
     between = propose_assistant(above, below, candidates)
     if between is not None:
         room.say(
-            f"  the teacher has {above / below:.0f} times the student's parameters; {between} between "
-            f"them may help: distill.scheme: {{assistant: {{models: [{between}]}}}}"
+            f"  the teacher has {above / below:.0f} times the student's parameters; {between} "
+            f"between them may help: distill.scheme: {{assistant: {{models: [{between}]}}}}"
         )

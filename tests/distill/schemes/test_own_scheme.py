@@ -36,7 +36,7 @@ def test_a_scheme_of_ones_own_trains_the_student(module, make_room):
     assert list(scheme(room)) == ["round 0", "round 1", "student"]
     assert [fit.model for fit in room.fits] == [room.student] * 3
 
-    with pytest.raises(InputError, match="no argument 'round'(.|\n)*did you mean 'rounds'"):
+    with pytest.raises(InputError, match=r"no argument 'round'(.|\n)*did you mean 'rounds'"):
         find_scheme(SchemeConfig.model_validate({"users_schemes:twice": {"round": 3}}))
 
 

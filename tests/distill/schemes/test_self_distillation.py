@@ -39,10 +39,13 @@ def test_generations_start_from_weights_of_their_own(make_room):
     assert torch.equal(student, first)
 
 
-@pytest.mark.parametrize("terms", [({"fitnets": {"student": "layers.9", "teacher": "layers.0"}},),
-                                   ({"fitnets": {"student": "layers.0", "teacher": "layer.0"}},)])  # fmt: skip
-def test_a_layer_that_does_not_exist_is_found_before_the_first_training(make_room, terms):
-    room = make_room(terms)
+@pytest.mark.parametrize(
+    ("student", "teacher"), [("layers.9", "layers.0"), ("layers.0", "layer.0")]
+)
+def test_a_layer_that_does_not_exist_is_found_before_the_first_training(
+    make_room, student, teacher
+):
+    room = make_room(({"fitnets": {"student": student, "teacher": teacher}},))
     with pytest.raises(InputError, match=r"no layer named 'layer(s\.9|\.0)'"):
         self_(room)
     assert room.fits == []
@@ -104,7 +107,8 @@ def test_the_student_alone_is_trained_and_keeps_no_exits(make_room):
     fresh = room.new_student(0).state_dict()
     trained = room.student.state_dict()
     assert {k: v.shape for k, v in trained.items()} == {k: v.shape for k, v in fresh.items()}
-    assert not torch.equal(trained["module.head.linear.0.weight"], fresh["module.head.linear.0.weight"])  # fmt: skip
+    head = "module.head.linear.0.weight"
+    assert not torch.equal(trained[head], fresh[head])
     assert not any(module._forward_hooks for module in room.student.modules())
     assert list(histories["student"].epochs[0].terms) == [
         "hard",

@@ -1,0 +1,214 @@
+"""Where a training runs: its device, and the processes that share each batch.
+
+Every process goes through the same batches and takes its rows of each. What the network gives
+for them is gathered, so that the objective is that of the whole batch in every process, whatever
+it relates; the gradients are then averaged. A plain run is alone and imports none of this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from edgekd.distill.world import world_size
+from edgekd.errors import InputError, StageError
+
+Value = TypeVar("Value")
+
+_LONGEST_STEP = timedelta(minutes=30)
+_LONGEST_STAGE = timedelta(days=30)
+"""How long the others wait for the first process, which alone runs all other stages."""
+
+
+def training_device() -> torch.device:
+    """A CUDA device when there is one, else the CPU; ``ACCELERATE_USE_CPU=1`` keeps to that."""
+    if world_size() > 1:
+        return open_processes().device
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    from accelerate import PartialState
+
+    device: torch.device = PartialState().device
+    return device
+
+
+@cache
+def open_processes() -> Processes:
+    """The processes of this run, which find each other here.
+
+    Raises:
+        StageError: they do not.
+    """
+    from accelerate import PartialState
+
+    try:
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=_LONGEST_STEP)
+        return Processes(state.process_index, state.num_processes, state.device)
+    except (RuntimeError, ValueError) as error:
+        raise StageError(
+            f"the {world_size()} processes did not find each other: {error}",
+            where="WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT in the environment",
+            remedy="start them with torchrun",
+        ) from error
+
+
+class Processes:
+    """Processes of equal standing in a training; the first alone speaks and writes.
+
+    Attributes:
+        rank: this one's number, from 0.
+        count: how many there are.
+        device: this one's.
+    """
+
+    def __init__(self, rank: int, count: int, device: torch.device) -> None:
+        self.rank, self.count, self.device = rank, count, device
+        # Apart: a failed training's connections are cut while the others still hear why.
+        self.training = torch.distributed.new_group(timeout=_LONGEST_STEP)
+        self.control = torch.distributed.new_group(backend="gloo", timeout=_LONGEST_STAGE)
+
+    def rows(self, total: int) -> slice:
+        """This process's rows of a batch of ``total``."""
+        return slice(*self._ends(total)[self.rank : self.rank + 2])
+
+    def share(self, batch: Mapping[str, Tensor], total: int) -> dict[str, Tensor]:
+        """This process's rows of a batch.
+
+        Raises:
+            InputError: there are fewer rows than processes.
+        """
+        if total < self.count:
+            raise InputError(
+                f"a batch of {total} cannot be shared by {self.count} processes",
+                remedy="raise batch_size, or start fewer processes",
+            )
+        rows = self.rows(total)
+        return {name: tensor[rows] for name, tensor in batch.items()}
+
+    def gathered(self, answers: Mapping[str, Tensor], total: int) -> dict[str, Tensor]:
+        """What all processes answered, (total, …) each, with its graph.
+
+        Raises:
+            InputError: an answer does not have a row per sample.
+        """
+        rows = self.rows(total)
+        for name, answer in answers.items():
+            if answer.ndim == 0 or len(answer) != rows.stop - rows.start:
+                raise InputError(
+                    f"{name!r} is {list(answer.shape)} for {rows.stop - rows.start} samples, and "
+                    "several processes need one row per sample",
+                    remedy="give the batch as the first dimension, or train in one process",
+                )
+        return {name: _Gathered.apply(answer, self, total) for name, answer in answers.items()}
+
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace each gradient by its mean over the processes.
+
+        By hand and not by DistributedDataParallel, which learns from the outputs of a forward
+        which parameters take part; captured layers and adapters are none of these.
+        """
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        by_type: dict[torch.dtype, list[Tensor]] = {}
+        for gradient in gradients:
+            by_type.setdefault(gradient.dtype, []).append(gradient)
+        for group in by_type.values():
+            flat = torch.cat([gradient.reshape(-1) for gradient in group])
+            torch.distributed.all_reduce(flat, group=self.training)
+            flat /= self.count
+            pieces = flat.split([gradient.numel() for gradient in group])
+            for gradient, piece in zip(group, pieces, strict=True):
+                gradient.copy_(piece.view(gradient.shape))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes, with its graph."""
+        total: Tensor = _Sum.apply(tensor, self)
+        return total
+
+    def spread(self, module: nn.Module) -> None:
+        """Give every process the first one's weights and buffers."""
+        for tensor in module.state_dict().values():
+            plain = tensor.detach().to(self.device, memory_format=torch.contiguous_format)
+            torch.distributed.broadcast(plain, src=0, group=self.training)
+            tensor.copy_(plain)
+
+    def told(self, value: Value | None) -> Value:
+        """What the first process says; the others' ``value`` is not looked at."""
+        said: list[Any] = [value]
+        torch.distributed.broadcast_object_list(said, src=0, group=self.control)
+        told: Value = said[0]
+        return told
+
+    def asked(self, value: Value) -> list[Value]:
+        """What each process says, in their order."""
+        said: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(said, value, group=self.control)
+        return said
+
+    @contextmanager
+    def own_draws(self, seed: int) -> Iterator[None]:
+        """Dropout of its own for this process's rows; the common random numbers are kept."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed((seed + self.rank * 0x9E3779B97F4A7C15) % 2**63)
+            yield
+
+    def cut(self) -> None:
+        """Leave the training: the others' next exchange in it fails instead of waiting."""
+        for device in ("cpu", "cuda"):
+            try:
+                backend = self.training._get_backend(torch.device(device))
+            except RuntimeError:
+                continue
+            backend.abort()
+
+    def _ends(self, total: int) -> list[int]:
+        return [rank * total // self.count for rank in range(self.count + 1)]
+
+    def all_rows(self, tensor: Tensor, total: int) -> Tensor:
+        """All processes' rows, (total, …), without a graph."""
+        ends = self._ends(total)
+        sizes = [stop - start for start, stop in pairwise(ends)]
+        # Exchanges take equal sizes: the shorter ones are filled up.
+        padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(parts, padded, group=self.training)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+class _Gathered(torch.autograd.Function):
+    """All processes' rows. Each computes the same objective from them, and so each takes its own
+    rows of the gradient, times the number of processes that the average divides by."""
+
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor, processes: Processes, total: int) -> Tensor:
+        ctx.rows, ctx.count = processes.rows(total), processes.count
+        return processes.all_rows(mine.detach(), total)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0][ctx.rows] * ctx.count, None, None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over processes; a summand counts in each process's result."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, processes: Processes) -> Tensor:
+        ctx.processes = processes
+        total = tensor.detach().clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=processes.training)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0].clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(gradient, group=ctx.processes.training)
+        return gradient, None

@@ -1,0 +1,217 @@
+"""One training step: forward, objective and gradient; and after so many batches the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgekd.config.pipeline import TrainConfig
+from edgekd.distill.averaging import WeightAverage
+from edgekd.distill.features import Capture
+from edgekd.distill.objective import Objective
+from edgekd.distill.optimizer import build_optimizer
+from edgekd.distill.runtime import Processes
+from edgekd.errors import InputError, StageError
+
+_HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Step:
+    """What steps the weights of a network and of its objective's adapters.
+
+    Args:
+        model: trained in place. It is compiled for training only: its state, its validation and
+            its export are those of the module itself.
+        average: what follows its weights, if anything.
+        objective: prepared, so that it has its parameters.
+        config: optimizer, precision, clipping, accumulation.
+        capture: takes the layers' features of a forward pass.
+        device: where the model is.
+        processes: those that share each batch; None: this one is alone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        average: WeightAverage | None,
+        objective: Objective,
+        config: TrainConfig,
+        capture: Capture,
+        device: torch.device,
+        processes: Processes | None,
+    ) -> None:
+        self.model, self.average, self.objective = model, average, objective
+        self.capture, self.device, self.processes = capture, device, processes
+        self.accumulate, self.clip_norm = config.accumulate, config.clip_norm
+        self.half = _HALF.get(config.precision)
+        self.scaler = torch.amp.GradScaler(device.type) if config.precision == "float16" else None
+        self.forward: Any = torch.compile(model) if config.compile else model
+        modules = (model, objective)
+        self.parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
+        self.optimizer = build_optimizer(self.parameters, config)
+
+    def take(
+        self,
+        batch: Mapping[str, Tensor],
+        size: int,
+        teacher: Mapping[str, Tensor] | None,
+        *,
+        rate: float,
+        part: float,
+        step: int,
+        steps: int,
+        seed: int,
+    ) -> Tensor:
+        """One batch. The gradient is the mean over ``accumulate`` batches, then it is used.
+
+        Args:
+            batch: on the model's device.
+            size: its samples.
+            teacher: the answers to it.
+            rate: the learning rate.
+            part: how much of the training is done.
+            step: the batch's number in its epoch, from 0; the epoch's last batches may be fewer
+                than ``accumulate``.
+            steps: batches of an epoch.
+            seed: of dropout, with several processes.
+
+        Returns:
+            The objective and each term's value, (1 + terms,) float32, without a graph.
+        """
+        begun = step - step % self.accumulate
+        batches = min(self.accumulate, steps - begun)
+        student = self._answers(batch, size, seed + step)
+        total, terms = self.objective(student, teacher, batch, part)
+        if step == begun:
+            self.optimizer.zero_grad(set_to_none=True)
+        share = total if batches == 1 else total / batches
+        if self.scaler is not None:
+            share = self.scaler.scale(share)
+        share.backward()
+        if step + 1 == begun + batches:
+            self._use_gradient(rate)
+        return torch.stack([value.float() for value in (total.detach(), *terms.values())])
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on, beside the model and the objective."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler is not None else {},
+            "average": self.average.state_dict() if self.average is not None else {},
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state`."""
+        self.optimizer.load_state_dict(dict(state["optimizer"]))
+        if self.scaler is not None:
+            self.scaler.load_state_dict(dict(state["scaler"]))
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+
+    def _answers(self, batch: Mapping[str, Tensor], size: int, seed: int) -> dict[str, Tensor]:
+        """The network's outputs and features for the whole batch."""
+        if self.processes is None:
+            return self._network(batch)
+        with self.processes.own_draws(seed):
+            mine = self._network(self.processes.share(batch, size))
+        return self.processes.gathered(mine, size)
+
+    def _network(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        answers: dict[str, Tensor]
+        if self.half is None:
+            answers = self.forward(batch)
+            return answers | self.capture.take()
+        with torch.autocast(self.device.type, self.half):
+            answers = self.forward(batch) | self.capture.take()
+        # The objective and its adapters reckon in float32.
+        return {
+            name: answer.float() if answer.dtype is self.half else answer
+            for name, answer in answers.items()
+        }
+
+    def _use_gradient(self, rate: float) -> None:
+        if self.processes is not None:
+            self.processes.average_gradients(self.parameters)
+        if self.clip_norm is not None:
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if self.scaler is not None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+
+
+def check_step(
+    config: TrainConfig, objective: Objective, device: torch.device, processes: Processes | None
+) -> None:
+    """Refuse now what would go wrong, or silently not be done, later.
+
+    Raises:
+        InputError: float16 on a CPU, ``compile`` where layers are captured or processes share a
+            batch, or a warm-up beside one-cycle's own.
+    """
+    if config.precision == "float16" and device.type == "cpu":
+        raise InputError(
+            "float16 is not trained on a CPU: its gradients are lost to underflow",
+            where="precision",
+            remedy="use bfloat16 or float32",
+        )
+    if config.compile and objective.student_layers:
+        raise InputError(
+            f"the student is to be compiled, and its layers {', '.join(objective.student_layers)} "
+            "are compared, which a compiled network does not show",
+            where="compile",
+            remedy="set compile: false, or use losses on the outputs",
+        )
+    if config.compile and processes is not None:
+        raise InputError(
+            "compile is for a training in one process",
+            where="compile",
+            remedy="set compile: false, or start one process",
+        )
+    if config.warm_up and config.schedule == "one-cycle":
+        raise InputError(
+            "one-cycle has a warm-up of its own, and another is asked for",
+            where="warm_up",
+            remedy="leave warm_up out, or set schedule: cosine",
+        )
+
+
+def read_values(
+    pending: list[Tensor], labels: Sequence[str], epoch: int, before: int
+) -> list[list[float]]:
+    """The values of the steps since the last reading, which are then forgotten.
+
+    Args:
+        pending: what :meth:`Step.take` gave, (1 + terms,) each.
+        labels: the terms' names.
+        epoch: from 1.
+        before: steps of the epoch that were read before.
+
+    Raises:
+        StageError: one of their totals is NaN or infinite.
+    """
+    rows: list[list[float]] = torch.stack(pending).tolist() if pending else []
+    pending.clear()
+    for step, row in enumerate(rows, start=before + 1):
+        if math.isfinite(row[0]):
+            continue
+        named = ", ".join(
+            f"{label} {value:g}" for label, value in zip(labels, row[1:], strict=True)
+        )
+        raise StageError(
+            f"the loss became {row[0]:g} in epoch {epoch}, step {step}; its terms: {named}",
+            remedy="lower learning_rate or set clip_norm; a term that is infinite by itself "
+            "shows which loss, or which teacher answer, is at fault",
+        )
+    return rows

@@ -1,0 +1,366 @@
+"""Images per second of distillation: the answer cache, a live teacher, and what others take.
+
+The contenders train the same student on Fashion-MNIST, from the same weights, in batches of 128,
+with SGD and ``0.1 · CE + 0.9 · T² · KL`` at T = 4:
+
+- ``alone``: edgekd, the student by hard labels only;
+- ``cached``: edgekd, soft labels from the answer cache, which is filled and timed beforehand;
+- ``live``: edgekd with ``distill.cache: false``;
+- ``by hand``: the loop that anybody would write around a live teacher;
+- ``torchdistill``: its DistillationBox with KDLoss, when ``--torchdistill`` names an interpreter of
+  an environment that has it (and edgekd's dependencies; edgekd itself is put on its path).
+
+Each takes its turn in a fresh process, round by round, so that a drift of the machine meets all
+alike; a round's figure is the median of its epochs but the first. The clock runs from asking for
+an epoch's first batch until its last step is done: validation and checkpoints are left out, which
+only edgekd has. The teacher's weights are random, which costs the same. Where other work shares the
+machine, images per CPU second tell more than those per second::
+
+    python tests/benchmarks/distillation_throughput.py [--threads 1] [--rounds 5] \
+        [--torchdistill /path/to/environment/bin/python] [--teacher convnet-l --student convnet-s]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+
+import edgekd
+from edgekd.config.pipeline import CacheConfig, DataConfig, LossTerm, ModelConfig, TrainConfig
+from edgekd.data import Split, load_dataset, open_dataset, save_dataset
+from edgekd.data.loader import Loader
+from edgekd.distill.cache import fill_cache
+from edgekd.distill.objective import Objective
+from edgekd.distill.teacher import ModuleTeacher, Teacher
+from edgekd.distill.trainer import train
+from edgekd.models import NamedModel, build_model, count_parameters
+from edgekd.tasks import get_task
+
+BATCH = 128
+TEMPERATURE, HARD, SOFT = 4.0, 0.1, 0.9
+OPTIMIZER = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": True}
+NETWORKS = {
+    "teacher-280k": ModelConfig(model="convnet-l", args={"widths": (14, 28, 48, 96)}),
+    "student-18k": ModelConfig(model="convnet-s", args={"widths": (12, 16, 34)}),
+}
+"""Beside the built-in ones."""
+EDGEKD = ("alone", "cached", "live")
+AUGMENT = ("flip", {"erase": {"size": 0.3}})
+
+Laps = list[tuple[float, float]]
+"""Seconds and CPU seconds of each epoch."""
+
+
+def clocked(batches: Iterable[Any], laps: Laps) -> Iterator[Any]:
+    """The batches; the lap ends when one more is asked for than there are."""
+    begin, busy = time.perf_counter(), time.process_time()
+    yield from batches
+    laps.append((time.perf_counter() - begin, time.process_time() - busy))
+
+
+class ClockedLoader(Loader):
+    """A loader that times its epochs."""
+
+    laps: Laps
+
+    def epoch(self, seed: int, epoch: int) -> Iterator[dict[str, Tensor]]:
+        """See :class:`Loader`."""
+        return clocked(super().epoch(seed, epoch), self.laps)
+
+
+class Tensors(nn.Module):
+    """A network as other loops call it: images in, logits out."""
+
+    def __init__(self, network: NamedModel) -> None:
+        super().__init__()
+        self.network = network.module
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, classes)."""
+        logits: Tensor = self.network(images)["logits"]
+        return logits
+
+
+class Bench:
+    """The data and the two networks, the same for every contender."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.dataset = open_dataset(options.work / "data")
+        self.task = get_task("classification", {})
+        self.outputs = self.task.outputs(self.dataset)
+        self.teacher = self._network(options.teacher, seed=1)
+        self.student = self._network(options.student, seed=0)
+
+    def _network(self, name: str, seed: int) -> NamedModel:
+        torch.manual_seed(seed)
+        config = NETWORKS.get(name, ModelConfig(model=name))
+        return build_model(config, self.dataset.inputs, self.outputs)
+
+    def loader(self, laps: Laps) -> ClockedLoader:
+        """Training batches, as ``edgekd.stages.fitting.fit`` makes them."""
+        views = min(CacheConfig().views, self.options.epochs) if self.options.augment else 1
+        loader = ClockedLoader(
+            "train",
+            self.dataset,
+            BATCH,
+            AUGMENT if self.options.augment else (),
+            channels_last=True,
+            views=None if self.options.contender == "live" else views,
+            steps=self.options.batches,
+        )
+        loader.laps = laps
+        return loader
+
+    def cached(self, loader: Loader) -> Teacher:
+        """The teacher's answers from the disk, asked for where they are missing."""
+        assert loader.views is not None
+        return fill_cache(
+            ModuleTeacher(self.teacher),
+            loader,
+            self.options.work / "cache",
+            outputs=self.outputs,
+            logits=["logits"],
+            views=loader.views,
+            top=CacheConfig().top,
+            seed=0,
+            data="fashion-mnist",
+            augment=list(loader.augmented * AUGMENT),
+            progress=Mock(),
+        )
+
+    def tensors(self) -> tuple[TensorDataset, int]:
+        """All training images, preprocessed, and labels; and how many an epoch takes."""
+        split = self.dataset.splits["train"]
+        images = self.dataset.model_inputs("train", 0, len(split))["image"]
+        labels = np.array(split.arrays["label"], np.int64)
+        data = TensorDataset(torch.from_numpy(images), torch.from_numpy(labels))
+        return data, self.options.batches * BATCH
+
+
+def fill(bench: Bench, laps: Laps) -> float:
+    """Not a contender: the cache is filled."""
+    loader = bench.loader(laps)
+    begin, busy = time.perf_counter(), time.process_time()
+    bench.cached(loader)
+    laps.append((time.perf_counter() - begin, time.process_time() - busy))
+    return 0.0
+
+
+def with_edgekd(bench: Bench, laps: Laps) -> float:
+    """``alone``, ``cached`` or ``live``; the last epoch's mean loss."""
+    contender = bench.options.contender
+    loader = bench.loader(laps)
+    teacher = {
+        "alone": lambda: None,
+        "cached": lambda: bench.cached(loader),
+        "live": lambda: ModuleTeacher(bench.teacher),
+    }[contender]()
+    terms = [
+        {"hard_labels": {}, "weight": HARD},
+        {"soft_labels": {"temperature": TEMPERATURE}, "weight": SOFT},
+    ]
+    objective = (
+        Objective.supervised(bench.task)
+        if contender == "alone"
+        else Objective([LossTerm.model_validate(term) for term in terms], bench.task)
+    )
+    few = {name: array[:BATCH] for name, array in bench.dataset.splits["validation"].arrays.items()}
+    with tempfile.TemporaryDirectory(dir=bench.options.work) as folder:
+        history = train(
+            bench.student,
+            objective,
+            (loader, Loader(Split(few), bench.dataset, BATCH, channels_last=True)),
+            bench.task,
+            TrainConfig(
+                epochs=bench.options.epochs,
+                batch_size=BATCH,
+                optimizer="sgd",
+                learning_rate=OPTIMIZER["lr"],
+                schedule="constant",
+            ),
+            0,
+            checkpoint_folder=Path(folder),
+            progress=Mock(),
+            teacher=teacher,
+        )
+    return float(history.epochs[-1].loss)
+
+
+def by_hand(bench: Bench, laps: Laps) -> float:
+    """A live teacher, as people write it."""
+    data, samples = bench.tensors()
+    loader = DataLoader(data, batch_size=BATCH, sampler=RandomSampler(data, num_samples=samples))
+    teacher, student = Tensors(bench.teacher).eval(), Tensors(bench.student).train()
+    optimizer = torch.optim.SGD(student.parameters(), **OPTIMIZER)
+    for _ in range(bench.options.epochs):
+        total = 0.0
+        for images, labels in clocked(loader, laps):
+            with torch.no_grad():
+                answer = teacher(images)
+            logits = student(images)
+            soft = F.kl_div(
+                F.log_softmax(logits / TEMPERATURE, dim=1),
+                F.softmax(answer / TEMPERATURE, dim=1),
+                reduction="batchmean",
+            )
+            loss = HARD * F.cross_entropy(logits, labels) + SOFT * TEMPERATURE**2 * soft
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item()
+    return total / bench.options.batches
+
+
+def with_torchdistill(bench: Bench, laps: Laps) -> float:
+    """The training loop of its examples, without their logging."""
+    from torchdistill.core.distillation import get_distillation_box  # type: ignore[import-not-found]
+
+    data, samples = bench.tensors()
+    logits = {"module_path": ".", "module_io": "output"}
+    loss_kwargs = {f"{who}_{key}": v for who in ("student", "teacher") for key, v in logits.items()}
+    loss_kwargs |= {"temperature": TEMPERATURE, "alpha": HARD, "beta": SOFT}
+    config = {
+        "num_epochs": bench.options.epochs,
+        "train_data_loader": {
+            "dataset_id": "train",
+            "sampler": {"class_or_func": RandomSampler, "kwargs": {"num_samples": samples}},
+            "kwargs": {"batch_size": BATCH, "num_workers": 0, "drop_last": True},
+        },
+        "teacher": {"forward_proc": "forward_batch_only", "requires_grad": False},
+        "student": {"forward_proc": "forward_batch_only", "requires_grad": True},
+        "optimizer": {"key": "SGD", "kwargs": dict(OPTIMIZER)},
+        "criterion": {
+            "key": "WeightedSumLoss",
+            "kwargs": {
+                "sub_terms": {
+                    "kd": {"criterion": {"key": "KDLoss", "kwargs": loss_kwargs}, "weight": 1.0}
+                }
+            },
+        },
+    }
+    device = torch.device("cpu")
+    teacher, student = Tensors(bench.teacher).eval(), Tensors(bench.student)
+    box = get_distillation_box(teacher, student, {"train": data}, config, device, None, False, 1)
+    for epoch in range(bench.options.epochs):
+        box.pre_epoch_process(epoch=epoch)
+        total = 0.0
+        for images, labels, extra in clocked(box.train_data_loader, laps):
+            loss = box.forward_process(images.to(device), labels.to(device), extra)
+            box.post_forward_process(loss)
+            total += loss.item()
+        box.post_epoch_process()
+    return total / bench.options.batches
+
+
+RUNS = {**dict.fromkeys(EDGEKD, with_edgekd), "fill": fill, "by hand": by_hand}
+RUNS["torchdistill"] = with_torchdistill
+
+
+def contend(options: argparse.Namespace) -> None:
+    """In a process of its own: run one contender and print its laps and its loss."""
+    torch.set_num_threads(options.threads)
+    laps: Laps = []
+    loss = RUNS[options.contender](Bench(options), laps)
+    print(json.dumps({"laps": laps, "loss": loss}))
+
+
+def measure(contender: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """One contender in a fresh process: what :func:`contend` prints."""
+    python = options.torchdistill if contender == "torchdistill" else sys.executable
+    words = ["--contender", contender, "--work", str(work), *sys.argv[1:]]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(options.threads),
+        "PYTHONPATH": str(Path(edgekd.__file__).parent.parent),
+        # As edgekd sets it for itself: threads that spin stop each other on a busy machine.
+        "GOMP_SPINCOUNT": "10000",
+    }
+    done = subprocess.run(
+        [python, __file__, *words], check=True, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def compare(options: argparse.Namespace, work: Path) -> None:
+    """All contenders in turn, round by round; the ratios are those within a round."""
+    save_dataset(load_dataset(DataConfig(source="fashion-mnist"), Path(), seed=0), work / "data")
+    bench = Bench(argparse.Namespace(**{**vars(options), "work": work}))
+    for role, network in (("teacher", bench.teacher), ("student", bench.student)):
+        name = getattr(options, role)
+        print(f"{role} {name}: {count_parameters(network):,} parameters")
+    samples = len(bench.dataset.splits["train"])
+    names = [*EDGEKD, *([] if options.augment else ["by hand"])]
+    names += ["torchdistill"] if options.torchdistill and not options.augment else []
+    seconds, busy = measure("fill", options, work)["laps"][0]
+    print(f"the cache of {samples:,} images is filled in {seconds:.1f} s, {busy:.1f} CPU seconds")
+    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    losses = {}
+    for number in range(options.rounds):
+        # Another one begins each time, so that none always comes after the same.
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            result = measure(name, options, work)
+            laps = np.median(np.array(result["laps"][1:]), axis=0)
+            rates[name].append(tuple(options.batches * BATCH / laps))
+            losses[name] = result["loss"]
+        figures = ", ".join(f"{name} {rates[name][-1][0]:,.0f}" for name in names)
+        print(f"{number}: {figures} images/s; load {os.getloadavg()[0]:.1f}", flush=True)
+    table(rates, losses)
+
+
+def table(rates: dict[str, list[tuple[float, float]]], losses: dict[str, float]) -> None:
+    """Medians over rounds, ratios with their smallest and largest; the last epoch's loss."""
+    print(
+        "| contender | images/s | cached to it | images/CPU s | cached to it | loss |\n"
+        "|---|---:|---:|---:|---:|---:|"
+    )
+    for name, values in rates.items():
+        cells = [name]
+        for clock in (0, 1):
+            cells.append(f"{statistics.median(value[clock] for value in values):,.0f}")
+            pairs = zip(rates["cached"], values, strict=True)
+            ratios = sorted(cached[clock] / value[clock] for cached, value in pairs)
+            middle = statistics.median(ratios)
+            cells.append(f"{middle:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+        print(f"| {' | '.join(cells)} | {losses[name]:.4f} |")
+
+
+def main() -> None:
+    """Compare, or be one of the compared."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=50, help="of an epoch")
+    parser.add_argument("--epochs", type=int, default=4, help="of a round; the first is warm-up")
+    parser.add_argument("--teacher", default="teacher-280k")
+    parser.add_argument("--student", default="student-18k")
+    parser.add_argument("--augment", action="store_true", help="flip and erase; edgekd only")
+    parser.add_argument("--torchdistill", metavar="PYTHON")
+    parser.add_argument("--contender", choices=list(RUNS), help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.contender:
+        contend(options)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        compare(options, Path(folder))
+
+
+if __name__ == "__main__":
+    main()

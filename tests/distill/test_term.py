@@ -1,0 +1,200 @@
+"""Terms: layers, pairs, schedules, and losses with trained parts."""
+
+import sys
+import types
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edgekd.config.pipeline import LossTerm
+from edgekd.distill.features import layer_key
+from edgekd.distill.losses import LOSSES
+from edgekd.distill.losses.relation import similarity
+from edgekd.distill.losses.response import soft_labels
+from edgekd.distill.objective import Objective
+from edgekd.errors import InputError
+from edgekd.spec import SAMPLE
+from edgekd.tasks import Classification, Policy
+
+TASK = Classification()
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+STUDENT = {
+    "logits": random(6, 3, seed=1),
+    layer_key("a"): random(6, 4, 8, 8, seed=2),
+    layer_key("b"): random(6, 8, 4, 4, seed=3),
+}
+TEACHER = {
+    "logits": random(6, 3, seed=4),
+    layer_key("x"): random(6, 16, 8, 8, seed=5),
+    layer_key("y"): random(6, 32, 4, 4, seed=6),
+}
+BATCH = {"label": torch.tensor([0, 1, 2, 0, 1, 2]), SAMPLE: torch.arange(6)}
+
+
+def objective(*rows, task=TASK):
+    return Objective([LossTerm.model_validate(row) for row in rows], task)
+
+
+@pytest.fixture
+def module():
+    made = types.ModuleType("users_terms")
+    sys.modules["users_terms"] = made
+    yield made
+    del sys.modules["users_terms"]
+
+
+def test_a_named_pair_of_layers_is_compared():
+    made = objective({"similarity": {"student": "a", "teacher": "y"}, "weight": 2})
+    assert (made.student_layers, made.teacher_layers) == (("a",), ("y",))
+    total, _ = made(STUDENT, TEACHER, BATCH)
+    expected = similarity(STUDENT[layer_key("a")], TEACHER[layer_key("y")])
+    torch.testing.assert_close(total, 2 * expected)
+
+
+def test_several_pairs_are_summed():
+    made = objective({"similarity": {"student": ["a", "b"], "teacher": ["x", "y"]}})
+    total, _ = made(STUDENT, TEACHER, BATCH)
+    expected = sum(
+        similarity(STUDENT[layer_key(s)], TEACHER[layer_key(t)]) for s, t in ("ax", "by")
+    )
+    torch.testing.assert_close(total, expected)
+
+
+def test_a_loss_of_sequences_gets_all_layers_at_once(module):
+    seen = []
+
+    def stages(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        seen.append((len(student), len(teacher)))
+        return student[0].sum() - teacher[0].sum()
+
+    module.stages = stages
+    made = objective({"users_terms:stages": {"student": ["a", "b"], "teacher": ["x", "y"]}})
+    made(STUDENT, TEACHER, BATCH)
+    assert seen == [(2, 2)]
+
+
+def test_layers_that_cannot_be_paired():
+    with pytest.raises(InputError, match="2 layers of the student cannot be paired with 3"):
+        objective({"similarity": {"student": ["a", "b"], "teacher": ["x", "y", "z"]}})
+
+
+def test_a_layer_of_the_teacher_for_a_loss_without_one():
+    with pytest.raises(InputError, match="no parameter 'teacher'"):
+        objective({"hard_labels": {"teacher": "x"}})
+
+
+@pytest.mark.parametrize("name", ["fitnets", "vid"])
+def test_adapters_are_made_once_and_trained(name):
+    made = objective({name: {"student": "a", "teacher": "x"}})
+    assert made.needs_shapes
+    assert not list(made.parameters())
+    torch.manual_seed(0)
+    made.prepare(STUDENT, TEACHER, samples=6)
+    parameters = list(made.parameters())
+    assert parameters
+    made.prepare(STUDENT, TEACHER, samples=6)
+    assert [id(p) for p in made.parameters()] == [id(p) for p in parameters]
+    total, _ = made(STUDENT, TEACHER, BATCH)
+    total.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
+
+
+def test_two_pairs_have_adapters_of_their_own():
+    made = objective({"fitnets": {"student": ["a", "b"], "teacher": ["x", "y"]}})
+    made.prepare(STUDENT, TEACHER, samples=6)
+    shapes = [tuple(p.shape) for p in made.parameters() if p.ndim == 4]
+    assert shapes == [(16, 4, 1, 1), (32, 8, 1, 1)]
+
+
+def test_shapes_that_cannot_be_matched_name_both_layers_and_shapes():
+    made = objective({"fitnets": {"student": "a", "teacher": "x"}})
+    teacher = {**TEACHER, layer_key("x"): random(6, 16)}
+    with pytest.raises(InputError, match=r"student a \[6, 4, 8, 8\]; teacher x \[6, 16\]"):
+        made.prepare(STUDENT, teacher, samples=6)
+
+
+def test_a_users_module_with_trained_parts(module):
+    class Mine(nn.Module):
+        def __init__(self, student: tuple[int, ...], teacher: tuple[int, ...], width: int = 2):
+            super().__init__()
+            self.one = nn.Linear(student[1], width)
+            self.other = nn.Linear(teacher[1], width)
+
+        def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+            return (self.one(student) - self.other(teacher)).square().mean() + 0 * target.sum()
+
+    module.Mine = Mine
+    made = objective({"users_terms:Mine": {"width": 5}, "weight": 0.5}, "hard_labels")
+    made.prepare(STUDENT, TEACHER, samples=6)
+    assert {tuple(p.shape) for p in made.parameters()} == {(5, 3), (5,)}
+    total, values = made(STUDENT, TEACHER, BATCH)
+    torch.testing.assert_close(total, 0.5 * values["Mine"] + values["hard_labels"])
+    with pytest.raises(InputError, match="no argument 'depth'"):
+        objective({"users_terms:Mine": {"depth": 5}})
+
+
+def test_the_weight_follows_its_schedule():
+    warm_up = {"start": 0, "end": 8, "over": 0.5}
+    made = objective("hard_labels", {"soft_labels": {}, "weight": warm_up})
+    for part, weight in ((0, 0), (0.25, 4), (0.5, 8), (1, 8)):
+        total, values = made(STUDENT, TEACHER, BATCH, part)
+        torch.testing.assert_close(total, values["hard_labels"] + weight * values["soft_labels"])
+
+
+def test_the_temperature_follows_its_schedule():
+    cooling = {"start": 8, "end": 2, "shape": "cosine"}
+    made = objective({"soft_labels": {"temperature": cooling}})
+    for part, temperature in ((0, 8.0), (0.5, 5.0), (1, 2.0)):
+        total, _ = made(STUDENT, TEACHER, BATCH, part)
+        expected = soft_labels(STUDENT["logits"], TEACHER["logits"], temperature)
+        torch.testing.assert_close(total, expected)
+
+
+@pytest.mark.parametrize("end", [0.5, "warm"])
+def test_a_schedule_that_ends_in_a_wrong_value(end):
+    with pytest.raises(InputError, match="temperature"):
+        objective({"soft_labels": {"temperature": {"start": 4, "end": end}}})
+
+
+def test_a_schedule_in_a_loss_with_trained_parts():
+    with pytest.raises(InputError, match="cannot change over the training"):
+        objective({"vid": {"eps": {"start": 1, "end": 2}, "student": "a", "teacher": "x"}})
+
+
+def test_a_term_that_never_weighs():
+    with pytest.raises(InputError, match="no loss term has a weight above zero"):
+        objective({"hard_labels": {}, "weight": {"start": 0, "end": 0}})
+
+
+def test_crd_is_told_the_size_of_the_split_and_the_rows():
+    made = objective({"crd": {"negatives": 4, "bank": 16}})
+    torch.manual_seed(0)
+    made.prepare(STUDENT, TEACHER, samples=10)
+    total, _ = made(STUDENT, TEACHER, BATCH)
+    assert total.isfinite()
+
+
+CLASSES_ONLY = {"soft_labels", "dkd", "dist", "standardized", "wsld", "jsd", "mlkd"}
+
+
+@pytest.mark.parametrize("name", sorted(CLASSES_ONLY))
+def test_losses_over_classes_are_refused_where_there_are_none(name):
+    with pytest.raises(InputError, match="use regression"):
+        objective(name, task=Policy())
+
+
+def test_every_method_of_the_readme_has_its_name():
+    expected = CLASSES_ONLY | {
+        *("hard_labels", "teacher_labels", "multi_label", "regression"),
+        *("fitnets", "attention", "nst", "fsp", "vid", "ofd", "review", "channel_wise", "pkd"),
+        *("rkd", "similarity", "pkt", "correlation", "crd"),
+        *("hidden_states", "attention_maps", "cosine"),
+    }
+    assert expected <= set(LOSSES)

@@ -1,0 +1,341 @@
+"""Labels are optional: runs without any, trainings with few, and teachers that know nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from sklearn.datasets import load_digits
+from torch import nn
+
+from edgekd.cli import main
+from edgekd.config.pipeline import DataConfig, LossTerm, PipelineConfig
+from edgekd.data.assemble import assemble
+from edgekd.data.source import RawData
+from edgekd.distill.objective import HardLoss, Objective
+from edgekd.distill.teacher import ModuleTeacher
+from edgekd.errors import InputError
+from edgekd.models.named import NamedModel
+from edgekd.spec import ModelSpec
+from edgekd.stages.benchmark import BenchmarkStage
+from edgekd.stages.fitting import Ground, fit
+from edgekd.stages.teacher import check_teacher
+from edgekd.tasks import get_task
+
+PIPELINE = """\
+name: bare
+data: {source: npz, path: d.npz}
+task_args: {classes: 10}
+teacher: {model: mlp, args: {hidden: [64]}, checkpoint: t.pt}
+student: {model: mlp, args: {hidden: [16]}}
+distill: {epochs: 12, learning_rate: 1e-2, batch_size: 64}
+benchmark: {min_queries: 100, max_seconds: 2}
+gate: {accuracy: {min: 0.6, max_drop: 0.4}}
+"""
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(main, ["run", "p.yaml", *arguments])
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Digits without labels, and a teacher that was trained on them with labels."""
+    digits = load_digits()
+    image = digits.images.astype(np.float32)[:, None]
+    np.savez(tmp_path / "d.npz", train_image=image[:1200], test_image=image[1200:])
+    from edgekd.config.pipeline import ModelConfig
+    from edgekd.models import build_model
+    from edgekd.spec import TensorSpec
+
+    torch.manual_seed(0)
+    teacher = build_model(
+        ModelConfig(model="mlp", args={"hidden": [64]}),
+        [TensorSpec("image", ("batch", 1, 8, 8))],
+        [TensorSpec("logits", ("batch", 10))],
+    ).train()
+    # The pipeline normalizes by the training split, so the teacher is trained on such images.
+    inputs = torch.tensor((image - image[:1200].mean()) / image[:1200].std())
+    labels = torch.tensor(digits.target)
+    optimizer = torch.optim.Adam(teacher.parameters(), 1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        logits = teacher({"image": inputs[:1200]})["logits"]
+        nn.functional.cross_entropy(logits, labels[:1200]).backward()
+        optimizer.step()
+    torch.save(teacher.module.state_dict(), tmp_path / "t.pt")
+    (tmp_path / "p.yaml").write_text(PIPELINE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_run_without_any_label_is_gated_by_agreement_with_the_teacher(work: Path) -> None:
+    import onnxruntime
+
+    outcome = run()
+    assert outcome.exit_code == 0, outcome.output
+    folder = work / "runs" / "bare"
+    result = json.loads((folder / "benchmark" / "result.json").read_text())
+    assert result["task"]["metric"] == "agreement"
+    assert result["models"].keys() == {"teacher", "student"}
+    assert result["models"]["teacher"]["metric"]["value"] == 1.0
+    data = next((folder / "artifacts" / "data").iterdir())
+    raw = np.load(data / "test" / "image.npy")
+    constants = json.loads((data / "dataset.json").read_text())["preprocess"]["image"]
+    image = (raw - np.float32(constants["mean"])) / np.float32(constants["std"])
+    answers = {}
+    for role in ("teacher", "student"):
+        file = next((folder / "artifacts" / "export").glob(f"*/{role}.onnx"))
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        answers[role] = session.run(["logits"], {"image": image})[0].argmax(1)
+    agreement = (answers["teacher"] == answers["student"]).mean()
+    # Optimization may turn a tie of float32 logits in a sample or two.
+    found = result["models"]["student"]["metric"]
+    assert found["value"] == pytest.approx(agreement, abs=2 / len(raw))
+    assert found["n"] == len(raw)
+    checked = next((folder / "artifacts" / "teacher").glob("*/validation.json"))
+    assert json.loads(checked.read_text()) == {"accuracy": None, "chance": None, "labelled": 0}
+    history = next((folder / "artifacts" / "distill").glob("*/student-history.json"))
+    assert json.loads(history.read_text())["metric"] == "agreement"
+    assert "the student alone is not trained" in outcome.output
+    assert "not checked" in outcome.output
+
+
+def test_without_labels_no_teacher_can_be_trained(work: Path) -> None:
+    outcome = run("--set", "teacher={model: mlp, train: {epochs: 1}}")
+    assert outcome.exit_code == 2, outcome.output
+    assert "nothing to train on: no sample has a label" in outcome.output
+    assert "checkpoint or onnx" in outcome.output
+
+
+@pytest.mark.parametrize("wrong", ["labels in another order", "upside down", "not normalized"])
+def test_a_teacher_that_does_not_know_the_task_is_refused(work: Path, wrong: str) -> None:
+    digits = load_digits()
+    image, label = digits.images.astype(np.float32)[:, None], digits.target
+    if wrong == "labels in another order":
+        label = (label + 1) % 10
+    elif wrong == "upside down":
+        weights = torch.load(work / "t.pt")
+        last = [key for key in weights if key.endswith("weight")][-1]
+        weights[last] = -weights[last]
+        torch.save(weights, work / "t.pt")
+    else:
+        image = 1000 * (image == 0) - image
+    np.savez(
+        work / "d.npz", train_image=image[:1200], train_label=label[:1200],
+        test_image=image[1200:], test_label=label[1200:],
+    )  # fmt: skip
+    outcome = run("--until", "teacher")
+    assert outcome.exit_code == 2, outcome.output
+    assert "the teacher does not know this task: accuracy 0" in outcome.output
+    assert "normalisation" in outcome.output
+
+
+COUNT = 260
+
+
+def ground(label: np.ndarray, task: str = "classification", name: str = "label", **data) -> Ground:
+    """Images whose first pixel is their row, and their targets."""
+    image = np.random.default_rng(0).random((COUNT, 1, 4, 4), np.float32)
+    image[:, 0, 0, 0] = np.arange(COUNT)
+    arrays = {"image": image, name: label}
+    config = PipelineConfig.model_validate(
+        {
+            "name": "n",
+            "task": task,
+            "data": {"source": "npz", "test": 0.2, "validation": 0.3, **data},
+            "teacher": {"model": "mlp", "train": {}},
+            "student": {"model": "mlp"},
+        }
+    )
+    raw = RawData(splits={"all": arrays}, where="here", description="a test")
+    unscaled = config.data.model_copy(update={"args": {"normalize": False}})
+    return Ground(assemble(raw, DataConfig(**dict(unscaled))), "d", get_task(task), config)
+
+
+class Watched(nn.Module):
+    """A network that notes which rows it was given while it was trained."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.last = nn.Linear(16, outputs)
+        self.rows: list[list[int]] = []
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            self.rows.append([round(row) for row in image[:, 0, 0, 0].tolist()])
+        return self.last(image.flatten(1) * 1e-2)
+
+
+class Silent(SimpleNamespace):
+    """A progress display that keeps its messages."""
+
+    def __init__(self) -> None:
+        super().__init__(messages=[], start=print, advance=lambda *_, **__: None, finish=print)
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+class Noting(HardLoss):
+    """The supervised loss, which notes how much of a class each sample was taught."""
+
+    def forward(self, student, teacher, batch, part):
+        target = batch["label"]
+        taught = target.sum(1) if target.is_floating_point() else (target >= 0).float()
+        self.taught = [*getattr(self, "taught", []), *taught.tolist()]
+        return super().forward(student, teacher, batch, part)
+
+
+def trained(on: Ground, folder: Path, terms=None, teacher=None):
+    torch.manual_seed(0)
+    spec = ModelSpec(on.dataset.inputs, on.task.outputs(on.dataset))
+    model = NamedModel(Watched(3), spec)
+    noting = Noting(on.task, 0.0)
+    objective = Objective(terms, on.task) if terms else Objective.of([noting])
+    context = SimpleNamespace(scratch=folder, cache=folder, progress=Silent(), job=None)
+    train = on.config.distill.model_copy(update={"epochs": 3, "batch_size": 16, "cache": None})
+    history = fit(on, model, objective, train, "student", context, teacher)
+    # Mixed probabilities sum to 1 within rounding, and to 0 where a label is missing.
+    assert all(taught > 0.999 for taught in getattr(noting, "taught", []))
+    return model.module.rows, history
+
+
+@pytest.mark.parametrize("augment", [[], ["mixup"]])
+def test_a_supervised_training_never_sees_an_unlabelled_row(tmp_path: Path, augment) -> None:
+    whole, few = (ground(np.arange(COUNT) % 3, augment=augment, labelled=s) for s in (1.0, 0.1))
+    images = few.dataset.splits["train"].arrays["image"][:, 0, 0, 0]
+    allowed = set(np.round(images[few.labelled_rows("train")]).astype(int).tolist())
+    seen, _ = trained(few, tmp_path / "few")
+    if not augment:
+        assert {row for batch in seen for row in batch} == allowed
+    all_seen, _ = trained(whole, tmp_path / "whole")
+    assert [len(batch) for batch in seen] == [len(batch) for batch in all_seen]
+
+
+def test_a_distillation_sees_the_unlabelled_rows_too(tmp_path: Path) -> None:
+    few = ground(np.arange(COUNT) % 3, labelled=0.1)
+    spec = ModelSpec(few.dataset.inputs, few.task.outputs(few.dataset))
+    teacher = ModuleTeacher(NamedModel(Watched(3), spec))
+    terms = [LossTerm(name="hard_labels"), LossTerm(name="soft_labels")]
+    seen, history = trained(few, tmp_path, terms, teacher)
+    assert len({row for batch in seen for row in batch}) > 130
+    assert history.metric == "accuracy"
+
+
+def test_unlabelled_validation_is_scored_by_the_teachers_answers(tmp_path: Path) -> None:
+    bare = ground(np.where(np.arange(COUNT) < 3, np.arange(COUNT), -1))
+    arrays = bare.dataset.splits["validation"].arrays
+    arrays["label"][:] = -1
+    spec = ModelSpec(bare.dataset.inputs, bare.task.outputs(bare.dataset))
+
+    class Third(nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return nn.functional.one_hot(image[:, 0, 0, 0].long() % 3, 3) * 9.0
+
+    teacher = ModuleTeacher(NamedModel(Third(), spec))
+    terms = [LossTerm(name="soft_labels", weight=1)]
+    _, history = trained(bare, tmp_path, terms, teacher)
+    assert history.metric == "agreement"
+    with pytest.raises(InputError, match="no validation sample has a label"):
+        trained(bare, tmp_path)
+
+
+class Answers:
+    """A teacher that answers from the rows of the images."""
+
+    def __init__(self, name, function) -> None:
+        self.name, self.function, self.digest = name, function, "d"
+
+    def answer(self, batch):
+        return {self.name: self.function(batch["image"][:, 0, 0, 0].round().long())}
+
+
+def checked(on: Ground, answer) -> dict:
+    context = SimpleNamespace(progress=Silent())
+    return check_teacher(Answers(on.task.output, answer), on, context)
+
+
+def test_chance_in_regression_is_the_best_constant() -> None:
+    target = np.random.default_rng(0).gamma(1.0, 1.0, COUNT).astype(np.float32)
+    on = ground(target, "regression", "target")
+    noise = torch.tensor(np.random.default_rng(1).normal(0, 0.3, COUNT), dtype=torch.float32)
+    found = checked(on, lambda rows: (torch.tensor(target) + noise)[rows][:, None])
+    assert found["mae"] < found["chance"]
+    with pytest.raises(InputError, match=r"mae .* one and the same answer"):
+        checked(on, lambda rows: torch.tensor(target).roll(9)[rows][:, None])
+
+
+def test_a_frequent_class_is_no_knowledge_and_a_little_above_it_is() -> None:
+    label = (np.arange(COUNT) % 10 == 0).astype(np.int64)
+    on = ground(label)
+
+    def frequent(rows: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([[1.0, 0.0]]).repeat(len(rows), 1)
+
+    with pytest.raises(InputError, match=r"accuracy 0\.8\d* .*gives 0\.8\d*|accuracy 0\.9"):
+        checked(on, frequent)
+    truth = torch.tensor(label)
+    assert checked(on, lambda rows: nn.functional.one_hot(truth[rows], 2) * 1.0)["accuracy"] == 1
+
+
+def test_few_labels_are_shown_and_not_judged() -> None:
+    on = ground(np.arange(COUNT) % 3, labelled=0.1)
+    found = checked(on, lambda rows: torch.zeros(len(rows), 3))
+    assert 3 <= found["labelled"] < 20
+    assert found["accuracy"] <= found["chance"] + 1e-9
+
+
+class Machine:
+    """A target whose models answer what they are told to."""
+
+    name = "machine"
+
+    def __init__(self, logits: dict[str, np.ndarray]) -> None:
+        self.logits = logits
+
+    def bench(self, *_, **__):
+        return {"models": [], "environment": {}}
+
+    def run(self, file: Path, samples: Path, outputs: Path, **_) -> None:
+        np.savez(outputs, logits=self.logits[file.stem])
+
+
+@pytest.mark.parametrize("labelled", [15, 0])
+def test_the_benchmark_scores_what_is_labelled_or_else_agreement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labelled: int
+) -> None:
+    on = ground(np.arange(COUNT) % 3)
+    label = on.dataset.splits["test"].arrays["label"]
+    label[labelled:] = -1
+    count = len(label)
+    rng = np.random.default_rng(0)
+    logits = {role: rng.random((count, 3)) for role in ("teacher", "student", "baseline")}
+    monkeypatch.setattr("edgekd.stages.benchmark.open_ground", lambda *_: on)
+    monkeypatch.setattr("edgekd.targets.open_target", lambda _: Machine(logits))
+    settings = {"providers_requested": [], "threads": 1, "run_level": "all", "parameters": 5}
+    (tmp_path / "engines.json").write_text(json.dumps(dict.fromkeys(logits, settings)))
+    for role in logits:
+        (tmp_path / f"{role}.onnx").write_bytes(b"a network")
+    job = SimpleNamespace(config=on.config, profile=SimpleNamespace(name="host"))
+    context = SimpleNamespace(
+        job=job, out=tmp_path, scratch=tmp_path, progress=Silent(), fingerprints={}
+    )
+    BenchmarkStage().run(context, {"data": tmp_path, "engines": tmp_path})
+
+    result = json.loads((tmp_path / "result.json").read_text())
+    picked = {role: answer.argmax(1) for role, answer in logits.items()}
+    truth = label[:labelled] if labelled else picked["teacher"]
+    assert result["task"]["metric"] == ("accuracy" if labelled else "agreement")
+    for role, model in result["models"].items():
+        assert model["metric"]["n"] == len(truth)
+        right = (picked[role][: len(truth)] == truth).mean()
+        assert model["metric"]["value"] == pytest.approx(right, abs=1e-12)
+    drop = result["comparison"]["drop"]["value"]
+    of = {role: model["metric"]["value"] for role, model in result["models"].items()}
+    assert drop == pytest.approx(of["teacher"] - of["student"], abs=1e-12)
