@@ -203,6 +203,8 @@ class DistillConfig(TrainConfig):
     scheme: SchemeConfig = SchemeConfig()
     cache: CacheConfig | None = CacheConfig()
     """None (in YAML also ``false``): the teacher answers each batch anew."""
+    augment: tuple[str | dict[str, dict[str, Any]], ...] | None = None
+    """The student's augmentation; None: that of ``data``, which the teacher is trained with."""
     epochs: Count = 20
     baseline: bool = True
 

@@ -7,8 +7,10 @@ it relates; the gradients are then averaged. A plain run is alone and imports no
 
 from __future__ import annotations
 
+import atexit
+import gc
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from itertools import pairwise
@@ -50,13 +52,17 @@ def open_processes() -> Processes:
 
     try:
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=_LONGEST_STEP)
-        return Processes(state.process_index, state.num_processes, state.device)
+        processes = Processes(state.process_index, state.num_processes, state.device)
     except (RuntimeError, ValueError) as error:
         raise StageError(
             f"the {world_size()} processes did not find each other: {error}",
             where="WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT in the environment",
             remedy="start them with torchrun",
         ) from error
+    # Left to the interpreter's end, the threads of a group may outlive it and abort the process.
+    # Not before: the others wait for this process's end (:meth:`edgekd.pipeline.team.Team.follow`).
+    atexit.register(processes.close)
+    return processes
 
 
 class Processes:
@@ -71,8 +77,8 @@ class Processes:
     def __init__(self, rank: int, count: int, device: torch.device) -> None:
         self.rank, self.count, self.device = rank, count, device
         # Apart: a failed training's connections are cut while the others still hear why.
-        self.training = torch.distributed.new_group(timeout=_LONGEST_STEP)
-        self.control = torch.distributed.new_group(backend="gloo", timeout=_LONGEST_STAGE)
+        self.training: Any = torch.distributed.new_group(timeout=_LONGEST_STEP)
+        self.control: Any = torch.distributed.new_group(backend="gloo", timeout=_LONGEST_STAGE)
 
     def rows(self, total: int) -> slice:
         """This process's rows of a batch of ``total``."""
@@ -106,7 +112,8 @@ class Processes:
                     "several processes need one row per sample",
                     remedy="give the batch as the first dimension, or train in one process",
                 )
-        return {name: _Gathered.apply(answer, self, total) for name, answer in answers.items()}
+        gather: Any = _Gathered.apply
+        return {name: gather(answer, self, total) for name, answer in answers.items()}
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace each gradient by its mean over the processes.
@@ -122,13 +129,14 @@ class Processes:
             flat = torch.cat([gradient.reshape(-1) for gradient in group])
             torch.distributed.all_reduce(flat, group=self.training)
             flat /= self.count
-            pieces = flat.split([gradient.numel() for gradient in group])
+            pieces = torch.split(flat, [gradient.numel() for gradient in group])
             for gradient, piece in zip(group, pieces, strict=True):
                 gradient.copy_(piece.view(gradient.shape))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over the processes, with its graph."""
-        total: Tensor = _Sum.apply(tensor, self)
+        add: Any = _Sum.apply
+        total: Tensor = add(tensor, self)
         return total
 
     def spread(self, module: nn.Module) -> None:
@@ -160,13 +168,19 @@ class Processes:
             yield
 
     def cut(self) -> None:
-        """Leave the training: the others' next exchange in it fails instead of waiting."""
-        for device in ("cpu", "cuda"):
-            try:
-                backend = self.training._get_backend(torch.device(device))
-            except RuntimeError:
-                continue
-            backend.abort()
+        """Leave the trainings for good: the others' next exchange fails instead of waiting."""
+        with suppress(RuntimeError, ValueError):
+            torch.distributed.destroy_process_group(self.training)
+        # The connections close with the last reference to the group.
+        self.training = None
+        gc.collect()
+
+    def close(self) -> None:
+        """Leave the other processes altogether."""
+        with suppress(RuntimeError, ValueError):
+            torch.distributed.destroy_process_group()
+        self.training = self.control = None
+        gc.collect()
 
     def _ends(self, total: int) -> list[int]:
         return [rank * total // self.count for rank in range(self.count + 1)]

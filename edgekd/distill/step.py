@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class Step:
         self.accumulate, self.clip_norm = config.accumulate, config.clip_norm
         self.half = _HALF.get(config.precision)
         self.scaler = torch.amp.GradScaler(device.type) if config.precision == "float16" else None
-        self.forward: Any = torch.compile(model) if config.compile else model
+        self.forward = _compiled(model) if config.compile else model
         modules = (model, objective)
         self.parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(self.parameters, config)
@@ -149,6 +149,30 @@ class Step:
             self.optimizer.step()
         if self.average is not None:
             self.average.update_parameters(self.model)
+
+
+def _compiled(model: nn.Module) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    """The model's forward, compiled when it is first called.
+
+    Raises:
+        InputError: (then) it cannot be compiled here.
+    """
+    from torch._dynamo.exc import TorchDynamoException
+
+    compiled: Any = torch.compile(model)
+
+    def forward(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        try:
+            answers: dict[str, Tensor] = compiled(batch)
+        except TorchDynamoException as error:
+            raise InputError(
+                f"the network cannot be compiled: {str(error).strip().splitlines()[0]}",
+                where="compile",
+                remedy="set compile: false, or install what it says (on a CPU a C++ compiler)",
+            ) from error
+        return answers
+
+    return forward
 
 
 def check_step(

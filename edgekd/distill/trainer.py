@@ -209,8 +209,7 @@ class _Run:
             at, of = (number - 1) * steps + step, self.config.epochs * steps
             rate = learning_rate(self.config, at, of)
             batch = self._prepared(batch)
-            check = getattr(self.model, "check_batch", None)
-            if step == 0 and callable(check):
+            if step == 0 and callable(check := getattr(self.model, "check_batch", None)):
                 check(batch)
             sizes.append(len(batch[self.task.target]))
             pending.append(

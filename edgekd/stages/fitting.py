@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgekd.config.pipeline import CacheConfig, DistillConfig, PipelineConfig, TrainConfig
+from edgekd.config.pipeline import PipelineConfig, TrainConfig
 from edgekd.errors import InputError
-from edgekd.pipeline.fingerprint import code_sha256, library_versions, references_sha256
+from edgekd.pipeline.fingerprint import library_versions
 from edgekd.pipeline.store import digest_of
 
 if TYPE_CHECKING:
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from edgekd.pipeline.stage import Context
     from edgekd.tasks import Task
 
-TRAINING_CODE = ("edgekd.stages.fitting", "edgekd.data", "edgekd.tasks", "edgekd.models",
-                 "edgekd.distill")  # fmt: skip
+TRAINING_CODE = (
+    *("edgekd.stages.fitting", "edgekd.stages.answers", "edgekd.data"),
+    *("edgekd.tasks", "edgekd.models", "edgekd.distill"),
+)
 EVALUATION_BATCH = 512
-_AUGMENTATION = ("edgekd.data.augment", "edgekd.data.draws", "edgekd.data.mixing",
-                 "edgekd.data.transforms")  # fmt: skip
 HUB_PACKAGES = ("timm", "transformers")
 
 
@@ -102,6 +102,12 @@ def fit(
     from edgekd.data.loader import Loader
     from edgekd.data.memory import take
     from edgekd.distill.trainer import train
+    from edgekd.stages.answers import (
+        answered_validation,
+        answering,
+        augmentation_of,
+        views_of,
+    )
 
     dataset, config = ground.dataset, ground.config
     if not objective.needs_teacher and (lacking := ground.lacks_labels()):
@@ -111,15 +117,14 @@ def fit(
             remedy="give labels (-1 says that a sample has none); or give a teacher by checkpoint "
             "or onnx, and the student a loss that compares with it",
         )
-    cache = train_config.cache if isinstance(train_config, DistillConfig) else None
     channels_last = train_config.channels_last
     loader = partial(
         Loader,
         dataset=dataset,
         batch_size=train_config.batch_size,
-        augment=config.data.augment,
+        augment=augmentation_of(config, train_config),
         channels_last=channels_last,
-        views=_views(cache, train_config, config),
+        views=views_of(config, train_config),
     )
     training = loader(dataset.splits["train"])
     rows = ground.labelled_rows("train")
@@ -132,12 +137,12 @@ def fit(
         training = loader(Split(part), steps=len(training))
     validation, task = ground.validation_loader(channels_last), ground.task
     if len(ground.labelled_rows("validation")) == 0:
-        validation, task = _answered(ground, teacher, channels_last, label)
+        validation, task = answered_validation(ground, teacher, channels_last, label)
         context.progress.message(
             f"  {label}: no validation sample has a label: validated by {task.metric}"
         )
     if teacher is not None and objective.needs_teacher:
-        teacher = _answering(ground, teacher, objective, training, cache, label, context)
+        teacher = answering(ground, teacher, objective, training, train_config, label, context)
     return train(
         model,
         objective,
@@ -149,82 +154,6 @@ def fit(
         checkpoint_folder=context.scratch / label.replace(" ", "-"),
         progress=context.progress,
         label=label,
-    )
-
-
-def _views(
-    cache: CacheConfig | None, train_config: TrainConfig, config: PipelineConfig
-) -> int | None:
-    """How many views of a sample there are; None for a new one in each epoch."""
-    if cache is None:
-        return None
-    return min(cache.views, train_config.epochs) if config.data.augment else 1
-
-
-def _answered(
-    ground: Ground, teacher: Teacher | None, channels_last: bool, label: str
-) -> tuple[Loader, Task]:
-    """The validation split with the teacher's answers as its targets, and the task for them."""
-    from edgekd.data.dataset import Split
-    from edgekd.data.loader import Loader
-    from edgekd.tasks import against_teacher
-
-    if teacher is None:
-        raise InputError(
-            "no validation sample has a label, and there is no teacher to agree with",
-            where=label,
-            remedy="give labels, or a scheme with a teacher",
-        )
-    answers = []
-    for batch in ground.validation_loader().ordered():
-        outputs = {
-            name: tensor.float().cpu().numpy() for name, tensor in teacher.answer(batch).items()
-        }
-        answers.append(ground.task.targets_from(outputs))
-    targets = {name: np.concatenate([a[name] for a in answers]) for name in answers[0]}
-    split = Split({**ground.dataset.splits["validation"].arrays, **targets})
-    loader = Loader(split, ground.dataset, EVALUATION_BATCH, channels_last=channels_last)
-    return loader, against_teacher(ground.task)
-
-
-def _answering(
-    ground: Ground,
-    teacher: Teacher,
-    objective: Objective,
-    training: Loader,
-    cache: CacheConfig | None,
-    label: str,
-    context: Context,
-) -> Teacher:
-    """The teacher as the objective needs it: its cached answers, or itself for its layers."""
-    from edgekd.distill.cache import fill_cache
-
-    layers = objective.teacher_layers
-    teacher.watch(layers)
-    if cache is None or training.views is None:
-        return teacher
-    if layers:
-        context.progress.message(
-            f"  {label}: the teacher answers live: {', '.join(layers)} of it "
-            f"{'is' if len(layers) == 1 else 'are'} compared, and the cache keeps outputs only"
-        )
-        return teacher
-    folder = context.job.path(cache.folder) if cache.folder is not None else context.cache
-    dataset, augment = ground.dataset, list(ground.config.data.augment)
-    outputs = ground.task.outputs(dataset)
-    return fill_cache(
-        teacher,
-        training,
-        folder,
-        outputs=outputs,
-        logits=[ground.task.output] if ground.task.name == "classification" else [],
-        views=training.views,
-        top=cache.top,
-        seed=ground.config.seed,
-        data=ground.digest,
-        augment=[augment, code_sha256(_AUGMENTATION), references_sha256(augment)],
-        preprocess={name: p.to_json() for name, p in dataset.preprocess.items()},
-        progress=context.progress,
     )
 
 

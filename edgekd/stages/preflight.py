@@ -33,6 +33,7 @@ def preflight(job: Job, gated: bool = True) -> None:
     task = get_task(config.task, config.task_args)
     find_source(config.data.source)
     check_augmentations(config.data.augment)
+    check_augmentations(config.distill.augment or (), "distill.augment")
     for name, where in (
         (config.teacher.model, "teacher.model"),
         (config.student.model, "student.model"),

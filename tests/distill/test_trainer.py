@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from edgekd.config.pipeline import LossTerm, TrainConfig
+from edgekd.distill import trainer
 from edgekd.distill.checkpoint import NAME
 from edgekd.distill.objective import Objective
 from edgekd.distill.teacher import ModuleTeacher
@@ -439,6 +440,32 @@ def test_a_compiled_network_shows_no_layers(tmp_path):
     teacher = ModuleTeacher(network(9))
     with pytest.raises(InputError, match="layers 4 are compared"):
         fit(tmp_path, objective=Objective(terms, TASK), teacher=teacher, compile=True)
+
+
+def test_a_network_that_cannot_be_compiled_says_why(tmp_path, monkeypatch):
+    from torch._dynamo.exc import TorchDynamoException
+
+    def broken(model):
+        def forward(batch):
+            raise TorchDynamoException("No working C++ compiler found\n\nand a long explanation")
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(InputError, match=r"No working C\+\+ compiler found\n"):
+        fit(tmp_path, compile=True)
+
+
+def test_the_scale_of_float16_losses_is_part_of_the_state(tmp_path, monkeypatch):
+    # Its scaler runs on a CPU too; only that it learns badly there is why it is refused.
+    monkeypatch.setattr(trainer, "check_step", lambda *arguments: None)
+    keys = {"precision": "float16", "clip_norm": 1.0}
+    whole, _ = fit(tmp_path / "whole", **keys)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "parts", source=Source(stop_in=3), **keys)
+    assert same(whole, fit(tmp_path / "parts", **keys)[0])
+    scaler = torch.load(tmp_path / "whole" / NAME, weights_only=True)["step"]["scaler"]
+    assert scaler["_growth_tracker"] == 4 * 6
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ folder = Path(sys.argv[1])
 terms = [
     LossTerm(name="hard_labels"),
     LossTerm(name="soft_labels"),
-    LossTerm(name="rkd_distance"),
+    LossTerm(name="rkd"),
     LossTerm(name="fitnets", args={"student": "1", "teacher": "0"}),
     LossTerm(name="crd", args={"student": "4", "teacher": "4", "negatives": 8}),
 ]
@@ -110,7 +110,7 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(1, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(),
+            nn.Conv2d(1, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(),
             nn.Linear(96, 10),
         )
         self.steps = 0
