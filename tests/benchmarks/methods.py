@@ -42,6 +42,7 @@ METHODS: dict[str, list[str]] = {
         "distill.losses=[{hard_labels: {}, weight: 0.1}, {standardized: {}, weight: 9}]"
     ],
     "MLKD": [f"distill.losses=[{HARD}, {{mlkd: {{}}, weight: 1}}]"],
+    "WSLD": [f"distill.losses=[{HARD}, {{wsld: {{}}, weight: 2.5}}]"],
     "JSD": [f"distill.losses=[{HARD}, {{jsd: {{}}, weight: 4}}]"],
     "RKD": [f"distill.losses=[{SOFT}, {{rkd: {POOLED}, weight: 0.02}}]"],
     "SP": [f"distill.losses=[{SOFT}, {{similarity: {POOLED}, weight: 3000}}]"],
