@@ -2,54 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from edgekd.config.pipeline import LossTerm
-from edgekd.distill.term import NamedLoss, Term
+from edgekd.distill.named_loss import NamedLoss
+from edgekd.distill.term import Named, OwnTerm, Term
 from edgekd.errors import InputError
 from edgekd.tasks import Task
 
 
-class HardLoss(nn.Module):
+class HardLoss(OwnTerm):
     """The task's own loss against the data's targets."""
 
-    label = "hard"
-    needs_teacher = False
-    needs_shapes = False
-    student_layers: tuple[str, ...] = ()
-    teacher_layers: tuple[str, ...] = ()
-
     def __init__(self, task: Task, label_smoothing: float) -> None:
-        super().__init__()
+        super().__init__("hard")
         self.task = task
         self.label_smoothing = label_smoothing
 
     @property
     def identity(self) -> str:
-        """See :class:`Term`."""
-        return f"hard {self.label_smoothing}"
+        """See :class:`edgekd.distill.term.Term`."""
+        return f"{super().identity} {self.label_smoothing}"
 
-    def weight(self, part: float) -> float:
-        """See :class:`Term`."""
-        return 1.0
-
-    def prepare(
-        self,
-        student: Mapping[str, Tensor],
-        teacher: Mapping[str, Tensor] | None,
-        samples: int,
-    ) -> None:
-        """Nothing is trained in it."""
-
-    def forward(
-        self,
-        student: Mapping[str, Tensor],
-        teacher: Mapping[str, Tensor] | None,
-        batch: Mapping[str, Tensor],
-        part: float,
-    ) -> Tensor:
+    def forward(self, student: Named, teacher: Named | None, batch: Named, part: float) -> Tensor:
         """The task's hard loss, a scalar."""
         return self.task.hard_loss(student, batch, self.label_smoothing)
 
@@ -141,12 +118,7 @@ class Objective(nn.Module):
         """The teacher's layers whose features the terms compare."""
         return tuple(dict.fromkeys(name for t in self.terms for name in t.teacher_layers))
 
-    def prepare(
-        self,
-        student: Mapping[str, Tensor],
-        teacher: Mapping[str, Tensor] | None,
-        samples: int,
-    ) -> None:
+    def prepare(self, student: Named, teacher: Named | None, samples: int) -> None:
         """Make the adapters for the shapes of a first batch; again does nothing.
 
         Args:
@@ -161,11 +133,7 @@ class Objective(nn.Module):
             term.prepare(student, teacher, samples)
 
     def forward(
-        self,
-        student: Mapping[str, Tensor],
-        teacher: Mapping[str, Tensor] | None,
-        batch: Mapping[str, Tensor],
-        part: float = 0.0,
+        self, student: Named, teacher: Named | None, batch: Named, part: float = 0.0
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective of one batch.
 

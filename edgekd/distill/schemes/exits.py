@@ -6,7 +6,7 @@ of it, so that the exported student has none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from edgekd.config.pipeline import LossTerm
 from edgekd.distill.features import layer_key
 from edgekd.distill.imitation import imitation
-from edgekd.distill.schemes.scheme import SchemeTerm
-from edgekd.distill.term import NamedLoss
+from edgekd.distill.named_loss import NamedLoss
+from edgekd.distill.term import Named, OwnTerm
 from edgekd.errors import InputError
 from edgekd.tasks import Task
 
 _WHERE = "distill.scheme.self"
 
 
-class Exit(SchemeTerm):
+class Exit(OwnTerm):
     """``(1 − α) · hard + α · soft labels of the deepest answer`` at one layer (equation 6).
 
     A mean over positions and a linear layer make the layer's feature an answer. No gradient flows
@@ -52,12 +52,7 @@ class Exit(SchemeTerm):
         """See :class:`edgekd.distill.term.Term`."""
         return f"{super().identity} {self._temperature} {self._share} {self._label_smoothing}"
 
-    def prepare(
-        self,
-        student: Mapping[str, Tensor],
-        teacher: Mapping[str, Tensor] | None,
-        samples: int,
-    ) -> None:
+    def prepare(self, student: Named, teacher: Named | None, samples: int) -> None:
         """Make the head for the layer's channels and the answer's size.
 
         Raises:
@@ -67,13 +62,7 @@ class Exit(SchemeTerm):
             feature, answer = pooled(student[self._key], self._key[1:]), student[self._task.output]
             self.head = nn.Linear(feature.shape[1], answer[0].numel()).to(feature.device)
 
-    def forward(
-        self,
-        student: Mapping[str, Tensor],
-        teacher: Mapping[str, Tensor] | None,
-        batch: Mapping[str, Tensor],
-        part: float,
-    ) -> Tensor:
+    def forward(self, student: Named, teacher: Named | None, batch: Named, part: float) -> Tensor:
         """The loss, a scalar."""
         assert self.head is not None
         deepest = student[self._task.output]
@@ -84,13 +73,13 @@ class Exit(SchemeTerm):
         return (1 - self._share) * hard + self._share * soft
 
 
-class OwnHint(SchemeTerm):
+class OwnHint(OwnTerm):
     """A feature loss of a shallow layer, with the same network's deepest one as the teacher.
 
     Args:
         layer: the module path of the shallow layer.
         deepest: that of the deepest one, which gets no gradient from here.
-        task: as in :class:`edgekd.distill.term.NamedLoss`.
+        task: as in :class:`edgekd.distill.named_loss.NamedLoss`.
         weight: the paper's λ.
     """
 
@@ -101,22 +90,11 @@ class OwnHint(SchemeTerm):
         term = LossTerm(name="fitnets", args={"student": layer, "teacher": deepest})
         self.loss = NamedLoss(term, self.label, task, 0.0, f"{_WHERE}.hint")
 
-    def prepare(
-        self,
-        student: Mapping[str, Tensor],
-        teacher: Mapping[str, Tensor] | None,
-        samples: int,
-    ) -> None:
+    def prepare(self, student: Named, teacher: Named | None, samples: int) -> None:
         """Make the adapter."""
         self.loss.prepare(student, student, samples)
 
-    def forward(
-        self,
-        student: Mapping[str, Tensor],
-        teacher: Mapping[str, Tensor] | None,
-        batch: Mapping[str, Tensor],
-        part: float,
-    ) -> Tensor:
+    def forward(self, student: Named, teacher: Named | None, batch: Named, part: float) -> Tensor:
         """The loss, a scalar."""
         own = {key: value.detach() for key, value in student.items()}
         value: Tensor = self.loss(student, own, batch, part)
@@ -132,9 +110,9 @@ def exit_terms(
     hint: float,
     deepest: str | None,
     label_smoothing: float,
-) -> list[SchemeTerm]:
+) -> list[OwnTerm]:
     """An :class:`Exit` at each layer, and with ``deepest`` an :class:`OwnHint`."""
-    terms: list[SchemeTerm] = []
+    terms: list[OwnTerm] = []
     for layer in layers:
         terms.append(Exit(layer, task, temperature, share, label_smoothing))
         if deepest is not None:

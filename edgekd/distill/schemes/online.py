@@ -12,7 +12,8 @@ from edgekd.distill.history import History
 from edgekd.distill.imitation import imitation
 from edgekd.distill.losses.response import Temperature
 from edgekd.distill.objective import Objective
-from edgekd.distill.schemes.scheme import Classroom, Network, SchemeTerm
+from edgekd.distill.schemes.scheme import Classroom, Network
+from edgekd.distill.term import Named, OwnTerm
 from edgekd.errors import InputError
 from edgekd.models.named import NamedModel
 from edgekd.tasks import Task
@@ -104,14 +105,14 @@ def mutual_objective(
     peers: int, task: Task, temperature: float, weight: float, label_smoothing: float = 0.0
 ) -> Objective:
     """The terms of all peers of a :class:`Peers`; see :func:`online`."""
-    terms: list[SchemeTerm] = []
+    terms: list[OwnTerm] = []
     for number in range(peers):
         terms.append(_PeerHard(number, task, label_smoothing))
         terms.append(_PeerMutual(number, peers, task, temperature, weight))
     return Objective.of(terms)
 
 
-class _PeerHard(SchemeTerm):
+class _PeerHard(OwnTerm):
     """A peer's loss against the data's targets."""
 
     def __init__(self, number: int, task: Task, label_smoothing: float) -> None:
@@ -122,17 +123,11 @@ class _PeerHard(SchemeTerm):
     def identity(self) -> str:
         return f"{super().identity} {self._label_smoothing}"
 
-    def forward(
-        self,
-        student: Mapping[str, Tensor],
-        teacher: Mapping[str, Tensor] | None,
-        batch: Mapping[str, Tensor],
-        part: float,
-    ) -> Tensor:
+    def forward(self, student: Named, teacher: Named | None, batch: Named, part: float) -> Tensor:
         return self._task.hard_loss(outputs_of(self._number, student), batch, self._label_smoothing)
 
 
-class _PeerMutual(SchemeTerm):
+class _PeerMutual(OwnTerm):
     """How far a peer is from each of the others, on average; only it gets a gradient."""
 
     def __init__(
@@ -146,13 +141,7 @@ class _PeerMutual(SchemeTerm):
     def identity(self) -> str:
         return f"{super().identity} {self._others} {self._temperature}"
 
-    def forward(
-        self,
-        student: Mapping[str, Tensor],
-        teacher: Mapping[str, Tensor] | None,
-        batch: Mapping[str, Tensor],
-        part: float,
-    ) -> Tensor:
+    def forward(self, student: Named, teacher: Named | None, batch: Named, part: float) -> Tensor:
         own = outputs_of(self._number, student)
         distances = [
             imitation(self._task, own, outputs_of(other, student), batch, self._temperature)

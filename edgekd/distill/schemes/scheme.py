@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Protocol
 
 from pydantic import AfterValidator, BeforeValidator
-from torch import Tensor, nn
+from torch import nn
 
 from edgekd.config.pipeline import ModelConfig, TeacherConfig
 from edgekd.distill.history import History
@@ -84,40 +84,3 @@ def _known(config: ModelConfig) -> ModelConfig:
 Network = Annotated[ModelConfig, BeforeValidator(_section), AfterValidator(_known)]
 """A scheme's argument that is a network: a name, or ``{model: name, args: {…}}``. Whether there is
 one of that name is found out before the first stage runs."""
-
-
-class SchemeTerm(nn.Module):
-    """What the terms that a scheme makes have in common; see :class:`edgekd.distill.term.Term`.
-
-    Args:
-        label: its name in the history.
-        weight: its factor in the sum.
-        layers: the layers of the trained network that it looks at.
-    """
-
-    needs_teacher = False
-    needs_shapes = False
-    teacher_layers: tuple[str, ...] = ()
-
-    def __init__(self, label: str, weight: float = 1.0, layers: tuple[str, ...] = ()) -> None:
-        super().__init__()
-        self.label = label
-        self.student_layers = layers
-        self._weight = weight
-
-    @property
-    def identity(self) -> str:
-        """See :class:`edgekd.distill.term.Term`."""
-        return f"{self.label} {self._weight} {self.student_layers}"
-
-    def weight(self, part: float) -> float:
-        """See :class:`edgekd.distill.term.Term`."""
-        return self._weight
-
-    def prepare(
-        self,
-        student: Mapping[str, Tensor],
-        teacher: Mapping[str, Tensor] | None,
-        samples: int,
-    ) -> None:
-        """Nothing is trained in it, unless it says otherwise."""

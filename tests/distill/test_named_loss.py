@@ -1,4 +1,4 @@
-"""Terms: layers, pairs, schedules, and losses with trained parts."""
+"""Named losses: layers, pairs, schedules, and losses with trained parts."""
 
 import sys
 import types
