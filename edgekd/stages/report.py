@@ -32,11 +32,26 @@ class ReportStage:
             "baseline": inputs["distill"] / "baseline-history.json",
             "student": inputs["distill"] / "student-history.json",
         }
+        found = {role: read_json(file) for role, file in histories.items() if file.is_file()}
         write_report(
             context.out,
             result=read_json(inputs["benchmark"] / "result.json"),
             verdicts=read_gate(inputs["gate"]),
-            histories={role: read_json(file) for role, file in histories.items() if file.is_file()},
+            histories=found,
             pipeline=context.job.config.model_dump(mode="json", exclude_defaults=True),
-            extras={"parity": read_json(inputs["export"] / "parity.json")},
+            extras={
+                "parity": read_json(inputs["export"] / "parity.json"),
+                "Chosen epochs": {role: _chosen(history) for role, history in found.items()},
+            },
         )
+
+
+def _chosen(history: dict[str, Any]) -> dict[str, Any]:
+    """The epoch whose weights were kept beside the last one, by validation."""
+    epochs, best = history["epochs"], history["best_epoch"]
+    metric = f"validation {history['metric']}"
+    return {
+        "kept epoch": f"{best} of {len(epochs)}",
+        f"{metric} of the kept epoch": round(epochs[best - 1]["validation"], 5),
+        f"{metric} of the last epoch": round(epochs[-1]["validation"], 5),
+    }

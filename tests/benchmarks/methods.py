@@ -41,7 +41,7 @@ METHODS: dict[str, list[str]] = {
     "logit standardization": [
         "distill.losses=[{hard_labels: {}, weight: 0.1}, {standardized: {}, weight: 9}]"
     ],
-    "MLKD": [f"distill.losses=[{HARD}, {{mlkd: {{}}, weight: 1}}]"],
+    "MLKD": [f"distill.losses=[{HARD}, {{mlkd: {{}}, weight: 0.02}}]"],
     "WSLD": [f"distill.losses=[{HARD}, {{wsld: {{}}, weight: 2.5}}]"],
     "JSD": [f"distill.losses=[{HARD}, {{jsd: {{}}, weight: 4}}]"],
     "RKD": [f"distill.losses=[{SOFT}, {{rkd: {POOLED}, weight: 0.02}}]"],
@@ -49,7 +49,9 @@ METHODS: dict[str, list[str]] = {
     "PKT": [f"distill.losses=[{SOFT}, {{pkt: {POOLED}, weight: 30000}}]"],
     "FitNets": [f"distill.losses=[{SOFT}, {{fitnets: {LAST}, weight: 10}}]"],
     "AT": [f"distill.losses=[{SOFT}, {{attention: {{{STAGES}}}, weight: 1000}}]"],
-    "CRD": [f"distill.losses=[{SOFT}, {{crd: {POOLED}, weight: 0.8}}]"],
+    "CRD": [
+        f"distill.losses=[{SOFT}, {{crd: {{{POOLED[1:-1]}, negatives: 1024, bank: 8192}}, weight: 0.8}}]"
+    ],
 }
 """What is changed in the pipeline for each method."""
 

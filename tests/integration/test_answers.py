@@ -1,0 +1,61 @@
+"""How the teacher's answers reach a run: from the cache, again and again, or live."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from commandline import Edgekd
+
+PIPELINE = """\
+name: digits
+data: {source: digits, augment: [{shift: {pixels: 1}}]}
+teacher: {model: convnet-s, train: {epochs: 3, batch_size: 64, learning_rate: 1e-2}}
+student: {model: convnet-xs}
+distill: {epochs: 3, batch_size: 64, learning_rate: 1e-2, cache: {views: 2}}
+"""
+FEATURES = (
+    "distill.losses=[hard_labels, {attention: {student: features.layers.1, "
+    "teacher: features.layers.1}, weight: 10}]"
+)
+
+
+def caches(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of each file of answers, by its folder."""
+    return {
+        file.parent.name: (file.stat().st_size, file.stat().st_mtime_ns)
+        for file in folder.glob("*/answers.bin")
+    }
+
+
+def test_the_cache_serves_another_loss_and_meets_no_other_augmentation(
+    tmp_path: Path, edgekd: Edgekd
+) -> None:
+    (tmp_path / "pipeline.yaml").write_text(PIPELINE)
+    cache = tmp_path / "runs/digits/cache"
+
+    def run(*overrides: str) -> str:
+        sets = [part for override in overrides for part in ("--set", override)]
+        done = edgekd("distill", "pipeline.yaml", *sets)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run()
+    first = caches(cache)
+    (size,) = [size for size, _ in first.values()]
+    assert size == 2 * 1213 * 10 * 4, "two views of each sample, ten float32 logits"
+
+    run("distill.losses=[{soft_labels: {temperature: 2}}]", "distill.epochs=4")
+    assert caches(cache) == first, "the teacher was asked again for what is on disk"
+
+    said = run(FEATURES, "distill.baseline=false")
+    assert "answers live: features.layers.1 of it is compared" in said
+    assert caches(cache) == first
+
+    run("distill.augment=[{shift: {pixels: 2}}]", "distill.baseline=false")
+    assert len(caches(cache)) == 2
+    assert {key: caches(cache)[key] for key in first} == first
+
+    shared = f"distill.cache={{views: 1, folder: {tmp_path / 'shared'}}}"
+    run(shared, "distill.baseline=false")
+    assert [size for size, _ in caches(tmp_path / "shared").values()] == [1213 * 10 * 4]
+    assert len(caches(cache)) == 2
