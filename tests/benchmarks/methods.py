@@ -24,6 +24,7 @@ STAGES = (
     "student: [features.layers.1, features.layers.3], "
     "teacher: [features.layers.4, features.layers.6]"
 )
+SMALL_BANK = "student: features, teacher: features, negatives: 1024, bank: 8192"
 HARD = "{hard_labels: {}, weight: 1}"
 SOFT = "{hard_labels: {}, weight: 0.1}, {soft_labels: {temperature: 4}, weight: 0.9}"
 
@@ -49,9 +50,7 @@ METHODS: dict[str, list[str]] = {
     "PKT": [f"distill.losses=[{SOFT}, {{pkt: {POOLED}, weight: 30000}}]"],
     "FitNets": [f"distill.losses=[{SOFT}, {{fitnets: {LAST}, weight: 10}}]"],
     "AT": [f"distill.losses=[{SOFT}, {{attention: {{{STAGES}}}, weight: 1000}}]"],
-    "CRD": [
-        f"distill.losses=[{SOFT}, {{crd: {{{POOLED[1:-1]}, negatives: 1024, bank: 8192}}, weight: 0.8}}]"
-    ],
+    "CRD": [f"distill.losses=[{SOFT}, {{crd: {{{SMALL_BANK}}}, weight: 0.8}}]"],
 }
 """What is changed in the pipeline for each method."""
 

@@ -82,7 +82,7 @@ def test_interrupt_leaves_with_130(tmp_path: Path) -> None:
             assert process.poll() is None
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=240)
     assert process.returncode == 130
     assert "run again to go on" in errors
     assert "Traceback" not in errors

@@ -1,0 +1,61 @@
+"""``edgekd layers``: the paths that a loss can name, with their shapes."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from edgekd.cli.layers import layers
+from edgekd.errors import InputError
+
+PIPELINE = """\
+name: digits
+data: {source: digits}
+teacher: {model: convnet-m, train: {epochs: 1}}
+student: {model: convnet-xs}
+"""
+
+
+def call(*arguments: str):
+    return CliRunner().invoke(layers, list(arguments), env={"COLUMNS": "120"})
+
+
+def rows(output: str) -> dict[str, list[str]]:
+    cells = [
+        [cell.strip() for cell in line.strip("│ ").split("│")]
+        for line in output.splitlines()
+        if line.startswith("│")
+    ]
+    return {row[0]: row[1:] for row in cells}
+
+
+def test_a_network_by_its_name():
+    result = call("convnet-s", "--shape", "image=1x28x28", "--classes", "7")
+    assert result.exit_code == 0, result.output
+    found = rows(result.output)
+    assert found["features.layers.1.0"] == ["Conv2d", "[batch, 24, 7, 7]", "3,456"]
+    assert found["head.linear.0"] == ["Linear", "[batch, 7]", str(48 * 7 + 7)]
+
+
+def test_a_pipelines_networks_on_its_own_data(tmp_path: Path):
+    (tmp_path / "pipeline.yaml").write_text(PIPELINE)
+    result = call(str(tmp_path / "pipeline.yaml"), "-o", str(tmp_path / "run"))
+    assert result.exit_code == 0, result.output
+    student, teacher = result.output.split("teacher", 1)
+    assert rows(student)["features"][1] == "[batch, 24]"
+    assert rows(teacher)["features"][1] == "[batch, 64]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["convnet-s"], "depend on its inputs"),
+        (["convnet-q", "--shape", "image=1x28x28"], "did you mean"),
+        (["convnet-s", "--shape", "image=1xbx28"], "is no shape"),
+        (["convnet-s", "--shape", "image=1x4x4"], "at least 8×8"),
+    ],
+)
+def test_what_cannot_be_listed(arguments, said):
+    result = call(*arguments)
+    assert isinstance(result.exception, InputError)
+    assert said in str(result.exception)
