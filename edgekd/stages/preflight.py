@@ -16,13 +16,15 @@ def preflight(job: Job, gated: bool = True) -> None:
         gated: whether the run comes to the gate, which then needs a rule.
 
     Raises:
-        InputError: a name is unknown, an argument does not fit, a module cannot be imported, or
-            there is nothing that the gate could check.
+        InputError: a name is unknown, an argument does not fit, a module cannot be imported, a
+            training contradicts itself, or there is nothing that the gate could check.
     """
     from edgekd.data.sources import find_source
     from edgekd.data.transforms import check_augmentations
     from edgekd.distill.objective import Objective
+    from edgekd.distill.runtime import training_device
     from edgekd.distill.schemes import find_scheme
+    from edgekd.distill.step import check_step
     from edgekd.engines.onnxruntime import providers_for
     from edgekd.models.build import find_model
     from edgekd.release.budget_rules import check_any_rule, check_direction
@@ -40,7 +42,10 @@ def preflight(job: Job, gated: bool = True) -> None:
     ):
         if name is not None:
             find_model(name, where)
-    Objective(config.loss_terms, task)
+    device = training_device()
+    check_step(config.distill, Objective(config.loss_terms, task), device, None)
+    if config.teacher.train is not None:
+        check_step(config.teacher.train, Objective.supervised(task), device, None)
     find_scheme(config.distill.scheme)
     open_target(config.target)
     providers_for(job.profile.runtime.providers, config.engines[0].providers)

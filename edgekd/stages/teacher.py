@@ -111,6 +111,7 @@ def load_teacher(ground: Ground, config: TeacherConfig, context: Context, where:
         context: of the stage that needs it; a training leaves its checkpoints there.
         where: its YAML position, for errors and as the label of its training.
     """
+    from edgekd.distill.runtime import training_device
     from edgekd.distill.teacher import ModuleTeacher, OnnxTeacher
 
     if config.onnx is not None:
@@ -120,7 +121,7 @@ def load_teacher(ground: Ground, config: TeacherConfig, context: Context, where:
         )
     else:
         model, _ = _trained_or_loaded(ground, config, context, where)
-        teacher = ModuleTeacher(model)
+        teacher = ModuleTeacher(model.to(training_device()))
     check_teacher(teacher, ground, context, where)
     return teacher
 
@@ -192,6 +193,7 @@ def build_teacher(
 
 def open_teacher(folder: Path, ground: Ground) -> Teacher:
     """The teacher of a finished teacher stage, ready to answer."""
+    from edgekd.distill.runtime import training_device
     from edgekd.distill.teacher import ModuleTeacher, OnnxTeacher
     from edgekd.models.weights import load_weights
 
@@ -201,7 +203,7 @@ def open_teacher(folder: Path, ground: Ground) -> Teacher:
         )
     model = build_teacher(ground)
     load_weights(model, folder / WEIGHTS, where="teacher")
-    return ModuleTeacher(model)
+    return ModuleTeacher(model.to(training_device()))
 
 
 def _existing(job: Job, where: str, name: str) -> Path:
