@@ -6,7 +6,7 @@ import math
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from edgekd.figure import Evidence
 
@@ -158,6 +158,13 @@ class LossTerm(Section):
     name: str
     args: dict[str, Any] = Field(default_factory=dict)
     weight: Annotated[float, Field(ge=0)] | Schedule = 1.0
+
+    @field_validator("weight")
+    @classmethod
+    def _never_negative(cls, value: float | Schedule) -> float | Schedule:
+        if isinstance(value, Schedule) and min(value.start, value.end) < 0:
+            raise ValueError("a weight below 0 would drive the student away from the teacher")
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -340,7 +347,9 @@ class PipelineConfig(Section):
         if self.distill.losses is not None:
             return self.distill.losses
         if self.task in ("regression", "policy"):
-            hard, soft = LossTerm(name="hard_targets", weight=0.1), LossTerm(name="regression")
+            kind = {"kind": self.task_args.get("loss", "mse")}
+            hard = LossTerm(name="hard_targets", args=kind, weight=0.1)
+            soft = LossTerm(name="regression", args=kind)
         else:
             hard = LossTerm(name="hard_labels", weight=0.1)
             soft = LossTerm(name="soft_labels", args={"temperature": 4.0})

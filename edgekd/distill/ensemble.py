@@ -142,4 +142,6 @@ class EnsembleTeacher:
                     where=self._where,
                     remedy="all teachers must have the same classes or targets, in the same order",
                 )
-        return torch.stack([at_least_float32(answer[name]) for answer in answers])
+        # An ONNX member answers where the batch is, a module where its weights are.
+        device = answers[0][name].device
+        return torch.stack([at_least_float32(answer[name].to(device)) for answer in answers])

@@ -23,6 +23,15 @@ TENSORS = ("student", "teacher", "target", "mask", "sample")
 """The parameters of a loss that the objective fills in; all others come from YAML."""
 
 _SUPPLIED = (*TENSORS, "samples")
+_OF_LARGEST = (
+    *("soft_labels", "teacher_labels", "dkd", "dist", "wsld", "jsd", "mlkd"),
+    *("rkd", "similarity", "pkt", "crd"),
+)
+"""Losses to which the small logits matter by what they add up to only, or hardly."""
+
+_ONE_CLASS = ("dkd", "wsld", "virtual_teacher", "crd")
+"""Losses of a sample's own class or identity, which a mixture of two samples does not have."""
+
 _CONTINUOUS = ("hard_targets", "regression")
 """The response losses that need no classes."""
 
@@ -38,7 +47,7 @@ class NamedLoss(nn.Module):
         self, term: LossTerm, label: str, task: Task, label_smoothing: float, where: str
     ) -> None:
         super().__init__()
-        self.label, self.task, self.where = label, task, where
+        self.label, self.task, self.where, self._name = label, task, where, term.name
         self.loss: Loss = resolve(term.name, LOSSES, "loss", where)
         self._trained = inspect.isclass(self.loss)
         made_with = parameters_of(self.loss, where)
@@ -90,6 +99,16 @@ class NamedLoss(nn.Module):
         return "teacher" in self.tensors
 
     @property
+    def reads_all_logits(self) -> bool:
+        """See :class:`Term`."""
+        return self.needs_teacher and not self.teacher_layers and self._name not in _OF_LARGEST
+
+    @property
+    def reads_one_class(self) -> bool:
+        """See :class:`Term`."""
+        return self._name in _ONE_CLASS
+
+    @property
     def needs_shapes(self) -> bool:
         """See :class:`Term`."""
         return self._trained
@@ -132,8 +151,6 @@ class NamedLoss(nn.Module):
         supplied: dict[str, Tensor | None] = {}
         if "target" in self.tensors:
             supplied["target"] = batch[self.task.target]
-        if "mask" in self.tensors:
-            supplied["mask"] = batch.get(f"{self.task.target}_mask")
         if "sample" in self.tensors:
             supplied["sample"] = batch[SAMPLE]
         args = self.args
@@ -145,6 +162,8 @@ class NamedLoss(nn.Module):
             self._calls, self._pairs(student, teacher), strict=True
         ):
             given: dict[str, Any] = {"student": of_student, **supplied, **hyper}
+            if "mask" in self.tensors:
+                given["mask"] = self._mask(batch, of_student)
             if of_teacher is not None:
                 given["teacher"] = of_teacher
             try:
@@ -161,6 +180,17 @@ class NamedLoss(nn.Module):
                 remedy="end it with .mean()",
             )
         return value
+
+    def _mask(self, batch: Named, of_student: Any) -> Tensor | None:
+        """What counts: the target's mask for the output, the tokens' for a layer of a sequence."""
+        if not self.student_layers:
+            return batch.get(f"{self.task.target}_mask")
+        mask = batch.get("attention_mask")
+        if mask is None or not isinstance(of_student, Tensor):
+            return None
+        # Attention maps are (B, heads, T, T), hidden states (B, T, F).
+        length = of_student.shape[-1] if of_student.ndim == 4 else of_student.shape[1]
+        return mask if mask.shape == (len(of_student), length) else None
 
     @property
     def _pair_count(self) -> int:

@@ -104,6 +104,16 @@ class Objective(nn.Module):
         return any(term.needs_teacher for term in self.terms)
 
     @property
+    def reads_all_logits(self) -> tuple[str, ...]:
+        """The labels of the terms that a teacher's largest logits alone would mislead."""
+        return tuple(term.label for term in self.terms if term.reads_all_logits)
+
+    @property
+    def reads_one_class(self) -> tuple[str, ...]:
+        """The labels of the terms that need one class per sample, and no mixture."""
+        return tuple(term.label for term in self.terms if term.reads_one_class)
+
+    @property
     def needs_shapes(self) -> bool:
         """Whether :meth:`prepare` has something to make."""
         return any(term.needs_shapes for term in self.terms)

@@ -30,6 +30,16 @@ class Term(Protocol):
         ...
 
     @property
+    def reads_all_logits(self) -> bool:
+        """Whether it needs each of the teacher's logits, and not only their largest."""
+        ...
+
+    @property
+    def reads_one_class(self) -> bool:
+        """Whether it needs one class per sample, and no mixture of two."""
+        ...
+
+    @property
     def needs_shapes(self) -> bool:
         """Whether it has trained parts, made from shapes by :meth:`prepare`."""
         ...
@@ -67,6 +77,8 @@ class OwnTerm(nn.Module):
     """
 
     needs_teacher = False
+    reads_all_logits = False
+    reads_one_class = False
     needs_shapes = False
     teacher_layers: tuple[str, ...] = ()
 

@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     from edgekd.pipeline.stage import Context
     from edgekd.tasks import Task
 
-_AUGMENTATION = ("edgekd.data.augment", "edgekd.data.draws", "edgekd.data.mixing",
-                 "edgekd.data.transforms")  # fmt: skip
+_DECIDES_ANSWERS = (
+    *("edgekd.data", "edgekd.models"),
+    *("edgekd.distill.teacher", "edgekd.distill.ensemble", "edgekd.distill.answer_records"),
+)
+"""The code on which a teacher's answer depends, beside its weights."""
 
 Augment = tuple[str | dict[str, dict[str, Any]], ...]
 
@@ -71,6 +74,21 @@ def answering(
         )
         return teacher
     dataset, augment = ground.dataset, list(augmentation_of(ground.config, train_config))
+    # Weights and names do not tell what a network's own forward does with its arguments.
+    networks = [
+        ground.config.teacher.model_dump(mode="json", include={"model", "args"}),
+        ground.config.student.model_dump(mode="json", include={"model", "args"}),
+        ground.config.distill.scheme.model_dump(mode="json"),
+    ]
+    code = [code_sha256(_DECIDES_ANSWERS), references_sha256([augment, networks])]
+    classes = _classes(ground)
+    top = cache.top
+    if classes > top and objective.reads_all_logits:
+        context.progress.message(
+            f"  {label}: all {classes} logits are cached, not {top}: "
+            f"{', '.join(objective.reads_all_logits)} compares every one"
+        )
+        top = classes
     return fill_cache(
         teacher,
         training,
@@ -78,13 +96,19 @@ def answering(
         outputs=ground.task.outputs(dataset),
         logits=[ground.task.output] if ground.task.name == "classification" else [],
         views=training.views,
-        top=cache.top,
+        top=top,
         seed=ground.config.seed,
         data=ground.digest,
-        augment=[augment, code_sha256(_AUGMENTATION), references_sha256(augment)],
+        augment=[augment, networks, code],
         preprocess={name: p.to_json() for name, p in dataset.preprocess.items()},
         progress=context.progress,
     )
+
+
+def _classes(ground: Ground) -> int:
+    """How many logits an answer has; 0 where there are no classes."""
+    size = ground.task.outputs(ground.dataset)[0].shape[-1]
+    return size if ground.task.name == "classification" and isinstance(size, int) else 0
 
 
 def answered_validation(

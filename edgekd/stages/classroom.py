@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 from edgekd.config.pipeline import ModelConfig, TeacherConfig
-from edgekd.pipeline.stage import Context
-from edgekd.stages.fitting import Ground, fit
+from edgekd.pipeline.fingerprint import file_sha256
+from edgekd.pipeline.stage import Context, Job
+from edgekd.stages.fitting import Ground, fit, hub_identity
 from edgekd.stages.student import FIRST_WEIGHTS, build_student
 from edgekd.stages.teacher import load_teacher, open_teacher
 
@@ -73,3 +74,30 @@ def open_classroom(ground: Ground, context: Context, inputs: Mapping[str, Path])
         open_teacher=another_teacher,
         say=context.progress.message,
     )
+
+
+def files_of_scheme(job: Job) -> dict[str, str]:
+    """What the scheme's arguments name, such as an ensemble's members: SHA-256 of their files."""
+    found: dict[str, str] = {}
+
+    def look(value: Any, where: str) -> None:
+        if isinstance(value, Mapping):
+            for key, entry in value.items():
+                place = f"{where}.{key}"
+                if key == "model" and isinstance(entry, str):
+                    found.update({f"{place} {k}": v for k, v in hub_identity(entry).items()})
+                elif key in ("checkpoint", "onnx") and isinstance(entry, str):
+                    path = job.path(entry)
+                    if path.is_file():
+                        files = files_of_onnx(path) if key == "onnx" else [path]
+                        found[place] = " ".join(map(file_sha256, files))
+                else:
+                    look(entry, place)
+        elif isinstance(value, list | tuple):
+            for index, entry in enumerate(value):
+                look(entry, f"{where}[{index}]")
+
+    from edgekd.engines.onnx import files_of_onnx
+
+    look(job.config.distill.scheme.args, "distill.scheme")
+    return found

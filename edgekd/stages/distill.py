@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgekd.pipeline.fingerprint import file_sha256
 from edgekd.pipeline.stage import Context, Job
-from edgekd.stages.classroom import open_classroom
+from edgekd.stages.classroom import files_of_scheme, open_classroom
 from edgekd.stages.fitting import TRAINING_CODE, fit, open_ground, write_json
 from edgekd.stages.student import FIRST_WEIGHTS, build_student
 
@@ -29,7 +28,8 @@ class DistillStage:
         return {
             # Where the answers lie does not change them.
             "distill": config.distill.model_dump(mode="json", exclude={"cache": {"folder"}}),
-            "files": {name: file_sha256(path) for name, path in _files(job).items()},
+            "losses": [term.model_dump(mode="json") for term in config.loss_terms],
+            "files": files_of_scheme(job),
             "student": config.student.model_dump(mode="json", exclude={"checkpoint"}),
             "teacher": config.teacher.model_dump(mode="json", include={"model", "args"}),
             "seed": config.seed,
@@ -60,24 +60,3 @@ class DistillStage:
         for label, history in histories.items():
             name = f"{label.replace(' ', '-')}-history.json"
             write_json(context.out / name, history.to_json())
-
-
-def _files(job: Job) -> dict[str, Path]:
-    """The weights that the scheme's arguments name, such as an ensemble's members."""
-    found: dict[str, Path] = {}
-
-    def look(value: Any, where: str) -> None:
-        if isinstance(value, Mapping):
-            for key, entry in value.items():
-                if key in ("checkpoint", "onnx") and isinstance(entry, str):
-                    path = job.path(entry)
-                    if path.is_file():
-                        found[f"{where}.{key}"] = path
-                else:
-                    look(entry, f"{where}.{key}")
-        elif isinstance(value, list | tuple):
-            for index, entry in enumerate(value):
-                look(entry, f"{where}[{index}]")
-
-    look(job.config.distill.scheme.args, "distill.scheme")
-    return found

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 TRAINING_CODE = (
     *("edgekd.stages.fitting", "edgekd.stages.answers", "edgekd.data"),
     *("edgekd.tasks", "edgekd.models", "edgekd.distill"),
+    *("edgekd.config.pipeline", "edgekd.arguments", "edgekd.spec"),
 )
 EVALUATION_BATCH = 512
 HUB_PACKAGES = ("timm", "transformers")

@@ -5,6 +5,7 @@ A misspelt loss is to be found now, not after the teacher has been trained for a
 
 from __future__ import annotations
 
+from edgekd.errors import InputError
 from edgekd.pipeline.stage import Job
 
 
@@ -20,7 +21,7 @@ def preflight(job: Job, gated: bool = True) -> None:
             training contradicts itself, or there is nothing that the gate could check.
     """
     from edgekd.data.sources import find_source
-    from edgekd.data.transforms import check_augmentations
+    from edgekd.data.transforms import check_augmentations, mixing
     from edgekd.distill.objective import Objective
     from edgekd.distill.runtime import training_device
     from edgekd.distill.schemes import find_scheme
@@ -29,7 +30,7 @@ def preflight(job: Job, gated: bool = True) -> None:
     from edgekd.models.build import find_model
     from edgekd.release.budget_rules import check_any_rule, check_direction
     from edgekd.targets import open_target
-    from edgekd.tasks import get_task
+    from edgekd.tasks import Classification, get_task
 
     config = job.config
     task = get_task(config.task, config.task_args)
@@ -43,7 +44,23 @@ def preflight(job: Job, gated: bool = True) -> None:
         if name is not None:
             find_model(name, where)
     device = training_device()
-    check_step(config.distill, Objective(config.loss_terms, task), device, None)
+    objective = Objective(config.loss_terms, task)
+    check_step(config.distill, objective, device, None)
+    mixed = mixing(config.data.augment if config.distill.augment is None
+                   else config.distill.augment)  # fmt: skip
+    if mixed is not None and objective.reads_one_class:
+        raise InputError(
+            f"{', '.join(objective.reads_one_class)} needs one class per sample, and the images "
+            "and labels of two are mixed",
+            where="distill.losses",
+            remedy="leave mixup or cutmix out (distill.augment), or use soft_labels",
+        )
+    if config.distill.label_smoothing and not isinstance(task, Classification):
+        raise InputError(
+            f"label_smoothing has no meaning for the task {task.name}",
+            where="distill.label_smoothing",
+            remedy="remove it: there are no labels to smooth",
+        )
     if config.teacher.train is not None:
         check_step(config.teacher.train, Objective.supervised(task), device, None)
     find_scheme(config.distill.scheme)

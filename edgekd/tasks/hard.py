@@ -29,7 +29,8 @@ def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) 
     Args:
         logits: (B, ..., C).
         target: integer classes (B, ...), of which those below 0 are unlabelled and left out of
-            the mean (none left gives 0); or class probabilities of the logits' own shape.
+            the mean (none left gives 0); or class probabilities of the logits' own shape, where
+            a row of zeros is unlabelled.
         label_smoothing: the part of the probability spread evenly over all classes.
 
     Raises:
@@ -39,7 +40,10 @@ def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) 
     rows = logits.reshape(-1, logits.shape[-1])
     if target.is_floating_point() and target.shape == logits.shape:
         mixture = target.to(logits.dtype).reshape(rows.shape)
-        return F.cross_entropy(rows, mixture, label_smoothing=label_smoothing)
+        mass = mixture.sum(dim=-1, keepdim=True)
+        smoothed = (1 - label_smoothing) * mixture + label_smoothing * mass / rows.shape[-1]
+        costs = -(smoothed * F.log_softmax(rows, dim=-1)).sum(dim=-1)
+        return costs.sum() / (mass > 0).sum().clamp(min=1)
     classes = class_numbers(logits, target).reshape(-1)
     summed = F.cross_entropy(
         rows,

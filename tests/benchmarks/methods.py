@@ -45,6 +45,8 @@ METHODS: dict[str, list[str]] = {
     "MLKD": [f"distill.losses=[{HARD}, {{mlkd: {{}}, weight: 0.02}}]"],
     "WSLD": [f"distill.losses=[{HARD}, {{wsld: {{}}, weight: 2.5}}]"],
     "JSD": [f"distill.losses=[{HARD}, {{jsd: {{}}, weight: 4}}]"],
+    "virtual teacher": ["distill.losses=[hard_labels, {virtual_teacher: {}, weight: 0.1}]"],
+    "RKD of logits": [f"distill.losses=[{SOFT}, {{rkd: {{}}, weight: 0.02}}]"],
     "RKD": [f"distill.losses=[{SOFT}, {{rkd: {POOLED}, weight: 0.02}}]"],
     "SP": [f"distill.losses=[{SOFT}, {{similarity: {POOLED}, weight: 3000}}]"],
     "PKT": [f"distill.losses=[{SOFT}, {{pkt: {POOLED}, weight: 30000}}]"],
@@ -58,7 +60,10 @@ METHODS: dict[str, list[str]] = {
 def run(pipeline: Path, folder: Path, method: str, seed: int, overrides: list[str]) -> None:
     """Train one student, and write its test accuracy and history down."""
     done = folder / f"{method.replace(' ', '-')}-{seed}.json"
+    changes = [str(pipeline), *overrides, *METHODS[method]]
     if done.is_file():
+        if json.loads(done.read_text())["changes"] != changes:
+            raise SystemExit(f"{done} was measured with other settings: give another --output")
         return
     job = open_job(pipeline, [
         f"seed={seed}", "distill.baseline=false", *overrides, *METHODS[method]
@@ -87,7 +92,7 @@ def run(pipeline: Path, folder: Path, method: str, seed: int, overrides: list[st
         "best_epoch": history["best_epoch"],
         "validation": [epoch["validation"] for epoch in history["epochs"]],
         "seconds": sum(epoch["seconds"] for epoch in history["epochs"]),
-        "changes": [*overrides, *METHODS[method]],
+        "changes": changes,
     }
     done.write_text(json.dumps(row, indent=1))
     print(f"{method:24} seed {seed}: {100 * row['student']:.2f} % in {row['seconds']:.0f} s",
@@ -100,6 +105,8 @@ def table(folder: Path) -> None:
     by_method: dict[str, dict[int, dict[str, float]]] = {}
     for row in rows:
         by_method.setdefault(row["method"], {})[row["seed"]] = row
+    if "student alone" not in by_method:
+        raise SystemExit("no gap without the student alone: run --methods 'student alone' too")
     alone = {seed: row["student"] for seed, row in by_method["student alone"].items()}
     teacher = {seed: row["teacher"] for seed, row in by_method["student alone"].items()}
     print("| method | seeds | test accuracy, % | gap closed, % | s |\n|---|---:|---:|---:|---:|")

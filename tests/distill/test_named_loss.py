@@ -198,3 +198,45 @@ def test_every_method_of_the_readme_has_its_name():
         *("hidden_states", "attention_maps", "cosine"),
     }
     assert expected <= set(LOSSES)
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels"),
+    [
+        (["hard_labels", "soft_labels"], ()),
+        (["regression", "standardized"], ("regression", "standardized")),
+        ([{"fitnets": {"student": "a", "teacher": "x"}}], ()),
+    ],
+)
+def test_which_terms_the_largest_logits_alone_would_mislead(rows, labels):
+    assert objective(*rows).reads_all_logits == labels
+
+
+def test_a_users_loss_is_taken_to_read_every_logit(module):
+    module.mine = lambda student, teacher: (student - teacher).square().mean()
+    assert objective("users_terms:mine").reads_all_logits == ("mine",)
+
+
+def test_a_weight_below_zero_is_refused():
+    with pytest.raises(ValueError, match="away from the teacher"):
+        LossTerm.model_validate({"soft_labels": {}, "weight": {"start": 1, "end": -1}})
+
+
+def test_a_layer_is_masked_by_its_tokens_and_the_output_by_its_target(module):
+    seen = []
+
+    def masked(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+        seen.append(mask)
+        return (student.sum() - teacher.sum()) * 0
+
+    module.masked = masked
+    tokens, target = torch.ones(6, 8), torch.ones(6, 3)
+    batch = {**BATCH, "attention_mask": tokens, "label_mask": target}
+    hidden = {"logits": STUDENT["logits"], layer_key("h"): random(6, 8, 4)}
+    made = objective("users_terms:masked", {"users_terms:masked": {"student": "h", "teacher": "h"}})
+    made(hidden, hidden, batch)
+    assert seen[0] is target
+    assert seen[1] is tokens
+    other = objective({"users_terms:masked": {"student": "a", "teacher": "x"}})
+    other(STUDENT, TEACHER, {**batch, "attention_mask": torch.ones(6, 5)})
+    assert seen[2] is None

@@ -59,3 +59,49 @@ def test_the_cache_serves_another_loss_and_meets_no_other_augmentation(
     run(shared, "distill.baseline=false")
     assert [size for size, _ in caches(tmp_path / "shared").values()] == [1213 * 10 * 4]
     assert len(caches(cache)) == 2
+
+
+NETWORK = """\
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.scale = scale
+        self.layer = nn.Linear(64, 10)
+
+    def forward(self, image):
+        return self.layer(image.flatten(1)) * self.scale
+"""
+
+
+def test_a_teacher_that_differs_in_an_argument_alone_meets_no_old_answers(
+    tmp_path: Path, edgekd: Edgekd
+) -> None:
+    (tmp_path / "mine.py").write_text(NETWORK)
+    text = PIPELINE.replace("model: convnet-s, train", '"model": "mine:Net", train')
+    (tmp_path / "pipeline.yaml").write_text(text)
+    done = edgekd("distill", "pipeline.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (weights,) = tmp_path.glob("runs/digits/artifacts/teacher/*/teacher.safetensors")
+    checkpoint = tmp_path / "t.safetensors"
+    checkpoint.write_bytes(weights.read_bytes())
+    for scale in (1.0, 5.0):
+        teacher = (
+            f"teacher={{model: 'mine:Net', args: {{scale: {scale}}}, checkpoint: t.safetensors}}"
+        )
+        done = edgekd("distill", "pipeline.yaml", "--set", teacher)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert len(caches(tmp_path / "runs/digits/cache")) == 3
+
+
+def test_what_contradicts_the_mixing_of_images_is_found_first(
+    tmp_path: Path, edgekd: Edgekd
+) -> None:
+    (tmp_path / "pipeline.yaml").write_text(PIPELINE)
+    losses = "distill.losses=[hard_labels, dkd]"
+    done = edgekd("distill", "pipeline.yaml", "--set", losses, "--set", "distill.augment=[mixup]")
+    assert done.returncode == 2
+    assert "dkd needs one class per sample" in done.stderr
+    assert not list(tmp_path.glob("runs/digits/artifacts/teacher/*/teacher.safetensors"))

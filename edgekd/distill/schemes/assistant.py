@@ -10,6 +10,7 @@ from pydantic import Field
 
 from edgekd.distill.features import Capture
 from edgekd.distill.history import History
+from edgekd.distill.runtime import training_device
 from edgekd.distill.schemes.scheme import Classroom, Network
 from edgekd.distill.teacher import ModuleTeacher
 from edgekd.errors import InputError
@@ -51,7 +52,7 @@ def assistant(
     for number, model in enumerate(assistants, start=1):
         label = f"assistant {number}"
         histories[label] = room.fit(model, room.new_objective(), label, teacher)
-        teacher = ModuleTeacher(model)
+        teacher = ModuleTeacher(model.to(training_device()))
     return {**histories, "student": room.fit(room.student, objective, "student", teacher)}
 
 

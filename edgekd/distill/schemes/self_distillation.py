@@ -10,6 +10,7 @@ from edgekd.distill.features import Capture
 from edgekd.distill.history import History
 from edgekd.distill.losses.response import Temperature
 from edgekd.distill.objective import Objective
+from edgekd.distill.runtime import training_device
 from edgekd.distill.schemes.exits import exit_terms
 from edgekd.distill.schemes.scheme import Classroom
 from edgekd.distill.teacher import ModuleTeacher, Teacher
@@ -71,7 +72,7 @@ def self_(
             objective = Objective.of([*objective.terms, *shallow])
         histories[label] = room.fit(model, objective, label, teacher)
         if not last:
-            teacher = ModuleTeacher(model)
+            teacher = ModuleTeacher(model.to(training_device()))
     return histories
 
 
