@@ -114,7 +114,9 @@ def _classes(ground: Ground) -> int:
 def answered_validation(
     ground: Ground, teacher: Teacher | None, channels_last: bool, label: str
 ) -> tuple[Loader, Task]:
-    """The validation split with the teacher's answers as its targets, and the task for them.
+    """The validation split with the teacher's answers where it has no label, and the task for it.
+
+    A handful of labels would choose the epoch by chance.
 
     Raises:
         InputError: there is no teacher.
@@ -135,7 +137,14 @@ def answered_validation(
             name: tensor.float().cpu().numpy() for name, tensor in teacher.answer(batch).items()
         }
         answers.append(ground.task.targets_from(outputs))
-    targets = {name: np.concatenate([a[name] for a in answers]) for name in answers[0]}
-    split = Split({**ground.dataset.splits["validation"].arrays, **targets})
+    arrays = dict(ground.dataset.splits["validation"].arrays)
+    labelled = ground.labelled_rows("validation")
+    for name in answers[0]:
+        targets = np.concatenate([answer[name] for answer in answers])
+        if len(labelled):
+            targets = targets.astype(arrays[name].dtype)
+            targets[labelled] = arrays[name][labelled]
+        arrays[name] = targets
+    split = Split(arrays)
     loader = Loader(split, ground.dataset, EVALUATION_BATCH, channels_last=channels_last)
     return loader, against_teacher(ground.task)

@@ -93,8 +93,8 @@ def fit(
 
     A distillation's teacher answers through the cache; so does its student alone see the same
     augmented views. Without a teacher only labelled samples are trained on, gone through as often
-    as makes as many batches as all samples do. A validation split without labels is scored by
-    agreement with the teacher.
+    as makes as many batches as all samples do. Where validation samples lack a label, the student
+    of a teacher is scored by agreement with it there.
 
     Raises:
         InputError: there are no labels where they are needed.
@@ -137,10 +137,12 @@ def fit(
         part = {name: take(array, rows) for name, array in dataset.splits["train"].arrays.items()}
         training = loader(Split(part), steps=len(training))
     validation, task = ground.validation_loader(channels_last), ground.task
-    if len(ground.labelled_rows("validation")) == 0:
+    labelled, asked = len(ground.labelled_rows("validation")), objective.needs_teacher
+    if labelled == 0 or (asked and labelled < validation.samples):
         validation, task = answered_validation(ground, teacher, channels_last, label)
         context.progress.message(
-            f"  {label}: no validation sample has a label: validated by {task.metric}"
+            f"  {label}: {labelled} validation samples have a label: validated by {task.metric} "
+            "where there is none"
         )
     if teacher is not None and objective.needs_teacher:
         teacher = answering(ground, teacher, objective, training, train_config, label, context)

@@ -22,6 +22,7 @@ from edgekd.distill.teacher import ModuleTeacher
 from edgekd.errors import InputError
 from edgekd.models.named import NamedModel
 from edgekd.spec import ModelSpec
+from edgekd.stages.answers import answered_validation
 from edgekd.stages.benchmark import BenchmarkStage
 from edgekd.stages.fitting import Ground, fit
 from edgekd.stages.teacher import check_teacher
@@ -225,7 +226,25 @@ def test_a_distillation_sees_the_unlabelled_rows_too(tmp_path: Path) -> None:
     terms = [LossTerm(name="hard_labels"), LossTerm(name="soft_labels")]
     seen, history = trained(few, tmp_path, terms, teacher)
     assert len({row for batch in seen for row in batch}) > 130
-    assert history.metric == "accuracy"
+    assert history.metric == "agreement"
+
+
+def test_the_teacher_answers_for_validation_samples_without_a_label_only() -> None:
+    few = ground(np.arange(COUNT) % 3, labelled=0.5)
+    spec = ModelSpec(few.dataset.inputs, few.task.outputs(few.dataset))
+
+    class Two(nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([[0.0, 0.0, 9.0]]).expand(len(image), 3)
+
+    teacher = ModuleTeacher(NamedModel(Two(), spec))
+    loader, task = answered_validation(few, teacher, False, "student")
+    given = np.asarray(few.dataset.splits["validation"].arrays["label"])
+    filled = loader.split.arrays["label"]
+    assert 0 < (given == -1).sum() < len(given)
+    np.testing.assert_array_equal(filled, np.where(given == -1, 2, given))
+    assert filled.dtype == given.dtype
+    assert task.metric == "agreement"
 
 
 def test_unlabelled_validation_is_scored_by_the_teachers_answers(tmp_path: Path) -> None:
