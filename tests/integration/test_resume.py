@@ -77,6 +77,8 @@ def test_interrupt_leaves_with_130(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A job in the background of a script inherits that SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         while not _reached(tmp_path / "run" / "log.jsonl", "teacher", 1):
             assert process.poll() is None
