@@ -96,6 +96,9 @@ class ModelConfig(Section):
     args: dict[str, Any] = Field(default_factory=dict)
 
 
+TEACHERS_OWN = "teacher"
+"""The student's ``model`` that is the teacher's network with the teacher's weights."""
+
 HUBS = ("timm:", "transformers:")
 """Prefixes of model names whose networks come with their weights."""
 
@@ -126,11 +129,42 @@ class TeacherConfig(ModelConfig):
         return self
 
 
+class PruneConfig(Section):
+    """Structured pruning: whole channels and neurons go, by the dependency graph of the network.
+
+    ``ratio`` is the share of channels that goes, of each layer or (``scope: global``) of all
+    together. ``round_to`` keeps widths a multiple of it. ``keep`` names layers that stay whole.
+    """
+
+    ratio: Annotated[float, Field(gt=0, lt=1)]
+    importance: Literal["magnitude", "taylor", "lamp", "random"] = "magnitude"
+    scope: Literal["layer", "global"] = "layer"
+    round_to: Count = 1
+    keep: tuple[str, ...] = ()
+
+
 class StudentConfig(ModelConfig):
-    """The network that is shipped. ``checkpoint`` starts it from given weights."""
+    """The network that is shipped. ``checkpoint`` starts it from given weights.
+
+    ``model: teacher`` is the teacher's own network with its weights: to be pruned, or quantized
+    as it is. ``prune`` needs weights to choose by: those of the teacher or of a checkpoint.
+    """
 
     model: str
     checkpoint: str | None = None
+    prune: PruneConfig | None = None
+
+    @model_validator(mode="after")
+    def _weights_to_prune(self) -> StudentConfig:
+        if self.model == TEACHERS_OWN and self.checkpoint is not None:
+            raise ValueError("'model: teacher' has the teacher's weights: remove 'checkpoint'")
+        if self.model == TEACHERS_OWN and self.args:
+            raise ValueError("'model: teacher' has the teacher's arguments: remove 'args'")
+        if self.prune is not None and self.model != TEACHERS_OWN and self.checkpoint is None:
+            raise ValueError(
+                "pruning chooses by trained weights: add 'checkpoint: …', or 'model: teacher'"
+            )
+        return self
 
 
 def _one_name(value: Any, kind: str, example: str, beside: tuple[str, ...] = ()) -> Any:
@@ -233,13 +267,75 @@ class ExportConfig(Section):
     samples: Count = 256
 
 
-class EngineConfig(Section):
-    """How the ONNX file is run. ``providers`` None means the profile's."""
+class QatConfig(TrainConfig):
+    """How the student is trained on after fake quantization was put into it.
+
+    ``losses`` None takes those of ``distill`` that compare outputs; the layers that others name
+    are not there any more in the prepared graph.
+    """
+
+    epochs: Count = 3
+    learning_rate: Positive = 1e-3
+    losses: tuple[LossTerm, ...] | None = Field(default=None, min_length=1)
+
+
+class QuantizeConfig(Section):
+    """What is tried beside the float32 student; the engines stage measures all and chooses.
+
+    ``int8``: ``static`` (calibrated on ``samples`` validation samples), ``dynamic``,
+    ``weights-only`` or ``qat`` (quantization-aware distillation, :class:`QatConfig`). ``half``:
+    the same network in 16 bits. ``runtime`` decides the scheme: asymmetric uint8 activations for
+    the CPU, symmetric int8 and float biases for TensorRT; None follows the profile.
+    ``max_drop`` is what the metric on the validation split may lose against float32, in the
+    metric's own unit; layers are kept in float32 until it holds. ``keep`` names nodes that are
+    never quantized.
+    """
+
+    int8: Literal["static", "dynamic", "weights-only", "qat"] | None = None
+    half: Literal["fp16", "bf16"] | None = None
+    runtime: Literal["cpu", "tensorrt"] | None = None
+    calibration: Literal["minmax", "entropy", "percentile"] = "minmax"
+    samples: Annotated[int, Field(gt=1)] = 512
+    max_drop: Annotated[float, Field(ge=0)] = 0.002
+    keep: tuple[str, ...] = ()
+    qat: QatConfig = QatConfig()
+
+
+class OnnxRuntimeConfig(Section):
+    """ONNX Runtime. ``providers`` None means the profile's, the preferred first.
+
+    A node that the preferred provider does not run falls back to another one; that is an error
+    unless ``fallback: allow``.
+    """
 
     kind: Literal["onnxruntime"] = "onnxruntime"
     providers: tuple[str, ...] | None = None
+    fallback: Literal["error", "allow"] = "error"
     threads: Count | None = None
     optimization: Literal["disabled", "basic", "extended", "all"] = "all"
+
+
+class TensorRTConfig(Section):
+    """TensorRT, or TensorRT for RTX, which builds without a GPU for named ``compute_capabilities``.
+
+    ``shapes`` gives symbolic dimensions of an input as ``[least, usual, largest]`` shapes; without
+    it they go from 1 over ``benchmark.batch_size`` to the larger of both. ``workspace_mb`` None
+    is the profile's ``budget.memory_mb``. ``dla`` is the core of a Jetson's DLA.
+    """
+
+    kind: Literal["tensorrt", "tensorrt-rtx"]
+    compute_capabilities: tuple[Annotated[str, Field(pattern=r"^\d+\.\d$")], ...] = ()
+    shapes: dict[str, tuple[tuple[Count, ...], tuple[Count, ...], tuple[Count, ...]]] = Field(
+        default_factory=dict
+    )
+    workspace_mb: Positive | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    dla: Annotated[int, Field(ge=0)] | None = None
+    gpu_fallback: bool = True
+
+
+EngineConfig = Annotated[OnnxRuntimeConfig | TensorRTConfig, Field(discriminator="kind")]
 
 
 class BenchmarkConfig(Section):
@@ -333,7 +429,8 @@ class PipelineConfig(Section):
     student: StudentConfig
     distill: DistillConfig = DistillConfig()
     export: ExportConfig = ExportConfig()
-    engines: tuple[EngineConfig, ...] = (EngineConfig(),)
+    quantize: QuantizeConfig | None = None
+    engines: Annotated[tuple[EngineConfig, ...], Field(min_length=1)] = (OnnxRuntimeConfig(),)
     benchmark: BenchmarkConfig = BenchmarkConfig()
     gate: GateConfig = GateConfig()
 
