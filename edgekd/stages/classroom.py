@@ -42,9 +42,9 @@ def open_classroom(ground: Ground, context: Context, inputs: Mapping[str, Path])
         return build_model(config, ground.dataset.inputs, outputs, where="distill.scheme")
 
     def new_student(index: int) -> NamedModel:
+        model = build_student(ground, inputs["student"], index)
         if index:
-            return build(pipeline.student, index)
-        model = build_student(ground)
+            return model
         load_weights(model, inputs["student"] / FIRST_WEIGHTS, where="student")
         return model
 

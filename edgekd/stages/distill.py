@@ -9,7 +9,7 @@ from typing import Any
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.classroom import files_of_scheme, open_classroom
 from edgekd.stages.fitting import TRAINING_CODE, fit, open_ground, write_json
-from edgekd.stages.student import FIRST_WEIGHTS, build_student
+from edgekd.stages.student import FIRST_WEIGHTS, STUDENT_CODE, build_student
 
 STUDENT, BASELINE = "student.safetensors", "baseline.safetensors"
 
@@ -19,7 +19,7 @@ class DistillStage:
 
     name = "distill"
     inputs = ("data", "teacher", "student")
-    code = ("edgekd.stages.distill", "edgekd.stages.classroom", *TRAINING_CODE)
+    code = ("edgekd.stages.distill", "edgekd.stages.classroom", *STUDENT_CODE, *TRAINING_CODE)
     libraries = ("torch",)
 
     def config_slice(self, job: Job) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class DistillStage:
             context.progress.message(f"  the student alone is not trained: {lacking}")
         elif config.baseline:
             alone = Objective.supervised(ground.task, config.label_smoothing)
-            model = build_student(ground)
+            model = build_student(ground, inputs["student"])
             load_weights(model, inputs["student"] / FIRST_WEIGHTS, where="student")
             histories["baseline"] = fit(ground, model, alone, config, "student alone", context)
             save_weights(model, context.out / BASELINE)

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.distill import BASELINE, STUDENT
-from edgekd.stages.fitting import open_ground, write_json
-from edgekd.stages.student import build_student
+from edgekd.stages.fitting import Ground, open_ground, write_json
+from edgekd.stages.student import STUDENT_CODE, build_student
 from edgekd.stages.teacher import BLACK_BOX, WEIGHTS, build_teacher
+
+if TYPE_CHECKING:
+    from edgekd.models.named import NamedModel
 
 
 class ExportStage:
     """Writes ``<role>.onnx`` and ``parity.json``; a mismatch fails the stage."""
 
     name = "export"
-    inputs = ("data", "teacher", "distill")
-    code = ("edgekd.stages.export", "edgekd.engines", "edgekd.models", "edgekd.tasks")
+    inputs = ("data", "teacher", "student", "distill")
+    code = ("edgekd.stages.export", *STUDENT_CODE, "edgekd.engines", "edgekd.tasks")
     libraries = ("torch", "onnx", "onnxruntime", "onnxscript")
 
     def config_slice(self, job: Job) -> dict[str, Any]:
@@ -52,9 +56,10 @@ class ExportStage:
             for name, array in dataset.model_inputs("validation", 0, count).items()
         }
 
-        sources = {
-            "student": (build_student, inputs["distill"] / STUDENT),
-            "baseline": (build_student, inputs["distill"] / BASELINE),
+        student = partial(build_student, folder=inputs["student"])
+        sources: dict[str, tuple[Callable[[Ground], NamedModel], Path]] = {
+            "student": (student, inputs["distill"] / STUDENT),
+            "baseline": (student, inputs["distill"] / BASELINE),
             "teacher": (build_teacher, inputs["teacher"] / WEIGHTS),
         }
         reports = {}

@@ -16,11 +16,15 @@ if TYPE_CHECKING:
 
 
 def layers_of_pipeline(ground: Ground) -> Mapping[str, list[Layer]]:
-    """The layers of the student and of the teacher, unless that is an ONNX file."""
+    """The layers of the student and of the teacher, unless that is an ONNX file.
+
+    A student that will be pruned is listed as it is before: it keeps its layers and their names.
+    """
     from edgekd.stages.student import build_student
     from edgekd.stages.teacher import build_teacher
 
-    networks = {"student": build_student(ground)}
+    role = "student" if ground.config.student.prune is None else "student, before it is pruned"
+    networks = {role: build_student(ground, None)}
     if ground.config.teacher.model is not None:
         networks["teacher"] = build_teacher(ground)
     return {role: _listed(network) for role, network in networks.items()}

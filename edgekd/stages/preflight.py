@@ -29,6 +29,8 @@ def preflight(job: Job, gated: bool = True) -> None:
     from edgekd.engines.onnxruntime import providers_for
     from edgekd.models.build import find_model
     from edgekd.release.budget_rules import check_any_rule, check_direction
+    from edgekd.stages.student import student_network
+    from edgekd.students.structure import torch_pruning
     from edgekd.targets import open_target
     from edgekd.tasks import Classification, get_task
 
@@ -39,10 +41,12 @@ def preflight(job: Job, gated: bool = True) -> None:
     check_augmentations(config.distill.augment or (), "distill.augment")
     for name, where in (
         (config.teacher.model, "teacher.model"),
-        (config.student.model, "student.model"),
+        (student_network(config).model, "student.model"),
     ):
         if name is not None:
             find_model(name, where)
+    if config.student.prune is not None:
+        torch_pruning()
     device = training_device()
     objective = Objective(config.loss_terms, task)
     check_step(config.distill, objective, device, None)
@@ -65,7 +69,9 @@ def preflight(job: Job, gated: bool = True) -> None:
         check_step(config.teacher.train, Objective.supervised(task), device, None)
     find_scheme(config.distill.scheme)
     open_target(config.target)
-    providers_for(job.profile.runtime.providers, config.engines[0].providers)
+    for engine in config.engines:
+        if engine.kind == "onnxruntime":
+            providers_for(job.profile.runtime.providers, engine.providers)
     check_direction(config.gate, task.metric, task.higher_is_better)
     if gated:
         check_any_rule(config.gate, job.profile)

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgekd.config.pipeline import TEACHERS_OWN, ModelConfig, PipelineConfig
 from edgekd.errors import InputError
-from edgekd.pipeline.fingerprint import file_sha256
+from edgekd.pipeline.fingerprint import file_sha256, library_versions
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.fitting import Ground, hub_identity, open_ground, write_json
+from edgekd.stages.teacher import WEIGHTS
 
 if TYPE_CHECKING:
     from edgekd.models.named import NamedModel
+    from edgekd.students import Pruned
 
-FIRST_WEIGHTS = "first.safetensors"
+FIRST_WEIGHTS, STRUCTURE = "first.safetensors", "structure.json"
+STUDENT_CODE = ("edgekd.stages.student", "edgekd.students", "edgekd.models")
+"""What decides the network that :func:`build_student` gives."""
+
+_GRADIENT_BATCH, _GRADIENT_SAMPLES = 128, 1024
+"""How many labelled samples the importance ``taylor`` is taken from."""
 
 
 class StudentStage:
-    """Writes the first weights, from which the student and its baseline both start."""
+    """Writes the first weights, from which the student and its baseline both start.
+
+    Of a pruned student also what was taken out, with which :func:`build_student` builds it.
+    """
 
     name = "student"
-    inputs = ("data",)
-    code = ("edgekd.stages.student", "edgekd.models", "edgekd.tasks")
+    inputs = ("data", "teacher")
+    code = (*STUDENT_CODE, "edgekd.tasks", "edgekd.data")
     libraries = ("torch",)
 
     def config_slice(self, job: Job) -> dict[str, Any]:
@@ -31,12 +43,15 @@ class StudentStage:
         files = {}
         if student.checkpoint is not None:
             files["checkpoint"] = file_sha256(_checkpoint(job, student.checkpoint))
+        network = job.config.teacher if student.model == TEACHERS_OWN else student
         return {
             "student": student.model_dump(mode="json", exclude={"checkpoint"}),
+            "network": network.model_dump(mode="json", include={"model", "args"}),
             "seed": job.config.seed,
             "task": [job.config.task, job.config.task_args],
             **files,
-            **hub_identity(student.model),
+            **hub_identity(network.model),
+            **(_pruning_library() if student.prune is not None else {}),
         }
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
@@ -46,28 +61,117 @@ class StudentStage:
 
         job = context.job
         ground = open_ground(inputs["data"], job.config)
-        model = build_student(ground)
-        if job.config.student.checkpoint is not None:
-            load_weights(
-                model,
-                _checkpoint(job, job.config.student.checkpoint),
-                where="student.checkpoint",
-            )
+        student = job.config.student
+        model = build_student(ground, None)
+        if student.model == TEACHERS_OWN:
+            load_weights(model, inputs["teacher"] / WEIGHTS, where="student")
+        elif student.checkpoint is not None:
+            load_weights(model, _checkpoint(job, student.checkpoint), where="student.checkpoint")
+        described: dict[str, Any] = {}
+        if student.prune is not None:
+            pruned = _pruned(ground, model, context)
+            model, described = pruned.model, {"pruned": pruned.to_json()}
         save_weights(model, context.out / FIRST_WEIGHTS)
         spec = model.spec.to_json() | {"parameters": count_parameters(model)}
-        write_json(context.out / "model.json", spec)
+        write_json(context.out / "model.json", spec | described)
         context.progress.message(f"  student: {count_parameters(model):,} parameters")
 
 
-def build_student(ground: Ground) -> NamedModel:
-    """The student's network with fresh weights drawn from the pipeline's seed."""
+def build_student(ground: Ground, folder: Path | None, index: int = 0) -> NamedModel:
+    """The student's network with fresh weights drawn from the pipeline's seed.
+
+    Args:
+        ground: the data and the task.
+        folder: the student stage's artifact, which says what was pruned; None: the network before
+            anything is.
+        index: 0 for the student; another one draws other weights, for a scheme's further ones.
+
+    Raises:
+        InputError: the student is the teacher's network, and that is an ONNX file.
+    """
     import torch
 
     from edgekd.models.build import build_model
 
-    torch.manual_seed(ground.config.seed)
+    torch.manual_seed(ground.config.seed + index * 1_000_003)
     outputs = ground.task.outputs(ground.dataset)
-    return build_model(ground.config.student, ground.dataset.inputs, outputs, where="student")
+    network = student_network(ground.config)
+    model = build_model(network, ground.dataset.inputs, outputs, where="student")
+    if folder is not None and (folder / STRUCTURE).is_file():
+        from edgekd.students import apply_cuts, read_cuts
+
+        apply_cuts(model, read_cuts(folder / STRUCTURE))
+    return model
+
+
+def student_network(config: PipelineConfig) -> ModelConfig:
+    """The student's model and its arguments: its own, or the teacher's.
+
+    Raises:
+        InputError: it is the teacher's, and the teacher is an ONNX file.
+    """
+    if config.student.model != TEACHERS_OWN:
+        return config.student
+    if config.teacher.model is None:
+        raise InputError(
+            "the student is to be the teacher's own network, and an ONNX file is not one that can "
+            "be trained",
+            where="student.model",
+            remedy="give the teacher as a model with its checkpoint, or name the student's model",
+        )
+    return config.teacher
+
+
+def _pruned(ground: Ground, model: NamedModel, context: Context) -> Pruned:
+    """Prune the student as the pipeline says, and write its structure down."""
+    from edgekd.students import prune, write_cuts
+
+    config = ground.config.student.prune
+    assert config is not None
+    if config.importance == "taylor":
+        _add_gradients(ground, model)
+    pruned = prune(model, config, ground.config.seed)
+    write_cuts(pruned.cuts, context.out / STRUCTURE)
+    context.progress.message(f"  pruned: {pruned.summary()}")
+    if pruned.left:
+        whole = "; ".join(f"{name} ({reason})" for name, reason in pruned.left.items())
+        context.progress.message(f"  left whole: {whole}")
+    return pruned
+
+
+def _add_gradients(ground: Ground, model: NamedModel) -> None:
+    """Give every parameter the gradient of the task's loss on labelled training samples.
+
+    Raises:
+        InputError: no training sample has a label.
+    """
+    import torch
+
+    from edgekd.data.loader import Loader
+
+    rows = ground.labelled_rows("train")
+    if len(rows) == 0:
+        raise InputError(
+            "the importance 'taylor' needs labels, and no training sample has one",
+            where="student.prune.importance",
+            remedy="use magnitude or lamp",
+        )
+    model.eval()
+    loader = Loader("train", ground.dataset, min(_GRADIENT_BATCH, len(rows)), rows=rows)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for number, batch in enumerate(loader.epoch(ground.config.seed, 1), start=1):
+        torch.autograd.backward(ground.task.hard_loss(model(batch), batch))
+        if number * _GRADIENT_BATCH >= _GRADIENT_SAMPLES:
+            break
+
+
+def _pruning_library() -> dict[str, str]:
+    try:
+        return library_versions(("torch-pruning",))
+    except PackageNotFoundError:
+        # Its absence is told of when the names are looked up.
+        return {}
 
 
 def _checkpoint(job: Job, name: str) -> Path:

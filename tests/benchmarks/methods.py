@@ -79,7 +79,7 @@ def run(pipeline: Path, folder: Path, method: str, seed: int, overrides: list[st
     from edgekd.stages.teacher import open_teacher
 
     ground = open_ground(outcome.folder("data"), job.config)
-    student = build_student(ground)
+    student = build_student(ground, outcome.folder("student"))
     load_weights(student, outcome.folder("distill") / "student.safetensors")
     test = Loader("test", ground.dataset, 500)
     teacher = open_teacher(outcome.folder("teacher"), ground)

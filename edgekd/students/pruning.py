@@ -1,0 +1,297 @@
+"""Structured pruning: the least important channels go, in all layers that depend on them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from edgekd.config.pipeline import PruneConfig
+from edgekd.errors import InputError, unknown_name
+from edgekd.models.build import example_batch, probe
+from edgekd.models.named import NamedModel, count_parameters
+from edgekd.students.structure import Cut, Graph, apply_cuts, torch_pruning, traced
+from edgekd.students.tracking import follows
+
+_PRUNED_KINDS = (nn.modules.conv._ConvNd, nn.Linear)
+_WHERE = "student.prune"
+
+
+@dataclass(frozen=True)
+class Width:
+    """The output channels of one layer before and after."""
+
+    name: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned network, and what was done to it."""
+
+    model: NamedModel
+    cuts: tuple[Cut, ...]
+    ratio: float
+    """As it was asked for; rounding, and what stays whole, make it another one."""
+    layers: tuple[Width, ...]
+    """Those that became narrower, in the order of the network."""
+    left: dict[str, str]
+    """Why a layer keeps its channels, by name."""
+    parameters: tuple[int, int]
+    macs: tuple[int, int]
+    """Multiply-adds of convolutions and matrix products for one sample, before and after."""
+
+    def summary(self) -> str:
+        """One line: parameters and multiply-adds before and after."""
+        before, after = self.parameters
+        return (
+            f"{before:,} → {after:,} parameters, {self.macs[0]:,} → {self.macs[1]:,} multiply-adds"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the network and the cuts, as JSON values."""
+        return {
+            "from_parameters": self.parameters[0],
+            "to_parameters": self.parameters[1],
+            "from_macs": self.macs[0],
+            "to_macs": self.macs[1],
+            "ratio": self.ratio,
+            "layers": [{"name": w.name, "from": w.before, "to": w.after} for w in self.layers],
+            "left": self.left,
+        }
+
+
+@dataclass
+class _Group:
+    """Channels that go or stay together in several layers; ``name`` is the first of these."""
+
+    name: str
+    scores: list[float]
+    """The importance of each unit: a channel, or one of each group of a grouped layer."""
+    repeats: int
+    """Channels of a unit."""
+    step: int
+    """Units by which the width may change, for ``round_to``."""
+    removed: list[int] = field(default_factory=list)
+
+    @property
+    def units(self) -> int:
+        return len(self.scores)
+
+    @property
+    def least_first(self) -> list[int]:
+        return sorted(range(self.units), key=self.scores.__getitem__)
+
+    def keep_about(self, wanted: float) -> None:
+        """Remove the least important units so that the nearest multiple of the step stays."""
+        kept = max(self.step, math.floor(wanted / self.step + 0.5) * self.step)
+        self.removed = self.least_first[: max(0, self.units - kept)]
+
+    def cut(self) -> Cut:
+        channels = [i + r * self.units for i in self.removed for r in range(self.repeats)]
+        return Cut(self.name, tuple(sorted(channels)))
+
+
+def prune(model: NamedModel, config: PruneConfig, seed: int = 0) -> Pruned:
+    """A narrower copy of a network, which itself stays as it is.
+
+    The layers that give the outputs keep their width, and so does what ``keep`` names (its output
+    channels; it may lose inputs). Layers whose outputs are added lose the same channels. A layer
+    is left whole where the rest of the network cannot follow. ``magnitude`` is the mean square of
+    the weights that go with a channel, over the layers that depend on it; ``taylor`` the first
+    order change of the loss (Molchanov et al. 2019); ``lamp`` a magnitude that layers share (Lee
+    et al. 2021).
+
+    Args:
+        model: a trained network. For ``taylor`` its parameters have gradients of the loss.
+        config: how much goes and by what.
+        seed: of ``random``.
+
+    Raises:
+        InputError: torch-pruning is not installed; ``keep`` names no layer; the ratio leaves
+            nothing of a layer, or nothing can be pruned.
+    """
+    kept = _kept(model, config.keep)
+    with traced(model) as graph, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        groups, left = _groups(model, graph, config, kept)
+        widths = _widths(graph)
+    choose = _choose_in_each if config.scope == "layer" else _choose_in_all
+    choose(groups, config.ratio)
+    left |= {g.name: "it is as narrow as it may be" for g in groups if not g.removed}
+    cuts = [group.cut() for group in groups if group.removed]
+    pruned = _with_cuts(model, cuts)
+    if pruned is None:
+        # The whole network cannot follow: one layer after the other, to find which.
+        fits = [cut for cut in cuts if _with_cuts(model, [cut]) is not None]
+        left |= {cut.layer: "the network does not run without" for cut in cuts if cut not in fits}
+        cuts, pruned = fits, _with_cuts(model, fits)
+    if pruned is None or not cuts:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:4])
+        raise InputError(
+            f"nothing of this network can be pruned: {reasons or 'it has no layers to prune'}",
+            where=_WHERE,
+            remedy="raise the ratio, lower round_to, keep less; or name a smaller student",
+        )
+    with traced(pruned) as graph:
+        now = _widths(graph)
+    return Pruned(
+        model=pruned,
+        cuts=tuple(cuts),
+        ratio=config.ratio,
+        layers=tuple(Width(n, w, now[n]) for n, w in widths.items() if now[n] != w),
+        left=left,
+        parameters=(count_parameters(model), count_parameters(pruned)),
+        macs=(count_macs(model), count_macs(pruned)),
+    )
+
+
+def count_macs(model: NamedModel) -> int:
+    """Multiply-adds of convolutions and matrix products for one sample."""
+    batch = {name: tensor[:1] for name, tensor in example_batch(model.spec.inputs).items()}
+    training = model.training
+    model.eval()
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), counter:
+        model(batch)
+    model.train(training)
+    return int(counter.get_total_flops()) // 2
+
+
+def _kept(model: NamedModel, names: Sequence[str]) -> set[nn.Module]:
+    """The layers that ``keep`` names, with all inside them."""
+    modules = dict(model.module.named_modules())
+    for name in names:
+        if not name or name not in modules:
+            raise unknown_name("layer", name, filter(None, modules), f"{_WHERE}.keep")
+    return {inner for name in names for inner in modules[name].modules()}
+
+
+def _widths(graph: Graph) -> dict[str, int]:
+    """Output channels of the layers that can be pruned, by name."""
+    return {
+        name: int(graph.dependencies.get_out_channels(layer))
+        for layer, name in graph.names.items()
+        if isinstance(layer, _PRUNED_KINDS) and layer in graph.dependencies.module2node
+    }
+
+
+def _importance(kind: str) -> Any:
+    classes = torch_pruning().importance
+    made = {
+        "magnitude": classes.GroupMagnitudeImportance,
+        "taylor": classes.GroupTaylorImportance,
+        "lamp": classes.LAMPImportance,
+        "random": classes.RandomImportance,
+    }
+    return made[kind]()
+
+
+def _groups(
+    model: NamedModel, graph: Graph, config: PruneConfig, kept: set[nn.Module]
+) -> tuple[list[_Group], dict[str, str]]:
+    """The groups of channels that may go, and why the others stay, by their first layer."""
+    groups: list[_Group] = []
+    left: dict[str, str] = {}
+    importance = _importance(config.importance)
+    for found in graph.dependencies.get_all_groups(root_module_types=list(_PRUNED_KINDS)):
+        name = graph.names[found[0].dep.target.module]
+        scores = None
+        if reason := _reason_to_stay(model, graph, found, kept):
+            left[name] = reason
+        elif (scores := importance(found)) is None:
+            left[name] = "it has no weights to choose by"
+        else:
+            repeats = _repeats(graph, found)
+            # Layers that got no gradient at all are normalised to NaN.
+            each = scores.float().view(repeats, -1).mean(0).nan_to_num(0.0)
+            step = config.round_to // math.gcd(config.round_to, repeats)
+            groups.append(_Group(name, each.tolist(), repeats, step))
+    order = {name: number for number, name in enumerate(graph.names.values())}
+    groups.sort(key=lambda group: order[group.name])
+    return groups, dict(sorted(left.items(), key=lambda entry: order[entry[0]]))
+
+
+def _reason_to_stay(model: NamedModel, graph: Graph, group: Any, kept: set[nn.Module]) -> str:
+    """Why a group's channels cannot go; empty when they may."""
+    is_out = graph.dependencies.is_out_channel_pruning_fn
+    targets = [dep.target for dep, _ in group if is_out(dep.handler)]
+    if any(target.grad_fn in graph.outputs for target in targets):
+        return "it gives an output"
+    if any(target.module in kept for target in targets):
+        return "keep"
+    if not follows(model, graph, group):
+        return "which inputs of later layers are its channels is not certain"
+    return ""
+
+
+def _repeats(graph: Graph, group: Any) -> int:
+    """How many equal parts the channels of a group are in, for grouped convolutions and norms."""
+    parts = [1]
+    for dep, _ in group:
+        layer = dep.target.module
+        if isinstance(layer, nn.modules.conv._ConvNd) and layer.groups == layer.out_channels:
+            continue
+        pruner = graph.dependencies.get_pruner_of_module(layer)
+        out = graph.dependencies.is_out_channel_pruning_fn(dep.handler)
+        found = pruner.get_out_channel_groups(layer) if out else pruner.get_in_channel_groups(layer)
+        parts.append(int(found))
+    return max(parts)
+
+
+def _choose_in_each(groups: Sequence[_Group], ratio: float) -> None:
+    """The same share of every group goes."""
+    narrowest = min((g for g in groups if g.units > g.step), key=lambda g: g.units, default=None)
+    if narrowest is not None and narrowest.step == 1 and narrowest.units * (1 - ratio) < 0.5:
+        raise InputError(
+            f"a ratio of {ratio:g} leaves nothing of {narrowest.name!r}, which has "
+            f"{narrowest.units * narrowest.repeats} channels",
+            where=f"{_WHERE}.ratio",
+            remedy=f"at most {math.floor(100 * (1 - 0.5 / narrowest.units)) / 100:g}, or keep: "
+            f"[{narrowest.name}], or scope: global",
+        )
+    for group in groups:
+        group.keep_about(group.units * (1 - ratio))
+
+
+def _choose_in_all(groups: Sequence[_Group], ratio: float) -> None:
+    """The least important of all go, down to one step of each group."""
+    total = sum(group.units * group.repeats for group in groups)
+    spare = {g.name: max(0, g.units - g.step) for g in groups}
+    to_go = int(total * ratio)
+    possible = sum(spare[group.name] * group.repeats for group in groups)
+    if to_go > possible:
+        raise InputError(
+            f"a ratio of {ratio:g} leaves nothing of some layers: of {total} channels {to_go} "
+            f"should go, and {possible} can",
+            where=f"{_WHERE}.ratio",
+            remedy=f"at most {math.floor(100 * possible / max(1, total)) / 100:g}",
+        )
+    taken = dict.fromkeys(spare, 0)
+    units = [(score, group) for group in groups for score in group.scores]
+    for _, group in sorted(units, key=lambda unit: unit[0]):
+        if to_go < group.repeats or taken[group.name] == spare[group.name]:
+            continue
+        taken[group.name] += 1
+        to_go -= group.repeats
+    for group in groups:
+        group.keep_about(group.units - taken[group.name])
+
+
+def _with_cuts(model: NamedModel, cuts: Sequence[Cut]) -> NamedModel | None:
+    """A copy without these channels; None when it does not run."""
+    pruned = copy.deepcopy(model)
+    try:
+        apply_cuts(pruned, cuts)
+        probe(pruned)
+    except Exception:
+        # Whatever a library or a user's own forward raises means the same: this cannot go.
+        return None
+    return pruned
