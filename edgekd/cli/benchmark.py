@@ -50,7 +50,7 @@ def benchmark(
     Given a pipeline's YAML file, run the pipeline up to its benchmark.
     """
     if model.suffix.lower() in PIPELINE_SUFFIXES:
-        _refuse_model_options()
+        refuse_model_options("edgekd benchmark")
         from edgekd.cli.stage_command import run_pipeline_until
 
         run_pipeline_until(model, "benchmark")
@@ -81,11 +81,11 @@ def benchmark(
     evidence = evidence_of(name, target.name)
     record.update(profile=name, target=target.name, evidence=evidence, providers_left_out=left_out)
     if out is not None:
-        _write(out, record)
+        write_record(out, record)
     print_benchmark(console, record)
 
 
-def _refuse_model_options() -> None:
+def refuse_model_options(command: str) -> None:
     """A pipeline has all these in its file; an option that did nothing would mislead."""
     context = click.get_current_context()
     given = [
@@ -98,8 +98,8 @@ def _refuse_model_options() -> None:
     if given:
         raise InputError(
             f"{', '.join(given)} is for an ONNX model, not for a pipeline",
-            where="edgekd benchmark",
-            remedy="set it in the pipeline file, or benchmark the ONNX file of a run",
+            where=command,
+            remedy="set it in the pipeline file, or give the ONNX file of a run",
         )
 
 
@@ -128,7 +128,12 @@ def _providers(given: str | None, profile: Profile | None) -> tuple[list[str], l
     return [name for name in wanted if name in here], [name for name in wanted if name not in here]
 
 
-def _write(path: Path, record: dict[str, Any]) -> None:
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a command's record as JSON.
+
+    Raises:
+        StageError: the file cannot be written.
+    """
     try:
         path.write_text(json.dumps(record) + "\n", encoding="utf-8")
     except OSError as error:

@@ -35,13 +35,16 @@ def plan(pipeline: Path, overrides: tuple[str, ...], output: Path | None, quiet:
     for row in rows:
         if not quiet or row.action == "run":
             console.print(
-                f"{row.stage:10} {row.action:7} {row.reason}", highlight=False, markup=False
+                f"{row.stage:10} {row.action:7} {row.reason}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
             )
     console.print(f"{sum(row.action == 'run' for row in rows)} of {len(rows)} stages would run")
 
 
-def _until(stage: str, help_text: str, name: str | None = None) -> click.Command:
-    @click.command(name or stage, help=help_text)
+def _until(stage: str, help_text: str) -> click.Command:
+    @click.command(stage, help=help_text)
     @pipeline_options
     def command(
         pipeline: Path, overrides: tuple[str, ...], output: Path | None, quiet: bool
@@ -53,6 +56,5 @@ def _until(stage: str, help_text: str, name: str | None = None) -> click.Command
 
 distill = _until("distill", "Run PIPELINE up to the distilled student.")
 export = _until("export", "Run PIPELINE up to the ONNX files, checked against PyTorch.")
-build = _until("engines", "Run PIPELINE up to the engines for its profile.", name="build")
 report = _until("report", "Run PIPELINE up to its report.")
 bundle = _until("bundle", "Run PIPELINE up to the bundle; withheld when the gate fails.")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,41 +11,75 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnxruntime
 
-from edgekd.engines.onnx_file import UNKNOWN_RANK, check_onnx, describe_onnx
+from edgekd.engines.coverage import (
+    PlacedNode,
+    assigned_nodes,
+    check_fallback,
+    count_by_provider,
+    fallen_back,
+    nodes_in_trace,
+)
+from edgekd.engines.onnx_file import UNKNOWN_RANK, check_onnx, describe_onnx, read_onnx
 from edgekd.engines.session import (
     CPU_PROVIDER,
+    RECORD_ASSIGNMENT,
+    Fallback,
     Optimization,
+    default_options,
     first_line,
     open_session,
+    options_record,
+    provider_chain,
     providers_for,
     session_options,
 )
 from edgekd.errors import InputError, StageError
 from edgekd.spec import ModelSpec
 
-__all__ = ["EngineInfo", "build_engine", "made_up_inputs", "open_session", "providers_for"]
+__all__ = [
+    "EngineInfo",
+    "build_engine",
+    "made_up_inputs",
+    "open_session",
+    "provider_chain",
+    "providers_for",
+]
 
 Array = npt.NDArray[Any]
 TRIED_SIZES = (1, 16, 128, 512)
 """What symbolic dimensions other than the batch's are tried with when no samples are given."""
+
+_WITH_KERNELS = ("CPUExecutionProvider", "CUDAExecutionProvider", "DmlExecutionProvider")
+"""Providers whose part of a graph can be saved; the others compile theirs into something."""
 
 
 @dataclass(frozen=True)
 class EngineInfo:
     """How a model was prepared for ONNX Runtime and is to be run.
 
-    ``providers_session`` are those the session took, ``nodes`` how many nodes of the optimized
-    graph each really ran. ``saved_level`` is the optimization inside the file, ``run_level`` the
-    one to open it with. ``max_difference`` is the largest |optimized − exported| seen.
+    ``providers_session`` are those the session took; ``providers_left_out`` those wanted that are
+    not here or did not start. ``nodes`` is how many kernels of the optimized graph each really
+    ran, ``placement`` the names of its nodes by provider (a subgraph compiled into one kernel
+    lists its nodes), ``fell_back`` those of them that the preferred provider should have run and
+    ``shape_arithmetic`` those that belong on the CPU; see :mod:`edgekd.engines.coverage`.
+    ``saved_level`` is the optimization inside the file, ``run_level`` the one to open it with.
+    ``max_difference`` is the largest |optimized − exported| seen.
     """
 
     file: str
     size_bytes: int
     providers_requested: tuple[str, ...]
     providers_session: tuple[str, ...]
+    providers_left_out: tuple[str, ...]
+    provider_options: dict[str, dict[str, str]]
+    fallback: Fallback
     nodes: dict[str, int]
+    placement: dict[str, tuple[str, ...]]
+    fell_back: tuple[str, ...]
+    shape_arithmetic: tuple[str, ...]
     threads: int
     saved_level: str
     run_level: str
@@ -68,12 +100,17 @@ def build_engine(
     optimization: Optimization = "all",
     samples: Mapping[str, Array] | None = None,
     tolerance: float = 1e-3,
+    *,
+    fallback: Fallback = "error",
+    left_out: Sequence[str] = (),
+    cache: Path | None = None,
 ) -> EngineInfo:
     """Optimize a model offline, save it, load it again and compare its answers.
 
     The file is optimized to ``extended`` at most: what ``all`` adds (blocked memory layouts)
     depends on the processor it was made on. It is meant to be run at ``optimization``, which
-    adds the rest where it runs.
+    adds the rest where it runs. For a provider that compiles its part of the graph (TensorRT,
+    OpenVINO) it is optimized to ``basic``: the fused operations of ``extended`` are not ONNX's.
 
     Args:
         onnx_path: the exported model.
@@ -85,62 +122,72 @@ def build_engine(
             :func:`made_up_inputs`; a size that the model can run is searched.
         tolerance: |optimized − exported| may be ``tolerance · max(1, max|exported|)``. The
             default allows what fusing float32 convolutions and normalizations changes.
+        fallback: whether nodes may run on another provider than the first of ``providers``, and
+            a provider may fail to start.
+        left_out: providers wanted that are not here, for the record; see
+            :func:`edgekd.engines.session.provider_chain`.
+        cache: the folder where providers that compile keep what they made.
 
     Raises:
-        InputError: the file is not a valid model, or a provider does not start.
+        InputError: the file is not a valid model, a provider does not start, or nodes fell back
+            to another one than the preferred.
         StageError: the optimized file cannot be written, read back, or answers differently.
     """
     check_onnx(onnx_path)
     saved: Optimization = "extended" if optimization == "all" else optimization
-    _save_optimized(onnx_path, out_path, providers, threads, saved)
-    exported = open_session(onnx_path, providers, threads, "disabled")
+    saving = tuple(providers)
+    if not set(providers) <= set(_WITH_KERNELS):
+        saved, saving = "disabled" if saved == "disabled" else "basic", (CPU_PROVIDER,)
+    chosen = default_options(providers, threads, **_precisions(onnx_path), cache=cache)
+    _save_optimized(onnx_path, out_path, saving, threads, saved, fallback)
+    exported = open_session(
+        onnx_path, providers, threads, "disabled", provider_options=chosen, fallback=fallback
+    )
     if samples is None:
         inputs, reference = _made_up(exported, describe_onnx(onnx_path).spec, onnx_path)
     else:
         inputs, reference = dict(samples), _answers(exported, samples, onnx_path)
     with tempfile.TemporaryDirectory() as folder:
         options = session_options(threads, optimization)
+        options.add_session_config_entry(RECORD_ASSIGNMENT, "1")
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "trace")
-        session = open_session(out_path, providers, threads, optimization, options)
+        session = open_session(
+            out_path,
+            providers,
+            threads,
+            optimization,
+            options,
+            provider_options=chosen,
+            fallback=fallback,
+        )
         answers = _answers(session, inputs, out_path)
-        nodes = _nodes_by_provider(Path(session.end_profiling()))
-    check_providers_used(providers, nodes, out_path)
+        ran = nodes_in_trace(Path(session.end_profiling()), out_path)
+    placed = assigned_nodes(session, out_path)
+    # The profile knows the nodes as well, but a compiled subgraph only as one.
+    placed = ran if placed is None else placed
+    check_fallback(placed, providers[0], fallback, onnx_path)
     difference = _largest_difference(reference, answers, tolerance, out_path)
+    started = tuple(session.get_providers())
     return EngineInfo(
         file=out_path.name,
         size_bytes=out_path.stat().st_size,
         providers_requested=tuple(providers),
-        providers_session=tuple(session.get_providers()),
-        nodes=nodes,
+        providers_session=started,
+        providers_left_out=(*left_out, *(name for name in providers if name not in started)),
+        provider_options=chosen,
+        fallback=fallback,
+        nodes=count_by_provider(ran),
+        placement=_names_by_provider(placed),
+        fell_back=tuple(map(str, fallen_back(placed, providers[0]))),
+        shape_arithmetic=tuple(str(node) for node in placed if node.shape_arithmetic),
         threads=threads,
         saved_level=saved,
         run_level=optimization,
         max_difference=difference,
-        session_options={
-            "intra_op_num_threads": threads,
-            "inter_op_num_threads": 1,
-            "execution_mode": "sequential",
-            "graph_optimization_level": optimization,
-        },
+        session_options=options_record(threads, optimization),
         versions={"onnxruntime": onnxruntime.__version__},
     )
-
-
-def check_providers_used(providers: Sequence[str], nodes: Mapping[str, int], path: Path) -> None:
-    """Make sure that the preferred provider ran something.
-
-    Raises:
-        InputError: it ran no node, and the model would be measured on another device.
-    """
-    preferred = providers[0]
-    if preferred != CPU_PROVIDER and not nodes.get(preferred):
-        ran = ", ".join(f"{name} ({count} nodes)" for name, count in nodes.items())
-        raise InputError(
-            f"{preferred} ran no node of the model; {ran or 'nothing'} did",
-            where=str(path),
-            remedy="the provider supports none of its operations: choose another provider",
-        )
 
 
 def made_up_inputs(spec: ModelSpec, size: int = 1, seed: int = 0) -> dict[str, Array]:
@@ -169,7 +216,12 @@ def made_up_inputs(spec: ModelSpec, size: int = 1, seed: int = 0) -> dict[str, A
 
 
 def _save_optimized(
-    onnx_path: Path, out_path: Path, providers: Sequence[str], threads: int, level: Optimization
+    onnx_path: Path,
+    out_path: Path,
+    providers: Sequence[str],
+    threads: int,
+    level: Optimization,
+    fallback: Fallback,
 ) -> None:
     try:
         if level == "disabled":
@@ -185,7 +237,7 @@ def _save_optimized(
         ) from error
     options = session_options(threads, level)
     options.optimized_model_filepath = str(out_path)
-    open_session(onnx_path, providers, threads, level, options)
+    open_session(onnx_path, providers, threads, level, options, fallback=fallback)
     if out_path.stat().st_size == 0:
         raise StageError(
             "ONNX Runtime wrote no optimized model",
@@ -224,14 +276,20 @@ def _answers(
         ) from error
 
 
-def _nodes_by_provider(trace: Path) -> dict[str, int]:
-    """From ONNX Runtime's profile: how many nodes each provider ran."""
-    ran = {
-        event["name"]: event["args"]["provider"]
-        for event in json.loads(trace.read_text())
-        if event.get("cat") == "Node" and event.get("args", {}).get("provider")
+def _names_by_provider(nodes: Sequence[PlacedNode]) -> dict[str, tuple[str, ...]]:
+    names: dict[str, list[str]] = {}
+    for node in nodes:
+        names.setdefault(node.provider, []).append(str(node))
+    return {provider: tuple(found) for provider, found in names.items()}
+
+
+def _precisions(path: Path) -> dict[str, bool]:
+    """Whether the model holds float16 weights, and whether it is quantized."""
+    graph = read_onnx(path).graph
+    return {
+        "half": any(t.data_type == onnx.TensorProto.FLOAT16 for t in graph.initializer),
+        "int8": any(node.op_type == "DequantizeLinear" for node in graph.node),
     }
-    return dict(Counter(ran.values()))
 
 
 def _largest_difference(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +14,8 @@ from edgekd.errors import InputError, unknown_name
 
 CPU_PROVIDER = "CPUExecutionProvider"
 Optimization = Literal["disabled", "basic", "extended", "all"]
+Fallback = Literal["error", "allow"]
+"""What happens when something else than the preferred provider runs a node, or one is absent."""
 
 LEVELS = {
     "disabled": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -20,6 +24,7 @@ LEVELS = {
     "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
 _FATAL_ONLY = 4  # ONNX Runtime's log severity; errors are raised as well as logged
+RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
 
 PACKAGES = {
     "CUDAExecutionProvider": "pip install onnxruntime-gpu (on a Jetson: NVIDIA's own build)",
@@ -30,8 +35,17 @@ PACKAGES = {
     "QNNExecutionProvider": "pip install onnxruntime-qnn",
     "MIGraphXExecutionProvider": "a build of ONNX Runtime with ROCm",
     "CoreMLExecutionProvider": "pip install onnxruntime on macOS",
+    "XnnpackExecutionProvider": "a build of ONNX Runtime with XNNPACK",
 }
 """What brings a provider that the installed ONNX Runtime was not built with."""
+
+
+@dataclass(frozen=True)
+class ProviderChain:
+    """Execution providers in the order of preference, and those wanted that are not here."""
+
+    providers: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
 
 def providers_for(
@@ -42,6 +56,19 @@ def providers_for(
     Raises:
         InputError: one is unknown, or this ONNX Runtime was not built with it. Nothing is left
             out silently: a model measured on the CPU is not a model measured on a GPU.
+    """
+    return provider_chain(profile_providers, requested).providers
+
+
+def provider_chain(
+    profile_providers: Sequence[str],
+    requested: Sequence[str] | None,
+    fallback: Fallback = "error",
+) -> ProviderChain:
+    """The providers to use, and with ``fallback`` ``allow`` those that had to be left out.
+
+    Raises:
+        InputError: one is unknown; one is absent and no fallback is allowed; or all are absent.
     """
     wanted = tuple(requested if requested is not None else profile_providers)
     where = "engines: providers" if requested is not None else "the profile's runtime.providers"
@@ -54,16 +81,23 @@ def providers_for(
     for name in wanted:
         if name not in known:
             raise unknown_name("execution provider", name, known, where)
-        if name not in available:
-            source = PACKAGES.get(name, "a build of ONNX Runtime with it")
-            raise InputError(
-                f"this ONNX Runtime ({onnxruntime.__version__}) has no {name}; "
-                f"it has {', '.join(available)}",
-                where=where,
-                remedy=f"{source}; or choose another: "
-                "engines: [{kind: onnxruntime, providers: [CPUExecutionProvider]}]",
-            )
-    return wanted
+    absent = tuple(name for name in wanted if name not in available)
+    present = tuple(name for name in wanted if name in available)
+    if absent and (fallback == "error" or not present):
+        allow = ", or fallback: allow" if present else ""
+        raise InputError(
+            f"this ONNX Runtime ({onnxruntime.__version__}) has no {absent[0]}; "
+            f"it has {', '.join(available)}",
+            where=where,
+            remedy=f"{source_of(absent[0])}; or choose another: "
+            f"engines: [{{kind: onnxruntime, providers: [CPUExecutionProvider]}}]{allow}",
+        )
+    return ProviderChain(present, absent)
+
+
+def source_of(provider: str) -> str:
+    """What to install for a provider."""
+    return PACKAGES.get(provider, "a build of ONNX Runtime with it")
 
 
 def session_options(threads: int, optimization: Optimization) -> onnxruntime.SessionOptions:
@@ -80,14 +114,86 @@ def session_options(threads: int, optimization: Optimization) -> onnxruntime.Ses
     return options
 
 
+def options_record(threads: int, optimization: Optimization) -> dict[str, str | int]:
+    """What :func:`session_options` sets, for a record."""
+    return {
+        "intra_op_num_threads": threads,
+        "inter_op_num_threads": 1,
+        "execution_mode": "sequential",
+        "graph_optimization_level": optimization,
+    }
+
+
+def default_options(
+    providers: Sequence[str], threads: int, *, half: bool, int8: bool, cache: Path | None = None
+) -> dict[str, dict[str, str]]:
+    """Options of the providers, for one query at a time; those without any are left out.
+
+    Precision is that of the file: TensorRT may use float16 where the model holds float16 weights
+    (``half``) and INT8 where it holds Q/DQ (``int8``), and nowhere else.
+
+    Args:
+        providers: the chain.
+        threads: of the providers that compute on the CPU.
+        half: the model has float16 weights.
+        int8: the model is quantized.
+        cache: a folder for compiled engines and measured timings, which take minutes to make;
+            None keeps nothing.
+    """
+    kept = str(cache) if cache else None
+    options = {
+        # Grown by what is asked for: doubling takes memory that a Jetson's CPU needs as well.
+        # Shapes do not change from query to query, so that an exhaustive search pays off.
+        "CUDAExecutionProvider": {
+            "arena_extend_strategy": "kSameAsRequested",
+            "cudnn_conv_algo_search": "EXHAUSTIVE",
+        },
+        "TensorrtExecutionProvider": {
+            "trt_fp16_enable": str(half),
+            "trt_int8_enable": str(int8),
+            **(
+                {
+                    "trt_engine_cache_enable": "True",
+                    "trt_engine_cache_path": kept,
+                    "trt_timing_cache_enable": "True",
+                    "trt_timing_cache_path": kept,
+                }
+                if kept
+                else {}
+            ),
+        },
+        "OpenVINOExecutionProvider": {
+            "device_type": "CPU",
+            "num_of_threads": str(threads),
+            "num_streams": "1",
+            **({"cache_dir": kept} if kept else {}),
+        },
+        "XnnpackExecutionProvider": {"intra_op_num_threads": str(threads)},
+        "CoreMLExecutionProvider": {"ModelFormat": "MLProgram", "MLComputeUnits": "ALL"},
+    }
+    return {name: options[name] for name in providers if name in options}
+
+
 def open_session(
     path: Path,
     providers: Sequence[str],
     threads: int,
     optimization: Optimization,
     options: onnxruntime.SessionOptions | None = None,
+    *,
+    provider_options: Mapping[str, Mapping[str, str]] | None = None,
+    fallback: Fallback = "error",
 ) -> onnxruntime.InferenceSession:
     """Open a model on exactly the given providers.
+
+    Args:
+        path: the model.
+        providers: the preferred one first.
+        threads: intra-op threads.
+        optimization: the level.
+        options: instead of those of :func:`session_options`.
+        provider_options: by provider; none for one that is not in it.
+        fallback: ``allow`` takes a session in which a provider did not start.
 
     Raises:
         InputError: ONNX Runtime refuses the file, or a provider does not start on this machine
@@ -96,8 +202,11 @@ def open_session(
     # It would otherwise write an identifier of this machine to disk.
     onnxruntime.disable_telemetry_events()
     options = options or session_options(threads, optimization)
+    chosen = provider_options or {}
+    # A pair only where there is something to say: names alone are what every build takes.
+    named = [(name, dict(chosen[name])) if chosen.get(name) else name for name in providers]
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+        session = onnxruntime.InferenceSession(str(path), options, providers=named)
     except Exception as error:  # the runtime's own exception classes have no public base
         raise InputError(
             f"ONNX Runtime cannot open the model: {first_line(error)}",
@@ -105,7 +214,7 @@ def open_session(
             remedy="'edgekd doctor' shows the runtime's version; export the model for its opset",
         ) from error
     missing = [name for name in providers if name not in session.get_providers()]
-    if missing:
+    if missing and fallback == "error":
         raise InputError(
             f"{', '.join(missing)} did not start; ONNX Runtime would run the model on "
             f"{', '.join(session.get_providers())}",
@@ -116,8 +225,29 @@ def open_session(
     return session
 
 
+_SOURCE_PLACE = re.compile(r"/\S+:\d+ [^()]*")
+
+
 def first_line(error: BaseException, limit: int = 300) -> str:
-    """The first line of an error that says something, shortened."""
+    """The first line of an error that says something, shortened.
+
+    ONNX Runtime's place in its own source, and the C++ function there, say nothing to a user.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
+    if place := _SOURCE_PLACE.search(text):
+        end = place.end()
+        while text[end : end + 1] == "(":
+            end = _closing(text, end) + 1
+        text = text[: place.start()] + (text[end:].strip() or text[place.start() :])
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _closing(text: str, opening: int) -> int:
+    """Where the bracket at ``opening`` is closed; the end of the text where it is not."""
+    depth = 0
+    for index in range(opening, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[index], 0)
+        if depth == 0:
+            return index
+    return len(text)

@@ -114,6 +114,67 @@ class LocalTarget:
             words += ["--raw"]
         _edgerun("run", [*words, "--", _absolute(model)], threads)
 
+    def build(
+        self,
+        model: Path,
+        engine: Path,
+        *,
+        library: str,
+        compute_capabilities: Sequence[str] = (),
+        precision: str | None = None,
+        keep: Sequence[str] = (),
+        shapes: Sequence[str] = (),
+        batch: int = 1,
+        workspace_mb: float | None = None,
+        timing_cache: Path | None = None,
+        version_compatible: bool = False,
+        hardware_compatible: bool = False,
+        dla: int | None = None,
+        gpu_fallback: bool = True,
+    ) -> dict[str, Any]:
+        """Build a TensorRT engine: a record ``edgerun.build/1``, also left beside the engine.
+
+        Args:
+            model: an ONNX file.
+            engine: the file to write.
+            library: ``tensorrt`` or ``tensorrt-rtx``.
+            compute_capabilities: ``("8.6", "8.9")``, the GPUs to build for; tensorrt-rtx alone.
+            precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``, which convolutions and matrix
+                products must then have; None takes what the model says.
+            keep: nodes that may stay in a wider precision.
+            shapes: ``NAME=MIN:USUAL:MAX`` of inputs with open dimensions.
+            batch: usual and largest size of an open batch dimension without a shape.
+            workspace_mb: limit of scratch memory.
+            timing_cache: a file to read and write; tensorrt alone.
+            version_compatible: also loadable by later releases.
+            hardware_compatible: also loadable on other GPUs from Ampere on; tensorrt alone.
+            dla: the core of a Jetson's DLA.
+            gpu_fallback: whether what the DLA cannot run may run on the GPU.
+        """
+        words = ["--engine", _absolute(engine), "--library", library, "--batch", str(batch)]
+        words += [f"--sm={capability}" for capability in compute_capabilities]
+        words += [f"--keep={node}" for node in keep]
+        words += [f"--shape={shape}" for shape in shapes]
+        if precision is not None:
+            words += ["--precision", precision]
+        if workspace_mb is not None:
+            words += ["--workspace-mb", str(workspace_mb)]
+        if timing_cache is not None:
+            words += ["--timing-cache", _absolute(timing_cache)]
+        if dla is not None:
+            words += ["--dla", str(dla)]
+        switches = {
+            "--version-compatible": version_compatible,
+            "--hardware-compatible": hardware_compatible,
+            "--no-gpu-fallback": not gpu_fallback,
+        }
+        words += [switch for switch, on in switches.items() if on]
+        return _edgerun_json("build", [*words, "--", _absolute(model)], None)
+
+    def parse(self, model: Path, library: str) -> dict[str, Any]:
+        """What TensorRT's parser says to a model: a record ``edgerun.parse/1``."""
+        return _edgerun_json("parse", ["--library", library, "--", _absolute(model)], None)
+
     def info(self, model: Path | None = None) -> dict[str, Any]:
         """Describe this machine, and a model's inputs and outputs: ``edgerun.info/1``."""
         return _edgerun_json("info", [] if model is None else ["--", _absolute(model)], None)

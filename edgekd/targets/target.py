@@ -53,6 +53,31 @@ class Target(Protocol):
         """Write the model's answers for every sample of an npz file to another one."""
         ...
 
+    def build(
+        self,
+        model: Path,
+        engine: Path,
+        *,
+        library: str,
+        compute_capabilities: Sequence[str] = (),
+        precision: str | None = None,
+        keep: Sequence[str] = (),
+        shapes: Sequence[str] = (),
+        batch: int = 1,
+        workspace_mb: float | None = None,
+        timing_cache: Path | None = None,
+        version_compatible: bool = False,
+        hardware_compatible: bool = False,
+        dla: int | None = None,
+        gpu_fallback: bool = True,
+    ) -> dict[str, Any]:
+        """Build a TensorRT engine for the machine: a record ``edgerun.build/1``."""
+        ...
+
+    def parse(self, model: Path, library: str) -> dict[str, Any]:
+        """What the machine's TensorRT parser says to a model: a record ``edgerun.parse/1``."""
+        ...
+
     def info(self, model: Path | None = None) -> dict[str, Any]:
         """Describe the machine, and a model's inputs and outputs: ``edgerun.info/1``."""
         ...

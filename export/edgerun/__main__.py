@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from edgerun.manifest import MANIFEST, manifest_beside, read_manifest
+    from edgerun.model import open_model
     from edgerun.run import run
-    from edgerun.session import Model
 
     manifest = None
     if options.bundle is not None:
@@ -58,7 +58,7 @@ def _run(options: argparse.Namespace) -> int:
     if path is None:
         raise BadInput("no model is given", remedy="edgerun run MODEL.onnx, or --bundle FOLDER")
     manifest = manifest or manifest_beside(path)
-    model = Model(path, _settings(options))
+    model = open_model(path, _settings(options))
     begin = time.perf_counter()
     answers = run(model, options.inputs, options.batch, manifest, options.raw)
     seconds = time.perf_counter() - begin
@@ -106,9 +106,9 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _info(options: argparse.Namespace) -> int:
     from edgerun.environment import describe_environment
+    from edgerun.model import Settings, open_model
     from edgerun.model_files import describe_files
     from edgerun.sensors import read_conditions
-    from edgerun.session import Model, Settings
     from edgerun.text import description_lines
 
     described: dict[str, Any] = {
@@ -116,7 +116,7 @@ def _info(options: argparse.Namespace) -> int:
         "environment": {**describe_environment(), "now": read_conditions()},
     }
     if options.model is not None:
-        model = Model(options.model, Settings())
+        model = open_model(options.model, Settings())
         described["model"] = {
             "path": str(options.model),
             **describe_files(options.model),
@@ -133,8 +133,46 @@ def _info(options: argparse.Namespace) -> int:
     return 0
 
 
+def _build(options: argparse.Namespace) -> int:
+    from edgerun.tensorrt_build import build
+    from edgerun.tensorrt_settings import BuildSettings, parse_ranges
+    from edgerun.tensorrt_text import build_lines
+
+    settings = BuildSettings(
+        compute_capabilities=tuple(dict.fromkeys(options.sm)),
+        precision=options.precision,
+        keep=tuple(dict.fromkeys(options.keep)),
+        shapes=parse_ranges(options.shape),
+        batch=options.batch,
+        workspace_mb=options.workspace_mb,
+        timing_cache=options.timing_cache,
+        version_compatible=options.version_compatible,
+        hardware_compatible=options.hardware_compatible,
+        dla=options.dla,
+        gpu_fallback=not options.no_gpu_fallback,
+    )
+    record = build(options.model, options.engine, options.library, settings)
+    if options.json is not None:
+        _write_json(options.json, record)
+    print("\n".join(build_lines(record)))
+    return 0
+
+
+def _parse(options: argparse.Namespace) -> int:
+    from edgerun.tensorrt_network import judge
+
+    verdict = judge(options.model, options.library)
+    if options.json is not None:
+        _write_json(options.json, verdict)
+    said = "takes the model" if verdict["supported"] else "does not take the model"
+    print(f"{verdict['library']} {verdict['version']} {said}")
+    for problem in verdict["problems"]:
+        print(f"  {problem['node']} ({problem['op']}): {problem['message']}")
+    return 0
+
+
 def _settings(options: argparse.Namespace) -> Any:
-    from edgerun.session import Settings, full_provider_name
+    from edgerun.model import Settings, full_provider_name
 
     names = [name.strip() for name in options.providers.split(",") if name.strip()]
     if not names:
@@ -189,7 +227,34 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("model", type=Path, nargs="?", metavar="MODEL.onnx")
     info.add_argument("--json", type=Path, metavar="OUT")
     info.set_defaults(command=_info)
+
+    build = commands.add_parser("build", help="a TensorRT engine for this device")
+    build.add_argument("model", type=Path, metavar="MODEL.onnx")
+    build.add_argument("--engine", type=Path, required=True, metavar="OUT")
+    _add_library(build)
+    build.add_argument("--precision", choices=("fp32", "fp16", "bf16", "int8"))
+    build.add_argument("--keep", action="append", default=[], metavar="NODE", help="may be wider")
+    build.add_argument("--shape", action="append", default=[], metavar="NAME=MIN:USUAL:MAX")
+    build.add_argument("--batch", type=_count, default=1, metavar="N", help="usual and largest")
+    build.add_argument("--sm", action="append", default=[], metavar="8.6", help="tensorrt-rtx only")
+    build.add_argument("--workspace-mb", type=_positive, metavar="MB")
+    build.add_argument("--timing-cache", type=Path, metavar="FILE")
+    build.add_argument("--version-compatible", action="store_true")
+    build.add_argument("--hardware-compatible", action="store_true")
+    build.add_argument("--dla", type=_natural, metavar="CORE", help="of a Jetson")
+    build.add_argument("--no-gpu-fallback", action="store_true", help="all layers on the DLA")
+    build.set_defaults(command=_build)
+
+    parse = commands.add_parser("parse", help="whether TensorRT takes a model, and why not")
+    parse.add_argument("model", type=Path, metavar="MODEL.onnx")
+    _add_library(parse)
+    parse.set_defaults(command=_parse)
     return parser
+
+
+def _add_library(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--library", choices=("tensorrt", "tensorrt-rtx"), default="tensorrt")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the whole record here")
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -216,12 +281,20 @@ def _whole(text: str, least: int) -> int:
 
 
 def _seconds(text: str) -> float:
+    return _number(text, "of seconds ")
+
+
+def _positive(text: str) -> float:
+    return _number(text)
+
+
+def _number(text: str, unit: str = "") -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number {unit}above 0")
     return value
 
 

@@ -10,17 +10,19 @@ from edgerun.environment import describe_environment
 from edgerun.errors import BadInput
 from edgerun.inputs import Feeds, feeds_from, make_feeds
 from edgerun.manifest import manifest_beside
-from edgerun.memory import empty_memory, model_memory
-from edgerun.model_files import describe_files
+from edgerun.memory import empty_memory, model_memory, runtime_of
+from edgerun.model import LoadedModel, Settings, open_model
+from edgerun.model_files import describe_files, is_engine
 from edgerun.percentiles import summarize
-from edgerun.placement import provider_nodes
+from edgerun.placement import engine_precisions, provider_nodes
 from edgerun.sensors import read_conditions
-from edgerun.session import Model, Settings
-from edgerun.timing import Stopwatch, WarmUp, compare, timed_rounds
+from edgerun.timing import Stopwatch, WarmUp, compare, device_times, timed_rounds
 
 SCHEMA = "edgerun.bench/1"
 WARM_UP_SHARE = 0.25
-"""A warm-up may take at most this share of the seconds allowed for timing."""
+DEVICE_SHARE = 0.25
+"""A warm-up may take at most this share of the seconds allowed for timing, and so may the pass
+that times an engine's queries on the GPU alone."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def bench(plan: Plan) -> dict[str, Any]:
         BadInput: a model, an input or a shape is wrong.
         RunFailed: the runtime cannot run a model.
     """
-    models = [Model(path, plan.settings) for path in plan.models]
+    models = [open_model(path, plan.settings) for path in plan.models]
     watches = [Stopwatch(model, feeds) for model, feeds in zip(models, _feeds(plan, models))]
     for watch in watches:
         watch.check()
@@ -65,12 +67,14 @@ def bench(plan: Plan) -> dict[str, Any]:
     warm_ups = [watch.warm_up(plan.max_seconds * WARM_UP_SHARE) for watch in watches]
     rounds = timed_rounds(watches, warm_ups, plan.min_queries, plan.max_seconds)
     after = read_conditions()
-    empty = empty_memory() if plan.memory else None
+    limit = plan.max_seconds * DEVICE_SHARE
+    on_device = [device_times(watch, plan.min_queries, limit) for watch in watches]
+    empty = _empty(models) if plan.memory else {}
     return {
         "schema": SCHEMA,
         "models": [
-            _record(plan, watch, warm_up, timed, empty)
-            for watch, warm_up, timed in zip(watches, warm_ups, rounds)
+            _record(plan, watch, warm_up, timed, device, empty)
+            for watch, warm_up, timed, device in zip(watches, warm_ups, rounds, on_device)
         ],
         "comparison": compare(*rounds) if len(rounds) == 2 else None,
         "settings": {
@@ -83,7 +87,7 @@ def bench(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _feeds(plan: Plan, models: Sequence[Model]) -> list[Feeds]:
+def _feeds(plan: Plan, models: Sequence[LoadedModel]) -> list[Feeds]:
     if plan.inputs is not None:
         if plan.shapes:
             raise BadInput(
@@ -112,9 +116,11 @@ def _record(
     watch: Stopwatch,
     warm_up: WarmUp,
     rounds: Sequence[Sequence[float]],
-    empty: float | None,
+    device: Sequence[float] | None,
+    empty: Mapping[tuple[str, ...], float | None],
 ) -> dict[str, Any]:
     model, feeds = watch.model, watch.feeds
+    engine = is_engine(model.path)
     samples = [round(ms, 6) for block in rounds for ms in block]
     return {
         "path": str(model.path),
@@ -123,9 +129,10 @@ def _record(
         "outputs": [tensor.to_json() for tensor in model.outputs],
         "fed": feeds.to_json(),
         "providers": {
-            "requested": list(plan.settings.providers),
+            "requested": [] if engine else list(plan.settings.providers),
             "session": list(model.providers),
             "nodes": provider_nodes(model.path, plan.settings, feeds.feeds[0]),
+            "precisions": engine_precisions(model),
         },
         "threads": plan.settings.threads,
         "load_ms": round(model.load_ms, 3),
@@ -133,11 +140,19 @@ def _record(
         "samples_ms": samples,
         "queries_per_round": len(rounds[0]),
         "latency": summarize(samples),
+        # Beside the latency, which has the copies to the GPU and back in it.
+        "device_ms": None if device is None else {"copies": False, **summarize(device)},
         "memory": _memory(plan, model, feeds, empty),
     }
 
 
-def _memory(plan: Plan, model: Model, feeds: Feeds, empty: float | None) -> dict[str, Any] | None:
+def _empty(models: Sequence[LoadedModel]) -> dict[tuple[str, ...], float | None]:
+    return {runtime: empty_memory(runtime) for runtime in {runtime_of(model) for model in models}}
+
+
+def _memory(
+    plan: Plan, model: LoadedModel, feeds: Feeds, empty: Mapping[tuple[str, ...], float | None]
+) -> dict[str, Any] | None:
     if not plan.memory:
         return None
-    return model_memory(model.path, plan.settings, feeds.feeds[0], empty)
+    return model_memory(model.path, plan.settings, feeds.feeds[0], empty[runtime_of(model)])

@@ -10,14 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 import edgerun
+from edgerun.cuda_runtime import load_cuda_runtime
+from edgerun.device_memory import MB, Unread, open_nvml
+from edgerun.errors import EdgerunError
 from edgerun.sensors import ROOT, read_power
+from edgerun.tensorrt_device import find_gpu
+
+RUNTIMES = ("onnxruntime", "tensorrt", "tensorrt_rtx")
 
 
 def describe_environment(root: Path = ROOT) -> dict[str, Any]:
     """What does not change during a measurement; anything that cannot be read is None."""
+    # First, as it loads the runtime whose version is told.
+    providers = _providers()
     return {
         "device": _device(root),
         "os": _operating_system(root),
@@ -31,12 +38,55 @@ def describe_environment(root: Path = ROOT) -> dict[str, Any]:
         "versions": {
             "edgerun": edgerun.__version__,
             "numpy": np.__version__,
-            "onnxruntime": onnxruntime.__version__,
+            **_runtimes(),
         },
-        "providers_available": list(onnxruntime.get_available_providers()),
+        "providers_available": providers,
+        "gpu": _gpu() if root == ROOT else None,
         "virtual_machine": _virtual_machine(root),
         **read_power(root),
     }
+
+
+def _runtimes() -> dict[str, str]:
+    """Versions of the runtimes that this process has loaded."""
+    loaded = {name: sys.modules.get(name) for name in RUNTIMES}
+    return {name: str(module.__version__) for name, module in loaded.items() if module}
+
+
+def _providers() -> list[str]:
+    try:
+        import onnxruntime
+    except ImportError:
+        # A device may have TensorRT alone.
+        return []
+    return list(onnxruntime.get_available_providers())
+
+
+def _gpu() -> dict[str, Any] | None:
+    """The GPU that CUDA uses, and the versions of its driver, of CUDA in it and of libcudart."""
+    found = find_gpu()
+    if found is None:
+        return None
+    gpu: dict[str, Any] = {
+        **found.to_json(),
+        **dict.fromkeys(("integrated", "cuda_driver", "cuda_runtime", "driver", "memory_mb")),
+    }
+    bus = None
+    try:
+        device = load_cuda_runtime().device()
+        # Where the GPU is part of the chip, NVML may not know it by a bus.
+        bus = None if device.integrated else device.pci_bus_id
+        gpu["integrated"] = device.integrated
+        gpu["cuda_driver"], gpu["cuda_runtime"] = device.driver, device.runtime
+    except EdgerunError:
+        pass
+    try:
+        nvml = open_nvml(bus)
+        gpu["driver"] = nvml.driver()
+        gpu["memory_mb"] = nvml.total() / MB
+    except Unread:
+        pass
+    return gpu
 
 
 def _device(root: Path) -> str | None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from edgerun.errors import BadInput
 from edgerun.manifest import Manifest
-from edgerun.session import TensorInfo, written
+from edgerun.model import TensorInfo, written
 from edgerun.shapes import BatchLayout, check_shape, choose_shapes
 
 Feed = Dict[str, "np.ndarray[Any, Any]"]

@@ -1,11 +1,13 @@
 """Peak memory of a model: fresh processes that only run it, less an empty one.
 
 The peak is the kernel's high-water mark of resident memory (VmHWM), which starts anew when a
-program starts; ``getrusage`` would carry over the parent's.
+program starts; ``getrusage`` would carry over the parent's. For a model on a GPU the device's
+memory is read as well, after each query (see ``device_memory``; that part was never run).
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import statistics
@@ -17,15 +19,26 @@ from typing import Any, Sequence
 
 import numpy as np
 
-from edgerun.errors import RunFailed
+from edgerun.cuda_runtime import load_cuda_runtime
+from edgerun.device_memory import MemoryWatch, Unread, open_nvml
+from edgerun.errors import EdgerunError, RunFailed
 from edgerun.inputs import Feed
-from edgerun.session import Model, Settings
+from edgerun.model import LoadedModel, Settings, open_model
+from edgerun.model_files import is_engine
+from edgerun.tensorrt_library import MODULES
 
 MB = 1e6
 PROCESSES = 3
 QUERIES = 20
 """Peak and empty memory are each taken from three processes; the model answers 20 queries,
 after which the runtime's arena no longer grows for inputs of the same shape."""
+
+GPU_PROVIDERS = (
+    "CUDAExecutionProvider",
+    "TensorrtExecutionProvider",
+    "NvTensorRTRTXExecutionProvider",
+)
+NO_GPU = {"device_mb": None, "device_note": "no GPU is used"}
 
 
 def peak_mb() -> float | None:
@@ -43,9 +56,16 @@ def peak_mb() -> float | None:
     return None
 
 
-def empty_memory() -> float | None:
+def runtime_of(model: LoadedModel) -> tuple[str, ...]:
+    """The modules that opening a model imports, its runtime among them."""
+    if is_engine(model.path):
+        return ("edgerun.engine_opening", MODULES[model.providers[0]])
+    return ("edgerun.session",)
+
+
+def empty_memory(runtime: Sequence[str]) -> float | None:
     """Median peak in MB of processes that only import the runtime."""
-    peaks = [_child([]) for _ in range(PROCESSES)]
+    peaks = [_child({"runtime": list(runtime)})["peak_mb"] for _ in range(PROCESSES)]
     known = [p for p in peaks if p is not None]
     return statistics.median(known) if known else None
 
@@ -53,9 +73,10 @@ def empty_memory() -> float | None:
 def model_memory(
     model: Path, settings: Settings, feed: Feed, empty: float | None
 ) -> dict[str, Any]:
-    """``{"peak_mb", "empty_mb", "above_empty_mb", "processes"}``: the largest of the peaks.
+    """``{"peak_mb", "empty_mb", "above_empty_mb", "processes", "device_mb", "device_note"}``.
 
-    Values are null where the kernel does not tell them.
+    The largest of the peaks; ``device_mb`` is the GPU's, which the others do not count.
+    Values are null where the kernel or the driver does not tell them.
 
     Raises:
         RunFailed: the process ended without an answer, as when it is killed for memory.
@@ -73,18 +94,25 @@ def model_memory(
             "providers": list(settings.providers),
             "optimization": settings.optimization,
         }
-        peaks = [_child([json.dumps(job)]) for _ in range(PROCESSES)]
-    known = [p for p in peaks if p is not None]
+        told = [_child(job) for _ in range(PROCESSES)]
+    known = [t["peak_mb"] for t in told if t["peak_mb"] is not None]
     peak = max(known) if known else None
+    device = max((t["device"] for t in told), key=lambda d: d["device_mb"] or 0.0)
     above = None if peak is None or empty is None else peak - empty
-    return {"peak_mb": peak, "empty_mb": empty, "above_empty_mb": above, "processes": PROCESSES}
+    return {
+        "peak_mb": peak,
+        "empty_mb": empty,
+        "above_empty_mb": above,
+        "processes": PROCESSES,
+        **device,
+    }
 
 
-def _child(arguments: Sequence[str]) -> float | None:
-    """The peak that a fresh process reports."""
+def _child(job: dict[str, Any]) -> dict[str, Any]:
+    """What a fresh process reports: ``{"peak_mb", "device"}``."""
     environment = dict(os.environ, PYTHONPATH=str(Path(__file__).resolve().parent.parent))
     done = subprocess.run(
-        [sys.executable, "-m", "edgerun.memory", *arguments],
+        [sys.executable, "-m", "edgerun.memory", json.dumps(job)],
         env=environment,
         capture_output=True,
         text=True,
@@ -96,22 +124,49 @@ def _child(arguments: Sequence[str]) -> float | None:
             f"the process that measures memory ended with code {done.returncode}: {last}",
             remedy="a negative code is a signal; 9 often means that the memory ran out",
         )
-    answer: float | None = json.loads(done.stdout)
+    # What else is on standard output, a library wrote.
+    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return answer
 
 
-def _main(arguments: Sequence[str]) -> None:
-    """The child: run the job, if there is one, and print the peak."""
-    if arguments:
-        job = json.loads(arguments[0])
+def _watch(model: Path, providers: Sequence[str]) -> MemoryWatch | None:
+    """A look at the GPU before the model uses it; None for a model that does not."""
+    if not is_engine(model) and not set(providers) & set(GPU_PROVIDERS):
+        return None
+    bus, shared = None, ""
+    try:
+        device = load_cuda_runtime().device()
+        # Where the GPU is part of the chip, NVML may not know it by a bus.
+        bus = None if device.integrated else device.pci_bus_id
+        shared = "the GPU shares the host's memory" if device.integrated else ""
+    except EdgerunError:
+        # Without libcudart the first GPU is watched; a model that needs it fails by itself.
+        pass
+    try:
+        return MemoryWatch(open_nvml(bus), shared)
+    except Unread as error:
+        return MemoryWatch(None, "; ".join(filter(None, (shared, str(error)))))
+
+
+def _main(job: dict[str, Any]) -> None:
+    """The child: run the model, or only import the runtime, and print the peaks."""
+    device = NO_GPU
+    if "runtime" in job:
+        for module in job["runtime"]:
+            importlib.import_module(module)
+    else:
         with np.load(job["feed"]) as archive:
             feed = {name: archive[f"a{i}"] for i, name in enumerate(job["names"])}
+        watch = _watch(Path(job["model"]), job["providers"])
         settings = Settings(job["threads"], tuple(job["providers"]), job["optimization"])
-        model = Model(Path(job["model"]), settings)
+        model = open_model(Path(job["model"]), settings)
         for _ in range(QUERIES):
             model.run(feed)
-    print(json.dumps(peak_mb()))
+            if watch is not None:
+                watch.look()
+        device = NO_GPU if watch is None else watch.result()
+    print(json.dumps({"peak_mb": peak_mb(), "device": device}))
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1:])
+    _main(json.loads(sys.argv[1]))

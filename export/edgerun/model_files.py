@@ -1,4 +1,4 @@
-"""The files that a model consists of: the ONNX file, and those its weights may lie in."""
+"""The files that a model consists of: an engine, or an ONNX file and those with its weights."""
 
 from __future__ import annotations
 
@@ -7,13 +7,22 @@ import re
 from pathlib import Path
 from typing import Any
 
+ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
+
 # A tensor names its weight file in an entry {key: "location", value: NAME} of the protobuf:
 # field 1 of 8 bytes, then field 2 with the name's length (one byte, or two from 128 on).
 _LOCATION = re.compile(rb"\n\x08location\x12([\x01-\x7f]|[\x80-\xff][\x01-\x7f])", re.DOTALL)
 
 
+def is_engine(path: Path) -> bool:
+    """Whether a file is a TensorRT engine, by its suffix."""
+    return path.suffix.lower() in ENGINE_SUFFIXES
+
+
 def model_files(path: Path) -> list[Path]:
-    """The ONNX file, and the files beside it that hold its weights, in the order of use."""
+    """The model's file, and those beside an ONNX file that hold its weights, in order of use."""
+    if is_engine(path):
+        return [path]
     content = path.read_bytes()
     found: dict[Path, None] = {path: None}
     for match in _LOCATION.finditer(content):
@@ -28,7 +37,7 @@ def model_files(path: Path) -> list[Path]:
 
 
 def describe_files(path: Path) -> dict[str, Any]:
-    """``sha256`` of the ONNX file, ``size_bytes`` of all files, and ``files``, one entry each."""
+    """``sha256`` of the model's file, ``size_bytes`` of all, and ``files``, one entry each."""
     parts = model_files(path)
     return {
         "sha256": sha256(path),

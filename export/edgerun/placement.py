@@ -1,4 +1,4 @@
-"""Which provider runs each node, from the runtime's own profile of a few queries.
+"""What runs each part of a model: ONNX Runtime's provider of each node, an engine's precisions.
 
 A profiled session is slower, so it is never the timed one.
 """
@@ -11,23 +11,28 @@ from pathlib import Path
 
 from edgerun.errors import EdgerunError
 from edgerun.inputs import Feed
-from edgerun.session import RUNTIME_ERRORS, Model, Settings
-
-NO_PROFILE: tuple[type[Exception], ...] = (EdgerunError, OSError, ValueError, *RUNTIME_ERRORS)
+from edgerun.model import LoadedModel, Settings
+from edgerun.model_files import is_engine
 
 
 def provider_nodes(model: Path, settings: Settings, feed: Feed) -> dict[str, int] | None:
     """Provider → number of nodes that it ran for one feed.
 
     Nodes inside a branch that was not taken do not count; a subgraph that a provider compiled
-    into one node counts as one. None where the runtime gives no profile.
+    into one node counts as one. None where the runtime gives no profile, and for an engine,
+    which has no nodes.
     """
+    if is_engine(model):
+        return None
+    from edgerun.session import RUNTIME_ERRORS, Model
+
+    no_profile: tuple[type[Exception], ...] = (EdgerunError, OSError, ValueError, *RUNTIME_ERRORS)
     with tempfile.TemporaryDirectory(prefix="edgerun-") as folder:
         try:
             profiled = Model(model, settings, profile_to=Path(folder) / "profile")
             profiled.run(feed)
             events = json.loads(Path(profiled.session.end_profiling()).read_text("utf-8"))
-        except NO_PROFILE:
+        except no_profile:
             # The figures stand without it: "not known" is the honest answer here.
             return None
     nodes: dict[str, set[str]] = {}
@@ -36,3 +41,20 @@ def provider_nodes(model: Path, settings: Settings, feed: Feed) -> dict[str, int
         if event.get("cat") == "Node" and provider:
             nodes.setdefault(provider, set()).add(event["name"])
     return {provider: len(names) for provider, names in nodes.items()} or None
+
+
+def engine_precisions(model: LoadedModel) -> dict[str, int] | None:
+    """Precision → number of an engine's layers that compute in it; None for an ONNX file.
+
+    None, too, where the inspector says nothing: an engine built without detail has only names.
+    Never run: loading an engine needs a GPU.
+    """
+    if model.information is None:
+        return None
+    from edgerun.tensorrt_inspect import engine_layers
+
+    try:
+        layers = json.loads(model.information()).get("Layers", [])
+    except (ValueError, AttributeError):
+        return None
+    return dict(engine_layers(layers, ()).by_precision) or None

@@ -11,7 +11,7 @@ import numpy as np
 from edgerun.errors import BadInput, RunFailed
 from edgerun.inputs import Samples, load_arrays
 from edgerun.manifest import Manifest
-from edgerun.session import Model
+from edgerun.model import LoadedModel
 
 BATCH = 64
 """Samples of one call, for a model of open batch size."""
@@ -42,7 +42,7 @@ class Answers:
 
 
 def run(
-    model: Model,
+    model: LoadedModel,
     inputs: Path,
     batch: int | None = None,
     manifest: Manifest | None = None,
@@ -50,9 +50,9 @@ def run(
 ) -> Answers:
     """Run every sample, in batches.
 
-    A model of fixed batch size gets its last batch filled with copies of the last sample, whose
-    answers are dropped. ``raw`` applies the manifest's preprocessing to data of any dtype, not
-    only to uint8.
+    A model of fixed or least batch size gets its last batch filled with copies of the last
+    sample, whose answers are dropped. ``raw`` applies the manifest's preprocessing to data of
+    any dtype, not only to uint8.
 
     Raises:
         BadInput: the file does not hold what the model takes.
@@ -66,12 +66,13 @@ def run(
         )
     arrays = load_arrays(inputs, model.inputs, manifest, raw)
     samples = Samples.of(arrays, model.inputs, str(inputs))
-    size = samples.layout.batch(batch, default=min(BATCH, samples.count))
+    least, most = model.batch_range or (1, BATCH)
+    size = samples.layout.batch(batch, default=max(least, min(BATCH, most, samples.count)))
     gathered: dict[str, np.ndarray[Any, Any]] = {}
     for start in range(0, samples.count, size):
         wanted = min(size, samples.count - start)
         # Only a fixed batch must be filled; an open one takes the rest as it is.
-        fed = size if samples.layout.size is not None else wanted
+        fed = size if samples.layout.size is not None else max(wanted, least)
         for tensor, answer in zip(model.outputs, model.run(samples.feed(start, fed))):
             axis = samples.layout.axis_of(tensor)
             part = _by_sample(tensor.name, np.asarray(answer), axis, fed)[:wanted]

@@ -11,6 +11,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from edgerun.device_memory import read_gpus
+
 ROOT = Path("/")
 
 
@@ -18,7 +20,7 @@ def read_conditions(root: Path = ROOT) -> dict[str, Any]:
     """What may change during a measurement: read it before and after.
 
     Keys: ``clocks_mhz`` (per core), ``temperatures_c`` (per zone), ``load_1m``, ``power_mw``
-    (per rail), ``throttling`` (see :func:`read_throttling`).
+    (per rail), ``throttling`` (see :func:`read_throttling`), ``gpus`` (NVIDIA's, by NVML).
     """
     return {
         "clocks_mhz": _clocks(root),
@@ -26,6 +28,7 @@ def read_conditions(root: Path = ROOT) -> dict[str, Any]:
         "load_1m": _load(root),
         "power_mw": _rails(root),
         "throttling": read_throttling(root),
+        "gpus": read_gpus() if root == ROOT else None,
     }
 
 

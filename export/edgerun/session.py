@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
 from edgerun.errors import BadInput, EdgerunError, RunFailed
+from edgerun.model import Settings, TensorInfo, check_file, written_feed
 
 if hasattr(onnxruntime, "disable_telemetry_events"):
     onnxruntime.disable_telemetry_events()
@@ -48,40 +49,6 @@ RUNTIME_ERRORS: tuple[type[Exception], ...] = (
 _NOT_A_MODEL = ("InvalidProtobuf", "InvalidGraph", "InvalidArgument", "NoSuchFile", "NoModel")
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """A declared input or output.
-
-    ``shape`` holds a size, the name of a symbolic dimension, or None for one without a name;
-    ``dtype`` is numpy's name, or the runtime's own where numpy has none (``tensor(string)``).
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int | str | None, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """``{"name", "dtype", "shape"}`` with null for a dimension without a name."""
-        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.dtype}{written(self.shape)}"
-
-
-def written(shape: Sequence[int | str | None]) -> str:
-    """A shape as people read it: ``[batch, 3, ?, 224]``."""
-    return "[" + ", ".join("?" if d is None else str(d) for d in shape) + "]"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a session is opened. ``threads`` None leaves the number to the runtime."""
-
-    threads: int | None = None
-    providers: tuple[str, ...] = ("CPUExecutionProvider",)
-    optimization: str = "all"
-
-
 class Model:
     """A loaded model file with what it declares.
 
@@ -90,10 +57,14 @@ class Model:
         RunFailed: the runtime cannot load it, or silently left out a provider asked for.
     """
 
+    batch_range = None
+    device_ms = None
+    information = None
+
     def __init__(self, path: Path, settings: Settings, profile_to: Path | None = None) -> None:
         self.path = path
         self.settings = settings
-        _check_file(path)
+        check_file(path)
         _check_providers(settings.providers)
         options = onnxruntime.SessionOptions()
         # Every error of the runtime also comes as an exception; here it would be printed twice.
@@ -124,6 +95,13 @@ class Model:
             )
         self.inputs = tuple(_tensor(node) for node in self.session.get_inputs())
         self.outputs = tuple(_tensor(node) for node in self.session.get_outputs())
+        # Bound in C: a method of Python's own would be timed with each query.
+        self._query = functools.partial(self.session.run, None)
+
+    @property
+    def query(self) -> Callable[[Mapping[str, np.ndarray[Any, Any]]], Any]:
+        """``InferenceSession.run`` for all outputs."""
+        return self._query
 
     def run(self, feed: Mapping[str, np.ndarray[Any, Any]]) -> list[Any]:
         """The outputs in declared order for one feed.
@@ -135,31 +113,14 @@ class Model:
         try:
             answers: list[Any] = self.session.run(None, dict(feed))
         except RUNTIME_ERRORS as error:
-            shapes = ", ".join(f"{name} {written(array.shape)}" for name, array in feed.items())
             refused = type(error).__name__ == "InvalidArgument"
             raise (BadInput if refused else RunFailed)(
-                f"the model fails on inputs {shapes}: {_reason(error)}",
+                f"the model fails on inputs {written_feed(feed)}: {_reason(error)}",
                 where=str(self.path),
                 remedy="give the shapes it needs (--shape NAME=1x3x224x224) or real inputs "
                 "(--inputs data.npz)",
             ) from error
         return answers
-
-
-def full_provider_name(name: str) -> str:
-    """``cpu`` → ``CPUExecutionProvider``; a name given in full stays as it is."""
-    known: list[str] = onnxruntime.get_all_providers()
-    for full in known:
-        if name.lower() in (full.lower(), full.lower().replace("executionprovider", "")):
-            return full
-    return name
-
-
-def _check_file(path: Path) -> None:
-    if not path.exists():
-        raise BadInput("there is no such model file", str(path), "check the path")
-    if not path.is_file():
-        raise BadInput("the model is a folder, not a file", str(path), "give the .onnx file in it")
 
 
 def _check_providers(providers: Sequence[str]) -> None:

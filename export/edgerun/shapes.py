@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Mapping, Sequence
 
 from edgerun.errors import BadInput
-from edgerun.session import TensorInfo, written
+from edgerun.model import TensorInfo, written
 
 IMAGE_SIDE = 224
 CHANNELS = (1, 3, 4)

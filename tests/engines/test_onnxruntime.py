@@ -10,7 +10,14 @@ from onnx import TensorProto, helper
 
 from edgekd.engines import onnxruntime as engine
 from edgekd.engines.onnx import describe_onnx
-from edgekd.engines.onnxruntime import build_engine, made_up_inputs, open_session, providers_for
+from edgekd.engines.onnxruntime import (
+    build_engine,
+    made_up_inputs,
+    open_session,
+    provider_chain,
+    providers_for,
+)
+from edgekd.engines.session import default_options, first_line
 from edgekd.errors import InputError, StageError
 from edgekd.spec import ModelSpec, TensorSpec
 
@@ -57,12 +64,117 @@ def test_a_provider_that_does_not_start_is_an_error(exported, monkeypatch):
         open_session(exported, ("CUDAExecutionProvider", *CPU), 1, "all")
 
 
-def test_a_preferred_provider_that_ran_nothing_is_an_error(tmp_path):
+def test_absent_providers_are_left_out_only_where_a_fallback_is_allowed():
+    chain = ("AbsentExecutionProvider", "VitisAIExecutionProvider", *CPU)
+    absent = [name for name in chain[1:2] if name not in onnxruntime.get_available_providers()]
+    if not absent:
+        pytest.skip("this build has VitisAI")
+    with pytest.raises(InputError, match="there is no execution provider named 'Absent"):
+        provider_chain(chain, None, "allow")
+    with pytest.raises(InputError, match="has no VitisAI") as caught:
+        provider_chain(chain[1:], None)
+    assert "fallback: allow" in str(caught.value.remedy)
+    allowed = provider_chain(chain[1:], None, "allow")
+    assert (allowed.providers, allowed.left_out) == (CPU, ("VitisAIExecutionProvider",))
+    with pytest.raises(InputError, match="has no VitisAI"):
+        provider_chain(chain[1:2], None, "allow")
+
+
+def test_a_provider_that_runs_nothing_is_an_error_unless_allowed(exported, tmp_path):
+    """Azure's provider is in every wheel, starts, and takes no node of an ordinary model."""
+    chain = ("AzureExecutionProvider", *CPU)
+    if chain[0] not in onnxruntime.get_available_providers():
+        pytest.skip("this build has no Azure provider")
+    out = tmp_path / "engine.onnx"
+    with pytest.raises(InputError, match="AzureExecutionProvider ran no node") as caught:
+        build_engine(exported, out, chain)
+    assert "fallback: allow" in str(caught.value.remedy)
+    info = build_engine(exported, out, chain, fallback="allow", left_out=("OneMore",))
+    assert info.nodes.keys() == info.placement.keys() == set(CPU)
+    assert info.fell_back == info.placement[CPU[0]]
+    assert (info.providers_left_out, info.fallback) == (("OneMore",), "allow")
+
+
+def test_a_provider_that_does_not_start_is_recorded_where_allowed(exported, tmp_path, monkeypatch):
+    real = onnxruntime.InferenceSession
+
+    def without_cuda(path, options, providers):
+        return real(path, options, providers=[p for p in providers if p in CPU])
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", without_cuda)
     wanted = ("CUDAExecutionProvider", *CPU)
-    with pytest.raises(InputError, match="ran no node"):
-        engine.check_providers_used(wanted, {"CPUExecutionProvider": 5}, tmp_path)
-    engine.check_providers_used(wanted, {"CUDAExecutionProvider": 1}, tmp_path)
-    engine.check_providers_used(CPU, {"CPUExecutionProvider": 5}, tmp_path)
+    info = build_engine(exported, tmp_path / "engine.onnx", wanted, fallback="allow")
+    assert info.providers_left_out == ("CUDAExecutionProvider",)
+    assert info.providers_session == CPU
+    assert info.provider_options["CUDAExecutionProvider"]["arena_extend_strategy"]
+
+
+def test_the_nodes_on_the_cpu_are_named(exported, tmp_path):
+    info = build_engine(exported, tmp_path / "engine.onnx", CPU)
+    kept = {node.name for node in onnx.load(str(tmp_path / "engine.onnx")).graph.node}
+    assert {name.rpartition(" (")[0] for name in info.placement[CPU[0]]} == kept
+    assert info.fell_back == ()
+    assert info.session_options["intra_op_num_threads"] == 1
+
+
+OPENVINO = "OpenVINOExecutionProvider"
+
+
+@pytest.mark.skipif(
+    OPENVINO not in onnxruntime.get_available_providers(),
+    reason="needs a second provider: pip install onnxruntime-openvino instead of onnxruntime",
+)
+def test_an_operation_that_openvino_does_not_take_is_named(tmp_path):
+    shape = onnx.numpy_helper.from_array(np.array([-1, 4, 4]), "shape")
+    weight = onnx.numpy_helper.from_array(np.eye(16, dtype=np.float32), "w")
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"], name="dense"),
+        helper.make_node("Reshape", ["h", "shape"], ["m"], name="fold"),
+        helper.make_node("Det", ["m"], ["d"], name="det"),
+        helper.make_node("Relu", ["d"], ["y"], name="relu"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 16])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [shape, weight],
+    )
+    path, out = tmp_path / "det.onnx", tmp_path / "engine.onnx"
+    opsets = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), str(path))
+    with pytest.raises(InputError, match=r"does not run 1 of 4 nodes .*: det \(Det\)"):
+        build_engine(path, out, (OPENVINO, *CPU))
+    info = build_engine(path, out, (OPENVINO, *CPU), fallback="allow")
+    assert info.placement == {
+        OPENVINO: ("dense (MatMul)", "fold (Reshape)", "relu (Relu)"),
+        CPU[0]: ("det (Det)",),
+    }
+    assert info.fell_back == ("det (Det)",)
+
+
+def test_options_follow_the_model_and_a_cache_only_where_asked(tmp_path):
+    chain = ("TensorrtExecutionProvider", "CUDAExecutionProvider", OPENVINO, *CPU)
+    plain = default_options(chain, 3, half=False, int8=True)
+    assert plain["TensorrtExecutionProvider"] == {
+        "trt_fp16_enable": "False",
+        "trt_int8_enable": "True",
+    }
+    assert plain[OPENVINO]["num_of_threads"] == "3"
+    assert CPU[0] not in plain
+    kept = default_options(chain, 3, half=True, int8=False, cache=tmp_path)
+    assert kept["TensorrtExecutionProvider"]["trt_engine_cache_path"] == str(tmp_path)
+    assert kept[OPENVINO]["cache_dir"] == str(tmp_path)
+
+
+def test_an_error_of_the_runtime_is_told_without_its_source():
+    error = RuntimeError(
+        "[ONNXRuntimeError] : 1 : FAIL : /src/core/graph/model.cc:256 ort::Model::Model(onnx::"
+        "ModelProto&&, const std::map<int, f(int)>&) Unsupported model IR version: 14 (max 13)"
+    )
+    told = "[ONNXRuntimeError] : 1 : FAIL : Unsupported model IR version: 14 (max 13)"
+    assert first_line(error) == told
+    assert first_line(RuntimeError("cannot read /data/a.onnx")) == "cannot read /data/a.onnx"
 
 
 @pytest.mark.parametrize("level", ["disabled", "basic", "extended", "all"])

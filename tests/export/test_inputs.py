@@ -5,7 +5,8 @@ import pytest
 
 from edgerun.errors import BadInput
 from edgerun.inputs import Samples, feeds_from, load_arrays, make_feeds
-from edgerun.session import Model, Settings, TensorInfo
+from edgerun.model import Settings, TensorInfo
+from edgerun.session import Model
 from edgerun.shapes import BatchLayout, choose_shapes, parse_shapes
 
 

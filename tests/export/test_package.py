@@ -42,14 +42,16 @@ def test_verify_works_where_neither_numpy_nor_a_runtime_is(tmp_path):
 
 
 def test_a_missing_runtime_is_said_in_one_message(tmp_path):
+    (tmp_path / "m.onnx").write_bytes(b"a model")
     script = (
         "import sys; sys.modules['onnxruntime'] = None\n"
         "from edgerun.__main__ import main\n"
-        "sys.exit(main(['info']))"
+        "sys.exit(main(['info', 'm.onnx']))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script],
         env={"PYTHONPATH": str(PACKAGE.parent)},
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,

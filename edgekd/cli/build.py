@@ -1,0 +1,187 @@
+"""``edgekd build``: an engine from any ONNX model, or those of a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import click
+
+from edgekd.cli.benchmark import PIPELINE_SUFFIXES, write_record
+from edgekd.errors import InputError
+
+if TYPE_CHECKING:
+    from edgekd.config.profile import Profile
+
+FILE = click.Path(path_type=Path)
+ENGINES = ("onnxruntime", "tensorrt", "tensorrt-rtx")
+FOR_PIPELINE = frozenset({"output", "overrides", "quiet"})
+FOR_ONNXRUNTIME = frozenset({"model", "output", "engine", "profile", "threads", "out"})
+NOT_FOR_MODEL = frozenset({"overrides", "quiet"})
+
+
+@click.command()
+@click.argument("model", type=FILE, metavar="MODEL.onnx")
+@click.option("-o", "--output", type=FILE, metavar="OUT", help="The engine, or the run's folder.")
+@click.option("--engine", type=click.Choice(ENGINES), help="[default: the profile's]")
+@click.option("--profile", metavar="NAME", help="Memory, GPU and threads of this device profile.")
+@click.option("--threads", type=click.IntRange(min=1), help="ONNX Runtime's.  [default: 1]")
+@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8"]))
+@click.option("--keep", multiple=True, metavar="NODE", help="May stay in a wider precision.")
+@click.option("--shape", "shapes", multiple=True, metavar="NAME=MIN:USUAL:MAX")
+@click.option("--batch", type=click.IntRange(min=1), help="Usual and largest batch.  [default: 1]")
+@click.option("--sm", multiple=True, metavar="8.6", help="A GPU to build for (tensorrt-rtx).")
+@click.option("--workspace-mb", type=click.FloatRange(0, min_open=True), metavar="MB")
+@click.option("--timing-cache", type=FILE, metavar="FILE", help="Kept for later builds.")
+@click.option("--version-compatible", is_flag=True, help="For later releases too.")
+@click.option("--hardware-compatible", is_flag=True, help="For other GPUs too (tensorrt).")
+@click.option("--dla", type=click.IntRange(min=0), metavar="CORE", help="A Jetson's DLA core.")
+@click.option("--no-gpu-fallback", is_flag=True, help="Every layer on the DLA.")
+@click.option("--json", "out", type=FILE, metavar="OUT", help="Write the whole record here.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="For a pipeline.")
+@click.option("-q", "--quiet", is_flag=True, help="For a pipeline: print only errors.")
+def build(model: Path, output: Path | None, **options: Any) -> None:
+    """Build an engine from MODEL.onnx.
+
+    tensorrt-rtx builds for named GPUs on a machine without one; an engine of tensorrt is built
+    on the device it runs on. A layer that does not have the precision asked for is an error.
+
+    Given a pipeline's YAML file, run the pipeline up to its engines.
+    """
+    if model.suffix.lower() in PIPELINE_SUFFIXES:
+        _refuse(_given() - FOR_PIPELINE - {"model"}, "an ONNX model, not for a pipeline")
+        from edgekd.cli.stage_command import run_pipeline_until
+
+        run_pipeline_until(model, "engines", options["overrides"], output, options["quiet"])
+        return
+    _refuse(_given() & NOT_FOR_MODEL, "a pipeline, not for an ONNX model")
+    if output is None:
+        raise InputError("no file to write is given", where="edgekd build", remedy="add -o OUT")
+    from edgekd.config.profile import load_profile
+    from edgekd.engines.onnx_file import read_onnx
+
+    profile = None if options["profile"] is None else load_profile(options["profile"])
+    engine = options["engine"] or (profile.runtime.engine if profile else "onnxruntime")
+    if output.resolve() == model.resolve():
+        raise InputError(
+            "the engine would overwrite the model", where=str(model), remedy="choose another -o"
+        )
+    read_onnx(model)
+    if engine == "onnxruntime":
+        _refuse(_given() - FOR_ONNXRUNTIME, "TensorRT, not for ONNX Runtime")
+        record = _build_onnxruntime(model, output, profile, options["threads"])
+    else:
+        _refuse(_given() & {"threads"}, "ONNX Runtime, not for TensorRT")
+        record = _build_tensorrt(model, output, engine, profile, options)
+    if options["out"] is not None:
+        write_record(options["out"], record)
+
+
+def _given() -> frozenset[str]:
+    """Names of the parameters that were typed."""
+    context = click.get_current_context()
+    typed = click.core.ParameterSource.COMMANDLINE
+    return frozenset(
+        parameter.name
+        for parameter in context.command.params
+        if parameter.name and context.get_parameter_source(parameter.name) is typed
+    )
+
+
+def _refuse(names: Collection[str], meant_for: str) -> None:
+    """An option that did nothing would mislead."""
+    if not names:
+        return
+    parameters = click.get_current_context().command.params
+    options = [parameter.opts[0] for parameter in parameters if parameter.name in names]
+    raise InputError(
+        f"{', '.join(options)} is for {meant_for}",
+        where="edgekd build",
+        remedy="leave it out; a pipeline has its settings in its file",
+    )
+
+
+def _build_onnxruntime(
+    model: Path, output: Path, profile: Profile | None, threads: int | None
+) -> dict[str, Any]:
+    from edgekd.config.host import local_providers
+    from edgekd.engines.onnxruntime import build_engine, providers_for
+
+    here = local_providers()
+    wanted = profile.runtime.providers if profile else ()
+    # A profile may be another device's: the file is then optimized with what is here.
+    chosen = tuple(name for name in wanted if name in here) or ("CPUExecutionProvider",)
+    threads = threads or (profile.runtime.threads if profile else None) or 1
+    info = build_engine(model, output, providers_for(chosen, None), threads)
+    click.echo(f"{output}  {info.size_bytes / 1e6:.3f} MB  ONNX Runtime, {threads} thread(s)")
+    nodes = ", ".join(f"{count} on {name}" for name, count in info.nodes.items())
+    click.echo(f"  nodes: {nodes}; largest difference {info.max_difference:.2g}")
+    left_out = [name for name in wanted if name not in here]
+    if left_out:
+        click.echo(f"  left out, not on this machine: {', '.join(left_out)}")
+    return {"engine": "onnxruntime", **info.to_json(), "providers_left_out": left_out}
+
+
+def _build_tensorrt(
+    model: Path,
+    output: Path,
+    engine: Literal["tensorrt", "tensorrt-rtx"],
+    profile: Profile | None,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    from dataclasses import replace
+
+    from edgekd.config.pipeline import TensorRTConfig
+    from edgekd.engines.tensorrt import check_runtime, engine_settings
+    from edgekd.targets import LocalTarget
+
+    config = TensorRTConfig(
+        kind=engine,
+        workspace_mb=options["workspace_mb"],
+        version_compatible=options["version_compatible"],
+        hardware_compatible=options["hardware_compatible"],
+        dla=options["dla"],
+        gpu_fallback=not options["no_gpu_fallback"],
+    )
+    settings = engine_settings(
+        config,
+        profile,
+        batch=options["batch"] or 1,
+        precision=options["precision"],
+        keep=options["keep"],
+        timing_cache=options["timing_cache"],
+    )
+    # As typed: the builder reads and judges them, and its messages name these options.
+    settings = replace(
+        settings,
+        shapes=tuple(options["shapes"]),
+        compute_capabilities=tuple(options["sm"]) or settings.compute_capabilities,
+    )
+    check_runtime(settings, profile, model)
+    record = LocalTarget().build(model, output, **settings.arguments())
+    _print_build(output, record)
+    return record
+
+
+def _print_build(output: Path, record: Mapping[str, Any]) -> None:
+    engine, layers = record["engine"], record["layers"]
+    click.echo(
+        f"{output}  {engine['bytes'] / 1e6:.3f} MB  {record['library']} {record['version']}, "
+        f"built in {record['seconds']:.2f} s"
+    )
+    if record["compute_capabilities"]:
+        click.echo(f"  for GPUs of SM {', '.join(record['compute_capabilities'])}")
+    for name, sizes in record["profile"].items():
+        shapes = ["x".join(map(str, sizes[key])) for key in ("min", "usual", "max")]
+        click.echo(f"  input {name}: {' : '.join(shapes)}")
+    counts = ", ".join(f"{count} {kind}" for kind, count in layers["by_precision"].items())
+    click.echo(f"  layers: {counts or 'none'}, by the {layers['source']}")
+    if not record["inspected"]:
+        click.echo(f"  the engine was not loaded here: {record['reason']}")
+    cache = record["timing_cache"]
+    if cache is not None:
+        why = f": {cache['reason']}" if cache["reason"] else ""
+        click.echo(f"  timing cache {cache['state']}{why}")
+    for warning in record["warnings"]:
+        click.echo(f"  warning: {warning}")

@@ -1,0 +1,126 @@
+"""``edgekd check``: will a model run there, and what keeps it from it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edgekd.errors import GateFailed, InputError, StageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from edgekd.engines.check import CheckReport
+
+FILE = click.Path(path_type=Path)
+_ENGINES = click.Choice(["tensorrt-rtx", "tensorrt", "onnxruntime"])
+_MARKS = {
+    "ok": "[green]ok[/green]",
+    "fails": "[red]fails[/red]",
+    "not shown": "[yellow]not shown[/yellow]",
+    "note": "–",
+}
+_SHAPE = re.compile(r"(?P<name>.+)=(?P<sizes>[1-9]\d*(?:x[1-9]\d*)*|)")
+
+
+@click.command()
+@click.argument("model", type=FILE, metavar="MODEL.onnx")
+@click.option("--profile", metavar="NAME", help="The device: its engine, providers and budgets.")
+@click.option(
+    "--engine", "engines", multiple=True, type=_ENGINES, help="[default: the profile's, or ONNX "
+    "Runtime; may be given several times]",
+)  # fmt: skip
+@click.option("--providers", metavar="A,B", help="[default: the profile's, or the CPU]")
+@click.option("--batch", type=click.IntRange(min=1), help="For the memory.  [default: 1]")
+@click.option("--shape", "shapes", multiple=True, metavar="NAME=1x3x224x224")
+@click.option("--json", "out", type=FILE, metavar="OUT", help="Write everything found here.")
+def check(
+    model: Path,
+    profile: str | None,
+    engines: tuple[str, ...],
+    providers: str | None,
+    batch: int | None,
+    shapes: tuple[str, ...],
+    out: Path | None,
+) -> None:
+    """Say whether MODEL.onnx will run, and what to do where it will not.
+
+    TensorRT's own parser is asked (TensorRT for RTX does on a machine without a GPU), and ONNX
+    Runtime which provider takes which node; the memory is estimated from the graph.
+
+    Exit codes: 0 all that was asked for holds, 1 something does not, 2 the input is wrong.
+    """
+    from rich.console import Console
+
+    from edgekd.config.profile import load_profile
+    from edgekd.engines.check import check_model
+    from edgekd.targets import LocalTarget, open_target
+
+    with Console(stderr=True).status("asking the runtimes"):
+        report = check_model(
+            model,
+            open_target(LocalTarget.name).parse,
+            engines=engines,
+            profile=load_profile(profile) if profile else None,
+            providers=[name.strip() for name in (providers or "").split(",") if name.strip()],
+            shapes=_shapes(shapes),
+            batch=batch,
+        )
+    if out is not None:
+        _write(out, report)
+    _print(Console(), report)
+    if not report.passed:
+        click.get_current_context().exit(GateFailed.exit_code)
+
+
+def _shapes(options: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for option in options:
+        match = _SHAPE.fullmatch(option)
+        if match is None:
+            raise InputError(
+                f"{option!r} is not a shape",
+                where="--shape",
+                remedy="write NAME=1x3x224x224, with sizes of at least 1",
+            )
+        sizes = match["sizes"]
+        shapes[match["name"]] = tuple(map(int, sizes.split("x"))) if sizes else ()
+    return shapes
+
+
+def _print(console: Console, report: CheckReport) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("what", no_wrap=True)
+    table.add_column("found", overflow="fold")
+    for finding in report.findings:
+        # Names from the model may hold brackets, which rich reads as markup.
+        table.add_row(_MARKS[finding.status], escape(finding.subject), escape(finding.detail))
+    console.print(table)
+    to_do = [finding for finding in report.findings if finding.remedy]
+    if to_do:
+        console.print("\n[bold]To do[/bold]")
+    for finding in to_do:
+        line = f"  {finding.subject}: {finding.remedy}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    asked = " and ".join(report.engines) + (f" on {report.profile}" if report.profile else "")
+    verdict = "[green]all holds[/green]" if report.passed else "[red]not everything holds[/red]"
+    console.print(f"\n{verdict} for {asked}", highlight=False)
+
+
+def _write(path: Path, report: CheckReport) -> None:
+    try:
+        path.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StageError(
+            f"the record cannot be written: {error.strerror}",
+            where=str(path),
+            remedy="give --json a file in a folder that exists and has space",
+        ) from error

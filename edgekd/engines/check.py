@@ -1,0 +1,308 @@
+"""Will a model run there? What each runtime says to it, and whether it fits into the memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import onnxruntime
+
+from edgekd.config.profile import Profile
+from edgekd.engines.coverage import (
+    ProviderCoverage,
+    count_by_provider,
+    fallen_back,
+    listed,
+    provider_coverage,
+)
+from edgekd.engines.liveness import MemoryEstimate, estimate_memory, node_label
+from edgekd.engines.onnx_file import OnnxInfo, describe_onnx, files_of_onnx, read_onnx
+from edgekd.engines.session import CPU_PROVIDER
+from edgekd.engines.tensorrt_verdict import (
+    LIBRARIES,
+    OTHERWISE,
+    installed_libraries,
+    remedy_for,
+    takes_opset,
+)
+from edgekd.errors import InputError, unknown_name
+
+Status = Literal["ok", "fails", "not shown", "note"]
+Parse = Callable[[Path, str], Mapping[str, Any]]
+"""(model, library) → a record ``edgerun.parse/1``: what TensorRT's parser says."""
+
+_NO_KERNEL = re.compile(r"implementation for (\w+)\(\d+\)|(\w+)\(-?\d+\) is not a registered")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: ``fails`` and ``not shown`` keep the model from passing.
+
+    ``note`` is for the reader, and for what nobody asked for. ``nodes`` are those concerned.
+    """
+
+    subject: str
+    status: Status
+    detail: str
+    remedy: str = ""
+    nodes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Everything that was found about a model."""
+
+    model: str
+    engines: tuple[str, ...]
+    profile: str | None
+    findings: tuple[Finding, ...]
+    onnx: OnnxInfo
+    coverage: tuple[ProviderCoverage, ...]
+    tensorrt: dict[str, Any] | None
+    memory: MemoryEstimate
+
+    @property
+    def passed(self) -> bool:
+        """Whether all that was asked for holds."""
+        return all(finding.status in ("ok", "note") for finding in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        """The record ``edgekd.check/1``."""
+        return {
+            "schema": "edgekd.check/1",
+            "model": self.model,
+            "engines": list(self.engines),
+            "profile": self.profile,
+            "passed": self.passed,
+            "findings": [asdict(finding) for finding in self.findings],
+            "onnx": self.onnx.to_json(),
+            "coverage": [row.to_json() for row in self.coverage],
+            "tensorrt": self.tensorrt,
+            "memory": self.memory.to_json(),
+        }
+
+
+def check_model(
+    path: Path,
+    parse: Parse,
+    *,
+    engines: Sequence[str] = (),
+    profile: Profile | None = None,
+    providers: Sequence[str] = (),
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    batch: int | None = None,
+) -> CheckReport:
+    """Ask every runtime that is meant about a model.
+
+    Args:
+        path: the ONNX file.
+        parse: TensorRT's parser; called only for a library that is installed.
+        engines: what must take it: tensorrt, tensorrt-rtx, onnxruntime; none is the profile's,
+            else ONNX Runtime.
+        profile: the device: its engine, providers, TensorRT version and budgets.
+        providers: of ONNX Runtime, the preferred first; none is the profile's, else the CPU.
+            Naming some asks for ONNX Runtime as well.
+        shapes: sizes of inputs by name, for the memory.
+        batch: for the memory; None is 1.
+
+    Raises:
+        InputError: the file is missing, broken, or lacks its external data; an unknown provider
+            is named; a shape does not fit.
+    """
+    model = read_onnx(path)
+    info = describe_onnx(path)
+    asked: set[str] = set(engines) or {profile.runtime.engine if profile else "onnxruntime"}
+    if providers:
+        asked.add("onnxruntime")
+    chain = tuple(providers) or (profile.runtime.providers if profile else ()) or (CPU_PROVIDER,)
+    _known_providers(chain)
+    findings = [*_format(model, info), *_dynamic(info, profile), *_size(info, path, profile)]
+    coverage, found = _onnxruntime(path, model, chain, "onnxruntime" in asked)
+    findings += found
+    verdict, found = _tensorrt(path, model, parse, asked, profile)
+    findings += found
+    memory = estimate_memory(path, shapes, batch)
+    findings.append(_memory(memory, info, profile))
+    return CheckReport(
+        model=str(path),
+        engines=tuple(sorted(asked)),
+        profile=profile.name if profile else None,
+        findings=tuple(findings),
+        onnx=info,
+        coverage=coverage,
+        tensorrt=verdict,
+        memory=memory,
+    )
+
+
+def _known_providers(chain: Sequence[str]) -> None:
+    known = {*onnxruntime.get_all_providers(), *onnxruntime.get_available_providers()}
+    for name in chain:
+        if name not in known:
+            raise unknown_name("execution provider", name, known, "--providers")
+
+
+def _format(model: onnx.ModelProto, info: OnnxInfo) -> list[Finding]:
+    domains = [o for o in model.opset_import if o.domain not in ("", "ai.onnx")]
+    also = f"; also {', '.join(f'{o.domain} {o.version}' for o in domains)}" if domains else ""
+    detail = f"opset {info.opset}, IR version {model.ir_version}{also}"
+    return [Finding("format", "note", detail)]
+
+
+def _dynamic(info: OnnxInfo, profile: Profile | None) -> list[Finding]:
+    open_inputs = [t for t in info.spec.inputs if any(isinstance(d, str) for d in t.shape)]
+    if not open_inputs:
+        return [Finding("dynamic dimensions", "note", "none, every size is fixed")]
+    found = [Finding("dynamic dimensions", "note", "; ".join(map(str, open_inputs)))]
+    if profile and profile.runtime.engine == "tensorrt" and profile.compute.dla_int8_dense_tops:
+        detail = "it takes fixed sizes only, and no operation whose shape depends on values"
+        remedy = "for the DLA, build with one size (shapes: …); gpu_fallback runs the rest"
+        found.append(Finding("DLA", "note", detail, remedy))
+    return found
+
+
+def _size(info: OnnxInfo, path: Path, profile: Profile | None) -> list[Finding]:
+    data = files_of_onnx(path)[1:]
+    detail = f"{info.parameters:,} parameters, {info.size_bytes / 1e6:.3f} MB"
+    if data:
+        detail += f", of it external: {', '.join(file.name for file in data)}"
+    budget = profile.budget.storage_mb if profile else None
+    if budget is None:
+        return [Finding("size", "note", detail)]
+    fits = info.size_bytes <= budget.value * 1e6
+    return [
+        Finding(
+            "size",
+            "ok" if fits else "fails",
+            f"{detail}; budget {budget.value:g} MB",
+            "" if fits else "prune or quantize the model ('edgekd quantize')",
+        )
+    ]
+
+
+def _onnxruntime(
+    path: Path, model: onnx.ModelProto, chain: Sequence[str], asked: bool
+) -> tuple[tuple[ProviderCoverage, ...], list[Finding]]:
+    subject = f"ONNX Runtime {onnxruntime.__version__}"
+    bad: Status = "fails" if asked else "note"
+    here = [name for name in chain if name in onnxruntime.get_available_providers()]
+    try:
+        rows = provider_coverage(path, chain if here else [*chain, CPU_PROVIDER])
+    except InputError as error:
+        ops = {op for match in _NO_KERNEL.finditer(error.what) for op in match.groups() if op}
+        nodes = tuple(node_label(node) for node in model.graph.node if node.op_type in ops)
+        remedy = OTHERWISE.partition(", or")[0] if nodes else error.remedy or ""
+        if "external tensors" in error.what:
+            remedy = "save the model with its small tensors inside: size_threshold=1024"
+        return (), [Finding(subject, bad, error.what, remedy, nodes)]
+    found = [
+        _provider(row, rows, chain[0], asked) for row in rows if row.provider in chain or row.nodes
+    ]
+    return rows, found
+
+
+def _provider(
+    row: ProviderCoverage, rows: Sequence[ProviderCoverage], preferred: str, asked: bool
+) -> Finding:
+    name = row.provider.removesuffix("ExecutionProvider")
+    if not row.here:
+        needed = asked and row.provider == preferred
+        detail = f"not in this ONNX Runtime: {row.install}"
+        return Finding(name, "not shown" if needed else "note", detail, row.install * needed)
+    if row.nodes is None:
+        return Finding(name, "note", "takes the model; this ONNX Runtime does not say which nodes")
+    placed = [node for other in rows for node in other.nodes or ()]
+    runs = f"runs {len(row.nodes)} of {len(placed)} nodes"
+    if row.provider != preferred:
+        return Finding(name, "note", runs, nodes=tuple(map(str, row.nodes)))
+    fell = fallen_back(placed, preferred)
+    if not fell:
+        return Finding(name, "ok" if asked else "note", runs)
+    counts = ", ".join(f"{other} {count}" for other, count in count_by_provider(fell).items())
+    return Finding(
+        name,
+        "fails" if asked else "note",
+        f"{runs}; not {listed(fell)} ({counts})",
+        "replace these operations, choose another provider, or allow it: fallback: allow",
+        tuple(map(str, fell)),
+    )
+
+
+def _tensorrt(
+    path: Path, model: onnx.ModelProto, parse: Parse, asked: set[str], profile: Profile | None
+) -> tuple[dict[str, Any] | None, list[Finding]]:
+    found = []
+    wanted = [name for name in LIBRARIES if name in asked]
+    version = profile.runtime.tensorrt if profile and "tensorrt" in asked else None
+    if version:
+        found.append(_opset(model, version.value))
+    installed = installed_libraries()
+    # TensorRT-RTX's parser stands in for TensorRT's, which needs NVIDIA's index to install.
+    chosen = [name for name in (*wanted, *reversed(LIBRARIES)) if name in installed][:1]
+    if not chosen:
+        if wanted:
+            install = 'pip install "edgekd[rtx]"'
+            found.append(Finding("TensorRT", "not shown", "not checked: no TensorRT here", install))
+        return None, found
+    verdict = dict(parse(path, chosen[0]))
+    subject = f"{verdict['library']} {verdict['version']}"
+    stand_in = "tensorrt" in wanted and chosen[0] != "tensorrt"
+    name = f"TensorRT {version.value}" if version else "TensorRT itself"
+    said = f"; stands in for {name}, which may differ" if stand_in else ""
+    good: Status = "ok" if wanted else "note"
+    if verdict["supported"]:
+        return verdict, [*found, Finding(subject, good, f"its parser takes every node{said}")]
+    for problem in verdict["problems"]:
+        node, op, message = (str(problem.get(key) or "") for key in ("node", "op", "message"))
+        # A failed assertion without words is all that the parser gives for an unknown operation.
+        why = "it has no such operation" if message in ("", "false") else message
+        text = f"its parser refuses {node or 'the model'}{f' ({op})' if op else ''}: {why}{said}"
+        bad: Status = "fails" if wanted else "note"
+        found.append(Finding(subject, bad, text, remedy_for(op, message), (node,) if node else ()))
+    if not verdict["problems"]:
+        found.append(
+            Finding(subject, "fails" if wanted else "note", "its parser refuses the model")
+        )
+    return verdict, found
+
+
+def _opset(model: onnx.ModelProto, version: str) -> Finding:
+    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+    takes = takes_opset(version, opset)
+    subject = f"opset in TensorRT {version}"
+    if takes is None:
+        return Finding(
+            subject, "note", f"whether it takes opset {opset} is not stated anywhere here"
+        )
+    if takes:
+        return Finding(subject, "ok", f"opset {opset} is one that it takes")
+    remedy = "export again, or convert it: onnx.version_converter.convert_version(model, 18)"
+    return Finding(subject, "fails", f"it does not take opset {opset}", remedy)
+
+
+def _memory(memory: MemoryEstimate, info: OnnxInfo, profile: Profile | None) -> Finding:
+    mb = memory.total_bytes / 1e6
+    sizes = ", ".join(f"{name} = {size}" for name, size in memory.dimensions.items())
+    at = f" at {sizes}" if sizes else ""
+    least = "at least " if memory.unknown else ""
+    detail = (
+        f"{least}{mb:.3f} MB{at}: weights {memory.weights_bytes / 1e6:.3f}, "
+        f"activations {memory.activations_bytes / 1e6:.3f} at {memory.at_node}"
+    )
+    remedy = ""
+    if memory.unknown:
+        detail += f"; {len(memory.unknown)} tensors of unknown size: {listed(memory.unknown)}"
+        declared = {d for tensor in info.spec.inputs for d in tensor.shape if isinstance(d, str)}
+        if declared - set(memory.dimensions):
+            remedy = "give open sizes: --shape NAME=1x3x224x224"
+    budget = profile.budget.memory_mb if profile else None
+    if budget is None:
+        return Finding("memory", "note", detail, remedy)
+    detail += f"; budget {budget.value:g} MB"
+    if mb > budget.value:
+        return Finding("memory", "fails", detail, "a smaller batch or input, or a smaller model")
+    return Finding("memory", "not shown" if memory.unknown else "ok", detail, remedy)

@@ -1,0 +1,198 @@
+"""Which of several files of one student is shipped: by the budgets, not by habit.
+
+An INT8 model can be slower than float32 on a processor that it was not made for, and a half
+precision one is, where there are no such kernels. Both are measured on the target and said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgekd.config.pipeline import GateConfig
+
+FLOAT = "float32"
+"""The name of the candidate that the others are held against."""
+_MB = 1e6
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One engine of the student, as it was measured.
+
+    ``drop`` is what the metric on the validation split lost against float32 (in its own unit,
+    positive is worse), with its 95 % interval. ``latency_ms`` are percentiles by name (``p50``).
+    ``speedup`` is float32's p50 over this one's, timed in turn, with its 95 % interval; None for
+    float32 itself. ``notes`` say what a reader should know, such as layers kept in float32.
+    """
+
+    name: str
+    size_bytes: int
+    drop: float
+    drop_interval: tuple[float, float] | None
+    latency_ms: Mapping[str, float | None]
+    speedup: float | None = None
+    speedup_interval: tuple[float, float] | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A candidate with what was held against it; an empty ``against`` makes it eligible."""
+
+    candidate: Candidate
+    misses: tuple[str, ...]
+    """The budgets of the gate that it does not meet."""
+    against: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain mapping for a JSON file."""
+        entry = self.candidate
+        return {
+            "name": entry.name,
+            "size_bytes": entry.size_bytes,
+            "drop": entry.drop,
+            "drop_interval": entry.drop_interval and list(entry.drop_interval),
+            "latency_ms": dict(entry.latency_ms),
+            "speedup": entry.speedup,
+            "speedup_interval": entry.speedup_interval and list(entry.speedup_interval),
+            "notes": list(entry.notes),
+            "misses": list(self.misses),
+            "against": list(self.against),
+        }
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen candidate, the reason in a sentence, and all of them in the order given."""
+
+    chosen: str
+    reason: str
+    rows: tuple[Row, ...] = field(default_factory=tuple)
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain mapping for a JSON file."""
+        return {
+            "chosen": self.chosen,
+            "reason": self.reason,
+            "candidates": [row.to_json() for row in self.rows],
+        }
+
+
+def choose(
+    candidates: Sequence[Candidate],
+    gate: GateConfig,
+    max_drop: float,
+    teacher_bytes: int | None = None,
+    teacher_speedup: float | None = None,
+) -> Choice:
+    """Choose the file that is shipped.
+
+    A candidate that drops by more than ``max_drop`` is out. Of the others those that miss the
+    fewest budgets of size and latency stay. Among these float32 gives way only to one that is
+    both shown to be faster (the whole interval of its speed-up is above 1) and smaller; the
+    fastest such is taken. So a smaller but slower file is taken only where float32 misses a
+    budget that it meets.
+
+    Args:
+        candidates: one of them is named :data:`FLOAT`.
+        gate: its budgets of size and latency are looked at.
+        max_drop: the largest drop of the metric allowed, in its own unit.
+        teacher_bytes: the size of the teacher's file; None when there is none to compare with.
+        teacher_speedup: the teacher's p50 over float32's.
+    """
+    plain = next(candidate for candidate in candidates if candidate.name == FLOAT)
+    rows = tuple(
+        Row(
+            candidate,
+            tuple(_misses(candidate, gate, teacher_bytes, teacher_speedup)),
+            tuple(_against(candidate, plain, max_drop)),
+        )
+        for candidate in candidates
+    )
+    allowed = [row for row in rows if row.candidate.drop <= max_drop or row.candidate is plain]
+    fewest = min(len(row.misses) for row in allowed)
+    best = [row for row in allowed if len(row.misses) == fewest]
+    float_row = next((row for row in best if row.candidate is plain), None)
+    better = [row for row in best if row.candidate is not plain and not row.against]
+    if better:
+        row = max(better, key=_speed)
+        return Choice(row.candidate.name, f"{_faster(row.candidate)} than float32, smaller, and "
+                      f"within the drop of {max_drop:g}", rows)  # fmt: skip
+    if float_row is not None:
+        return Choice(FLOAT, _why_float(rows, max_drop), rows)
+    row = max(best, key=_speed)
+    met = [miss for miss in _row_of(rows, FLOAT).misses if miss not in row.misses]
+    return Choice(row.candidate.name, f"float32 misses {' and '.join(met)}, which it meets", rows)
+
+
+def _against(candidate: Candidate, plain: Candidate, max_drop: float) -> list[str]:
+    if candidate.name == plain.name:
+        return []
+    found = []
+    if candidate.drop > max_drop:
+        found.append(f"drops by {candidate.drop:.4f}, more than {max_drop:g}")
+    if candidate.size_bytes >= plain.size_bytes:
+        found.append(f"not smaller: {candidate.size_bytes:,} of {plain.size_bytes:,} bytes")
+    if candidate.speedup is None or candidate.speedup_interval is None:
+        found.append("not timed")
+    elif candidate.speedup_interval[1] < 1:
+        found.append(f"slower than float32: {candidate.speedup:.2f}×")
+    elif candidate.speedup_interval[0] <= 1:
+        low, high = candidate.speedup_interval
+        found.append(f"not shown to be faster: {candidate.speedup:.2f}× ({low:.2f} to {high:.2f})")
+    return found
+
+
+def _misses(
+    candidate: Candidate,
+    gate: GateConfig,
+    teacher_bytes: int | None,
+    teacher_speedup: float | None,
+) -> list[str]:
+    found = []
+    megabytes = candidate.size_bytes / _MB
+    if gate.size.max_mb is not None and megabytes > gate.size.max_mb:
+        found.append(f"size.max_mb = {gate.size.max_mb:g}")
+    times = gate.size.min_ratio
+    if times is not None and teacher_bytes and teacher_bytes / candidate.size_bytes < times:
+        found.append(f"size.min_ratio = {times:g}")
+    for percentile in ("p50", "p90", "p95", "p99"):
+        budget = getattr(gate.latency, f"{percentile}_ms")
+        seen = candidate.latency_ms.get(percentile)
+        if budget is not None and seen is not None and seen > budget:
+            found.append(f"latency.{percentile}_ms = {budget:g}")
+    wanted = gate.latency.min_speedup
+    if wanted is not None and teacher_speedup is not None:
+        over_float = 1.0 if candidate.name == FLOAT else candidate.speedup
+        if over_float is not None and teacher_speedup * over_float < wanted:
+            found.append(f"latency.min_speedup = {wanted:g}")
+    return found
+
+
+def _speed(row: Row) -> float:
+    return row.candidate.speedup or 0.0
+
+
+def _faster(candidate: Candidate) -> str:
+    assert candidate.speedup is not None
+    assert candidate.speedup_interval is not None
+    low, high = candidate.speedup_interval
+    return f"{candidate.speedup:.2f}× faster ({low:.2f} to {high:.2f})"
+
+
+def _row_of(rows: Sequence[Row], name: str) -> Row:
+    return next(row for row in rows if row.candidate.name == name)
+
+
+def _why_float(rows: Sequence[Row], max_drop: float) -> str:
+    others = [row for row in rows if row.candidate.name != FLOAT]
+    if not others:
+        return "nothing else was asked for"
+    told = [
+        f"{row.candidate.name} "
+        + ("; ".join(row.against) or f"misses {', '.join(row.misses)}, which float32 meets")
+        for row in others
+    ]
+    return f"no other is faster, smaller and within {max_drop:g}: {'. '.join(told)}"

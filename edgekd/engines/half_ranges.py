@@ -1,0 +1,175 @@
+"""Which numbers do not fit 16 bits: those of the weights, and those that real samples give."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+
+from edgekd.engines.half_rules import FLOAT, LowType, low_inputs, low_outputs
+from edgekd.engines.samples import Samples
+from edgekd.engines.session import CPU_PROVIDER, first_line, open_session
+from edgekd.errors import InputError, StageError
+
+Array = npt.NDArray[Any]
+
+HEADROOM = 2.0
+"""The samples are not all that the model will see: activations may reach half of the range."""
+
+BATCH = 16
+
+_EACH_COUNTS = {
+    **dict.fromkeys(("Div", "QuantizeLinear", "DequantizeLinear"), 1),
+    **dict.fromkeys(("Sqrt", "Reciprocal"), 0),
+}
+"""Inputs whose small elements matter as much as the large ones: they divide, or are divided."""
+
+
+def weight_fault(node: ir.Node, opset: int, low: LowType) -> str | None:
+    """Why a weight of the node cannot be stored in 16 bits, None when all can."""
+    attribute = node.attributes.get("value") if node.op_type == "ConstantOfShape" else None
+    if attribute is not None:
+        return _fault(attribute.as_tensor().numpy(), "its value", low, each=False)
+    for position in sorted(low_inputs(node, opset, low)):
+        value = node.inputs[position]
+        if value is None or value.const_value is None:
+            continue
+        each = _EACH_COUNTS.get(node.op_type) == position
+        fault = _fault(value.const_value.numpy(), f"its weight {value.name!r}", low, each=each)
+        if fault is not None:
+            return fault
+    return None
+
+
+def exceeds(node: ir.Node, low: LowType) -> bool:
+    """Whether a constant of the node is a finite number beyond the range of the type."""
+    constants = [v.const_value for v in node.inputs if v is not None and v.dtype == FLOAT]
+    if node.op_type == "ConstantOfShape" and "value" in node.attributes:
+        constants.append(node.attributes["value"].as_tensor())
+    return any(_largest(c.numpy()) > low.largest for c in constants if c is not None)
+
+
+def _largest(array: Array) -> float:
+    finite = np.abs(array[np.isfinite(array)]) if array.dtype.kind == "f" else np.zeros(0)
+    return float(finite.max()) if finite.size else 0.0
+
+
+def _fault(array: Array, what: str, low: LowType, *, each: bool) -> str | None:
+    largest = _largest(array)
+    if largest > low.largest:
+        return f"{what} holds {largest:.3g}; {low.name} ends at {low.largest:.5g}"
+    # Below the smallest normal number the spacing no longer shrinks with the number. What a
+    # tensor loses there counts only when nothing in it is much larger.
+    if 0 < largest < low.normal:
+        return f"{what} is at most {largest:.3g}; {low.name} is exact down to {low.normal:.2g}"
+    if each and bool(np.any((np.abs(array) < low.normal) & (array != 0))):
+        return f"{what} has divisors too small for {low.name}"
+    return None
+
+
+def measured_fault(node: ir.Node, ranges: dict[str, float], opset: int, low: LowType) -> str | None:
+    """Why an activation that the node takes or gives does not fit, None when all do."""
+    values = [
+        *(node.inputs[i] for i in sorted(low_inputs(node, opset, low))),
+        *(node.outputs[i] for i in sorted(low_outputs(node, opset, low))),
+    ]
+    for value in values:
+        largest = ranges.get(str(value.name)) if value is not None else None
+        if value is None or largest is None or largest == 0:
+            continue
+        if not math.isfinite(largest):
+            return f"{value.name!r} is not finite on the samples"
+        if largest > low.largest / HEADROOM:
+            return f"{value.name!r} reaches {largest:.3g} on the samples"
+        if largest < low.normal:
+            return f"{value.name!r} is at most {largest:.3g} on the samples"
+    return None
+
+
+def measure_ranges(
+    model: onnx.ModelProto, names: Collection[str], samples: Samples
+) -> dict[str, float]:
+    """max |x| of each named tensor over all samples, inf when any of it is not finite.
+
+    The maximum is taken inside the graph: no activation outlives its last use, so that memory
+    is that of one batch, however many samples there are.
+
+    Raises:
+        InputError: the samples do not fit the model, or there are none.
+        StageError: ONNX Runtime cannot run the model.
+    """
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    del probe.graph.output[:]
+    chosen = list(names)
+    for index, name in enumerate(chosen):
+        for kind in ("ReduceMin", "ReduceMax"):
+            out = f"edgekd_{kind}_{index}"
+            probe.graph.node.append(onnx.helper.make_node(kind, [name], [out], keepdims=0))
+            probe.graph.output.append(
+                onnx.helper.make_tensor_value_info(out, onnx.TensorProto.FLOAT, [])
+            )
+    largest = np.zeros(len(chosen))
+    for answers in run_proto(probe, samples):
+        extremes = np.abs(np.array(answers, dtype=np.float64)).reshape(len(chosen), 2).max(axis=1)
+        extremes[~np.isfinite(extremes)] = np.inf
+        largest = np.maximum(largest, extremes)
+    return dict(zip(chosen, largest.tolist(), strict=True))
+
+
+def run_proto(model: onnx.ModelProto, samples: Samples) -> Iterator[list[Array]]:
+    """All outputs of a model for each batch of samples, on the CPU without optimizations.
+
+    A model with a fixed batch size gets batches of that size; a rest that does not fill one is
+    left out.
+
+    Raises:
+        InputError: the samples do not fit the model, or there are none.
+        StageError: ONNX Runtime cannot run the model.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        path.write_bytes(model.SerializeToString())
+        session = open_session(path, (CPU_PROVIDER,), 1, "disabled")
+    inputs = session.get_inputs()
+    fixed = next((i.shape[0] for i in inputs if i.shape and isinstance(i.shape[0], int)), None)
+    ran = False
+    for batch in samples.batches(fixed or BATCH):
+        missing = [i.name for i in inputs if i.name not in batch]
+        if missing:
+            raise InputError(
+                f"the samples have no {missing[0]!r}; they have {', '.join(sorted(batch))}",
+                where="samples for the 16-bit conversion",
+                remedy="name the arrays as the model's inputs",
+            )
+        feeds = {
+            i.name: batch[i.name].astype(np.float16)
+            if i.type == "tensor(float16)"
+            else batch[i.name]
+            for i in inputs
+        }
+        if fixed is not None and any(len(array) < fixed for array in feeds.values()):
+            continue
+        try:
+            answers = session.run(None, feeds)
+        except Exception as error:  # the runtime's own exception classes have no public base
+            raise StageError(
+                f"ONNX Runtime cannot run the model on the samples: {first_line(error)}",
+                where="samples for the 16-bit conversion",
+                remedy="give samples with the shapes and types that the model takes",
+            ) from error
+        ran = True
+        yield [np.asarray(answer) for answer in answers]
+    if not ran:
+        raise InputError(
+            "there is not one whole batch of samples",
+            where="samples for the 16-bit conversion",
+            remedy=f"give at least {fixed or 1} of them",
+        )

@@ -1,0 +1,150 @@
+"""What a TensorRT engine is built with: from the pipeline's words and the profile to settings.
+
+The builder itself is edgerun's, as an engine for a Jetson is built on the Jetson; it is called
+through a target, in a process of its own, which a crash of TensorRT does not outlive.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from edgekd.config.pipeline import TensorRTConfig
+from edgekd.config.profile import Profile
+from edgekd.errors import InputError
+
+Library = Literal["tensorrt", "tensorrt-rtx"]
+BuildPrecision = Literal["fp32", "fp16", "bf16", "int8"]
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+INSTALL = {
+    "tensorrt": "on a Jetson it comes with JetPack (apt install python3-libnvinfer, and a virtual "
+    "environment with --system-site-packages); elsewhere: pip install tensorrt; "
+    "without a GPU use tensorrt-rtx",
+    "tensorrt-rtx": "pip install 'edgekd[rtx]', or pip install tensorrt-rtx",
+}
+JETSON_MACHINE = "aarch64"
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """The arguments of :meth:`edgekd.targets.LocalTarget.build`, which explains them."""
+
+    library: Library
+    compute_capabilities: tuple[str, ...] = ()
+    precision: BuildPrecision | None = None
+    keep: tuple[str, ...] = ()
+    shapes: tuple[str, ...] = ()
+    batch: int = 1
+    workspace_mb: float | None = None
+    timing_cache: Path | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    dla: int | None = None
+    gpu_fallback: bool = True
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for a target's ``build``."""
+        return asdict(self)
+
+    def command(self, model: str, engine: str) -> str:
+        """What to type on the device, in a bundle's folder, to build the engine there."""
+        words = ["python3", "-m", "edgerun", "build", model, "--engine", engine]
+        words += ["--library", self.library]
+        for option, values in (
+            ("--sm", self.compute_capabilities),
+            ("--keep", self.keep),
+            ("--shape", self.shapes),
+        ):
+            for value in values:
+                words += [option, value]
+        for option, one in (
+            ("--precision", self.precision),
+            ("--batch", self.batch if self.batch != 1 else None),
+            ("--workspace-mb", self.workspace_mb),
+            ("--timing-cache", self.timing_cache),
+            ("--dla", self.dla),
+        ):
+            if one is not None:
+                words += [option, f"{one:g}" if isinstance(one, float) else str(one)]
+        switches = {
+            "--version-compatible": self.version_compatible,
+            "--hardware-compatible": self.hardware_compatible,
+            "--no-gpu-fallback": not self.gpu_fallback,
+        }
+        return shlex.join([*words, *(switch for switch, on in switches.items() if on)])
+
+
+def engine_settings(
+    config: TensorRTConfig,
+    profile: Profile | None,
+    *,
+    batch: int = 1,
+    precision: BuildPrecision | None = None,
+    keep: Sequence[str] = (),
+    timing_cache: Path | None = None,
+) -> EngineSettings:
+    """The settings that a pipeline's engine and a device profile mean together.
+
+    Scratch memory is limited to the profile's budget, and TensorRT for RTX builds for the
+    profile's GPU, where the engine says nothing else.
+
+    Args:
+        batch: the benchmark's batch size, for open batch dimensions.
+        precision: what was made of the model; None builds it as it is.
+        keep: nodes that were left in float32 on purpose.
+        timing_cache: a file kept between builds.
+    """
+    workspace, capabilities = config.workspace_mb, config.compute_capabilities
+    if workspace is None and profile is not None and profile.budget.memory_mb is not None:
+        workspace = profile.budget.memory_mb.value
+    if not capabilities and config.kind == "tensorrt-rtx" and profile is not None and profile.gpu:
+        capabilities = (profile.gpu.compute_capability.value,)
+    return EngineSettings(
+        library=config.kind,
+        compute_capabilities=capabilities,
+        precision=precision,
+        keep=tuple(keep),
+        shapes=tuple(
+            f"{name}={':'.join('x'.join(map(str, shape)) for shape in shapes)}"
+            for name, shapes in config.shapes.items()
+        ),
+        batch=batch,
+        workspace_mb=workspace,
+        timing_cache=timing_cache,
+        version_compatible=config.version_compatible,
+        hardware_compatible=config.hardware_compatible,
+        dla=config.dla,
+        gpu_fallback=config.gpu_fallback,
+    )
+
+
+def is_installed(library: Library) -> bool:
+    """Whether a TensorRT can be imported by this interpreter; it is not imported."""
+    return importlib.util.find_spec(MODULES[library]) is not None
+
+
+def check_runtime(settings: EngineSettings, profile: Profile | None, model: Path) -> None:
+    """Check that the engine can be built on this machine.
+
+    Raises:
+        InputError: the library is absent, with what to install; or the profile is a Jetson and
+            this is none, with the command to type there.
+    """
+    jetson = profile is not None and profile.kind == "jetson"
+    if settings.library == "tensorrt" and jetson and platform.machine() != JETSON_MACHINE:
+        assert profile is not None
+        command = settings.command(model.name, f"{model.stem}.engine")
+        raise InputError(
+            f"an engine for {profile.name} is built on the device: TensorRT does not build for "
+            f"a Jetson on {platform.machine()}",
+            where=str(model),
+            remedy=f"there, beside the model: {command}",
+        )
+    if not is_installed(settings.library):
+        raise InputError(f"{settings.library} is not installed", remedy=INSTALL[settings.library])

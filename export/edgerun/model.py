@@ -1,0 +1,134 @@
+"""What every loaded model offers, whatever runtime runs it, and how it is asked for.
+
+Needs no runtime: a device may have ONNX Runtime, or TensorRT, or both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Mapping, Protocol, Sequence
+
+import numpy as np
+
+from edgerun.errors import BadInput
+from edgerun.model_files import is_engine
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A declared input or output.
+
+    ``shape`` holds a size, the name of a symbolic dimension, or None for one without a name;
+    ``dtype`` is numpy's name, or the runtime's own where numpy has none (``tensor(string)``).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str | None, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """``{"name", "dtype", "shape"}`` with null for a dimension without a name."""
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype}{written(self.shape)}"
+
+
+def written(shape: Sequence[int | str | None]) -> str:
+    """A shape as people read it: ``[batch, 3, ?, 224]``."""
+    return "[" + ", ".join("?" if d is None else str(d) for d in shape) + "]"
+
+
+def written_feed(feed: Mapping[str, np.ndarray[Any, Any]]) -> str:
+    """The shapes of a feed: ``x [1, 3], state [2, 1, 8]``."""
+    return ", ".join(f"{name} {written(array.shape)}" for name, array in feed.items())
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is opened. ``threads`` None leaves the number to the runtime.
+
+    They are ONNX Runtime's; a TensorRT engine has all of its settings built in.
+    """
+
+    threads: int | None = None
+    providers: tuple[str, ...] = ("CPUExecutionProvider",)
+    optimization: str = "all"
+
+
+class LoadedModel(Protocol):
+    """A model in memory, ready to answer.
+
+    Attributes:
+        providers: what runs it, in order of preference.
+        load_ms: how long opening took, in milliseconds.
+    """
+
+    path: Path
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    providers: tuple[str, ...]
+    load_ms: float
+
+    @property
+    def batch_range(self) -> tuple[int, int] | None:
+        """The least and the largest batch that an engine of open batch size takes; None: any."""
+
+    @property
+    def device_ms(self) -> Callable[[Mapping[str, np.ndarray[Any, Any]]], float] | None:
+        """Milliseconds of one query on the GPU alone; None where that cannot be timed."""
+
+    @property
+    def information(self) -> Callable[[], str] | None:
+        """TensorRT's inspector on the layers of an engine, as JSON; None for an ONNX file."""
+
+    @property
+    def query(self) -> Callable[[Mapping[str, np.ndarray[Any, Any]]], Any]:
+        """The shortest way to an answer for a feed that fits: what is timed."""
+
+    def run(self, feed: Mapping[str, np.ndarray[Any, Any]]) -> list[Any]:
+        """The outputs in declared order for one feed.
+
+        Raises:
+            BadInput: the feed does not fit what the model declares.
+            RunFailed: the runtime fails.
+        """
+
+
+def open_model(path: Path, settings: Settings) -> LoadedModel:
+    """Open an ONNX file with ONNX Runtime, or a TensorRT engine with its library.
+
+    Raises:
+        BadInput: the file is missing or not whole, an engine was built for something else, or
+            there is no GPU for it.
+        RunFailed: the runtime cannot load it.
+    """
+    if is_engine(path):
+        from edgerun.engine_opening import open_engine
+
+        return open_engine(path)
+    from edgerun.session import Model
+
+    return Model(path, settings)
+
+
+def check_file(path: Path) -> None:
+    """Raise BadInput when there is no such file."""
+    if not path.exists():
+        raise BadInput("there is no such model file", str(path), "check the path")
+    if not path.is_file():
+        raise BadInput("the model is a folder, not a file", str(path), "give the file in it")
+
+
+def full_provider_name(name: str) -> str:
+    """``cpu`` → ``CPUExecutionProvider``; a name given in full stays as it is."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return name
+    known: list[str] = onnxruntime.get_all_providers()
+    for full in known:
+        if name.lower() in (full.lower(), full.lower().replace("executionprovider", "")):
+            return full
+    return name

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from click.testing import CliRunner
+from onnx import TensorProto, helper, numpy_helper
+
+from edgekd.cli import main
+from edgekd.errors import TargetError
+from edgekd.targets import LocalTarget, local
+
+
+@pytest.fixture
+def model(tmp_path):
+    """y = relu(conv(x)): x (batch, 1, 8, 8), float32."""
+    weights = numpy_helper.from_array(np.ones((2, 1, 3, 3), np.float32), "w")
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], name="conv"),
+        helper.make_node("Relu", ["c"], ["y"], name="relu"),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 1, 8, 8])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 2, 6, 6])
+    graph = helper.make_graph(nodes, "g", [x], [y], [weights])
+    path = tmp_path / "m.onnx"
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path
+    )
+    return path
+
+
+@pytest.fixture
+def rtx():
+    pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
+
+
+def invoke(*words):
+    return CliRunner().invoke(main, ["build", *map(str, words)])
+
+
+def test_an_onnxruntime_engine_answers_as_the_model(model, tmp_path):
+    out, record = tmp_path / "opt.onnx", tmp_path / "r.json"
+    done = invoke(model, "-o", out, "--engine", "onnxruntime", "--json", record)
+    assert done.exit_code == 0, done.output
+    x = np.random.default_rng(0).standard_normal((3, 1, 8, 8)).astype(np.float32)
+    answers = [
+        onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})
+        for path in (model, out)
+    ]
+    # Fusing Conv and Relu keeps float32's own rounding.
+    np.testing.assert_allclose(answers[0][0], answers[1][0], rtol=1e-5, atol=1e-5)
+    assert json.loads(record.read_text())["engine"] == "onnxruntime"
+
+
+def test_an_engine_for_two_gpus_is_built_without_one(rtx, model, tmp_path):
+    out, record = tmp_path / "m.engine", tmp_path / "r.json"
+    done = invoke(
+        *(model, "-o", out, "--engine", "tensorrt-rtx", "--sm", "8.6", "--sm", "8.9"),
+        *("--shape", "x=1x1x8x8:1x1x8x8:8x1x8x8", "--json", record),
+    )
+    assert done.exit_code == 0, done.output
+    assert "SM 8.6, 8.9" in done.output
+    written = json.loads(record.read_text())
+    assert written == json.loads((tmp_path / "m.engine.json").read_text())
+    assert written["engine"]["bytes"] == out.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--engine", "tensorrt-rtx", "--precision", "int8"), "1 of 1 in FP32: conv"),
+        (("--engine", "tensorrt-rtx", "--sm", "8.7"), "no compute capability 8.7"),
+        (("--engine", "tensorrt-rtx", "--profile", "jetson-orin-nano-8gb"), "8.7"),
+        (("--engine", "tensorrt-rtx", "--shape", "y=1x1"), "no input 'y'"),
+        (("--engine", "tensorrt-rtx", "--threads", 2), "--threads is for ONNX Runtime"),
+        (("--engine", "onnxruntime", "--sm", "8.6"), "--sm is for TensorRT"),
+        (("--precision", "fp16"), "--precision is for TensorRT"),
+        (("--set", "a=1"), "--set is for a pipeline"),
+        (("--profile", "jetson-orin-nono"), "jetson-orin-nano"),
+    ],
+)
+def test_a_wrong_option_is_one_message_and_exit_code_2(rtx, model, tmp_path, words, message):
+    done = invoke(model, "-o", tmp_path / "m.engine", *words)
+    assert done.exit_code == 2, done.output
+    assert message in done.output
+    assert not (tmp_path / "m.engine").exists()
+
+
+@pytest.mark.skipif(platform.machine() == "aarch64", reason="this machine may be the Jetson")
+def test_a_jetson_profile_says_what_to_type_on_the_jetson(model, tmp_path):
+    done = invoke(model, "-o", tmp_path / "m.engine", "--profile", "jetson-orin-nano-8gb")
+    assert done.exit_code == 2, done.output
+    assert "python3 -m edgerun build m.onnx --engine m.engine" in done.output
+
+
+def test_bad_files_are_named(rtx, model, tmp_path):
+    done = invoke(tmp_path / "none.onnx", "-o", tmp_path / "e", "--engine", "tensorrt-rtx")
+    assert (done.exit_code, "does not exist" in done.output) == (2, True), done.output
+    done = invoke(model, "-o", model, "--engine", "tensorrt-rtx")
+    assert (done.exit_code, "overwrite the model" in done.output) == (2, True), done.output
+    assert onnx.load(model).graph.node[0].name == "conv"
+    model.write_bytes(model.read_bytes()[:-60])
+    done = invoke(model, "-o", tmp_path / "e", "--engine", "tensorrt-rtx")
+    assert (done.exit_code, "truncated" in done.output) == (2, True), done.output
+    assert invoke(model).exit_code == 2
+
+
+def test_options_of_a_model_are_refused_for_a_pipeline(tmp_path):
+    (tmp_path / "p.yaml").write_text("name: x\n")
+    done = invoke(tmp_path / "p.yaml", "--sm", "8.6", "--engine", "tensorrt-rtx")
+    assert done.exit_code == 2
+    assert "--engine, --sm is for an ONNX model" in done.output
+
+
+def test_a_pipeline_is_run_up_to_its_engines(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "edgekd.cli.stage_command.run_pipeline_until", lambda *words: asked.append(words)
+    )
+    done = invoke(tmp_path / "p.yaml", "-o", tmp_path / "run", "--set", "seed=1", "-q")
+    assert done.exit_code == 0, done.output
+    assert asked == [(tmp_path / "p.yaml", "engines", ("seed=1",), tmp_path / "run", True)]
+
+
+def test_a_target_gives_the_parsers_verdict(rtx, model):
+    verdict = LocalTarget().parse(model, "tensorrt-rtx")
+    assert (verdict["library"], verdict["supported"]) == ("tensorrt-rtx", True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_crash_of_the_builder_does_not_take_edgekd_down(tmp_path, model, monkeypatch):
+    folder = tmp_path / "fake" / "edgerun"
+    folder.mkdir(parents=True)
+    (folder / "__main__.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    monkeypatch.setattr(local, "edgerun_folder", lambda: folder)
+    with pytest.raises(TargetError, match="edgerun build was killed by signal 11"):
+        LocalTarget().build(model, tmp_path / "e", library="tensorrt-rtx")
+
+
+def test_neither_torch_nor_tensorrt_is_imported(rtx, model, tmp_path):
+    script = (
+        "import sys\n"
+        "from edgekd.cli import main\n"
+        f"main(['build', {str(model)!r}, '-o', {str(tmp_path / 'e')!r}, '--engine',"
+        " 'tensorrt-rtx'], standalone_mode=False)\n"
+        "sys.exit(bool({'torch', 'tensorrt_rtx'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr

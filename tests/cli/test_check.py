@@ -1,0 +1,86 @@
+"""``edgekd check``: a table to read, a record to keep, and an exit code to act on."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import onnx
+import pytest
+from click.testing import CliRunner
+from onnx import TensorProto, helper
+
+from edgekd.cli import main
+
+
+@pytest.fixture
+def model(tmp_path):
+    """y = relu(x), float32 (batch, length); the node's name would be markup on the terminal."""
+    shape = ["batch", "length"]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xy")
+    nodes = [helper.make_node("Relu", ["x"], ["y"], name="[bold]relu")]
+    graph = helper.make_graph(nodes, "g", [x], [y])
+    path = tmp_path / "model.onnx"
+    opsets = [helper.make_opsetid("", 18)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), path)
+    return path
+
+
+def invoke(*words):
+    return CliRunner().invoke(main, ["check", *map(str, words)], env={"COLUMNS": "200"})
+
+
+def test_a_model_that_holds_leaves_with_0_and_a_whole_record(model, tmp_path):
+    out = tmp_path / "out.json"
+    done = invoke(model, "--engine", "onnxruntime", "--shape", "x=2x300", "--json", out)
+    assert done.exit_code == 0, done.output
+    for word in ("opset 18", "x float32[batch, length]", "runs 1 of 1 nodes", "[bold]relu"):
+        assert word in done.output
+    record = json.loads(out.read_text())
+    assert record["schema"] == "edgekd.check/1"
+    assert record["passed"] is True
+    assert record["memory"]["activations_bytes"] == 2 * (2 * 300 * 4)
+    assert record["coverage"][0]["nodes"][0]["name"] == "[bold]relu"
+
+
+def test_what_does_not_hold_leaves_with_1(model):
+    done = invoke(model, "--profile", "raspberry-pi-5")
+    assert done.exit_code == 1, done.output
+    assert "give open sizes: --shape" in done.output
+    assert "not everything holds for onnxruntime on raspberry-pi-5" in done.output
+    assert invoke(model, "--profile", "raspberry-pi-5", "--shape", "x=1x16").exit_code == 0
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None,
+    reason='needs TensorRT\'s parser: pip install "edgekd[rtx]"',
+)
+def test_tensorrt_is_asked_in_a_process_of_its_own(model):
+    done = invoke(model, "--engine", "tensorrt-rtx", "--engine", "onnxruntime")
+    assert done.exit_code == 0, done.output
+    assert "its parser takes every node" in done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--shape", "x=0x3"), "is not a shape"),
+        (("--shape", "z=1x3"), "there is no input 'z'"),
+        (("--providers", "CPUExecutionProvder"), "did you mean 'CPUExecutionProvider'"),
+        (("--profile", "raspbery-pi-5"), "raspberry-pi-5"),
+        (("--engine", "tensorflow"), "Invalid value"),
+        (("--json", "no-such-folder/out.json"), "cannot be written"),
+    ],
+)
+def test_wrong_options_are_explained(model, words, message):
+    done = invoke(model, *words)
+    assert done.exit_code in (2, 3)
+    assert message in done.output
+
+
+def test_a_file_that_is_no_model_is_wrong_input(tmp_path):
+    path = tmp_path / "notes.onnx"
+    path.write_text("not a model")
+    done = invoke(path)
+    assert done.exit_code == 2
+    assert "truncated or is not ONNX" in done.output

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import shlex
+
+import pytest
+
+from edgekd.config.pipeline import TensorRTConfig
+from edgekd.config.profile import load_profile
+from edgekd.engines import tensorrt
+from edgekd.engines.tensorrt import check_runtime, engine_settings
+from edgekd.errors import InputError
+from edgerun import tensorrt_library
+from edgerun.__main__ import _parser
+
+JETSON = "jetson-orin-nano-8gb"
+
+
+@pytest.fixture
+def config():
+    return TensorRTConfig(
+        kind="tensorrt",
+        shapes={"x:0": ((1, 3, 8, 8), (2, 3, 8, 8), (4, 3, 8, 8))},
+        version_compatible=True,
+        dla=0,
+        gpu_fallback=False,
+    )
+
+
+def test_the_profile_limits_memory_and_names_the_gpu_where_the_engine_does_not(config):
+    profile = load_profile(JETSON)
+    assert profile.budget.memory_mb is not None
+    settings = engine_settings(config, profile)
+    assert settings.workspace_mb == profile.budget.memory_mb.value
+    # TensorRT builds for the GPU it runs on; only TensorRT for RTX is told of others.
+    assert settings.compute_capabilities == ()
+    rtx = engine_settings(TensorRTConfig(kind="tensorrt-rtx"), profile)
+    assert rtx.compute_capabilities == (profile.gpu.compute_capability.value,)
+    own = TensorRTConfig(kind="tensorrt-rtx", compute_capabilities=("8.6",), workspace_mb=32)
+    settings = engine_settings(own, profile)
+    assert (settings.compute_capabilities, settings.workspace_mb) == (("8.6",), 32)
+    assert engine_settings(own, None).batch == 1
+
+
+def test_the_command_for_the_device_is_one_that_edgerun_takes(config):
+    settings = engine_settings(
+        config, load_profile(JETSON), batch=4, precision="int8", keep=("a node",)
+    )
+    words = shlex.split(settings.command("m.onnx", "m.engine"))
+    assert words[:3] == ["python3", "-m", "edgerun"]
+    options = _parser().parse_args(words[3:])
+    assert options.shape == ["x:0=1x3x8x8:2x3x8x8:4x3x8x8"]
+    assert (options.batch, options.precision, options.keep) == (4, "int8", ["a node"])
+    assert (options.dla, options.no_gpu_fallback, options.version_compatible) == (0, True, True)
+    assert options.workspace_mb == settings.workspace_mb
+
+
+def test_an_absent_library_says_what_to_install(monkeypatch, tmp_path, config):
+    monkeypatch.setattr(tensorrt, "MODULES", dict.fromkeys(tensorrt.MODULES, "not_there_at_all"))
+    for kind, word in (("tensorrt", "JetPack"), ("tensorrt-rtx", r"edgekd\[rtx\]")):
+        settings = engine_settings(TensorRTConfig(kind=kind), None)
+        with pytest.raises(InputError, match=word):
+            check_runtime(settings, None, tmp_path / "m.onnx")
+
+
+def test_a_jetsons_engine_is_not_built_on_another_machine(monkeypatch, tmp_path, config):
+    profile = load_profile(JETSON)
+    settings = engine_settings(config, profile, precision="int8")
+    monkeypatch.setattr(tensorrt.platform, "machine", lambda: "x86_64")
+    with pytest.raises(InputError, match="built on the device") as caught:
+        check_runtime(settings, profile, tmp_path / "m.onnx")
+    assert settings.command("m.onnx", "m.engine") in caught.value.remedy
+
+
+def test_both_worlds_mean_the_same_libraries():
+    assert tensorrt.MODULES == tensorrt_library.MODULES

@@ -1,0 +1,361 @@
+"""Real builds with TensorRT for RTX, which needs no GPU to build."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from edgerun.errors import BadInput, RunFailed
+from edgerun.tensorrt_build import build
+from edgerun.tensorrt_check import check_engine
+from edgerun.tensorrt_device import find_gpu
+from edgerun.tensorrt_network import judge
+from edgerun.tensorrt_settings import BuildSettings, parse_ranges
+
+pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
+
+RTX = "tensorrt-rtx"
+
+
+def network(path: Path, kind: str = "fp32", sides: tuple[int | str, ...] = (8, 8)) -> Path:
+    """image (batch, 1, …) → Conv ``conv`` → Relu → mean → MatMul ``fc`` → y (batch, 3).
+
+    ``fp16``: all in float16 between two casts. ``int8``: symmetric Q/DQ at ``conv`` and ``fc``;
+    ``conv-int8``: at ``conv`` alone. ``uint8``: zero points as ONNX Runtime's default has them.
+    """
+    real = np.float16 if kind == "fp16" else np.float32
+    random = np.random.default_rng(0)
+    arrays = {
+        "conv_w": random.standard_normal((4, 1, 3, 3)),
+        "fc_w": random.standard_normal((4, 3)),
+    }
+    nodes, values = [], {}
+    quantized = {"int8": ("conv", "fc"), "uint8": ("conv",), "conv-int8": ("conv",)}.get(kind, ())
+
+    def node(op, inputs, output, name, **attributes):
+        nodes.append(helper.make_node(op, inputs, [output], name=name, **attributes))
+        return output
+
+    def operands(x, layer):
+        if layer not in quantized:
+            values[f"{layer}_w"] = arrays[f"{layer}_w"].astype(real)
+            return [x, f"{layer}_w"]
+        activation = np.uint8(128) if kind == "uint8" else np.int8(0)
+        values.update({"scale": np.float32(0.03), "zero": np.int8(0), "zero_x": activation})
+        values[f"{layer}_q"] = np.clip(np.rint(arrays[f"{layer}_w"] / 0.03), -127, 127).astype(
+            np.int8
+        )
+        q = node("QuantizeLinear", [x, "scale", "zero_x"], f"{layer}_xq", f"{layer}_quantize")
+        x = node("DequantizeLinear", [q, "scale", "zero_x"], f"{layer}_x", f"{layer}_dequantize")
+        w = node("DequantizeLinear", [f"{layer}_q", "scale", "zero"], f"{layer}_w", f"{layer}_dqw")
+        return [x, w]
+
+    x = "image"
+    if kind == "fp16":
+        x = node("Cast", [x], "half", "cast_in", to=TensorProto.FLOAT16)
+    x = node("Conv", operands(x, "conv"), "c", "conv")
+    x = node("Relu", [x], "r", "relu")
+    x = node("ReduceMean", [x, "axes"], "m", "mean", keepdims=0)
+    values["axes"] = np.array([2, 3])
+    x = node("MatMul", operands(x, "fc"), "y" if kind != "fp16" else "y16", "fc")
+    if kind == "fp16":
+        node("Cast", [x], "y", "cast_out", to=TensorProto.FLOAT)
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 1, *sides])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 3])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in values.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    onnx.save(model, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """An engine for two GPUs, and its record."""
+    folder = tmp_path_factory.mktemp("built")
+    shapes = parse_ranges(["image=1x1x8x8:2x1x8x8:8x1x8x8"])
+    settings = BuildSettings(compute_capabilities=("8.6", "8.9"), shapes=shapes)
+    engine = folder / "m.engine"
+    return engine, build(network(folder / "m.onnx"), engine, RTX, settings)
+
+
+def test_an_engine_for_two_gpus_holds_code_for_both(built):
+    engine, record = built
+    content = engine.read_bytes()
+    # The compiler names the architecture of each kernel in it.
+    assert set(re.findall(rb"sm\d+", content)) == {b"sm86", b"sm89"}
+    assert record["engine"]["bytes"] == len(content)
+    assert record["engine"]["sha256"] == hashlib.sha256(content).hexdigest()
+    assert record["profile"] == {
+        "image": {"min": [1, 1, 8, 8], "usual": [2, 1, 8, 8], "max": [8, 1, 8, 8]}
+    }
+    assert json.loads((engine.parent / "m.engine.json").read_text()) == record
+
+
+def test_without_a_gpu_the_record_says_why_the_engine_was_not_inspected(built):
+    engine, record = built
+    if find_gpu() is not None:
+        pytest.skip("this machine has a GPU")
+    assert (record["inspected"], record["device"]) == (False, None)
+    assert "no NVIDIA GPU" in record["reason"]
+    assert not engine.with_name("m.engine.layers.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "matrix"),
+    [
+        ("fp32", "fp32", {"fp32": ["conv", "fc"]}),
+        ("fp16", "fp16", {"fp16": ["conv", "fc"]}),
+        ("int8", "int8", {"int8": ["conv", "fc"]}),
+        # Narrower than asked is not less than asked.
+        ("int8", "fp16", {"int8": ["conv", "fc"]}),
+    ],
+)
+def test_layers_compute_in_what_the_model_says(tmp_path, kind, precision, matrix):
+    model = network(tmp_path / "m.onnx", kind)
+    record = build(model, tmp_path / "m.engine", RTX, BuildSettings(precision=precision))
+    assert record["layers"]["matrix"] == matrix
+    assert record["layers"]["certain"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "message"),
+    [
+        ("fp32", "int8", r"INT8 was asked for.* 2 of 2 in FP32: conv, fc"),
+        ("fp32", "fp16", r"FP16 was asked for.* 2 of 2 in FP32: conv, fc"),
+        ("fp16", "int8", r"INT8 was asked for.* 2 of 2 in FP16: conv, fc"),
+        ("fp16", "fp32", r"FP32 was asked for.* 2 of 2 in FP16"),
+        ("fp16", "bf16", r"BF16 was asked for.* 2 of 2 in FP16"),
+        ("conv-int8", "int8", r"INT8 was asked for.* 1 of 2 in FP32: fc$"),
+    ],
+)
+def test_a_precision_that_the_layers_do_not_have_is_an_error(tmp_path, kind, precision, message):
+    model = network(tmp_path / "m.onnx", kind)
+    with pytest.raises(BadInput) as caught:
+        build(model, tmp_path / "m.engine", RTX, BuildSettings(precision=precision))
+    assert re.search(message, caught.value.what)
+    assert list(tmp_path.iterdir()) == [model]
+
+
+def test_layers_kept_on_purpose_are_no_error_and_unknown_ones_are(tmp_path):
+    model = network(tmp_path / "m.onnx", "conv-int8")
+    kept = BuildSettings(precision="int8", keep=("fc",))
+    record = build(model, tmp_path / "m.engine", RTX, kept)
+    assert record["layers"]["matrix"] == {"int8": ["conv"], "fp32": ["fc"]}
+    with pytest.raises(BadInput, match="no layer 'fd'"):
+        build(model, tmp_path / "m.engine", RTX, BuildSettings(precision="int8", keep=("fd",)))
+
+
+def test_quantized_weights_alone_are_not_int8(tmp_path):
+    # The product is then computed in float: what is asked for is not what runs.
+    weights = numpy_helper.from_array(np.ones((4, 3), np.int8), "q")
+    scale = numpy_helper.from_array(np.float32(0.1), "s")
+    nodes = [
+        helper.make_node("DequantizeLinear", ["q", "s"], ["w"]),
+        helper.make_node("MatMul", ["x", "w"], ["y"], name="product"),
+    ]
+    x, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, size])
+        for name, size in (("x", 4), ("y", 3))
+    )
+    graph = helper.make_graph(nodes, "g", [x], [y], [weights, scale])
+    path = tmp_path / "m.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), path)
+    with pytest.raises(BadInput, match="1 of 1 in FP32: product"):
+        build(path, tmp_path / "m.engine", RTX, BuildSettings(precision="int8"))
+
+
+def test_what_the_parser_refuses_is_named_with_node_and_remedy(tmp_path):
+    model = network(tmp_path / "m.onnx", "uint8")
+    verdict = judge(model, RTX)
+    assert not verdict["supported"]
+    problem = verdict["problems"][0]
+    assert problem["op"] in ("QuantizeLinear", "DequantizeLinear")
+    assert problem["node"].startswith("conv_")
+    assert "--for tensorrt" in verdict["remedy"]
+    # CUDA's complaint about the missing GPU is not the reason.
+    assert "cudaError" not in problem["message"]
+    with pytest.raises(BadInput, match=problem["node"]) as caught:
+        build(model, tmp_path / "m.engine", RTX, BuildSettings())
+    assert "--for tensorrt" in caught.value.remedy
+
+
+def test_all_unknown_operators_are_listed(tmp_path):
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["b", 4]) for n in "xy")
+    nodes = [
+        helper.make_node("Foo", ["x"], ["a"], name="first", domain="mine"),
+        helper.make_node("Relu", ["a"], ["b"], name="fine"),
+        helper.make_node("Bar", ["b"], ["y"], name="last", domain="mine"),
+    ]
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("mine", 1)]
+    model = helper.make_model(helper.make_graph(nodes, "g", [x], [y]), opset_imports=opsets)
+    onnx.save(model, tmp_path / "m.onnx")
+    verdict = judge(tmp_path / "m.onnx", RTX)
+    found = {(problem["node"], problem["op"]) for problem in verdict["problems"]}
+    assert {("first", "Foo"), ("last", "Bar")} <= found
+
+
+def test_a_model_that_is_taken_is_judged_so(tmp_path):
+    verdict = judge(network(tmp_path / "m.onnx", "int8"), RTX)
+    assert (verdict["supported"], verdict["problems"]) == (True, [])
+    assert verdict["schema"] == "edgerun.parse/1"
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", None], ids=["empty", "text", "truncated"])
+def test_a_file_that_is_no_model_is_not_taken_for_an_empty_one(tmp_path, content):
+    path = network(tmp_path / "m.onnx")
+    path.write_bytes(path.read_bytes()[:-200] if content is None else content)
+    with pytest.raises(BadInput, match="not a complete ONNX model"):
+        judge(path, RTX)
+
+
+@pytest.mark.parametrize("left", [None, b"abc"], ids=["missing", "truncated"])
+def test_weights_that_cannot_be_read_are_named(tmp_path, left):
+    path = network(tmp_path / "m.onnx")
+    model = onnx.load(path)
+    onnx.save(model, path, save_as_external_data=True, size_threshold=0, location="m.data")
+    assert judge(path, RTX)["supported"]
+    (tmp_path / "m.data").unlink()
+    if left is not None:
+        (tmp_path / "m.data").write_bytes(left)
+    with pytest.raises(BadInput, match=r"weights lie in another file.*m\.data"):
+        judge(path, RTX)
+
+
+def test_open_sides_need_a_shape_and_the_batch_does_not(tmp_path):
+    model = network(tmp_path / "m.onnx", sides=("height", "width"))
+    with pytest.raises(BadInput, match=r"axis 2 \(height\) of input 'image' is open"):
+        build(model, tmp_path / "m.engine", RTX, BuildSettings())
+    shapes = parse_ranges(["image=1x1x8x8:1x1x16x16:2x1x32x32"])
+    record = build(model, tmp_path / "m.engine", RTX, BuildSettings(shapes=shapes))
+    assert record["profile"]["image"]["max"] == [2, 1, 32, 32]
+    fixed = network(tmp_path / "f.onnx")
+    record = build(fixed, tmp_path / "f.engine", RTX, BuildSettings(batch=4))
+    assert record["profile"]["image"]["usual"] == [4, 1, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        (BuildSettings(compute_capabilities=("8.7",)), BadInput, "no compute capability 8.7"),
+        (BuildSettings(hardware_compatible=True), BadInput, "hardware compatibility"),
+        (BuildSettings(dla=0), BadInput, "FP16 and INT8 alone"),
+        (BuildSettings(dla=0, precision="fp16"), BadInput, "no DLA cores"),
+        (BuildSettings(workspace_mb=0.001), RunFailed, "within workspace limit"),
+    ],
+)
+def test_what_cannot_be_set_is_said(tmp_path, settings, error, message):
+    model = network(tmp_path / "m.onnx", "fp16")
+    with pytest.raises(error, match=message) as caught:
+        build(model, tmp_path / "m.engine", RTX, settings)
+    assert caught.value.remedy
+    assert not (tmp_path / "m.engine").exists()
+
+
+def test_an_unknown_gpu_lists_the_known_ones_and_where_jetson_engines_are_built(tmp_path):
+    with pytest.raises(BadInput) as caught:
+        build(
+            network(tmp_path / "m.onnx"),
+            tmp_path / "m.engine",
+            RTX,
+            BuildSettings(compute_capabilities=("8.7",)),
+        )
+    assert "8.6, 8.9" in caught.value.remedy
+    assert "built on the Jetson" in caught.value.remedy
+
+
+def test_a_timing_cache_is_said_to_be_unused(tmp_path):
+    cache = tmp_path / "cache"
+    settings = BuildSettings(timing_cache=cache)
+    record = build(network(tmp_path / "m.onnx"), tmp_path / "m.engine", RTX, settings)
+    assert record["timing_cache"]["state"] == "unused"
+    assert "ignores timing caches" in record["timing_cache"]["reason"]
+    assert not cache.exists()
+
+
+def test_an_engine_is_held_against_its_record(built, tmp_path):
+    engine, record = built
+    copy = tmp_path / "m.engine"
+    beside = tmp_path / "m.engine.json"
+
+    def restore(**changes):
+        copy.write_bytes(engine.read_bytes())
+        beside.write_text(json.dumps({**record, **changes}))
+
+    restore()
+    if find_gpu() is None:
+        assert check_engine(copy) == record
+    restore()
+    copy.write_bytes(engine.read_bytes()[:-1000])
+    size = record["engine"]["bytes"]
+    with pytest.raises(BadInput, match=rf"truncated: {size - 1000} bytes, its record says {size}"):
+        check_engine(copy)
+    changed = bytearray(engine.read_bytes())
+    changed[-1] ^= 1
+    copy.write_bytes(changed)
+    with pytest.raises(BadInput, match="not the one that its record describes"):
+        check_engine(copy)
+    restore(version="1.6.0.9")
+    with pytest.raises(BadInput, match=r"built by tensorrt-rtx 1\.6\.0\.9 for SM 8\.6, 8\.9.*here"):
+        check_engine(copy)
+    restore(library="tensorrt")
+    beside.write_text("{}")
+    with pytest.raises(BadInput, match="not the record"):
+        check_engine(copy)
+    beside.unlink()
+    assert check_engine(copy) is None
+    with pytest.raises(BadInput, match="no such engine"):
+        check_engine(tmp_path / "none.engine")
+
+
+def test_the_engine_loads_and_is_inspected_on_a_gpu(tmp_path):
+    gpu = find_gpu()
+    if gpu is None:
+        pytest.skip("no NVIDIA GPU with its driver: the inspector was never run")
+    record = build(network(tmp_path / "m.onnx"), tmp_path / "m.engine", RTX, BuildSettings())
+    assert record["inspected"], record["reason"]
+    assert json.loads((tmp_path / "m.engine.layers.json").read_text())["layers"]
+
+
+def test_the_commands_end_with_the_right_codes(edgerun, tmp_path):
+    model = network(tmp_path / "m.onnx")
+    bad = network(tmp_path / "u8.onnx", "uint8")
+    out = tmp_path / "out.json"
+    done = edgerun(
+        *("build", model, "--engine", tmp_path / "m.engine", "--library", RTX, "--sm", "8.6"),
+        *("--sm", "8.9", "--shape", "image=1x1x8x8:1x1x8x8:8x1x8x8", "--json", out),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "for SM 8.6, 8.9" in done.stdout
+    assert json.loads(out.read_text())["schema"] == "edgerun.build/1"
+    done = edgerun("build", bad, "--engine", tmp_path / "b.engine", "--library", RTX)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "does not take the model" in done.stderr
+    done = edgerun("parse", bad, "--library", RTX, "--json", out)
+    assert done.returncode == 0, done.stderr
+    assert not json.loads(out.read_text())["supported"]
+    done = edgerun("build", model, "--engine", tmp_path / "none" / "m.engine", "--library", RTX)
+    assert done.returncode == 3
+    assert "cannot be written" in done.stderr
+
+
+def test_building_needs_no_other_runtime(tmp_path, edgerun):
+    # As on a Jetson with TensorRT and numpy alone; a module that cannot be imported stands before.
+    for name in ("onnxruntime", "onnx", "torch"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('no {name}', name={name!r})")
+    model = network(tmp_path / "m.onnx")
+    done = edgerun(
+        "build", model, "--engine", tmp_path / "m.engine", "--library", RTX, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "m.engine").stat().st_size > 0

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pytest
+
+from edgerun.errors import BadInput
+from edgerun.tensorrt_settings import Range, parse_ranges
+from edgerun.tensorrt_shapes import NetworkInput, choose_ranges
+
+IMAGE = NetworkInput("image", (-1, 3, -1, -1), ("batch", "", "side", "side"))
+STATE = NetworkInput("state", (2, -1, 8), ("", "batch", ""))
+FIXED = NetworkInput("rate", (1,), ("",))
+
+
+def test_a_range_is_one_shape_or_three_and_names_may_hold_colons():
+    assert parse_ranges(["x:0=1x4:2x4:8x4", "s=2x3"]) == {
+        "x:0": Range((1, 4), (2, 4), (8, 4)),
+        "s": Range((2, 3), (2, 3), (2, 3)),
+    }
+
+
+@pytest.mark.parametrize("text", ["x", "x=", "x=1x2:3x4", "x=0x2", "x=1xb", "x=1:2:3:4", "=1"])
+def test_what_is_no_range_is_refused(text):
+    with pytest.raises(BadInput, match="not the range of a shape"):
+        parse_ranges([text])
+
+
+def test_a_range_given_twice_is_refused():
+    with pytest.raises(BadInput, match="given twice"):
+        parse_ranges(["x=1", "x=2"])
+
+
+def test_dimensions_of_one_name_follow_the_input_that_was_given():
+    given = {"image": Range((1, 3, 8, 8), (2, 3, 16, 16), (4, 3, 32, 32))}
+    ranges = choose_ranges([IMAGE, STATE, FIXED], given)
+    assert ranges["state"] == Range((2, 1, 8), (2, 2, 8), (2, 4, 8))
+    assert set(ranges) == {"image", "state"}
+
+
+def test_the_batch_is_found_by_its_name_where_it_is_not_the_first_dimension():
+    plain = NetworkInput("x", (-1, 4), ("batch", ""))
+    ranges = choose_ranges([STATE, plain], {}, batch=8)
+    assert ranges["state"] == Range((2, 1, 8), (2, 8, 8), (2, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, r"axis 2 \(side\) of input 'image' is open and no size"),
+        ({"imag": Range((1,), (1,), (1,))}, "no input 'imag'"),
+        ({"rate": Range((1, 1), (1, 1), (1, 1))}, r"2 sizes is given for input rate \[1\]"),
+        ({"rate": Range((1,), (1,), (2,))}, r"axis 0 of input 'rate' is 1 in the model"),
+        (
+            {"image": Range((1, 3, 8, 8), (1, 4, 8, 8), (1, 3, 8, 8))},
+            "axis 1 of input 'image' is 3 in the model; given: 3:4:3",
+        ),
+        (
+            {"image": Range((4, 3, 8, 8), (2, 3, 8, 8), (8, 3, 8, 8))},
+            r"axis 0 \(batch\) of input 'image' is given as 4:2:8",
+        ),
+        (
+            {"image": Range((1, 3, 8, 16), (1, 3, 8, 16), (1, 3, 8, 16))},
+            r"axis 3 \(side\) of input 'image' is 16:16:16, and axis 2 \(side\)",
+        ),
+        (
+            {
+                "image": Range((1, 3, 8, 8), (1, 3, 8, 8), (4, 3, 8, 8)),
+                "state": Range((2, 1, 8), (2, 1, 8), (2, 2, 8)),
+            },
+            r"axis 1 \(batch\) of input 'state' is 1:1:2, and axis 0 \(batch\) of input 'image'",
+        ),
+    ],
+)
+def test_what_does_not_fit_names_input_and_axis(given, message):
+    with pytest.raises(BadInput, match=message):
+        choose_ranges([IMAGE, STATE, FIXED], given)
