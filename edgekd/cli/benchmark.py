@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgekd.errors import InputError, StageError
+from edgekd.cli.typed_options import PIPELINE_SUFFIXES, refuse_options, typed_options
+from edgekd.errors import StageError
 
 if TYPE_CHECKING:
     from edgekd.config.profile import Profile
 
-PIPELINE_SUFFIXES = (".yaml", ".yml")
 FILE = click.Path(path_type=Path)
 
 
@@ -50,7 +50,7 @@ def benchmark(
     Given a pipeline's YAML file, run the pipeline up to its benchmark.
     """
     if model.suffix.lower() in PIPELINE_SUFFIXES:
-        refuse_model_options("edgekd benchmark")
+        refuse_options(typed_options() - {"model"}, "an ONNX model, not for a pipeline")
         from edgekd.cli.stage_command import run_pipeline_until
 
         run_pipeline_until(model, "benchmark")
@@ -83,24 +83,6 @@ def benchmark(
     if out is not None:
         write_record(out, record)
     print_benchmark(console, record)
-
-
-def refuse_model_options(command: str) -> None:
-    """A pipeline has all these in its file; an option that did nothing would mislead."""
-    context = click.get_current_context()
-    given = [
-        parameter.opts[0]
-        for parameter in context.command.params
-        if isinstance(parameter, click.Option)
-        and parameter.name is not None
-        and context.get_parameter_source(parameter.name) is click.core.ParameterSource.COMMANDLINE
-    ]
-    if given:
-        raise InputError(
-            f"{', '.join(given)} is for an ONNX model, not for a pipeline",
-            where=command,
-            remedy="set it in the pipeline file, or give the ONNX file of a run",
-        )
 
 
 def _load_profile(name: str | None) -> Profile | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from edgekd.cli.benchmark import PIPELINE_SUFFIXES, write_record
+from edgekd.cli.benchmark import write_record
+from edgekd.cli.typed_options import PIPELINE_SUFFIXES, refuse_options, typed_options
 from edgekd.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 FILE = click.Path(path_type=Path)
 ENGINES = ("onnxruntime", "tensorrt", "tensorrt-rtx")
-FOR_PIPELINE = frozenset({"output", "overrides", "quiet"})
+FOR_PIPELINE = frozenset({"model", "output", "overrides", "quiet"})
 FOR_ONNXRUNTIME = frozenset({"model", "output", "engine", "profile", "threads", "out"})
 NOT_FOR_MODEL = frozenset({"overrides", "quiet"})
 
@@ -50,12 +51,12 @@ def build(model: Path, output: Path | None, **options: Any) -> None:
     Given a pipeline's YAML file, run the pipeline up to its engines.
     """
     if model.suffix.lower() in PIPELINE_SUFFIXES:
-        _refuse(_given() - FOR_PIPELINE - {"model"}, "an ONNX model, not for a pipeline")
+        refuse_options(typed_options() - FOR_PIPELINE, "an ONNX model, not for a pipeline")
         from edgekd.cli.stage_command import run_pipeline_until
 
         run_pipeline_until(model, "engines", options["overrides"], output, options["quiet"])
         return
-    _refuse(_given() & NOT_FOR_MODEL, "a pipeline, not for an ONNX model")
+    refuse_options(typed_options() & NOT_FOR_MODEL, "a pipeline, not for an ONNX model")
     if output is None:
         raise InputError("no file to write is given", where="edgekd build", remedy="add -o OUT")
     from edgekd.config.profile import load_profile
@@ -69,37 +70,13 @@ def build(model: Path, output: Path | None, **options: Any) -> None:
         )
     read_onnx(model)
     if engine == "onnxruntime":
-        _refuse(_given() - FOR_ONNXRUNTIME, "TensorRT, not for ONNX Runtime")
+        refuse_options(typed_options() - FOR_ONNXRUNTIME, "TensorRT, not for ONNX Runtime")
         record = _build_onnxruntime(model, output, profile, options["threads"])
     else:
-        _refuse(_given() & {"threads"}, "ONNX Runtime, not for TensorRT")
+        refuse_options(typed_options() & {"threads"}, "ONNX Runtime, not for TensorRT")
         record = _build_tensorrt(model, output, engine, profile, options)
     if options["out"] is not None:
         write_record(options["out"], record)
-
-
-def _given() -> frozenset[str]:
-    """Names of the parameters that were typed."""
-    context = click.get_current_context()
-    typed = click.core.ParameterSource.COMMANDLINE
-    return frozenset(
-        parameter.name
-        for parameter in context.command.params
-        if parameter.name and context.get_parameter_source(parameter.name) is typed
-    )
-
-
-def _refuse(names: Collection[str], meant_for: str) -> None:
-    """An option that did nothing would mislead."""
-    if not names:
-        return
-    parameters = click.get_current_context().command.params
-    options = [parameter.opts[0] for parameter in parameters if parameter.name in names]
-    raise InputError(
-        f"{', '.join(options)} is for {meant_for}",
-        where="edgekd build",
-        remedy="leave it out; a pipeline has its settings in its file",
-    )
 
 
 def _build_onnxruntime(

@@ -22,6 +22,7 @@ from edgekd.release.bundle_verify import MANIFEST, SCHEMA, sha256_of
 from edgekd.spec import ModelSpec
 
 MODEL = "model.onnx"
+ENGINES = "engines"
 EXAMPLE = "example.npz"
 EXPECTED = "expected.npz"
 REQUIREMENTS = "numpy\nonnxruntime\n"
@@ -42,6 +43,7 @@ def write_bundle(
     runtime: Mapping[str, Any],
     result: Mapping[str, Any],
     example: Mapping[str, npt.NDArray[Any]],
+    engines: Path | None = None,
 ) -> Path:
     """Write a bundle as a folder and as ``<folder>.tar.gz`` beside it.
 
@@ -62,6 +64,8 @@ def write_bundle(
         result: the content of the result file; its figures, versions and fingerprints go in.
         example: a few real samples by input name, (N, …): raw where they are uint8, otherwise
             as the model takes them.
+        engines: a folder for each further runtime, with the ONNX file and ``build.json``: how
+            the engine is built on the device, and the engine itself if it is built already.
 
     Returns:
         The archive.
@@ -78,6 +82,11 @@ def write_bundle(
         folder / "edgerun",
         ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"),
     )
+    builds = {}
+    if engines is not None and engines.is_dir():
+        shutil.copytree(engines, folder / ENGINES)
+        for file in sorted((folder / ENGINES).glob("*/build.json")):
+            builds[file.parent.name] = json.loads(file.read_text(encoding="utf-8"))
     (folder / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
     np.savez(folder / EXAMPLE, **dict(example))  # type: ignore[arg-type]
     manifest = {
@@ -90,6 +99,14 @@ def write_bundle(
         "labels": list(labels) if labels else None,
         "runtime": dict(runtime),
         "example": {"inputs": EXAMPLE, "outputs": EXPECTED},
+        "engines": {
+            kind: {
+                "from": build["from"],
+                "precision": build["precision"],
+                "command": build.get("command"),
+            }
+            for kind, build in builds.items()
+        },
         "figures": _figures(result),
         "environment": result.get("environment", {}),
         "versions": result.get("versions", {}),

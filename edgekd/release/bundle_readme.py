@@ -55,8 +55,31 @@ def readme_text(manifest: Mapping[str, Any]) -> str:
             "",
             f"Classes, in the order of the outputs: {labels}{more} (all in the manifest).",
         ]
+    parts += _engine_lines(manifest.get("engines") or {})
     parts += ["", "## Figures", "", *_figure_rows(figures)]
     return "\n".join(parts) + "\n"
+
+
+def _engine_lines(engines: Mapping[str, Any]) -> list[str]:
+    """How each further engine is built on the device; edgerun needs its runtime there."""
+    if not engines:
+        return []
+    lines = ["", "## Engines of other runtimes", ""]
+    for kind, build in engines.items():
+        lines.append(
+            f"`engines/{kind}` holds the student made for {kind} ({build['from']}). Its figures "
+            "are not those below: it was not measured."
+        )
+        if build["command"]:
+            lines += [
+                "Build it on the device, in that folder:",
+                "",
+                "```sh",
+                f"PYTHONPATH=../.. {build['command']}",
+                "```",
+                "",
+            ]
+    return lines
 
 
 def _figure_rows(figures: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ import yaml
 
 from edgekd.release.report_charts import charts_of
 from edgekd.release.report_tables import (
+    candidate_rows,
     cautions,
     comparison_rows,
     flat_rows,
@@ -47,7 +48,8 @@ def write_report(
         histories: training histories by role (``teacher``, ``baseline``, ``student``); a role
             that was not trained here is absent or None.
         pipeline: the configuration as JSON values.
-        extras: more tables by title; ``parity`` maps a role to its parity report.
+        extras: more tables by title; ``parity`` maps a role to its parity report, ``choice`` is
+            that of the engines stage.
 
     Returns:
         The three files.
@@ -58,6 +60,7 @@ def write_report(
     parsed = Result.from_json(result)
     trained = {role: history for role, history in histories.items() if history}
     more = dict(extras or {})
+    choice = more.pop("choice", {})
     page = (
         _environment()
         .get_template(_TEMPLATE)
@@ -72,6 +75,8 @@ def write_report(
             table=result_table(parsed),
             comparison=comparison_rows(parsed),
             gate=gate_rows(verdicts),
+            candidates=candidate_rows(choice, parsed.metric),
+            choice_line=f"{choice.get('chosen')} is shipped: {choice.get('reason')}.",
             charts=charts_of(parsed, trained),
             parity=parity_rows(more.pop("parity", {})),
             environment=flat_rows(parsed.environment),

@@ -10,6 +10,7 @@ from edgekd.stages.distill import DistillStage
 from edgekd.stages.engines import EnginesStage
 from edgekd.stages.export import ExportStage
 from edgekd.stages.gate import GateStage
+from edgekd.stages.quantize import QuantizeStage
 from edgekd.stages.report import ReportStage
 from edgekd.stages.student import StudentStage
 from edgekd.stages.teacher import TeacherStage
@@ -20,6 +21,7 @@ STAGES: tuple[Stage, ...] = (
     StudentStage(),
     DistillStage(),
     ExportStage(),
+    QuantizeStage(),
     EnginesStage(),
     BenchmarkStage(),
     GateStage(),

@@ -71,9 +71,7 @@ class BenchmarkStage:
         engines = read_json(inputs["engines"] / "engines.json")
         target = open_target(config.target)
         files = {
-            role: inputs["engines"] / f"{role}.onnx"
-            for role in ROLES
-            if (inputs["engines"] / f"{role}.onnx").is_file()
+            role: inputs["engines"] / engines[role]["file"] for role in ROLES if role in engines
         }
         settings = {
             "providers": engines["student"]["providers_requested"],

@@ -10,7 +10,9 @@ import numpy as np
 
 from edgekd.errors import GateFailed
 from edgekd.pipeline.stage import Context, Job
+from edgekd.stages.engines import FURTHER
 from edgekd.stages.fitting import open_ground, read_json
+from edgekd.stages.quantize import STUDENT
 
 EXAMPLE_SAMPLES = 8
 
@@ -54,7 +56,8 @@ class BundleStage:
         test = dataset.splits["test"]
         prepared = dataset.model_inputs("test", 0, min(EXAMPLE_SAMPLES, len(test)))
         engine = read_json(inputs["engines"] / "engines.json")["student"]
-        model = inputs["engines"] / "student.onnx"
+        # Where TensorRT is measured, this is what its engine was built from.
+        model = inputs["engines"] / STUDENT
         write_bundle(
             context.out / config.name,
             model=model,
@@ -65,6 +68,7 @@ class BundleStage:
             labels=dataset.labels,
             task={"name": ground.task.name, "output": ground.task.output},
             runtime={"providers": engine["providers_requested"], "threads": engine["threads"]},
+            engines=inputs["engines"] / FURTHER,
             result=read_json(inputs["benchmark"] / "result.json"),
             example={
                 # The device prepares raw uint8 itself; all else is given as the model takes it.

@@ -1,46 +1,297 @@
-"""Stage engines: the files that are really run, optimized for the profile's runtime."""
+"""Stage engines: the files that are really run, built for the profile's runtime.
+
+Where the student was also quantized, every candidate is built, run on the validation split and
+timed on the target; the one that serves the budgets best becomes the student.
+"""
 
 from __future__ import annotations
 
+import platform
+import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from edgekd.config.pipeline import TensorRTConfig
 from edgekd.pipeline.stage import Context, Job
-from edgekd.stages.fitting import write_json
+from edgekd.stages.building import Builder, Precision, TensorRTBuilder, open_builder
+from edgekd.stages.fitting import open_ground, read_json, write_json
+from edgekd.stages.quantize import INDEX, STUDENT, Runtime, Validation, runtime_of
+
+if TYPE_CHECKING:
+    from edgekd.engines.choice import Candidate, Choice
+    from edgekd.targets import Target
+
+TIMED_QUERIES, TIMED_SECONDS = 1000, 10.0
+"""For the choice alone; the benchmark stage measures what was chosen at length."""
+FURTHER = "further"
+"""The folder of the engines of further kinds, each with its ONNX file and its settings."""
 
 
 class EnginesStage:
-    """Writes ``<role>.onnx``, optimized offline, and ``engines.json`` with their settings."""
+    """Writes for each role the file that is run and ``engines.json`` with its settings.
+
+    The first entry of ``engines`` is what is measured. Beside it: ``choice.json``; in ``others/``
+    the student's candidates that were not chosen; in ``further/`` the student for each further
+    entry: the ONNX file, how to build it on the device, and the engine where it is built here.
+    """
 
     name = "engines"
-    inputs = ("export",)
-    code = ("edgekd.stages.engines", "edgekd.engines")
-    libraries = ("onnx", "onnxruntime")
+    inputs = ("data", "export", "quantize")
+    code = (
+        *("edgekd.stages.engines", "edgekd.stages.building", "edgekd.stages.quantize"),
+        *("edgekd.engines", "edgekd.targets", "edgekd.tasks", "edgekd.release.statistics"),
+        "edgerun",
+    )
+    libraries = ("numpy", "onnx", "onnxruntime")
 
     def config_slice(self, job: Job) -> dict[str, Any]:
         """See :class:`edgekd.pipeline.stage.Stage`."""
+        config = job.config
+        measured = {
+            "max_drop": config.quantize.max_drop,
+            "size": config.gate.size.model_dump(mode="json"),
+            "latency": config.gate.latency.model_dump(mode="json"),
+            "task": [config.task, config.task_args],
+            "target": config.target,
+            "machine": [platform.node(), platform.machine()],
+        } if config.quantize is not None else None  # fmt: skip
         return {
-            "engines": [engine.model_dump(mode="json") for engine in job.config.engines],
-            "providers": list(job.profile.runtime.providers),
-            "threads": job.profile.runtime.threads,
+            "engines": [engine.model_dump(mode="json") for engine in config.engines],
+            "batch_size": config.benchmark.batch_size,
+            "profile": job.profile.model_dump(mode="json", include={"runtime", "budget", "gpu"}),
+            "choice": measured,
         }
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """See :class:`edgekd.pipeline.stage.Stage`."""
-        from edgekd.engines.onnx import describe_onnx
-        from edgekd.engines.onnxruntime import build_engine, providers_for
-
-        engine = context.job.config.engines[0]
-        runtime = context.job.profile.runtime
-        providers = providers_for(runtime.providers, engine.providers)
-        threads = engine.threads or runtime.threads or 1
+        first, *further = context.job.config.engines
+        builder = open_builder(context, first)
+        work = _Work(context, inputs, builder, runtime_of(context.job, first))
         rows = {}
         for exported in sorted(inputs["export"].glob("*.onnx")):
-            path = context.out / exported.name
-            info = build_engine(exported, path, providers, threads, engine.optimization)
-            # Counted before optimization, which folds and fuses parameters away.
-            parameters = describe_onnx(exported).parameters
-            rows[exported.stem] = info.to_json() | {"parameters": parameters}
+            if exported.name != STUDENT:
+                out = context.out / f"{exported.stem}{builder.suffix}"
+                rows[exported.stem] = work.build(exported, out, "fp32")
+        choice, rows["student"] = work.student()
+        for engine in further:
+            _build_further(context, engine, _ways(inputs, runtime_of(context.job, engine)))
         write_json(context.out / "engines.json", rows)
-        context.progress.message(f"  ONNX Runtime, {', '.join(providers)}, {threads} thread(s)")
+        write_json(context.out / "choice.json", choice.to_json())
+        if len(choice.rows) > 1:
+            context.progress.message(f"  {choice.chosen} is taken: {choice.reason}")
+        context.progress.message(f"  {builder.describe()}")
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way in which the student was written: its name, its file and what the index says."""
+
+    name: str
+    file: Path
+    entry: Mapping[str, Any]
+
+    @property
+    def precision(self) -> Precision:
+        """What its layers were made to compute in."""
+        method = self.entry.get("method")
+        if method in ("fp16", "bf16"):
+            return "fp16" if method == "fp16" else "bf16"
+        computes_in_float = method in (None, "weights-only")
+        return "fp32" if computes_in_float else "int8"
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Names of the layers that were left in float32 on purpose."""
+        return tuple((self.entry.get("decision") or {}).get("kept") or ())
+
+
+def _ways(inputs: Mapping[str, Path], runtime: Runtime) -> list[Way]:
+    """float32 first, then what was made for this runtime's scheme."""
+    from edgekd.engines.choice import FLOAT
+
+    index = read_json(inputs["quantize"] / INDEX)
+    return [
+        Way(FLOAT, inputs["export"] / STUDENT, {}),
+        *(
+            Way(name, inputs["quantize"] / entry["file"], entry)
+            for name, entry in index.items()
+            if "file" in entry and entry["runtime"] in (None, runtime)
+        ),
+    ]
+
+
+def _build_further(context: Context, engine: Any, ways: list[Way]) -> None:
+    """The student for a runtime that is not measured here: its file, its settings, its engine.
+
+    Without a latency to choose by it is the narrowest file that keeps to the drop.
+    """
+    quantize = context.job.config.quantize
+    allowed = quantize.max_drop if quantize is not None else 0.0
+    order: list[Precision] = ["int8", "fp16", "bf16", "fp32"]
+    fits = [way for way in ways if way.entry.get("drop", 0.0) <= allowed]
+    way = min(fits, key=lambda way: (order.index(way.precision), way.entry.get("drop", 0.0)))
+    builder = open_builder(context, engine)
+    folder = context.out / FURTHER / engine.kind
+    folder.mkdir(parents=True)
+    shutil.copyfile(way.file, folder / STUDENT)
+    record: dict[str, Any] = {"kind": engine.kind, "from": way.name, "precision": way.precision}
+    if isinstance(builder, TensorRTBuilder):
+        record["command"] = builder.command(STUDENT, way.precision, way.kept)
+    built_elsewhere = (
+        isinstance(engine, TensorRTConfig)
+        and engine.kind == "tensorrt"
+        and context.job.profile.kind == "jetson"
+        and platform.machine() != "aarch64"
+    )
+    if built_elsewhere:
+        told = f"for {context.job.profile.name} is built there: {record['command']}"
+    else:
+        out = folder / f"student-built{builder.suffix}"
+        record["engine"] = builder.build(folder / STUDENT, out, way.precision, way.kept)
+        told = f"built from {way.name}, {out.stat().st_size:,} bytes; not run here"
+    write_json(folder / "build.json", record)
+    context.progress.message(f"  {engine.kind}: {told}")
+
+
+class _Work:
+    """Builds engines for the runtime that is measured, and finds the best of the student's."""
+
+    def __init__(
+        self, context: Context, inputs: Mapping[str, Path], builder: Builder, runtime: Runtime
+    ) -> None:
+        self.context, self.inputs = context, inputs
+        self.builder, self.runtime = builder, runtime
+
+    def build(
+        self, source: Path, out: Path, precision: Precision, keep: tuple[str, ...] = ()
+    ) -> dict[str, Any]:
+        """Build one engine; the row of ``engines.json`` that says how."""
+        from edgekd.engines.onnx import describe_onnx
+
+        row = self.builder.build(source, out, precision, keep)
+        # Counted before optimization, which folds and fuses parameters away.
+        return row | {"file": out.name, "parameters": describe_onnx(source).parameters}
+
+    def student(self) -> tuple[Choice, dict[str, Any]]:
+        """Build every candidate, choose one, and put it in its place."""
+        from edgekd.engines.choice import FLOAT
+
+        folder = self.context.out / "others"
+        folder.mkdir()
+        ways = _ways(self.inputs, self.runtime)
+        rows, files = {}, {}
+        for way in ways:
+            files[way.name] = folder / f"student-{way.name}{self.builder.suffix}"
+            rows[way.name] = self.build(way.file, files[way.name], way.precision, way.kept)
+        choice = self._choose(ways, files)
+        place = self.context.out / f"student{self.builder.suffix}"
+        for left in files[choice.chosen].parent.glob(f"{files[choice.chosen].name}*"):
+            # An engine's record lies beside it under its name.
+            shutil.move(left, place.parent / left.name.replace(f"-{choice.chosen}", "", 1))
+        if not any(folder.iterdir()):
+            folder.rmdir()
+        chosen = next(way for way in ways if way.name == choice.chosen)
+        if self.builder.suffix != ".onnx":
+            shutil.copyfile(chosen.file, self.context.out / STUDENT)
+        return choice, rows[choice.chosen] | {
+            "file": place.name,
+            "parameters": rows[FLOAT]["parameters"],
+            "precision": choice.chosen,
+        }
+
+    def _choose(self, ways: list[Way], files: Mapping[str, Path]) -> Choice:
+        from edgekd.engines.choice import FLOAT, Candidate, choose
+
+        config = self.context.job.config
+        if len(ways) == 1:
+            # Nothing to choose between, so nothing is measured.
+            return choose([Candidate(FLOAT, files[FLOAT].stat().st_size, 0.0, None, {})],
+                          config.gate, 0.0)  # fmt: skip
+        assert config.quantize is not None
+        measured = _Measured(self, files)
+        teacher = self.context.out / f"teacher{self.builder.suffix}"
+        has_teacher = teacher.is_file()
+        return choose(
+            [measured.candidate(way) for way in ways],
+            config.gate,
+            config.quantize.max_drop,
+            teacher.stat().st_size if has_teacher else None,
+            measured.speedup_over(teacher)
+            if has_teacher and config.gate.latency.min_speedup is not None
+            else None,
+        )
+
+
+class _Measured:
+    """Accuracy and latency of the built candidates on the target."""
+
+    def __init__(self, work: _Work, files: Mapping[str, Path]) -> None:
+        from edgekd.engines.choice import FLOAT
+        from edgekd.targets import open_target
+
+        context = work.context
+        self.context, self.files, self.settings = context, files, work.builder.settings
+        self.target: Target = open_target(context.job.config.target)
+        ground = open_ground(work.inputs["data"], context.job.config)
+        self.validation = Validation(ground, work.inputs["export"] / STUDENT)
+        self.samples = context.scratch / "validation.npz"
+        count = self.validation.samples.count
+        np.savez(self.samples, **ground.dataset.model_inputs("validation", 0, count))  # type: ignore[arg-type]
+        self.scores = self._scores(files[FLOAT])
+
+    def candidate(self, way: Way) -> Candidate:
+        """What one engine loses and costs against float32's."""
+        from edgekd.engines.choice import FLOAT, Candidate
+        from edgekd.release.statistics import paired_difference
+
+        file = self.files[way.name]
+        drop = paired_difference(self.scores, self._scores(file))
+        kept = way.kept
+        notes = (f"{len(kept)} layers kept in float32: {', '.join(kept)}",) if kept else ()
+        against = None if way.name == FLOAT else self.files[FLOAT]
+        record = self._time(file, against)
+        ratio = record["comparison"]
+        return Candidate(
+            name=way.name,
+            size_bytes=file.stat().st_size,
+            drop=drop.value or 0.0,
+            drop_interval=drop.interval,
+            latency_ms={
+                name: record["models"][0]["latency"][name]["value"]
+                for name in ("p50", "p90", "p95", "p99")
+            },
+            speedup=ratio["ratio"] if ratio else None,
+            speedup_interval=tuple(ratio["interval"]) if ratio and ratio["interval"] else None,
+            notes=notes,
+        )
+
+    def speedup_over(self, teacher: Path) -> float:
+        """The teacher's p50 over float32's."""
+        from edgekd.engines.choice import FLOAT
+
+        ratio: float = self._time(self.files[FLOAT], teacher)["comparison"]["ratio"]
+        return ratio
+
+    def _time(self, file: Path, against: Path | None) -> dict[str, Any]:
+        return self.target.bench(
+            file,
+            against=against,
+            inputs=self.samples,
+            batch=self.context.job.config.benchmark.batch_size,
+            min_queries=TIMED_QUERIES,
+            max_seconds=TIMED_SECONDS,
+            memory=False,
+            **self.settings,
+        )
+
+    def _scores(self, file: Path) -> Any:
+        outputs = self.context.scratch / "answers.npz"
+        self.target.run(file, self.samples, outputs, **self.settings)
+        with np.load(outputs) as archive:
+            scores = self.validation.score({name: archive[name] for name in archive})
+        outputs.unlink()
+        return scores

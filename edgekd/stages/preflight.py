@@ -26,7 +26,7 @@ def preflight(job: Job, gated: bool = True) -> None:
     from edgekd.distill.runtime import training_device
     from edgekd.distill.schemes import find_scheme
     from edgekd.distill.step import check_step
-    from edgekd.engines.onnxruntime import providers_for
+    from edgekd.engines.onnxruntime import provider_chain
     from edgekd.models.build import find_model
     from edgekd.release.budget_rules import check_any_rule, check_direction
     from edgekd.stages.student import student_network
@@ -71,7 +71,7 @@ def preflight(job: Job, gated: bool = True) -> None:
     open_target(config.target)
     for engine in config.engines:
         if engine.kind == "onnxruntime":
-            providers_for(job.profile.runtime.providers, engine.providers)
+            provider_chain(job.profile.runtime.providers, engine.providers, engine.fallback)
     check_direction(config.gate, task.metric, task.higher_is_better)
     if gated:
         check_any_rule(config.gate, job.profile)

@@ -14,7 +14,7 @@ class ReportStage:
     """Writes ``report.html``, ``report.json`` and ``summary.md``."""
 
     name = "report"
-    inputs = ("teacher", "distill", "export", "benchmark", "gate")
+    inputs = ("teacher", "distill", "export", "quantize", "engines", "benchmark", "gate")
     code = ("edgekd.stages.report", "edgekd.release")
     libraries = ("jinja2",)
 
@@ -32,6 +32,8 @@ class ReportStage:
             "baseline": inputs["distill"] / "baseline-history.json",
             "student": inputs["distill"] / "student-history.json",
         }
+        for file in sorted(inputs["quantize"].glob("*-history.json")):
+            histories[file.name.removesuffix("-history.json")] = file
         found = {role: read_json(file) for role, file in histories.items() if file.is_file()}
         write_report(
             context.out,
@@ -40,6 +42,7 @@ class ReportStage:
             histories=found,
             pipeline=context.job.config.model_dump(mode="json", exclude_defaults=True),
             extras={
+                "choice": read_json(inputs["engines"] / "choice.json"),
                 "parity": read_json(inputs["export"] / "parity.json"),
                 "Chosen epochs": {role: _chosen(history) for role, history in found.items()},
             },

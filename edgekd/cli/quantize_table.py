@@ -1,0 +1,89 @@
+"""What ``edgekd quantize`` found, on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from edgekd.figure import Figure
+from edgekd.release.figure_text import full_text
+
+LAYERS_SHOWN = 15
+
+
+def print_quantized(console: Console, record: Mapping[str, Any]) -> None:
+    """Print size, metric, errors, latency and the layers of a record ``edgekd.quantize/1``."""
+    for line in record.get("decision_lines", ()):
+        console.print(f"  {line}", highlight=False, markup=False)
+    if record["output"] is None:
+        return
+    console.print(f"{record['output']}", highlight=False, markup=False)
+    ratio = record["float_bytes"] / record["bytes"]
+    console.print(
+        f"  size: {record['bytes']:,} bytes, {ratio:.2f}× smaller ({record['float_bytes']:,})",
+        highlight=False,
+    )
+    if ratio <= 1:
+        console.print("  [yellow]not smaller than float32[/]")
+    half = record.get("half")
+    if half:
+        total = len(half["kept"]) + len(half["low"])
+        console.print(f"  {len(half['kept'])} of {total} nodes stay in float32", highlight=False)
+        for name, reason in half["kept"].items():
+            console.print(f"    {name}: {reason}", highlight=False, markup=False)
+    if "metric" in record:
+        drop = Figure.from_json(record["drop"])
+        console.print(f"  {record['metric']}: {full_text(Figure.from_json(record['score']))}, "
+                      f"drop {full_text(drop)}", highlight=False)  # fmt: skip
+        console.print(_errors(record["errors"]))
+    if "timing" in record:
+        _print_timing(console, record["timing"])
+    if record.get("layers"):
+        console.print(_layers(record["layers"]))
+
+
+def _print_timing(console: Console, timing: Mapping[str, Any]) -> None:
+    low, high = timing["interval"] or (None, None)
+    shown = "" if low is None else f" ({low:.2f} to {high:.2f})"
+    console.print(
+        f"  p50 here, {timing['threads']} thread(s): {timing['p50_ms']:.4f} ms, float32 "
+        f"{timing['float_p50_ms']:.4f} ms: {timing['speedup']:.2f}×{shown}",
+        highlight=False,
+    )
+    if low is None or low <= 1:
+        slower = high is not None and high < 1
+        said = "slower than float32" if slower else "not shown to be faster than float32"
+        console.print(f"  [yellow]{said} on this machine[/]")
+
+
+def _errors(rows: list[Mapping[str, Any]]) -> Table:
+    table = Table(title="against float32, on the samples")
+    for heading in ("output", "max |Δ|", "rmse", "SQNR", "cosine", "same class"):
+        table.add_column(heading, justify="left" if heading == "output" else "right")
+    for row in rows:
+        table.add_row(
+            row["name"],
+            _number(row["max_absolute"]),
+            _number(row["rmse"]),
+            "–" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f} dB",
+            _number(row["cosine"]),
+            "–" if row["argmax_agreement"] is None else f"{row['argmax_agreement']:.2%}",
+        )
+    return table
+
+
+def _layers(rows: list[Mapping[str, Any]]) -> Table:
+    table = Table(title="layers, the noisiest of their own first")
+    for heading in ("node", "operation", "SQNR", "own error"):
+        table.add_column(heading, justify="left" if heading in ("node", "operation") else "right")
+    for row in sorted(rows, key=lambda row: -(row["own"] or 0))[:LAYERS_SHOWN]:
+        sqnr = "–" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f} dB"
+        table.add_row(row["node"], row["op"], sqnr, _number(row["own"]))
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"

@@ -1,0 +1,43 @@
+"""Options that were typed where they mean nothing: an option that did nothing would mislead."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import click
+
+from edgekd.errors import InputError
+
+PIPELINE_SUFFIXES = (".yaml", ".yml")
+
+
+def typed_options() -> frozenset[str]:
+    """Names of the current command's parameters that were typed."""
+    context = click.get_current_context()
+    typed = click.core.ParameterSource.COMMANDLINE
+    return frozenset(
+        parameter.name
+        for parameter in context.command.params
+        if parameter.name and context.get_parameter_source(parameter.name) is typed
+    )
+
+
+def refuse_options(names: Collection[str], meant_for: str) -> None:
+    """Refuse options that have no meaning for what was given.
+
+    Args:
+        names: of the parameters.
+        meant_for: what they are for and what not, such as "an ONNX model, not for a pipeline".
+
+    Raises:
+        InputError: there is one.
+    """
+    if not names:
+        return
+    context = click.get_current_context()
+    options = [parameter.opts[0] for parameter in context.command.params if parameter.name in names]
+    raise InputError(
+        f"{', '.join(options)} is for {meant_for}",
+        where=f"edgekd {context.info_name}",
+        remedy="leave it out; a pipeline has its settings in its file",
+    )

@@ -1,0 +1,155 @@
+"""How the engines stage builds one file, for each kind of runtime."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from edgekd.config.pipeline import OnnxRuntimeConfig, TensorRTConfig
+from edgekd.pipeline.stage import Context
+
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 0.1, "int8": 0.25}
+"""|optimized − exported| over max(1, max|exported|) that building an engine may change. An
+optimized INT8 graph rounds in other places, so that a value may fall a step aside in each layer;
+how right it is, is measured on the validation split."""
+
+
+class Builder(Protocol):
+    """Makes an ONNX file into what a runtime runs."""
+
+    suffix: str
+    settings: dict[str, Any]
+    """Keyword arguments of a target's ``run`` and ``bench`` for what it builds."""
+
+    def build(
+        self, source: Path, out: Path, precision: Precision, keep: tuple[str, ...] = ()
+    ) -> dict[str, Any]:
+        """Write ``out`` and say how: ``providers_requested``, ``threads``, ``run_level`` and more.
+
+        Args:
+            source: the ONNX file.
+            out: where to write; its suffix is :attr:`suffix`.
+            precision: what the file was made to compute in.
+            keep: nodes left in float32 on purpose.
+        """
+        ...
+
+    def describe(self) -> str:
+        """What runs the engine, in a few words."""
+        ...
+
+
+def open_builder(context: Context, engine: OnnxRuntimeConfig | TensorRTConfig) -> Builder:
+    """The builder for one entry of ``engines``.
+
+    Raises:
+        InputError: a provider or TensorRT is not here, or cannot build for the profile here.
+    """
+    if isinstance(engine, OnnxRuntimeConfig):
+        return OnnxRuntimeBuilder(context, engine)
+    return TensorRTBuilder(context, engine)
+
+
+class OnnxRuntimeBuilder:
+    """ONNX Runtime: a model optimized offline."""
+
+    suffix = ".onnx"
+
+    def __init__(self, context: Context, engine: OnnxRuntimeConfig) -> None:
+        from edgekd.engines.onnxruntime import provider_chain
+
+        runtime = context.job.profile.runtime
+        self.engine, self.cache = engine, context.cache
+        self.chain = provider_chain(runtime.providers, engine.providers, engine.fallback)
+        self.threads = engine.threads or runtime.threads or 1
+        self.settings = {
+            "providers": self.chain.providers,
+            "threads": self.threads,
+            "optimization": engine.optimization,
+        }
+
+    def build(
+        self, source: Path, out: Path, precision: Precision, keep: tuple[str, ...] = ()
+    ) -> dict[str, Any]:
+        """See :class:`Builder`."""
+        from edgekd.engines.onnxruntime import build_engine
+
+        info = build_engine(
+            source,
+            out,
+            self.chain.providers,
+            self.threads,
+            self.engine.optimization,
+            tolerance=TOLERANCE[precision],
+            fallback=self.engine.fallback,
+            left_out=self.chain.left_out,
+            cache=self.cache,
+        )
+        if out.stat().st_size > source.stat().st_size and precision == "int8":
+            # Optimizing ahead can fold weights stored in 8 bits back into floats.
+            shutil.copyfile(source, out)
+            return info.to_json() | {"size_bytes": out.stat().st_size, "saved_level": "disabled"}
+        return info.to_json()
+
+    def describe(self) -> str:
+        """See :class:`Builder`."""
+        return f"ONNX Runtime, {', '.join(self.chain.providers)}, {self.threads} thread(s)"
+
+
+class TensorRTBuilder:
+    """TensorRT or TensorRT for RTX, by edgerun in a process of its own on the target."""
+
+    suffix = ".engine"
+
+    def __init__(self, context: Context, engine: TensorRTConfig) -> None:
+        from edgekd.engines.tensorrt import engine_settings
+        from edgekd.targets import open_target
+
+        job = context.job
+        self.engine, self.profile = engine, job.profile
+        self.batch = job.config.benchmark.batch_size
+        self.target = open_target(job.config.target)
+        context.cache.mkdir(parents=True, exist_ok=True)
+        self.cache = context.cache / f"{engine.kind}.timing" if engine.kind == "tensorrt" else None
+        self.settings: dict[str, Any] = {}
+        self.plain = engine_settings(engine, job.profile, batch=self.batch)
+
+    def build(
+        self, source: Path, out: Path, precision: Precision, keep: tuple[str, ...] = ()
+    ) -> dict[str, Any]:
+        """See :class:`Builder`."""
+        from edgekd.engines.tensorrt import check_runtime, engine_settings
+
+        settings = engine_settings(
+            self.engine,
+            self.profile,
+            batch=self.batch,
+            precision=precision,
+            keep=keep,
+            timing_cache=self.cache,
+        )
+        check_runtime(settings, self.profile, source)
+        record = self.target.build(source, out, **settings.arguments())
+        return {
+            "file": out.name,
+            "size_bytes": out.stat().st_size,
+            "providers_requested": [self.engine.kind],
+            "threads": 1,
+            "run_level": "all",
+            "record": record,
+        }
+
+    def command(self, model: str, precision: Precision, keep: tuple[str, ...]) -> str:
+        """What to type on the device to build the engine there."""
+        from edgekd.engines.tensorrt import engine_settings
+
+        settings = engine_settings(
+            self.engine, self.profile, batch=self.batch, precision=precision, keep=keep
+        )
+        return settings.command(model, f"{Path(model).stem}.engine")
+
+    def describe(self) -> str:
+        """See :class:`Builder`."""
+        return self.engine.kind

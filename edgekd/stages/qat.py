@@ -1,0 +1,148 @@
+"""Quantization-aware distillation within the quantize stage: from weights to an int8 file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgekd.config.pipeline import ExportConfig, QatConfig, TrainConfig
+from edgekd.errors import StageError
+from edgekd.pipeline.stage import Context
+from edgekd.stages.distill import STUDENT
+from edgekd.stages.fitting import Ground, fit
+from edgekd.stages.student import build_student
+from edgekd.stages.teacher import open_teacher
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from edgekd.distill.fake_quantize_spec import Runtime
+    from edgekd.distill.history import History
+    from edgekd.models.named import NamedModel
+
+_FAR = 0.25
+"""A difference from PyTorch, as a share of the output's largest value, that rounding does not
+explain: float32 noise moves a few activations by one of 255 steps; a graph that was exported
+wrong gives something else altogether."""
+
+
+def train_quantized(
+    ground: Ground,
+    context: Context,
+    inputs: Mapping[str, Path],
+    runtime: Runtime,
+    config: QatConfig,
+    out: Path,
+) -> History:
+    """Train the distilled student on with 8-bit rounding in it, and write it as Q/DQ ONNX.
+
+    The teacher, its cache, the augmentation and the data are those of the distillation; the
+    objective is that of its terms that compare outputs, or ``config.losses``.
+
+    Args:
+        ground: the data and the task.
+        context: of the stage; a stopped training is gone on with from its scratch folder.
+        inputs: the artifacts of the stages ``teacher``, ``student`` and ``distill``.
+        runtime: decides how activations are rounded.
+        config: the training.
+        out: the ONNX file to write.
+
+    Raises:
+        InputError: torchao is missing, no loss is left, or the training or the network cannot
+            be quantized so.
+        StageError: the network cannot be traced, the training diverged, or the file does not
+            give PyTorch's answers.
+    """
+    from edgekd.distill.fake_quantize_spec import check_torchao
+    from edgekd.distill.objective import Objective
+    from edgekd.distill.quantization_aware import (
+        check_training,
+        quantization_aware,
+        terms_of_outputs,
+    )
+    from edgekd.engines.onnx import export_onnx
+    from edgekd.models.weights import load_weights
+
+    check_torchao()
+    check_training(config)
+    pipeline, label = context.job.config, f"student int8 {runtime}"
+    terms, left_out = terms_of_outputs(pipeline.loss_terms, config.losses)
+    if left_out:
+        context.progress.message(
+            f"  {label}: without {', '.join(left_out)}: the layers that are compared are not in "
+            "the graph that is trained"
+        )
+    where = "distill.losses" if config.losses is None else "quantize.qat.losses"
+    objective = Objective(terms, ground.task, config.label_smoothing, where)
+    # The cache and the augmentation are the distillation's, so that the teacher is not asked anew.
+    training = pipeline.distill.model_copy(
+        update={name: getattr(config, name) for name in TrainConfig.model_fields}
+    )
+    student = build_student(ground, inputs["student"])
+    load_weights(student, inputs["distill"] / STUDENT, where="student")
+    teacher = open_teacher(inputs["teacher"], ground) if objective.needs_teacher else None
+
+    def train(model: nn.Module) -> History:
+        return fit(ground, model, objective, training, label, context, teacher)
+
+    result = quantization_aware(student, runtime, train)
+    labels = ground.dataset.labels
+    metadata = {
+        "edgekd.pipeline": pipeline.name,
+        "edgekd.role": "student",
+        "edgekd.task": ground.task.name,
+        **({"labels": "\n".join(labels)} if labels else {}),
+    }
+    export_onnx(result.model, out, pipeline.export.opset, metadata)
+    context.progress.message(f"  {label}: {_check_answers(result.model, out, ground)}")
+    return result.history
+
+
+def _check_answers(model: NamedModel, path: Path, ground: Ground) -> str:
+    """Compare the file with the converted network over validation samples.
+
+    Returns:
+        One line for a person.
+
+    Raises:
+        StageError: they are further apart than rounding explains.
+    """
+    import torch
+
+    from edgekd.engines.parity import BATCH_SIZES, parity
+
+    config = ground.config.export
+    count = min(config.samples, len(ground.dataset.splits["validation"]))
+    again = np.arange(max(count, max(BATCH_SIZES))) % count
+    arrays = ground.dataset.model_inputs("validation", 0, count)
+    samples = {name: array[again] for name, array in arrays.items()}
+    with torch.inference_mode():
+        answers = model({name: torch.from_numpy(array) for name, array in samples.items()})
+    largest = {name: float(tensor.abs().max()) for name, tensor in answers.items()}
+    report = parity(
+        model,
+        path,
+        samples,
+        ground.task.output,
+        ExportConfig(samples=config.samples),
+        classification=ground.task.name == "classification",
+    )
+    shares: dict[str, float] = {}
+    for row in report.rows:
+        if row.max_absolute is None or row.max_absolute > _FAR * largest[row.output]:
+            raise StageError(
+                f"{path.name} does not give PyTorch's answers: output {row.output!r} at batch "
+                f"size {row.batch_size} differs by {row.max_absolute} where the largest value is "
+                f"{largest[row.output]:.4g}",
+                where=f"parity of {path.name}",
+                remedy="try another opset (export: {opset: …}), or set int8: static",
+            )
+        shares[row.output] = max(
+            shares.get(row.output, 0.0), row.max_absolute / (largest[row.output] or 1.0)
+        )
+    return "parity with PyTorch: max |Δ| " + ", ".join(
+        f"{share:.1%} of the largest {name}" for name, share in shares.items()
+    )

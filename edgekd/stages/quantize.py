@@ -1,0 +1,270 @@
+"""Stage quantize: the student in fewer bits, beside its float32 file; which one is shipped is
+decided where they are measured, in the engines stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from edgekd.config.pipeline import (
+    OnnxRuntimeConfig,
+    PipelineConfig,
+    QuantizeConfig,
+    TensorRTConfig,
+)
+from edgekd.errors import InputError
+from edgekd.pipeline.stage import Context, Job
+from edgekd.stages.fitting import TRAINING_CODE, Ground, open_ground, write_json
+
+if TYPE_CHECKING:
+    from edgekd.engines.samples import Array
+
+Runtime = Literal["cpu", "tensorrt"]
+STUDENT = "student.onnx"
+INDEX = "quantize.json"
+
+
+class QuantizeStage:
+    """Writes ``<candidate>.onnx`` for each way asked for, and ``quantize.json`` about them.
+
+    Without ``quantize`` in the pipeline it writes an empty index. A way that turns out impossible
+    (no layer can stay in INT8 within the drop) is in the index, without a file.
+    """
+
+    name = "quantize"
+    inputs = ("data", "teacher", "student", "distill", "export")
+    code = ("edgekd.stages.quantize", "edgekd.engines", *TRAINING_CODE)
+    libraries = ("onnx", "onnxruntime", "torch")
+
+    def config_slice(self, job: Job) -> dict[str, Any]:
+        """See :class:`edgekd.pipeline.stage.Stage`."""
+        config = job.config
+        if config.quantize is None:
+            return {"quantize": None}
+        return {
+            "quantize": config.quantize.model_dump(mode="json"),
+            "runtimes": runtimes_of(job),
+            "task": [config.task, config.task_args],
+            "opset": config.export.opset,
+            "qat": _training_slice(config) if config.quantize.int8 == "qat" else None,
+        }
+
+    def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
+        """See :class:`edgekd.pipeline.stage.Stage`."""
+        wanted = context.job.config.quantize
+        index: dict[str, Any] = {}
+        if wanted is not None:
+            ground = open_ground(inputs["data"], context.job.config)
+            work = _Work(ground, context, inputs, wanted)
+            for runtime in runtimes_of(context.job) if wanted.int8 else ():
+                index.update(work.int8(runtime))
+            if wanted.half:
+                index.update(work.half(wanted.half))
+        write_json(context.out / INDEX, index)
+
+
+def runtime_of(job: Job, engine: OnnxRuntimeConfig | TensorRTConfig) -> Runtime:
+    """Whose INT8 scheme an engine needs; the pipeline may say otherwise."""
+    config = job.config
+    if config.quantize is not None and config.quantize.runtime is not None:
+        return config.quantize.runtime
+    if isinstance(engine, TensorRTConfig):
+        return "tensorrt"
+    chain = engine.providers or job.profile.runtime.providers
+    return "tensorrt" if "tensorrt" in chain[0].lower() else "cpu"
+
+
+def runtimes_of(job: Job) -> list[Runtime]:
+    """Those of all engines of the pipeline, each once."""
+    return list(dict.fromkeys(runtime_of(job, engine) for engine in job.config.engines))
+
+
+class ValidationSamples:
+    """Prepared inputs of the validation split, batch by batch; at most ``limit`` samples.
+
+    The samples are spread evenly over the split, whose order may be that of the classes.
+    """
+
+    def __init__(self, ground: Ground, limit: int | None = None) -> None:
+        self._ground = ground
+        total = len(ground.dataset.splits["validation"])
+        self.rows = np.unique(np.linspace(0, total - 1, min(limit or total, total)).astype(int))
+
+    @property
+    def count(self) -> int:
+        """The number of samples."""
+        return len(self.rows)
+
+    def batches(self, size: int) -> Iterator[dict[str, Array]]:
+        """See :class:`edgekd.engines.samples.Samples`."""
+        dataset = self._ground.dataset
+        for start in range(0, self.count, size):
+            rows = self.rows[start : start + size]
+            if rows[-1] - rows[0] + 1 == len(rows):
+                yield dict(dataset.model_inputs("validation", int(rows[0]), int(rows[-1]) + 1))
+                continue
+            # One by one: what lies between two of them is never read.
+            each = [dataset.model_inputs("validation", int(r), int(r) + 1) for r in rows]
+            yield {name: np.concatenate([one[name] for one in each]) for name in each[0]}
+
+
+class Validation:
+    """The task's metric on the validation split, of float32 and of any other file."""
+
+    def __init__(self, ground: Ground, reference: Path) -> None:
+        from edgekd.engines.compare import run_samples
+        from edgekd.tasks import against_teacher
+
+        self.samples = ValidationSamples(ground)
+        self.task = ground.task
+        split = ground.dataset.splits["validation"]
+        self.targets = {
+            spec.name: np.asarray(split.arrays[spec.name]) for spec in ground.dataset.targets
+        }
+        self.labelled = self.task.labelled(self.targets)
+        self.reference = run_samples(reference, self.samples)
+        if not self.labelled.any():
+            # What float32 answers is then what is to be kept.
+            self.task = against_teacher(self.task)
+            self.targets |= self.task.targets_from(self.reference)
+            self.labelled = np.ones(self.samples.count, bool)
+        self.scores = self.score(self.reference)
+
+    def score(self, answers: Mapping[str, Array]) -> Array:
+        """Each labelled sample's score, turned so that higher is better, (N,)."""
+        sign = 1 if self.task.higher_is_better else -1
+        scores: Array = sign * self.task.scores(answers, self.targets)[self.labelled]
+        return scores
+
+    def drop(self, answers: Mapping[str, Array]) -> float:
+        """How much the metric falls against float32 (negative: it rises)."""
+        return float((self.scores - self.score(answers)).mean())
+
+
+class _Work:
+    """What every candidate needs; float32's answers are computed once."""
+
+    def __init__(
+        self,
+        ground: Ground,
+        context: Context,
+        inputs: Mapping[str, Path],
+        wanted: QuantizeConfig,
+    ) -> None:
+        self.ground, self.context, self.inputs, self.wanted = ground, context, inputs, wanted
+        self.source = inputs["export"] / STUDENT
+        self.validation = Validation(ground, self.source)
+        self.calibration = ValidationSamples(ground, wanted.samples)
+        if wanted.int8 in ("static", "qat") and self.calibration.count < 2:
+            raise InputError(
+                f"calibration needs at least 2 samples; the validation split has "
+                f"{self.calibration.count}",
+                where="quantize.int8",
+                remedy="give more data or a larger data.validation",
+            )
+
+    def int8(self, runtime: Runtime) -> dict[str, Any]:
+        """The INT8 candidates for one runtime, by name."""
+        from edgekd.engines.quantize import quantize_dynamic, quantize_weights
+
+        kind = self.wanted.int8
+        if kind == "dynamic" or kind == "weights-only":
+            name = f"int8-{kind}"
+            write = quantize_dynamic if kind == "dynamic" else quantize_weights
+            write(self.source, self._out(name), keep=self.wanted.keep)
+            return {name: self._entry(name, kind)}
+        found = self._static(runtime)
+        if kind == "qat":
+            found |= self._qat(runtime)
+        return found
+
+    def half(self, kind: Literal["fp16", "bf16"]) -> dict[str, Any]:
+        """The half precision candidate, by name."""
+        from edgekd.engines.half import convert_half
+
+        info = convert_half(
+            self.source,
+            self._out(kind),
+            kind,
+            samples=self.calibration,
+            keep=self.wanted.keep,
+        )
+        return {kind: self._entry(kind, kind, half=info.to_json())}
+
+    def _static(self, runtime: Runtime) -> dict[str, Any]:
+        from edgekd.engines.quantize import StaticQuantizer
+        from edgekd.engines.quantize.sensitivity import keep_accurate
+
+        name = f"int8-{runtime}"
+        folder = self.context.scratch / name
+        folder.mkdir(parents=True, exist_ok=True)
+        quantizer = StaticQuantizer(
+            self.source,
+            self.calibration,
+            folder,
+            runtime=runtime,
+            calibration=self.wanted.calibration,
+            keep=self.wanted.keep,
+        )
+        decision = keep_accurate(quantizer, self._out(name), self._drop_of, self.wanted.max_drop)
+        for line in decision.lines():
+            self.context.progress.message(f"  {name}: {line}")
+        if not self._out(name).is_file():
+            return {name: {"method": "static", "runtime": runtime, "decision": decision.to_json()}}
+        return {name: self._entry(name, "static", runtime, decision=decision.to_json())}
+
+    def _qat(self, runtime: Runtime) -> dict[str, Any]:
+        from edgekd.stages.qat import train_quantized
+
+        name = f"int8-{runtime}-qat"
+        history = train_quantized(
+            self.ground, self.context, self.inputs, runtime, self.wanted.qat, self._out(name)
+        )
+        write_json(self.context.out / f"{name}-history.json", history.to_json())
+        return {name: self._entry(name, "qat", runtime)}
+
+    def _drop_of(self, path: Path) -> float:
+        from edgekd.engines.compare import run_samples
+
+        return self.validation.drop(run_samples(path, self.validation.samples))
+
+    def _out(self, name: str) -> Path:
+        return self.context.out / f"{name}.onnx"
+
+    def _entry(
+        self, name: str, method: str, runtime: Runtime | None = None, **more: Any
+    ) -> dict[str, Any]:
+        """What the index says of a candidate: how it was made, and how near to float32 it is."""
+        from edgekd.engines.compare import compare_answers, run_samples
+
+        file = self._out(name)
+        entry: dict[str, Any] = {"method": method, "runtime": runtime, "file": file.name, **more}
+        if method == "bf16":
+            # ONNX Runtime's CPU provider has no bfloat16 kernels to run it with.
+            return entry
+        answers = run_samples(file, self.validation.samples)
+        is_classes = self.validation.task.name == "classification"
+        errors = compare_answers(
+            self.validation.reference, answers, self.validation.task.output if is_classes else None
+        )
+        drop = self.validation.drop(answers)
+        self.context.progress.message(
+            f"  {name}: {file.stat().st_size:,} of {self.source.stat().st_size:,} bytes, "
+            f"validation {self.validation.task.metric} {-drop:+.4f} against float32"
+        )
+        return entry | {"drop": drop, "errors": [error.to_json() for error in errors]}
+
+
+def _training_slice(config: PipelineConfig) -> dict[str, Any]:
+    """What decides quantization-aware training beside its own section."""
+    return {
+        "distill": config.distill.model_dump(mode="json", exclude={"cache": {"folder"}}),
+        "losses": [term.model_dump(mode="json") for term in config.loss_terms],
+        "student": config.student.model_dump(mode="json", exclude={"checkpoint"}),
+        "teacher": config.teacher.model_dump(mode="json", include={"model", "args"}),
+        "augment": list(config.data.augment),
+        "seed": config.seed,
+    }
