@@ -10,10 +10,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgekd.api import benchmark, build, export, gate, run
+    from edgekd.api import benchmark, build, export, gate, quantize, run
     from edgekd.config.profile import load_profile
 
-__all__ = ["benchmark", "build", "export", "gate", "load_profile", "run"]
+__all__ = ["benchmark", "build", "export", "gate", "load_profile", "quantize", "run"]
 
 
 def __getattr__(name: str) -> Any:

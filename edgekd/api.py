@@ -128,6 +128,29 @@ def build(pipeline: str | Path, **options: Any) -> RunOutcome:
     return run(pipeline, until="engines", **options)
 
 
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    calibration: str | Path | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Write an ONNX model in fewer bits, and say what that gains and costs.
+
+    The settings are those of :class:`edgekd.stages.own_model.QuantizeSettings`; the samples are
+    an npz file of real inputs by name.
+
+    Raises:
+        InputError: the model, the samples or a setting do not fit.
+        StageError: the file cannot be written or does not run.
+    """
+    from edgekd.arguments import check_arguments
+    from edgekd.stages.own_model import QuantizeSettings, quantize_model
+
+    given = check_arguments(QuantizeSettings, settings, name="quantize", where="settings")
+    samples = None if calibration is None else Path(calibration)
+    return quantize_model(Path(model), Path(out), samples, QuantizeSettings(**given))
+
+
 def benchmark(
     model: str | Path, against: str | Path | None = None, target: str = "local", **settings: Any
 ) -> dict[str, Any]:

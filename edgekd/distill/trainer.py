@@ -211,6 +211,8 @@ class _Run:
             batch = self._prepared(batch)
             if step == 0 and callable(check := getattr(self.model, "check_batch", None)):
                 check(batch)
+            if callable(told := getattr(self.model, "training_reached", None)):
+                told(at / of)
             sizes.append(len(batch[self.task.target]))
             pending.append(
                 self.step.take(

@@ -192,7 +192,9 @@ class _Work:
             samples=self.calibration,
             keep=self.wanted.keep,
         )
-        return {kind: self._entry(kind, kind, half=info.to_json())}
+        # ONNX Runtime's CPU provider has no bfloat16 kernels.
+        runtime: Runtime | None = "tensorrt" if kind == "bf16" else None
+        return {kind: self._entry(kind, kind, runtime, half=info.to_json())}
 
     def _static(self, runtime: Runtime) -> dict[str, Any]:
         from edgekd.engines.quantize import StaticQuantizer
@@ -208,13 +210,24 @@ class _Work:
             runtime=runtime,
             calibration=self.wanted.calibration,
             keep=self.wanted.keep,
+            # Only processors of this family overflow; whether this one does says nothing of ARM.
+            reduce_range=False if self.context.job.profile.kind == "cpu-board" else None,
         )
+        self._say_resolution()
         decision = keep_accurate(quantizer, self._out(name), self._drop_of, self.wanted.max_drop)
         for line in decision.lines():
             self.context.progress.message(f"  {name}: {line}")
         if not self._out(name).is_file():
             return {name: {"method": "static", "runtime": runtime, "decision": decision.to_json()}}
         return {name: self._entry(name, "static", runtime, decision=decision.to_json())}
+
+    def _say_resolution(self) -> None:
+        count = len(self.validation.scores)
+        if 0 < self.wanted.max_drop < 1 / count and self.validation.task.name == "classification":
+            self.context.progress.message(
+                f"  one of {count} validation samples is {1 / count:.4f}: more than quantize."
+                f"max_drop = {self.wanted.max_drop:g}, so a single one keeps layers in float32"
+            )
 
     def _qat(self, runtime: Runtime) -> dict[str, Any]:
         from edgekd.stages.qat import train_quantized
@@ -243,8 +256,7 @@ class _Work:
         file = self._out(name)
         entry: dict[str, Any] = {"method": method, "runtime": runtime, "file": file.name, **more}
         if method == "bf16":
-            # ONNX Runtime's CPU provider has no bfloat16 kernels to run it with.
-            return entry
+            return entry  # Nothing here can run it.
         answers = run_samples(file, self.validation.samples)
         is_classes = self.validation.task.name == "classification"
         errors = compare_answers(

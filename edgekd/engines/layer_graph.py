@@ -1,0 +1,88 @@
+"""Layers of a graph between tensors that another model has too: which nodes, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+
+import onnx
+
+_HALVES = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+_SHOWN = 3  # operators of one layer that are spelt out
+
+
+class LayerGraph:
+    """Which node of a float model makes a tensor, and what that is made from.
+
+    ``order`` has all activations, the inputs first; ``maker`` the node of each that is no input.
+    """
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self._matrices = {tensor.name for tensor in graph.initializer if len(tensor.dims) > 1}
+        filled = {tensor.name for tensor in graph.initializer}
+        self.order = [value.name for value in graph.input if value.name not in filled]
+        self.maker: dict[str, onnx.NodeProto] = {}
+        live = set(self.order)
+        for node in graph.node:
+            # A tensor that no input reaches is a weight in disguise, not an activation.
+            if live & set(_taken(node)):
+                made = [name for name in node.output if name]
+                live.update(made)
+                self.maker |= dict.fromkeys(made, node)
+                self.order += made
+
+    def weighted(self, nodes: Sequence[onnx.NodeProto]) -> str:
+        """The name of the first node with a matrix of weights, else of the last one."""
+        with_weights = [node for node in nodes if self._matrices & set(node.input)]
+        node = next(iter(with_weights or nodes[-1:]), onnx.NodeProto())
+        return node.name or next(iter(node.output), "")
+
+    def between(self, tensor: str, known: Container[str]) -> tuple[list[onnx.NodeProto], set[str]]:
+        """The nodes that make a tensor, in graph order, and the known tensors they start from."""
+        needed: set[str] = set()
+        sources: set[str] = set()
+        todo = [tensor]
+        while todo:
+            name = todo.pop()
+            if name not in self.maker or name in needed:
+                continue
+            needed.add(name)
+            taken = _taken(self.maker[name])
+            sources.update(other for other in taken if other in known)
+            todo += [other for other in taken if other not in known]
+        nodes: dict[str, onnx.NodeProto] = {}
+        for name in self.order:
+            if name in needed:
+                node = self.maker[name]
+                nodes.setdefault(next(out for out in node.output if out), node)
+        return list(nodes.values()), sources
+
+
+def seen_tensors(graph: onnx.GraphProto) -> dict[str, str]:
+    """By tensor: the one that its consumers read, after Q and DQ or a cast to 16 bits."""
+    seen: dict[str, str] = {}
+    quantized: dict[str, str] = {}
+    for node in graph.node:
+        to = next((a.i for a in node.attribute if a.name == "to"), None)
+        if node.op_type == "QuantizeLinear":
+            quantized[node.output[0]] = node.input[0]
+        elif node.op_type == "DequantizeLinear" and node.input[0] in quantized:
+            seen.setdefault(quantized[node.input[0]], node.output[0])
+        elif node.op_type == "Cast" and to in _HALVES:
+            seen.setdefault(node.input[0], node.output[0])
+    return seen
+
+
+def operators(types: Sequence[str]) -> str:
+    """The operators of a layer in a few words; ``Input`` for no node."""
+    if len(types) > _SHOWN:
+        return f"{types[0]}+…+{types[-1]} ({len(types)} nodes)"
+    return "+".join(types) or "Input"
+
+
+def _taken(node: onnx.NodeProto) -> list[str]:
+    """The tensors that a node reads, those that its subgraphs read from outside included."""
+    names = [name for name in node.input if name]
+    for attribute in node.attribute:
+        for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
+            names += [name for inner in graph.node for name in _taken(inner)]
+    return names

@@ -1,0 +1,140 @@
+"""Which nodes of a float model compute in 8 bits, for which runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Literal
+
+import onnx
+from onnx import TensorProto, numpy_helper
+
+from edgekd.engines.quantize.prepare import inner_names
+
+Runtime = Literal["cpu", "tensorrt"]
+
+WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+"""Operators whose arithmetic is worth 8 bits by itself."""
+
+# Those with an 8-bit kernel in ONNX Runtime's CPU provider. ConvTranspose, normalizations and
+# TopK have none; Softmax has one, which is coarse where probabilities are small.
+_CPU_WEIGHTED = {"Conv", "Gemm", "MatMul"}
+_CPU_JOINED = {"Add", "Mul", "Concat", "GlobalAveragePool", "LeakyRelu", "Sigmoid"}
+# These pass on 8 bits with the scale of their input, and do nothing to a float one.
+_CPU_PASSED = {
+    "Relu",
+    "Clip",
+    "Reshape",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "Flatten",
+    "MaxPool",
+    "AveragePool",
+    "Slice",
+    "Resize",
+    "Pad",
+    "Split",
+    "Gather",
+}
+
+
+class Candidates:
+    """The nodes of a prepared graph that a runtime computes in 8 bits.
+
+    TensorRT is given Q/DQ only at the inputs of weighted layers: it moves them through pooling
+    and joins by itself, and fuses a convolution with the addition after it only in between.
+    """
+
+    def __init__(self, graph: onnx.GraphProto, runtime: Runtime, keep: Collection[str]) -> None:
+        self._graph, self._runtime, self._keep = graph, runtime, frozenset(keep)
+        self._weights = {t.name: t for t in graph.initializer}
+        values = [*graph.value_info, *graph.input, *graph.output]
+        self._floats = {
+            v.name for v in values if v.type.tensor_type.elem_type == TensorProto.FLOAT
+        } | {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT}
+        # Their values leave the graph as they are before a following Relu or Clip.
+        self._seen = inner_names(graph) | {value.name for value in graph.output}
+        self.all = self.select(())
+        """Every node that can compute in 8 bits or pass them on, in graph order."""
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Those that are worth a choice: all but the ones that only pass 8 bits on."""
+        passed = _CPU_PASSED
+        return tuple(
+            n.name for n in self._graph.node if n.name in self.all and n.op_type not in passed
+        )
+
+    @property
+    def tensors(self) -> set[str]:
+        """The activations whose ranges any choice of nodes may need."""
+        names = {
+            name
+            for node in self._graph.node
+            if node.name in self.all
+            for name in (*node.input, *node.output)
+        }
+        return {n for n in names if n in self._floats and n not in self._weights}
+
+    def select(self, float_nodes: Collection[str]) -> frozenset[str]:
+        """The nodes in 8 bits when some stay in float: weighted ones, and those between them.
+
+        A join (Add, Concat) or a pass (Relu, pooling) is in 8 bits only where one of its inputs
+        is: between float layers it would cost time and precision for nothing.
+        """
+        chosen: set[str] = set()
+        quantized: set[str] = set()
+        fixed = {*self._keep, *float_nodes}
+        weighted = [n for n in self._graph.node if n.name not in fixed and self._is_weighted(n)]
+        for node in weighted:
+            chosen.add(node.name)
+            quantized.update(node.input, node.output if self._runtime == "cpu" else ())
+        if self._runtime == "cpu":
+            for node in self._graph.node:
+                if node.name in fixed or not self._follows(node, quantized):
+                    continue
+                chosen.add(node.name)
+                quantized.update(node.output)
+        return frozenset(chosen)
+
+    def _is_weighted(self, node: onnx.NodeProto) -> bool:
+        if node.op_type not in (_CPU_WEIGHTED if self._runtime == "cpu" else WEIGHTED):
+            return False
+        if node.domain not in ("", "ai.onnx") or node.output[0] not in self._floats:
+            return False
+        first, weight = node.input[0], node.input[1]
+        if first in self._weights or first not in self._floats or weight not in self._floats:
+            return False
+        if weight not in self._weights:
+            return node.op_type == "MatMul"
+        if node.op_type == "MatMul" and len(self._weights[weight].dims) < 2:
+            return False
+        if node.op_type == "Gemm" and len(node.input) > 2 and node.input[2]:
+            bias = self._weights.get(node.input[2])
+            return bias is not None and len(bias.dims) == 1
+        return True
+
+    def _follows(self, node: onnx.NodeProto, quantized: set[str]) -> bool:
+        if node.domain not in ("", "ai.onnx") or not node.input:
+            return False
+        inputs = node.input[:1] if node.op_type in _CPU_PASSED else node.input
+        if node.op_type not in _CPU_PASSED | _CPU_JOINED or not any(n in quantized for n in inputs):
+            return False
+        if any(name and name not in self._floats for name in node.output):
+            return False
+        if node.op_type in ("Relu", "Clip"):
+            # ONNX Runtime's quantizer removes these and lets the 8-bit range clip instead: wrong
+            # where the unclipped value is read elsewhere or the range must not reach 0.
+            return node.input[0] not in self._seen and self._spans_zero(node)
+        return True
+
+    def _spans_zero(self, node: onnx.NodeProto) -> bool:
+        if node.op_type == "Relu":
+            return True
+        for index, sign in ((1, 1), (2, -1)):
+            if len(node.input) <= index or not node.input[index]:
+                continue
+            bound = self._weights.get(node.input[index])
+            if bound is None or sign * float(numpy_helper.to_array(bound)) > 0:
+                return False
+        return True

@@ -1,0 +1,106 @@
+"""What ONNX Runtime's quantizer does to the float nodes beside quantized ones, undone.
+
+It replaces a tensor by its 8-bit version for all readers, so that a node which stays in float
+would still compute from rounded weights and activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, MutableSequence
+
+import onnx
+
+from edgekd.engines.quantize.prepare import inner_names
+
+# These give float answers from 8-bit inputs at no cost, so an output of the model need not be
+# rounded.
+_FLOAT_OUTPUT = {"Gemm", "MatMul"}
+_PAIR = {"QuantizeLinear", "DequantizeLinear"}
+
+
+def copy_shared_weights(graph: onnx.GraphProto, chosen: Collection[str]) -> None:
+    """Give each weight that float nodes or subgraphs read too a copy for the quantized ones, and
+    one for each kind of quantized node, as kinds differ in the axis of their scales."""
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    elsewhere = inner_names(graph) | {value.name for value in graph.output}
+    elsewhere |= {name for node in graph.node if node.name not in chosen for name in node.input}
+    owners: dict[str, str] = {}
+    copies: dict[tuple[str, str], str] = {}
+    for node in graph.node:
+        if node.name not in chosen:
+            continue
+        kind = node.op_type + "".join(
+            f".{a.name}{a.i}" for a in node.attribute if a.name == "transB"
+        )
+        for index, name in enumerate(node.input):
+            if name not in weights:
+                continue
+            if name not in elsewhere and owners.setdefault(name, kind) == kind:
+                continue
+            if (name, kind) not in copies:
+                copies[name, kind] = f"{name}.{kind}"
+                tensor = graph.initializer.add()
+                tensor.CopyFrom(weights[name])
+                tensor.name = copies[name, kind]
+            node.input[index] = copies[name, kind]
+
+
+def free_float_values(
+    graph: onnx.GraphProto, before: onnx.GraphProto, chosen: Collection[str]
+) -> None:
+    """Let float nodes and the model's outputs read float values where a float node (or the
+    caller) made them; an 8-bit node's result stays 8 bits for all readers, as it is computed so.
+
+    Args:
+        graph: the Q/DQ graph, changed in place.
+        before: the same graph in float.
+        chosen: names of the nodes in 8 bits.
+    """
+    makers = {name: node for node in before.node for name in node.output}
+    outputs = {value.name for value in before.output}
+    quantizers = {node.output[0]: node for node in graph.node if node.op_type == "QuantizeLinear"}
+    producers = {name: node for node in graph.node for name in node.output}
+    dead: set[str] = set()
+    for pair in [node for node in graph.node if node.op_type == "DequantizeLinear"]:
+        quantize = quantizers.get(pair.input[0])
+        if quantize is None:
+            continue
+        # At an output of the model the pair's result has the tensor's own name.
+        at_output = pair.output[0] in outputs
+        maker = makers.get(pair.output[0] if at_output else quantize.input[0])
+        in_float = maker is None or maker.name not in chosen
+        if at_output and maker and (in_float or maker.op_type in _FLOAT_OUTPUT):
+            _give_float(graph, quantize, pair, producers[quantize.input[0]])
+        rounded, value = pair.output[0], quantize.input[0]
+        if in_float:
+            for node in graph.node:
+                if node.name not in chosen and node.op_type not in _PAIR:
+                    _replace(node.input, rounded, value)
+        if rounded not in outputs and not any(rounded in node.input for node in graph.node):
+            dead |= {quantize.name, pair.name}
+    kept = [node for node in graph.node if node.name not in dead]
+    if dead:
+        del graph.node[:]
+        graph.node.extend(kept)
+
+
+def _give_float(
+    graph: onnx.GraphProto,
+    quantize: onnx.NodeProto,
+    dequantize: onnx.NodeProto,
+    maker: onnx.NodeProto,
+) -> None:
+    """Maker -> Q -> DQ -> output becomes maker -> output, with Q -> DQ beside it for readers."""
+    name = dequantize.output[0]
+    rounded = f"{name}.rounded"
+    for node in graph.node:
+        _replace(node.input, name, rounded)
+    _replace(maker.output, quantize.input[0], name)
+    quantize.input[0] = name
+    dequantize.output[0] = rounded
+
+
+def _replace(names: MutableSequence[str], old: str, new: str) -> None:
+    for index, name in enumerate(names):
+        if name == old:
+            names[index] = new

@@ -1,0 +1,289 @@
+"""The float model as the quantizers take it: batch norm folded, constants as initializers, every
+node with a name; the answers stay what they were."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+
+from edgekd.engines.onnx_file import check_onnx, read_onnx
+from edgekd.engines.session import CPU_PROVIDER, first_line, open_session, session_options
+from edgekd.errors import InputError, unknown_name
+
+LEAST_OPSET = 13
+"""DequantizeLinear has an axis, and with it per-channel scales, from here on."""
+
+_LEAST_IR = 4  # initializers need not be inputs from here on
+_IR_OF_LEAST_OPSET = 7
+_QUANTIZED_STARTS = ("QLinear", "DynamicQuantize", "QGemm", "QAttention", "QMoE", "QEmbed")
+_QUANTIZED = {
+    "QuantizeLinear",
+    "DequantizeLinear",
+    "ConvInteger",
+    "MatMulInteger",
+    "MatMulIntegerToFloat",
+    "MatMulInteger16",
+    "MatMulNBits",
+    "MatMulBnb4",
+    "GatherBlockQuantized",
+}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A float model to quantize, and what became of the nodes of the file it came from."""
+
+    model: onnx.ModelProto
+    source: Path
+    origins: dict[str, str | None]
+    """Names in the file to names here; None for a node that was folded into a constant."""
+
+    def named(self, names: Collection[str], kind: str = "node") -> set[str]:
+        """The names here of nodes that are named as in the file or as here.
+
+        Raises:
+            InputError: there is no such node.
+        """
+        here = {node.name for node in self.model.graph.node}
+        found = set()
+        for name in names:
+            if name in here:
+                found.add(name)
+            elif name not in self.origins:
+                raise unknown_name(kind, name, here | set(self.origins), str(self.source))
+            elif (became := self.origins[name]) is not None:
+                found.add(became)
+        return found
+
+
+def prepare_onnx(source: Path) -> Prepared:
+    """Read a float model and bring it into the quantizers' form.
+
+    Batch normalization is folded into the convolution before it (ONNX Runtime's basic
+    optimizations), weights in Constant nodes become initializers, the opset is raised to 13 where
+    it is lower, nodes without a name get ``<type>_<index>``. Inputs, outputs, metadata and the IR
+    version are those of the file.
+
+    Raises:
+        InputError: as :func:`edgekd.engines.onnx_file.check_onnx`; or the model is quantized
+            already, or its opset is too old to convert.
+    """
+    check_onnx(source)
+    model = onnx.load(str(source))
+    _refuse_quantized(model, source)
+    original = read_onnx(source)
+    _drop_initializer_inputs(model)
+    name_nodes(model.graph)
+    named = [(node.name, list(node.output)) for node in model.graph.node]
+    consumers = _consumers(model.graph)
+    raised = opset_of(model) < LEAST_OPSET
+    if raised:
+        model = _raise_opset(model, source)
+        name_nodes(model.graph)
+    domains = {node.domain for node in all_nodes(model.graph.node)}
+    folded = _optimize(model, source, "basic")
+    # A runtime's own operators would not run elsewhere.
+    if {node.domain for node in all_nodes(folded.graph.node)} - domains:
+        folded = _optimize(model, source, "disabled")
+    name_nodes(folded.graph)
+    _plain_bias(folded.graph)
+    least = _IR_OF_LEAST_OPSET if raised else _LEAST_IR
+    restore_identity(folded, original, least)
+    return Prepared(folded, source, _origins(named, consumers, folded.graph))
+
+
+def restore_identity(
+    model: onnx.ModelProto, original: onnx.ModelProto, least_ir: int = _LEAST_IR
+) -> None:
+    """Give a model the metadata, producer and IR version of the file it was made from, and only
+    the opsets that it uses."""
+    model.ir_version = max(original.ir_version, least_ir)
+    for field in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
+        setattr(model, field, getattr(original, field))
+    del model.metadata_props[:]
+    model.metadata_props.extend(original.metadata_props)
+    del model.graph.metadata_props[:]
+    model.graph.metadata_props.extend(original.graph.metadata_props)
+    used = {node.domain for node in all_nodes(model.graph.node)} | {"", "ai.onnx"}
+    imports = [entry for entry in model.opset_import if entry.domain in used]
+    del model.opset_import[:]
+    model.opset_import.extend(imports)
+
+
+def nothing_to_quantize(model: onnx.ModelProto, source: Path, wanted: str) -> InputError:
+    """The error for a model without a single node that the method can quantize."""
+    types = sorted({node.op_type for node in all_nodes(model.graph.node)})
+    half = any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer)
+    hint = "its weights are float16: give the float32 model" if half else "leave the model in float"
+    return InputError(
+        f"nothing in this model can be quantized: {wanted} with constant float32 weights that are "
+        f"not kept in float are needed, it has {', '.join(types) or 'no nodes'}",
+        where=str(source),
+        remedy=hint,
+    )
+
+
+def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Nodes and those of their subgraphs."""
+    for node in nodes:
+        yield node
+        for graph in subgraphs(node):
+            yield from all_nodes(graph.node)
+
+
+def subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    """The graphs that a control-flow node holds."""
+    return [
+        graph
+        for attribute in node.attribute
+        for graph in ([attribute.g] if attribute.HasField("g") else attribute.graphs)
+    ]
+
+
+def inner_names(graph: onnx.GraphProto) -> set[str]:
+    """Tensors that subgraphs name, among them all that they take from the graph around."""
+    inner = [g for node in all_nodes(graph.node) for g in subgraphs(node)]
+    names = {name for g in inner for node in g.node for name in node.input}
+    return names | {value.name for g in inner for value in g.output}
+
+
+def opset_of(model: onnx.ModelProto) -> int:
+    """The version of ONNX's own operators."""
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    return int(opsets.get("", opsets.get("ai.onnx", 0)))
+
+
+def name_nodes(graph: onnx.GraphProto) -> None:
+    """Give nodes without a name, or with that of an earlier one, a name of their own."""
+    taken = {node.name for node in graph.node}
+    seen: set[str] = set()
+    for index, node in enumerate(graph.node):
+        if not node.name or node.name in seen:
+            name = base = f"{node.name or node.op_type}_{index}"
+            while name in taken:
+                name = base = f"{base}_"
+            node.name = name
+            taken.add(name)
+        seen.add(node.name)
+
+
+def _refuse_quantized(model: onnx.ModelProto, source: Path) -> None:
+    inside = [node for function in model.functions for node in function.node]
+    for node in all_nodes([*model.graph.node, *inside]):
+        if node.op_type in _QUANTIZED or node.op_type.startswith(_QUANTIZED_STARTS):
+            raise InputError(
+                f"the model is quantized already: it has a {node.op_type} node "
+                f"{node.name or node.output[0]!r}",
+                where=str(source),
+                remedy="give the float model that it was made from",
+            )
+
+
+def _drop_initializer_inputs(model: onnx.ModelProto) -> None:
+    """Weights that are inputs too (IR version 3) may be replaced by a caller: none does so here,
+    and only constants can be folded."""
+    graph = model.graph
+    model.ir_version = max(model.ir_version, _LEAST_IR)
+    filled = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in filled]
+    del graph.input[:]
+    graph.input.extend(inputs)
+
+
+def _raise_opset(model: onnx.ModelProto, source: Path) -> onnx.ModelProto:
+    try:
+        return onnx.version_converter.convert_version(model, LEAST_OPSET)
+    except Exception as error:  # the converter raises its own C++ error and RuntimeError alike
+        raise InputError(
+            f"opset {opset_of(model)} is too old to quantize per channel (needs {LEAST_OPSET}) and "
+            f"cannot be converted: {first_line(error)}",
+            where=str(source),
+            remedy=f"export the model again with opset {LEAST_OPSET} or later",
+        ) from error
+
+
+def _optimize(model: onnx.ModelProto, source: Path, level: str) -> onnx.ModelProto:
+    with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
+        before, after = Path(folder, "before.onnx"), Path(folder, "after.onnx")
+        onnx.save(model, str(before))
+        options = session_options(1, "basic" if level == "basic" else "disabled")
+        options.optimized_model_filepath = str(after)
+        try:
+            open_session(before, (CPU_PROVIDER,), 1, "basic", options)
+        except InputError as error:
+            # The scratch file's path says nothing to the user.
+            raise InputError(error.what, where=str(source), remedy=error.remedy) from error
+        # Types by path: in memory it takes no model above 2 GB.
+        onnx.shape_inference.infer_shapes_path(str(after), str(before))
+        return onnx.load(str(before))
+
+
+def _plain_bias(graph: onnx.GraphProto) -> None:
+    """Gemm's constant C as (N,) with beta 1: ONNX Runtime's quantizer drops a beta when the bias
+    stays in float, and needs one number per channel when it does not."""
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type != "Gemm" or len(node.input) < 3:
+            continue
+        if node.input[1] not in weights or node.input[2] not in weights:
+            continue
+        settings = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        columns = weights[node.input[1]].dims[0 if settings.get("transB") else 1]
+        bias = numpy_helper.to_array(weights[node.input[2]])
+        beta = settings.get("beta", 1.0)
+        if (bias.ndim == 2 and bias.shape[0] != 1) or (beta == 1.0 and bias.shape == (columns,)):
+            continue
+        plain = np.broadcast_to(bias * np.asarray(beta, bias.dtype), (1, columns))[0]
+        name = f"{node.name}.bias"
+        while name in weights:
+            name += "_"
+        weights[name] = numpy_helper.from_array(np.ascontiguousarray(plain), name)
+        graph.initializer.append(weights[name])
+        node.input[2] = name
+        kept = [attribute for attribute in node.attribute if attribute.name != "beta"]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    drop_unused(graph)
+
+
+def drop_unused(graph: onnx.GraphProto) -> None:
+    """Remove initializers that nothing reads."""
+    used = {name for node in graph.node for name in node.input} | inner_names(graph)
+    used |= {value.name for value in graph.output}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    if len(kept) < len(graph.initializer):
+        del graph.initializer[:]
+        graph.initializer.extend(kept)
+
+
+def _consumers(graph: onnx.GraphProto) -> dict[str, list[list[str]]]:
+    readers: dict[str, list[list[str]]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(list(node.output))
+    return readers
+
+
+def _origins(
+    named: list[tuple[str, list[str]]],
+    consumers: dict[str, list[list[str]]],
+    graph: onnx.GraphProto,
+) -> dict[str, str | None]:
+    """Where each node of the file went: by its name, else the node that now gives its output or,
+    as fusion keeps the last output (MatMul + Add becomes Gemm), that of its only reader."""
+    here = {node.name for node in graph.node}
+    makers = {name: node.name for node in graph.node for name in node.output}
+    origins: dict[str, str | None] = {}
+    for name, outputs in named:
+        origins[name] = name if name in here else None
+        while origins[name] is None and outputs:
+            origins[name] = next((makers[o] for o in outputs if o in makers), None)
+            readers = [r for o in outputs for r in consumers.get(o, [])]
+            outputs = readers[0] if len(readers) == 1 else []
+    return origins

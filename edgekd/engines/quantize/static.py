@@ -1,0 +1,174 @@
+"""Static INT8: activations and weights in 8 bits, scales fixed by calibration, as Q/DQ."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnxruntime.quantization import CalibrationMethod, QuantType
+from onnxruntime.quantization.calibrate import TensorData, TensorsData
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+from onnxruntime.quantization.quant_utils import add_infer_metadata
+
+from edgekd.engines.onnx_file import check_onnx
+from edgekd.engines.quantize.calibration import Calibration, calibrate, feeds
+from edgekd.engines.quantize.candidates import Candidates, Runtime
+from edgekd.engines.quantize.float_islands import copy_shared_weights, free_float_values
+from edgekd.engines.quantize.prepare import (
+    drop_unused,
+    nothing_to_quantize,
+    prepare_onnx,
+    restore_identity,
+)
+from edgekd.engines.quantize.saturation import saturates
+from edgekd.engines.samples import Samples
+from edgekd.engines.session import CPU_PROVIDER, open_session
+from edgekd.errors import StageError
+
+# Folding batch norm into weights rounds anew; a wrong rewrite is off by far more.
+_SAME = 1e-3
+
+
+class StaticQuantizer:
+    """Prepares and calibrates a float model once; writes quantized ones from it, many if need be.
+
+    ``cpu``: uint8 activations with a zero point, int8 weights per channel, int32 biases: the
+    form that ONNX Runtime's CPU kernels are fastest with, on ARM too. Weights have 7 bits where
+    this machine's processor would overflow otherwise (:mod:`.saturation`; ``reduce_range`` says
+    it for another machine). ``tensorrt``: int8 activations and weights, zero points 0, Q/DQ at
+    the inputs of weighted layers only, biases in float, as its parser demands.
+
+    Args:
+        onnx_path: a float32 model.
+        samples: its real inputs, at least two.
+        scratch: a folder that outlives the quantizer.
+        keep: names of nodes that stay in float in every file.
+        threads: of the calibration's sessions.
+        reduce_range: weights of 7 bits; None follows this machine's processor.
+
+    Raises:
+        InputError: the model is broken, quantized already, too old, or has nothing to quantize;
+            ``keep`` names no node; or the samples are too few, lack an input or give NaN.
+        StageError: the prepared model does not answer as the file does.
+    """
+
+    def __init__(
+        self,
+        onnx_path: Path,
+        samples: Samples,
+        scratch: Path,
+        *,
+        runtime: Runtime,
+        calibration: Calibration = "minmax",
+        keep: Collection[str] = (),
+        threads: int = 1,
+        reduce_range: bool | None = None,
+    ) -> None:
+        self._source = onnx_path
+        self._prepared = prepare_onnx(onnx_path)
+        graph = self._prepared.model.graph
+        kept = self._prepared.named(keep)
+        self._candidates = Candidates(graph, runtime, kept)
+        if not self._candidates.all:
+            raise nothing_to_quantize(self._prepared.model, onnx_path, "Conv, Gemm or MatMul")
+        self._runtime = runtime
+        self._reduce_range = runtime == "cpu" and (
+            saturates() if reduce_range is None else reduce_range
+        )
+        self.prepared = scratch / "prepared.onnx"
+        """The float model that is quantized: same answers as the file, batch norm folded."""
+        scratch.mkdir(parents=True, exist_ok=True)
+        onnx.save(self._prepared.model, str(self.prepared))
+        self.ranges = calibrate(
+            self.prepared,
+            self._candidates.tensors,
+            samples,
+            scratch,
+            calibration=calibration,
+            symmetric=runtime == "tensorrt",
+            threads=threads,
+        )
+        """(lowest, highest) value covered, by activation."""
+        self._check_same_answers(samples, threads)
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Names of the nodes that can be quantized, in graph order."""
+        return self._candidates.nodes
+
+    def write(self, out: Path, float_nodes: Collection[str] = ()) -> None:
+        """Write the Q/DQ model with the calibrated ranges; nothing is run.
+
+        Args:
+            out: where to write.
+            float_nodes: names of nodes that stay in float32 in this file, beside ``keep``.
+
+        Raises:
+            InputError: a name is unknown, or no node is left to quantize.
+        """
+        chosen = self._candidates.select(self._prepared.named(float_nodes))
+        if not chosen:
+            raise nothing_to_quantize(self._prepared.model, self._source, "Conv, Gemm or MatMul")
+        model = onnx.ModelProto()
+        model.CopyFrom(self._prepared.model)
+        copy_shared_weights(model.graph, chosen)
+        # Tells ONNX Runtime that the types are inferred: preparation did that.
+        add_infer_metadata(model)
+        types = {node.op_type for node in model.graph.node if node.name in chosen}
+        cpu = self._runtime == "cpu"
+        quantizer = QDQQuantizer(
+            model,
+            True,
+            self._reduce_range,
+            QuantType.QInt8,
+            QuantType.QUInt8 if cpu else QuantType.QInt8,
+            self._tensor_ranges(),
+            sorted(chosen),
+            [],
+            sorted(types),
+            {
+                "WeightSymmetric": True,
+                "ActivationSymmetric": not cpu,
+                "QuantizeBias": cpu,
+                "OpTypesToExcludeOutputQuantization": [] if cpu else sorted(types),
+                "QDQOpTypePerChannelSupportToAxis": {"MatMul": -1},
+            },
+        )
+        quantizer.quantize_model()
+        written = quantizer.model.model
+        free_float_values(written.graph, self._prepared.model.graph, chosen)
+        quantizer.model.topological_sort()
+        drop_unused(written.graph)
+        # Types of tensors that are gone; a runtime infers those that it needs.
+        del written.graph.value_info[:]
+        restore_identity(written, self._prepared.model)
+        onnx.save(written, str(out))
+        check_onnx(out)
+
+    def _tensor_ranges(self) -> TensorsData:
+        # A fresh one for each file: the quantizer narrows those before a Relu in place.
+        return TensorsData(
+            CalibrationMethod.MinMax,
+            {
+                name: TensorData(lowest=np.float32(low), highest=np.float32(high))
+                for name, (low, high) in self.ranges.items()
+            },
+        )
+
+    def _check_same_answers(self, samples: Samples, threads: int) -> None:
+        feed = next(feeds(self.prepared, samples, 2))
+        before = open_session(self._source, (CPU_PROVIDER,), threads, "disabled").run(None, feed)
+        after = open_session(self.prepared, (CPU_PROVIDER,), threads, "disabled").run(None, feed)
+        for output, old, new in zip(self._prepared.model.graph.output, before, after, strict=True):
+            if old.dtype.kind != "f":
+                continue
+            largest = float(np.abs(old).max(initial=0.0))
+            if not np.allclose(new, old, rtol=0, atol=_SAME * max(largest, 1e-6), equal_nan=True):
+                raise StageError(
+                    f"output {output.name!r} changed when the model was prepared for quantization",
+                    where=str(self._source),
+                    remedy="export the model again with opset 13 or later, without batch norm in "
+                    "training mode",
+                )
