@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,7 +80,9 @@ def _layers(rows: list[Mapping[str, Any]]) -> Table:
     table = Table(title="layers, the noisiest of their own first")
     for heading in ("node", "operation", "SQNR", "own error"):
         table.add_column(heading, justify="left" if heading in ("node", "operation") else "right")
-    for row in sorted(rows, key=lambda row: -(row["own"] or 0))[:LAYERS_SHOWN]:
+    for row in sorted(rows, key=lambda row: -(math.inf if row["own"] is None else row["own"]))[
+        :LAYERS_SHOWN
+    ]:
         sqnr = "–" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f} dB"
         table.add_row(row["node"], row["op"], sqnr, _number(row["own"]))
     return table

@@ -70,14 +70,7 @@ class ExportStage:
             load_weights(model, weights, where=role)
             model.eval()
             path = context.out / f"{role}.onnx"
-            labels = {"labels": "\n".join(dataset.labels)} if dataset.labels else {}
-            metadata = {
-                "edgekd.pipeline": config.name,
-                "edgekd.role": role,
-                "edgekd.task": task.name,
-                **labels,
-            }
-            export_onnx(model, path, config.export.opset, metadata)
+            export_onnx(model, path, config.export.opset, metadata_of(ground, role))
             report = parity(
                 model,
                 path,
@@ -94,3 +87,14 @@ class ExportStage:
         if black_box.is_file():
             shutil.copyfile(black_box, context.out / BLACK_BOX)
         write_json(context.out / "parity.json", reports)
+
+
+def metadata_of(ground: Ground, role: str) -> dict[str, str]:
+    """What an ONNX file says of itself: whose it is, and its class names one to a line."""
+    labels = ground.dataset.labels
+    return {
+        "edgekd.pipeline": ground.config.name,
+        "edgekd.role": role,
+        "edgekd.task": ground.task.name,
+        **({"labels": "\n".join(labels)} if labels else {}),
+    }

@@ -20,6 +20,8 @@ Method = Literal["static", "dynamic", "weights-only", "fp16", "bf16"]
 SCHEMA = "edgekd.quantize/1"
 NEED_SAMPLES = ("static",)
 CLASSES_AT_LEAST = 2
+BATCH = 64
+RANKED_ON = 512
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,12 @@ def quantize_model(
             remedy=f"give an npz file of real inputs: {', '.join(map(str, info.spec.inputs))}; "
             "or use --method dynamic or weights-only",
         )
+    if settings.method == "bf16" and settings.per_layer:
+        raise InputError(
+            "ONNX Runtime's CPU provider has no bfloat16 kernels to compare the layers with",
+            where="--per-layer",
+            remedy="leave it out, or look at --method fp16",
+        )
     if calibration is None and (settings.max_drop is not None or settings.per_layer):
         raise InputError(
             "nothing can be compared without samples",
@@ -104,7 +112,7 @@ def quantize_model(
     runs_here = settings.method != "bf16"  # ONNX Runtime's CPU provider has no such kernels.
     if judge is not None and runs_here:
         record |= judge.compare(out)
-    if settings.per_layer and samples is not None:
+    if settings.per_layer and samples is not None and runs_here:
         from edgekd.engines.layer_errors import layer_errors
 
         record["layers"] = [row.to_json() for row in layer_errors(model, out, samples)]
@@ -149,7 +157,11 @@ def _write(
         return {}
     from edgekd.engines.quantize.sensitivity import keep_accurate
 
-    decision = keep_accurate(quantizer, out, judge.drop_of, settings.max_drop)
+    decision = keep_accurate(
+        quantizer, out, judge.drop_of, settings.max_drop, samples=FirstSamples(samples, RANKED_ON)
+    )
+    if decision.chosen is None:
+        out.unlink(missing_ok=True)
     return {"decision": decision.to_json(), "decision_lines": list(decision.lines())}
 
 
@@ -242,7 +254,9 @@ class _Judge:
     def _run(self, path: Path) -> dict[str, Array]:
         from edgekd.engines.compare import run_samples
 
-        return run_samples(path, self.samples, threads=self.settings.threads)
+        # Dynamic ranges are those of a whole batch: one by one is what a device answers.
+        batch = 1 if self.settings.method == "dynamic" else BATCH
+        return run_samples(path, self.samples, threads=self.settings.threads, batch=batch)
 
     def drop_of(self, path: Path) -> float:
         """How much the metric falls against float32."""

@@ -5,8 +5,13 @@ A misspelt loss is to be found now, not after the teacher has been trained for a
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from edgekd.errors import InputError
 from edgekd.pipeline.stage import Job
+
+if TYPE_CHECKING:
+    from edgekd.tasks import Task
 
 
 def preflight(job: Job, gated: bool = True) -> None:
@@ -72,6 +77,42 @@ def preflight(job: Job, gated: bool = True) -> None:
     for engine in config.engines:
         if engine.kind == "onnxruntime":
             provider_chain(job.profile.runtime.providers, engine.providers, engine.fallback)
+    _check_quantization(job, task)
     check_direction(config.gate, task.metric, task.higher_is_better)
     if gated:
         check_any_rule(config.gate, job.profile)
+
+
+def _check_quantization(job: Job, task: Task) -> None:
+    """What of ``quantize`` and of TensorRT can be known before anything is trained."""
+    from edgekd.distill.objective import Objective
+    from edgekd.engines.tensorrt import INSTALL, is_installed
+
+    config = job.config
+    wanted = config.quantize
+    if wanted is not None and wanted.int8 is None and wanted.half is None:
+        raise InputError(
+            "quantize asks for nothing",
+            where="quantize",
+            remedy="add int8: static, dynamic, weights-only or qat, or half: fp16 or bf16; or "
+            "remove the section",
+        )
+    if wanted is not None and wanted.int8 == "qat":
+        from edgekd.distill.fake_quantize_spec import check_torchao
+        from edgekd.distill.quantization_aware import check_training, terms_of_outputs
+
+        check_torchao()
+        check_training(wanted.qat)
+        terms, _ = terms_of_outputs(config.loss_terms, wanted.qat.losses)
+        where = "distill.losses" if wanted.qat.losses is None else "quantize.qat.losses"
+        Objective(terms, task, wanted.qat.label_smoothing, where)
+    for index, engine in enumerate(config.engines):
+        built_elsewhere = index > 0 and job.profile.kind == "jetson" and engine.kind == "tensorrt"
+        if engine.kind == "onnxruntime" or built_elsewhere:
+            continue
+        if not is_installed(engine.kind):
+            raise InputError(
+                f"{engine.kind} is not installed",
+                where=f"engines[{index}]",
+                remedy=INSTALL[engine.kind],
+            )

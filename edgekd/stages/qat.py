@@ -12,6 +12,7 @@ from edgekd.config.pipeline import ExportConfig, QatConfig, TrainConfig
 from edgekd.errors import StageError
 from edgekd.pipeline.stage import Context
 from edgekd.stages.distill import STUDENT
+from edgekd.stages.export import metadata_of
 from edgekd.stages.fitting import Ground, fit
 from edgekd.stages.student import build_student
 from edgekd.stages.teacher import open_teacher
@@ -89,14 +90,7 @@ def train_quantized(
         return fit(ground, model, objective, training, label, context, teacher)
 
     result = quantization_aware(student, runtime, train)
-    labels = ground.dataset.labels
-    metadata = {
-        "edgekd.pipeline": pipeline.name,
-        "edgekd.role": "student",
-        "edgekd.task": ground.task.name,
-        **({"labels": "\n".join(labels)} if labels else {}),
-    }
-    export_onnx(result.model, out, pipeline.export.opset, metadata)
+    export_onnx(result.model, out, pipeline.export.opset, metadata_of(ground, "student"))
     context.progress.message(f"  {label}: {_check_answers(result.model, out, ground)}")
     return result.history
 

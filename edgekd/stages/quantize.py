@@ -17,7 +17,7 @@ from edgekd.config.pipeline import (
 )
 from edgekd.errors import InputError
 from edgekd.pipeline.stage import Context, Job
-from edgekd.stages.fitting import TRAINING_CODE, Ground, open_ground, write_json
+from edgekd.stages.fitting import EVALUATION_BATCH, TRAINING_CODE, Ground, open_ground, write_json
 
 if TYPE_CHECKING:
     from edgekd.engines.samples import Array
@@ -36,7 +36,7 @@ class QuantizeStage:
 
     name = "quantize"
     inputs = ("data", "teacher", "student", "distill", "export")
-    code = ("edgekd.stages.quantize", "edgekd.engines", *TRAINING_CODE)
+    code = ("edgekd.stages.quantize", "edgekd.stages.qat", "edgekd.engines", *TRAINING_CODE)
     libraries = ("onnx", "onnxruntime", "torch")
 
     def config_slice(self, job: Job) -> dict[str, Any]:
@@ -214,10 +214,16 @@ class _Work:
             reduce_range=False if self.context.job.profile.kind == "cpu-board" else None,
         )
         self._say_resolution()
-        decision = keep_accurate(quantizer, self._out(name), self._drop_of, self.wanted.max_drop)
+        decision = keep_accurate(
+            quantizer,
+            self._out(name),
+            self._drop_of,
+            self.wanted.max_drop,
+            samples=self.calibration,
+        )
         for line in decision.lines():
             self.context.progress.message(f"  {name}: {line}")
-        if not self._out(name).is_file():
+        if decision.chosen is None:
             return {name: {"method": "static", "runtime": runtime, "decision": decision.to_json()}}
         return {name: self._entry(name, "static", runtime, decision=decision.to_json())}
 
@@ -257,7 +263,9 @@ class _Work:
         entry: dict[str, Any] = {"method": method, "runtime": runtime, "file": file.name, **more}
         if method == "bf16":
             return entry  # Nothing here can run it.
-        answers = run_samples(file, self.validation.samples)
+        # Dynamic ranges are those of a whole batch: one by one is what a device answers.
+        batch = 1 if method == "dynamic" else EVALUATION_BATCH
+        answers = run_samples(file, self.validation.samples, batch=batch)
         is_classes = self.validation.task.name == "classification"
         errors = compare_answers(
             self.validation.reference, answers, self.validation.task.output if is_classes else None
@@ -272,7 +280,10 @@ class _Work:
 
 def _training_slice(config: PipelineConfig) -> dict[str, Any]:
     """What decides quantization-aware training beside its own section."""
+    from edgekd.pipeline.fingerprint import library_versions
+
     return {
+        "libraries": library_versions(("torchao",)),
         "distill": config.distill.model_dump(mode="json", exclude={"cache": {"folder"}}),
         "losses": [term.model_dump(mode="json") for term in config.loss_terms],
         "student": config.student.model_dump(mode="json", exclude={"checkpoint"}),
