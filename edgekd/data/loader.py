@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,8 @@ class Loader:
             order; None: all.
         steps: batches per epoch; the rows are shuffled anew and gone through again as often as
             they must. None: as many full batches as the rows give.
+        classes: by the name of an integer target, how many it has: C of its probabilities when
+            images are mixed. Left out: as many as the data name or hold.
 
     Raises:
         InputError: the split is unknown or empty, ``rows`` are not rows of it, or an
@@ -61,6 +64,7 @@ class Loader:
         views: int | None = None,
         rows: NDArray[np.int64] | None = None,
         steps: int | None = None,
+        classes: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self.split = dataset.splits[split] if isinstance(split, str) else split
         self.batch_size = batch_size
@@ -89,7 +93,7 @@ class Loader:
             for augmentation in self._augmentations:
                 probe(augmentation, images)
         if self._mixing is not None:
-            self._classes = check_mixing(dataset, arrays)
+            self._classes = check_mixing(dataset, arrays, classes)
             rows_probed = np.arange(len(images))
             self._mixing(images, images, Draws(0, rows_probed, rows_probed))
 

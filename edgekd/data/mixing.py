@@ -82,15 +82,18 @@ def mixed_values(values: Tensor, partners: Tensor, share: Tensor) -> Tensor:
     return values * weight + partners * (1 - weight)
 
 
-def check_mixing(dataset: Dataset, arrays: Mapping[str, Array]) -> dict[str, int]:
+def check_mixing(
+    dataset: Dataset, arrays: Mapping[str, Array], known: Mapping[str, int]
+) -> dict[str, int]:
     """How many classes each integer target has, for :func:`mixed_classes`.
 
-    As many as the dataset names, and without names as the largest label of the training split
-    says.
+    Where it is not known: as many as the dataset names, and without names as the largest label of
+    the training split says.
 
     Args:
         dataset: what is an input and what a target.
         arrays: of the split that is to be mixed.
+        known: classes by the target's name, as the task counts them.
 
     Raises:
         InputError: there is more than one input, or it is no image; or a target that is no
@@ -112,18 +115,26 @@ def check_mixing(dataset: Dataset, arrays: Mapping[str, Array]) -> dict[str, int
             raise _refused(
                 f"the target {name!r} holds integers {array.shape[1:]} per sample, not one class"
             )
-        train = dataset.splits["train"].arrays[name]
-        classes[name] = len(dataset.labels) if dataset.labels else int(train.max()) + 1
+        classes[name], said_by = _classes(dataset, name, known)
         if classes[name] == 0:
             raise _refused(f"no {name!r} of the training split is known, and no class is named")
         if int(array.max()) >= classes[name]:
             raise InputError(
                 f"{name!r} holds the label {int(array.max())}, but there are {classes[name]} "
-                f"classes ({'as named' if dataset.labels else 'in the training split'})",
+                f"classes ({said_by})",
                 where=dataset.source,
                 remedy="labels count from 0; mend them or the names",
             )
     return classes
+
+
+def _classes(dataset: Dataset, target: str, known: Mapping[str, int]) -> tuple[int, str]:
+    """How many classes an integer target has, and what says so."""
+    if target in known:
+        return known[target], "as the task counts them"
+    if dataset.labels:
+        return len(dataset.labels), "as named"
+    return int(dataset.splits["train"].arrays[target].max()) + 1, "in the training split"
 
 
 def _refused(what: str) -> InputError:

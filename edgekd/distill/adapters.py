@@ -15,6 +15,10 @@ from edgekd.errors import InputError
 Shape = tuple[int, ...]
 """A captured tensor's shape, the batch included."""
 
+SAME_LAYERS = "compare layers of the same shape, for the same samples"
+SAME_CLASSES = "both must have the same classes, in the same order"
+"""What to do about two shapes that differ: layers', and outputs'."""
+
 _KINDS = {2: "a vector (B, F)", 3: "a sequence (B, T, F)", 4: "a map (B, C, H, W)"}
 
 
@@ -169,19 +173,14 @@ def check_same_kind(student: Shape, teacher: Shape) -> None:
         )
 
 
-def check_same_shape(student: Tensor, teacher: Tensor) -> None:
+def check_same_shape(student: Tensor, teacher: Tensor, remedy: str = SAME_LAYERS) -> None:
     """Broadcasting would silently give a wrong loss.
 
     Raises:
         InputError: the shapes differ.
     """
     if student.shape != teacher.shape:
-        raise _mismatch(
-            tuple(student.shape),
-            tuple(teacher.shape),
-            "differ in shape",
-            "compare layers of the same shape, for the same samples",
-        )
+        raise _mismatch(tuple(student.shape), tuple(teacher.shape), "differ in shape", remedy)
 
 
 def check_maps(student: Tensor, teacher: Tensor) -> None:

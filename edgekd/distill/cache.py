@@ -172,7 +172,7 @@ class CachedTeacher:
             self._verified[:] = False
         raise self._unreadable("the teacher cache")
 
-    def watch(self, layers: Sequence[str]) -> None:
+    def watch(self, layers: Collection[str]) -> None:
         """See :class:`edgekd.distill.teacher.Teacher`."""
         if layers:
             raise InputError(

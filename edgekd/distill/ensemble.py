@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -106,7 +106,7 @@ class EnsembleTeacher:
                 combined[name] = torch.tensordot(shares, values, dims=1)
         return combined
 
-    def watch(self, layers: Sequence[str]) -> None:
+    def watch(self, layers: Collection[str]) -> None:
         """Watch layers of the first member; see :class:`edgekd.distill.teacher.Teacher`."""
         self.members[0].watch(layers)
         self._layers = frozenset(map(layer_key, layers))

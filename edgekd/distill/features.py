@@ -40,23 +40,23 @@ class Capture:
     Args:
         model: the network; a :class:`NamedModel` is looked into.
         layers: module paths (``features.layers.2``); ``path[1]`` is the second tensor of a layer
-            that gives several.
-        where: whose layers they are (``student``, ``teacher``), for errors.
+            that gives several. A mapping says for each where it is named, for errors.
+        where: whose layers they are (``student``, ``teacher``), for errors without a mapping.
 
     Raises:
         InputError: there is no such layer; the nearest path is suggested.
     """
 
     def __init__(self, model: nn.Module, layers: Iterable[str], where: str = "model") -> None:
-        self.layers = tuple(dict.fromkeys(layers))
-        self._where = where
+        self._places = dict(layers if isinstance(layers, Mapping) else dict.fromkeys(layers, where))
+        self.layers = tuple(self._places)
         self._seen: dict[str, tuple[Tensor, int]] = {}
         self._handles: list[RemovableHandle] = []
         modules = dict(_network(model).named_modules())
         for layer in self.layers:
             path, index = _split(layer)
             if not path or path not in modules:
-                raise unknown_name("layer", path, (name for name in modules if name), where)
+                raise unknown_name("layer", path, filter(None, modules), self._places[layer])
             self._handles.append(modules[path].register_forward_hook(self._keep(layer, index)))
 
     def take(self) -> dict[str, Tensor]:
@@ -72,7 +72,7 @@ class Capture:
             if layer not in seen:
                 raise InputError(
                     f"the layer {layer!r} took no part in the forward pass",
-                    where=self._where,
+                    where=self._places[layer],
                     remedy="name a layer that is run",
                 )
             tensor, version = seen[layer]
@@ -80,7 +80,7 @@ class Capture:
                 raise InputError(
                     f"the output of {layer!r} is changed in place by a later layer, such as "
                     "ReLU(inplace=True): what would be compared is not that layer's feature",
-                    where=self._where,
+                    where=self._places[layer],
                     remedy="name the later layer, or build the network without inplace=True",
                 )
             features[layer_key(layer)] = tensor
@@ -98,14 +98,14 @@ class Capture:
                 # A forward that raised in its middle leaves what it had captured.
                 raise InputError(
                     f"the layer {layer!r} is run more than once in a forward pass",
-                    where=self._where,
+                    where=self._places[layer],
                     remedy="name a layer that is run once, such as the block around it",
                 )
             tensor = _tensor(output, index)
             if tensor is None:
                 raise InputError(
                     f"the layer {layer!r} gives {_described(output)}, not a tensor",
-                    where=self._where,
+                    where=self._places[layer],
                     remedy=f"name an element of it, such as {_split(layer)[0]}[0]",
                 )
             self._seen[layer] = (tensor, _version(tensor))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -117,6 +117,10 @@ class NamedLoss(nn.Module):
     def ever_weighs(self) -> bool:
         """Whether its weight is above zero at any time."""
         return any(_numbers(self._weight))
+
+    def place(self, role: Literal["student", "teacher"]) -> str:
+        """See :class:`Term`."""
+        return f"{self.where}.{role}"
 
     def weight(self, part: float) -> float:
         """See :class:`Term`."""

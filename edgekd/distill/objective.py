@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
@@ -119,14 +119,14 @@ class Objective(nn.Module):
         return any(term.needs_shapes for term in self.terms)
 
     @property
-    def student_layers(self) -> tuple[str, ...]:
-        """The student's layers whose features the terms compare."""
-        return tuple(dict.fromkeys(name for t in self.terms for name in t.student_layers))
+    def student_layers(self) -> dict[str, str]:
+        """The student's layers whose features the terms compare, and where each is first named."""
+        return _named_first((t.student_layers, t.place("student")) for t in self.terms)
 
     @property
-    def teacher_layers(self) -> tuple[str, ...]:
-        """The teacher's layers whose features the terms compare."""
-        return tuple(dict.fromkeys(name for t in self.terms for name in t.teacher_layers))
+    def teacher_layers(self) -> dict[str, str]:
+        """The teacher's layers whose features the terms compare, and where each is first named."""
+        return _named_first((t.teacher_layers, t.place("teacher")) for t in self.terms)
 
     def prepare(self, student: Named, teacher: Named | None, samples: int) -> None:
         """Make the adapters for the shapes of a first batch; again does nothing.
@@ -165,3 +165,12 @@ class Objective(nn.Module):
             start=next(iter(values.values())).new_zeros(()),
         )
         return total, {label: value.detach() for label, value in values.items()}
+
+
+def _named_first(named: Iterable[tuple[Sequence[str], str]]) -> dict[str, str]:
+    """Each layer with the position at which it is named first."""
+    places: dict[str, str] = {}
+    for layers, place in named:
+        for layer in layers:
+            places.setdefault(layer, place)
+    return places

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,8 +41,11 @@ class Teacher(Protocol):
         """The outputs by name, and the features of watched layers, without a graph."""
         ...
 
-    def watch(self, layers: Sequence[str]) -> None:
+    def watch(self, layers: Collection[str]) -> None:
         """Also answer with the features of these layers, from now on; none for no layers.
+
+        Args:
+            layers: module paths; a mapping says for each where it is named, for errors.
 
         Raises:
             InputError: it has no such layer, or shows none.
@@ -75,7 +78,7 @@ class ModuleTeacher:
         answers: dict[str, Tensor] = self.model(moved)
         return answers | self._capture.take()
 
-    def watch(self, layers: Sequence[str]) -> None:
+    def watch(self, layers: Collection[str]) -> None:
         """See :class:`Teacher`."""
         self._capture.remove()
         self._capture = Capture(self.model, layers, "teacher")
@@ -163,7 +166,7 @@ class OnnxTeacher:
             tensors[primary] = tensors[primary].clamp_min(torch.finfo(torch.float32).tiny).log()
         return tensors
 
-    def watch(self, layers: Sequence[str]) -> None:
+    def watch(self, layers: Collection[str]) -> None:
         """See :class:`Teacher`."""
         if layers:
             raise InputError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -54,6 +54,10 @@ class Term(Protocol):
         """The teacher's."""
         ...
 
+    def place(self, role: Literal["student", "teacher"]) -> str:
+        """Where its layers of the student or of the teacher are named, for errors."""
+        ...
+
     def weight(self, part: float) -> float:
         """Its factor in the sum when ``part`` of the training is done."""
         ...
@@ -92,6 +96,10 @@ class OwnTerm(nn.Module):
     def identity(self) -> str:
         """See :class:`Term`."""
         return f"{self.label} {self._weight} {self.student_layers}"
+
+    def place(self, role: Literal["student", "teacher"]) -> str:
+        """See :class:`Term`."""
+        return f"distill.scheme, {self.label}"
 
     def weight(self, part: float) -> float:
         """See :class:`Term`."""

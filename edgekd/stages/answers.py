@@ -81,7 +81,7 @@ def answering(
         ground.config.distill.scheme.model_dump(mode="json"),
     ]
     code = [code_sha256(_DECIDES_ANSWERS), references_sha256([augment, networks])]
-    classes = _classes(ground)
+    classes = classes_of(ground)
     top = cache.top
     if classes > top and objective.reads_all_logits:
         context.progress.message(
@@ -105,7 +105,7 @@ def answering(
     )
 
 
-def _classes(ground: Ground) -> int:
+def classes_of(ground: Ground) -> int:
     """How many logits an answer has; 0 where there are no classes."""
     size = ground.task.outputs(ground.dataset)[0].shape[-1]
     return size if ground.task.name == "classification" and isinstance(size, int) else 0

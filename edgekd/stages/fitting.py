@@ -107,6 +107,7 @@ def fit(
         answered_validation,
         answering,
         augmentation_of,
+        classes_of,
         views_of,
     )
 
@@ -126,6 +127,7 @@ def fit(
         augment=augmentation_of(config, train_config),
         channels_last=channels_last,
         views=views_of(config, train_config),
+        classes={ground.task.target: count} if (count := classes_of(ground)) else {},
     )
     training = loader(dataset.splits["train"])
     rows = ground.labelled_rows("train")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import log_softmax
 
-from edgekd.errors import InputError
+from edgekd.distill.adapters import SAME_CLASSES, check_same_shape
 from edgekd.tasks.hard import Distance, at_least_float32, cross_entropy, distance
 
 Temperature = Annotated[float, Field(ge=1)]
@@ -48,7 +48,7 @@ def soft_labels(student: Tensor, teacher: Tensor, temperature: Temperature = 4.0
         teacher: logits of the same shape.
         temperature: T, at least 1.
     """
-    check_same_shape(student, teacher)
+    check_same_shape(student, teacher, SAME_CLASSES)
     log_p = log_probabilities(teacher, temperature)
     log_q = log_probabilities(student, temperature)
     return temperature**2 * kl_divergence(log_p, log_q).mean()
@@ -61,7 +61,7 @@ def teacher_labels(student: Tensor, teacher: Tensor) -> Tensor:
         student: logits.
         teacher: logits of the same shape.
     """
-    check_same_shape(student, teacher)
+    check_same_shape(student, teacher, SAME_CLASSES)
     return cross_entropy(student, teacher.argmax(dim=-1))
 
 
@@ -99,7 +99,7 @@ def standardized(student: Tensor, teacher: Tensor, temperature: Temperature = 2.
         teacher: logits of the same shape.
         temperature: T, at least 1. The authors weigh this loss 9 beside 0.1 of hard labels.
     """
-    check_same_shape(student, teacher)
+    check_same_shape(student, teacher, SAME_CLASSES)
     size = math.sqrt(student.shape[-1])
     return soft_labels(size * unit_deviation(student), size * unit_deviation(teacher), temperature)
 
@@ -124,7 +124,7 @@ def jsd(
         beta: β, from 0 to 1.
         temperature: T, at least 1.
     """
-    check_same_shape(student, teacher)
+    check_same_shape(student, teacher, SAME_CLASSES)
     log_p = log_probabilities(teacher, temperature)
     log_q = log_probabilities(student, temperature)
     if beta == 0:
@@ -148,7 +148,7 @@ def multi_label(student: Tensor, teacher: Tensor, temperature: Temperature = 1.0
         teacher: logits of the same shape.
         temperature: T, at least 1.
     """
-    check_same_shape(student, teacher)
+    check_same_shape(student, teacher, SAME_CLASSES)
     log_p = log_probabilities(_yes_and_no(teacher), temperature)
     log_q = log_probabilities(_yes_and_no(student), temperature)
     return temperature**2 * kl_divergence(log_p, log_q).mean()
@@ -183,16 +183,3 @@ def unit_deviation(values: Tensor) -> Tensor:
     size = vector_norm(deviation, dim=-1, keepdim=True)
     varies = size > rounding * (vector_norm(values, dim=-1, keepdim=True) + rounding)
     return torch.where(varies, deviation, 0) / torch.where(varies, size, 1)
-
-
-def check_same_shape(prediction: Tensor, answer: Tensor) -> None:
-    """Student and teacher must agree: broadcasting would silently give a wrong loss.
-
-    Raises:
-        InputError: they do not.
-    """
-    if prediction.shape != answer.shape:
-        raise InputError(
-            f"student {list(prediction.shape)} and teacher {list(answer.shape)} differ in shape",
-            remedy="both must have the same classes, in the same order",
-        )

@@ -14,9 +14,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from edgekd.distill.adapters import SAME_CLASSES, check_same_shape
 from edgekd.distill.losses.response import (
     Temperature,
-    check_same_shape,
     kl_divergence,
     log_probabilities,
 )
@@ -51,7 +51,7 @@ def dkd(
     Raises:
         InputError: shapes that do not fit; targets that are probabilities.
     """
-    check_same_shape(student, teacher)
+    check_same_shape(student, teacher, SAME_CLASSES)
     classes = _one_class_each("dkd", student, target)
     log_p = log_probabilities(teacher, temperature)
     log_q = log_probabilities(student, temperature)
@@ -79,7 +79,7 @@ def wsld(
     Raises:
         InputError: shapes that do not fit; targets that are probabilities.
     """
-    check_same_shape(student, teacher)
+    check_same_shape(student, teacher, SAME_CLASSES)
     classes = _one_class_each("wsld", student, target)
     weight = _student_lag(student.detach(), teacher.detach(), classes)
     p = log_probabilities(teacher, temperature).exp()

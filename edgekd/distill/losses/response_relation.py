@@ -12,9 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from edgekd.distill.adapters import SAME_CLASSES, check_same_shape
 from edgekd.distill.losses.response import (
     Temperature,
-    check_same_shape,
     log_probabilities,
     soft_labels,
     unit_deviation,
@@ -44,7 +44,7 @@ def dist(
         gamma: γ, the weight of the relation between samples, within each class.
         temperature: T, at least 1; the authors take 1 for ImageNet and 4 for CIFAR.
     """
-    check_same_shape(student, teacher)
+    check_same_shape(student, teacher, SAME_CLASSES)
     p = _probabilities(teacher, temperature)
     q = _probabilities(student, temperature)
     return temperature**2 * (beta * _inter_class(q, p) + gamma * _intra_class(q, p))
@@ -69,7 +69,7 @@ def mlkd(
         teacher: logits of the same shape.
         temperatures: at least one, each at least 1.
     """
-    check_same_shape(student, teacher)
+    check_same_shape(student, teacher, SAME_CLASSES)
     return torch.stack([_levels(student, teacher, each) for each in temperatures]).sum()
 
 

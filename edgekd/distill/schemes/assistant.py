@@ -44,9 +44,10 @@ def assistant(
             remedy="add soft_labels to distill.losses, or write scheme: offline",
         )
     for config, model in zip(models, assistants, strict=True):
-        layers = [*objective.student_layers, *objective.teacher_layers]
-        Capture(model, layers, f"distill.losses, for the assistant {config.model}").remove()
-    Capture(room.student, objective.student_layers, "distill.losses, for the student").remove()
+        layers = objective.teacher_layers | objective.student_layers
+        role = f"for the assistant {config.model}"
+        Capture(model, {name: f"{place}, {role}" for name, place in layers.items()}).remove()
+    Capture(room.student, objective.student_layers).remove()
     histories: dict[str, History] = {}
     teacher = room.teacher
     for number, model in enumerate(assistants, start=1):

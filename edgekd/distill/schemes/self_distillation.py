@@ -103,5 +103,4 @@ def _check(room: Classroom, count: int, exits: tuple[str, ...], deepest: str | N
             remedy="add soft_labels to distill.losses",
         )
     # Teacher and student are the same network, and so are their layers' paths.
-    layers = [*objective.student_layers, *objective.teacher_layers]
-    Capture(room.student, layers, "distill.losses").remove()
+    Capture(room.student, objective.teacher_layers | objective.student_layers).remove()
