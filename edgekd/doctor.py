@@ -59,9 +59,12 @@ OPTIONAL = {
         "TensorRT engines on a Jetson or a data-centre GPU",
         "on a Jetson: part of JetPack; elsewhere NVIDIA's package index",
     ),
-    "tensorrt_rtx": ("TensorRT engines for RTX GPUs", "pip install tensorrt_rtx"),
-    "torchao": ("quantization-aware training", "pip install torchao"),
-    "torch-pruning": ("structured pruning", "pip install torch-pruning"),
+    "tensorrt_rtx": (
+        "'edgekd check' for TensorRT, and engines for RTX GPUs; needs no GPU",
+        "pip install 'edgekd[rtx]'",
+    ),
+    "torchao": ("quantization-aware distillation", "pip install 'edgekd[qat]'"),
+    "torch-pruning": ("structured pruning", "pip install 'edgekd[prune]'"),
     "nvidia-ml-py": ("GPU name, clocks and temperature", "pip install nvidia-ml-py"),
 }
 ONNXRUNTIME_BUILDS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino")

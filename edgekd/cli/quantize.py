@@ -24,7 +24,7 @@ FOR_PIPELINE = frozenset({"model", "out", "overrides", "quiet"})
     metavar="OUT.onnx",
     help="What to write.",
 )
-@click.option("--calibration", type=FILE, metavar="DATA.npz", help="Real inputs, by input name.")
+@click.option("--calibration", type=FILE, metavar="DATA.npz", help="Real inputs by name, or .npy.")
 @click.option(
     "--for",
     "runtime",
@@ -82,7 +82,7 @@ def quantize(
 
     INT8 by ONNX Runtime's quantizer (Q/DQ, weights per channel), or 16-bit floats. Without
     --labels the metric is agreement with the float32 model. Exit code 1: --max-drop cannot be
-    met, and nothing was written.
+    met, and nothing was written. A file that was at --output before stays until all is done.
 
     Given a pipeline's YAML file, run the pipeline up to its quantized candidates.
     """

@@ -47,6 +47,10 @@ def print_quantized(console: Console, record: Mapping[str, Any]) -> None:
 
 
 def _print_timing(console: Console, timing: Mapping[str, Any]) -> None:
+    if "failed" in timing:
+        said = f"  latency not compared: {timing['failed']}"
+        console.print(said, style="yellow", highlight=False, markup=False)
+        return
     low, high = timing["interval"] or (None, None)
     shown = "" if low is None else f" ({low:.2f} to {high:.2f})"
     console.print(

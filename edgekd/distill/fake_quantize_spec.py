@@ -37,14 +37,15 @@ def check_torchao() -> None:
         )
 
 
-def build_quantizer(runtime: Runtime) -> Any:
+def build_quantizer(runtime: Runtime, reduce_range: bool = False) -> Any:
     """What tells torchao which tensors are rounded, and how.
 
     Weights of convolutions and linear layers: int8 from −127 to 127, symmetric, with a scale for
     each output channel that follows the weights at once. What goes into these layers: for
     TensorRT int8 from −128 to 127, symmetric, for it has no zero points; for the CPU uint8 from
     0 to 255 with a zero point; one scale per tensor, from a moving average of the extremes of the
-    batches. Biases stay float32.
+    batches. Biases stay float32. With ``reduce_range`` weights go from −63 to 63: where products of
+    two bytes are summed in 16 bits (x86 without VNNI), larger ones overflow.
 
     Not torchao's fused fake quantization: where a tensor has no negative value (after a ReLU) it
     trains with a zero point although a symmetric scheme was asked for, and conversion then
@@ -64,6 +65,7 @@ def build_quantizer(runtime: Runtime) -> Any:
             X86InductorQuantizer,
         )
     symmetric = runtime == "tensorrt"
+    largest = 63 if reduce_range else 127
     activations = QuantizationSpec(
         dtype=torch.int8 if symmetric else torch.uint8,
         quant_min=-128 if symmetric else 0,
@@ -73,8 +75,8 @@ def build_quantizer(runtime: Runtime) -> Any:
     )
     weights = QuantizationSpec(
         dtype=torch.int8,
-        quant_min=-127,
-        quant_max=127,
+        quant_min=-largest,
+        quant_max=largest,
         qscheme=torch.per_channel_symmetric,
         ch_axis=0,
         observer_or_fake_quant_ctr=FakeQuantize.with_args(

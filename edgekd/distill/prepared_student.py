@@ -45,6 +45,7 @@ class PreparedStudent(NamedModel):
     Args:
         model: the float32 network; it is not changed.
         runtime: what will run the result; decides the rounding.
+        reduce_range: weights of 7 bits; see :func:`.fake_quantize_spec.build_quantizer`.
 
     Raises:
         InputError: there is nothing in it that can be quantized, or it behaves in training in a
@@ -52,8 +53,8 @@ class PreparedStudent(NamedModel):
         StageError: torch cannot trace it, or torchao cannot prepare it.
     """
 
-    def __init__(self, model: NamedModel, runtime: Runtime) -> None:
-        super().__init__(_Graph(_prepare(model, runtime)), model.spec)
+    def __init__(self, model: NamedModel, runtime: Runtime, reduce_range: bool = False) -> None:
+        super().__init__(_Graph(_prepare(model, runtime, reduce_range)), model.spec)
         self._check_against(model)
 
     def training_reached(self, part: float) -> None:
@@ -230,8 +231,8 @@ def _set_step(module: Any) -> None:
         module.zero_point.copy_(zero_point)
 
 
-def _prepare(model: NamedModel, runtime: Runtime) -> GraphModule:
-    quantizer = build_quantizer(runtime)
+def _prepare(model: NamedModel, runtime: Runtime, reduce_range: bool) -> GraphModule:
+    quantizer = build_quantizer(runtime, reduce_range)
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
     network = copy.deepcopy(model)

@@ -37,7 +37,10 @@ class QatResult:
 
 
 def quantization_aware(
-    model: NamedModel, runtime: Runtime, fit: Callable[[nn.Module], History]
+    model: NamedModel,
+    runtime: Runtime,
+    fit: Callable[[nn.Module], History],
+    reduce_range: bool = False,
 ) -> QatResult:
     """Train a float32 network on with the rounding of int8 in it, and convert it.
 
@@ -47,6 +50,7 @@ def quantization_aware(
             point; weights are int8 per output channel for both.
         fit: the training loop; it trains in place what it is given, which takes and gives
             mappings as ``model`` does.
+        reduce_range: weights of 7 bits, for processors that would overflow otherwise.
 
     Raises:
         InputError: torchao is missing, several processes train together, or the network has
@@ -61,7 +65,7 @@ def quantization_aware(
             where="quantize.int8",
             remedy="start one process, or set int8: static",
         )
-    prepared = PreparedStudent(model, runtime)
+    prepared = PreparedStudent(model, runtime, reduce_range)
     history = fit(prepared)
     return QatResult(history, prepared, prepared.convert())
 

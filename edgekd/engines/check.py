@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx
 import onnxruntime
@@ -19,37 +19,15 @@ from edgekd.engines.coverage import (
     listed,
     provider_coverage,
 )
-from edgekd.engines.liveness import MemoryEstimate, estimate_memory, node_label
+from edgekd.engines.finding import Finding, Status
+from edgekd.engines.liveness import MemoryEstimate, estimate_memory
 from edgekd.engines.onnx_file import OnnxInfo, describe_onnx, files_of_onnx, read_onnx
+from edgekd.engines.onnx_graph import node_label
 from edgekd.engines.session import CPU_PROVIDER
-from edgekd.engines.tensorrt_verdict import (
-    LIBRARIES,
-    OTHERWISE,
-    installed_libraries,
-    remedy_for,
-    takes_opset,
-)
+from edgekd.engines.tensorrt_verdict import OTHERWISE, Parse, tensorrt_verdict
 from edgekd.errors import InputError, unknown_name
 
-Status = Literal["ok", "fails", "not shown", "note"]
-Parse = Callable[[Path, str], Mapping[str, Any]]
-"""(model, library) → a record ``edgerun.parse/1``: what TensorRT's parser says."""
-
 _NO_KERNEL = re.compile(r"implementation for (\w+)\(\d+\)|(\w+)\(-?\d+\) is not a registered")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at: ``fails`` and ``not shown`` keep the model from passing.
-
-    ``note`` is for the reader, and for what nobody asked for. ``nodes`` are those concerned.
-    """
-
-    subject: str
-    status: Status
-    detail: str
-    remedy: str = ""
-    nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,7 +78,8 @@ def check_model(
 
     Args:
         path: the ONNX file.
-        parse: TensorRT's parser; called only for a library that is installed.
+        parse: TensorRT's parser; called only for a library that is installed. Where it fails,
+            that is told and no more: who did not ask for TensorRT needs none.
         engines: what must take it: tensorrt, tensorrt-rtx, onnxruntime; none is the profile's,
             else ONNX Runtime.
         profile: the device: its engine, providers, TensorRT version and budgets.
@@ -123,7 +102,7 @@ def check_model(
     findings = [*_format(model, info), *_dynamic(info, profile), *_size(info, path, profile)]
     coverage, found = _onnxruntime(path, model, chain, "onnxruntime" in asked)
     findings += found
-    verdict, found = _tensorrt(path, model, parse, asked, profile)
+    verdict, found = tensorrt_verdict(path, model, parse, asked, profile)
     findings += found
     memory = estimate_memory(path, shapes, batch)
     findings.append(_memory(memory, info, profile))
@@ -230,58 +209,6 @@ def _provider(
         "replace these operations, choose another provider, or allow it: fallback: allow",
         tuple(map(str, fell)),
     )
-
-
-def _tensorrt(
-    path: Path, model: onnx.ModelProto, parse: Parse, asked: set[str], profile: Profile | None
-) -> tuple[dict[str, Any] | None, list[Finding]]:
-    found = []
-    wanted = [name for name in LIBRARIES if name in asked]
-    version = profile.runtime.tensorrt if profile and "tensorrt" in asked else None
-    if version:
-        found.append(_opset(model, version.value))
-    installed = installed_libraries()
-    # TensorRT-RTX's parser stands in for TensorRT's, which needs NVIDIA's index to install.
-    chosen = [name for name in (*wanted, *reversed(LIBRARIES)) if name in installed][:1]
-    if not chosen:
-        if wanted:
-            install = 'pip install "edgekd[rtx]"'
-            found.append(Finding("TensorRT", "not shown", "not checked: no TensorRT here", install))
-        return None, found
-    verdict = dict(parse(path, chosen[0]))
-    subject = f"{verdict['library']} {verdict['version']}"
-    stand_in = "tensorrt" in wanted and chosen[0] != "tensorrt"
-    name = f"TensorRT {version.value}" if version else "TensorRT itself"
-    said = f"; stands in for {name}, which may differ" if stand_in else ""
-    good: Status = "ok" if wanted else "note"
-    if verdict["supported"]:
-        return verdict, [*found, Finding(subject, good, f"its parser takes every node{said}")]
-    for problem in verdict["problems"]:
-        node, op, message = (str(problem.get(key) or "") for key in ("node", "op", "message"))
-        # A failed assertion without words is all that the parser gives for an unknown operation.
-        why = "it has no such operation" if message in ("", "false") else message
-        text = f"its parser refuses {node or 'the model'}{f' ({op})' if op else ''}: {why}{said}"
-        bad: Status = "fails" if wanted else "note"
-        found.append(Finding(subject, bad, text, remedy_for(op, message), (node,) if node else ()))
-    if not verdict["problems"]:
-        found.append(
-            Finding(subject, "fails" if wanted else "note", "its parser refuses the model")
-        )
-    return verdict, found
-
-
-def _opset(model: onnx.ModelProto, version: str) -> Finding:
-    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
-    takes = takes_opset(version, opset)
-    subject = f"opset in TensorRT {version}"
-    if takes is None:
-        return Finding(
-            subject, "note", f"whether it takes opset {opset} is not stated anywhere here"
-        )
-    if takes:
-        return Finding(subject, "ok", f"opset {opset} is one that it takes")
-    remedy = "export again, or convert it: onnx.version_converter.convert_version(model, 18)"
-    return Finding(subject, "fails", f"it does not take opset {opset}", remedy)
 
 
 def _memory(memory: MemoryEstimate, info: OnnxInfo, profile: Profile | None) -> Finding:

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edgekd.config.pipeline import GateConfig
+from edgekd.config.profile import Profile
 
 FLOAT = "float32"
 """The name of the candidate that the others are held against."""
+PERCENTILES = ("p50", "p90", "p95", "p99")
 _MB = 1e6
 
 
@@ -69,7 +71,9 @@ class Choice:
 
     chosen: str
     reason: str
-    rows: tuple[Row, ...] = field(default_factory=tuple)
+    rows: tuple[Row, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Why a way that was asked for is no candidate, by its name."""
 
     def to_json(self) -> dict[str, Any]:
         """A plain mapping for a JSON file."""
@@ -77,15 +81,48 @@ class Choice:
             "chosen": self.chosen,
             "reason": self.reason,
             "candidates": [row.to_json() for row in self.rows],
+            "refused": dict(self.refused),
         }
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What a file may cost: the gate's budgets of size and latency, else the profile's limits.
+
+    Those of accuracy and memory are not here: one is held against the test split, the other is
+    not measured for a choice.
+    """
+
+    max_mb: float | None = None
+    min_ratio: float | None = None
+    latency_ms: Mapping[str, float] = field(default_factory=dict)
+    """By percentile, such as ``p95``."""
+    min_speedup: float | None = None
+
+    @classmethod
+    def of(cls, gate: GateConfig, profile: Profile | None = None) -> Budgets:
+        """The budgets as the gate will apply them."""
+        storage = profile.budget.storage_mb if profile else None
+        query = profile.budget.latency_ms if profile else None
+        given = {name: getattr(gate.latency, f"{name}_ms") for name in PERCENTILES}
+        if given["p95"] is None and query is not None:
+            given["p95"] = query.value
+        limit = storage.value if storage is not None else None
+        return cls(
+            gate.size.max_mb if gate.size.max_mb is not None else limit,
+            gate.size.min_ratio,
+            {name: budget for name, budget in given.items() if budget is not None},
+            gate.latency.min_speedup,
+        )
 
 
 def choose(
     candidates: Sequence[Candidate],
-    gate: GateConfig,
+    budgets: Budgets,
     max_drop: float,
     teacher_bytes: int | None = None,
     teacher_speedup: float | None = None,
+    refused: Mapping[str, str] | None = None,
 ) -> Choice:
     """Choose the file that is shipped.
 
@@ -97,16 +134,18 @@ def choose(
 
     Args:
         candidates: one of them is named :data:`FLOAT`.
-        gate: its budgets of size and latency are looked at.
+        budgets: of size and latency.
         max_drop: the largest drop of the metric allowed, in its own unit.
         teacher_bytes: the size of the teacher's file; None when there is none to compare with.
         teacher_speedup: the teacher's p50 over float32's.
+        refused: ways that were asked for and could not be candidates, with the reason.
     """
+    left_out = dict(refused or {})
     plain = next(candidate for candidate in candidates if candidate.name == FLOAT)
     rows = tuple(
         Row(
             candidate,
-            tuple(_misses(candidate, gate, teacher_bytes, teacher_speedup)),
+            tuple(_misses(candidate, budgets, teacher_bytes, teacher_speedup)),
             tuple(_against(candidate, plain, max_drop)),
         )
         for candidate in candidates
@@ -118,13 +157,15 @@ def choose(
     better = [row for row in best if row.candidate is not plain and not row.against]
     if better:
         row = max(better, key=_speed)
-        return Choice(row.candidate.name, f"{_faster(row.candidate)} than float32, smaller, and "
-                      f"within the drop of {max_drop:g}", rows)  # fmt: skip
+        reason = f"{_faster(row.candidate)} than float32, smaller, and within {max_drop:g}"
+        return Choice(row.candidate.name, reason, rows, left_out)
     if float_row is not None:
-        return Choice(FLOAT, _why_float(rows, max_drop), rows)
+        return Choice(FLOAT, _why_float(rows, left_out, max_drop), rows, left_out)
     row = max(best, key=_speed)
     met = [miss for miss in _row_of(rows, FLOAT).misses if miss not in row.misses]
-    return Choice(row.candidate.name, f"float32 misses {' and '.join(met)}, which it meets", rows)
+    return Choice(
+        row.candidate.name, f"float32 misses {' and '.join(met)}, which it meets", rows, left_out
+    )
 
 
 def _against(candidate: Candidate, plain: Candidate, max_drop: float) -> list[str]:
@@ -147,27 +188,24 @@ def _against(candidate: Candidate, plain: Candidate, max_drop: float) -> list[st
 
 def _misses(
     candidate: Candidate,
-    gate: GateConfig,
+    budgets: Budgets,
     teacher_bytes: int | None,
     teacher_speedup: float | None,
 ) -> list[str]:
     found = []
-    megabytes = candidate.size_bytes / _MB
-    if gate.size.max_mb is not None and megabytes > gate.size.max_mb:
-        found.append(f"size.max_mb = {gate.size.max_mb:g}")
-    times = gate.size.min_ratio
+    if budgets.max_mb is not None and candidate.size_bytes / _MB > budgets.max_mb:
+        found.append(f"size.max_mb = {budgets.max_mb:g}")
+    times = budgets.min_ratio
     if times is not None and teacher_bytes and teacher_bytes / candidate.size_bytes < times:
         found.append(f"size.min_ratio = {times:g}")
-    for percentile in ("p50", "p90", "p95", "p99"):
-        budget = getattr(gate.latency, f"{percentile}_ms")
+    for percentile, budget in budgets.latency_ms.items():
         seen = candidate.latency_ms.get(percentile)
-        if budget is not None and seen is not None and seen > budget:
+        if seen is not None and seen > budget:
             found.append(f"latency.{percentile}_ms = {budget:g}")
-    wanted = gate.latency.min_speedup
-    if wanted is not None and teacher_speedup is not None:
+    if budgets.min_speedup is not None and teacher_speedup is not None:
         over_float = 1.0 if candidate.name == FLOAT else candidate.speedup
-        if over_float is not None and teacher_speedup * over_float < wanted:
-            found.append(f"latency.min_speedup = {wanted:g}")
+        if over_float is not None and teacher_speedup * over_float < budgets.min_speedup:
+            found.append(f"latency.min_speedup = {budgets.min_speedup:g}")
     return found
 
 
@@ -186,13 +224,13 @@ def _row_of(rows: Sequence[Row], name: str) -> Row:
     return next(row for row in rows if row.candidate.name == name)
 
 
-def _why_float(rows: Sequence[Row], max_drop: float) -> str:
+def _why_float(rows: Sequence[Row], refused: Mapping[str, str], max_drop: float) -> str:
     others = [row for row in rows if row.candidate.name != FLOAT]
-    if not others:
+    if not others and not refused:
         return "nothing else was asked for"
     told = [
         f"{row.candidate.name} "
         + ("; ".join(row.against) or f"misses {', '.join(row.misses)}, which float32 meets")
         for row in others
-    ]
+    ] + [f"{name}: {reason}" for name, reason in refused.items()]
     return f"no other is faster, smaller and within {max_drop:g}: {'. '.join(told)}"

@@ -3,24 +3,49 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
-from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
+from edgekd.engines.batched_run import (
+    INPUT_BYTES,
+    BatchedModel,
+    batch_size,
+    fixed_sizes,
+    model_inputs,
+    numbered_batches,
+    run_batch,
+    run_samples,
+)
+from edgekd.engines.error_sums import ErrorSums, cosines
 from edgekd.engines.samples import Array, Samples
-from edgekd.engines.session import CPU_PROVIDER, Optimization, first_line, open_session
-from edgekd.errors import InputError, StageError, unknown_name
+from edgekd.engines.session import CPU_PROVIDER, Optimization
+from edgekd.errors import InputError, unknown_name
 
-INPUT_BYTES = 8 << 20
-"""A batch's inputs take at most this; a network's activations take tens of times as much."""
-_ROWS = 256  # compared at a time in float64
+__all__ = [
+    "INPUT_BYTES",
+    "AnswerErrors",
+    "Comparison",
+    "ErrorSums",
+    "OutputError",
+    "Score",
+    "batch_size",
+    "compare_answers",
+    "compare_models",
+    "fixed_sizes",
+    "model_inputs",
+    "run_batch",
+    "run_samples",
+]
+
+Score = Callable[[Mapping[str, Array], Mapping[str, Array], slice], Array]
+"""(the reference's answers, a model's, which of all samples they are) → each one's score, (n,)."""
+
+_VALUES = 1 << 20  # compared at a time in float64
 _CONFIDENCE = 0.95
-_FLOATS = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
 
 
 @dataclass(frozen=True)
@@ -55,47 +80,66 @@ class OutputError:
         return asdict(self)
 
 
-def run_samples(
-    path: Path,
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same samples: ``errors`` of the candidate's outputs, and the scores of
+    both, (N,) float64."""
+
+    errors: tuple[OutputError, ...]
+    reference_scores: Array
+    scores: Array
+
+
+def compare_models(
+    reference: Path,
+    candidate: Path,
     samples: Samples,
+    classes: str | None,
+    score: Score,
     *,
     providers: Sequence[str] = (CPU_PROVIDER,),
     threads: int = 1,
     optimization: Optimization = "all",
     batch: int = 64,
-) -> dict[str, Array]:
-    """A model's answers to all samples, (N, …) by output name.
+    candidate_batch: int | None = None,
+) -> Comparison:
+    """Run two models side by side on each batch; of its answers only the scores are kept.
 
-    At most ``batch`` samples are run at a time, fewer where they are large
-    (:data:`INPUT_BYTES`). A model whose batch dimension is fixed is run in batches of that size,
-    the last one filled up with its last sample. Dynamic quantization takes a tensor's range over
-    the whole batch: ``batch=1`` gives what a device answers to one query.
+    Args:
+        reference: the model that is right.
+        candidate: the model to compare.
+        samples: real inputs.
+        classes: as in :func:`compare_answers`.
+        score: what a batch's answers are worth, of the reference itself too.
+        providers: of both, like ``threads`` and ``optimization``.
+        batch: samples run at a time, see :class:`edgekd.engines.batched_run.BatchedModel`.
+        candidate_batch: the candidate's, where that is another: dynamic quantization takes
+            ranges over the whole batch, and 1 is what a device answers to one query.
 
     Raises:
-        InputError: there are no samples, they lack an input or have another type or shape than
-            the model takes; the file cannot be opened; an output is not one row per sample.
-        StageError: the model fails while it runs.
+        InputError: as :func:`run_samples` for either model and :func:`compare_answers`.
+        StageError: a model fails while it runs.
     """
-    session = open_session(path, providers, threads, optimization)
-    names = [output.name for output in session.get_outputs()]
-    size = batch_size(session, samples, batch, path)
-    rows = size if fixed_sizes(session) else None
-    parts: dict[str, list[Array]] = {name: [] for name in names}
-    for each in samples.batches(size):
-        real = len(next(iter(each.values())))
-        ran = rows or real
-        answers = run_batch(session, names, model_inputs(session, each, path, rows), path)
-        for name, values in zip(names, answers, strict=True):
-            if not isinstance(values, np.ndarray) or values.shape[:1] != (ran,):
-                found = getattr(values, "shape", type(values).__name__)
-                raise InputError(
-                    f"output {name!r} is {found} for {ran} samples, not one row per sample",
-                    where=str(path),
-                    remedy="export the model with the batch as first dimension of every output",
-                )
-            # A copy, so that the filled-up rows are not kept in memory.
-            parts[name].append(values[:real].copy() if real < ran else values)
-    return {name: np.concatenate(rows) for name, rows in parts.items()}
+    models = [
+        BatchedModel(
+            path,
+            samples,
+            providers=providers,
+            threads=threads,
+            optimization=optimization,
+            batch=size,
+        )
+        for path, size in ((reference, batch), (candidate, candidate_batch or batch))
+    ]
+    errors = AnswerErrors(classes)
+    scores: tuple[list[Array], list[Array]] = ([], [])
+    for rows, inputs in numbered_batches(samples, max(model.size for model in models)):
+        expected, answers = (model.answer(inputs) for model in models)
+        errors.add(expected, answers)
+        scores[0].append(score(expected, expected, rows))
+        scores[1].append(score(expected, answers, rows))
+    own, others = (np.concatenate(parts).astype(np.float64) for parts in scores)
+    return Comparison(errors.rows(), own, others)
 
 
 def compare_answers(
@@ -112,174 +156,86 @@ def compare_answers(
         InputError: the candidate lacks an output or has another shape; there are no samples;
             ``classes`` is no output.
     """
-    if classes is not None and classes not in reference:
-        raise unknown_name("output", classes, reference)
-    rows = []
-    for name, expected in reference.items():
-        if name not in candidate:
-            raise unknown_name("output of the candidate", name, candidate)
-        answer = candidate[name]
-        if expected.shape != answer.shape or expected.ndim == 0 or len(expected) == 0:
-            raise InputError(
-                f"output {name!r} is {expected.shape} in one model and {answer.shape} in the other",
-                where="comparison of two models' answers",
-                remedy="run both models on the same samples, at least one",
-            )
-        rows.append(_compare(name, expected, answer, name == classes))
-    return tuple(rows)
+    errors = AnswerErrors(classes)
+    errors.add(reference, candidate)
+    return errors.rows()
 
 
-class ErrorSums:
-    """Sums of error and signal over as many batches as come, in constant memory.
+class AnswerErrors:
+    """:func:`compare_answers` over as many batches as come, in constant memory."""
 
-    Equal infinities and NaN on both sides are no error and no signal.
-    """
+    def __init__(self, classes: str | None) -> None:
+        self._classes = classes
+        self._outputs: dict[str, _OutputSums] = {}
 
-    def __init__(self) -> None:
-        self.values = 0
-        self.error = 0.0
-        """Σ (o − p)² over all values that are finite on both sides."""
-        self.signal = 0.0
-        """Σ p² over the same."""
-        self.largest = 0.0
-        self.not_finite = 0
-        """Rows with a value that is not finite on one side only."""
+    def add(self, reference: Mapping[str, Array], candidate: Mapping[str, Array]) -> None:
+        """Take (n, …) by output name of both.
 
-    def add(self, reference: Array, candidate: Array) -> Array:
-        """Take (n, values) of both; gives (n,) whether a row is finite wherever the other is."""
-        p, o = reference.astype(np.float64), candidate.astype(np.float64)
-        known = np.isfinite(p) & np.isfinite(o)
-        fine: Array = (known | (p == o) | (np.isnan(p) & np.isnan(o))).all(axis=1)
-        p, o = p[known], o[known]
-        self.values += reference.size
-        self.signal += float(np.vdot(p, p))
-        o -= p
-        self.error += float(np.vdot(o, o))
-        self.largest = max(self.largest, float(np.abs(o).max(initial=0.0)))
-        self.not_finite += int((~fine).sum())
-        return fine
+        Raises:
+            InputError: as :func:`compare_answers`.
+        """
+        if self._classes is not None and self._classes not in reference:
+            raise unknown_name("output", self._classes, reference)
+        for name, expected in reference.items():
+            if name not in candidate:
+                raise unknown_name("output of the candidate", name, candidate)
+            answer = candidate[name]
+            if expected.shape != answer.shape or expected.ndim == 0 or len(expected) == 0:
+                raise InputError(
+                    f"output {name!r} is {expected.shape} in one model and {answer.shape} in "
+                    "the other",
+                    where="comparison of two models' answers",
+                    remedy="run both models on the same samples, at least one",
+                )
+            sums = self._outputs.setdefault(name, _OutputSums(name == self._classes))
+            sums.add(expected, answer)
 
-    @property
-    def rmse(self) -> float | None:
-        """√mean (o − p)²; None when not finite."""
-        return None if self.not_finite else math.sqrt(self.error / max(self.values, 1))
-
-    @property
-    def relative(self) -> float | None:
-        """√(Σ(o − p)² / Σp²); None when not finite, or when there is error without signal."""
-        if self.not_finite or (self.error and not self.signal):
-            return None
-        return math.sqrt(self.error / self.signal) if self.error else 0.0
-
-    @property
-    def sqnr_db(self) -> float | None:
-        """10·log₁₀(Σp² / Σ(o − p)²); None when not finite, without error, or without signal."""
-        if self.not_finite or not self.error or not self.signal:
-            return None
-        return 10 * math.log10(self.signal / self.error)
+    def rows(self) -> tuple[OutputError, ...]:
+        """The error of every output so far, in the reference's order."""
+        return tuple(sums.row(name) for name, sums in self._outputs.items())
 
 
-def batch_size(
-    session: onnxruntime.InferenceSession, samples: Samples, batch: int, path: Path
-) -> int:
-    """How many samples to run at a time: the model's fixed number, else ``batch`` or fewer.
+class _OutputSums:
+    """What one output's figures are made of."""
 
-    Raises:
-        InputError: there are no samples, or the model's inputs have different fixed sizes.
-    """
-    first = next(samples.batches(1), None) if samples.count else None
-    if first is None:
-        raise InputError("there are no samples", where=str(path), remedy="give at least one")
-    sizes = fixed_sizes(session)
-    if len(sizes) > 1:
-        raise InputError(
-            f"the inputs have different fixed first dimensions: {sorted(sizes)}",
-            where=str(path),
-            remedy="export the model with the batch as first dimension of every input",
+    def __init__(self, classes: bool) -> None:
+        self._classes = classes
+        self._sums = ErrorSums()
+        self._samples = self._same = 0
+        self._cosine, self._worst = 0.0, 1.0
+
+    def add(self, expected: Array, answer: Array) -> None:
+        if expected.dtype.kind not in "fiub":
+            expected, answer = np.zeros(expected.shape), (expected != answer).astype(np.float64)
+        self._classes = self._classes and expected.ndim == 2 and expected.shape[1] >= 2
+        each = math.prod(expected.shape[1:])
+        step = max(1, _VALUES // max(each, 1))
+        for start in range(0, len(expected), step):
+            p, o = (a[start : start + step] for a in (expected, answer))
+            p, o = (a.reshape(len(a), each) for a in (p, o))
+            fine = self._sums.add(p, o)
+            found = cosines(p.astype(np.float64), o.astype(np.float64))
+            self._cosine += float(found.sum())
+            self._worst = min(self._worst, float(found.min()))
+            if self._classes:
+                self._same += int((fine & (p.argmax(axis=1) == o.argmax(axis=1))).sum())
+        self._samples += len(expected)
+
+    def row(self, name: str) -> OutputError:
+        finite = not self._sums.not_finite
+        same, samples = self._same, self._samples
+        return OutputError(
+            name=name,
+            samples=samples,
+            max_absolute=self._sums.largest if finite else None,
+            rmse=self._sums.rmse,
+            sqnr_db=self._sums.sqnr_db,
+            cosine=self._cosine / samples if finite else None,
+            cosine_worst=self._worst if finite else None,
+            not_finite=self._sums.not_finite,
+            argmax_agreement=same / samples if self._classes else None,
+            argmax_interval=_interval(same, samples) if self._classes else None,
         )
-    one = sum(array.nbytes for array in first.values())
-    return next(iter(sizes), min(batch, max(1, INPUT_BYTES // max(one, 1))))
-
-
-def fixed_sizes(session: onnxruntime.InferenceSession) -> set[int]:
-    """The first dimensions of the model's inputs that are numbers."""
-    return {v.shape[0] for v in session.get_inputs() if v.shape and isinstance(v.shape[0], int)}
-
-
-def model_inputs(
-    session: onnxruntime.InferenceSession, batch: Mapping[str, Array], path: Path, rows: int | None
-) -> dict[str, Array]:
-    """The model's own inputs of a batch, filled up to ``rows`` with its last sample.
-
-    Floats of another width are converted: a model may take its inputs in 16 bits.
-    """
-    inputs = {v.name: _as_taken(v, batch, path) for v in session.get_inputs()}
-    for name, array in inputs.items():
-        if rows is not None and len(array) < rows:
-            last = np.repeat(array[-1:], rows - len(array), axis=0)
-            inputs[name] = np.concatenate([array, last])
-    return inputs
-
-
-def run_batch(
-    session: onnxruntime.InferenceSession,
-    names: Sequence[str],
-    inputs: Mapping[str, Array],
-    path: Path,
-) -> list[Any]:
-    """The outputs of one batch, in the order of ``names``."""
-    try:
-        return list(session.run(list(names), dict(inputs)))
-    except Exception as error:  # the runtime's own exception classes have no public base
-        shapes = ", ".join(f"{name} {a.dtype}{a.shape}" for name, a in inputs.items())
-        what = f"the model does not run on {shapes}: {first_line(error)}"
-        if isinstance(error, InvalidArgument):
-            remedy = "give samples of the type and shape that the model takes"
-            raise InputError(what, where=str(path), remedy=remedy) from error
-        remedy = "'edgekd check' shows what the model needs; free memory if that is short"
-        raise StageError(what, where=str(path), remedy=remedy) from error
-
-
-def _as_taken(value: Any, batch: Mapping[str, Array], path: Path) -> Array:
-    """The array for one input of the model."""
-    if value.name not in batch:
-        raise InputError(
-            f"the samples lack the model's input {value.name!r}",
-            where=str(path),
-            remedy=f"they have: {', '.join(batch)}",
-        )
-    array = batch[value.name]
-    wanted = _FLOATS.get(value.type)
-    return array.astype(wanted, copy=False) if wanted and array.dtype.kind == "f" else array
-
-
-def _compare(name: str, expected: Array, answer: Array, classes: bool) -> OutputError:
-    if expected.dtype.kind not in "fiub":
-        expected, answer = np.zeros(expected.shape), (expected != answer).astype(np.float64)
-    classes = classes and expected.ndim == 2 and expected.shape[1] >= 2
-    sums, cosine, worst, same = ErrorSums(), 0.0, 1.0, 0
-    for start in range(0, len(expected), _ROWS):
-        p, o = (a[start : start + _ROWS] for a in (expected, answer))
-        p, o = (a.reshape(len(a), math.prod(a.shape[1:])) for a in (p, o))
-        fine = sums.add(p, o)
-        cosines = _cosines(p.astype(np.float64), o.astype(np.float64))
-        cosine += float(cosines.sum())
-        worst = min(worst, float(cosines.min()))
-        if classes:
-            same += int((fine & (p.argmax(axis=1) == o.argmax(axis=1))).sum())
-    samples, finite = len(expected), not sums.not_finite
-    return OutputError(
-        name=name,
-        samples=samples,
-        max_absolute=sums.largest if finite else None,
-        rmse=sums.rmse,
-        sqnr_db=sums.sqnr_db,
-        cosine=cosine / samples if finite else None,
-        cosine_worst=worst if finite else None,
-        not_finite=sums.not_finite,
-        argmax_agreement=same / samples if classes else None,
-        argmax_interval=_interval(same, samples) if classes else None,
-    )
 
 
 def _interval(successes: int, n: int) -> tuple[float, float]:
@@ -288,23 +244,3 @@ def _interval(successes: int, n: int) -> tuple[float, float]:
 
     interval = binomtest(successes, n).proportion_ci(_CONFIDENCE, method="wilson")
     return float(interval.low), float(interval.high)
-
-
-def _cosines(p: Array, o: Array) -> Array:
-    """(n,) of the rows' cosines over the values that are finite on both sides."""
-    known = np.isfinite(p) & np.isfinite(o)
-    p, o = _unit(np.where(known, p, 0.0)), _unit(np.where(known, o, 0.0))
-    both_zero = ~p.any(axis=1) & ~o.any(axis=1)
-    cosines = np.clip(np.einsum("ij,ij->i", p, o), -1.0, 1.0)
-    result: Array = np.where(both_zero, 1.0, cosines)
-    return result
-
-
-def _unit(rows: Array) -> Array:
-    """Each row divided by its length; rows of zeros stay."""
-    # By the largest first, so that squares of very small or large values do not leave float64.
-    largest = np.abs(rows).max(axis=1, keepdims=True, initial=0.0)
-    rows = rows / np.where(largest > 0, largest, 1.0)
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    result: Array = rows / np.where(length > 0, length, 1.0)
-    return result

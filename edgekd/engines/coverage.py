@@ -13,8 +13,8 @@ from typing import Any
 import onnx
 import onnxruntime
 
-from edgekd.engines.liveness import subgraphs
 from edgekd.engines.onnx_file import read_onnx
+from edgekd.engines.onnx_graph import subgraphs
 from edgekd.engines.session import (
     CPU_PROVIDER,
     RECORD_ASSIGNMENT,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
 from edgekd.engines.half_ranges import measure_ranges, run_proto
-from edgekd.engines.half_rules import FLOAT, LowType
+from edgekd.engines.half_rules import FLOAT, LOW_TYPES, Kind, LowType
 from edgekd.engines.samples import Samples
 from edgekd.errors import StageError
 
@@ -93,6 +94,12 @@ def rounded(converted: onnx.ModelProto, low: LowType) -> tuple[onnx.ModelProto, 
                 makers[str(output.name)] = makers.pop(name, "")
                 graph.outputs[index] = wide.outputs[0]
     return ir.to_proto(model), makers
+
+
+def write_rounded(path: Path, out: Path, kind: Kind) -> None:
+    """:func:`rounded` of a file, as a file that any runtime can run."""
+    model, _ = rounded(onnx.load(str(path)), LOW_TYPES[kind])
+    onnx.save(model, str(out))
 
 
 def _overflow(

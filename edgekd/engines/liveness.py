@@ -12,6 +12,7 @@ import onnx
 from onnx import inliner, shape_inference
 
 from edgekd.engines.onnx_file import UNKNOWN_RANK, describe_onnx, read_onnx
+from edgekd.engines.onnx_graph import node_label, reads, subgraphs
 from edgekd.errors import InputError
 from edgekd.spec import Dimension, TensorSpec
 
@@ -178,28 +179,6 @@ class _Walk:
         if size is None:
             self.unknown.add(name)
         return size or 0
-
-
-def subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
-    """The bodies and branches of a node."""
-    found = [attribute.g for attribute in node.attribute if attribute.HasField("g")]
-    return found + [graph for attribute in node.attribute for graph in attribute.graphs]
-
-
-def node_label(node: onnx.NodeProto) -> str:
-    """A node's name; where it has none, what it is and gives."""
-    return str(node.name) or f"{node.op_type} → {', '.join(node.output)}"
-
-
-def reads(node: onnx.NodeProto) -> set[str]:
-    """The tensors that a node reads, those of the outer graph in its subgraphs included."""
-    names = {name for name in node.input if name}
-    for graph in subgraphs(node):
-        made = {name for inner in graph.node for name in inner.output}
-        made |= {value.name for value in graph.input}
-        needed = {name for inner in graph.node for name in reads(inner)}
-        names |= (needed | {value.name for value in graph.output}) - made
-    return names
 
 
 def _last_uses(graph: onnx.GraphProto) -> dict[int, list[str]]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnxruntime
 
@@ -22,35 +21,31 @@ from edgekd.engines.coverage import (
     fallen_back,
     nodes_in_trace,
 )
-from edgekd.engines.onnx_file import UNKNOWN_RANK, check_onnx, describe_onnx, read_onnx
+from edgekd.engines.made_up_inputs import answers_of, answers_to_made_up
+from edgekd.engines.onnx_file import check_onnx, describe_onnx, read_onnx
+from edgekd.engines.replacing import replacing
+from edgekd.engines.samples import Array
 from edgekd.engines.session import (
     CPU_PROVIDER,
     RECORD_ASSIGNMENT,
     Fallback,
     Optimization,
     default_options,
-    first_line,
     open_session,
     options_record,
     provider_chain,
     providers_for,
     session_options,
 )
-from edgekd.errors import InputError, StageError
-from edgekd.spec import ModelSpec
+from edgekd.errors import StageError
 
 __all__ = [
     "EngineInfo",
     "build_engine",
-    "made_up_inputs",
     "open_session",
     "provider_chain",
     "providers_for",
 ]
-
-Array = npt.NDArray[Any]
-TRIED_SIZES = (1, 16, 128, 512)
-"""What symbolic dimensions other than the batch's are tried with when no samples are given."""
 
 _WITH_KERNELS = ("CPUExecutionProvider", "CUDAExecutionProvider", "DmlExecutionProvider")
 """Providers whose part of a graph can be saved; the others compile theirs into something."""
@@ -107,6 +102,8 @@ def build_engine(
 ) -> EngineInfo:
     """Optimize a model offline, save it, load it again and compare its answers.
 
+    ``out_path`` is written last: where something fails, it stays as it was before.
+
     The file is optimized to ``extended`` at most: what ``all`` adds (blocked memory layouts)
     depends on the processor it was made on. It is meant to be run at ``optimization``, which
     adds the rest where it runs. For a provider that compiles its part of the graph (TensorRT,
@@ -139,35 +136,37 @@ def build_engine(
     if not set(providers) <= set(_WITH_KERNELS):
         saved, saving = "disabled" if saved == "disabled" else "basic", (CPU_PROVIDER,)
     chosen = default_options(providers, threads, **_precisions(onnx_path), cache=cache)
-    _save_optimized(onnx_path, out_path, saving, threads, saved, fallback)
-    exported = open_session(
-        onnx_path, providers, threads, "disabled", provider_options=chosen, fallback=fallback
-    )
-    if samples is None:
-        inputs, reference = _made_up(exported, describe_onnx(onnx_path).spec, onnx_path)
-    else:
-        inputs, reference = dict(samples), _answers(exported, samples, onnx_path)
-    with tempfile.TemporaryDirectory() as folder:
-        options = session_options(threads, optimization)
-        options.add_session_config_entry(RECORD_ASSIGNMENT, "1")
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder) / "trace")
-        session = open_session(
-            out_path,
-            providers,
-            threads,
-            optimization,
-            options,
-            provider_options=chosen,
-            fallback=fallback,
+    with replacing(out_path) as partial:
+        _save_optimized(onnx_path, partial, saving, threads, saved, fallback)
+        exported = open_session(
+            onnx_path, providers, threads, "disabled", provider_options=chosen, fallback=fallback
         )
-        answers = _answers(session, inputs, out_path)
-        ran = nodes_in_trace(Path(session.end_profiling()), out_path)
-    placed = assigned_nodes(session, out_path)
-    # The profile knows the nodes as well, but a compiled subgraph only as one.
-    placed = ran if placed is None else placed
-    check_fallback(placed, providers[0], fallback, onnx_path)
-    difference = _largest_difference(reference, answers, tolerance, out_path)
+        if samples is None:
+            spec = describe_onnx(onnx_path).spec
+            inputs, reference = answers_to_made_up(exported, spec, onnx_path)
+        else:
+            inputs, reference = dict(samples), answers_of(exported, samples, onnx_path)
+        with tempfile.TemporaryDirectory() as folder:
+            options = session_options(threads, optimization)
+            options.add_session_config_entry(RECORD_ASSIGNMENT, "1")
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / "trace")
+            session = open_session(
+                partial,
+                providers,
+                threads,
+                optimization,
+                options,
+                provider_options=chosen,
+                fallback=fallback,
+            )
+            answers = answers_of(session, inputs, partial)
+            ran = nodes_in_trace(Path(session.end_profiling()), partial)
+        placed = assigned_nodes(session, partial)
+        # The profile knows the nodes as well, but a compiled subgraph only as one.
+        placed = ran if placed is None else placed
+        check_fallback(placed, providers[0], fallback, onnx_path)
+        difference = _largest_difference(reference, answers, tolerance, partial)
     started = tuple(session.get_providers())
     return EngineInfo(
         file=out_path.name,
@@ -190,31 +189,6 @@ def build_engine(
     )
 
 
-def made_up_inputs(spec: ModelSpec, size: int = 1, seed: int = 0) -> dict[str, Array]:
-    """Inputs of the right shapes for a model about which nothing else is known.
-
-    Floats are standard normal, all else is zero. The first input is taken for the data and later
-    ones for its state: symbolic dimensions of the first input but its first one (the batch) are
-    ``size`` wherever they occur, all others are 1.
-
-    Raises:
-        InputError: an input has no known number of dimensions, or holds strings.
-    """
-    random = np.random.default_rng(seed)
-    free = {d for tensor in spec.inputs[:1] for d in tensor.shape[1:] if isinstance(d, str)}
-    inputs: dict[str, Array] = {}
-    for tensor in spec.inputs:
-        if tensor.dtype == "string" or UNKNOWN_RANK in tensor.shape:
-            raise InputError(
-                f"no input can be made up for {tensor}", where=tensor.name, remedy="give samples"
-            )
-        shape = tuple(d if isinstance(d, int) else size if d in free else 1 for d in tensor.shape)
-        floating = "float" in tensor.dtype
-        values = random.standard_normal(shape) if floating else np.zeros(shape)
-        inputs[tensor.name] = np.asarray(values).astype(tensor.dtype)
-    return inputs
-
-
 def _save_optimized(
     onnx_path: Path,
     out_path: Path,
@@ -223,18 +197,16 @@ def _save_optimized(
     level: Optimization,
     fallback: Fallback,
 ) -> None:
-    try:
-        if level == "disabled":
+    if level == "disabled":
+        try:
             shutil.copyfile(onnx_path, out_path)
-            return
-        # Opened first, so that a folder that cannot be written is told from a bad model.
-        out_path.write_bytes(b"")
-    except OSError as error:
-        raise StageError(
-            f"the optimized model cannot be written: {error.strerror}",
-            where=str(out_path),
-            remedy="free space or choose another folder",
-        ) from error
+        except OSError as error:
+            raise StageError(
+                f"the model cannot be written: {error.strerror}",
+                where=str(out_path),
+                remedy="free space or choose another folder",
+            ) from error
+        return
     options = session_options(threads, level)
     options.optimized_model_filepath = str(out_path)
     open_session(onnx_path, providers, threads, level, options, fallback=fallback)
@@ -244,36 +216,6 @@ def _save_optimized(
             where=str(out_path),
             remedy="free space, or set engines: [{kind: onnxruntime, optimization: disabled}]",
         )
-
-
-def _made_up(
-    session: onnxruntime.InferenceSession, spec: ModelSpec, path: Path
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Made-up inputs of the first size that the model can run, and its answers to them."""
-    failure: StageError | None = None
-    for size in TRIED_SIZES:
-        inputs = made_up_inputs(spec, size)
-        try:
-            return inputs, _answers(session, inputs, path)
-        except StageError as error:
-            failure = failure or error
-    assert failure is not None
-    raise failure
-
-
-def _answers(
-    session: onnxruntime.InferenceSession, inputs: Mapping[str, Array], path: Path
-) -> dict[str, Array]:
-    names = [output.name for output in session.get_outputs()]
-    try:
-        return dict(zip(names, session.run(names, dict(inputs)), strict=True))
-    except Exception as error:  # the runtime's own exception classes have no public base
-        shapes = ", ".join(f"{name} {value.shape}" for name, value in inputs.items())
-        raise StageError(
-            f"the model does not run on {shapes}: {first_line(error)}",
-            where=str(path),
-            remedy="give samples of the shapes that the model takes",
-        ) from error
 
 
 def _names_by_provider(nodes: Sequence[PlacedNode]) -> dict[str, tuple[str, ...]]:

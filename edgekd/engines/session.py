@@ -25,6 +25,12 @@ LEVELS = {
 }
 _FATAL_ONLY = 4  # ONNX Runtime's log severity; errors are raised as well as logged
 RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
+CONFIGURATION = {"session.qdq_matmulnbits_accuracy_level": "1"}
+"""Entries of every session's configuration, here and in edgerun.
+
+A MatMul of weights stored in 8 bits is fused into MatMulNBits at level 4 where nothing is said,
+which rounds the activations to 8 bits as well; level 1 computes in float32.
+"""
 
 PACKAGES = {
     "CUDAExecutionProvider": "pip install onnxruntime-gpu (on a Jetson: NVIDIA's own build)",
@@ -111,6 +117,8 @@ def session_options(threads: int, optimization: Optimization) -> onnxruntime.Ses
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = LEVELS[optimization]
     options.log_severity_level = _FATAL_ONLY
+    for key, value in CONFIGURATION.items():
+        options.add_session_config_entry(key, value)
     return options
 
 
@@ -121,6 +129,7 @@ def options_record(threads: int, optimization: Optimization) -> dict[str, str | 
         "inter_op_num_threads": 1,
         "execution_mode": "sequential",
         "graph_optimization_level": optimization,
+        **CONFIGURATION,
     }
 
 
@@ -140,7 +149,8 @@ def default_options(
         cache: a folder for compiled engines and measured timings, which take minutes to make;
             None keeps nothing.
     """
-    kept = str(cache) if cache else None
+    # Whoever opens the model may work in another folder.
+    kept = str(cache.resolve()) if cache else None
     options = {
         # Grown by what is asked for: doubling takes memory that a Jetson's CPU needs as well.
         # Shapes do not change from query to query, so that an exhaustive search pays off.

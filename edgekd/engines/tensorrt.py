@@ -1,4 +1,4 @@
-"""What a TensorRT engine is built with: from the pipeline's words and the profile to settings.
+"""What a TensorRT engine is built with, and where: from the pipeline and the profile to settings.
 
 The builder itself is edgerun's, as an engine for a Jetson is built on the Jetson; it is called
 through a target, in a process of its own, which a crash of TensorRT does not outlive.
@@ -7,8 +7,11 @@ through a target, in a process of its own, which a crash of TensorRT does not ou
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import shlex
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +20,14 @@ from typing import Any, Literal
 from edgekd.config.pipeline import TensorRTConfig
 from edgekd.config.profile import Profile
 from edgekd.errors import InputError
+from edgekd.resources import edgerun_folder
 
 Library = Literal["tensorrt", "tensorrt-rtx"]
 BuildPrecision = Literal["fp32", "fp16", "bf16", "int8"]
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+"""Library → the module that it is imported as; edgerun, which stands alone, has its own table."""
+
 INSTALL = {
     "tensorrt": "on a Jetson it comes with JetPack (apt install python3-libnvinfer, and a virtual "
     "environment with --system-site-packages); elsewhere: pip install tensorrt; "
@@ -29,6 +35,16 @@ INSTALL = {
     "tensorrt-rtx": "pip install 'edgekd[rtx]', or pip install tensorrt-rtx",
 }
 JETSON_MACHINE = "aarch64"
+Place = Literal["here", "on the device"]
+
+_START_CUDA = """
+from edgerun.cuda_runtime import load_cuda_runtime
+from edgerun.errors import EdgerunError
+try:
+    load_cuda_runtime()
+except EdgerunError as error:
+    print(error.what)
+"""
 
 
 @dataclass(frozen=True)
@@ -124,20 +140,42 @@ def engine_settings(
     )
 
 
-def is_installed(library: Library) -> bool:
+def is_installed(library: str) -> bool:
     """Whether a TensorRT can be imported by this interpreter; it is not imported."""
     return importlib.util.find_spec(MODULES[library]) is not None
+
+
+def where_built(kind: str, profile: Profile | None) -> Place:
+    """Where an engine is built: a Jetson's TensorRT builds on a Jetson alone, all else here.
+
+    Args:
+        kind: ``onnxruntime``, ``tensorrt`` or ``tensorrt-rtx``.
+        profile: of the device that the engine is for; None is this machine.
+    """
+    jetson = profile is not None and profile.kind == "jetson"
+    if kind == "tensorrt" and jetson and platform.machine() != JETSON_MACHINE:
+        return "on the device"
+    return "here"
+
+
+def check_installed(kind: str, where: str | None = None) -> None:
+    """Check that what builds an engine of this kind here is installed.
+
+    Raises:
+        InputError: it is not; with what to install.
+    """
+    if kind in MODULES and not is_installed(kind):
+        raise InputError(f"{kind} is not installed", where=where, remedy=INSTALL[kind])
 
 
 def check_runtime(settings: EngineSettings, profile: Profile | None, model: Path) -> None:
     """Check that the engine can be built on this machine.
 
     Raises:
-        InputError: the library is absent, with what to install; or the profile is a Jetson and
-            this is none, with the command to type there.
+        InputError: the library is absent, with what to install; or the engine is built on the
+            device, with the command to type there.
     """
-    jetson = profile is not None and profile.kind == "jetson"
-    if settings.library == "tensorrt" and jetson and platform.machine() != JETSON_MACHINE:
+    if where_built(settings.library, profile) == "on the device":
         assert profile is not None
         command = settings.command(model.name, f"{model.stem}.engine")
         raise InputError(
@@ -146,5 +184,33 @@ def check_runtime(settings: EngineSettings, profile: Profile | None, model: Path
             where=str(model),
             remedy=f"there, beside the model: {command}",
         )
-    if not is_installed(settings.library):
-        raise InputError(f"{settings.library} is not installed", remedy=INSTALL[settings.library])
+    check_installed(settings.library)
+
+
+def can_run_here(kind: str) -> str | None:
+    """Why no engine of this kind can run on this machine; None where it can.
+
+    CUDA is started as edgerun starts it, in a process of its own: it would stay in this one, and
+    processes forked from it could not use the GPU.
+
+    Args:
+        kind: ``onnxruntime``, which runs everywhere, ``tensorrt`` or ``tensorrt-rtx``.
+    """
+    if kind not in MODULES:
+        return None
+    folder = str(edgerun_folder().parent)
+    done = subprocess.run(
+        [sys.executable, "-c", _START_CUDA],
+        env={**os.environ, "PYTHONPATH": folder},
+        # Not where the user is: a numpy.py that happens to lie there would come first.
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode == 0:
+        return done.stdout.strip() or None
+    last = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
+    return f"CUDA cannot be started: {last}"

@@ -1,12 +1,22 @@
-"""What is known about TensorRT without asking it: opsets by version, remedies for refusals."""
+"""TensorRT's verdict on a model: what its parser says, and what its documentation does."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
 
-LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""Library → the module that it is imported as."""
+import onnx
+
+from edgekd.config.profile import Profile
+from edgekd.engines.finding import Finding, Status
+from edgekd.engines.onnx_graph import opset_of
+from edgekd.engines.tensorrt import INSTALL, MODULES, is_installed
+from edgekd.errors import InputError, StageError, TargetError
+
+Parse = Callable[[Path, str], Mapping[str, Any]]
+"""(model, library) → a record ``edgerun.parse/1``: what TensorRT's parser says."""
 
 OPSETS = {(10, 0): (9, 20), (10, 15): (9, 24), (11, 0): (9, 25)}
 """TensorRT version → the ONNX opsets that its parser takes, as its documentation states: of 10.0
@@ -32,9 +42,62 @@ _REMEDIES = {
 }
 
 
-def installed_libraries() -> tuple[str, ...]:
-    """Which of TensorRT and TensorRT for RTX can be imported here."""
-    return tuple(name for name, module in LIBRARIES.items() if importlib.util.find_spec(module))
+def tensorrt_verdict(
+    path: Path,
+    model: onnx.ModelProto,
+    parse: Parse,
+    asked: Collection[str],
+    profile: Profile | None,
+) -> tuple[dict[str, Any] | None, list[Finding]]:
+    """The record of the parser that was asked, None without one, and what it means.
+
+    One library is asked: the one that is wanted, else one that stands in for it, TensorRT for RTX
+    before TensorRT (which needs a GPU even to parse).
+
+    Args:
+        path: the ONNX file.
+        model: what is in it.
+        parse: asks a library's parser.
+        asked: engines that must take the model; TensorRT may be none of them.
+        profile: of the device.
+    """
+    found = []
+    wanted = [name for name in MODULES if name in asked]
+    good: Status = "ok" if wanted else "note"
+    bad: Status = "fails" if wanted else "note"
+    gap: Status = "not shown" if wanted else "note"
+    version = profile.runtime.tensorrt if profile and "tensorrt" in asked else None
+    if version:
+        found.append(_opset(model, version.value))
+    chosen = next((n for n in (*wanted, *reversed(MODULES)) if is_installed(n)), None)
+    if chosen is None:
+        if wanted:
+            remedy = INSTALL["tensorrt-rtx"]
+            found.append(Finding("TensorRT", gap, "not checked: no TensorRT here", remedy))
+        return None, found
+    try:
+        verdict = dict(parse(path, chosen))
+    except (InputError, StageError, TargetError) as error:
+        detail = f"its parser could not be asked: {error.what}"
+        return None, [*found, Finding(chosen, gap, detail, error.remedy or "")]
+    subject = f"{verdict['library']} {verdict['version']}"
+    names = {
+        "tensorrt": f"TensorRT {version.value}" if version else "TensorRT itself",
+        "tensorrt-rtx": "TensorRT for RTX",
+    }
+    absent = " and ".join(names[name] for name in wanted if name != chosen)
+    said = f"; stands in for {absent}, which may differ" if absent else ""
+    if verdict["supported"]:
+        return verdict, [*found, Finding(subject, good, f"its parser takes every node{said}")]
+    for problem in verdict["problems"]:
+        node, op, message = (str(problem.get(key) or "") for key in ("node", "op", "message"))
+        # A failed assertion without words is all that the parser gives for an unknown operation.
+        why = "it has no such operation" if message in ("", "false") else message
+        text = f"its parser refuses {node or 'the model'}{f' ({op})' if op else ''}: {why}{said}"
+        found.append(Finding(subject, bad, text, remedy_for(op, message), (node,) if node else ()))
+    if not verdict["problems"]:
+        found.append(Finding(subject, bad, f"its parser refuses the model{said}"))
+    return verdict, found
 
 
 def takes_opset(version: str, opset: int) -> bool | None:
@@ -60,3 +123,17 @@ def remedy_for(op: str, message: str) -> str:
     """What to do about a node that TensorRT's parser refuses."""
     said = f"{op} {message}"
     return next((remedy for key, remedy in _REMEDIES.items() if re.search(key, said)), OTHERWISE)
+
+
+def _opset(model: onnx.ModelProto, version: str) -> Finding:
+    opset = opset_of(model)
+    takes = takes_opset(version, opset)
+    subject = f"opset in TensorRT {version}"
+    if takes is None:
+        return Finding(
+            subject, "note", f"whether it takes opset {opset} is not stated anywhere here"
+        )
+    if takes:
+        return Finding(subject, "ok", f"opset {opset} is one that it takes")
+    remedy = "export again, or convert it: onnx.version_converter.convert_version(model, 18)"
+    return Finding(subject, "fails", f"it does not take opset {opset}", remedy)

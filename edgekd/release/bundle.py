@@ -103,6 +103,7 @@ def write_bundle(
             kind: {
                 "from": build["from"],
                 "precision": build["precision"],
+                "measured": build["measured"],
                 "command": build.get("command"),
             }
             for kind, build in builds.items()

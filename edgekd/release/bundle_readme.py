@@ -66,9 +66,13 @@ def _engine_lines(engines: Mapping[str, Any]) -> list[str]:
         return []
     lines = ["", "## Engines of other runtimes", ""]
     for kind, build in engines.items():
+        figures = (
+            "The figures below are those of its engine."
+            if build["measured"]
+            else "Its figures are not those below: it was not measured."
+        )
         lines.append(
-            f"`engines/{kind}` holds the student made for {kind} ({build['from']}). Its figures "
-            "are not those below: it was not measured."
+            f"`engines/{kind}` holds the student made for {kind} ({build['from']}). {figures}"
         )
         if build["command"]:
             lines += [

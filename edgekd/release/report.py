@@ -10,9 +10,9 @@ from typing import Any
 import jinja2
 import yaml
 
+from edgekd.release.engine_tables import candidate_rows
 from edgekd.release.report_charts import charts_of
 from edgekd.release.report_tables import (
-    candidate_rows,
     cautions,
     comparison_rows,
     flat_rows,

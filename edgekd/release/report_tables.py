@@ -186,41 +186,6 @@ def parity_rows(reports: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def candidate_rows(choice: Mapping[str, Any], metric: str) -> list[dict[str, str]]:
-    """One row per engine of the student that was measured; none when there was no choice.
-
-    Args:
-        choice: the content of ``choice.json``, or empty.
-        metric: the metric that the drop is one of.
-    """
-    rows = choice.get("candidates", ())
-    if len(rows) < 2:
-        return []
-    unit = "points" if metric in ("accuracy", "agreement") else metric
-    found = []
-    for row in rows:
-        is_float = row["speedup"] is None and row["name"] == choice["candidates"][0]["name"]
-        drop = Figure(row["drop"], unit, interval=_ends(row["drop_interval"]))
-        speedup = Figure(row["speedup"], "×", interval=_ends(row["speedup_interval"]))
-        told = [f"misses {miss}" for miss in row["misses"]] + row["against"] + row["notes"]
-        taken = ["taken"] if row["name"] == choice["chosen"] else []
-        found.append(
-            {
-                "name": row["name"],
-                "size": value_text(Figure(row["size_bytes"] / 1e6, "MB")),
-                "drop": ABSENT if is_float else full_text(drop),
-                "p50": value_text(Figure(row["latency_ms"].get("p50"), "ms")),
-                "speedup": full_text(speedup) if row["speedup"] is not None else ABSENT,
-                "found": "; ".join(taken + told),
-            }
-        )
-    return found
-
-
-def _ends(interval: Sequence[float] | None) -> tuple[float, float] | None:
-    return (interval[0], interval[1]) if interval else None
-
-
 def flat_rows(content: Any, key: str = "") -> list[tuple[str, str]]:
     """A nested mapping as (dotted key, text) rows; what could not be read says so."""
     if isinstance(content, Mapping):

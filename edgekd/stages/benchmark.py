@@ -14,7 +14,10 @@ from edgekd.stages.fitting import open_ground, read_json, write_json
 
 ROLES = ("teacher", "student", "baseline")
 """The teacher first: where there are no labels, its answers stand for them."""
-RECIPE = {"task", "task_args", "data", "teacher", "student", "distill", "export", "engines"}
+RECIPE = {
+    *("task", "task_args", "data", "teacher", "student", "distill", "export", "quantize"),
+    "engines",
+}
 """The keys that decide what network comes out: runs that share them differ by their seed."""
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from edgekd.config.pipeline import OnnxRuntimeConfig, TensorRTConfig
 from edgekd.pipeline.stage import Context
+
+if TYPE_CHECKING:
+    from edgekd.engines.samples import Array
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 0.1, "int8": 0.25}
@@ -41,14 +45,16 @@ class Builder(Protocol):
         ...
 
 
-def open_builder(context: Context, engine: OnnxRuntimeConfig | TensorRTConfig) -> Builder:
-    """The builder for one entry of ``engines``.
+def open_builder(
+    context: Context, engine: OnnxRuntimeConfig | TensorRTConfig, samples: Mapping[str, Array]
+) -> Builder:
+    """The builder for one entry of ``engines``; ``samples`` are real inputs to compare on, (N, …).
 
     Raises:
         InputError: a provider or TensorRT is not here, or cannot build for the profile here.
     """
     if isinstance(engine, OnnxRuntimeConfig):
-        return OnnxRuntimeBuilder(context, engine)
+        return OnnxRuntimeBuilder(context, engine, samples)
     return TensorRTBuilder(context, engine)
 
 
@@ -57,11 +63,13 @@ class OnnxRuntimeBuilder:
 
     suffix = ".onnx"
 
-    def __init__(self, context: Context, engine: OnnxRuntimeConfig) -> None:
+    def __init__(
+        self, context: Context, engine: OnnxRuntimeConfig, samples: Mapping[str, Array]
+    ) -> None:
         from edgekd.engines.onnxruntime import provider_chain
 
         runtime = context.job.profile.runtime
-        self.engine, self.cache = engine, context.cache
+        self.engine, self.cache, self.samples = engine, context.cache, samples
         self.chain = provider_chain(runtime.providers, engine.providers, engine.fallback)
         self.threads = engine.threads or runtime.threads or 1
         self.settings = {
@@ -82,6 +90,7 @@ class OnnxRuntimeBuilder:
             self.chain.providers,
             self.threads,
             self.engine.optimization,
+            samples=self.samples,
             tolerance=TOLERANCE[precision],
             fallback=self.engine.fallback,
             left_out=self.chain.left_out,
@@ -104,7 +113,6 @@ class TensorRTBuilder:
     suffix = ".engine"
 
     def __init__(self, context: Context, engine: TensorRTConfig) -> None:
-        from edgekd.engines.tensorrt import engine_settings
         from edgekd.targets import open_target
 
         job = context.job
@@ -114,7 +122,6 @@ class TensorRTBuilder:
         context.cache.mkdir(parents=True, exist_ok=True)
         self.cache = context.cache / f"{engine.kind}.timing" if engine.kind == "tensorrt" else None
         self.settings: dict[str, Any] = {}
-        self.plain = engine_settings(engine, job.profile, batch=self.batch)
 
     def build(
         self, source: Path, out: Path, precision: Precision, keep: tuple[str, ...] = ()
@@ -123,7 +130,7 @@ class TensorRTBuilder:
         from edgekd.engines.tensorrt import check_runtime, engine_settings
 
         settings = engine_settings(
-            self.engine,
+            self._for(precision),
             self.profile,
             batch=self.batch,
             precision=precision,
@@ -141,12 +148,16 @@ class TensorRTBuilder:
             "record": record,
         }
 
+    def _for(self, precision: Precision) -> TensorRTConfig:
+        """A DLA computes in FP16 and INT8 alone: what is in FP32 (the teacher) is for the GPU."""
+        return self.engine.model_copy(update={"dla": None}) if precision == "fp32" else self.engine
+
     def command(self, model: str, precision: Precision, keep: tuple[str, ...]) -> str:
         """What to type on the device to build the engine there."""
         from edgekd.engines.tensorrt import engine_settings
 
         settings = engine_settings(
-            self.engine, self.profile, batch=self.batch, precision=precision, keep=keep
+            self._for(precision), self.profile, batch=self.batch, precision=precision, keep=keep
         )
         return settings.command(model, f"{Path(model).stem}.engine")
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from edgekd.errors import GateFailed
 from edgekd.pipeline.stage import Context, Job
-from edgekd.stages.engines import FURTHER
 from edgekd.stages.fitting import open_ground, read_json
+from edgekd.stages.further import FURTHER
 from edgekd.stages.quantize import STUDENT
 
 EXAMPLE_SAMPLES = 8

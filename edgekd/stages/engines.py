@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgekd.config.pipeline import TensorRTConfig
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.building import Builder, Precision, TensorRTBuilder, open_builder
-from edgekd.stages.fitting import open_ground, read_json, write_json
-from edgekd.stages.quantize import INDEX, STUDENT, Runtime, Validation, runtime_of
+from edgekd.stages.fitting import open_ground, write_json
+from edgekd.stages.further import write_further
+from edgekd.stages.quantize import STUDENT, Runtime, runtime_of
+from edgekd.stages.validation import Validation
+from edgekd.stages.ways import Way, narrowest, refused_ways, ways_of
 
 if TYPE_CHECKING:
     from edgekd.engines.choice import Candidate, Choice
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 TIMED_QUERIES, TIMED_SECONDS = 1000, 10.0
 """For the choice alone; the benchmark stage measures what was chosen at length."""
-FURTHER = "further"
-"""The folder of the engines of further kinds, each with its ONNX file and its settings."""
+COMPARED = 64
+"""Validation samples that a built engine is compared with its ONNX file on."""
 
 
 class EnginesStage:
@@ -36,15 +37,17 @@ class EnginesStage:
 
     The first entry of ``engines`` is what is measured. Beside it: ``choice.json``; in ``others/``
     the student's candidates that were not chosen; in ``further/`` the student for each further
-    entry: the ONNX file, how to build it on the device, and the engine where it is built here.
+    entry and for TensorRT: the ONNX file, how to build it on the device, and the engine where it
+    is built here.
     """
 
     name = "engines"
     inputs = ("data", "export", "quantize")
     code = (
-        *("edgekd.stages.engines", "edgekd.stages.building", "edgekd.stages.quantize"),
+        *("edgekd.stages.engines", "edgekd.stages.building", "edgekd.stages.further"),
+        *("edgekd.stages.ways", "edgekd.stages.validation", "edgekd.stages.quantize"),
         *("edgekd.engines", "edgekd.targets", "edgekd.tasks", "edgekd.release.statistics"),
-        "edgerun",
+        *("edgekd.data", "edgekd.stages.fitting", "edgerun"),
     )
     libraries = ("numpy", "onnx", "onnxruntime")
 
@@ -56,105 +59,52 @@ class EnginesStage:
             "size": config.gate.size.model_dump(mode="json"),
             "latency": config.gate.latency.model_dump(mode="json"),
             "task": [config.task, config.task_args],
-            "target": config.target,
-            "machine": [platform.node(), platform.machine()],
         } if config.quantize is not None else None  # fmt: skip
+        kinds = {engine.kind for engine in config.engines}
+        # What is timed, and a TensorRT engine, is of one machine and one release.
+        bound = config.quantize is not None or kinds != {"onnxruntime"}
         return {
             "engines": [engine.model_dump(mode="json") for engine in config.engines],
             "batch_size": config.benchmark.batch_size,
             "profile": job.profile.model_dump(mode="json", include={"runtime", "budget", "gpu"}),
             "choice": measured,
+            "target": config.target if bound else None,
+            "machine": [platform.node(), platform.machine()] if bound else None,
+            "tensorrt": _tensorrt_versions(kinds),
         }
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """See :class:`edgekd.pipeline.stage.Stage`."""
         first, *further = context.job.config.engines
-        builder = open_builder(context, first)
+        ground = open_ground(inputs["data"], context.job.config)
+        count = min(COMPARED, len(ground.dataset.splits["validation"]))
+        samples = ground.dataset.model_inputs("validation", 0, count)
+        builder = open_builder(context, first, samples)
         work = _Work(context, inputs, builder, runtime_of(context.job, first))
         rows = {}
         for exported in sorted(inputs["export"].glob("*.onnx")):
             if exported.name != STUDENT:
                 out = context.out / f"{exported.stem}{builder.suffix}"
                 rows[exported.stem] = work.build(exported, out, "fp32")
-        choice, rows["student"] = work.student()
+        choice, chosen, rows["student"] = work.student()
+        if isinstance(builder, TensorRTBuilder):
+            write_further(context, first, chosen, builder, rows["student"])
         for engine in further:
-            _build_further(context, engine, _ways(inputs, runtime_of(context.job, engine)))
+            way = narrowest(context, ways_of(inputs, runtime_of(context.job, engine)))
+            write_further(context, engine, way, open_builder(context, engine, samples), None)
         write_json(context.out / "engines.json", rows)
         write_json(context.out / "choice.json", choice.to_json())
-        if len(choice.rows) > 1:
+        if len(choice.rows) > 1 or choice.refused:
             context.progress.message(f"  {choice.chosen} is taken: {choice.reason}")
         context.progress.message(f"  {builder.describe()}")
 
 
-@dataclass(frozen=True)
-class Way:
-    """One way in which the student was written: its name, its file and what the index says."""
+def _tensorrt_versions(kinds: Collection[str]) -> dict[str, str | None]:
+    """The installed releases: an engine is loaded by the one that built it."""
+    from edgekd.doctor import version_of
 
-    name: str
-    file: Path
-    entry: Mapping[str, Any]
-
-    @property
-    def precision(self) -> Precision:
-        """What its layers were made to compute in."""
-        method = self.entry.get("method")
-        if method in ("fp16", "bf16"):
-            return "fp16" if method == "fp16" else "bf16"
-        computes_in_float = method in (None, "weights-only")
-        return "fp32" if computes_in_float else "int8"
-
-    @property
-    def kept(self) -> tuple[str, ...]:
-        """Names of the layers that were left in float32 on purpose."""
-        return tuple((self.entry.get("decision") or {}).get("kept") or ())
-
-
-def _ways(inputs: Mapping[str, Path], runtime: Runtime) -> list[Way]:
-    """float32 first, then what was made for this runtime's scheme."""
-    from edgekd.engines.choice import FLOAT
-
-    index = read_json(inputs["quantize"] / INDEX)
-    return [
-        Way(FLOAT, inputs["export"] / STUDENT, {}),
-        *(
-            Way(name, inputs["quantize"] / entry["file"], entry)
-            for name, entry in index.items()
-            if "file" in entry and entry["runtime"] in (None, runtime)
-        ),
-    ]
-
-
-def _build_further(context: Context, engine: Any, ways: list[Way]) -> None:
-    """The student for a runtime that is not measured here: its file, its settings, its engine.
-
-    Without a latency to choose by it is the narrowest file that keeps to the drop.
-    """
-    quantize = context.job.config.quantize
-    allowed = quantize.max_drop if quantize is not None else 0.0
-    order: list[Precision] = ["int8", "fp16", "bf16", "fp32"]
-    fits = [way for way in ways if way.entry.get("drop", 0.0) <= allowed]
-    way = min(fits, key=lambda way: (order.index(way.precision), way.entry.get("drop", 0.0)))
-    builder = open_builder(context, engine)
-    folder = context.out / FURTHER / engine.kind
-    folder.mkdir(parents=True)
-    shutil.copyfile(way.file, folder / STUDENT)
-    record: dict[str, Any] = {"kind": engine.kind, "from": way.name, "precision": way.precision}
-    if isinstance(builder, TensorRTBuilder):
-        record["command"] = builder.command(STUDENT, way.precision, way.kept)
-    built_elsewhere = (
-        isinstance(engine, TensorRTConfig)
-        and engine.kind == "tensorrt"
-        and context.job.profile.kind == "jetson"
-        and platform.machine() != "aarch64"
-    )
-    if built_elsewhere:
-        told = f"for {context.job.profile.name} is built there: {record['command']}"
-    else:
-        out = folder / f"student-built{builder.suffix}"
-        record["engine"] = builder.build(folder / STUDENT, out, way.precision, way.kept)
-        told = f"built from {way.name}, {out.stat().st_size:,} bytes; not run here"
-    write_json(folder / "build.json", record)
-    context.progress.message(f"  {engine.kind}: {told}")
+    packages = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+    return {kind: version_of(packages[kind]) for kind in sorted(set(kinds) & set(packages))}
 
 
 class _Work:
@@ -176,13 +126,13 @@ class _Work:
         # Counted before optimization, which folds and fuses parameters away.
         return row | {"file": out.name, "parameters": describe_onnx(source).parameters}
 
-    def student(self) -> tuple[Choice, dict[str, Any]]:
+    def student(self) -> tuple[Choice, Way, dict[str, Any]]:
         """Build every candidate, choose one, and put it in its place."""
         from edgekd.engines.choice import FLOAT
 
         folder = self.context.out / "others"
         folder.mkdir()
-        ways = _ways(self.inputs, self.runtime)
+        ways = ways_of(self.inputs, self.runtime)
         rows, files = {}, {}
         for way in ways:
             files[way.name] = folder / f"student-{way.name}{self.builder.suffix}"
@@ -197,32 +147,40 @@ class _Work:
         chosen = next(way for way in ways if way.name == choice.chosen)
         if self.builder.suffix != ".onnx":
             shutil.copyfile(chosen.file, self.context.out / STUDENT)
-        return choice, rows[choice.chosen] | {
-            "file": place.name,
-            "parameters": rows[FLOAT]["parameters"],
-            "precision": choice.chosen,
-        }
+        return (
+            choice,
+            chosen,
+            rows[choice.chosen]
+            | {
+                "file": place.name,
+                "parameters": rows[FLOAT]["parameters"],
+                "precision": choice.chosen,
+            },
+        )
 
     def _choose(self, ways: list[Way], files: Mapping[str, Path]) -> Choice:
-        from edgekd.engines.choice import FLOAT, Candidate, choose
+        from edgekd.engines.choice import FLOAT, Budgets, Candidate, choose
 
         config = self.context.job.config
+        refused = refused_ways(self.inputs, self.runtime)
+        allowed = config.quantize.max_drop if config.quantize is not None else 0.0
+        budgets = Budgets.of(config.gate, self.context.job.profile)
         if len(ways) == 1:
             # Nothing to choose between, so nothing is measured.
-            return choose([Candidate(FLOAT, files[FLOAT].stat().st_size, 0.0, None, {})],
-                          config.gate, 0.0)  # fmt: skip
-        assert config.quantize is not None
+            alone = Candidate(FLOAT, files[FLOAT].stat().st_size, 0.0, None, {})
+            return choose([alone], budgets, allowed, refused=refused)
         measured = _Measured(self, files)
         teacher = self.context.out / f"teacher{self.builder.suffix}"
         has_teacher = teacher.is_file()
         return choose(
             [measured.candidate(way) for way in ways],
-            config.gate,
-            config.quantize.max_drop,
+            budgets,
+            allowed,
             teacher.stat().st_size if has_teacher else None,
             measured.speedup_over(teacher)
-            if has_teacher and config.gate.latency.min_speedup is not None
+            if has_teacher and budgets.min_speedup is not None
             else None,
+            refused,
         )
 
 
@@ -250,6 +208,7 @@ class _Measured:
 
         file = self.files[way.name]
         drop = paired_difference(self.scores, self._scores(file))
+        assert drop.value is not None  # There is a score for each sample.
         kept = way.kept
         notes = (f"{len(kept)} layers kept in float32: {', '.join(kept)}",) if kept else ()
         against = None if way.name == FLOAT else self.files[FLOAT]
@@ -258,7 +217,7 @@ class _Measured:
         return Candidate(
             name=way.name,
             size_bytes=file.stat().st_size,
-            drop=drop.value or 0.0,
+            drop=drop.value,
             drop_interval=drop.interval,
             latency_ms={
                 name: record["models"][0]["latency"][name]["value"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from edgekd.errors import InputError
 from edgekd.pipeline.stage import Job
+from edgekd.stages.quantize import runtimes_of
 
 if TYPE_CHECKING:
     from edgekd.tasks import Task
@@ -86,7 +87,7 @@ def preflight(job: Job, gated: bool = True) -> None:
 def _check_quantization(job: Job, task: Task) -> None:
     """What of ``quantize`` and of TensorRT can be known before anything is trained."""
     from edgekd.distill.objective import Objective
-    from edgekd.engines.tensorrt import INSTALL, is_installed
+    from edgekd.engines.tensorrt import can_run_here, check_installed, where_built
 
     config = job.config
     wanted = config.quantize
@@ -97,6 +98,20 @@ def _check_quantization(job: Job, task: Task) -> None:
             remedy="add int8: static, dynamic, weights-only or qat, or half: fp16 or bf16; or "
             "remove the section",
         )
+    if wanted is not None:
+        kinds = runtimes_of(job)
+        if "tensorrt" not in kinds and wanted.half == "bf16":
+            raise InputError(
+                "no engine of the pipeline computes in bfloat16",
+                where="quantize.half",
+                remedy="use fp16, or add an engine: {kind: tensorrt-rtx}",
+            )
+        if "cpu" not in kinds and wanted.int8 in ("dynamic", "weights-only"):
+            raise InputError(
+                f"TensorRT has no {wanted.int8} INT8",
+                where="quantize.int8",
+                remedy="use static or qat",
+            )
     if wanted is not None and wanted.int8 == "qat":
         from edgekd.distill.fake_quantize_spec import check_torchao
         from edgekd.distill.quantization_aware import check_training, terms_of_outputs
@@ -107,12 +122,16 @@ def _check_quantization(job: Job, task: Task) -> None:
         where = "distill.losses" if wanted.qat.losses is None else "quantize.qat.losses"
         Objective(terms, task, wanted.qat.label_smoothing, where)
     for index, engine in enumerate(config.engines):
-        built_elsewhere = index > 0 and job.profile.kind == "jetson" and engine.kind == "tensorrt"
-        if engine.kind == "onnxruntime" or built_elsewhere:
-            continue
-        if not is_installed(engine.kind):
+        where, first = f"engines[{index}]", index == 0
+        elsewhere = where_built(engine.kind, job.profile) == "on the device"
+        if not elsewhere:
+            check_installed(engine.kind, where)
+        reason = f"it is built on {job.profile.name}" if elsewhere else can_run_here(engine.kind)
+        if first and engine.kind != "onnxruntime" and reason is not None:
             raise InputError(
-                f"{engine.kind} is not installed",
-                where=f"engines[{index}]",
-                remedy=INSTALL[engine.kind],
+                f"the first engine is what is measured, and {engine.kind} cannot run here: "
+                f"{reason}",
+                where=where,
+                remedy="put onnxruntime first and this one after it, or run the pipeline on the "
+                "device",
             )

@@ -66,6 +66,7 @@ def train_quantized(
     )
     from edgekd.engines.onnx import export_onnx
     from edgekd.models.weights import load_weights
+    from edgekd.stages.quantize import reduce_range
 
     check_torchao()
     check_training(config)
@@ -89,7 +90,8 @@ def train_quantized(
     def train(model: nn.Module) -> History:
         return fit(ground, model, objective, training, label, context, teacher)
 
-    result = quantization_aware(student, runtime, train)
+    narrow = runtime == "cpu" and reduce_range(context.job)
+    result = quantization_aware(student, runtime, train, narrow)
     export_onnx(result.model, out, pipeline.export.opset, metadata_of(ground, "student"))
     context.progress.message(f"  {label}: {_check_answers(result.model, out, ground)}")
     return result.history

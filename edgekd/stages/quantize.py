@@ -3,11 +3,9 @@ decided where they are measured, in the engines stage."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
 
 from edgekd.config.pipeline import (
     OnnxRuntimeConfig,
@@ -18,12 +16,15 @@ from edgekd.config.pipeline import (
 from edgekd.errors import InputError
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.fitting import EVALUATION_BATCH, TRAINING_CODE, Ground, open_ground, write_json
+from edgekd.stages.student import STUDENT_CODE
+from edgekd.stages.validation import Validation, ValidationSamples
 
 if TYPE_CHECKING:
-    from edgekd.engines.samples import Array
+    pass
 
 Runtime = Literal["cpu", "tensorrt"]
 STUDENT = "student.onnx"
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 INDEX = "quantize.json"
 
 
@@ -36,8 +37,17 @@ class QuantizeStage:
 
     name = "quantize"
     inputs = ("data", "teacher", "student", "distill", "export")
-    code = ("edgekd.stages.quantize", "edgekd.stages.qat", "edgekd.engines", *TRAINING_CODE)
-    libraries = ("onnx", "onnxruntime", "torch")
+    code = (
+        *("edgekd.stages.quantize", "edgekd.stages.qat", "edgekd.stages.teacher"),
+        *(
+            "edgekd.stages.export",
+            "edgekd.stages.validation",
+            "edgekd.engines",
+            *STUDENT_CODE,
+            *TRAINING_CODE,
+        ),
+    )
+    libraries = ("onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch")
 
     def config_slice(self, job: Job) -> dict[str, Any]:
         """See :class:`edgekd.pipeline.stage.Stage`."""
@@ -47,6 +57,7 @@ class QuantizeStage:
         return {
             "quantize": config.quantize.model_dump(mode="json"),
             "runtimes": runtimes_of(job),
+            "reduce_range": reduce_range(job),
             "task": [config.task, config.task_args],
             "opset": config.export.opset,
             "qat": _training_slice(config) if config.quantize.int8 == "qat" else None,
@@ -82,66 +93,14 @@ def runtimes_of(job: Job) -> list[Runtime]:
     return list(dict.fromkeys(runtime_of(job, engine) for engine in job.config.engines))
 
 
-class ValidationSamples:
-    """Prepared inputs of the validation split, batch by batch; at most ``limit`` samples.
+def reduce_range(job: Job) -> bool:
+    """Whether INT8 weights for a CPU have 7 bits: only x86 processors of some age need that.
 
-    The samples are spread evenly over the split, whose order may be that of the classes.
+    Of a board with another processor this machine says nothing; those are ARM.
     """
+    from edgekd.engines.quantize.saturation import saturates
 
-    def __init__(self, ground: Ground, limit: int | None = None) -> None:
-        self._ground = ground
-        total = len(ground.dataset.splits["validation"])
-        self.rows = np.unique(np.linspace(0, total - 1, min(limit or total, total)).astype(int))
-
-    @property
-    def count(self) -> int:
-        """The number of samples."""
-        return len(self.rows)
-
-    def batches(self, size: int) -> Iterator[dict[str, Array]]:
-        """See :class:`edgekd.engines.samples.Samples`."""
-        dataset = self._ground.dataset
-        for start in range(0, self.count, size):
-            rows = self.rows[start : start + size]
-            if rows[-1] - rows[0] + 1 == len(rows):
-                yield dict(dataset.model_inputs("validation", int(rows[0]), int(rows[-1]) + 1))
-                continue
-            # One by one: what lies between two of them is never read.
-            each = [dataset.model_inputs("validation", int(r), int(r) + 1) for r in rows]
-            yield {name: np.concatenate([one[name] for one in each]) for name in each[0]}
-
-
-class Validation:
-    """The task's metric on the validation split, of float32 and of any other file."""
-
-    def __init__(self, ground: Ground, reference: Path) -> None:
-        from edgekd.engines.compare import run_samples
-        from edgekd.tasks import against_teacher
-
-        self.samples = ValidationSamples(ground)
-        self.task = ground.task
-        split = ground.dataset.splits["validation"]
-        self.targets = {
-            spec.name: np.asarray(split.arrays[spec.name]) for spec in ground.dataset.targets
-        }
-        self.labelled = self.task.labelled(self.targets)
-        self.reference = run_samples(reference, self.samples)
-        if not self.labelled.any():
-            # What float32 answers is then what is to be kept.
-            self.task = against_teacher(self.task)
-            self.targets |= self.task.targets_from(self.reference)
-            self.labelled = np.ones(self.samples.count, bool)
-        self.scores = self.score(self.reference)
-
-    def score(self, answers: Mapping[str, Array]) -> Array:
-        """Each labelled sample's score, turned so that higher is better, (N,)."""
-        sign = 1 if self.task.higher_is_better else -1
-        scores: Array = sign * self.task.scores(answers, self.targets)[self.labelled]
-        return scores
-
-    def drop(self, answers: Mapping[str, Array]) -> float:
-        """How much the metric falls against float32 (negative: it rises)."""
-        return float((self.scores - self.score(answers)).mean())
+    return job.profile.kind not in ("cpu-board", "jetson") and saturates()
 
 
 class _Work:
@@ -175,7 +134,8 @@ class _Work:
             name = f"int8-{kind}"
             write = quantize_dynamic if kind == "dynamic" else quantize_weights
             write(self.source, self._out(name), keep=self.wanted.keep)
-            return {name: self._entry(name, kind)}
+            # TensorRT's parser takes no DynamicQuantizeLinear, and weights alone gain it nothing.
+            return {name: self._entry(name, kind, "cpu", self.wanted.keep)}
         found = self._static(runtime)
         if kind == "qat":
             found |= self._qat(runtime)
@@ -194,7 +154,8 @@ class _Work:
         )
         # ONNX Runtime's CPU provider has no bfloat16 kernels.
         runtime: Runtime | None = "tensorrt" if kind == "bf16" else None
-        return {kind: self._entry(kind, kind, runtime, half=info.to_json())}
+        kept = (*self.wanted.keep, *info.kept)
+        return {kind: self._entry(kind, kind, runtime, kept, half=info.to_json())}
 
     def _static(self, runtime: Runtime) -> dict[str, Any]:
         from edgekd.engines.quantize import StaticQuantizer
@@ -210,8 +171,7 @@ class _Work:
             runtime=runtime,
             calibration=self.wanted.calibration,
             keep=self.wanted.keep,
-            # Only processors of this family overflow; whether this one does says nothing of ARM.
-            reduce_range=False if self.context.job.profile.kind == "cpu-board" else None,
+            reduce_range=reduce_range(self.context.job),
         )
         self._say_resolution()
         decision = keep_accurate(
@@ -224,8 +184,19 @@ class _Work:
         for line in decision.lines():
             self.context.progress.message(f"  {name}: {line}")
         if decision.chosen is None:
-            return {name: {"method": "static", "runtime": runtime, "decision": decision.to_json()}}
-        return {name: self._entry(name, "static", runtime, decision=decision.to_json())}
+            whole = decision.drop_all
+            drop = "give no numbers" if whole is None else f"drop it by {whole:.4f}"
+            return {
+                name: {
+                    "method": "static",
+                    "runtime": runtime,
+                    "decision": decision.to_json(),
+                    "refused": f"no layer can stay in INT8 within a drop of "
+                    f"{self.wanted.max_drop:g}; all of them {drop}",
+                }
+            }
+        kept = (*self.wanted.keep, *decision.kept)
+        return {name: self._entry(name, "static", runtime, kept, decision=decision.to_json())}
 
     def _say_resolution(self) -> None:
         count = len(self.validation.scores)
@@ -243,7 +214,8 @@ class _Work:
             self.ground, self.context, self.inputs, runtime, self.wanted.qat, self._out(name)
         )
         write_json(self.context.out / f"{name}-history.json", history.to_json())
-        return {name: self._entry(name, "qat", runtime)}
+        # What torchao does not round (transposed and one-dimensional convolutions) stays as it is.
+        return {name: self._entry(name, "qat", runtime, _float_layers(self._out(name)))}
 
     def _drop_of(self, path: Path) -> float:
         from edgekd.engines.compare import run_samples
@@ -254,18 +226,38 @@ class _Work:
         return self.context.out / f"{name}.onnx"
 
     def _entry(
-        self, name: str, method: str, runtime: Runtime | None = None, **more: Any
+        self,
+        name: str,
+        method: str,
+        runtime: Runtime | None,
+        kept: Sequence[str] = (),
+        **more: Any,
     ) -> dict[str, Any]:
-        """What the index says of a candidate: how it was made, and how near to float32 it is."""
+        """What the index says of a candidate: how it was made, and how near to float32 it is.
+
+        ``kept`` are the layers that are in float32 on purpose; a builder that finds another one
+        there refuses the file.
+        """
         from edgekd.engines.compare import compare_answers, run_samples
+        from edgekd.engines.half_verify import write_rounded
 
         file = self._out(name)
-        entry: dict[str, Any] = {"method": method, "runtime": runtime, "file": file.name, **more}
+        there = _node_names(file)
+        entry: dict[str, Any] = {
+            "method": method,
+            "runtime": runtime,
+            "file": file.name,
+            "kept": [name for name in dict.fromkeys(kept) if name in there],
+            **more,
+        }
+        runnable = file
         if method == "bf16":
-            return entry  # Nothing here can run it.
+            # ONNX Runtime's CPU provider has no such kernels: the same rounding, in float32.
+            runnable = self.context.scratch / f"{name}-rounded.onnx"
+            write_rounded(file, runnable, "bf16")
         # Dynamic ranges are those of a whole batch: one by one is what a device answers.
         batch = 1 if method == "dynamic" else EVALUATION_BATCH
-        answers = run_samples(file, self.validation.samples, batch=batch)
+        answers = run_samples(runnable, self.validation.samples, batch=batch)
         is_classes = self.validation.task.name == "classification"
         errors = compare_answers(
             self.validation.reference, answers, self.validation.task.output if is_classes else None
@@ -276,6 +268,21 @@ class _Work:
             f"validation {self.validation.task.metric} {-drop:+.4f} against float32"
         )
         return entry | {"drop": drop, "errors": [error.to_json() for error in errors]}
+
+
+def _node_names(file: Path) -> set[str]:
+    from edgekd.engines.onnx_file import read_onnx
+
+    return {node.name for node in read_onnx(file).graph.node}
+
+
+def _float_layers(file: Path) -> list[str]:
+    """Layers of a Q/DQ file whose weights were left in float32."""
+    from edgekd.engines.onnx_file import read_onnx
+
+    nodes = read_onnx(file).graph.node
+    given = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
+    return [node.name for node in nodes if node.op_type in WEIGHTED and node.input[1] not in given]
 
 
 def _training_slice(config: PipelineConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.fitting import read_json
+from edgekd.stages.quantize import INDEX
 
 
 class ReportStage:
@@ -24,6 +25,7 @@ class ReportStage:
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """See :class:`edgekd.pipeline.stage.Stage`."""
+        from edgekd.release.engine_tables import quantized_rows
         from edgekd.release.gate import read_gate
         from edgekd.release.report import write_report
 
@@ -44,6 +46,7 @@ class ReportStage:
             extras={
                 "choice": read_json(inputs["engines"] / "choice.json"),
                 "parity": read_json(inputs["export"] / "parity.json"),
+                **quantized_rows(read_json(inputs["quantize"] / INDEX)),
                 "Chosen epochs": {role: _chosen(history) for role, history in found.items()},
             },
         )

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class LocalTarget:
         batch: int | None = None,
         threads: int | None = None,
         providers: Sequence[str] = (),
+        provider_options: Mapping[str, Mapping[str, str]] | None = None,
         optimization: str = "all",
         min_queries: int = 1000,
         max_seconds: float = 60.0,
@@ -58,6 +59,8 @@ class LocalTarget:
             batch: samples of one query.
             threads: the runtime's threads for one operator; None leaves it to the runtime.
             providers: ONNX Runtime's execution providers in order; none is the CPU.
+            provider_options: of these providers by name; see
+                :attr:`edgekd.engines.onnxruntime.EngineInfo.provider_options`.
             optimization: ``disabled``, ``basic``, ``extended`` or ``all``.
             min_queries: timed queries of each model, unless ``max_seconds`` are over before.
             max_seconds: of timing both models.
@@ -68,7 +71,7 @@ class LocalTarget:
             *("--min-queries", str(min_queries)),
             *("--max-seconds", str(max_seconds)),
             *("--seed", str(seed)),
-            *_settings(batch, threads, providers, optimization),
+            *_settings(batch, threads, providers, provider_options, optimization),
         ]
         if against is not None:
             words += ["--against", _absolute(against)]
@@ -89,6 +92,7 @@ class LocalTarget:
         batch: int | None = None,
         threads: int | None = None,
         providers: Sequence[str] = (),
+        provider_options: Mapping[str, Mapping[str, str]] | None = None,
         optimization: str = "all",
         manifest: Path | None = None,
         raw: bool = False,
@@ -102,12 +106,13 @@ class LocalTarget:
             batch: samples of one call; None is edgerun's choice.
             threads: as in :meth:`bench`.
             providers: as in :meth:`bench`.
+            provider_options: as in :meth:`bench`.
             optimization: as in :meth:`bench`.
             manifest: the manifest whose preprocessing raw samples need.
             raw: preprocess samples of any dtype, not only uint8.
         """
         words = ["--inputs", _absolute(inputs), "--output", _absolute(output)]
-        words += _settings(batch, threads, providers, optimization)
+        words += _settings(batch, threads, providers, provider_options, optimization)
         if manifest is not None:
             words += ["--manifest", _absolute(manifest)]
         if raw:
@@ -194,7 +199,11 @@ def clean_environment(threads: int | None) -> dict[str, str]:
 
 
 def _settings(
-    batch: int | None, threads: int | None, providers: Sequence[str], optimization: str
+    batch: int | None,
+    threads: int | None,
+    providers: Sequence[str],
+    provider_options: Mapping[str, Mapping[str, str]] | None,
+    optimization: str,
 ) -> list[str]:
     words = ["--optimization", optimization]
     if batch is not None:
@@ -203,6 +212,9 @@ def _settings(
         words += ["--threads", str(threads)]
     if providers:
         words += ["--providers", ",".join(providers)]
+    if provider_options:
+        plain = {name: dict(options) for name, options in provider_options.items()}
+        words += ["--provider-options", json.dumps(plain)]
     return words
 
 

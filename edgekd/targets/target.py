@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ class Target(Protocol):
         batch: int | None = None,
         threads: int | None = None,
         providers: Sequence[str] = (),
+        provider_options: Mapping[str, Mapping[str, str]] | None = None,
         optimization: str = "all",
         min_queries: int = 1000,
         max_seconds: float = 60.0,
@@ -46,6 +47,7 @@ class Target(Protocol):
         batch: int | None = None,
         threads: int | None = None,
         providers: Sequence[str] = (),
+        provider_options: Mapping[str, Mapping[str, str]] | None = None,
         optimization: str = "all",
         manifest: Path | None = None,
         raw: bool = False,

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
-import edgerun
+from edgerun.arguments import command_parser, model_settings
 from edgerun.errors import BadInput, EdgerunError, RunFailed
 
 # numpy and the runtime are imported inside the commands: verify must work without them.
@@ -22,9 +21,9 @@ from edgerun.errors import BadInput, EdgerunError, RunFailed
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = _parser().parse_args(arguments)
+    options = command_parser().parse_args(arguments)
     try:
-        code: int = options.command(options)
+        code: int = _COMMANDS[options.name](options)
     except EdgerunError as error:
         print(f"edgerun: {error}", file=sys.stderr)
         return error.exit_code
@@ -58,7 +57,7 @@ def _run(options: argparse.Namespace) -> int:
     if path is None:
         raise BadInput("no model is given", remedy="edgerun run MODEL.onnx, or --bundle FOLDER")
     manifest = manifest or manifest_beside(path)
-    model = open_model(path, _settings(options))
+    model = open_model(path, model_settings(options))
     begin = time.perf_counter()
     answers = run(model, options.inputs, options.batch, manifest, options.raw)
     seconds = time.perf_counter() - begin
@@ -80,7 +79,7 @@ def _bench(options: argparse.Namespace) -> int:
     record = bench(
         Plan(
             models=tuple(p for p in (options.model, options.against) if p is not None),
-            settings=_settings(options),
+            settings=model_settings(options),
             inputs=options.inputs,
             shapes=parse_shapes(options.shape),
             batch=options.batch,
@@ -171,16 +170,6 @@ def _parse(options: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(options: argparse.Namespace) -> Any:
-    from edgerun.model import Settings, full_provider_name
-
-    names = [name.strip() for name in options.providers.split(",") if name.strip()]
-    if not names:
-        raise BadInput("no provider is named", "--providers", "for example: --providers cpu")
-    providers = tuple(dict.fromkeys(full_provider_name(name) for name in names))
-    return Settings(options.threads, providers, options.optimization)
-
-
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     try:
         path.write_text(json.dumps(value, allow_nan=False) + "\n", encoding="utf-8")
@@ -188,115 +177,14 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
         raise RunFailed(f"the result cannot be written: {error}", str(path)) from error
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="edgerun", description="Answer, measure and verify an ONNX model on this device."
-    )
-    parser.add_argument("--version", action="version", version=f"edgerun {edgerun.__version__}")
-    commands = parser.add_subparsers(dest="name", metavar="COMMAND")
-    commands.required = True
-
-    run = commands.add_parser("run", help="answers for every sample of an npz file")
-    run.add_argument("model", type=Path, nargs="?", metavar="MODEL.onnx")
-    run.add_argument("--inputs", type=Path, required=True, metavar="DATA.npz")
-    run.add_argument("--output", type=Path, required=True, metavar="ANSWERS.npz")
-    run.add_argument("--bundle", type=Path, metavar="FOLDER", help="take model and manifest here")
-    run.add_argument("--manifest", type=Path, metavar="manifest.json")
-    run.add_argument("--raw", action="store_true", help="preprocess data of any dtype")
-    _add_settings(run)
-    run.set_defaults(command=_run)
-
-    bench = commands.add_parser("bench", help="latency with intervals, peak memory")
-    bench.add_argument("model", type=Path, metavar="MODEL.onnx")
-    bench.add_argument("--against", type=Path, metavar="OTHER.onnx", help="compare, interleaved")
-    bench.add_argument("--inputs", type=Path, metavar="DATA.npz", help="default: random inputs")
-    bench.add_argument("--shape", action="append", default=[], metavar="NAME=1x3x224x224")
-    bench.add_argument("--seed", type=_natural, default=0, metavar="N")
-    bench.add_argument("--min-queries", type=_count, default=1000, metavar="N")
-    bench.add_argument("--max-seconds", type=_seconds, default=60.0, metavar="S")
-    bench.add_argument("--no-memory", action="store_true", help="leave out peak memory")
-    bench.add_argument("--json", type=Path, metavar="OUT", help="write the whole record here")
-    _add_settings(bench)
-    bench.set_defaults(command=_bench)
-
-    verify = commands.add_parser("verify", help="whether a bundle is intact")
-    verify.add_argument("folder", type=Path, metavar="FOLDER")
-    verify.set_defaults(command=_verify)
-
-    info = commands.add_parser("info", help="what this device, or a model, is")
-    info.add_argument("model", type=Path, nargs="?", metavar="MODEL.onnx")
-    info.add_argument("--json", type=Path, metavar="OUT")
-    info.set_defaults(command=_info)
-
-    build = commands.add_parser("build", help="a TensorRT engine for this device")
-    build.add_argument("model", type=Path, metavar="MODEL.onnx")
-    build.add_argument("--engine", type=Path, required=True, metavar="OUT")
-    _add_library(build)
-    build.add_argument("--precision", choices=("fp32", "fp16", "bf16", "int8"))
-    build.add_argument("--keep", action="append", default=[], metavar="NODE", help="may be wider")
-    build.add_argument("--shape", action="append", default=[], metavar="NAME=MIN:USUAL:MAX")
-    build.add_argument("--batch", type=_count, default=1, metavar="N", help="usual and largest")
-    build.add_argument("--sm", action="append", default=[], metavar="8.6", help="tensorrt-rtx only")
-    build.add_argument("--workspace-mb", type=_positive, metavar="MB")
-    build.add_argument("--timing-cache", type=Path, metavar="FILE")
-    build.add_argument("--version-compatible", action="store_true")
-    build.add_argument("--hardware-compatible", action="store_true")
-    build.add_argument("--dla", type=_natural, metavar="CORE", help="of a Jetson")
-    build.add_argument("--no-gpu-fallback", action="store_true", help="all layers on the DLA")
-    build.set_defaults(command=_build)
-
-    parse = commands.add_parser("parse", help="whether TensorRT takes a model, and why not")
-    parse.add_argument("model", type=Path, metavar="MODEL.onnx")
-    _add_library(parse)
-    parse.set_defaults(command=_parse)
-    return parser
-
-
-def _add_library(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--library", choices=("tensorrt", "tensorrt-rtx"), default="tensorrt")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the whole record here")
-
-
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch", type=_count, metavar="N", help="samples of one call")
-    parser.add_argument("--threads", type=_count, metavar="N", help="default: the runtime's choice")
-    parser.add_argument("--providers", default="cpu", metavar="A,B", help="default: cpu")
-    parser.add_argument(
-        "--optimization", choices=("disabled", "basic", "extended", "all"), default="all"
-    )
-
-
-def _natural(text: str) -> int:
-    return _whole(text, least=0)
-
-
-def _count(text: str) -> int:
-    return _whole(text, least=1)
-
-
-def _whole(text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    return _number(text, "of seconds ")
-
-
-def _positive(text: str) -> float:
-    return _number(text)
-
-
-def _number(text: str, unit: str = "") -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number {unit}above 0")
-    return value
-
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "run": _run,
+    "bench": _bench,
+    "verify": _verify,
+    "info": _info,
+    "build": _build,
+    "parse": _parse,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

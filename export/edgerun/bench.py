@@ -131,6 +131,7 @@ def _record(
         "providers": {
             "requested": [] if engine else list(plan.settings.providers),
             "session": list(model.providers),
+            "options": {} if engine else _options(plan.settings),
             "nodes": provider_nodes(model.path, plan.settings, feeds.feeds[0]),
             "precisions": engine_precisions(model),
         },
@@ -144,6 +145,10 @@ def _record(
         "device_ms": None if device is None else {"copies": False, **summarize(device)},
         "memory": _memory(plan, model, feeds, empty),
     }
+
+
+def _options(settings: Settings) -> dict[str, dict[str, str]]:
+    return {name: dict(options) for name, options in settings.provider_options.items()}
 
 
 def _empty(models: Sequence[LoadedModel]) -> dict[tuple[str, ...], float | None]:

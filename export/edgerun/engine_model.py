@@ -16,21 +16,9 @@ import numpy as np
 
 from edgerun.cuda_runtime import CudaRuntime, DeviceBuffers, load_cuda_runtime
 from edgerun.engine_loading import LIBRARY_ERRORS, LoadedEngine
+from edgerun.engine_tensors import EngineTensors, Feed
 from edgerun.errors import BadInput, RunFailed
 from edgerun.model import TensorInfo, written, written_feed
-
-DTYPES = {
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "INT8": "int8",
-    "INT32": "int32",
-    "INT64": "int64",
-    "UINT8": "uint8",
-    "BOOL": "bool",
-}
-"""numpy's name of each of TensorRT's data types that numpy has."""
-
-Feed = Mapping[str, "np.ndarray[Any, Any]"]
 
 
 class EngineModel:
@@ -74,19 +62,8 @@ class EngineModel:
                 remedy="the GPU's memory may not suffice: end what else runs on it",
             )
         self.load_ms = loaded.load_ms + (time.perf_counter() - begin) * 1e3
-        tensors = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
-        module = loaded.library.module
-        mode = module.TensorIOMode
-        for name in tensors:
-            self._check_tensor(name)
-        entering = [n for n in tensors if self._engine.get_tensor_mode(n) == mode.INPUT]
-        leaving = [n for n in tensors if self._engine.get_tensor_mode(n) == mode.OUTPUT]
-        self._profiles = [
-            {name: self._range(name, index) for name in entering}
-            for index in range(self._engine.num_optimization_profiles)
-        ]
-        self.inputs = tuple(self._tensor(name, names) for name in entering)
-        self.outputs = tuple(self._tensor(name, names) for name in leaving)
+        self._tensors = EngineTensors(path, loaded, names)
+        self.inputs, self.outputs = self._tensors.inputs, self._tensors.outputs
         self._allocators: dict[str, Any] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._bound: list[tuple[int, ...]] | None = None
@@ -102,14 +79,7 @@ class EngineModel:
     @property
     def batch_range(self) -> tuple[int, int] | None:
         """The least and the largest size of an open first dimension; None without one."""
-        open_first = [t.name for t in self.inputs if t.shape and not isinstance(t.shape[0], int)]
-        if not open_first:
-            return None
-        ranges = [[profile[name] for name in open_first] for profile in self._profiles]
-        return (
-            min(max(least[0] for least, _ in each) for each in ranges),
-            max(min(most[0] for _, most in each) for each in ranges),
-        )
+        return self._tensors.batch_range()
 
     def run(self, feed: Feed) -> list[Any]:
         """The outputs in declared order for one feed.
@@ -183,7 +153,7 @@ class EngineModel:
     def _bind(self, feed: Feed) -> None:
         """Choose the profile, set the shapes, and give each tensor its memory."""
         self._bound = None
-        profile = self._profile_for(feed)
+        profile = self._tensors.profile_for(feed, self._profile)
         if profile != self._profile:
             self._context.set_optimization_profile_async(profile, self._stream)
             self._cuda.synchronize(self._stream)
@@ -219,61 +189,6 @@ class EngineModel:
         if not self._context.set_tensor_address(name, address):
             raise self._failed(feed)
 
-    def _profile_for(self, feed: Feed) -> int:
-        """The first profile that all shapes lie in, the present one before the others."""
-        order = sorted(range(len(self._profiles)), key=lambda i: i != self._profile)
-        for index in order:
-            if all(_within(feed[n].shape, r) for n, r in self._profiles[index].items()):
-                return index
-        told = "; or ".join(
-            ", ".join(f"{n} {written(low)} to {written(high)}" for n, (low, high) in p.items())
-            for p in self._profiles
-        )
-        raise BadInput(
-            f"the engine was not built for {written_feed(feed)}; it takes {told}",
-            where=str(self.path),
-            remedy="give --batch or --shape within that, or build the engine for these shapes",
-        )
-
-    def _check_tensor(self, name: str) -> None:
-        module = self._loaded.library.module
-        if self._engine.get_tensor_location(name) == module.TensorLocation.HOST:
-            raise BadInput(
-                f"the values of tensor {name!r} are sizes of other tensors",
-                where=str(self.path),
-                remedy="export the model with these sizes as constants",
-            )
-        kind = self._engine.get_tensor_dtype(name).name
-        if kind not in DTYPES:
-            raise BadInput(
-                f"tensor {name!r} is {kind}, which numpy does not have",
-                where=str(self.path),
-                remedy="keep the model's inputs and outputs in float32 when converting it",
-            )
-
-    def _range(self, name: str, profile: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        declared = tuple(self._engine.get_tensor_shape(name))
-        if all(size >= 0 for size in declared):
-            return declared, declared
-        least, _, most = self._engine.get_tensor_profile_shape(name, profile)
-        return tuple(least), tuple(most)
-
-    def _tensor(
-        self, name: str, names: Mapping[str, Sequence[int | str | None]] | None
-    ) -> TensorInfo:
-        kind = self._engine.get_tensor_dtype(name).name
-        shape: list[int | str | None] = []
-        known = (names or {}).get(name, ())
-        for axis, size in enumerate(self._engine.get_tensor_shape(name)):
-            # A dimension of one size in every profile is as good as fixed.
-            sizes = {p[name][end][axis] for p in self._profiles if name in p for end in (0, 1)}
-            symbol = known[axis] if axis < len(known) else None
-            if size >= 0 or len(sizes) == 1:
-                shape.append(size if size >= 0 else sizes.pop())
-            else:
-                shape.append(symbol if isinstance(symbol, str) else None)
-        return TensorInfo(name, DTYPES[kind], tuple(shape))
-
     def _failed(self, feed: Feed, reason: str = "") -> RunFailed:
         return RunFailed(
             f"the engine fails on inputs {written_feed(feed)}: {reason or self._told()}",
@@ -288,12 +203,6 @@ class EngineModel:
         told = str(log.last_error())
         log.clear()
         return told or "TensorRT gives no reason"
-
-
-def _within(shape: Sequence[int], bounds: tuple[tuple[int, ...], tuple[int, ...]]) -> bool:
-    least, most = bounds
-    fits = len(shape) == len(least)
-    return fits and all(low <= size <= high for low, size, high in zip(least, shape, most))
 
 
 def _allocator(module: Any, buffers: DeviceBuffers) -> Any:

@@ -93,6 +93,7 @@ def model_memory(
             "threads": settings.threads,
             "providers": list(settings.providers),
             "optimization": settings.optimization,
+            "provider_options": {n: dict(o) for n, o in settings.provider_options.items()},
         }
         told = [_child(job) for _ in range(PROCESSES)]
     known = [t["peak_mb"] for t in told if t["peak_mb"] is not None]
@@ -158,7 +159,12 @@ def _main(job: dict[str, Any]) -> None:
         with np.load(job["feed"]) as archive:
             feed = {name: archive[f"a{i}"] for i, name in enumerate(job["names"])}
         watch = _watch(Path(job["model"]), job["providers"])
-        settings = Settings(job["threads"], tuple(job["providers"]), job["optimization"])
+        settings = Settings(
+            job["threads"],
+            tuple(job["providers"]),
+            job["optimization"],
+            job["provider_options"],
+        )
         model = open_model(Path(job["model"]), settings)
         for _ in range(QUERIES):
             model.run(feed)

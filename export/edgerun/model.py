@@ -5,7 +5,7 @@ Needs no runtime: a device may have ONNX Runtime, or TensorRT, or both.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Mapping, Protocol, Sequence
 
@@ -49,12 +49,14 @@ def written_feed(feed: Mapping[str, np.ndarray[Any, Any]]) -> str:
 class Settings:
     """How a model is opened. ``threads`` None leaves the number to the runtime.
 
+    ``provider_options`` are by provider; one that is not in it has the runtime's defaults.
     They are ONNX Runtime's; a TensorRT engine has all of its settings built in.
     """
 
     threads: int | None = None
     providers: tuple[str, ...] = ("CPUExecutionProvider",)
     optimization: str = "all"
+    provider_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 class LoadedModel(Protocol):

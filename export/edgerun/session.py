@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from pathlib import Path
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Callable, Mapping
 
 import numpy as np
 import onnxruntime
@@ -40,6 +40,12 @@ OPTIMIZATION = {
     "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
 
+CONFIGURATION = {"session.qdq_matmulnbits_accuracy_level": "1"}
+"""Entries of every session's configuration; level 1 computes in float32.
+
+Otherwise a product with weights stored in 8 bits rounds the activations to 8 bits as well.
+"""
+
 # The runtime's exception classes share no base but Exception; collecting them by type keeps a
 # programming error from being reported as the runtime's.
 RUNTIME_ERRORS: tuple[type[Exception], ...] = (
@@ -65,7 +71,7 @@ class Model:
         self.path = path
         self.settings = settings
         check_file(path)
-        _check_providers(settings.providers)
+        _check_providers(settings)
         options = onnxruntime.SessionOptions()
         # Every error of the runtime also comes as an exception; here it would be printed twice.
         options.log_severity_level = 4
@@ -73,13 +79,15 @@ class Model:
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
         options.inter_op_num_threads = 1
         options.intra_op_num_threads = settings.threads or 0
+        for key, value in CONFIGURATION.items():
+            options.add_session_config_entry(key, value)
         if profile_to is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile_to)
         begin = time.perf_counter()
         try:
             self.session = onnxruntime.InferenceSession(
-                str(path), options, providers=list(settings.providers)
+                str(path), options, providers=_with_options(settings)
             )
         except RUNTIME_ERRORS as error:
             raise _load_error(path, error) from error
@@ -91,7 +99,8 @@ class Model:
                 f"{', '.join(left_out)} could not be started; only "
                 f"{', '.join(self.providers)} would run the model",
                 where=str(path),
-                remedy="see the runtime's message above, or leave the provider out",
+                remedy="its driver, libraries or options may be wrong, see the runtime's message "
+                "above; or leave the provider out",
             )
         self.inputs = tuple(_tensor(node) for node in self.session.get_inputs())
         self.outputs = tuple(_tensor(node) for node in self.session.get_outputs())
@@ -123,9 +132,22 @@ class Model:
         return answers
 
 
-def _check_providers(providers: Sequence[str]) -> None:
+def _with_options(settings: Settings) -> list[Any]:
+    """The providers as the runtime takes them: a pair where there are options."""
+    given = settings.provider_options
+    return [(name, dict(given[name])) if given.get(name) else name for name in settings.providers]
+
+
+def _check_providers(settings: Settings) -> None:
     available = onnxruntime.get_available_providers()
-    for name in providers:
+    for name in settings.provider_options:
+        if name not in settings.providers:
+            raise BadInput(
+                f"there are options for {name}, which is not among the providers",
+                where="--provider-options",
+                remedy=f"the providers are: {', '.join(settings.providers)}",
+            )
+    for name in settings.providers:
         if name not in available:
             raise BadInput(
                 f"this onnxruntime has no {name}",

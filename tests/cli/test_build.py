@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.cli import main
+from edgekd.engines.tensorrt import can_run_here
 from edgekd.errors import TargetError
 from edgekd.targets import LocalTarget, local
 
@@ -97,6 +98,20 @@ def test_a_jetson_profile_says_what_to_type_on_the_jetson(model, tmp_path):
     done = invoke(model, "-o", tmp_path / "m.engine", "--profile", "jetson-orin-nano-8gb")
     assert done.exit_code == 2, done.output
     assert "python3 -m edgerun build m.onnx --engine m.engine" in done.output
+
+
+@pytest.mark.skipif(can_run_here("tensorrt-rtx") is None, reason="an engine runs here")
+@pytest.mark.parametrize("with_record", [True, False])
+def test_measuring_an_engine_where_none_can_run_is_one_message(rtx, model, tmp_path, with_record):
+    out = tmp_path / "m.engine"
+    assert invoke(model, "-o", out, "--engine", "tensorrt-rtx").exit_code == 0
+    if not with_record:
+        (tmp_path / "m.engine.json").unlink()
+    done = CliRunner().invoke(main, ["benchmark", str(out)])
+    assert done.exit_code in (2, 4), done.output
+    assert f"cannot be loaded here: {can_run_here('tensorrt-rtx')}" in done.output
+    assert done.output.count("error: ") == 1
+    assert "Traceback" not in done.output
 
 
 def test_bad_files_are_named(rtx, model, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import numpy as np
 import onnx
@@ -10,7 +11,11 @@ import pytest
 from click.testing import CliRunner
 
 from edgekd.cli import main
-from tests.engines.quantize.graphs import Graph
+from edgekd.errors import StageError, TargetError
+from edgekd.stages.judge import Judge
+from edgekd.stages.own_model import QuantizeSettings, quantize_model
+from edgekd.targets import LocalTarget
+from tests.engines.quantize.graphs import Graph, run
 
 CLASSES = 5
 
@@ -99,16 +104,114 @@ def test_kept_nodes_stay_in_float(written):
     assert given.get(second.input[1]) is None
 
 
-def test_a_drop_that_cannot_be_met_writes_nothing_and_exits_1(model, data, tmp_path, monkeypatch):
-    from edgekd.stages import own_model
-
+@pytest.mark.parametrize("before", [None, b"an earlier model"])
+def test_a_drop_that_cannot_be_met_writes_nothing_and_exits_1(
+    written, tmp_path, monkeypatch, before
+):
     # Whatever is quantized is then off, as in a network that no 8 bits can carry.
-    monkeypatch.setattr(own_model._Judge, "drop_of", lambda self, path: 1.0)
+    monkeypatch.setattr(Judge, "drop_of", lambda self, path: 1.0)
     out = tmp_path / "out.onnx"
-    done = quantize(model, "-o", out, "--calibration", data, "--max-drop", "0.01", "--no-timing")
+    if before is not None:
+        out.write_bytes(before)
+    done, record, _ = written("--max-drop", "0.01")
     assert done.exit_code == 1, done.output
     assert "no layer can stay in INT8" in done.output
-    assert not out.exists()
+    assert record["output"] is None
+    assert (out.read_bytes() if out.exists() else None) == before
+    assert list(tmp_path.glob("*partial*")) == []
+
+
+@pytest.mark.parametrize("before", [None, b"an earlier model"])
+def test_a_failure_after_the_file_was_made_leaves_what_was_there(
+    written, tmp_path, monkeypatch, before
+):
+    def fails(self, path):
+        assert path.stat().st_size > 1000
+        raise StageError("the model does not run", where=str(path))
+
+    monkeypatch.setattr(Judge, "compare", fails)
+    out = tmp_path / "out.onnx"
+    if before is not None:
+        out.write_bytes(before)
+    done, record, _ = written()
+    assert done.exit_code == 3, done.output
+    assert record is None
+    assert f"where: {out}" in done.output.replace("\n", " ")
+    assert (out.read_bytes() if out.exists() else None) == before
+    assert list(tmp_path.glob("*partial*")) == []
+
+
+def test_a_search_within_the_drop_is_recorded_under_the_final_name(written):
+    done, record, out = written("--max-drop", "1")
+    assert done.exit_code == 0, done.output
+    assert record["output"] == str(out)
+    assert record["decision"]["chosen"] == out.name
+    assert record["drop"]["value"] == pytest.approx(record["decision"]["drop"])
+
+
+def test_a_regression_is_judged_by_its_relative_error(tmp_path):
+    """Worked out anew from the two files."""
+    g = Graph(2)
+    g.add("Conv", ["image", g.weight("w", 4, 3, 3, 3)], "y", "first", pads=[1] * 4)
+    model = g.save(tmp_path / "m.onnx", {"image": ["b", 3, 8, 8]}, {"y": ["b", 4, 8, 8]})
+    image = np.random.default_rng(0).standard_normal((9, 3, 8, 8)).astype(np.float32)
+    np.save(tmp_path / "data.npy", image)
+    out, to = tmp_path / "o.onnx", tmp_path / "r.json"
+    settings = ["--max-drop", "0.5", "--no-timing", "--json", to]
+    done = quantize(model, "-o", out, "--calibration", tmp_path / "data.npy", *settings)
+    assert done.exit_code == 0, done.output
+    record = json.loads(to.read_text())
+    p, o = (run(path, {"image": image})["y"].reshape(9, -1).astype(float) for path in (model, out))
+    each = np.linalg.norm(o - p, axis=1) / np.linalg.norm(p, axis=1)
+    assert record["metric"] == "1 - relative error"
+    assert record["drop"]["value"] == pytest.approx(each.mean(), rel=1e-4)
+    assert record["decision"]["drop"] == pytest.approx(each.mean(), rel=1e-4)
+
+
+def test_memory_does_not_grow_with_the_samples(tmp_path):
+    g = Graph(1)
+    g.add("Conv", ["image", g.weight("w", 64, 1, 1, 1)], "y")
+    model = g.save(tmp_path / "m.onnx", {"image": ["b", 1, 8, 8]}, {"y": ["b", 64, 8, 8]})
+
+    def peak(count):
+        data = tmp_path / f"{count}.npy"
+        np.save(data, np.random.default_rng(0).standard_normal((count, 1, 8, 8)).astype(np.float32))
+        tracemalloc.start()
+        quantize_model(model, tmp_path / "o.onnx", data, QuantizeSettings(timing=False))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    peak(64)  # what is loaded once
+    # 960 samples more are 0.25 MB of inputs and 16 MB of answers of each model.
+    assert peak(1024) - peak(64) < 1_000_000
+
+
+@pytest.mark.parametrize("batch", ["batch", 8])
+def test_an_npy_file_and_fewer_samples_than_a_batch_can_be_timed(tmp_path, batch):
+    g = Graph(1)
+    g.add("Gemm", ["file", g.weight("w", 4, 3)], "y", "head")
+    model = g.save(tmp_path / "m.onnx", {"file": [batch, 4]}, {"y": [batch, 3]})
+    np.save(tmp_path / "data.npy", np.random.default_rng(0).standard_normal((5, 4)).astype("f4"))
+    to = tmp_path / "r.json"
+    done = quantize(
+        model, "-o", tmp_path / "o.onnx", "--calibration", tmp_path / "data.npy", "--json", to
+    )
+    assert done.exit_code == 0, done.output
+    assert json.loads(to.read_text())["timing"].keys() >= {"p50_ms", "float_p50_ms", "speedup"}
+
+
+def test_a_failed_timing_is_a_remark(model, data, tmp_path, monkeypatch):
+    def fails(self, *args, **settings):
+        raise TargetError("the process was killed: [9]")
+
+    monkeypatch.setattr(LocalTarget, "bench", fails)
+    out, to = tmp_path / "o.onnx", tmp_path / "r.json"
+    done = quantize(model, "-o", out, "--calibration", data, "--json", to)
+    assert done.exit_code == 0, done.output
+    assert json.loads(to.read_text())["timing"]["failed"] == "the process was killed: [9]"
+    assert "latency not compared: the process was killed: [9]" in done.output
+    assert "QuantizeLinear" in operators(out)
 
 
 def test_latency_is_compared_in_the_same_run(model, data, tmp_path):
@@ -162,6 +265,30 @@ def test_wrong_samples_are_explained(model, tmp_path, arrays, says):
     done = quantize(model, "-o", tmp_path / "o.onnx", "--calibration", path)
     assert done.exit_code == 2, done.output
     assert says in done.output
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (None, "holds one array, the inputs, and no labels"),
+        (np.array([0, None, 2, 3], object), "pickled objects"),
+        (np.array([0.0, 1.0, 2.0, 3.0]), "one class from 0 to 4"),
+        (np.array([0, 1, 2, 5]), "one class from 0 to 4"),
+        (np.array([0, 1, 2]), "each of the 4 samples"),
+    ],
+)
+def test_wrong_labels_are_explained(model, tmp_path, labels, says):
+    image = np.zeros((4, 3, 8, 8), np.float32)
+    data = tmp_path / ("data.npy" if labels is None else "data.npz")
+    if labels is None:
+        np.save(data, image)
+    else:
+        np.savez(data, image=image, label=labels)
+    out = tmp_path / "o.onnx"
+    done = quantize(model, "-o", out, "--calibration", data, "--labels", "label")
+    assert done.exit_code == 2, done.output
+    assert says in " ".join(done.output.split())
+    assert not out.exists()
 
 
 def test_a_quantized_model_is_refused(written, data, tmp_path):

@@ -13,6 +13,7 @@ from edgekd.data.mixing import cutmix, mixup, partner_rows
 from edgekd.data.source import RawData
 from edgekd.errors import InputError
 from edgekd.spec import SAMPLE, VIEW
+from edgekd.tasks import Classification
 
 
 @pytest.fixture(scope="module")
@@ -321,6 +322,22 @@ def test_class_names_say_how_many_classes_there_are():
     data = assemble(raw, DataConfig(source="npz"))
     with pytest.raises(InputError, match="the label 2, but there are 2 classes"):
         Loader("train", data, 4, augment=["mixup"])
+
+
+@pytest.mark.parametrize("names", [None, tuple("abcde")])
+def test_the_task_may_know_of_more_classes_than_the_data(names):
+    """A mixed target has as many classes as the logits it is compared with."""
+    arrays = {"image": np.ones((20, 1, 4, 4), np.uint8), "label": np.arange(20) % 3}
+    raw = RawData({"train": arrays, "test": arrays}, "here", "a test", labels=names)
+    data, task = assemble(raw, DataConfig(source="npz")), Classification(classes=7)
+    counts = {"label": task.outputs(data)[0].shape[-1]}
+    batch = next(Loader("train", data, 4, augment=["mixup"], classes=counts).view(0, 0))
+    logits = torch.zeros(4, 7)
+    # Equal logits: the cross-entropy is log 7 whatever the mixed labels are.
+    assert task.hard_loss({"logits": logits}, batch).item() == pytest.approx(np.log(7), rel=1e-6)
+    assert (batch["label"][:, 3:] == 0).all()
+    with pytest.raises(InputError, match=r"label 2, but there are 2 classes \(as the task"):
+        Loader("train", data, 4, augment=["mixup"], classes={"label": 2})
 
 
 def test_what_cannot_be_mixed(dataset):

@@ -97,6 +97,8 @@ def test_checks_name_both_shapes():
     for check in (check_maps, check_same_shape):
         with pytest.raises(InputError, match=r"student \[2, 3, 4, 4\].*teacher \[1, 3, 4, 4\]"):
             check(maps, others)
+    with pytest.raises(InputError, match="to do: give others"):
+        check_same_shape(maps, others, "give others")
     with pytest.raises(InputError, match="are not two maps"):
         check_maps(maps, torch.zeros(2, 3))
 

@@ -93,6 +93,17 @@ def test_a_misspelt_layer_suggests_the_nearest():
         Capture(nn.ModuleDict({"encoder": nn.ReLU()}), ["encodr"])
 
 
+def test_an_error_says_where_the_layer_was_named():
+    model = named(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3))
+    with pytest.raises(InputError, match=r"named '22'[\s\S]*where: the second[\s\S]*mean '2'"):
+        Capture(model, {"0": "the first", "22": "the second"})
+    model = named(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3))
+    capture = Capture(model, {"2": "the first", "0": "the second"})
+    model(BATCH)
+    with pytest.raises(InputError, match=r"changed in place[\s\S]*where: the second"):
+        capture.take()
+
+
 def test_a_layer_that_is_not_run_or_run_twice():
     relu = nn.ReLU()
     model = named(nn.Linear(4, 4), relu, nn.Linear(4, 4), relu, nn.Linear(4, 3))

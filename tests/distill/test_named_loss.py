@@ -1,7 +1,5 @@
 """Named losses: layers, pairs, schedules, and losses with trained parts."""
 
-import sys
-import types
 from collections.abc import Sequence
 
 import pytest
@@ -42,17 +40,9 @@ def objective(*rows, task=TASK):
     return Objective([LossTerm.model_validate(row) for row in rows], task)
 
 
-@pytest.fixture
-def module():
-    made = types.ModuleType("users_terms")
-    sys.modules["users_terms"] = made
-    yield made
-    del sys.modules["users_terms"]
-
-
 def test_a_named_pair_of_layers_is_compared():
     made = objective({"similarity": {"student": "a", "teacher": "y"}, "weight": 2})
-    assert (made.student_layers, made.teacher_layers) == (("a",), ("y",))
+    assert [*made.student_layers, *made.teacher_layers] == ["a", "y"]
     total, _ = made(STUDENT, TEACHER, BATCH)
     expected = similarity(STUDENT[layer_key("a")], TEACHER[layer_key("y")])
     torch.testing.assert_close(total, 2 * expected)
@@ -67,17 +57,28 @@ def test_several_pairs_are_summed():
     torch.testing.assert_close(total, expected)
 
 
-def test_a_loss_of_sequences_gets_all_layers_at_once(module):
+def test_a_loss_of_sequences_gets_all_layers_at_once(users_code):
     seen = []
 
     def stages(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         seen.append((len(student), len(teacher)))
         return student[0].sum() - teacher[0].sum()
 
-    module.stages = stages
-    made = objective({"users_terms:stages": {"student": ["a", "b"], "teacher": ["x", "y"]}})
+    users_code.stages = stages
+    made = objective({"users_code:stages": {"student": ["a", "b"], "teacher": ["x", "y"]}})
     made(STUDENT, TEACHER, BATCH)
     assert seen == [(2, 2)]
+
+
+def test_a_layer_is_placed_where_it_is_first_named():
+    made = objective(
+        "hard_labels",
+        {"similarity": {"student": ["a", "b", "a"], "teacher": "x"}},
+        {"rkd": {"student": "b", "teacher": "y"}},
+    )
+    first = "distill.losses[1].similarity"
+    assert made.student_layers == {"a": f"{first}.student", "b": f"{first}.student"}
+    assert made.teacher_layers == {"x": f"{first}.teacher", "y": "distill.losses[2].rkd.teacher"}
 
 
 def test_layers_that_cannot_be_paired():
@@ -120,7 +121,7 @@ def test_shapes_that_cannot_be_matched_name_both_layers_and_shapes():
         made.prepare(STUDENT, teacher, samples=6)
 
 
-def test_a_users_module_with_trained_parts(module):
+def test_a_users_module_with_trained_parts(users_code):
     class Mine(nn.Module):
         def __init__(self, student: tuple[int, ...], teacher: tuple[int, ...], width: int = 2):
             super().__init__()
@@ -130,14 +131,14 @@ def test_a_users_module_with_trained_parts(module):
         def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
             return (self.one(student) - self.other(teacher)).square().mean() + 0 * target.sum()
 
-    module.Mine = Mine
-    made = objective({"users_terms:Mine": {"width": 5}, "weight": 0.5}, "hard_labels")
+    users_code.Mine = Mine
+    made = objective({"users_code:Mine": {"width": 5}, "weight": 0.5}, "hard_labels")
     made.prepare(STUDENT, TEACHER, samples=6)
     assert {tuple(p.shape) for p in made.parameters()} == {(5, 3), (5,)}
     total, values = made(STUDENT, TEACHER, BATCH)
     torch.testing.assert_close(total, 0.5 * values["Mine"] + values["hard_labels"])
     with pytest.raises(InputError, match="no argument 'depth'"):
-        objective({"users_terms:Mine": {"depth": 5}})
+        objective({"users_code:Mine": {"depth": 5}})
 
 
 def test_the_weight_follows_its_schedule():
@@ -212,9 +213,9 @@ def test_which_terms_the_largest_logits_alone_would_mislead(rows, labels):
     assert objective(*rows).reads_all_logits == labels
 
 
-def test_a_users_loss_is_taken_to_read_every_logit(module):
-    module.mine = lambda student, teacher: (student - teacher).square().mean()
-    assert objective("users_terms:mine").reads_all_logits == ("mine",)
+def test_a_users_loss_is_taken_to_read_every_logit(users_code):
+    users_code.mine = lambda student, teacher: (student - teacher).square().mean()
+    assert objective("users_code:mine").reads_all_logits == ("mine",)
 
 
 def test_a_weight_below_zero_is_refused():
@@ -222,21 +223,21 @@ def test_a_weight_below_zero_is_refused():
         LossTerm.model_validate({"soft_labels": {}, "weight": {"start": 1, "end": -1}})
 
 
-def test_a_layer_is_masked_by_its_tokens_and_the_output_by_its_target(module):
+def test_a_layer_is_masked_by_its_tokens_and_the_output_by_its_target(users_code):
     seen = []
 
     def masked(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
         seen.append(mask)
         return (student.sum() - teacher.sum()) * 0
 
-    module.masked = masked
+    users_code.masked = masked
     tokens, target = torch.ones(6, 8), torch.ones(6, 3)
     batch = {**BATCH, "attention_mask": tokens, "label_mask": target}
     hidden = {"logits": STUDENT["logits"], layer_key("h"): random(6, 8, 4)}
-    made = objective("users_terms:masked", {"users_terms:masked": {"student": "h", "teacher": "h"}})
+    made = objective("users_code:masked", {"users_code:masked": {"student": "h", "teacher": "h"}})
     made(hidden, hidden, batch)
     assert seen[0] is target
     assert seen[1] is tokens
-    other = objective({"users_terms:masked": {"student": "a", "teacher": "x"}})
+    other = objective({"users_code:masked": {"student": "a", "teacher": "x"}})
     other(STUDENT, TEACHER, {**batch, "attention_mask": torch.ones(6, 5)})
     assert seen[2] is None

@@ -1,8 +1,5 @@
 """The objective: its sum, and everything that is wrong found when it is made."""
 
-import sys
-import types
-
 import pytest
 import torch
 from torch import Tensor
@@ -21,14 +18,6 @@ BATCH = {"image": torch.zeros(2, 1), "label": torch.tensor([1, 0])}
 
 def terms(*rows):
     return [LossTerm.model_validate(row) for row in rows]
-
-
-@pytest.fixture
-def module():
-    made = types.ModuleType("users_losses")
-    sys.modules["users_losses"] = made
-    yield made
-    del sys.modules["users_losses"]
 
 
 def test_the_sum_and_each_terms_value():
@@ -52,9 +41,9 @@ def test_the_same_loss_twice_keeps_both_values():
     assert list(values) == ["soft_labels", "soft_labels 2"]
 
 
-def test_a_term_of_weight_zero_is_watched_and_cannot_spoil_the_sum(module):
-    module.infinite = lambda student: student.sum() * float("inf")
-    objective = Objective(terms("hard_labels", {"users_losses:infinite": {}, "weight": 0}), TASK)
+def test_a_term_of_weight_zero_is_watched_and_cannot_spoil_the_sum(users_code):
+    users_code.infinite = lambda student: student.sum() * float("inf")
+    objective = Objective(terms("hard_labels", {"users_code:infinite": {}, "weight": 0}), TASK)
     total, values = objective(STUDENT, None, BATCH)
     assert total.isfinite()
     assert values["infinite"].isinf()
@@ -124,30 +113,30 @@ def test_infinite_weight():
         Objective(terms({"hard_labels": {}, "weight": float("inf")}), TASK)
 
 
-def test_a_loss_of_ones_own(module):
+def test_a_loss_of_ones_own(users_code):
     def logit_matching(student: Tensor, teacher: Tensor, power: int = 2) -> Tensor:
         return (student - teacher).abs().pow(power).mean()
 
-    module.logit_matching = logit_matching
-    objective = Objective(terms({"users_losses:logit_matching": {"power": 1}}), TASK)
+    users_code.logit_matching = logit_matching
+    objective = Objective(terms({"users_code:logit_matching": {"power": 1}}), TASK)
     total, values = objective(STUDENT, TEACHER, BATCH)
     assert total.item() == pytest.approx(1.0)
     assert list(values) == ["logit_matching"]
     with pytest.raises(InputError, match="no argument 'powr'"):
-        Objective(terms({"users_losses:logit_matching": {"powr": 1}}), TASK)
+        Objective(terms({"users_code:logit_matching": {"powr": 1}}), TASK)
 
 
-def test_a_loss_that_gives_no_single_number(module):
-    module.rows = lambda student: student.sum(1)
-    objective = Objective(terms("users_losses:rows"), TASK)
+def test_a_loss_that_gives_no_single_number(users_code):
+    users_code.rows = lambda student: student.sum(1)
+    objective = Objective(terms("users_code:rows"), TASK)
     with pytest.raises(InputError, match=r"gives \[2\][\s\S]*losses\[0\]"):
         objective(STUDENT, None, BATCH)
 
 
-def test_something_that_is_no_loss(module):
-    module.other = lambda prediction: prediction.sum()
+def test_something_that_is_no_loss(users_code):
+    users_code.other = lambda prediction: prediction.sum()
     with pytest.raises(InputError, match="no parameter 'student'"):
-        Objective(terms("users_losses:other"), TASK)
+        Objective(terms("users_code:other"), TASK)
 
 
 def test_shapes_that_differ_point_at_the_term():

@@ -525,3 +525,17 @@ def test_result_is_what_was_trained(result):
     assert len(found.history.epochs) == 3
     # The training loop says how far it is.
     assert found.prepared.module.frozen
+
+
+def test_weights_of_seven_bits_where_the_processor_needs_them(tmp_path):
+    spec = ModelSpec((TensorSpec("x", ("batch", 16)),), (TensorSpec("y", ("batch", 4)),))
+    torch.manual_seed(0)
+    model = NamedModel(Mlp(spec.inputs, spec.outputs, hidden=(8,)), spec)
+    student = PreparedStudent(model, "cpu", reduce_range=True).train()
+    student({"x": torch.randn(8, 16)})
+    export_onnx(student.convert(), tmp_path / "int8.onnx")
+    graph = onnx.load(tmp_path / "int8.onnx").graph
+    weights = [numpy_helper.to_array(t) for t in graph.initializer if len(t.dims) == 2]
+    assert [w.dtype for w in weights] == [np.int8] * 2
+    # The largest weight of every output is at the end of the grid.
+    assert all((np.abs(w).max(1) == 63).all() or (np.abs(w).max(0) == 63).all() for w in weights)

@@ -200,6 +200,23 @@ def test_the_teacher_is_not_changed(tmp_path):
     assert all(p.grad is None for p in teacher_model.parameters())
 
 
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_layer_that_does_not_exist_points_at_the_term(tmp_path, role):
+    layers = {"student": "4", "teacher": "4", role: "44"}
+    terms = [LossTerm(name="hard_labels"), LossTerm(name="fitnets", args=layers)]
+    objective, teacher = Objective(terms, TASK), ModuleTeacher(network(9))
+
+    def begin():
+        teacher.watch(objective.teacher_layers)
+        fit(tmp_path, objective=objective, teacher=teacher)
+
+    with pytest.raises(InputError) as error:
+        begin()
+    assert error.value.what == "there is no layer named '44'"
+    assert error.value.where == f"distill.losses[1].fitnets.{role}"
+    assert error.value.remedy.startswith("did you mean '4'?")
+
+
 def test_layers_are_captured_from_the_network_that_is_trained(tmp_path):
     terms = [
         LossTerm(name="hard_labels"),

@@ -11,10 +11,10 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
 from edgekd.config.profile import load_profile
-from edgekd.engines import check
+from edgekd.engines import tensorrt_verdict
 from edgekd.engines.check import check_model
 from edgekd.engines.tensorrt_verdict import remedy_for, takes_opset
-from edgekd.errors import InputError
+from edgekd.errors import InputError, StageError, TargetError
 from edgekd.targets import open_target
 
 FLOAT = TensorProto.FLOAT
@@ -35,7 +35,7 @@ def never(path, library):
 
 @pytest.fixture
 def without_tensorrt(monkeypatch):
-    monkeypatch.setattr(check, "installed_libraries", lambda: ())
+    monkeypatch.setattr(tensorrt_verdict, "is_installed", lambda name: False)
 
 
 def findings(report, status):
@@ -154,12 +154,12 @@ def test_without_tensorrt_a_device_of_tensorrt_is_not_shown(exported, without_te
     assert not report.passed
     (gap,) = findings(report, "not shown")
     assert "not checked" in gap.detail
-    assert gap.remedy == 'pip install "edgekd[rtx]"'
+    assert "edgekd[rtx]" in gap.remedy
     assert check_model(exported, never).passed
 
 
 def test_tensorrt_rtx_stands_in_for_tensorrt_and_says_so(exported, monkeypatch):
-    monkeypatch.setattr(check, "installed_libraries", lambda: ("tensorrt-rtx",))
+    monkeypatch.setattr(tensorrt_verdict, "is_installed", lambda name: name == "tensorrt-rtx")
     asked = []
 
     def parse(path, library):
@@ -169,10 +169,43 @@ def test_tensorrt_rtx_stands_in_for_tensorrt_and_says_so(exported, monkeypatch):
     report = check_model(exported, parse, profile=load_profile("jetson-orin-nano-8gb"))
     assert asked == ["tensorrt-rtx"]
     assert any("stands in for TensorRT 10.3" in finding.detail for finding in report.findings)
-    monkeypatch.setattr(check, "installed_libraries", lambda: ("tensorrt", "tensorrt-rtx"))
+    monkeypatch.setattr(tensorrt_verdict, "is_installed", lambda name: True)
     check_model(exported, parse, engines=["tensorrt"])
     check_model(exported, parse, engines=["tensorrt-rtx"])
     assert asked[1:] == ["tensorrt", "tensorrt-rtx"]
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_tensorrt_stands_in_for_tensorrt_rtx_and_says_so(exported, monkeypatch, supported):
+    monkeypatch.setattr(tensorrt_verdict, "is_installed", lambda name: name == "tensorrt")
+
+    def parse(path, library):
+        return {"library": library, "version": "10.3", "supported": supported, "problems": []}
+
+    report = check_model(exported, parse, engines=["tensorrt-rtx"])
+    assert report.passed is supported
+    (told,) = [finding for finding in report.findings if finding.subject == "tensorrt 10.3"]
+    assert "stands in for TensorRT for RTX, which may differ" in told.detail
+    (told,) = [f for f in check_model(exported, parse).findings if f.subject == "tensorrt 10.3"]
+    assert "stands in" not in told.detail
+
+
+@pytest.mark.parametrize("kind", [InputError, StageError, TargetError])
+def test_a_tensorrt_that_cannot_be_asked_matters_only_to_who_asked_for_it(
+    exported, monkeypatch, kind
+):
+    monkeypatch.setattr(tensorrt_verdict, "is_installed", lambda name: name == "tensorrt")
+
+    def parse(path, library):
+        raise kind("tensorrt 10.3 does not start here", remedy="it needs a GPU")
+
+    report = check_model(exported, parse)
+    assert report.passed
+    (told,) = [finding for finding in report.findings if finding.subject == "tensorrt"]
+    assert (told.status, told.remedy) == ("note", "it needs a GPU")
+    assert "tensorrt 10.3 does not start here" in told.detail
+    (gap,) = findings(check_model(exported, parse, engines=["tensorrt"]), "not shown")
+    assert gap.subject == "tensorrt"
 
 
 def test_budgets_of_the_profile_count(exported, without_tensorrt):

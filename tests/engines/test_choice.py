@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from edgekd.config.pipeline import GateConfig
-from edgekd.engines.choice import FLOAT, Candidate, choose
+from edgekd.config.profile import load_profile
+from edgekd.engines.choice import FLOAT, Budgets, Candidate, choose
 
 SPEEDS = {"faster": (1.5, (1.4, 1.6)), "slower": (0.8, (0.7, 0.9)), "unclear": (1.1, (0.9, 1.3))}
 
@@ -19,8 +20,8 @@ def int8(speed: str = "faster", size: int = 30_000, drop: float = 0.001) -> Cand
     return Candidate("int8", size, drop, (-0.001, 0.003), {"p50": 1 / ratio}, ratio, interval)
 
 
-def gate(**sections: object) -> GateConfig:
-    return GateConfig.model_validate(sections)
+def gate(**sections: object) -> Budgets:
+    return Budgets.of(GateConfig.model_validate(sections))
 
 
 def test_faster_smaller_and_within_the_drop_is_taken():
@@ -75,6 +76,25 @@ def test_the_speedup_over_the_teacher_counts_for_each_candidate():
 def test_the_fastest_of_the_eligible_is_taken():
     quicker = Candidate("fp16", 50_000, 0.0, None, {"p50": 0.5}, 2.0, (1.9, 2.1))
     assert choose([plain(), int8(), quicker], gate(), 0.002).chosen == "fp16"
+
+
+def test_the_profiles_limits_count_where_the_gate_says_nothing():
+    pi = load_profile("raspberry-pi-5")
+    assert pi.budget.storage_mb is not None
+    assert pi.budget.latency_ms is not None
+    own = Budgets.of(GateConfig(), pi)
+    assert own.max_mb == pi.budget.storage_mb.value
+    assert own.latency_ms == {"p95": pi.budget.latency_ms.value}
+    too_large = plain(int(own.max_mb * 2e6))
+    assert choose([too_large, int8("slower")], own, 0.002).chosen == "int8"
+    gated = Budgets.of(GateConfig.model_validate({"size": {"max_mb": 1e6}}), pi)
+    assert choose([too_large, int8("slower")], gated, 0.002).chosen == FLOAT
+
+
+def test_a_way_that_was_refused_is_named():
+    choice = choose([plain()], gate(), 0.002, refused={"int8-cpu": "drops by 0.1 at best"})
+    assert "int8-cpu: drops by 0.1 at best" in choice.reason
+    assert choice.to_json()["refused"] == {"int8-cpu": "drops by 0.1 at best"}
 
 
 def test_alone_float32_is_chosen():

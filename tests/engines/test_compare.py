@@ -1,13 +1,14 @@
 """Answers of two models: figures worked out by hand, and batches that must not change them."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekd.engines.compare import compare_answers, run_samples
+from edgekd.engines.compare import AnswerErrors, compare_answers, compare_models, run_samples
 from edgekd.engines.samples import ArraySamples
 from edgekd.errors import InputError
 from edgekd.release.statistics import wilson
@@ -29,7 +30,18 @@ class Counted(ArraySamples):
         return super().batches(size)
 
 
-def linear(path, batch="batch", kind=TensorProto.FLOAT, extra=()):
+class Made:
+    """Samples that are made when asked for."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def batches(self, size):
+        for start in range(0, self.count, size):
+            yield {"x": np.full((min(size, self.count - start), 6), start, np.float32)}
+
+
+def linear(path, batch="batch", kind=TensorProto.FLOAT, extra=(), weights=WEIGHTS):
     """x (batch, 6) → logits = x·W and label = argmax."""
     dtype = helper.tensor_dtype_to_np_dtype(kind)
     nodes = [
@@ -38,7 +50,7 @@ def linear(path, batch="batch", kind=TensorProto.FLOAT, extra=()):
         *extra,
     ]
     outputs = [
-        helper.make_tensor_value_info("logits", kind, [batch, 3]),
+        helper.make_tensor_value_info("logits", kind, [batch, weights.shape[1]]),
         helper.make_tensor_value_info("label", TensorProto.INT64, [batch]),
         *(onnx.ValueInfoProto(name=name) for node in extra for name in node.output),
     ]
@@ -47,7 +59,7 @@ def linear(path, batch="batch", kind=TensorProto.FLOAT, extra=()):
         "linear",
         [helper.make_tensor_value_info("x", kind, [batch, 6])],
         outputs,
-        [numpy_helper.from_array(WEIGHTS.astype(dtype), "w")],
+        [numpy_helper.from_array(weights.astype(dtype), "w")],
     )
     opset = [helper.make_opsetid("", 18)]
     onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=9), path)
@@ -173,6 +185,63 @@ def test_answers_that_cannot_be_compared_say_why():
         compare_answers({"y": INPUT}, {"y": INPUT}, "z")
     with pytest.raises(InputError, match=r"\(11, 6\) in one model and \(10, 6\)"):
         compare_answers({"y": INPUT}, {"y": INPUT[:10]}, None)
+
+
+@pytest.mark.parametrize("batches", [("batch", "batch"), (4, "batch"), ("batch", 4), (16, 3)])
+@pytest.mark.parametrize("sizes", [(64, None), (3, 1)])
+def test_models_side_by_side_give_the_figures_of_all_answers_at_once(tmp_path, batches, sizes):
+    noise = 0.3 * np.random.default_rng(1).standard_normal(WEIGHTS.shape).astype(np.float32)
+    one = linear(tmp_path / "a.onnx", batches[0])
+    other = linear(tmp_path / "b.onnx", batches[1], weights=WEIGHTS + noise)
+    samples = ArraySamples({"x": INPUT})
+    labels = np.arange(11) % 3
+
+    def right(_, answers, rows):
+        return answers["label"] == labels[rows]
+
+    found = compare_models(
+        one, other, samples, "logits", right, batch=sizes[0], candidate_batch=sizes[1]
+    )
+    answers = run_samples(one, samples), run_samples(other, samples)
+    for row, whole in zip(found.errors, compare_answers(*answers, "logits"), strict=True):
+        for key, value in whole.to_json().items():
+            # Matrix products of other sizes are summed in another order.
+            expected = value if isinstance(value, str) else pytest.approx(value, rel=1e-4)
+            assert row.to_json()[key] == expected
+    assert (found.reference_scores == (answers[0]["label"] == labels)).all()
+    assert (found.scores == (answers[1]["label"] == labels)).all()
+
+
+def test_answers_may_come_in_any_parts():
+    """More than are compared at a time in float64."""
+    random = np.random.default_rng(0)
+    reference = random.standard_normal((300, 5000))
+    candidate = reference + 0.1 * random.standard_normal(reference.shape)
+    errors = AnswerErrors("y")
+    for rows in (slice(0, 7), slice(7, 8), slice(8, 300)):
+        errors.add({"y": reference[rows]}, {"y": candidate[rows]})
+    (parts,) = errors.rows()
+    (whole,) = compare_answers({"y": reference}, {"y": candidate}, "y")
+    assert parts.samples == 300
+    assert parts.rmse == pytest.approx(np.sqrt(((candidate - reference) ** 2).mean()))
+    for key, value in whole.to_json().items():
+        assert parts.to_json()[key] == (value if key == "name" else pytest.approx(value))
+
+
+def test_a_comparison_of_models_holds_one_batch_in_memory(tmp_path):
+    wide = np.ones((6, 4096), np.float32)
+    path = linear(tmp_path / "m.onnx", weights=wide)
+
+    def compare(count):
+        tracemalloc.start()
+        compare_models(path, path, Made(count), None, lambda *args: np.zeros(len(args[1]["label"])))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    compare(64)  # what is loaded once
+    # 960 samples more are 31 MB of answers of both models, and 15 kB of scores.
+    assert compare(1024) - compare(64) < 1_000_000
 
 
 def test_words_count_as_the_same_or_not():

@@ -9,10 +9,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from edgekd.engines import onnxruntime as engine
+from edgekd.engines.made_up_inputs import made_up_inputs
 from edgekd.engines.onnx import describe_onnx
 from edgekd.engines.onnxruntime import (
     build_engine,
-    made_up_inputs,
     open_session,
     provider_chain,
     providers_for,
@@ -211,7 +211,9 @@ def test_the_saved_model_holds_no_layout_of_this_processor(tmp_path):
     assert {node.domain for node in onnx.load(str(out)).graph.node} <= {"", "com.microsoft"}
 
 
-def test_an_optimization_that_changes_the_answers_is_an_error(exported, tmp_path, monkeypatch):
+@pytest.fixture
+def changed_answers(monkeypatch):
+    """The optimizer's file has another bias than the model."""
     save = engine._save_optimized
 
     def broken(onnx_path, out_path, *rest):
@@ -223,8 +225,41 @@ def test_an_optimization_that_changes_the_answers_is_an_error(exported, tmp_path
         onnx.save(model, str(out_path))
 
     monkeypatch.setattr(engine, "_save_optimized", broken)
-    with pytest.raises(StageError, match="answers differently: output 'logits'"):
-        build_engine(exported, tmp_path / "engine.onnx", CPU)
+
+
+@pytest.mark.parametrize("before", [None, b"a good engine"])
+@pytest.mark.usefixtures("changed_answers")
+def test_an_optimization_that_changes_the_answers_leaves_what_was_there(exported, tmp_path, before):
+    out = tmp_path / "engine.onnx"
+    if before is not None:
+        out.write_bytes(before)
+    with pytest.raises(StageError, match="answers differently: output 'logits'") as caught:
+        build_engine(exported, out, CPU)
+    assert caught.value.where == str(out)
+    assert (out.read_bytes() if out.exists() else None) == before
+    kept = {"student.onnx"} | ({"engine.onnx"} if before is not None else set())
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_no_unfinished_engine_is_ever_under_the_final_name(exported, tmp_path, monkeypatch):
+    """Whenever a model is opened or run the process may be killed."""
+    out = tmp_path / "engine.onnx"
+    out.write_bytes(b"a good engine")
+    seen = []
+
+    def watched(call):
+        def run(*args, **settings):
+            seen.append(out.read_bytes())
+            return call(*args, **settings)
+
+        return run
+
+    for name in ("open_session", "answers_of", "check_fallback", "_largest_difference"):
+        monkeypatch.setattr(engine, name, watched(getattr(engine, name)))
+    build_engine(exported, out, CPU)
+    assert len(seen) >= 4
+    assert set(seen) == {b"a good engine"}
+    assert onnx.load(str(out)).graph.node
 
 
 def test_a_folder_that_cannot_be_written_and_a_bad_model(exported, tmp_path):

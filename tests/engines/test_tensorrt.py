@@ -7,10 +7,18 @@ import pytest
 from edgekd.config.pipeline import TensorRTConfig
 from edgekd.config.profile import load_profile
 from edgekd.engines import tensorrt
-from edgekd.engines.tensorrt import check_runtime, engine_settings
+from edgekd.engines.tensorrt import (
+    can_run_here,
+    check_installed,
+    check_runtime,
+    engine_settings,
+    where_built,
+)
 from edgekd.errors import InputError
 from edgerun import tensorrt_library
-from edgerun.__main__ import _parser
+from edgerun.arguments import command_parser
+from edgerun.cuda_runtime import load_cuda_runtime
+from edgerun.errors import BadInput
 
 JETSON = "jetson-orin-nano-8gb"
 
@@ -47,7 +55,7 @@ def test_the_command_for_the_device_is_one_that_edgerun_takes(config):
     )
     words = shlex.split(settings.command("m.onnx", "m.engine"))
     assert words[:3] == ["python3", "-m", "edgerun"]
-    options = _parser().parse_args(words[3:])
+    options = command_parser().parse_args(words[3:])
     assert options.shape == ["x:0=1x3x8x8:2x3x8x8:4x3x8x8"]
     assert (options.batch, options.precision, options.keep) == (4, "int8", ["a node"])
     assert (options.dla, options.no_gpu_fallback, options.version_compatible) == (0, True, True)
@@ -60,6 +68,44 @@ def test_an_absent_library_says_what_to_install(monkeypatch, tmp_path, config):
         settings = engine_settings(TensorRTConfig(kind=kind), None)
         with pytest.raises(InputError, match=word):
             check_runtime(settings, None, tmp_path / "m.onnx")
+        with pytest.raises(InputError, match=word) as caught:
+            check_installed(kind, "engines[1]")
+        assert caught.value.where == "engines[1]"
+    check_installed("onnxruntime")
+
+
+@pytest.mark.parametrize(
+    ("kind", "profile", "machine", "place"),
+    [
+        ("tensorrt", JETSON, "x86_64", "on the device"),
+        ("tensorrt", JETSON, "aarch64", "here"),
+        ("tensorrt", "raspberry-pi-5", "x86_64", "here"),
+        ("tensorrt", None, "x86_64", "here"),
+        ("tensorrt-rtx", JETSON, "x86_64", "here"),
+        ("onnxruntime", JETSON, "x86_64", "here"),
+    ],
+)
+def test_only_a_jetsons_own_engine_is_built_elsewhere(monkeypatch, kind, profile, machine, place):
+    monkeypatch.setattr(tensorrt.platform, "machine", lambda: machine)
+    assert where_built(kind, load_profile(profile) if profile else None) == place
+
+
+def test_where_nothing_can_run_an_engine_the_reason_is_edgeruns(monkeypatch, tmp_path):
+    # It must be found out in a folder with anything in it, and in a process of its own.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "numpy.py").write_text("raise SystemError('the wrong numpy')")
+    try:
+        load_cuda_runtime()
+        reason = None
+    except BadInput as error:
+        reason = error.what
+    assert can_run_here("tensorrt") == can_run_here("tensorrt-rtx") == reason
+    assert can_run_here("onnxruntime") is None
+
+
+def test_a_cuda_library_that_crashes_is_a_reason(monkeypatch):
+    monkeypatch.setattr(tensorrt, "_START_CUDA", "import os; os.abort()")
+    assert "ended with code -6" in can_run_here("tensorrt")
 
 
 def test_a_jetsons_engine_is_not_built_on_another_machine(monkeypatch, tmp_path, config):

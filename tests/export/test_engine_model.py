@@ -318,6 +318,7 @@ def test_the_record_of_an_engine_has_the_gpu_s_time_beside_the_latency(
     assert timed["providers"] == {
         "requested": [],
         "session": ["tensorrt-rtx"],
+        "options": {},
         "nodes": None,
         "precisions": {"fp16": 1},
     }

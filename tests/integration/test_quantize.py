@@ -127,3 +127,76 @@ def test_another_drop_does_not_train_again(run: Path) -> None:
     rows = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines()[:-1]}
     assert rows["distill"] == rows["export"] == "cached"
     assert rows["quantize"] == rows["engines"] == "run"
+
+
+def test_layers_kept_on_purpose_do_not_stop_tensorrt_and_nothing_asked_for_is_lost(
+    run: Path,
+) -> None:
+    exported = onnx.load(artifact(run, "export") / "student.onnx").graph.node
+    kept = next(node.name for node in exported if node.op_type == "Conv")
+    changes = [f"quantize.keep=[{kept}]", "quantize.half=bf16", "gate.size.max_mb=1"]
+    words = [word for change in changes for word in ("--set", change)]
+    done = call("build", "small.yaml", *words, cwd=run.parent.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    newest = max((run / "artifacts" / "engines").iterdir(), key=lambda path: path.stat().st_mtime)
+    choice = json.loads((newest / "choice.json").read_text())
+    assert choice["refused"] == {
+        "bf16": "is for tensorrt",
+        "int8-tensorrt": "is for tensorrt",
+    }
+    build = json.loads((newest / "further" / "tensorrt-rtx" / "build.json").read_text())
+    assert (build["precision"], build["from"]) == ("int8", "int8-tensorrt")
+    assert kept in build["command"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["quantize={}"], "asks for nothing"),
+        (["quantize={half: bf16}", "engines=[onnxruntime]"], "computes in bfloat16"),
+        (["quantize.runtime=tensorrt", "quantize.int8=dynamic"], "TensorRT has no dynamic"),
+        (["quantize.int8=statik"], "static"),
+        (["engines=[tensorrt-rtx]"], "the first engine is what is measured"),
+        (["quantize.calibration=max"], "minmax"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_trained(
+    tmp_path: Path, changes: list[str], says: str
+) -> None:
+    from edgekd.engines.tensorrt import can_run_here
+
+    if changes == ["engines=[tensorrt-rtx]"] and can_run_here("tensorrt-rtx") is None:
+        pytest.skip("TensorRT can run here")
+    (tmp_path / "small.yaml").write_text(PIPELINE)
+    words = [word for change in changes for word in ("--set", change)]
+    done = call("run", "small.yaml", *words, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("runs/small/artifacts/*"))
+
+
+def test_what_decides_a_file_is_in_its_fingerprint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgekd.api import open_job
+    from edgekd.engines.quantize import saturation
+    from edgekd.stages.benchmark import RECIPE
+    from edgekd.stages.engines import EnginesStage
+    from edgekd.stages.quantize import QuantizeStage
+
+    (tmp_path / "small.yaml").write_text(PIPELINE)
+
+    def job(*changes: str):
+        return open_job(tmp_path / "small.yaml", changes)
+
+    # On a processor that overflows, the host's weights have 7 bits and the board's 8.
+    monkeypatch.setattr(saturation, "saturates", lambda: True)
+    here, board = (
+        QuantizeStage().config_slice(job(f"profile={name}")) for name in ("host", "raspberry-pi-5")
+    )
+    assert (here["reduce_range"], board["reduce_range"]) == (True, False)
+    slice_of = EnginesStage().config_slice(job())
+    assert slice_of["tensorrt"]["tensorrt-rtx"]
+    assert slice_of["machine"]
+    assert "quantize" in RECIPE

@@ -42,6 +42,18 @@ def test_a_run_answers_and_a_bench_measures(model, tmp_path, monkeypatch):
     assert target.info(model)["model"]["inputs"][0]["name"] == "x"
 
 
+def test_options_of_providers_reach_both_calls(model, tmp_path):
+    options = {"CPUExecutionProvider": {"a key": 'a "quoted" value'}}
+    record = LocalTarget().bench(
+        model, provider_options=options, threads=1, min_queries=20, max_seconds=1, memory=False
+    )
+    assert record["models"][0]["providers"]["options"] == options
+    np.savez(tmp_path / "d.npz", x=np.zeros((1, 2), np.float32))
+    absent = {"CUDAExecutionProvider": {"device_id": "0"}}
+    with pytest.raises(InputError, match="which is not among the providers"):
+        LocalTarget().run(model, tmp_path / "d.npz", tmp_path / "y.npz", provider_options=absent)
+
+
 def test_the_process_has_edgerun_and_nothing_of_this_one(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/somewhere/with/torch")
     monkeypatch.setenv("PYTHONSTARTUP", "x.py")

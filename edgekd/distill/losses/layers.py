@@ -57,11 +57,13 @@ class Fsp(nn.Module):
 
 
 def fsp(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """``Σ mean (G_s − G_t)²``, ``G = F₁ᵀ F₂ / (H·W)`` (flow of solution, Yim et al. 2017).
+    """``Σ mean (G_s − G_t)²``, ``G = F₁ᵀ F₂ / (H·W)`` (flow of solution, Yim et al. 2017,
+    equations 1 and 2).
 
     The sum is over neighbours in the list, the mean over samples and over the elements of a Gram
-    matrix. Of two neighbours the larger map is max-pooled to the size of the smaller, as in the
-    paper; the student's sizes may differ from the teacher's.
+    matrix, where the paper has their sum. The equations are for maps of one size: of two neighbours
+    the larger is max-pooled to the smaller's, as in the paper's section 4 (RepDistiller averages).
+    The student's sizes may differ from the teacher's.
 
     Args:
         student: at least 2 maps.

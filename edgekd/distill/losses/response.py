@@ -88,10 +88,11 @@ def hard_targets(
 
 def standardized(student: Tensor, teacher: Tensor, temperature: Temperature = 2.0) -> Tensor:
     """``T² · KL(softmax(Z(z_t) / T) ‖ softmax(Z(z_s) / T))`` (logit standardization, Sun et al.
-    2024, algorithm 1): the student need not reach the size of the teacher's logits.
+    2024, algorithms 1 and 2): the student need not reach the size of the teacher's logits.
 
-    Z takes each sample's mean away and divides by its standard deviation over the C classes (1/C,
-    as in the paper; the authors' code divides by C − 1). The loss therefore knows neither shift
+    Z takes each sample's mean away and divides by its standard deviation over the C classes: with
+    1/C and nothing added, as in the paper. The authors' code has 1/(C − 1), which is a T larger
+    by √(C/(C − 1)) in the softmax, and adds 1e-7 to the deviation. The loss knows neither shift
     nor scale of a sample. Logits that are all equal have no Z; they count as 0, without gradient.
 
     Args:

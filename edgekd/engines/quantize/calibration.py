@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import onnx
-import onnxruntime
-from onnxruntime.quantization.calibrate import MinMaxCalibrater
 
+from edgekd.engines.batched_run import run_batch
 from edgekd.engines.onnx_file import describe_onnx
+from edgekd.engines.quantize.extremes import Extremes, Ranges
 from edgekd.engines.quantize.thresholds import MagnitudeHistogram
 from edgekd.engines.samples import Array, Samples
 from edgekd.engines.session import CPU_PROVIDER, open_session
 from edgekd.errors import InputError
 
 Calibration = Literal["minmax", "entropy", "percentile"]
-Ranges = dict[str, tuple[float, float]]
 
 LEAST_SAMPLES = 2
 _BATCH_BYTES = 32 * 1024**2
@@ -38,9 +36,10 @@ def calibrate(
 ) -> Ranges:
     """The (lowest, highest) value of each tensor that 8 bits should cover.
 
-    ``minmax`` takes the extremes as ONNX Runtime's calibrator does. ``entropy`` and
-    ``percentile`` read the samples a second time, count magnitudes within those extremes, and
-    cut at a threshold; nothing depends on the order or batching of the samples.
+    ``minmax`` takes the extremes over all samples. ``entropy`` and ``percentile`` read the
+    samples a second time, count magnitudes within those extremes, and cut at a threshold;
+    nothing depends on the order or batching of the samples. So many are run at a time that the
+    named tensors take about 32 MB.
 
     Args:
         model: a prepared model in one file, with the types of its tensors.
@@ -58,10 +57,20 @@ def calibrate(
             where=str(model),
             remedy="give some hundred real inputs, preprocessed as the model takes them",
         )
-    ranges = _extremes(model, tensors, samples, scratch, threads)
+    extremes = Extremes(model, tensors, scratch, threads)
+    size = _batch_size(model, extremes, samples)
+    start = 0
+    for feed in feeds(model, samples, size):
+        # A fixed batch's last one is filled up.
+        end = min(start + _rows(feed), samples.count)
+        on = f"samples {start} to {end - 1}" if end - start > 1 else f"sample {start}"
+        _check_finite(model, feed, on)
+        extremes.add(feed, on)
+        start = end
+    ranges = extremes.ranges
     if calibration == "minmax":
         return ranges
-    histograms = _histograms(model, ranges, samples, scratch, threads)
+    histograms = _histograms(model, ranges, feeds(model, samples, size), scratch, threads)
     return {name: _cut(histograms[name], *ranges[name], calibration, symmetric) for name in ranges}
 
 
@@ -94,67 +103,33 @@ def _filled(array: Array, rows: int) -> Array:
     return array if len(array) == rows else np.resize(array, (rows, *array.shape[1:]))
 
 
-def _extremes(
-    model: Path, tensors: Collection[str], samples: Samples, scratch: Path, threads: int
-) -> Ranges:
-    augmented = scratch / "extremes.onnx"
-    calibrater = _Extremes(model, augmented_model_path=str(augmented))
-    calibrater.wanted = frozenset(tensors)
-    calibrater.augment_graph()
-    calibrater.infer_session = open_session(augmented, (CPU_PROVIDER,), threads, "basic")
-    # The calibrater keeps the extremes of each batch of one call: one call a batch is bounded.
-    for feed in feeds(model, samples, _batch_size(model, tensors)):
-        _check_finite(model, feed)
-        calibrater.collect_data(_One(feed))
-    ranges: Ranges = {}
-    for name, data in calibrater.compute_data().items():
-        low, high = (float(np.squeeze(value)) for value in data.range_value)
-        if not (math.isfinite(low) and math.isfinite(high)):
-            raise InputError(
-                f"tensor {name!r} of the float model becomes NaN or infinite on these samples",
-                where=str(model),
-                remedy="check the samples' preprocessing and the float model first",
-            )
-        ranges[name] = (low, high)
-    return ranges
+def _rows(feed: dict[str, Array]) -> int:
+    return len(next(iter(feed.values())))
 
 
-def _check_finite(model: Path, feed: dict[str, Array]) -> None:
-    # The calibrater takes the extremes of what is a number and would pass over a NaN.
+def _batch_size(model: Path, extremes: Extremes, samples: Samples) -> int:
+    """So many samples that the named tensors of a batch take about 32 MB.
+
+    Measured on one sample: the graph alone does not tell the sizes of open dimensions.
+    """
+    feed = next(feeds(model, samples, 1))
+    each = 4 * extremes.elements(feed) // _rows(feed)
+    return max(1, min(_LARGEST_BATCH, _BATCH_BYTES // max(each, 1)))
+
+
+def _check_finite(model: Path, feed: dict[str, Array], on: str) -> None:
+    # Not every input is among the tensors whose extremes are taken.
     for name, array in feed.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise InputError(
-                f"input {name!r} of the samples has a NaN or infinite value",
+                f"input {name!r} of the samples has a NaN or infinite value in {on}",
                 where=str(model),
-                remedy="leave that sample out or repair it",
+                remedy="leave that sample out or repair it; samples are counted from 0",
             )
 
 
-class _Extremes(MinMaxCalibrater):  # type: ignore[misc]  # the package has no types
-    """ONNX Runtime's calibrator for named tensors."""
-
-    wanted: frozenset[str] = frozenset()
-
-    def select_tensors_to_calibrate(
-        self, model: onnx.ModelProto
-    ) -> tuple[list[str], dict[str, onnx.ValueInfoProto]]:
-        tensors, values = super().select_tensors_to_calibrate(model)
-        return sorted(self.wanted & tensors), values
-
-
-class _One:
-    """One feed in the form that ONNX Runtime's calibrator reads."""
-
-    def __init__(self, feed: dict[str, Array]) -> None:
-        self._feed: dict[str, Array] | None = feed
-
-    def get_next(self) -> dict[str, Array] | None:
-        feed, self._feed = self._feed, None
-        return feed
-
-
 def _histograms(
-    model: Path, ranges: Ranges, samples: Samples, scratch: Path, threads: int
+    model: Path, ranges: Ranges, batches: Iterator[dict[str, Array]], scratch: Path, threads: int
 ) -> dict[str, MagnitudeHistogram]:
     proto = onnx.load(str(model))
     inputs = {value.name for value in proto.graph.input}
@@ -165,17 +140,17 @@ def _histograms(
     )
     augmented = scratch / "histograms.onnx"
     onnx.save(proto, str(augmented))
-    session: onnxruntime.InferenceSession = open_session(
-        augmented, (CPU_PROVIDER,), threads, "basic"
-    )
+    session = open_session(augmented, (CPU_PROVIDER,), threads, "basic")
     computed = [name for name in ranges if name not in inputs]
     histograms = {
         n: MagnitudeHistogram(max(abs(low), abs(high))) for n, (low, high) in ranges.items()
     }
-    for feed in feeds(model, samples, _batch_size(model, ranges)):
+    for feed in batches:
         for name in inputs & ranges.keys():
             histograms[name].add(feed[name])
-        for name, values_of in zip(computed, session.run(computed, feed), strict=True):
+        for name, values_of in zip(
+            computed, run_batch(session, computed, feed, model), strict=True
+        ):
             histograms[name].add(values_of)
     return histograms
 
@@ -192,14 +167,3 @@ def _cut(
         side = 0.5 if symmetric else histogram.limit / (max(high, 0.0) - min(low, 0.0))
         threshold = histogram.entropy(max(int(256 * side), 1))
     return max(low, -threshold), min(high, threshold)
-
-
-def _batch_size(model: Path, tensors: Collection[str]) -> int:
-    """So many samples that the named tensors of a batch take about 32 MB."""
-    graph = onnx.load(str(model), load_external_data=False).graph
-    size = 0
-    for value in (*graph.value_info, *graph.input, *graph.output):
-        if value.name in tensors:
-            dims = value.type.tensor_type.shape.dim
-            size += 4 * math.prod(max(int(d.dim_value), 1) for d in dims)
-    return max(1, min(_LARGEST_BATCH, _BATCH_BYTES // max(size, 1)))

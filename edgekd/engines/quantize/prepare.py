@@ -13,6 +13,7 @@ import onnx
 from onnx import numpy_helper
 
 from edgekd.engines.onnx_file import check_onnx, read_onnx
+from edgekd.engines.onnx_graph import opset_of, subgraphs
 from edgekd.engines.session import CPU_PROVIDER, first_line, open_session, session_options
 from edgekd.errors import InputError, unknown_name
 
@@ -137,26 +138,11 @@ def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
             yield from all_nodes(graph.node)
 
 
-def subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
-    """The graphs that a control-flow node holds."""
-    return [
-        graph
-        for attribute in node.attribute
-        for graph in ([attribute.g] if attribute.HasField("g") else attribute.graphs)
-    ]
-
-
 def inner_names(graph: onnx.GraphProto) -> set[str]:
     """Tensors that subgraphs name, among them all that they take from the graph around."""
     inner = [g for node in all_nodes(graph.node) for g in subgraphs(node)]
     names = {name for g in inner for node in g.node for name in node.input}
     return names | {value.name for g in inner for value in g.output}
-
-
-def opset_of(model: onnx.ModelProto) -> int:
-    """The version of ONNX's own operators."""
-    opsets = {entry.domain: entry.version for entry in model.opset_import}
-    return int(opsets.get("", opsets.get("ai.onnx", 0)))
 
 
 def name_nodes(graph: onnx.GraphProto) -> None:

@@ -24,11 +24,13 @@ class MagnitudeHistogram:
         self.zeros = 0
 
     def add(self, values: npt.NDArray[np.floating]) -> None:
-        """Count values of any shape; those above the limit fall into the last bin."""
+        """Count finite values of any shape; those above the limit fall into the last bin."""
         if self.limit <= 0 or not values.size:
             return
         bins = np.abs(values).ravel()
-        bins *= BINS / self.limit
+        # Divided first: BINS / limit leaves float32 where the limit is next to nothing.
+        bins /= self.limit
+        bins *= BINS
         counted = np.bincount(np.minimum(bins.astype(np.int32), BINS - 1), minlength=BINS)
         self.counts += counted
         self.zeros += values.size - int(np.count_nonzero(values))

@@ -52,7 +52,9 @@ def quantize_weights(onnx_path: Path, out: Path, *, keep: Collection[str] = ()) 
     as int8 with a scale per output channel (tables: per row); biases stay float32.
 
     DequantizeLinear gives the weights back at run time, standard ONNX since opset 13. A model
-    becomes about four times smaller, not faster.
+    becomes about four times smaller, not faster. The arithmetic stays in float32 in the sessions
+    of this project (:data:`edgekd.engines.session.CONFIGURATION`); a program of one's own must set
+    that entry too, or ONNX Runtime rounds the activations of MatMul to 8 bits.
 
     Args:
         onnx_path: a float32 model.

@@ -271,6 +271,18 @@ def test_standardized_is_the_published_formula(shape, temperature):
     )
 
 
+def test_standardized_with_the_sample_deviation_is_another_temperature():
+    """The authors' code divides by C − 1: the same loss at a larger T, but for its factor T²."""
+    student, teacher = logits((6, 5))
+    wider = math.sqrt(5 / 4)
+    z_student, z_teacher = (
+        (z - z.mean(-1, keepdim=True)) / z.std(-1, correction=1, keepdim=True)
+        for z in (student, teacher)
+    )
+    expected = wider**2 * soft_labels(z_student, z_teacher, 2.0)
+    assert torch.isclose(standardized(student, teacher, 2.0 * wider), expected, rtol=1e-10)
+
+
 def test_standardized_knows_no_scale_and_no_shift():
     student, teacher = logits((5, 7))
     scale = torch.tensor([[0.01], [1.0], [3.0], [50.0], [1e4]], dtype=torch.float64)

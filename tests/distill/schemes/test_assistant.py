@@ -40,7 +40,10 @@ def test_terms_that_name_layers_go_with_networks_that_have_them(make_room):
 
 @pytest.mark.parametrize(
     ("student", "models", "who"),
-    [("mlp", ("convnet-xs",), "for the student"), ("convnet-xs", ("mlp",), "the assistant mlp")],
+    [
+        ("mlp", ("convnet-xs",), r"losses\[0\]\.fitnets\.student\n"),
+        ("convnet-xs", ("mlp",), r"fitnets\.student, for the assistant mlp\n"),
+    ],
 )
 def test_a_missing_layer_is_found_before_the_first_training(make_room, student, models, who):
     room = make_room(LAYERS, student=student)

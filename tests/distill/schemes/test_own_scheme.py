@@ -1,8 +1,5 @@
 """A user's own scheme by its name: a function of a room, nothing registered."""
 
-import sys
-import types
-
 import pytest
 
 from edgekd.config.pipeline import SchemeConfig
@@ -10,19 +7,11 @@ from edgekd.distill.schemes import SCHEMES, find_scheme
 from edgekd.errors import InputError
 
 
-@pytest.fixture
-def module():
-    made = types.ModuleType("users_schemes")
-    sys.modules["users_schemes"] = made
-    yield made
-    del sys.modules["users_schemes"]
-
-
 def test_the_built_in_ones():
     assert set(SCHEMES) == {"offline", "online", "self", "assistant", "ensemble"}
 
 
-def test_a_scheme_of_ones_own_trains_the_student(module, make_room):
+def test_a_scheme_of_ones_own_trains_the_student(users_code, make_room):
     def twice(room, rounds: int = 2):
         histories = {}
         for number in range(rounds):
@@ -30,20 +19,20 @@ def test_a_scheme_of_ones_own_trains_the_student(module, make_room):
             histories[label] = room.fit(room.student, room.new_objective(), label, room.teacher)
         return histories
 
-    module.twice = twice
+    users_code.twice = twice
     room = make_room()
-    scheme = find_scheme(SchemeConfig.model_validate({"users_schemes:twice": {"rounds": 3}}))
+    scheme = find_scheme(SchemeConfig.model_validate({"users_code:twice": {"rounds": 3}}))
     assert list(scheme(room)) == ["round 0", "round 1", "student"]
     assert [fit.model for fit in room.fits] == [room.student] * 3
 
     with pytest.raises(InputError, match=r"no argument 'round'(.|\n)*did you mean 'rounds'"):
-        find_scheme(SchemeConfig.model_validate({"users_schemes:twice": {"round": 3}}))
+        find_scheme(SchemeConfig.model_validate({"users_code:twice": {"round": 3}}))
 
 
-def test_a_function_without_a_room_is_no_scheme(module):
-    module.loss = lambda student, teacher: 0
+def test_a_function_without_a_room_is_no_scheme(users_code):
+    users_code.loss = lambda student, teacher: 0
     with pytest.raises(InputError, match="no parameter 'room'"):
-        find_scheme(SchemeConfig(name="users_schemes:loss"))
+        find_scheme(SchemeConfig(name="users_code:loss"))
 
 
 def test_the_nearest_name_is_suggested():

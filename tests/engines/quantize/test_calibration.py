@@ -108,7 +108,6 @@ def test_memory_does_not_grow_with_the_samples(prepared, tmp_path, calibration):
     assert peak(1280) - peak(128) < 200_000
 
 
-@pytest.mark.filterwarnings("ignore:All-NaN")  # what the last of these is about
 def test_too_few_samples_a_missing_input_and_overflow(prepared, images, tmp_path):
     one = {"image": images["image"][:1]}
     with pytest.raises(InputError, match="at least 2 samples, there are 1"):
@@ -123,5 +122,84 @@ def test_too_few_samples_a_missing_input_and_overflow(prepared, images, tmp_path
 def test_a_nan_in_a_late_sample_is_refused(prepared, images, tmp_path):
     values = images["image"].copy()
     values[69, 2, 7, 7] = np.nan
-    with pytest.raises(InputError, match="input 'image' of the samples has a NaN"):
+    with pytest.raises(InputError, match="input 'image' of the samples has a NaN.* samples 63 to"):
         ranges(prepared, InChunks({"image": values}, 9), tmp_path)
+
+
+@pytest.fixture
+def logarithm(graph, tmp_path):
+    """x → Log → MatMul: a negative value becomes NaN in the middle, 0 becomes −infinity."""
+
+    def build(batch="batch"):
+        graph.add("Log", ["x"], "log")
+        graph.add("MatMul", ["log", graph.weight("w", 4, 3)], "y")
+        path = graph.save(tmp_path / "log.onnx", {"x": [batch, 4]}, {"y": [batch, 3]})
+        prepared = tmp_path / "prepared.onnx"
+        onnx.save(prepare_onnx(path).model, str(prepared))
+        return prepared
+
+    return build
+
+
+@pytest.mark.parametrize("calibration", ["minmax", "entropy", "percentile"])
+@pytest.mark.parametrize(("value", "batch"), [(-1.0, "batch"), (0.0, "batch"), (-1.0, 9)])
+def test_a_nan_that_arises_in_the_model_is_refused(logarithm, tmp_path, calibration, value, batch):
+    """One value of one sample, among finite ones in the same batch."""
+    x = np.random.default_rng(0).uniform(0.5, 2, (70, 4)).astype(np.float32)
+    x[66, 1] = value
+    said = r"tensor 'log' of the float model becomes NaN or infinite on samples 63 to 69"
+    with pytest.raises(InputError, match=said):
+        calibrate(
+            logarithm(batch),
+            ("log",),
+            InChunks({"x": x}, 9),
+            tmp_path,
+            calibration=calibration,
+            symmetric=False,
+            threads=1,
+        )
+
+
+def test_values_whose_sum_leaves_float32_are_no_infinity(logarithm, tmp_path):
+    x = np.full((4, 4), 3e38, np.float32)
+    found = calibrate(
+        logarithm(),
+        ("x", "log"),
+        ArraySamples({"x": x}),
+        tmp_path,
+        calibration="entropy",
+        symmetric=False,
+        threads=1,
+    )
+    assert found["x"] == (np.float32(3e38), np.float32(3e38))
+
+
+class Asked(ArraySamples):
+    """Samples that remember how many were asked for at a time."""
+
+    def __init__(self, arrays):
+        super().__init__(arrays)
+        self.sizes = []
+
+    def batches(self, size):
+        self.sizes.append(size)
+        return super().batches(size)
+
+
+@pytest.mark.parametrize("calibration", ["minmax", "percentile"])
+def test_open_height_and_width_count_as_they_are_in_the_samples(graph, tmp_path, calibration):
+    graph.add("Conv", ["image", graph.weight("w", 16, 3, 3, 3)], "y", pads=[1] * 4)
+    open_shape = ["batch", 3, "height", "width"]
+    path = graph.save(tmp_path / "m.onnx", {"image": open_shape}, {"y": ["batch", 16, "h", "w"]})
+    samples = Asked({"image": np.ones((6, 3, 224, 224), np.float32)})
+    calibrate(
+        path,
+        ("image", "y"),
+        samples,
+        tmp_path,
+        calibration=calibration,
+        symmetric=False,
+        threads=1,
+    )
+    each = 4 * (3 + 16) * 224**2
+    assert 1 < max(samples.sizes) * each <= 32 * 2**20

@@ -52,3 +52,10 @@ def test_zeros_of_a_relu_do_not_move_the_entropy_threshold(values):
 def test_a_tensor_of_zeros_has_no_threshold_to_find():
     zeros = histogram(np.zeros(10, np.float32), 0.0)
     assert zeros.percentile() == zeros.entropy(128) == 0.0
+
+
+@pytest.mark.parametrize("limit", [1e-44, 1e-38, 3e38])
+def test_values_at_the_ends_of_float32_are_counted(limit):
+    values = np.array([0, limit / 2, limit], np.float32)
+    counts = histogram(values, float(values.max())).counts
+    assert (counts.sum(), counts[0], counts[-1]) == (3, 1, 1)

@@ -6,6 +6,7 @@ import pytest
 from onnx import numpy_helper
 
 from edgekd.engines.onnx_file import describe_onnx
+from edgekd.engines.onnxruntime import build_engine
 from edgekd.engines.quantize import quantize_dynamic, quantize_weights
 from edgekd.errors import InputError
 from tests.engines.quantize.graphs import Graph, distance, run, types_of, weights_of
@@ -132,3 +133,15 @@ def test_a_kept_gemm_is_not_split(transformer, tmp_path):
     out = tmp_path / "out.onnx"
     quantize_dynamic(path, out, keep=["head"])
     assert types_of(out)["Gemm"] == 1
+
+
+@pytest.mark.parametrize("level", ["basic", "extended", "all"])
+def test_an_engine_of_stored_weights_computes_in_float(tmp_path, level):
+    """ONNX Runtime fuses them into MatMulNBits, which may round the activations to 8 bits too."""
+    g = Graph()
+    g.add("MatMul", ["x", g.weight("w", 128, 64, scale=0.1)], "y", "product")
+    path = g.save(tmp_path / "m.onnx", {"x": ["batch", 128]}, {"y": ["batch", 64]})
+    stored, engine = tmp_path / "stored.onnx", tmp_path / "engine.onnx"
+    quantize_weights(path, stored)
+    info = build_engine(stored, engine, ["CPUExecutionProvider"], 1, level, tolerance=1e-3)
+    assert info.max_difference < 1e-5  # sums of 128 float32 products below 1

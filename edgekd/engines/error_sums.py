@@ -1,0 +1,79 @@
+"""How far values are from others: sums over as many batches as come, and cosines."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from edgekd.engines.samples import Array
+
+
+class ErrorSums:
+    """Sums of error and signal over as many batches as come, in constant memory.
+
+    Equal infinities and NaN on both sides are no error and no signal.
+    """
+
+    def __init__(self) -> None:
+        self.values = 0
+        self.error = 0.0
+        """Σ (o − p)² over all values that are finite on both sides."""
+        self.signal = 0.0
+        """Σ p² over the same."""
+        self.largest = 0.0
+        self.not_finite = 0
+        """Rows with a value that is not finite on one side only."""
+
+    def add(self, reference: Array, candidate: Array) -> Array:
+        """Take (n, values) of both; gives (n,) whether a row is finite wherever the other is."""
+        p, o = reference.astype(np.float64), candidate.astype(np.float64)
+        known = np.isfinite(p) & np.isfinite(o)
+        fine: Array = (known | (p == o) | (np.isnan(p) & np.isnan(o))).all(axis=1)
+        p, o = p[known], o[known]
+        self.values += reference.size
+        self.signal += float(np.vdot(p, p))
+        o -= p
+        self.error += float(np.vdot(o, o))
+        self.largest = max(self.largest, float(np.abs(o).max(initial=0.0)))
+        self.not_finite += int((~fine).sum())
+        return fine
+
+    @property
+    def rmse(self) -> float | None:
+        """√mean (o − p)²; None when not finite."""
+        return None if self.not_finite else math.sqrt(self.error / max(self.values, 1))
+
+    @property
+    def relative(self) -> float | None:
+        """√(Σ(o − p)² / Σp²); None when not finite, or when there is error without signal."""
+        if self.not_finite or (self.error and not self.signal):
+            return None
+        return math.sqrt(self.error / self.signal) if self.error else 0.0
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """10·log₁₀(Σp² / Σ(o − p)²); None when not finite, without error, or without signal."""
+        if self.not_finite or not self.error or not self.signal:
+            return None
+        return 10 * math.log10(self.signal / self.error)
+
+
+def cosines(p: Array, o: Array) -> Array:
+    """(n,) of the rows' cosines, from (n, values) of both, over what is finite on both sides."""
+    known = np.isfinite(p) & np.isfinite(o)
+    p, o = _unit(np.where(known, p, 0.0)), _unit(np.where(known, o, 0.0))
+    both_zero = ~p.any(axis=1) & ~o.any(axis=1)
+    products = np.clip(np.einsum("ij,ij->i", p, o), -1.0, 1.0)
+    result: Array = np.where(both_zero, 1.0, products)
+    return result
+
+
+def _unit(rows: Array) -> Array:
+    """Each row divided by its length; rows of zeros stay."""
+    # By the largest first, so that squares of very small or large values do not leave float64.
+    largest = np.abs(rows).max(axis=1, keepdims=True, initial=0.0)
+    rows = rows / np.where(largest > 0, largest, 1.0)
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
+    result: Array = rows / np.where(length > 0, length, 1.0)
+    return result

@@ -1,0 +1,149 @@
+"""How near a file's answers are to float32's, and to the labels where there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgekd.errors import InputError
+from edgekd.stages.sample_labels import check_labels
+
+if TYPE_CHECKING:
+    from edgekd.engines.compare import Comparison
+    from edgekd.engines.samples import Array, Samples
+
+CLASSES_AT_LEAST = 2
+BATCH = 64
+
+
+class Judge:
+    """Compares files with the float model on the same samples, batch by batch.
+
+    The metric is accuracy where there are labels, agreement with float32 where the first output
+    is (N, classes), else 1 − ‖answer − float32‖ / ‖float32‖ of each sample over all outputs.
+
+    Args:
+        model: the float model.
+        samples: all serve the comparison.
+        labels: (N,) the samples' classes, None where there are none.
+        threads: of ONNX Runtime.
+        batch: the candidates'. Dynamic ranges are those of a whole batch: one by one is what a
+            device answers.
+
+    Raises:
+        InputError: the labels do not fit the samples or the output; as
+            :func:`edgekd.engines.compare.run_samples` for the model.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        samples: Samples,
+        labels: Array | None,
+        *,
+        threads: int = 1,
+        batch: int = BATCH,
+    ) -> None:
+        from edgekd.engines.batched_run import answer_batches
+
+        self._model, self._samples = model, samples
+        self._threads, self._batch = threads, batch
+        first = next(answer_batches(model, samples, threads=threads, batch=BATCH))[1]
+        self._primary, answers = next(iter(first.items()))
+        self._has_classes = answers.ndim == 2 and answers.shape[1] >= CLASSES_AT_LEAST
+        if labels is not None and not self._has_classes:
+            raise InputError(
+                f"labels need an output (N, classes), and {self._primary!r} is "
+                f"{('N', *answers.shape[1:])}",
+                where="--labels",
+                remedy="leave it out: the outputs are then compared with float32's",
+            )
+        if labels is not None:
+            check_labels(labels, samples.count, answers.shape[1])
+        self._labels = labels
+        self._known: tuple[Array, Array] | None = None
+        self.metric = "1 - relative error"
+        if self._has_classes:
+            self.metric = "agreement with float32" if labels is None else "accuracy"
+
+    def drop_of(self, path: Path) -> float:
+        """How much the metric falls against float32."""
+        if not self._has_classes:
+            found = self._side_by_side(path)
+            return float((found.reference_scores - found.scores).mean())
+        # A class and a score for each sample are little to keep: float32 is run once.
+        if self._known is None:
+            answers = self._classes(self._model, BATCH)
+            self._known = (answers, self._right(answers, answers, slice(None)))
+        wanted, own = self._known
+        scores = self._right(wanted, self._classes(path, self._batch), slice(None))
+        return float((own - scores).mean())
+
+    def compare(self, path: Path) -> dict[str, Any]:
+        """The metric, its drop with an interval, and the error of each output."""
+        from edgekd.release.statistics import mean_score, paired_difference
+
+        found = self._side_by_side(path)
+        drop = paired_difference(found.reference_scores, found.scores)
+        unit = self.metric.split()[0] if self._has_classes else ""
+        own, score = mean_score(found.reference_scores), mean_score(found.scores)
+        return {
+            "metric": self.metric,
+            "float_score": own.figure(unit, "measured-on-host").to_json(),
+            "score": score.figure(unit, "measured-on-host").to_json(),
+            "drop": drop.figure("points" if unit else "", "measured-on-host").to_json(),
+            "errors": [error.to_json() for error in found.errors],
+        }
+
+    def _side_by_side(self, path: Path) -> Comparison:
+        from edgekd.engines.compare import compare_models
+
+        return compare_models(
+            self._model,
+            path,
+            self._samples,
+            self._primary if self._has_classes else None,
+            self._score,
+            threads=self._threads,
+            batch=BATCH,
+            candidate_batch=self._batch,
+        )
+
+    def _score(
+        self, reference: Mapping[str, Array], answers: Mapping[str, Array], rows: slice
+    ) -> Array:
+        if not self._has_classes:
+            return _closeness(reference, answers)
+        return self._right(
+            reference[self._primary].argmax(1), answers[self._primary].argmax(1), rows
+        )
+
+    def _right(self, reference: Array, answers: Array, rows: slice) -> Array:
+        """(n,) whether the classes of these samples are the labels', or float32's."""
+        right: Array = answers == (reference if self._labels is None else self._labels[rows])
+        return right.astype(np.float64)
+
+    def _classes(self, path: Path, batch: int) -> Array:
+        """(N,) the classes that a file answers."""
+        from edgekd.engines.batched_run import answer_batches
+
+        batches = answer_batches(path, self._samples, threads=self._threads, batch=batch)
+        return np.concatenate([answers[self._primary].argmax(1) for _, answers in batches])
+
+
+def _closeness(reference: Mapping[str, Array], answers: Mapping[str, Array]) -> Array:
+    """1 − ‖answer − reference‖ / ‖reference‖ of each sample over all float outputs, (n,)."""
+    floats = [name for name, values in reference.items() if values.dtype.kind == "f"]
+    count = len(next(iter(reference.values())))
+    off, whole = np.zeros(count), np.zeros(count)
+    for name in floats:
+        for row in range(count):
+            expected = reference[name][row].astype(np.float64).ravel()
+            difference = answers[name][row].astype(np.float64).ravel() - expected
+            off[row] += np.vdot(difference, difference)
+            whole[row] += np.vdot(expected, expected)
+    closeness: Array = 1 - np.sqrt(off / np.maximum(whole, np.finfo(np.float64).tiny))
+    return closeness

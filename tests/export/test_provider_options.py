@@ -1,0 +1,112 @@
+"""Options of providers: each session of a measurement is opened with them, and the record has them.
+
+The CPU provider takes any option and ignores it, so that what ONNX Runtime is given is looked at.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from edgerun import memory, session
+from edgerun.bench import Plan, bench
+from edgerun.model import Settings
+
+CPU = "CPUExecutionProvider"
+OPTIONS = {CPU: {"arena_extend_strategy": "kSameAsRequested"}}
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """What real sessions were given, one list of providers each."""
+    seen = []
+    real = onnxruntime.InferenceSession
+
+    def spy(*words, providers, **settings):
+        seen.append(providers)
+        return real(*words, providers=providers, **settings)
+
+    monkeypatch.setattr(session.onnxruntime, "InferenceSession", spy)
+    return seen
+
+
+def test_every_session_of_a_benchmark_has_the_options(models, opened, tmp_path, monkeypatch):
+    def child(job):
+        if "model" in job:
+            memory._main(json.loads(json.dumps(job)))
+        return {"peak_mb": 1.0, "device": memory.NO_GPU}
+
+    monkeypatch.setattr(memory, "_child", child)
+    path = models.linear(tmp_path / "m.onnx")
+    settings = Settings(1, (CPU,), "all", OPTIONS)
+    record = bench(Plan((path,), settings, min_queries=70, max_seconds=0.4))
+    # The timed one, the profiled one, and one in each process that measures memory.
+    assert opened == [[(CPU, OPTIONS[CPU])]] * (2 + memory.PROCESSES)
+    assert record["models"][0]["providers"]["options"] == OPTIONS
+
+
+def test_a_provider_without_options_is_named_alone(models, opened, tmp_path):
+    session.Model(models.linear(tmp_path / "m.onnx"), Settings(1))
+    assert opened == [[CPU]]
+
+
+def test_options_are_typed_as_json_or_read_from_a_file(models, edgerun, tmp_path):
+    path = models.linear(tmp_path / "m.onnx")
+    (tmp_path / "o.json").write_text(json.dumps(OPTIONS))
+    short = json.dumps({"cpu": OPTIONS[CPU]})
+    for given in (short, tmp_path / "o.json"):
+        done = edgerun(
+            *("bench", path, "--provider-options", given, "--json", tmp_path / "r.json"),
+            *("--min-queries", 20, "--max-seconds", 1, "--no-memory"),
+        )
+        assert done.returncode == 0, done.stderr
+        record = json.loads((tmp_path / "r.json").read_text())
+        assert record["models"][0]["providers"]["options"] == OPTIONS
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ('{"cpu": {"a": 1}}', "option a of cpu is no text: 1"),
+        ('{"cpu": "a"}', "the options of cpu are no mapping"),
+        ("{", "cannot be read"),
+        ("no-such-file.json", "cannot be read"),
+        ('{"cuda": {"device_id": "0"}}', "options for CUDAExecutionProvider, which is not among"),
+    ],
+)
+def test_wrong_options_are_wrong_input(models, edgerun, tmp_path, given, message):
+    np.savez(tmp_path / "d.npz", x=np.ones((1, 4), np.float32))
+    done = edgerun(
+        *("run", models.linear(tmp_path / "m.onnx"), "--provider-options", given),
+        *("--inputs", tmp_path / "d.npz", "--output", tmp_path / "y.npz"),
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (tmp_path / "y.npz").exists()
+
+
+def test_weights_in_8_bits_leave_the_activations_in_float(tmp_path, models):
+    """Left to itself, ONNX Runtime rounds both: answers up to 0.25 off here."""
+    from onnx import helper, numpy_helper
+
+    random = np.random.default_rng(0)
+    steps = random.integers(-127, 128, (128, 64), dtype=np.int8)
+    scales = random.uniform(0.01, 0.02, 64).astype(np.float32)
+    path = models.save(
+        tmp_path / "m.onnx",
+        [
+            helper.make_node("DequantizeLinear", ["steps", "scales"], ["w"], axis=1),
+            helper.make_node("MatMul", ["x", "w"], ["y"]),
+        ],
+        [models.value("x", ["batch", 128])],
+        [models.value("y", ["batch", 64])],
+        [numpy_helper.from_array(steps, "steps"), numpy_helper.from_array(scales, "scales")],
+    )
+    x = random.standard_normal((4, 128)).astype(np.float32)
+    expected = x.astype(np.float64) @ (steps * scales.astype(np.float64))
+    (answer,) = session.Model(path, Settings(1)).run({"x": x})
+    # Sums of 128 float32 products of up to 8.
+    np.testing.assert_allclose(answer, expected, atol=1e-4)
