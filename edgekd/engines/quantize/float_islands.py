@@ -15,15 +15,21 @@ from edgekd.engines.quantize.prepare import inner_names
 # These give float answers from 8-bit inputs at no cost, so an output of the model need not be
 # rounded.
 _FLOAT_OUTPUT = {"Gemm", "MatMul"}
+BIAS = 2
+"""The position of the bias among the inputs of Conv, ConvTranspose and Gemm."""
 _PAIR = {"QuantizeLinear", "DequantizeLinear"}
 
 
 def copy_shared_weights(graph: onnx.GraphProto, chosen: Collection[str]) -> None:
     """Give each weight that float nodes or subgraphs read too a copy for the quantized ones, and
-    one for each kind of quantized node, as kinds differ in the axis of their scales."""
+    one for each kind of quantized node, as kinds differ in the axis of their scales. A bias gets
+    one for each node, as its scale is that of the node's weights: the quantizer's own copies may
+    take the name of another tensor."""
     weights = {tensor.name: tensor for tensor in graph.initializer}
     elsewhere = inner_names(graph) | {value.name for value in graph.output}
     elsewhere |= {name for node in graph.node if node.name not in chosen for name in node.input}
+    taken = {*weights, *elsewhere, *(name for node in graph.node for name in node.output)}
+    taken |= {value.name for value in graph.input}
     owners: dict[str, str] = {}
     copies: dict[tuple[str, str], str] = {}
     for node in graph.node:
@@ -35,14 +41,23 @@ def copy_shared_weights(graph: onnx.GraphProto, chosen: Collection[str]) -> None
         for index, name in enumerate(node.input):
             if name not in weights:
                 continue
-            if name not in elsewhere and owners.setdefault(name, kind) == kind:
+            owner = node.name if index == BIAS else kind
+            if name not in elsewhere and owners.setdefault(name, owner) == owner:
                 continue
-            if (name, kind) not in copies:
-                copies[name, kind] = f"{name}.{kind}"
+            if (name, owner) not in copies:
+                copies[name, owner] = _free_name(f"{name}.{owner}", taken)
                 tensor = graph.initializer.add()
                 tensor.CopyFrom(weights[name])
-                tensor.name = copies[name, kind]
-            node.input[index] = copies[name, kind]
+                tensor.name = copies[name, owner]
+            node.input[index] = copies[name, owner]
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    free = name
+    while free in taken:
+        free += "_"
+    taken.add(free)
+    return free
 
 
 def free_float_values(

@@ -308,3 +308,21 @@ def test_an_exported_student(tmp_path):
     assert len(q.nodes) >= 5
     assert out.stat().st_size < path.stat().st_size / 2
     assert distance(run(path, arrays)["logits"], run(out, arrays)["logits"]) < NEAR
+
+
+def test_copies_of_a_shared_bias_take_no_other_tensors_name(graph, tmp_path):
+    """A bias "b" of two convolutions, of which the first gives "b2"."""
+    g = graph
+    bias = g.weight("b", 4)
+    g.add("Conv", ["x", g.weight("w1", 4, 4, 3, 3), bias], "b2", "first", pads=[1] * 4)
+    g.add("Relu", ["b2"], "r")
+    g.add("Conv", ["r", g.weight("w2", 4, 4, 3, 3), bias], "c", "second", pads=[1] * 4)
+    g.add("Neg", ["b2"], "n")
+    g.add("Add", ["c", "n"], "y")
+    path = g.save(tmp_path / "m.onnx", {"x": ["batch", 4, 6, 6]}, {"y": ["batch", 4, 6, 6]})
+    x = np.random.default_rng(0).standard_normal((16, 4, 6, 6)).astype(np.float32)
+    samples = ArraySamples({"x": x})
+    StaticQuantizer(path, samples, tmp_path / "s", runtime="cpu").write(tmp_path / "q.onnx")
+    expected, answer = run(path, {"x": x})["y"], run(tmp_path / "q.onnx", {"x": x})["y"]
+    # Four roundings of activations, each of half a step of its range's 255.
+    assert np.abs(answer - expected).max() < 4 * (expected.max() - expected.min()) / 255 * 2
