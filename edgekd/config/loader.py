@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from edgekd.config.overrides import Override, apply_overrides
 from edgekd.config.pipeline import PipelineConfig
-from edgekd.config.yaml_source import Location, YamlSource, read_yaml
+from edgekd.config.yaml_source import YamlSource, read_yaml
 from edgekd.errors import InputError, nearest
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -89,7 +89,8 @@ def _explain(
     overrides: Sequence[Override],
 ) -> tuple[str, str, str | None]:
     """One pydantic error as (what, where, remedy)."""
-    location: tuple[str | int, ...] = (*prefix, *details["loc"])
+    found, untagged = _sections_at(model, details["loc"])
+    location: tuple[str | int, ...] = (*prefix, *untagged)
     key = ".".join(map(str, location))
     where = source.at(location)
     for override in overrides:
@@ -97,10 +98,16 @@ def _explain(
             where = f"--set {override.text}"
     kind, given = details["type"], details["input"]
     if kind == "extra_forbidden":
-        known = _fields_at(model, details["loc"][:-1])
+        known = sorted({field for section in found for field in section.model_fields})
         guess = nearest(str(location[-1]), known)
         hint = f"did you mean {guess!r}? " if guess else ""
         return f"unknown key {key!r}", where, f"{hint}known: {', '.join(known)}"
+    if kind == "union_tag_invalid":
+        choices = _quoted(details["ctx"]["expected_tags"])
+        guess = nearest(str(details["ctx"]["tag"]), choices)
+        hint = f"did you mean {guess!r}? " if guess else ""
+        what = f"{key}: there is none named {details['ctx']['tag']!r}"
+        return what, where, f"{hint}known: {', '.join(choices)}"
     if kind == "missing":
         return f"the key {key!r} is missing", where, f"add '{location[-1]}: …'"
     if kind == "value_error":
@@ -122,24 +129,35 @@ def _quoted(expected: str) -> list[str]:
     return expected.split("'")[1::2]
 
 
-def _fields_at(model: type[BaseModel], location: Location) -> list[str]:
-    """The keys of the section that a location leads to."""
-    current: type[BaseModel] | None = model
-    for part in location:
-        if current is None or isinstance(part, int):
+def _sections_at(
+    model: type[BaseModel], location: tuple[str | int, ...]
+) -> tuple[list[type[BaseModel]], tuple[str | int, ...]]:
+    """The section classes that a location's last key may belong to, and the keys as written.
+
+    Where a section is one of several kinds, pydantic puts the kind among the keys.
+    """
+    current: list[type[BaseModel]] = [model]
+    written: list[str | int] = []
+    for index, part in enumerate(location):
+        tagged = [section for section in current if len(current) > 1 and part in _kinds(section)]
+        if tagged:
+            current = tagged
             continue
-        field = current.model_fields.get(part)
-        if field is not None:
-            current = _section_in(field.annotation)
-    return sorted(current.model_fields) if current else []
+        written.append(part)
+        if isinstance(part, int) or index == len(location) - 1:
+            continue
+        fields = [section.model_fields[part] for section in current if part in section.model_fields]
+        current = [inner for field in fields for inner in _sections_in(field.annotation)]
+    return current, tuple(written)
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section class inside an annotation such as ``tuple[LossTerm, ...]`` or ``X | None``."""
+def _kinds(section: type[BaseModel]) -> tuple[Any, ...]:
+    field = section.model_fields.get("kind")
+    return typing.get_args(field.annotation) if field is not None else ()
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The section classes inside an annotation such as ``tuple[LossTerm, ...]`` or ``X | None``."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in typing.get_args(annotation):
-        found = _section_in(argument)
-        if found is not None:
-            return found
-    return None
+        return [annotation]
+    return [found for argument in typing.get_args(annotation) for found in _sections_in(argument)]

@@ -300,6 +300,15 @@ class QuantizeConfig(Section):
     keep: tuple[str, ...] = ()
     qat: QatConfig = QatConfig()
 
+    @model_validator(mode="after")
+    def _something(self) -> QuantizeConfig:
+        if self.int8 is None and self.half is None:
+            raise ValueError(
+                "it asks for nothing: add int8: static, dynamic, weights-only or qat, or half: "
+                "fp16 or bf16; or remove the section"
+            )
+        return self
+
 
 class OnnxRuntimeConfig(Section):
     """ONNX Runtime. ``providers`` None means the profile's, the preferred first.
@@ -430,7 +439,7 @@ class PipelineConfig(Section):
     distill: DistillConfig = DistillConfig()
     export: ExportConfig = ExportConfig()
     quantize: QuantizeConfig | None = None
-    engines: Annotated[tuple[EngineConfig, ...], Field(min_length=1)] = (OnnxRuntimeConfig(),)
+    engines: tuple[EngineConfig, ...] = (OnnxRuntimeConfig(),)
     benchmark: BenchmarkConfig = BenchmarkConfig()
     gate: GateConfig = GateConfig()
 
@@ -451,6 +460,13 @@ class PipelineConfig(Section):
             hard = LossTerm(name="hard_labels", weight=0.1)
             soft = LossTerm(name="soft_labels", args={"temperature": 4.0})
         return hard, soft.model_copy(update={"weight": 0.9})
+
+    @field_validator("engines")
+    @classmethod
+    def _an_engine(cls, value: tuple[EngineConfig, ...]) -> tuple[EngineConfig, ...]:
+        if not value:
+            raise ValueError("nothing would be run: add onnxruntime")
+        return value
 
     @model_validator(mode="before")
     @classmethod

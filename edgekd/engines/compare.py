@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from edgekd.engines.batched_run import (
-    INPUT_BYTES,
     BatchedModel,
     batch_size,
     fixed_sizes,
@@ -26,7 +25,6 @@ from edgekd.engines.session import CPU_PROVIDER, Optimization
 from edgekd.errors import InputError, unknown_name
 
 __all__ = [
-    "INPUT_BYTES",
     "AnswerErrors",
     "Comparison",
     "ErrorSums",

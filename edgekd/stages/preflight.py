@@ -91,13 +91,6 @@ def _check_quantization(job: Job, task: Task) -> None:
 
     config = job.config
     wanted = config.quantize
-    if wanted is not None and wanted.int8 is None and wanted.half is None:
-        raise InputError(
-            "quantize asks for nothing",
-            where="quantize",
-            remedy="add int8: static, dynamic, weights-only or qat, or half: fp16 or bf16; or "
-            "remove the section",
-        )
     if wanted is not None:
         kinds = runtimes_of(job)
         if "tensorrt" not in kinds and wanted.half == "bf16":

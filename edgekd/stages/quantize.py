@@ -265,9 +265,14 @@ class _Work:
         drop = self.validation.drop(answers)
         self.context.progress.message(
             f"  {name}: {file.stat().st_size:,} of {self.source.stat().st_size:,} bytes, "
-            f"validation {self.validation.task.metric} {-drop:+.4f} against float32"
+            f"validation {self.validation.task.metric} {_signed(-drop)} float32's"
         )
         return entry | {"drop": drop, "errors": [error.to_json() for error in errors]}
+
+
+def _signed(change: float) -> str:
+    text = f"{change:+.4f}"
+    return "as" if float(text) == 0 else f"{text} beside"
 
 
 def _node_names(file: Path) -> set[str]:

@@ -187,11 +187,10 @@ def test_memory_does_not_grow_with_the_samples(tmp_path):
     assert peak(1024) - peak(64) < 1_000_000
 
 
-@pytest.mark.parametrize("batch", ["batch", 8])
-def test_an_npy_file_and_fewer_samples_than_a_batch_can_be_timed(tmp_path, batch):
+def test_an_npy_file_with_fewer_samples_than_the_fixed_batch_can_be_timed(tmp_path):
     g = Graph(1)
     g.add("Gemm", ["file", g.weight("w", 4, 3)], "y", "head")
-    model = g.save(tmp_path / "m.onnx", {"file": [batch, 4]}, {"y": [batch, 3]})
+    model = g.save(tmp_path / "m.onnx", {"file": [8, 4]}, {"y": [8, 3]})
     np.save(tmp_path / "data.npy", np.random.default_rng(0).standard_normal((5, 4)).astype("f4"))
     to = tmp_path / "r.json"
     done = quantize(

@@ -114,3 +114,26 @@ def test_budget_that_contradicts_itself(write) -> None:
     path = write("gate: {latency: {p50_ms: 3, p95_ms: 1}}\n")
     with pytest.raises(InputError, match="contradicts itself"):
         load_section(path, GateConfig, "gate")
+
+
+@pytest.mark.parametrize(
+    ("engines", "says"),
+    [
+        ("[tensorrt-rxt]", "did you mean 'tensorrt-rtx'"),
+        ("[{kind: tensorrt-rtx, compute_capabilites: ['8.6']}]", "'compute_capabilities'"),
+        ("[{kind: onnxruntime, thread: 2}]", "unknown key 'engines.0.thread'"),
+        ("[{kind: tensorrt, workspace_mb: -1}]", "engines.0.workspace_mb"),
+        ("[]", "nothing would be run"),
+    ],
+)
+def test_a_section_of_several_kinds_is_explained_by_its_own(tmp_path, engines, says):
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        "name: a\ndata: {source: digits}\nteacher: {model: convnet-l, train: {}}\n"
+        f"student: {{model: convnet-s}}\nengines: {engines}\n"
+    )
+    with pytest.raises(InputError) as caught:
+        load_pipeline(path)
+    assert says in str(caught.value)
+    assert "things are wrong" not in str(caught.value)
+    assert caught.value.where == f"{path}:5"
