@@ -85,6 +85,8 @@ class BenchmarkStage:
         bench = target.bench(
             files["student"],
             against=files["teacher"] if config.benchmark.against == "teacher" else None,
+            provider_options=engines["student"].get("provider_options"),
+            against_options=engines.get("teacher", {}).get("provider_options"),
             inputs=samples,
             batch=config.benchmark.batch_size,
             min_queries=config.benchmark.min_queries,
@@ -104,7 +106,8 @@ class BenchmarkStage:
         measured = {}
         for role, file in files.items():
             outputs = context.scratch / f"{role}.npz"
-            target.run(file, samples, outputs, **settings)
+            own = engines[role].get("provider_options")
+            target.run(file, samples, outputs, provider_options=own, **settings)
             with np.load(outputs) as archive:
                 given = {name: archive[name] for name in archive}
             if by_teacher and role == "teacher":

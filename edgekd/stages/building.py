@@ -25,7 +25,8 @@ class Builder(Protocol):
 
     suffix: str
     settings: dict[str, Any]
-    """Keyword arguments of a target's ``run`` and ``bench`` for what it builds."""
+    """Keyword arguments of a target's ``run`` and ``bench`` for all that it builds; a file's own
+    ``provider_options`` are in its row."""
 
     def build(
         self, source: Path, out: Path, precision: Precision, keep: tuple[str, ...] = ()

@@ -137,7 +137,7 @@ class _Work:
         for way in ways:
             files[way.name] = folder / f"student-{way.name}{self.builder.suffix}"
             rows[way.name] = self.build(way.file, files[way.name], way.precision, way.kept)
-        choice = self._choose(ways, files)
+        choice = self._choose(ways, files, rows)
         place = self.context.out / f"student{self.builder.suffix}"
         for left in files[choice.chosen].parent.glob(f"{files[choice.chosen].name}*"):
             # An engine's record lies beside it under its name.
@@ -158,7 +158,9 @@ class _Work:
             },
         )
 
-    def _choose(self, ways: list[Way], files: Mapping[str, Path]) -> Choice:
+    def _choose(
+        self, ways: list[Way], files: Mapping[str, Path], rows: Mapping[str, Mapping[str, Any]]
+    ) -> Choice:
         from edgekd.engines.choice import FLOAT, Budgets, Candidate, choose
 
         config = self.context.job.config
@@ -169,7 +171,8 @@ class _Work:
             # Nothing to choose between, so nothing is measured.
             alone = Candidate(FLOAT, files[FLOAT].stat().st_size, 0.0, None, {})
             return choose([alone], budgets, allowed, refused=refused)
-        measured = _Measured(self, files)
+        options = {files[name]: row.get("provider_options") for name, row in rows.items()}
+        measured = _Measured(self, files, options)
         teacher = self.context.out / f"teacher{self.builder.suffix}"
         has_teacher = teacher.is_file()
         return choose(
@@ -187,12 +190,15 @@ class _Work:
 class _Measured:
     """Accuracy and latency of the built candidates on the target."""
 
-    def __init__(self, work: _Work, files: Mapping[str, Path]) -> None:
+    def __init__(
+        self, work: _Work, files: Mapping[str, Path], options: Mapping[Path, Any]
+    ) -> None:
         from edgekd.engines.choice import FLOAT
         from edgekd.targets import open_target
 
         context = work.context
         self.context, self.files, self.settings = context, files, work.builder.settings
+        self.options = options
         self.target: Target = open_target(context.job.config.target)
         ground = open_ground(work.inputs["data"], context.job.config)
         self.validation = Validation(ground, work.inputs["export"] / STUDENT)
@@ -244,12 +250,15 @@ class _Measured:
             min_queries=TIMED_QUERIES,
             max_seconds=TIMED_SECONDS,
             memory=False,
+            provider_options=self.options.get(file),
+            against_options=self.options.get(against) if against is not None else None,
             **self.settings,
         )
 
     def _scores(self, file: Path) -> Any:
         outputs = self.context.scratch / "answers.npz"
-        self.target.run(file, self.samples, outputs, **self.settings)
+        own = self.options.get(file)
+        self.target.run(file, self.samples, outputs, provider_options=own, **self.settings)
         with np.load(outputs) as archive:
             scores = self.validation.score({name: archive[name] for name in archive})
         outputs.unlink()

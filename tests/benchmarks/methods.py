@@ -44,6 +44,10 @@ METHODS: dict[str, list[str]] = {
     ],
     "MLKD": [f"distill.losses=[{HARD}, {{mlkd: {{}}, weight: 0.02}}]"],
     "WSLD": [f"distill.losses=[{HARD}, {{wsld: {{}}, weight: 2.5}}]"],
+    "WSLD and DKD": [
+        f"distill.losses=[{HARD}, {{wsld: {{}}, weight: 1.5}}, "
+        "{dkd: {beta: 2}, weight: {start: 0, end: 0.5, over: 0.1}}]"
+    ],
     "JSD": [f"distill.losses=[{HARD}, {{jsd: {{}}, weight: 4}}]"],
     "virtual teacher": ["distill.losses=[hard_labels, {virtual_teacher: {}, weight: 0.1}]"],
     "RKD of logits": [f"distill.losses=[{SOFT}, {{rkd: {{}}, weight: 0.02}}]"],
