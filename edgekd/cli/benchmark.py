@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgekd.cli.typed_options import PIPELINE_SUFFIXES, refuse_options, typed_options
+from edgekd.cli.typed_options import (
+    IN_THE_FILE,
+    PIPELINE_SUFFIXES,
+    refuse_options,
+    typed_options,
+)
 from edgekd.errors import StageError
 
 if TYPE_CHECKING:
@@ -50,7 +55,9 @@ def benchmark(
     Given a pipeline's YAML file, run the pipeline up to its benchmark.
     """
     if model.suffix.lower() in PIPELINE_SUFFIXES:
-        refuse_options(typed_options() - {"model"}, "an ONNX model, not for a pipeline")
+        refuse_options(
+            typed_options() - {"model"}, "an ONNX model, not for a pipeline", IN_THE_FILE
+        )
         from edgekd.cli.stage_command import run_pipeline_until
 
         run_pipeline_until(model, "benchmark")
@@ -58,13 +65,17 @@ def benchmark(
     from rich.console import Console
 
     from edgekd.cli.benchmark_table import print_benchmark
+    from edgekd.engines.output_file import check_output
     from edgekd.release.assemble import evidence_of
     from edgekd.targets import LocalTarget, open_target
 
+    if out is not None:
+        check_output(out, "--json", inputs=[path for path in (model, against) if path], stream=True)
     loaded = _load_profile(profile)
     target = open_target(LocalTarget.name)
     console = Console()
     chosen, left_out = _providers(providers, loaded)
+    threads = threads or (loaded.runtime.threads if loaded else None) or 1
     with Console(stderr=True).status("measuring: warm-up until steady, then timed rounds"):
         record = target.bench(
             model,
@@ -72,8 +83,10 @@ def benchmark(
             inputs=inputs,
             shapes=shapes,
             batch=batch,
-            threads=threads or (loaded.runtime.threads if loaded else None) or 1,
+            threads=threads,
             providers=chosen,
+            provider_options=_options(model, chosen, threads),
+            against_options=None if against is None else _options(against, chosen, threads),
             min_queries=min_queries,
             max_seconds=max_seconds,
         )
@@ -100,7 +113,7 @@ def _providers(given: str | None, profile: Profile | None) -> tuple[list[str], l
     left out are shown beside the figures.
     """
     if given is not None:
-        return [name.strip() for name in given.split(",") if name.strip()], []
+        return [_full_name(name.strip()) for name in given.split(",") if name.strip()], []
     if profile is None:
         return [], []
     from edgekd.config.host import local_providers
@@ -108,6 +121,30 @@ def _providers(given: str | None, profile: Profile | None) -> tuple[list[str], l
     here = local_providers()
     wanted = profile.runtime.providers
     return [name for name in wanted if name in here], [name for name in wanted if name not in here]
+
+
+def _full_name(name: str) -> str:
+    """``tensorrt`` → ``TensorrtExecutionProvider``; edgerun judges a name that is unknown."""
+    import onnxruntime
+
+    short: dict[str, str] = {
+        full.lower().removesuffix("executionprovider"): full
+        for full in onnxruntime.get_all_providers()
+    }
+    return short.get(name.lower().removesuffix("executionprovider"), name)
+
+
+def _options(model: Path, providers: list[str], threads: int) -> dict[str, dict[str, str]]:
+    """The providers' options for a model in the precision that it has."""
+    from edgekd.engines.onnx_file import ENGINE_SUFFIXES
+    from edgekd.engines.onnx_graph import precisions_of
+    from edgekd.engines.session import default_options
+
+    any_options = default_options(providers, threads, half=False, int8=False)
+    # A file that cannot be read is edgerun's to name, as where there are no options.
+    if not any_options or not model.is_file() or model.suffix.lower() in ENGINE_SUFFIXES:
+        return {}
+    return default_options(providers, threads, **precisions_of(model))
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from edgekd.cli.benchmark import write_record
-from edgekd.cli.typed_options import PIPELINE_SUFFIXES, refuse_options, typed_options
+from edgekd.cli.typed_options import (
+    IN_THE_FILE,
+    PIPELINE_SUFFIXES,
+    refuse_options,
+    typed_options,
+)
 from edgekd.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,7 +56,9 @@ def build(model: Path, output: Path | None, **options: Any) -> None:
     Given a pipeline's YAML file, run the pipeline up to its engines.
     """
     if model.suffix.lower() in PIPELINE_SUFFIXES:
-        refuse_options(typed_options() - FOR_PIPELINE, "an ONNX model, not for a pipeline")
+        refuse_options(
+            typed_options() - FOR_PIPELINE, "an ONNX model, not for a pipeline", IN_THE_FILE
+        )
         from edgekd.cli.stage_command import run_pipeline_until
 
         run_pipeline_until(model, "engines", options["overrides"], output, options["quiet"])
@@ -61,13 +68,13 @@ def build(model: Path, output: Path | None, **options: Any) -> None:
         raise InputError("no file to write is given", where="edgekd build", remedy="add -o OUT")
     from edgekd.config.profile import load_profile
     from edgekd.engines.onnx_file import read_onnx
+    from edgekd.engines.output_file import check_output
 
     profile = None if options["profile"] is None else load_profile(options["profile"])
     engine = options["engine"] or (profile.runtime.engine if profile else "onnxruntime")
-    if output.resolve() == model.resolve():
-        raise InputError(
-            "the engine would overwrite the model", where=str(model), remedy="choose another -o"
-        )
+    check_output(output, "-o", inputs=[model])
+    if options["out"] is not None:
+        check_output(options["out"], "--json", inputs=[model, output], stream=True)
     read_onnx(model)
     if engine == "onnxruntime":
         refuse_options(typed_options() - FOR_ONNXRUNTIME, "TensorRT, not for ONNX Runtime")
@@ -161,4 +168,4 @@ def _print_build(output: Path, record: Mapping[str, Any]) -> None:
         why = f": {cache['reason']}" if cache["reason"] else ""
         click.echo(f"  timing cache {cache['state']}{why}")
     for warning in record["warnings"]:
-        click.echo(f"  warning: {warning}")
+        click.echo(f"  {record['library']} warns: {warning}")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from edgekd.errors import GateFailed, InputError, StageError
+from edgekd.cli.benchmark import write_record
+from edgekd.errors import GateFailed, InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,8 +58,11 @@ def check(
 
     from edgekd.config.profile import load_profile
     from edgekd.engines.check import check_model
+    from edgekd.engines.output_file import check_output
     from edgekd.targets import LocalTarget, open_target
 
+    if out is not None:
+        check_output(out, "--json", inputs=[model], stream=True)
     with Console(stderr=True).status("asking the runtimes"):
         report = check_model(
             model,
@@ -71,7 +74,7 @@ def check(
             batch=batch,
         )
     if out is not None:
-        _write(out, report)
+        write_record(out, report.to_json())
     _print(Console(), report)
     if not report.passed:
         click.get_current_context().exit(GateFailed.exit_code)
@@ -112,15 +115,6 @@ def _print(console: Console, report: CheckReport) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     asked = " and ".join(report.engines) + (f" on {report.profile}" if report.profile else "")
     verdict = "[green]all holds[/green]" if report.passed else "[red]not everything holds[/red]"
-    console.print(f"\n{verdict} for {asked}", highlight=False)
-
-
-def _write(path: Path, report: CheckReport) -> None:
-    try:
-        path.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise StageError(
-            f"the record cannot be written: {error.strerror}",
-            where=str(path),
-            remedy="give --json a file in a folder that exists and has space",
-        ) from error
+    unbuilt = report.passed and any(name.startswith("tensorrt") for name in report.engines)
+    so_far = ", as far as it can be told without a build" if unbuilt else ""
+    console.print(f"\n{verdict} for {asked}{so_far}", highlight=False)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
 from edgekd.cli.benchmark import FILE, write_record
-from edgekd.cli.typed_options import PIPELINE_SUFFIXES, refuse_options, typed_options
+from edgekd.cli.typed_options import (
+    IN_THE_FILE,
+    PIPELINE_SUFFIXES,
+    refuse_options,
+    typed_options,
+)
 from edgekd.errors import GateFailed, InputError
 
 FOR_PIPELINE = frozenset({"model", "out", "overrides", "quiet"})
@@ -46,13 +52,26 @@ FOR_PIPELINE = frozenset({"model", "out", "overrides", "quiet"})
     show_default=True,
     help="How the ranges of activations are found.",
 )
-@click.option("--samples", type=click.IntRange(min=2), default=512, show_default=True)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=2),
+    default=512,
+    show_default=True,
+    help="At most so many are calibrated on.",
+)
 @click.option(
     "--max-drop",
     type=click.FloatRange(min=0),
-    help="Keep layers in float32 until the metric falls by no more.",
+    help="The metric may fall by no more (0.01: one point). Static INT8 keeps layers in float32 "
+    "until that holds; else nothing is written.",
 )
-@click.option("--labels", metavar="NAME", help="The array of DATA.npz with the classes.")
+@click.option(
+    "--validation",
+    type=FILE,
+    metavar="DATA.npz",
+    help="Samples to compare on.  [default: those of --calibration]",
+)
+@click.option("--labels", metavar="NAME", help="The array with the classes, beside those samples.")
 @click.option("--keep", multiple=True, metavar="NODE", help="Leave this node as it is.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--per-layer", is_flag=True, help="List each layer's error.")
@@ -69,6 +88,7 @@ def quantize(
     calibrator: str,
     samples: int,
     max_drop: float | None,
+    validation: Path | None,
     labels: str | None,
     keep: tuple[str, ...],
     threads: int,
@@ -81,27 +101,40 @@ def quantize(
     """Write MODEL.onnx in fewer bits, and say what that gains and costs on real samples.
 
     INT8 by ONNX Runtime's quantizer (Q/DQ, weights per channel), or 16-bit floats. Without
-    --labels the metric is agreement with the float32 model. Exit code 1: --max-drop cannot be
-    met, and nothing was written. A file that was at --output before stays until all is done.
+    --labels the metric is agreement with the float32 model. Other samples than those of the
+    calibration (--validation) are the better test. Exit code 1: --max-drop cannot be met, and
+    nothing was written. A file that was at --output before stays until all is done.
 
     Given a pipeline's YAML file, run the pipeline up to its quantized candidates.
     """
     if model.suffix.lower() in PIPELINE_SUFFIXES:
-        refuse_options(typed_options() - FOR_PIPELINE, "an ONNX model, not for a pipeline")
+        refuse_options(
+            typed_options() - FOR_PIPELINE, "an ONNX model, not for a pipeline", IN_THE_FILE
+        )
         from edgekd.cli.stage_command import run_pipeline_until
 
         run_pipeline_until(model, "quantize", overrides, out, quiet)
         return
     refuse_options(typed_options() & {"overrides", "quiet"}, "a pipeline, not for an ONNX model")
+    if method != "static":
+        unused = typed_options() & {"runtime", "calibrator", "samples"}
+        refuse_options(unused, f"--method static, not for --method {method}")
     if out is None:
         raise InputError("no file to write is given", where="--output", remedy="give -o OUT.onnx")
     from rich.console import Console
+    from rich.markup import escape
 
     from edgekd.cli.quantize_table import print_quantized
-    from edgekd.stages.own_model import QuantizeSettings, quantize_model
+    from edgekd.engines.output_file import check_output
+    from edgekd.stages.own_model import QuantizeSettings, files_read, quantize_model
+
+    if record_to is not None:
+        read = files_read(model, calibration, validation)
+        check_output(record_to, "--json", inputs=[*read, out], stream=True)
 
     settings: dict[str, Any] = {"method": method, "runtime": runtime, "calibration": calibrator}
-    with Console(stderr=True).status("quantizing and comparing"):
+    doing = "quantizing and comparing"
+    with Console(stderr=True).status(doing) as status:
         record = quantize_model(
             model,
             out,
@@ -111,19 +144,38 @@ def quantize(
                 samples=samples,
                 max_drop=max_drop,
                 labels=labels,
+                validation=validation,
                 keep=keep,
                 threads=threads,
                 timing=not no_timing,
                 per_layer=per_layer,
             ),
+            progress=lambda text: status.update(f"{doing}: {escape(text)}"),
         )
     if record_to is not None:
         write_record(record_to, record)
     print_quantized(Console(), record)
-    if record["output"] is None:
-        raise GateFailed(
-            f"no layer can stay in INT8 within a drop of {max_drop:g}",
-            where=str(model),
+    if record["output"] is None and max_drop is not None:
+        raise _not_met(record, max_drop)
+
+
+def _not_met(record: Mapping[str, Any], max_drop: float) -> GateFailed:
+    """The failure of a model whose metric fell by more than allowed."""
+    if "drop" not in record:
+        whole = record["decision"]["drop_all"]
+        drop = "they give no numbers" if whole is None else f"all of them drop it by {whole:.4g}"
+        return GateFailed(
+            f"no layer can stay in INT8 within a drop of {max_drop:g} ({drop}); nothing was "
+            "written",
+            where=record["model"],
             remedy="allow more, calibrate with --calibrator entropy or percentile, or on more and "
             "more typical samples; in a pipeline, quantize: {int8: qat} trains the loss back",
         )
+    other = "fp16" if record["method"] in ("dynamic", "weights-only", "bf16") else None
+    return GateFailed(
+        f"{record['metric']} falls by {record['drop']['value']:.4g}, more than the {max_drop:g} of "
+        "--max-drop; nothing was written",
+        where=record["model"],
+        remedy="allow more, keep the layers that --per-layer shows in float32 (--keep NODE)"
+        + (f", or try --method {other}" if other else ""),
+    )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from edgekd.figure import Figure
 from edgekd.release.figure_text import full_text
@@ -19,16 +21,8 @@ def print_quantized(console: Console, record: Mapping[str, Any]) -> None:
     """Print size, metric, errors, latency and the layers of a record ``edgekd.quantize/1``."""
     for line in record.get("decision_lines", ()):
         console.print(f"  {line}", highlight=False, markup=False)
-    if record["output"] is None:
-        return
-    console.print(f"{record['output']}", highlight=False, markup=False)
-    ratio = record["float_bytes"] / record["bytes"]
-    console.print(
-        f"  size: {record['bytes']:,} bytes, {ratio:.2f}× smaller ({record['float_bytes']:,})",
-        highlight=False,
-    )
-    if ratio <= 1:
-        console.print("  [yellow]not smaller than float32[/]")
+    if record["output"] is not None:
+        _print_size(console, record)
     half = record.get("half")
     if half:
         total = len(half["kept"]) + len(half["low"])
@@ -39,11 +33,24 @@ def print_quantized(console: Console, record: Mapping[str, Any]) -> None:
         drop = Figure.from_json(record["drop"])
         console.print(f"  {record['metric']}: {full_text(Figure.from_json(record['score']))}, "
                       f"drop {full_text(drop)}", highlight=False)  # fmt: skip
-        console.print(_errors(record["errors"]))
+        console.print(_errors(record["errors"], record["compared_on"]))
+        if record["compared_on"]["calibrated_on"]:
+            console.print("  other samples are a better test: --validation DATA.npz")
+    for warning in record["warnings"]:
+        console.print(f"  {warning}", style="yellow", highlight=False, markup=False)
     if "timing" in record:
         _print_timing(console, record["timing"])
     if record.get("layers"):
         console.print(_layers(record["layers"]))
+
+
+def _print_size(console: Console, record: Mapping[str, Any]) -> None:
+    console.print(f"{record['output']}", highlight=False, markup=False)
+    size, before = record["bytes"], record["float_bytes"]
+    change = f"{before / size:.2f}× smaller" if size <= before else f"{size / before:.2f}× larger"
+    console.print(f"  size: {size:,} bytes, {change} ({before:,})", highlight=False)
+    if size >= before:
+        console.print("  [yellow]not smaller than float32[/]")
 
 
 def _print_timing(console: Console, timing: Mapping[str, Any]) -> None:
@@ -64,8 +71,9 @@ def _print_timing(console: Console, timing: Mapping[str, Any]) -> None:
         console.print(f"  [yellow]{said} on this machine[/]")
 
 
-def _errors(rows: list[Mapping[str, Any]]) -> Table:
-    table = Table(title="against float32, on the samples")
+def _errors(rows: list[Mapping[str, Any]], on: Mapping[str, Any]) -> Table:
+    which = "calibration samples" if on["calibrated_on"] else f"samples of {Path(on['file']).name}"
+    table = Table(title=Text(f"against float32, on the {on['samples']:,} {which}"))
     for heading in ("output", "max |Δ|", "rmse", "SQNR", "cosine", "same class"):
         table.add_column(heading, justify="left" if heading == "output" else "right")
     for row in rows:

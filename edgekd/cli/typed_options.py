@@ -9,6 +9,8 @@ import click
 from edgekd.errors import InputError
 
 PIPELINE_SUFFIXES = (".yaml", ".yml")
+FOR_A_MODEL = "an ONNX model, not for a pipeline"
+IN_THE_FILE = "leave it out: a pipeline has its settings in its file"
 
 
 def typed_options() -> frozenset[str]:
@@ -22,12 +24,13 @@ def typed_options() -> frozenset[str]:
     )
 
 
-def refuse_options(names: Collection[str], meant_for: str) -> None:
+def refuse_options(names: Collection[str], meant_for: str, remedy: str = "leave it out") -> None:
     """Refuse options that have no meaning for what was given.
 
     Args:
         names: of the parameters.
         meant_for: what they are for and what not, such as "an ONNX model, not for a pipeline".
+        remedy: what to do instead.
 
     Raises:
         InputError: there is one.
@@ -39,5 +42,5 @@ def refuse_options(names: Collection[str], meant_for: str) -> None:
     raise InputError(
         f"{', '.join(options)} is for {meant_for}",
         where=f"edgekd {context.info_name}",
-        remedy="leave it out; a pipeline has its settings in its file",
+        remedy=remedy,
     )

@@ -175,8 +175,6 @@ def _onnxruntime(
         ops = {op for match in _NO_KERNEL.finditer(error.what) for op in match.groups() if op}
         nodes = tuple(node_label(node) for node in model.graph.node if node.op_type in ops)
         remedy = OTHERWISE.partition(", or")[0] if nodes else error.remedy or ""
-        if "external tensors" in error.what:
-            remedy = "save the model with its small tensors inside: size_threshold=1024"
         return (), [Finding(subject, bad, error.what, remedy, nodes)]
     found = [
         _provider(row, rows, chain[0], asked) for row in rows if row.provider in chain or row.nodes
@@ -222,7 +220,8 @@ def _memory(memory: MemoryEstimate, info: OnnxInfo, profile: Profile | None) -> 
     )
     remedy = ""
     if memory.unknown:
-        detail += f"; {len(memory.unknown)} tensors of unknown size: {listed(memory.unknown)}"
+        counted = f"{len(memory.unknown)} tensor{'s' if len(memory.unknown) > 1 else ''}"
+        detail += f"; {counted} of unknown size: {listed(memory.unknown)}"
         declared = {d for tensor in info.spec.inputs for d in tensor.shape if isinstance(d, str)}
         if declared - set(memory.dimensions):
             remedy = "give open sizes: --shape NAME=1x3x224x224"

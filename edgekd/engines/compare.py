@@ -10,15 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.engines.batched_run import (
-    BatchedModel,
-    batch_size,
-    fixed_sizes,
-    model_inputs,
-    numbered_batches,
-    run_batch,
-    run_samples,
-)
+from edgekd.engines.batched_run import BatchedModel, numbered_batches, run_samples
 from edgekd.engines.error_sums import ErrorSums, cosines
 from edgekd.engines.samples import Array, Samples
 from edgekd.engines.session import CPU_PROVIDER, Optimization
@@ -27,15 +19,10 @@ from edgekd.errors import InputError, unknown_name
 __all__ = [
     "AnswerErrors",
     "Comparison",
-    "ErrorSums",
     "OutputError",
     "Score",
-    "batch_size",
     "compare_answers",
     "compare_models",
-    "fixed_sizes",
-    "model_inputs",
-    "run_batch",
     "run_samples",
 ]
 

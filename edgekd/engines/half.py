@@ -102,8 +102,9 @@ def convert_half(
         keep: names of nodes that stay in float32.
 
     Raises:
-        InputError: the file is no whole ONNX model, is in 16 bits already, or too large for one
-            file; ``keep`` names no node; the samples do not fit; nothing can be converted.
+        InputError: the file is no whole ONNX model, is in 16 bits already or in float64, or too
+            large for one file; ``keep`` names no node; the samples do not fit; nothing can be
+            converted.
         StageError: an output is not finite any more, the converted graph is not valid, or the
             file cannot be written.
     """
@@ -114,6 +115,7 @@ def convert_half(
     _refuse_16_bits(proto, where)
     float_bytes = len(_serialized(proto, where))
     model = open_graph(proto, low)
+    _refuse_float64(model, where)
     names = [str(node.name) for node in model.graph]
     for name in keep:
         if name not in names:
@@ -219,6 +221,18 @@ def _refuse_16_bits(proto: onnx.ModelProto, where: str) -> None:
             f"the model computes in {found} already",
             where=where,
             remedy="give the float32 model that it was made from",
+        )
+
+
+def _refuse_float64(model: ir.Model, where: str) -> None:
+    graph = model.graph
+    values = (*graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs))
+    types = {value.dtype for value in values}
+    if ir.DataType.DOUBLE in types and FLOAT not in types:
+        raise InputError(
+            "the model computes in float64, and only float32 is converted to 16 bits",
+            where=where,
+            remedy="export it in float32 (PyTorch: model.float() before the export)",
         )
 
 

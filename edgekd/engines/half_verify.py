@@ -72,19 +72,25 @@ def rounded(converted: onnx.ModelProto, low: LowType) -> tuple[onnx.ModelProto, 
     for value in (*(v for v in graph.inputs if v.dtype == low.dtype), *made):
         name = f"{value.name}/float32"
         uses = list(value.uses())
-        value.type = ir.TensorType(FLOAT)
-        narrow = ir.node("Cast", [value], {"to": int(low.dtype)})
-        narrow.outputs[0].name = f"{value.name}/{low.name}"
-        wide = ir.node("Cast", [narrow.outputs[0]], {"to": int(FLOAT)})
+        producer = value.producer()
+        added = []
+        # A cast from float32 rounds as it is, and what it reads keeps one name.
+        source = producer.inputs[0] if producer and producer.op_type == "Cast" else None
+        lowered = value
+        if source is None or source.dtype != FLOAT:
+            value.type = ir.TensorType(FLOAT)
+            added = [ir.node("Cast", [value], {"to": int(low.dtype)})]
+            lowered = added[0].outputs[0]
+            lowered.name = f"{value.name}/{low.name}"
+        wide = ir.node("Cast", [lowered], {"to": int(FLOAT)})
         wide.outputs[0].name, wide.outputs[0].type = name, ir.TensorType(FLOAT)
         wide.outputs[0].shape = value.shape
-        producer = value.producer()
         if producer is None:
-            graph.insert_before(graph[0], [narrow, wide])
+            graph.insert_before(graph[0], [*added, wide])
         else:
-            if producer.op_type == "Cast":
+            if added and producer.op_type == "Cast":
                 producer.attributes["to"] = ir.AttrInt64("to", int(FLOAT))
-            graph.insert_after(producer, [narrow, wide])
+            graph.insert_after(producer, [*added, wide])
             makers[name] = str(producer.name)
         for node, index in uses:
             node.replace_input_with(index, wide.outputs[0])

@@ -18,13 +18,8 @@ from typing import Any
 import onnx
 import onnxruntime
 
-from edgekd.engines.compare import (
-    ErrorSums,
-    batch_size,
-    fixed_sizes,
-    model_inputs,
-    run_batch,
-)
+from edgekd.engines.batched_run import batch_size, fixed_sizes, model_inputs, run_batch
+from edgekd.engines.error_sums import ErrorSums
 from edgekd.engines.layer_graph import LayerGraph, operators, seen_tensors
 from edgekd.engines.onnx_file import files_of_onnx, read_onnx
 from edgekd.engines.samples import Array, Samples

@@ -6,6 +6,8 @@ from collections.abc import Container, Sequence
 
 import onnx
 
+from edgekd.engines.onnx_graph import reads
+
 _HALVES = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
 _SHOWN = 3  # operators of one layer that are spelt out
 
@@ -24,7 +26,7 @@ class LayerGraph:
         live = set(self.order)
         for node in graph.node:
             # A tensor that no input reaches is a weight in disguise, not an activation.
-            if live & set(_taken(node)):
+            if live & reads(node):
                 made = [name for name in node.output if name]
                 live.update(made)
                 self.maker |= dict.fromkeys(made, node)
@@ -46,7 +48,7 @@ class LayerGraph:
             if name not in self.maker or name in needed:
                 continue
             needed.add(name)
-            taken = _taken(self.maker[name])
+            taken = sorted(reads(self.maker[name]))
             sources.update(other for other in taken if other in known)
             todo += [other for other in taken if other not in known]
         nodes: dict[str, onnx.NodeProto] = {}
@@ -58,9 +60,11 @@ class LayerGraph:
 
 
 def seen_tensors(graph: onnx.GraphProto) -> dict[str, str]:
-    """By tensor: the one that its consumers read, after Q and DQ or a cast to 16 bits."""
+    """By tensor: the one that its consumers read, after Q and DQ or a cast to 16 bits, which may
+    be cast back again."""
     seen: dict[str, str] = {}
     quantized: dict[str, str] = {}
+    halved: dict[str, str] = {}
     for node in graph.node:
         to = next((a.i for a in node.attribute if a.name == "to"), None)
         if node.op_type == "QuantizeLinear":
@@ -68,7 +72,10 @@ def seen_tensors(graph: onnx.GraphProto) -> dict[str, str]:
         elif node.op_type == "DequantizeLinear" and node.input[0] in quantized:
             seen.setdefault(quantized[node.input[0]], node.output[0])
         elif node.op_type == "Cast" and to in _HALVES:
-            seen.setdefault(node.input[0], node.output[0])
+            if seen.setdefault(node.input[0], node.output[0]) == node.output[0]:
+                halved[node.output[0]] = node.input[0]
+        elif node.op_type == "Cast" and node.input[0] in halved:
+            seen[halved[node.input[0]]] = node.output[0]
     return seen
 
 
@@ -77,12 +84,3 @@ def operators(types: Sequence[str]) -> str:
     if len(types) > _SHOWN:
         return f"{types[0]}+…+{types[-1]} ({len(types)} nodes)"
     return "+".join(types) or "Input"
-
-
-def _taken(node: onnx.NodeProto) -> list[str]:
-    """The tensors that a node reads, those that its subgraphs read from outside included."""
-    names = [name for name in node.input if name]
-    for attribute in node.attribute:
-        for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
-            names += [name for inner in graph.node for name in _taken(inner)]
-    return names

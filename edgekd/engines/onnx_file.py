@@ -17,6 +17,9 @@ from edgekd.spec import Dimension, ModelSpec, TensorSpec
 UNKNOWN_RANK = "..."
 """The only dimension of a tensor whose number of dimensions the file does not say."""
 
+ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
+"""Of TensorRT's engines; edgerun, which stands alone, has its own list."""
+
 # Element types that hold shapes, axes, indices, masks and vocabularies, not weights.
 _NOT_WEIGHTS = {
     onnx.TensorProto.INT64,
@@ -110,8 +113,8 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     """The model without its external data, which is only looked at.
 
     Raises:
-        InputError: the file is missing, empty, truncated, not ONNX, or its external data is
-            missing, too short or outside the model's folder.
+        InputError: the file is missing, empty, truncated, not ONNX (an engine for example), or
+            its external data is missing, too short or outside the model's folder.
     """
     where = str(path)
     if not path.is_file():
@@ -124,20 +127,26 @@ def read_onnx(path: Path) -> onnx.ModelProto:
             f"the file cannot be read: {error.strerror}", where=where, remedy="check its permission"
         ) from error
     except DecodeError as error:
-        raise InputError(
-            "the file is truncated or is not ONNX",
-            where=where,
-            remedy=f"it has {path.stat().st_size} bytes; copy or export it again",
-        ) from error
+        raise _not_onnx(path, "the file is truncated or is not ONNX") from error
     # Protobuf takes many other files, and one cut off between two fields, for a message.
     if model.ir_version <= 0 or not model.graph.output or not model.opset_import:
-        raise InputError(
-            "the file is truncated or is not ONNX: it has no graph with an output",
-            where=where,
-            remedy=f"it has {path.stat().st_size} bytes; copy or export it again",
+        raise _not_onnx(
+            path, "the file is truncated or is not ONNX: it has no graph with an output"
         )
     _external(model, path)
     return model
+
+
+def _not_onnx(path: Path, what: str) -> InputError:
+    if path.suffix.lower() in ENGINE_SUFFIXES:
+        return InputError(
+            "this is a TensorRT engine, not an ONNX model",
+            where=str(path),
+            remedy="give the ONNX model that it was built from; an engine can be measured "
+            "(edgekd benchmark) and run (python -m edgerun run)",
+        )
+    remedy = f"it has {path.stat().st_size} bytes; copy or export it again"
+    return InputError(what, where=str(path), remedy=remedy)
 
 
 def files_of_onnx(path: Path) -> list[Path]:

@@ -2,7 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypedDict
+
 import onnx
+
+from edgekd.engines.onnx_file import read_onnx
+
+
+class Precisions(TypedDict):
+    """What of TensorRT's precisions a model's own numbers ask for."""
+
+    half: bool
+    int8: bool
+
+
+def precisions_of(path: Path) -> Precisions:
+    """Whether a model holds float16 weights, and whether it is quantized (Q/DQ).
+
+    For :func:`edgekd.engines.session.default_options`. Weights in Constant nodes, subgraphs and
+    functions count.
+
+    Raises:
+        InputError: as :func:`edgekd.engines.onnx_file.read_onnx`.
+    """
+    model = read_onnx(path)
+    graphs = list(_graphs(model.graph))
+    nodes = [node for graph in graphs for node in graph.node]
+    nodes += [node for function in model.functions for node in function.node]
+    tensors = [tensor for graph in graphs for tensor in graph.initializer]
+    tensors += [a.t for node in nodes for a in node.attribute if node.op_type == "Constant"]
+    return {
+        "half": any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in tensors),
+        "int8": any(node.op_type == "DequantizeLinear" for node in nodes),
+    }
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for inner in subgraphs(node):
+            yield from _graphs(inner)
 
 
 def opset_of(model: onnx.ModelProto) -> int:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 
 from edgekd.engines.coverage import (
@@ -22,7 +21,8 @@ from edgekd.engines.coverage import (
     nodes_in_trace,
 )
 from edgekd.engines.made_up_inputs import answers_of, answers_to_made_up
-from edgekd.engines.onnx_file import check_onnx, describe_onnx, read_onnx
+from edgekd.engines.onnx_file import check_onnx, describe_onnx
+from edgekd.engines.onnx_graph import precisions_of
 from edgekd.engines.replacing import replacing
 from edgekd.engines.samples import Array
 from edgekd.engines.session import (
@@ -135,7 +135,7 @@ def build_engine(
     saving = tuple(providers)
     if not set(providers) <= set(_WITH_KERNELS):
         saved, saving = "disabled" if saved == "disabled" else "basic", (CPU_PROVIDER,)
-    chosen = default_options(providers, threads, **_precisions(onnx_path), cache=cache)
+    chosen = default_options(providers, threads, **precisions_of(onnx_path), cache=cache)
     with replacing(out_path) as partial:
         _save_optimized(onnx_path, partial, saving, threads, saved, fallback)
         exported = open_session(
@@ -223,15 +223,6 @@ def _names_by_provider(nodes: Sequence[PlacedNode]) -> dict[str, tuple[str, ...]
     for node in nodes:
         names.setdefault(node.provider, []).append(str(node))
     return {provider: tuple(found) for provider, found in names.items()}
-
-
-def _precisions(path: Path) -> dict[str, bool]:
-    """Whether the model holds float16 weights, and whether it is quantized."""
-    graph = read_onnx(path).graph
-    return {
-        "half": any(t.data_type == onnx.TensorProto.FLOAT16 for t in graph.initializer),
-        "int8": any(node.op_type == "DequantizeLinear" for node in graph.node),
-    }
 
 
 def _largest_difference(

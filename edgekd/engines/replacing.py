@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edgekd.errors import EdgekdError, StageError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -18,14 +22,13 @@ def replacing(path: Path) -> Iterator[Path]:
     before. The name is in the same folder, so that a model's external data is found from it.
 
     Raises:
-        StageError: the folder cannot be written.
+        StageError: the folder cannot be written, or the disk fills up in the body.
         EdgekdError: the body's own, which then names ``path``.
     """
     final = path.resolve()  # where a link points to
-    partial = final.with_name(f"{final.stem}.partial{final.suffix}")
     try:
         # Opened first, so that a folder that cannot be written is told from all that may follow.
-        partial.write_bytes(b"")
+        partial = _new_file(final)
     except OSError as error:
         raise _unwritable(path, error) from error
     try:
@@ -40,9 +43,22 @@ def replacing(path: Path) -> Iterator[Path]:
         if error.where is not None:
             error.where = error.where.replace(str(partial), str(path))
         raise
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise _unwritable(path, error) from error
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def _new_file(final: Path) -> Path:
+    """An empty file beside ``final``; no file that is there already, which may be a user's."""
+    for number in itertools.count():
+        partial = final.with_name(f"{final.stem}.partial{number or ''}{final.suffix}")
+        with suppress(FileExistsError), partial.open("xb"):
+            return partial
+    raise AssertionError("unreachable")
 
 
 def _unwritable(path: Path, error: OSError) -> StageError:

@@ -39,11 +39,13 @@ def open_samples(path: Path, spec: ModelSpec) -> Samples:
     when batches are asked for.
 
     Raises:
-        InputError: the file is missing, truncated or neither kind; it has no samples; an input
-            has no array, or one of another shape, dtype or count; an array is in Fortran order
-            or pickled. While reading: the file is truncated or a value is NaN or infinite.
+        InputError: the file is missing, truncated or neither kind; it has no samples; the model
+            does not take its samples along axis 0 of every input; an input has no array, or one
+            of another shape, dtype or count; an array is in Fortran order or pickled. While
+            reading: the file is truncated or a value is NaN or infinite.
     """
     headers = _headers(path, spec)
+    _check_layout(path, spec)
     counts = {}
     for tensor in spec.inputs:
         _check_array(path, tensor, headers[tensor.name])
@@ -192,6 +194,34 @@ def _read_header(stream: IO[bytes], member: str | None) -> _Header:
     )
     shape, fortran, dtype = read(stream)
     return _Header(member, shape, dtype, fortran)
+
+
+def _check_layout(path: Path, spec: ModelSpec) -> None:
+    """A batch is cut along axis 0 of every input: refuse a model that takes it otherwise.
+
+    Recurrent models do: a state [2, batch, 128] has two layers on its first axis.
+    """
+    shapes = {
+        tensor.name: tensor.shape for tensor in spec.inputs if tensor.shape != (UNKNOWN_RANK,)
+    }
+    firsts = [shape[0] for shape in shapes.values() if shape]
+    symbol = next((first for first in firsts if isinstance(first, str)), None)
+    for name, shape in shapes.items():
+        if not shape:
+            found = "is one number for all samples"
+        elif symbol in shape[1:] and shape[0] != symbol:
+            found = f"has its samples ({symbol!r}) along axis {shape.index(str(symbol))}"
+        elif symbol is not None and isinstance(shape[0], int) and shape[0] > 1:
+            found = f"has the fixed size {shape[0]} on axis 0, where other inputs have the samples"
+        else:
+            continue
+        raise InputError(
+            f"the model cannot be given samples from a file: input {name!r} {found}",
+            where=str(path),
+            remedy="quantize it by a method that needs none (--method dynamic, weights-only or "
+            "fp16, without --calibration), or export it with the samples along axis 0 of every "
+            f"input; it takes {_named(spec)}",
+        )
 
 
 def _check_array(path: Path, tensor: TensorSpec, header: _Header) -> None:

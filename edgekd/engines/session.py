@@ -218,6 +218,15 @@ def open_session(
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=named)
     except Exception as error:  # the runtime's own exception classes have no public base
+        if match := _SHAPE_IN_FILE.search(str(error)):
+            tensor = f" (here {match['tensor']!r})" if match["tensor"] else ""
+            raise InputError(
+                "ONNX Runtime reads weights from an external file, but no constants that shapes "
+                f"and axes depend on{tensor}",
+                where=str(path),
+                remedy="save the model with its small tensors inside: onnx.save(model, FILE, "
+                "save_as_external_data=True, size_threshold=1024)",
+            ) from error
         raise InputError(
             f"ONNX Runtime cannot open the model: {first_line(error)}",
             where=str(path),
@@ -235,6 +244,7 @@ def open_session(
     return session
 
 
+_SHAPE_IN_FILE = re.compile(r"external tensors(?:.*for tensor: *(?P<tensor>\S+))?", re.DOTALL)
 _SOURCE_PLACE = re.compile(r"/\S+:\d+ [^()]*")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+import shlex
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def tensorrt_verdict(
     absent = " and ".join(names[name] for name in wanted if name != chosen)
     said = f"; stands in for {absent}, which may differ" if absent else ""
     if verdict["supported"]:
-        return verdict, [*found, Finding(subject, good, f"its parser takes every node{said}")]
+        detail = f"its parser takes the model; not built{said}"
+        return verdict, [*found, Finding(subject, good, detail, _build(path, wanted, profile))]
     for problem in verdict["problems"]:
         node, op, message = (str(problem.get(key) or "") for key in ("node", "op", "message"))
         # A failed assertion without words is all that the parser gives for an unknown operation.
@@ -123,6 +125,16 @@ def remedy_for(op: str, message: str) -> str:
     """What to do about a node that TensorRT's parser refuses."""
     said = f"{op} {message}"
     return next((remedy for key, remedy in _REMEDIES.items() if re.search(key, said)), OTHERWISE)
+
+
+def _build(path: Path, wanted: Sequence[str], profile: Profile | None) -> str:
+    """How to find out more than a parser tells; nothing where nobody asked."""
+    if not wanted:
+        return ""
+    words = ["edgekd", "build", str(path), "--engine", wanted[0]]
+    words += ["--profile", profile.name] if profile else []
+    command = shlex.join([*words, "-o", f"{path.stem}.engine"])
+    return f"only a build shows that an engine can be made of it: {command}"
 
 
 def _opset(model: onnx.ModelProto, version: str) -> Finding:

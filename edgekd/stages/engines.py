@@ -190,9 +190,7 @@ class _Work:
 class _Measured:
     """Accuracy and latency of the built candidates on the target."""
 
-    def __init__(
-        self, work: _Work, files: Mapping[str, Path], options: Mapping[Path, Any]
-    ) -> None:
+    def __init__(self, work: _Work, files: Mapping[str, Path], options: Mapping[Path, Any]) -> None:
         from edgekd.engines.choice import FLOAT
         from edgekd.targets import open_target
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from edgekd.errors import InputError
+from edgekd.stages.own_remarks import remarks_on_errors
 from edgekd.stages.sample_labels import check_labels
 
 if TYPE_CHECKING:
@@ -17,13 +18,17 @@ if TYPE_CHECKING:
 
 CLASSES_AT_LEAST = 2
 BATCH = 64
+AGREEMENT = "agreement with float32"
 
 
 class Judge:
     """Compares files with the float model on the same samples, batch by batch.
 
     The metric is accuracy where there are labels, agreement with float32 where the first output
-    is (N, classes), else 1 − ‖answer − float32‖ / ‖float32‖ of each sample over all outputs.
+    is (N, classes), else 1 − ‖answer − float32‖ / ‖float32‖ of each sample over all outputs. A
+    sample whose answer is NaN or infinite where float32's is not, or the other way round, is
+    wrong, as :func:`edgekd.engines.compare.compare_answers` counts it; its last metric is at most
+    that of an answer of zeros, 0.
 
     Args:
         model: the float model.
@@ -64,10 +69,11 @@ class Judge:
         if labels is not None:
             check_labels(labels, samples.count, answers.shape[1])
         self._labels = labels
-        self._known: tuple[Array, Array] | None = None
+        self._known: tuple[_Classes, Array] | None = None
+        self._answered: set[int] = set()
         self.metric = "1 - relative error"
         if self._has_classes:
-            self.metric = "agreement with float32" if labels is None else "accuracy"
+            self.metric = AGREEMENT if labels is None else "accuracy"
 
     def drop_of(self, path: Path) -> float:
         """How much the metric falls against float32."""
@@ -76,18 +82,29 @@ class Judge:
             return float((found.reference_scores - found.scores).mean())
         # A class and a score for each sample are little to keep: float32 is run once.
         if self._known is None:
-            answers = self._classes(self._model, BATCH)
-            self._known = (answers, self._right(answers, answers, slice(None)))
+            known = self._classes(self._model, BATCH)
+            self._known = (known, self._right(known, known, slice(None)))
         wanted, own = self._known
         scores = self._right(wanted, self._classes(path, self._batch), slice(None))
         return float((own - scores).mean())
 
     def compare(self, path: Path) -> dict[str, Any]:
-        """The metric, its drop with an interval, and the error of each output."""
-        from edgekd.release.statistics import mean_score, paired_difference
+        """The metric, its drop with an interval, the error of each output, and ``warnings``."""
+        from edgekd.release.statistics import mean_score, paired_difference, wilson
 
         found = self._side_by_side(path)
-        drop = paired_difference(found.reference_scores, found.scores)
+        if self.metric == AGREEMENT:
+            # It falls from 1, which is not a measured value: only the disagreement is uncertain.
+            drop = wilson(int((found.scores == 0).sum()), len(found.scores))
+        else:
+            drop = paired_difference(found.reference_scores, found.scores)
+        errors = [error.to_json() for error in found.errors]
+        warnings = remarks_on_errors(errors)
+        if self.metric == AGREEMENT and len(self._answered) == 1 < len(found.scores):
+            warnings.append(
+                f"float32 answers class {min(self._answered)} to all {len(found.scores)} samples: "
+                "agreement on these says little"
+            )
         unit = self.metric.split()[0] if self._has_classes else ""
         own, score = mean_score(found.reference_scores), mean_score(found.scores)
         return {
@@ -95,7 +112,8 @@ class Judge:
             "float_score": own.figure(unit, "measured-on-host").to_json(),
             "score": score.figure(unit, "measured-on-host").to_json(),
             "drop": drop.figure("points" if unit else "", "measured-on-host").to_json(),
-            "errors": [error.to_json() for error in found.errors],
+            "errors": errors,
+            "warnings": warnings,
         }
 
     def _side_by_side(self, path: Path) -> Comparison:
@@ -117,21 +135,40 @@ class Judge:
     ) -> Array:
         if not self._has_classes:
             return _closeness(reference, answers)
-        return self._right(
-            reference[self._primary].argmax(1), answers[self._primary].argmax(1), rows
-        )
+        wanted = _Classes.of(reference[self._primary])
+        self._answered.update(np.unique(wanted.classes).tolist())
+        return self._right(wanted, _Classes.of(answers[self._primary]), rows)
 
-    def _right(self, reference: Array, answers: Array, rows: slice) -> Array:
+    def _right(self, reference: _Classes, answers: _Classes, rows: slice) -> Array:
         """(n,) whether the classes of these samples are the labels', or float32's."""
-        right: Array = answers == (reference if self._labels is None else self._labels[rows])
+        wanted = reference.classes if self._labels is None else self._labels[rows]
+        right: Array = (answers.classes == wanted) & (answers.not_finite == reference.not_finite)
         return right.astype(np.float64)
 
-    def _classes(self, path: Path, batch: int) -> Array:
-        """(N,) the classes that a file answers."""
+    def _classes(self, path: Path, batch: int) -> _Classes:
+        """What a file answers to all samples."""
         from edgekd.engines.batched_run import answer_batches
 
         batches = answer_batches(path, self._samples, threads=self._threads, batch=batch)
-        return np.concatenate([answers[self._primary].argmax(1) for _, answers in batches])
+        parts = [_Classes.of(answers[self._primary]) for _, answers in batches]
+        return _Classes(
+            np.concatenate([part.classes for part in parts]),
+            np.concatenate([part.not_finite for part in parts]),
+        )
+
+
+class _Classes(NamedTuple):
+    """(n,) each: the class answered, and which values of the answer are not finite."""
+
+    classes: Array
+    not_finite: Array
+
+    @classmethod
+    def of(cls, answers: Array) -> _Classes:
+        """From (n, classes)."""
+        from edgekd.engines.error_sums import not_finite_places
+
+        return cls(answers.argmax(1), not_finite_places(answers))
 
 
 def _closeness(reference: Mapping[str, Array], answers: Mapping[str, Array]) -> Array:
@@ -139,11 +176,17 @@ def _closeness(reference: Mapping[str, Array], answers: Mapping[str, Array]) -> 
     floats = [name for name, values in reference.items() if values.dtype.kind == "f"]
     count = len(next(iter(reference.values())))
     off, whole = np.zeros(count), np.zeros(count)
+    broken = np.zeros(count, bool)
     for name in floats:
         for row in range(count):
             expected = reference[name][row].astype(np.float64).ravel()
-            difference = answers[name][row].astype(np.float64).ravel() - expected
+            answer = answers[name][row].astype(np.float64).ravel()
+            known = np.isfinite(expected) & np.isfinite(answer)
+            same = known | (expected == answer) | (np.isnan(expected) & np.isnan(answer))
+            broken[row] |= not same.all()
+            expected = expected[known]
+            difference = answer[known] - expected
             off[row] += np.vdot(difference, difference)
             whole[row] += np.vdot(expected, expected)
     closeness: Array = 1 - np.sqrt(off / np.maximum(whole, np.finfo(np.float64).tiny))
-    return closeness
+    return np.where(broken, np.minimum(closeness, 0.0), closeness)

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgekd.errors import InputError
 from edgekd.stages.judge import BATCH, Judge
+from edgekd.stages.own_remarks import remarks_on_ranges
 from edgekd.stages.own_timing import compare_latency
 from edgekd.stages.sample_labels import read_labels
 
 if TYPE_CHECKING:
     from edgekd.engines.samples import Array, Samples
+    from edgekd.spec import ModelSpec
 
 Method = Literal["static", "dynamic", "weights-only", "fp16", "bf16"]
 SCHEMA = "edgekd.quantize/1"
-NEED_SAMPLES = ("static",)
+UNCALIBRATED = ("dynamic", "weights-only")
+FITTED = ("static", "fp16")
+"""What is written depends on the samples of the calibration."""
 RANKED_ON = 512
+NO_BF16 = "ONNX Runtime's CPU provider has no bfloat16 kernels"
 
 
 @dataclass(frozen=True)
@@ -27,13 +32,16 @@ class QuantizeSettings:
     """How a model is made smaller.
 
     Attributes:
-        method: ``static`` needs samples; ``dynamic`` and ``weights-only`` are compared on them.
-        runtime: whose scheme INT8 follows: ``cpu`` or ``tensorrt``.
-        calibration: how the ranges of activations are found.
-        samples: at most this many samples are calibrated on; all serve the comparison.
-        max_drop: keep layers in float32 until the metric falls by no more; None accepts any.
-        labels: the array of the samples' file with a class for each, for the metric accuracy;
+        method: ``static`` needs samples; ``fp16`` finds with them what overflows.
+        runtime: whose scheme static INT8 follows: ``cpu`` or ``tensorrt``.
+        calibration: how ``static`` finds the ranges of activations.
+        samples: at most this many samples are calibrated on.
+        max_drop: the most that the metric may fall; ``static`` keeps layers in float32 until it
+            falls by no more. None accepts any.
+        labels: the array with a class for each sample compared on, for the metric accuracy;
             without it the metric is agreement with float32.
+        validation: file of the samples to compare on, all of them; None takes those of the
+            calibration, which the result was fitted to.
         keep: names of nodes that stay as they are.
         threads: of ONNX Runtime.
         timing: compare latency on this machine.
@@ -46,6 +54,7 @@ class QuantizeSettings:
     samples: int = 512
     max_drop: float | None = None
     labels: str | None = None
+    validation: str | Path | None = None
     keep: tuple[str, ...] = ()
     threads: int = 1
     timing: bool = True
@@ -53,50 +62,51 @@ class QuantizeSettings:
 
 
 def quantize_model(
-    model: Path, out: Path, calibration: Path | None, settings: QuantizeSettings
+    model: Path,
+    out: Path,
+    calibration: Path | None,
+    settings: QuantizeSettings,
+    progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Write ``out`` and say what it costs and gains: a record ``edgekd.quantize/1``.
 
     The record's ``output`` is None when ``max_drop`` could not be met; nothing is written then.
     ``out`` is written last: until then, and where something fails, it is what it was before.
-    Where the files could not be timed, the record's ``timing`` is ``{"failed": why}``.
+    Where the files could not be timed, the record's ``timing`` is ``{"failed": why}``. bfloat16
+    is compared by its rounding, computed in float32.
+
+    Args:
+        model: a float32 model.
+        out: where to write.
+        calibration: file of real inputs; also compared on, where no other samples are given.
+        settings: how.
+        progress: told what is being tried.
 
     Raises:
-        InputError: the model, the samples or a name do not fit.
+        InputError: the model, the samples or a name do not fit; ``out`` would replace one of
+            these files.
         StageError: the file cannot be written or does not run.
     """
     from edgekd.engines.onnx_file import check_onnx, describe_onnx
+    from edgekd.engines.output_file import check_output
     from edgekd.engines.replacing import replacing
     from edgekd.engines.sample_files import open_samples
 
     check_onnx(model)
     info = describe_onnx(model)
-    _check_output(model, out)
-    if calibration is None and settings.method in NEED_SAMPLES:
-        raise InputError(
-            "static quantization needs samples to find the ranges of the activations",
-            where="--calibration",
-            remedy=f"give an npz file of real inputs: {', '.join(map(str, info.spec.inputs))}; "
-            "or use --method dynamic or weights-only",
-        )
-    if settings.method == "bf16" and settings.per_layer:
-        raise InputError(
-            "ONNX Runtime's CPU provider has no bfloat16 kernels to compare the layers with",
-            where="--per-layer",
-            remedy="leave it out, or look at --method fp16",
-        )
-    if calibration is None and (settings.max_drop is not None or settings.per_layer):
-        raise InputError(
-            "nothing can be compared without samples",
-            where="--max-drop" if settings.max_drop is not None else "--per-layer",
-            remedy="give --calibration DATA.npz",
-        )
+    validation = None if settings.validation is None else Path(settings.validation)
+    check_output(out, "--output", inputs=files_read(model, calibration, validation))
+    check_settings(model, info.spec, calibration, settings)
     samples = None if calibration is None else open_samples(calibration, info.spec)
+    if settings.method == "static" and samples is not None:
+        _check_count(min(samples.count, settings.samples), calibration)
+    compared = samples if validation is None else open_samples(validation, info.spec)
+    data = validation or calibration
     judge = None
-    if samples is not None and calibration is not None:
-        labels = None if settings.labels is None else read_labels(calibration, settings.labels)
+    if compared is not None and data is not None:
+        labels = None if settings.labels is None else read_labels(data, settings.labels)
         batch = 1 if settings.method == "dynamic" else BATCH
-        judge = Judge(model, samples, labels, threads=settings.threads, batch=batch)
+        judge = Judge(model, compared, labels, threads=settings.threads, batch=batch)
     record: dict[str, Any] = {
         "schema": SCHEMA,
         "model": str(model),
@@ -105,26 +115,40 @@ def quantize_model(
         "runtime": settings.runtime if settings.method == "static" else None,
         "parameters": info.parameters,
         "float_bytes": info.size_bytes,
+        "warnings": [],
     }
-    with replacing(out) as written:
-        with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
-            extra = _write(model, written, samples, judge, settings, Path(folder))
-        record |= extra
-        if extra.get("decision", {}).get("chosen", out) is None:
+    with replacing(out) as written, tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
+        record |= _write(model, written, samples, judge, settings, Path(folder), progress)
+        if "decision" in record and record["decision"]["chosen"] is None:
             return record
-        record |= {"output": str(out), "bytes": describe_onnx(written).size_bytes}
-        if "decision" in extra:
-            extra["decision"]["chosen"] = out.name
-        if settings.method == "bf16":
-            return record  # ONNX Runtime's CPU provider has no such kernels.
-        if judge is not None:
-            record |= judge.compare(written)
-        if settings.per_layer and samples is not None:
-            from edgekd.engines.layer_errors import layer_errors
+        runnable = _runnable(written, settings.method, Path(folder))
+        if judge is not None and compared is not None:
+            found = judge.compare(runnable)
+            record["warnings"] += found.pop("warnings")
+            fitted = validation is None and settings.method in FITTED
+            record |= found
+            record["compared_on"] = {
+                "file": str(data),
+                "samples": compared.count,
+                "calibrated_on": fitted,
+            }
+            if settings.per_layer:
+                from edgekd.engines.layer_errors import layer_errors
 
-            record["layers"] = [row.to_json() for row in layer_errors(model, written, samples)]
-        if settings.timing:
-            record["timing"] = compare_latency(written, model, info.spec, samples, settings.threads)
+                rows = layer_errors(model, runnable, compared)
+                record["layers"] = [row.to_json() for row in rows]
+            if settings.max_drop is not None and found["drop"]["value"] > settings.max_drop:
+                written.unlink()
+                return record
+        record |= {"output": str(out), "bytes": describe_onnx(written).size_bytes}
+        if "decision" in record:
+            record["decision"]["chosen"] = out.name
+        if settings.timing and settings.method == "bf16":
+            record["timing"] = {"failed": NO_BF16, "threads": settings.threads}
+        elif settings.timing:
+            record["timing"] = compare_latency(
+                written, model, info.spec, compared, settings.threads
+            )
     return record
 
 
@@ -135,6 +159,7 @@ def _write(
     judge: Judge | None,
     settings: QuantizeSettings,
     scratch: Path,
+    progress: Callable[[str], None] | None,
 ) -> dict[str, Any]:
     """Write the file by the method asked for; what the method has to say."""
     from edgekd.engines.quantize import StaticQuantizer, quantize_dynamic, quantize_weights
@@ -159,15 +184,43 @@ def _write(
         keep=settings.keep,
         threads=settings.threads,
     )
+    said = {"warnings": remarks_on_ranges(quantizer.constant)}
     if settings.max_drop is None:
         quantizer.write(out)
-        return {}
+        return said
     from edgekd.engines.quantize.sensitivity import keep_accurate
 
     decision = keep_accurate(
-        quantizer, out, judge.drop_of, settings.max_drop, samples=FirstSamples(samples, RANKED_ON)
+        quantizer,
+        out,
+        judge.drop_of,
+        settings.max_drop,
+        samples=FirstSamples(samples, RANKED_ON),
+        progress=progress,
     )
-    return {"decision": decision.to_json(), "decision_lines": list(decision.lines())}
+    return {**said, "decision": decision.to_json(), "decision_lines": list(decision.lines())}
+
+
+def _runnable(written: Path, method: Method, scratch: Path) -> Path:
+    """The file, or where ONNX Runtime has no kernels for it the same rounding in float32."""
+    if method != "bf16":
+        return written
+    from edgekd.engines.half_verify import write_rounded
+
+    rounded = scratch / "rounded.onnx"
+    write_rounded(written, rounded, "bf16")
+    return rounded
+
+
+def _check_count(count: int, calibration: Path | None) -> None:
+    from edgekd.engines.quantize.calibration import LEAST_SAMPLES
+
+    if count < LEAST_SAMPLES:
+        raise InputError(
+            f"calibration needs at least {LEAST_SAMPLES} samples, there are {count}",
+            where=str(calibration),
+            remedy="give some hundred real inputs, preprocessed as the model takes them",
+        )
 
 
 class FirstSamples:
@@ -193,11 +246,54 @@ class FirstSamples:
                 return
 
 
-def _check_output(model: Path, out: Path) -> None:
-    if out.resolve() == model.resolve():
+def check_settings(
+    model: Path, spec: ModelSpec, calibration: Path | None, settings: QuantizeSettings
+) -> None:
+    """Refuse settings without the samples that they need, and a quantized model.
+
+    Raises:
+        InputError: there is such a setting, or samples that nothing would be done with.
+    """
+    from edgekd.engines.onnx_file import read_onnx
+    from edgekd.engines.quantize.prepare import refuse_quantized
+
+    method = settings.method
+    if calibration is None and method == "static":
         raise InputError(
-            "the output is the model itself", where="--output", remedy="give another file"
+            "static quantization needs samples to find the ranges of the activations",
+            where="--calibration",
+            remedy=f"give an npz file of real inputs: {', '.join(map(str, spec.inputs))}; "
+            "or use --method dynamic or weights-only",
         )
-    if out.is_dir() or not out.resolve().parent.is_dir():
-        what = "is a folder" if out.is_dir() else "lies in a folder that does not exist"
-        raise InputError(f"the output {what}", where=str(out), remedy="give the path of a file")
+    if calibration is not None and settings.validation is not None and method in UNCALIBRATED:
+        raise InputError(
+            f"--method {method} has no use for calibration samples beside those of --validation",
+            where="--calibration",
+            remedy="leave it out",
+        )
+    if calibration is None and settings.validation is None:
+        asked = {
+            "--max-drop": settings.max_drop is not None,
+            "--per-layer": settings.per_layer,
+            "--labels": settings.labels is not None,
+        }
+        for option in (option for option, given in asked.items() if given):
+            raise InputError(
+                "nothing can be compared without samples",
+                where=option,
+                remedy="give --validation DATA.npz, or --calibration DATA.npz",
+            )
+    if method in ("fp16", "bf16"):
+        # ONNX Runtime answers wrongly where 16 bits and Q/DQ meet.
+        refuse_quantized(read_onnx(model), model)
+
+
+def files_read(model: Path, *samples: Path | None) -> list[Path]:
+    """The files that must not be written over: the model, its external data and the samples.
+
+    Raises:
+        InputError: the model cannot be read.
+    """
+    from edgekd.engines.onnx_file import files_of_onnx
+
+    return [*files_of_onnx(model), *(path for path in samples if path is not None)]

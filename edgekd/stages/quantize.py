@@ -218,9 +218,7 @@ class _Work:
         return {name: self._entry(name, "qat", runtime, _float_layers(self._out(name)))}
 
     def _drop_of(self, path: Path) -> float:
-        from edgekd.engines.compare import run_samples
-
-        return self.validation.drop(run_samples(path, self.validation.samples))
+        return self.validation.drop_of(path)
 
     def _out(self, name: str) -> Path:
         return self.context.out / f"{name}.onnx"
@@ -238,7 +236,6 @@ class _Work:
         ``kept`` are the layers that are in float32 on purpose; a builder that finds another one
         there refuses the file.
         """
-        from edgekd.engines.compare import compare_answers, run_samples
         from edgekd.engines.half_verify import write_rounded
 
         file = self._out(name)
@@ -257,12 +254,7 @@ class _Work:
             write_rounded(file, runnable, "bf16")
         # Dynamic ranges are those of a whole batch: one by one is what a device answers.
         batch = 1 if method == "dynamic" else EVALUATION_BATCH
-        answers = run_samples(runnable, self.validation.samples, batch=batch)
-        is_classes = self.validation.task.name == "classification"
-        errors = compare_answers(
-            self.validation.reference, answers, self.validation.task.output if is_classes else None
-        )
-        drop = self.validation.drop(answers)
+        drop, errors = self.validation.compare(runnable, batch)
         self.context.progress.message(
             f"  {name}: {file.stat().st_size:,} of {self.source.stat().st_size:,} bytes, "
             f"validation {self.validation.task.metric} {_signed(-drop)} float32's"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from edgekd.engines.samples import Array
 
 WHERE = "--labels"
+_SHOWN = 8  # wrong values that an error spells out
 
 
 def read_labels(path: Path, name: str) -> Array:
@@ -56,6 +57,15 @@ def check_labels(labels: Array, count: int, classes: int) -> None:
         and 0 <= int(labels.min()) <= int(labels.max()) < classes
     ):
         return
+    if labels.shape == (count,) and labels.dtype.kind in "iu":
+        wrong = labels[(labels < 0) | (labels >= classes)]
+        values = [int(value) for value in np.unique(wrong)]
+        shown = ", ".join(map(str, values[:_SHOWN])) + (", …" if len(values) > _SHOWN else "")
+        raise InputError(
+            f"{len(wrong)} of {count} labels are no class from 0 to {classes - 1}: {shown}",
+            where=WHERE,
+            remedy="count the classes from 0, and leave out samples without a label",
+        )
     raise InputError(
         f"the labels are {labels.dtype}{labels.shape}; one class from 0 to {classes - 1} for each "
         f"of the {count} samples is needed",

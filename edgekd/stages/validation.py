@@ -11,7 +11,11 @@ import numpy as np
 from edgekd.stages.fitting import Ground
 
 if TYPE_CHECKING:
+    from edgekd.engines.compare import OutputError
     from edgekd.engines.samples import Array
+
+BATCH = 64
+"""Samples run at a time."""
 
 
 class ValidationSamples:
@@ -44,10 +48,12 @@ class ValidationSamples:
 
 
 class Validation:
-    """The task's metric on the validation split, of float32 and of any other file."""
+    """The task's metric on the validation split, of float32 and of any other file.
+
+    Models are run batch by batch: of their answers only scores and errors are kept.
+    """
 
     def __init__(self, ground: Ground, reference: Path) -> None:
-        from edgekd.engines.compare import run_samples
         from edgekd.tasks import against_teacher
 
         self.samples = ValidationSamples(ground)
@@ -57,20 +63,58 @@ class Validation:
             spec.name: np.asarray(split.arrays[spec.name]) for spec in ground.dataset.targets
         }
         self.labelled = self.task.labelled(self.targets)
-        self.reference = run_samples(reference, self.samples)
+        self._file = reference
         if not self.labelled.any():
             # What float32 answers is then what is to be kept.
             self.task = against_teacher(self.task)
-            self.targets |= self.task.targets_from(self.reference)
+            self.targets |= self._answered()
             self.labelled = np.ones(self.samples.count, bool)
-        self.scores = self.score(self.reference)
+        self.scores = self._scores(reference, BATCH)
+        """Float32's, as :meth:`score` gives them."""
 
     def score(self, answers: Mapping[str, Array]) -> Array:
         """Each labelled sample's score, turned so that higher is better, (N,)."""
-        sign = 1 if self.task.higher_is_better else -1
-        scores: Array = sign * self.task.scores(answers, self.targets)[self.labelled]
+        scores: Array = self._score(answers, slice(None))[self.labelled]
         return scores
 
-    def drop(self, answers: Mapping[str, Array]) -> float:
-        """How much the metric falls against float32 (negative: it rises)."""
-        return float((self.scores - self.score(answers)).mean())
+    def drop_of(self, path: Path, batch: int = BATCH) -> float:
+        """How much the metric falls with a file against float32 (negative: it rises)."""
+        return float((self.scores - self._scores(path, batch)).mean())
+
+    def compare(self, path: Path, batch: int = BATCH) -> tuple[float, tuple[OutputError, ...]]:
+        """:meth:`drop_of` a file, and how far each of its outputs is from float32's."""
+        from edgekd.engines.compare import compare_models
+
+        found = compare_models(
+            self._file,
+            path,
+            self.samples,
+            self.task.output if self.task.name == "classification" else None,
+            lambda _, answers, rows: self._score(answers, rows),
+            candidate_batch=batch,
+        )
+        return float((self.scores - found.scores[self.labelled]).mean()), found.errors
+
+    def _score(self, answers: Mapping[str, Array], rows: slice) -> Array:
+        sign = 1 if self.task.higher_is_better else -1
+        targets = {name: values[rows] for name, values in self.targets.items()}
+        scores: Array = sign * self.task.scores(answers, targets)
+        return scores
+
+    def _scores(self, path: Path, batch: int) -> Array:
+        from edgekd.engines.batched_run import answer_batches
+
+        batches = answer_batches(path, self.samples, batch=batch)
+        scores = np.concatenate([self._score(answers, rows) for rows, answers in batches])
+        labelled: Array = scores[self.labelled]
+        return labelled
+
+    def _answered(self) -> dict[str, Array]:
+        """The targets that float32 is right about in every sample."""
+        from edgekd.engines.batched_run import answer_batches
+
+        parts: dict[str, list[Array]] = {}
+        for _, answers in answer_batches(self._file, self.samples, batch=BATCH):
+            for name, values in self.task.targets_from(answers).items():
+                parts.setdefault(name, []).append(values)
+        return {name: np.concatenate(values) for name, values in parts.items()}

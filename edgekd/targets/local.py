@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgekd.errors import InputError, TargetError
+from edgekd.errors import InputError, StageError, TargetError
 from edgekd.resources import edgerun_folder
 
 THREAD_VARIABLES = (
@@ -21,13 +21,15 @@ THREAD_VARIABLES = (
     "NUMEXPR_NUM_THREADS",
 )
 STDERR_LINES = 10
+CANNOT_WRITE = 5
+"""The code with which edgerun ends where a file cannot be written."""
 
 
 class LocalTarget:
     """Runs ``python -m edgerun`` with this interpreter, one fresh process for each call.
 
-    All methods raise InputError when edgerun finds the input wrong, and TargetError when it
-    fails, crashes or is killed.
+    All methods raise InputError when edgerun finds the input wrong, StageError when it cannot
+    write a file, and TargetError when it fails, finds no GPU for an engine, crashes or is killed.
     """
 
     name = "local"
@@ -43,6 +45,7 @@ class LocalTarget:
         threads: int | None = None,
         providers: Sequence[str] = (),
         provider_options: Mapping[str, Mapping[str, str]] | None = None,
+        against_options: Mapping[str, Mapping[str, str]] | None = None,
         optimization: str = "all",
         min_queries: int = 1000,
         max_seconds: float = 60.0,
@@ -61,6 +64,8 @@ class LocalTarget:
             providers: ONNX Runtime's execution providers in order; none is the CPU.
             provider_options: of these providers by name; see
                 :attr:`edgekd.engines.onnxruntime.EngineInfo.provider_options`.
+            against_options: those with which ``against`` is opened, a file of another precision
+                for example; None is ``provider_options``.
             optimization: ``disabled``, ``basic``, ``extended`` or ``all``.
             min_queries: timed queries of each model, unless ``max_seconds`` are over before.
             max_seconds: of timing both models.
@@ -75,6 +80,8 @@ class LocalTarget:
         ]
         if against is not None:
             words += ["--against", _absolute(against)]
+            if against_options is not None:
+                words += ["--against-provider-options", _json(against_options)]
         if inputs is not None:
             words += ["--inputs", _absolute(inputs)]
         for shape in shapes:
@@ -213,9 +220,12 @@ def _settings(
     if providers:
         words += ["--providers", ",".join(providers)]
     if provider_options:
-        plain = {name: dict(options) for name, options in provider_options.items()}
-        words += ["--provider-options", json.dumps(plain)]
+        words += ["--provider-options", _json(provider_options)]
     return words
+
+
+def _json(provider_options: Mapping[str, Mapping[str, str]]) -> str:
+    return json.dumps({name: dict(options) for name, options in provider_options.items()})
 
 
 def _edgerun_json(command: str, words: Sequence[str], threads: int | None) -> dict[str, Any]:
@@ -256,11 +266,13 @@ def _edgerun(command: str, words: Sequence[str], threads: int | None) -> None:
         raise _error(command, done.returncode, done.stderr)
 
 
-def _error(command: str, code: int, stderr: str) -> InputError | TargetError:
+def _error(command: str, code: int, stderr: str) -> InputError | StageError | TargetError:
     """The error that a failed edgerun reported, or what it last wrote when it crashed."""
     what, where, remedy = _reported(stderr)
     if what is not None and code == InputError.exit_code:
         return InputError(what, where=where, remedy=remedy)
+    if what is not None and code == CANNOT_WRITE:
+        return StageError(what, where=where, remedy=remedy)
     if what is not None:
         return TargetError(what, where=where or LocalTarget.name, remedy=remedy)
     ending = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"

@@ -29,6 +29,7 @@ class Target(Protocol):
         threads: int | None = None,
         providers: Sequence[str] = (),
         provider_options: Mapping[str, Mapping[str, str]] | None = None,
+        against_options: Mapping[str, Mapping[str, str]] | None = None,
         optimization: str = "all",
         min_queries: int = 1000,
         max_seconds: float = 60.0,

@@ -1,6 +1,7 @@
 """``python -m edgerun``: parse the arguments, call, print.
 
-Exit codes: 0 done, 1 a bundle is not intact, 2 the input is wrong, 3 the runtime failed.
+Exit codes: 0 done, 1 a bundle is not intact, 2 the input is wrong, 3 the runtime failed or there
+is no GPU for an engine, 5 a file cannot be written.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any, Callable, Sequence
 
 from edgerun.arguments import command_parser, model_settings
-from edgerun.errors import BadInput, EdgerunError, RunFailed
+from edgerun.errors import BadInput, CannotWrite, EdgerunError, RunFailed
+from edgerun.output_file import check_output
 
 # numpy and the runtime are imported inside the commands: verify must work without them.
 
@@ -23,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     options = command_parser().parse_args(arguments)
     try:
+        if getattr(options, "json", None) is not None:
+            check_output(options.json, "--json", stream=True)
         code: int = _COMMANDS[options.name](options)
     except EdgerunError as error:
         print(f"edgerun: {error}", file=sys.stderr)
@@ -87,6 +91,7 @@ def _bench(options: argparse.Namespace) -> int:
             min_queries=options.min_queries,
             max_seconds=options.max_seconds,
             memory=not options.no_memory,
+            against_settings=model_settings(options, against=True),
         )
     )
     if options.json is not None:
@@ -105,8 +110,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _info(options: argparse.Namespace) -> int:
     from edgerun.environment import describe_environment
-    from edgerun.model import Settings, open_model
-    from edgerun.model_files import describe_files
+    from edgerun.model_description import describe_model, model_lines
     from edgerun.sensors import read_conditions
     from edgerun.text import description_lines
 
@@ -115,17 +119,8 @@ def _info(options: argparse.Namespace) -> int:
         "environment": {**describe_environment(), "now": read_conditions()},
     }
     if options.model is not None:
-        model = open_model(options.model, Settings())
-        described["model"] = {
-            "path": str(options.model),
-            **describe_files(options.model),
-            "inputs": [t.to_json() for t in model.inputs],
-            "outputs": [t.to_json() for t in model.outputs],
-        }
-        for tensor in model.inputs:
-            print(f"input  {tensor}")
-        for tensor in model.outputs:
-            print(f"output {tensor}")
+        described["model"] = model = describe_model(options.model)
+        print("\n".join(model_lines(model)))
     if options.json is not None:
         _write_json(options.json, described)
     print("\n".join(description_lines(described["environment"])))
@@ -174,7 +169,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     try:
         path.write_text(json.dumps(value, allow_nan=False) + "\n", encoding="utf-8")
     except OSError as error:
-        raise RunFailed(f"the result cannot be written: {error}", str(path)) from error
+        raise CannotWrite(f"the result cannot be written: {error.strerror}", str(path)) from error
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

@@ -36,6 +36,11 @@ def command_parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="latency with intervals, peak memory")
     bench.add_argument("model", type=Path, metavar="MODEL.onnx")
     bench.add_argument("--against", type=Path, metavar="OTHER.onnx", help="compare, interleaved")
+    bench.add_argument(
+        "--against-provider-options",
+        metavar="JSON",
+        help="of the other model's providers; default: the same",
+    )
     bench.add_argument("--inputs", type=Path, metavar="DATA.npz", help="default: random inputs")
     bench.add_argument("--shape", action="append", default=[], metavar="NAME=1x3x224x224")
     bench.add_argument("--seed", type=_natural, default=0, metavar="N")
@@ -74,8 +79,8 @@ def command_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def model_settings(options: argparse.Namespace) -> Settings:
-    """How a command opens its model.
+def model_settings(options: argparse.Namespace, against: bool = False) -> Settings:
+    """How a command opens its model, or the one that it is held ``against``.
 
     Raises:
         BadInput: no provider is named, or the providers' options are no mapping of texts.
@@ -87,12 +92,15 @@ def model_settings(options: argparse.Namespace) -> Settings:
     if not names:
         raise BadInput("no provider is named", "--providers", "for example: --providers cpu")
     providers = tuple(dict.fromkeys(full_provider_name(name) for name in names))
-    given = _provider_options(options.provider_options)
+    option, text = "--provider-options", options.provider_options
+    if against and options.against_provider_options is not None:
+        option, text = "--against-provider-options", options.against_provider_options
+    given = _provider_options(text, option)
     named = {full_provider_name(name): values for name, values in given.items()}
     return Settings(options.threads, providers, options.optimization, named)
 
 
-def _provider_options(text: str) -> dict[str, dict[str, str]]:
+def _provider_options(text: str, option: str) -> dict[str, dict[str, str]]:
     """``{provider: {key: value}}`` from JSON, or from a file that holds it."""
     if not text:
         return {}
@@ -100,22 +108,24 @@ def _provider_options(text: str) -> dict[str, dict[str, str]]:
         inline = text.lstrip().startswith("{")
         given = json.loads(text if inline else Path(text).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise _bad_options(f"the providers' options cannot be read: {error}") from error
+        raise _bad_options(f"the providers' options cannot be read: {error}", option) from error
     if not isinstance(given, dict):
-        raise _bad_options("the providers' options are no mapping")
+        raise _bad_options("the providers' options are no mapping", option)
     for name, options in given.items():
         if not isinstance(options, dict):
-            raise _bad_options(f"the options of {name} are no mapping")
+            raise _bad_options(f"the options of {name} are no mapping", option)
         for key, value in options.items():
             if not isinstance(value, str):
-                raise _bad_options(f"option {key} of {name} is no text: {json.dumps(value)}")
+                raise _bad_options(
+                    f"option {key} of {name} is no text: {json.dumps(value)}", option
+                )
     return given
 
 
-def _bad_options(what: str) -> BadInput:
+def _bad_options(what: str, option: str) -> BadInput:
     return BadInput(
         what,
-        where="--provider-options",
+        where=option,
         remedy='give {"PROVIDER": {"KEY": "VALUE"}}, or a file with it; numbers are texts too',
     )
 

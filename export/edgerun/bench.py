@@ -31,6 +31,8 @@ class Plan:
 
     Attributes:
         models: one path, or two to compare.
+        settings: how the models are opened.
+        against_settings: the second one's, where they differ.
         inputs: an npz file with the models' inputs; None makes random ones from ``seed``. Raw
             uint8 data is preprocessed by the manifest of the bundle that the model lies in.
         shapes: sizes by input name, for random inputs.
@@ -48,6 +50,11 @@ class Plan:
     min_queries: int = 1000
     max_seconds: float = 60.0
     memory: bool = True
+    against_settings: Settings | None = None
+
+    def settings_of(self, index: int) -> Settings:
+        """How the model at an index of ``models`` is opened."""
+        return self.settings if index == 0 else self.against_settings or self.settings
 
 
 def bench(plan: Plan) -> dict[str, Any]:
@@ -59,7 +66,7 @@ def bench(plan: Plan) -> dict[str, Any]:
         BadInput: a model, an input or a shape is wrong.
         RunFailed: the runtime cannot run a model.
     """
-    models = [open_model(path, plan.settings) for path in plan.models]
+    models = [open_model(path, plan.settings_of(i)) for i, path in enumerate(plan.models)]
     watches = [Stopwatch(model, feeds) for model, feeds in zip(models, _feeds(plan, models))]
     for watch in watches:
         watch.check()
@@ -73,8 +80,8 @@ def bench(plan: Plan) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "models": [
-            _record(plan, watch, warm_up, timed, device, empty)
-            for watch, warm_up, timed, device in zip(watches, warm_ups, rounds, on_device)
+            _record(plan, plan.settings_of(index), *measured, empty)
+            for index, measured in enumerate(zip(watches, warm_ups, rounds, on_device))
         ],
         "comparison": compare(*rounds) if len(rounds) == 2 else None,
         "settings": {
@@ -113,6 +120,7 @@ def _feeds(plan: Plan, models: Sequence[LoadedModel]) -> list[Feeds]:
 
 def _record(
     plan: Plan,
+    settings: Settings,
     watch: Stopwatch,
     warm_up: WarmUp,
     rounds: Sequence[Sequence[float]],
@@ -129,13 +137,13 @@ def _record(
         "outputs": [tensor.to_json() for tensor in model.outputs],
         "fed": feeds.to_json(),
         "providers": {
-            "requested": [] if engine else list(plan.settings.providers),
+            "requested": [] if engine else list(settings.providers),
             "session": list(model.providers),
-            "options": {} if engine else _options(plan.settings),
-            "nodes": provider_nodes(model.path, plan.settings, feeds.feeds[0]),
+            "options": {} if engine else _options(settings),
+            "nodes": provider_nodes(model.path, settings, feeds.feeds[0]),
             "precisions": engine_precisions(model),
         },
-        "threads": plan.settings.threads,
+        "threads": settings.threads,
         "load_ms": round(model.load_ms, 3),
         "warmup": warm_up.to_json(),
         "samples_ms": samples,
@@ -143,7 +151,7 @@ def _record(
         "latency": summarize(samples),
         # Beside the latency, which has the copies to the GPU and back in it.
         "device_ms": None if device is None else {"copies": False, **summarize(device)},
-        "memory": _memory(plan, model, feeds, empty),
+        "memory": _memory(model, settings, feeds, empty) if plan.memory else None,
     }
 
 
@@ -156,8 +164,9 @@ def _empty(models: Sequence[LoadedModel]) -> dict[tuple[str, ...], float | None]
 
 
 def _memory(
-    plan: Plan, model: LoadedModel, feeds: Feeds, empty: Mapping[tuple[str, ...], float | None]
-) -> dict[str, Any] | None:
-    if not plan.memory:
-        return None
-    return model_memory(model.path, plan.settings, feeds.feeds[0], empty[runtime_of(model)])
+    model: LoadedModel,
+    settings: Settings,
+    feeds: Feeds,
+    empty: Mapping[tuple[str, ...], float | None],
+) -> dict[str, Any]:
+    return model_memory(model.path, settings, feeds.feeds[0], empty[runtime_of(model)])

@@ -16,7 +16,7 @@ from typing import Any, Iterator
 
 import numpy as np
 
-from edgerun.errors import BadInput, RunFailed
+from edgerun.errors import NoDevice, RunFailed
 
 OUT_OF_MEMORY = 2
 INSUFFICIENT_DRIVER = 35
@@ -74,7 +74,7 @@ class CudaRuntime:
         library: the loaded library (``ctypes.CDLL``), or one that stands in for it.
 
     Raises:
-        BadInput: there is no driver, it is too old for this library, or there is no GPU.
+        NoDevice: there is no driver, it is too old for this library, or there is no GPU.
     """
 
     def __init__(self, library: Any) -> None:
@@ -191,29 +191,29 @@ class CudaRuntime:
         text: bytes | None = self._library.cudaGetErrorString(code)
         return (text or b"unknown").decode("utf-8", errors="replace")
 
-    def _absent(self, code: int) -> BadInput:
+    def _absent(self, code: int) -> NoDevice:
         """Why there is no device: the error that the user can act on."""
         version = ctypes.c_int()
         self._library.cudaDriverGetVersion(ctypes.byref(version))
         if code == INSUFFICIENT_DRIVER and version.value:
             runtime = _version(self._number("cudaRuntimeGetVersion"))
-            return BadInput(
+            return NoDevice(
                 f"the GPU's driver is too old: it has CUDA {_version(version.value)}, and the "
                 f"CUDA runtime here is {runtime}",
                 remedy="update the driver, or install an older CUDA runtime",
             )
         if code == INSUFFICIENT_DRIVER:
-            return BadInput(
+            return NoDevice(
                 "this machine has no CUDA driver",
                 remedy="run it on the device, or install NVIDIA's driver if there is a GPU",
             )
         if code in (0, NO_DEVICE):
-            return BadInput(
+            return NoDevice(
                 "CUDA finds no GPU",
                 remedy="run it on the device; in a container the GPU must be passed through "
                 "(docker run --gpus all), and CUDA_VISIBLE_DEVICES must not hide it",
             )
-        return BadInput(
+        return NoDevice(
             f"CUDA cannot start: {self._reason(code)} (CUDA error {code})",
             remedy="'nvidia-smi' tells whether the driver works; restart after updating it",
         )
@@ -254,17 +254,17 @@ def load_cuda_runtime() -> CudaRuntime:
     """The newest libcudart found here that the driver can serve.
 
     Raises:
-        BadInput: no driver, no GPU, or no such library.
+        NoDevice: no driver, no GPU, or no such library.
     """
-    failure: BadInput | None = None
+    failure: NoDevice | None = None
     for name in _candidates():
         try:
             return CudaRuntime(ctypes.CDLL(name))
         except (OSError, AttributeError):
             continue
-        except BadInput as error:
+        except NoDevice as error:
             failure = failure or error
-    raise failure or BadInput(
+    raise failure or NoDevice(
         "the CUDA runtime library (libcudart) is not here",
         remedy="run it on the device; on a Jetson it is part of JetPack, elsewhere: "
         "pip install nvidia-cuda-runtime",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edgerun.cuda_runtime import load_cuda_runtime
-from edgerun.errors import BadInput, EdgerunError, RunFailed
+from edgerun.errors import BadInput, EdgerunError, NoDevice, RunFailed
 from edgerun.tensorrt_library import Library
 
 # The bindings raise TypeError for a constructor that returned nothing, as without a driver.
@@ -40,7 +40,8 @@ def load_engine(path: Path, library: Library, version_compatible: bool = False) 
 
     Raises:
         BadInput: the file is not a whole engine of this library, it was built for another
-            version or device, or there is no driver or GPU.
+            version or device.
+        NoDevice: there is no driver or GPU.
         RunFailed: the device's memory does not suffice.
     """
     log = library.log
@@ -70,8 +71,8 @@ def _why(path: Path, library: Library, reason: str) -> EdgerunError:
         )
     try:
         load_cuda_runtime()
-    except BadInput as missing:
-        return BadInput(f"the engine cannot be loaded here: {missing.what}", where, missing.remedy)
+    except NoDevice as missing:
+        return NoDevice(f"the engine cannot be loaded here: {missing.what}", where, missing.remedy)
     if any(word in reason for word in _MEMORY):
         return RunFailed(
             f"{library} cannot load the engine: {reason}", where, "end what else uses the GPU"

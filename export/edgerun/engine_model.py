@@ -33,8 +33,8 @@ class EngineModel:
             keep; from the record beside it.
 
     Raises:
-        BadInput: there is no CUDA runtime, or the engine has tensors that edgerun cannot
-            feed.
+        BadInput: the engine has tensors that edgerun cannot feed.
+        NoDevice: there is no CUDA runtime.
         RunFailed: the device's memory does not suffice.
     """
 

@@ -8,7 +8,7 @@ from typing import Any, Mapping, Sequence
 
 from edgerun.engine_loading import load_engine
 from edgerun.engine_model import EngineModel
-from edgerun.errors import BadInput, EdgerunError
+from edgerun.errors import BadInput, EdgerunError, NoDevice
 from edgerun.model import check_file
 from edgerun.tensorrt_check import check_engine
 from edgerun.tensorrt_library import MODULES, installation, open_library
@@ -21,7 +21,8 @@ def open_engine(path: Path) -> EngineModel:
 
     Raises:
         BadInput: there is no such file, it is truncated, it was built by or for something else,
-            its library is absent, or there is no driver or GPU.
+            or its library is absent.
+        NoDevice: there is no driver or GPU.
         RunFailed: the library or the device's memory fails.
     """
     check_file(path)
@@ -50,9 +51,9 @@ def _refused(
     path: Path, libraries: Sequence[str], refusals: Sequence[EdgerunError]
 ) -> EdgerunError:
     told = "; ".join(f"{name}: {error.what}" for name, error in zip(libraries, refusals))
-    return BadInput(
-        f"no library here takes the engine: {told}", str(path), remedy=refusals[-1].remedy
-    )
+    # A library that misses only the GPU has not found the file wrong.
+    kind = NoDevice if any(isinstance(error, NoDevice) for error in refusals) else BadInput
+    return kind(f"no library here takes the engine: {told}", str(path), remedy=refusals[-1].remedy)
 
 
 def _dimension_names(record: Mapping[str, Any]) -> dict[str, Sequence[int | str | None]]:

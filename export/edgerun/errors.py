@@ -39,3 +39,13 @@ class RunFailed(EdgerunError):
     """The runtime could not do what was asked of it."""
 
     exit_code = 3
+
+
+class NoDevice(RunFailed):
+    """This machine has nothing that an engine could run on: no GPU, driver or CUDA library."""
+
+
+class CannotWrite(EdgerunError):
+    """A file cannot be written: no space, no permission."""
+
+    exit_code = 5

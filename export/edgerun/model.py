@@ -102,8 +102,8 @@ def open_model(path: Path, settings: Settings) -> LoadedModel:
     """Open an ONNX file with ONNX Runtime, or a TensorRT engine with its library.
 
     Raises:
-        BadInput: the file is missing or not whole, an engine was built for something else, or
-            there is no GPU for it.
+        BadInput: the file is missing or not whole, or an engine was built for something else.
+        NoDevice: there is no GPU for an engine.
         RunFailed: the runtime cannot load it.
     """
     if is_engine(path):

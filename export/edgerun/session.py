@@ -178,6 +178,13 @@ def _reason(error: Exception) -> str:
 
 def _load_error(path: Path, error: Exception) -> EdgerunError:
     reason = _reason(error)
+    if "external tensors" in reason:
+        return BadInput(
+            f"onnxruntime does not read constants that fix shapes from an external file: {reason}",
+            where=str(path),
+            remedy="save the model with its small tensors inside: onnx.save(model, FILE, "
+            "save_as_external_data=True, size_threshold=1024)",
+        )
     # Releases word these differently; the file itself was there when it was opened.
     if any(word in reason.lower() for word in ("external", ".data", "file_size", "no such file")):
         return BadInput(

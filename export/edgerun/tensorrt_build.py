@@ -7,7 +7,6 @@ engines can be built nowhere else.
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any, Dict
@@ -15,6 +14,7 @@ from typing import Any, Dict
 import edgerun
 from edgerun.errors import RunFailed
 from edgerun.model_files import describe_files, sha256
+from edgerun.output_file import check_output, write_whole
 from edgerun.tensorrt_cache import TimingCache
 from edgerun.tensorrt_config import check_settings, configure, is_weakly_typed
 from edgerun.tensorrt_device import find_gpu
@@ -50,10 +50,15 @@ def build(model: Path, engine: Path, name: str, settings: BuildSettings) -> Dict
 
     Raises:
         BadInput: the library is absent, the model or a setting is wrong, the parser refuses the
-            model, or its layers do not have the precision that was asked for.
-        RunFailed: the library starts, builds or loads nothing, gave layers another precision, or
-            a file cannot be written.
+            model, its layers do not have the precision that was asked for, or no file can stand
+            at ``engine``.
+        RunFailed: the library starts, builds or loads nothing, or gave layers another precision.
+        CannotWrite: the engine or what lies beside it cannot be written.
     """
+    for path in (engine, record_path(engine)):
+        check_output(path, "--engine")
+    if settings.timing_cache is not None:
+        check_output(settings.timing_cache, "--timing-cache")
     library = open_library(name)
     check_settings(library, settings)
     weak = is_weakly_typed(library, settings)
@@ -82,7 +87,7 @@ def build(model: Path, engine: Path, name: str, settings: BuildSettings) -> Dict
         if weak:
             check_precision(seen, settings.precision, settings.keep, str(model))
             layers = seen
-    _write(engine, content)
+    write_whole(engine, content)
     record = {
         "schema": BUILD_SCHEMA,
         "edgerun": edgerun.__version__,
@@ -101,7 +106,7 @@ def build(model: Path, engine: Path, name: str, settings: BuildSettings) -> Dict
         **_save_inspection(engine, inspection),
         "warnings": warnings,
     }
-    _write(_beside(engine, RECORD_SUFFIX), (json.dumps(record) + "\n").encode("utf-8"))
+    write_whole(_beside(engine, RECORD_SUFFIX), (json.dumps(record) + "\n").encode("utf-8"))
     return record
 
 
@@ -145,7 +150,7 @@ def _save_inspection(engine: Path, inspection: Inspection) -> Dict[str, Any]:
         if path.exists():
             path.unlink()
         return {"inspected": False, "reason": inspection.reason}
-    _write(path, (json.dumps(inspection.to_json()) + "\n").encode("utf-8"))
+    write_whole(path, (json.dumps(inspection.to_json()) + "\n").encode("utf-8"))
     return {"inspected": True, "memory_bytes": inspection.memory_bytes, "layers_file": path.name}
 
 
@@ -153,19 +158,3 @@ def _build_failed(library: Library, model: Path) -> RunFailed:
     reason = library.log.last_error() or "it gives no reason"
     remedy = next((text for word, text in _REMEDIES if word in reason), None)
     return RunFailed(f"{library} built no engine: {reason}", where=str(model), remedy=remedy)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all: a truncated engine is an error that shows late."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    except OSError as error:
-        if part.exists():
-            part.unlink()
-        raise RunFailed(
-            f"the file cannot be written: {error}",
-            where=str(path),
-            remedy="give a file in a folder that exists and has space",
-        ) from error

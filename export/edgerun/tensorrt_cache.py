@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict
 
-from edgerun.errors import BadInput, RunFailed
+from edgerun.errors import BadInput
+from edgerun.output_file import write_whole
 from edgerun.tensorrt_library import Library
 
 MAGIC = b"edgerun.timing-cache/1 "
@@ -58,19 +58,12 @@ class TimingCache:
         """Write what is known now, and describe it for the record.
 
         Raises:
-            RunFailed: the file cannot be written.
+            CannotWrite: the file cannot be written.
         """
         timings = bytes(memoryview(config.get_timing_cache().serialize()))
         header = {**self.key, "sha256": _digest(timings), "bytes": len(timings)}
         content = MAGIC + json.dumps(header).encode("utf-8") + b"\n" + timings
-        part = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        try:
-            part.write_bytes(content)
-            part.replace(self.path)
-        except OSError as error:
-            raise RunFailed(
-                f"the timing cache cannot be written: {error}", str(self.path)
-            ) from error
+        write_whole(self.path, content)
         return {
             "file": str(self.path),
             "state": self.state,

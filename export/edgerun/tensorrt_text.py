@@ -27,4 +27,4 @@ def build_lines(record: Mapping[str, Any]) -> Iterator[str]:
         why = f": {cache['reason']}" if cache["reason"] else ""
         yield f"  timing cache {cache['state']}{why}"
     for warning in record["warnings"]:
-        yield f"  warning: {warning}"
+        yield f"  {record['library']} warns: {warning}"

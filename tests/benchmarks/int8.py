@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from edgekd.engines.compare import run_samples
+from edgekd.engines.batched_run import run_samples
 from edgekd.engines.onnx_file import describe_onnx
 from edgekd.engines.quantize import StaticQuantizer
 from edgekd.engines.sample_files import open_samples

@@ -4,12 +4,15 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.cli import main
+from edgekd.errors import TargetError
+from edgekd.targets import LocalTarget
 
 
 @pytest.fixture
@@ -62,12 +65,31 @@ def test_providers_of_another_device_are_shown_as_left_out(model):
         (("--providers", "cuda"), "has no CUDAExecutionProvider"),
         (("--inputs", "none.npz"), "no such input file"),
         (("--against", "none.onnx"), "no such model file"),
+        (("--json", "none/out.json"), "a folder that does not exist"),
     ],
 )
 def test_a_wrong_option_is_one_message_and_exit_code_2(model, words, message):
     done = invoke(model, *words)
     assert done.exit_code == 2, done.output
     assert message in done.output
+
+
+def test_each_model_has_the_options_of_its_own_precision(model, tmp_path, monkeypatch):
+    half, asked = tmp_path / "half.onnx", {}
+    made = onnx.load(model)
+    made.graph.initializer.append(numpy_helper.from_array(np.ones(2, np.float16), "w"))
+    onnx.save(made, half)
+
+    def bench(self, *words, **settings):
+        asked.update(settings)
+        raise TargetError("not here")
+
+    monkeypatch.setattr(LocalTarget, "bench", bench)
+    assert invoke(model, "--against", half, "--providers", "tensorrt,cpu").exit_code == 4
+    name = "TensorrtExecutionProvider"
+    assert asked["providers"] == [name, "CPUExecutionProvider"]
+    assert asked["provider_options"][name]["trt_fp16_enable"] == "False"
+    assert asked["against_options"][name]["trt_fp16_enable"] == "True"
 
 
 def test_options_of_a_model_are_refused_for_a_pipeline(tmp_path):

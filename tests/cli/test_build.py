@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -108,17 +109,74 @@ def test_measuring_an_engine_where_none_can_run_is_one_message(rtx, model, tmp_p
     if not with_record:
         (tmp_path / "m.engine.json").unlink()
     done = CliRunner().invoke(main, ["benchmark", str(out)])
-    assert done.exit_code in (2, 4), done.output
+    assert done.exit_code == 4, done.output
     assert f"cannot be loaded here: {can_run_here('tensorrt-rtx')}" in done.output
     assert done.output.count("error: ") == 1
     assert "Traceback" not in done.output
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes with a name")
+@pytest.mark.parametrize("engine", ["onnxruntime", "tensorrt-rtx"])
+@pytest.mark.parametrize(
+    ("name", "code", "message"),
+    [
+        ("pipe", 2, "this is a device or a pipe, which a file would replace"),
+        ("folder", 2, "this is a folder, not a file to write"),
+        ("none/m.engine", 2, "the file to write lies in a folder that does not exist"),
+        ("e" * 250, 3, "cannot be written: File name too long"),
+    ],
+)
+def test_an_output_that_cannot_be_is_told_in_the_same_words(
+    rtx, model, tmp_path, monkeypatch, engine, name, code, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    # As a device is, but the test's own: where it is replaced, the machine loses nothing.
+    os.mkfifo(tmp_path / "pipe")
+    done = invoke(model, "-o", name, "--engine", engine)
+    assert done.exit_code == code, done.output
+    assert message in done.output
+    # The name that the user gave, and none that is written to meanwhile.
+    assert name in done.output
+    assert "partial" not in done.output
+    assert f".{name}." not in done.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "m.onnx", "pipe"]
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_record_that_cannot_be_is_told_before_the_work(model, tmp_path):
+    for record in (tmp_path / "none" / "r.json", tmp_path, model, tmp_path / "e"):
+        done = invoke(model, "-o", tmp_path / "e", "--json", record)
+        assert done.exit_code == 2, done.output
+        assert not (tmp_path / "e").exists()
+    assert invoke(model, "-o", tmp_path / "e", "--json", "/dev/full").exit_code == 3
+
+
+def test_an_engine_is_no_model_to_build_from(tmp_path):
+    path = tmp_path / "m.engine"
+    path.write_bytes(b"ftrt" + bytes(range(256)))
+    done = invoke(path, "-o", tmp_path / "e")
+    assert done.exit_code == 2
+    assert "this is a TensorRT engine, not an ONNX model" in done.output
+
+
+def test_what_the_library_remarks_is_shown_as_its_own(rtx, tmp_path):
+    x, y = (helper.make_tensor_value_info(n, TensorProto.INT64, [1, 4]) for n in "xy")
+    graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "g", [x], [y])
+    path = tmp_path / "ids.onnx"
+    opsets = [helper.make_opsetid("", 18)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), path)
+    done = invoke(path, "-o", tmp_path / "e", "--engine", "tensorrt-rtx")
+    assert done.exit_code == 0, done.output
+    (line,) = [line for line in done.output.splitlines() if "input x has Int64 binding" in line]
+    assert line.startswith("  tensorrt-rtx warns: ")
 
 
 def test_bad_files_are_named(rtx, model, tmp_path):
     done = invoke(tmp_path / "none.onnx", "-o", tmp_path / "e", "--engine", "tensorrt-rtx")
     assert (done.exit_code, "does not exist" in done.output) == (2, True), done.output
     done = invoke(model, "-o", model, "--engine", "tensorrt-rtx")
-    assert (done.exit_code, "overwrite the model" in done.output) == (2, True), done.output
+    assert (done.exit_code, "would overwrite" in done.output) == (2, True), done.output
     assert onnx.load(model).graph.node[0].name == "conv"
     model.write_bytes(model.read_bytes()[:-60])
     done = invoke(model, "-o", tmp_path / "e", "--engine", "tensorrt-rtx")

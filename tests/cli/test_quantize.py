@@ -8,43 +8,23 @@ import tracemalloc
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner
 
-from edgekd.cli import main
 from edgekd.errors import StageError, TargetError
 from edgekd.stages.judge import Judge
 from edgekd.stages.own_model import QuantizeSettings, quantize_model
 from edgekd.targets import LocalTarget
+from tests.cli.quantizing import classifier, quantize, samples
 from tests.engines.quantize.graphs import Graph, run
-
-CLASSES = 5
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Two convolutions and a linear layer: image (batch, 3, 8, 8) to logits (batch, 5)."""
-    g = Graph(1)
-    g.add("Conv", ["image", g.weight("w1", 8, 3, 3, 3)], "c1", "first", pads=[1] * 4)
-    g.add("Relu", ["c1"], "r1")
-    g.add("Conv", ["r1", g.weight("w2", 8, 8, 3, 3)], "c2", "second", pads=[1] * 4)
-    g.add("GlobalAveragePool", ["c2"], "pooled")
-    g.add("Flatten", ["pooled"], "flat")
-    g.add("Gemm", ["flat", g.weight("w3", CLASSES, 8)], "logits", "head", transB=1)
-    path = tmp_path_factory.mktemp("model") / "m.onnx"
-    return g.save(path, {"image": ["batch", 3, 8, 8]}, {"logits": ["batch", CLASSES]})
+    return classifier(tmp_path_factory.mktemp("model") / "m.onnx")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    random = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("data") / "data.npz"
-    image = random.standard_normal((40, 3, 8, 8)).astype(np.float32)
-    np.savez(path, image=image, label=random.integers(0, CLASSES, 40))
-    return path
-
-
-def quantize(*words):
-    return CliRunner().invoke(main, ["quantize", *map(str, words)])
+    return samples(tmp_path_factory.mktemp("data") / "data.npz")
 
 
 @pytest.fixture
@@ -234,7 +214,7 @@ def test_latency_is_compared_in_the_same_run(model, data, tmp_path):
         (["-o", "OUT", "--calibration", "DATA", "--labels", "labels"], "did you mean 'label'"),
         (["-o", "OUT", "--calibration", "DATA", "--labels", "image"], "one class from 0 to 4"),
         (["-o", "OUT", "--calibration", "DATA", "--keep", "secnd"], "second"),
-        (["-o", "MODEL", "--calibration", "DATA"], "the output is the model itself"),
+        (["-o", "MODEL", "--calibration", "DATA"], "would overwrite another file"),
         (["-o", "OUT", "--method", "dynamic", "--max-drop", "0.1"], "without samples"),
         (["-o", "OUT", "--calibration", "DATA", "--set", "a=1"], "for a pipeline"),
         (["-o", "/absent/folder/x.onnx", "--calibration", "DATA"], "does not exist"),
@@ -272,7 +252,8 @@ def test_wrong_samples_are_explained(model, tmp_path, arrays, says):
         (None, "holds one array, the inputs, and no labels"),
         (np.array([0, None, 2, 3], object), "pickled objects"),
         (np.array([0.0, 1.0, 2.0, 3.0]), "one class from 0 to 4"),
-        (np.array([0, 1, 2, 5]), "one class from 0 to 4"),
+        (np.array([0, 1, 2, 5]), "1 of 4 labels are no class from 0 to 4: 5"),
+        (np.array([-5, 4, -1, 0]), "2 of 4 labels are no class from 0 to 4: -5, -1"),
         (np.array([0, 1, 2]), "each of the 4 samples"),
     ],
 )

@@ -143,6 +143,8 @@ def test_words_as_integers_and_a_dynamic_length(tmp_path):
     (gap,) = findings(unknown, "not shown")
     assert gap.subject == "memory"
     assert gap.remedy.startswith("give open sizes")
+    assert gap.detail.startswith("at least ")
+    assert "tensors of unknown size: " in gap.detail
     assert "x int64[batch, length]" in unknown.findings[1].detail
     known = ask(path, profile=profile, shapes={"x": (1, 2048)})
     assert known.passed
@@ -241,7 +243,9 @@ def test_what_only_onnx_runtime_cannot_read_is_a_verdict(tmp_path, without_tenso
     model = onnx.load(str(path))
     onnx.save(model, str(path), save_as_external_data=True, location="w.bin", size_threshold=0)
     (refusal,) = findings(check_model(path, never), "fails")
-    assert "small tensors inside" in refusal.remedy
+    assert "constants that shapes and axes depend on (here 'axes')" in refusal.detail
+    assert "size_threshold=1024" in refusal.remedy
+    assert "opset" not in refusal.remedy
 
 
 def test_an_opset_that_the_runtime_does_not_take_is_a_verdict(tmp_path, without_tensorrt):

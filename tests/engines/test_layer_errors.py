@@ -2,6 +2,7 @@
 
 import json
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -9,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import edgekd.engines.layer_errors as module
 from edgekd.engines.half import convert_half
+from edgekd.engines.half_verify import write_rounded
 from edgekd.engines.layer_errors import layer_errors
 from edgekd.engines.quantize import StaticQuantizer
 from edgekd.engines.samples import ArraySamples
@@ -256,3 +258,20 @@ def test_models_with_nothing_in_common_are_refused(tmp_path):
             chain(tmp_path / "d.onnx", batch=3),
             ArraySamples(SAMPLES),
         )
+
+
+def test_the_rounding_of_an_input_to_bfloat16_is_a_row_of_its_own(tmp_path):
+    """Its file in float32 (half_verify) rounds by casts to bfloat16 and back."""
+    reference = chain(tmp_path / "a.onnx")
+    samples = ArraySamples(SAMPLES)
+    convert_half(reference, tmp_path / "b.onnx", "bf16", samples=samples)
+    write_rounded(tmp_path / "b.onnx", tmp_path / "r.onnx", "bf16")
+    rows = {row.tensor: row for row in layer_errors(reference, tmp_path / "r.onnx", samples)}
+    x = SAMPLES["x"].astype(np.float64)
+    rounded = SAMPLES["x"].astype(ml_dtypes.bfloat16).astype(np.float64)
+    expected = np.sqrt(((rounded - x) ** 2).sum() / (x**2).sum())
+    assert rows["x"].op == "Input"
+    assert rows["x"].relative == pytest.approx(expected, rel=1e-6)
+    # Every layer's tensor is there, as its consumer reads it: rounded.
+    assert {"t0", "t1", "t2", "out"} <= set(rows)
+    assert all(0 < rows[name].relative < 4 * 2**-8 for name in ("t0", "t1", "t2", "out"))

@@ -5,8 +5,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekd.engines.onnx_file import check_onnx, describe_onnx
+from edgekd.engines.onnx_file import ENGINE_SUFFIXES, check_onnx, describe_onnx
 from edgekd.errors import InputError
+from edgerun import model_files
 
 
 def tensor(name, *shape, dtype=np.float32):
@@ -132,6 +133,21 @@ def test_what_is_not_onnx_is_refused(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(InputError, match="not ONNX"):
         check_onnx(path)
+
+
+@pytest.mark.parametrize("name", ["m.engine", "m.PLAN", "m.trt"])
+def test_an_engine_is_called_one(tmp_path, linear, name):
+    path = tmp_path / name
+    path.write_bytes(b"ftrt" + bytes(range(256)))
+    with pytest.raises(InputError, match="this is a TensorRT engine, not an ONNX model"):
+        check_onnx(path)
+    # What is inside counts: a model may have any name.
+    path.write_bytes(linear.read_bytes())
+    check_onnx(path)
+
+
+def test_engines_are_told_by_the_same_names_on_the_device():
+    assert ENGINE_SUFFIXES == model_files.ENGINE_SUFFIXES
 
 
 def test_missing_files_and_folders_are_told_apart(tmp_path):

@@ -85,6 +85,32 @@ def test_wrong_arrays(tmp_path, arrays, message):
     assert error.value.exit_code == 2
 
 
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ((2, "batch", 6), r"'state' has its samples \('batch'\) along axis 1"),
+        ((2, "state.1", 6), "'state' has the fixed size 2 on axis 0"),
+        ((), "'state' is one number for all samples"),
+    ],
+)
+def test_a_model_whose_samples_do_not_lie_along_axis_0_is_refused(tmp_path, state, message):
+    path = tmp_path / "s.npz"
+    spec = ModelSpec((IMAGE, TensorSpec("state", state)), ())
+    # Neither layout of the file can be cut into samples without more being known.
+    for array in (image(4, 2, 6), image(2, 4, 6)):
+        np.savez(path, image=image(4, 3, 8, 8), state=array)
+        with pytest.raises(InputError, match=message) as error:
+            open_samples(path, spec)
+        assert "--method dynamic" in error.value.remedy
+
+
+@pytest.mark.parametrize("state", [("batch", 2, 6), (1, 2, 6)])
+def test_one_sample_at_a_time_and_open_batches_are_taken(tmp_path, state):
+    np.savez(tmp_path / "s.npz", image=image(4, 3, 8, 8), state=image(4, 2, 6))
+    spec = ModelSpec((IMAGE, TensorSpec("state", state)), ())
+    assert open_samples(tmp_path / "s.npz", spec).count == 4
+
+
 def test_different_counts_and_sizes_of_one_name(tmp_path):
     path = tmp_path / "s.npz"
     np.savez(path, image=image(4, 3, 8, 8), state=image(5, 6))

@@ -18,7 +18,7 @@ from edgekd.errors import InputError
 from edgerun import tensorrt_library
 from edgerun.arguments import command_parser
 from edgerun.cuda_runtime import load_cuda_runtime
-from edgerun.errors import BadInput
+from edgerun.errors import NoDevice
 
 JETSON = "jetson-orin-nano-8gb"
 
@@ -97,7 +97,7 @@ def test_where_nothing_can_run_an_engine_the_reason_is_edgeruns(monkeypatch, tmp
     try:
         load_cuda_runtime()
         reason = None
-    except BadInput as error:
+    except NoDevice as error:
         reason = error.what
     assert can_run_here("tensorrt") == can_run_here("tensorrt-rtx") == reason
     assert can_run_here("onnxruntime") is None

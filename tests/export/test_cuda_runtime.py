@@ -9,7 +9,7 @@ import pytest
 
 from edgerun import cuda_runtime
 from edgerun.cuda_runtime import CudaRuntime, DeviceBuffers, load_cuda_runtime
-from edgerun.errors import BadInput, RunFailed
+from edgerun.errors import NoDevice, RunFailed
 from edgerun.tensorrt_device import find_gpu
 
 
@@ -41,7 +41,7 @@ def make_library():
     ],
 )
 def test_what_is_missing_for_cuda_is_said(make_library, state, message, remedy):
-    with pytest.raises(BadInput, match=message) as caught:
+    with pytest.raises(NoDevice, match=message) as caught:
         CudaRuntime(make_library(**state))
     assert remedy in caught.value.remedy
 
@@ -124,14 +124,14 @@ def test_a_buffer_that_could_not_grow_is_not_used_again(make_library):
 
 def test_a_library_that_lacks_a_function_is_passed_over(monkeypatch):
     monkeypatch.setattr(cuda_runtime, "_candidates", lambda: iter(["libc.so.6", "no-such.so"]))
-    with pytest.raises(BadInput, match="libcudart"):
+    with pytest.raises(NoDevice, match="libcudart"):
         load_cuda_runtime()
 
 
 @pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
 def test_without_a_driver_the_real_library_leads_to_the_same_message():
     # Either libcudart is here and finds no driver, or it is not here at all.
-    with pytest.raises(BadInput, match=r"no CUDA driver|libcudart\) is not here"):
+    with pytest.raises(NoDevice, match=r"no CUDA driver|libcudart\) is not here"):
         load_cuda_runtime()
 
 

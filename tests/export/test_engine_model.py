@@ -17,7 +17,7 @@ from edgerun.cuda_runtime import CudaRuntime
 from edgerun.engine_loading import LoadedEngine
 from edgerun.engine_model import EngineModel
 from edgerun.engine_opening import open_engine
-from edgerun.errors import BadInput, RunFailed
+from edgerun.errors import BadInput, NoDevice, RunFailed
 from edgerun.inputs import make_feeds
 from edgerun.model import Settings, TensorInfo, open_model
 from edgerun.placement import engine_precisions, provider_nodes
@@ -332,12 +332,12 @@ def test_an_engine_opens_where_onnx_runtime_is_not(engine):
         "import sys; sys.modules['onnxruntime'] = None\n"
         "from pathlib import Path\n"
         "from edgerun.environment import describe_environment\n"
-        "from edgerun.errors import BadInput\n"
+        "from edgerun.errors import EdgerunError\n"
         "from edgerun.model import Settings, open_model\n"
         "assert describe_environment()['providers_available'] == []\n"
         "try:\n"
         f"    print(open_model(Path({str(engine)!r}), Settings()).inputs)\n"
-        "except BadInput as error:\n"
+        "except EdgerunError as error:\n"
         "    print(error.remedy)\n"
     )
     done = subprocess.run(
@@ -379,10 +379,10 @@ def engine(built, tmp_path):
     return tmp_path / "m.engine"
 
 
-def refused(edgerun, engine):
+def refused(edgerun, engine, code=2):
     """The message with which ``edgerun bench`` ends, in a process that could have crashed."""
     done = edgerun("bench", engine, "--no-memory")
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr
 
@@ -392,7 +392,8 @@ def test_a_whole_engine_without_a_gpu_is_told_to_run_on_the_device(edgerun, engi
     for record in (True, False):
         if not record:
             engine.with_name("m.engine.json").unlink()
-        message = refused(edgerun, engine)
+        # Nothing is wrong with what was given.
+        message = refused(edgerun, engine, code=3)
         assert "no CUDA driver" in message or "libcudart" in message
         assert "run it on the device" in message
 
@@ -402,6 +403,37 @@ def test_an_engine_of_another_gpu_names_both(edgerun, engine):
     message = refused(edgerun, engine)
     assert "built by tensorrt-rtx" in message
     assert GPU.compute_capability in message
+
+
+@pytest.mark.skipif(GPU is not None, reason="this machine has a GPU")
+def test_without_a_gpu_an_engine_is_described_by_its_record(edgerun, engine, tmp_path):
+    out = tmp_path / "info.json"
+    done = edgerun("info", engine, "--json", out)
+    assert done.returncode == 0, done.stderr
+    assert f"engine of tensorrt-rtx {trt.__version__} for SM 8.6" in done.stdout
+    assert "input  x [batch, 4]" in done.stdout
+    assert "cannot be loaded here" in done.stdout
+    model = json.loads(out.read_text())["model"]
+    assert model["compute_capabilities"] == ["8.6"]
+    assert [tensor["name"] for tensor in model["outputs"]] == ["y"]
+    assert model["size_bytes"] == engine.stat().st_size
+    engine.with_name("m.engine.json").unlink()
+    assert edgerun("info", engine).returncode == 3
+
+
+def test_a_library_that_misses_only_the_gpu_finds_nothing_wrong_with_the_file(
+    monkeypatch, tmp_path
+):
+    (tmp_path / "m.engine").write_bytes(b"of tensorrt-rtx")
+
+    def load(path, library):
+        raise BadInput("another library's") if library == "tensorrt" else NoDevice("no GPU")
+
+    monkeypatch.setattr("edgerun.engine_opening.find_spec", lambda name: True)
+    monkeypatch.setattr("edgerun.engine_opening.open_library", lambda name: name)
+    monkeypatch.setattr("edgerun.engine_opening.load_engine", load)
+    with pytest.raises(NoDevice, match="tensorrt-rtx: no GPU"):
+        open_engine(tmp_path / "m.engine")
 
 
 def test_a_truncated_engine_is_told_by_its_record(edgerun, engine):

@@ -48,6 +48,24 @@ def test_every_session_of_a_benchmark_has_the_options(models, opened, tmp_path, 
     assert record["models"][0]["providers"]["options"] == OPTIONS
 
 
+def test_two_models_are_each_opened_with_their_own(models, opened, tmp_path):
+    path = models.linear(tmp_path / "m.onnx")
+    other = {CPU: {"arena_extend_strategy": "kNextPowerOfTwo"}}
+    plan = Plan(
+        (path, path),
+        Settings(1, (CPU,), "all", OPTIONS),
+        min_queries=70,
+        max_seconds=0.4,
+        memory=False,
+        against_settings=Settings(1, (CPU,), "all", other),
+    )
+    record = bench(plan)
+    pairs = [[(CPU, OPTIONS[CPU])], [(CPU, other[CPU])]]
+    # The two timed ones, then the two profiled ones.
+    assert opened == pairs * 2
+    assert [m["providers"]["options"] for m in record["models"]] == [OPTIONS, other]
+
+
 def test_a_provider_without_options_is_named_alone(models, opened, tmp_path):
     session.Model(models.linear(tmp_path / "m.onnx"), Settings(1))
     assert opened == [[CPU]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -345,8 +346,27 @@ def test_the_commands_end_with_the_right_codes(edgerun, tmp_path):
     assert done.returncode == 0, done.stderr
     assert not json.loads(out.read_text())["supported"]
     done = edgerun("build", model, "--engine", tmp_path / "none" / "m.engine", "--library", RTX)
-    assert done.returncode == 3
+    assert done.returncode == 2
+    assert "a folder that does not exist" in done.stderr
+    done = edgerun("build", model, "--engine", tmp_path / ("e" * 250), "--library", RTX)
+    assert done.returncode == 5, done.stderr
     assert "cannot be written" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["engine", "cache"])
+@pytest.mark.parametrize("name", ["pipe", "folder", "none/file"])
+def test_a_file_that_cannot_stand_there_is_told_before_the_work(
+    tmp_path, monkeypatch, option, name
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    os.mkfifo("pipe")
+    paths = {"engine": Path("m.engine"), "cache": None, option: Path(name)}
+    monkeypatch.setattr("edgerun.tensorrt_build.open_library", lambda name: 1 / 0)
+    with pytest.raises(BadInput, match=r"device or a pipe|a folder") as caught:
+        build(Path("m.onnx"), paths["engine"], RTX, BuildSettings(timing_cache=paths["cache"]))
+    assert caught.value.where == name
+    assert Path("pipe").is_fifo()
 
 
 def test_building_needs_no_other_runtime(tmp_path, edgerun):

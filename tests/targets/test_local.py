@@ -7,10 +7,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from edgekd.errors import InputError, TargetError
+from edgekd.errors import InputError, StageError, TargetError
 from edgekd.resources import edgerun_folder
 from edgekd.targets import LocalTarget, local, open_target
 from edgekd.targets.local import clean_environment
+from edgerun.errors import CannotWrite
 
 
 @pytest.fixture
@@ -48,6 +49,12 @@ def test_options_of_providers_reach_both_calls(model, tmp_path):
         model, provider_options=options, threads=1, min_queries=20, max_seconds=1, memory=False
     )
     assert record["models"][0]["providers"]["options"] == options
+    quick = {"threads": 1, "min_queries": 20, "max_seconds": 1, "memory": False}
+    for own, expected in (({}, {}), (None, options)):
+        record = LocalTarget().bench(
+            model, model, provider_options=options, against_options=own, **quick
+        )
+        assert [m["providers"]["options"] for m in record["models"]] == [options, expected]
     np.savez(tmp_path / "d.npz", x=np.zeros((1, 2), np.float32))
     absent = {"CUDAExecutionProvider": {"device_id": "0"}}
     with pytest.raises(InputError, match="which is not among the providers"):
@@ -98,6 +105,7 @@ def fake_edgerun(tmp_path, monkeypatch):
         ("raise ZeroDivisionError('deep inside')", "ZeroDivisionError: deep inside"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "killed by signal 9"),
         ("import sys; print('edgerun: no memory', file=sys.stderr); sys.exit(3)", "^no memory"),
+        ("import sys; print('edgerun: x', file=sys.stderr); sys.exit(4)", "^x"),
         ("import sys; print('usage', file=sys.stderr); sys.exit(2)", "ended with code 2"),
         ("", "left no readable result"),
     ],
@@ -107,6 +115,13 @@ def test_a_crash_is_a_target_error_with_the_last_words(fake_edgerun, source, mes
     fake_edgerun(source)
     with pytest.raises(TargetError, match=message):
         LocalTarget().info()
+
+
+def test_a_file_that_cannot_be_written_is_no_fault_of_the_machine(fake_edgerun):
+    fake_edgerun("import sys; print('edgerun: no space', file=sys.stderr); sys.exit(5)")
+    with pytest.raises(StageError, match="no space"):
+        LocalTarget().info()
+    assert CannotWrite.exit_code == local.CANNOT_WRITE
 
 
 def test_a_target_is_opened_by_name():

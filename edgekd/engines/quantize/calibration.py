@@ -12,6 +12,7 @@ import onnx
 from edgekd.engines.batched_run import run_batch
 from edgekd.engines.onnx_file import describe_onnx
 from edgekd.engines.quantize.extremes import Extremes, Ranges
+from edgekd.engines.quantize.prepare import save_onnx
 from edgekd.engines.quantize.thresholds import MagnitudeHistogram
 from edgekd.engines.samples import Array, Samples
 from edgekd.engines.session import CPU_PROVIDER, open_session
@@ -33,6 +34,7 @@ def calibrate(
     calibration: Calibration,
     symmetric: bool,
     threads: int,
+    source: Path | None = None,
 ) -> Ranges:
     """The (lowest, highest) value of each tensor that 8 bits should cover.
 
@@ -46,35 +48,39 @@ def calibrate(
         samples: at least two.
         scratch: a folder for the model with further outputs.
         symmetric: whether the runtime's ranges are symmetric around 0.
+        threads: of the sessions.
+        source: the file that the model was prepared from, for errors; None: the model itself.
 
     Raises:
         InputError: too few samples, an input is missing from them, or a tensor becomes NaN or
             infinite on them.
     """
+    source = source or model
     if samples.count < LEAST_SAMPLES:
         raise InputError(
             f"calibration needs at least {LEAST_SAMPLES} samples, there are {samples.count}",
-            where=str(model),
+            where=str(source),
             remedy="give some hundred real inputs, preprocessed as the model takes them",
         )
-    extremes = Extremes(model, tensors, scratch, threads)
-    size = _batch_size(model, extremes, samples)
+    extremes = Extremes(model, tensors, scratch, threads, source)
+    size = _batch_size(model, extremes, samples, source)
     start = 0
-    for feed in feeds(model, samples, size):
+    for feed in feeds(model, samples, size, source):
         # A fixed batch's last one is filled up.
         end = min(start + _rows(feed), samples.count)
         on = f"samples {start} to {end - 1}" if end - start > 1 else f"sample {start}"
-        _check_finite(model, feed, on)
+        _check_finite(source, feed, on)
         extremes.add(feed, on)
         start = end
     ranges = extremes.ranges
     if calibration == "minmax":
         return ranges
-    histograms = _histograms(model, ranges, feeds(model, samples, size), scratch, threads)
+    batches = feeds(model, samples, size, source)
+    histograms = _histograms(model, ranges, batches, scratch, threads, source)
     return {name: _cut(histograms[name], *ranges[name], calibration, symmetric) for name in ranges}
 
 
-def feeds(model: Path, samples: Samples, size: int) -> Iterator[dict[str, Array]]:
+def feeds(model: Path, samples: Samples, size: int, source: Path) -> Iterator[dict[str, Array]]:
     """The samples in batches of at most ``size``, or of the size that the model fixes.
 
     A last batch that is too small for a fixed one is filled up with its own samples again.
@@ -89,7 +95,7 @@ def feeds(model: Path, samples: Samples, size: int) -> Iterator[dict[str, Array]
         if missing:
             raise InputError(
                 f"the samples have no input named {missing[0]!r}",
-                where=str(model),
+                where=str(source),
                 remedy=f"the model takes {', '.join(map(str, inputs))}; the samples have "
                 + ", ".join(batch),
             )
@@ -107,29 +113,34 @@ def _rows(feed: dict[str, Array]) -> int:
     return len(next(iter(feed.values())))
 
 
-def _batch_size(model: Path, extremes: Extremes, samples: Samples) -> int:
+def _batch_size(model: Path, extremes: Extremes, samples: Samples, source: Path) -> int:
     """So many samples that the named tensors of a batch take about 32 MB.
 
     Measured on one sample: the graph alone does not tell the sizes of open dimensions.
     """
-    feed = next(feeds(model, samples, 1))
+    feed = next(feeds(model, samples, 1, source))
     each = 4 * extremes.elements(feed) // _rows(feed)
     return max(1, min(_LARGEST_BATCH, _BATCH_BYTES // max(each, 1)))
 
 
-def _check_finite(model: Path, feed: dict[str, Array], on: str) -> None:
+def _check_finite(source: Path, feed: dict[str, Array], on: str) -> None:
     # Not every input is among the tensors whose extremes are taken.
     for name, array in feed.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise InputError(
                 f"input {name!r} of the samples has a NaN or infinite value in {on}",
-                where=str(model),
+                where=str(source),
                 remedy="leave that sample out or repair it; samples are counted from 0",
             )
 
 
 def _histograms(
-    model: Path, ranges: Ranges, batches: Iterator[dict[str, Array]], scratch: Path, threads: int
+    model: Path,
+    ranges: Ranges,
+    batches: Iterator[dict[str, Array]],
+    scratch: Path,
+    threads: int,
+    source: Path,
 ) -> dict[str, MagnitudeHistogram]:
     proto = onnx.load(str(model))
     inputs = {value.name for value in proto.graph.input}
@@ -139,7 +150,7 @@ def _histograms(
         values[name] for name in ranges if name not in shown and name not in inputs
     )
     augmented = scratch / "histograms.onnx"
-    onnx.save(proto, str(augmented))
+    save_onnx(proto, augmented)
     session = open_session(augmented, (CPU_PROVIDER,), threads, "basic")
     computed = [name for name in ranges if name not in inputs]
     histograms = {
@@ -149,7 +160,7 @@ def _histograms(
         for name in inputs & ranges.keys():
             histograms[name].add(feed[name])
         for name, values_of in zip(
-            computed, run_batch(session, computed, feed, model), strict=True
+            computed, run_batch(session, computed, feed, source), strict=True
         ):
             histograms[name].add(values_of)
     return histograms

@@ -47,6 +47,8 @@ class Candidates:
 
     def __init__(self, graph: onnx.GraphProto, runtime: Runtime, keep: Collection[str]) -> None:
         self._graph, self._runtime, self._keep = graph, runtime, frozenset(keep)
+        self.weighted = _CPU_WEIGHTED if runtime == "cpu" else WEIGHTED
+        """The operators whose arithmetic the runtime has in 8 bits."""
         self._weights = {t.name: t for t in graph.initializer}
         values = [*graph.value_info, *graph.input, *graph.output]
         self._floats = {
@@ -98,7 +100,7 @@ class Candidates:
         return frozenset(chosen)
 
     def _is_weighted(self, node: onnx.NodeProto) -> bool:
-        if node.op_type not in (_CPU_WEIGHTED if self._runtime == "cpu" else WEIGHTED):
+        if node.op_type not in self.weighted:
             return False
         if node.domain not in ("", "ai.onnx") or node.output[0] not in self._floats:
             return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import onnx
@@ -12,14 +12,15 @@ from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
 from onnxruntime.quantization.quant_utils import QuantizationMode, add_infer_metadata
 
 from edgekd.engines.onnx_file import check_onnx
+from edgekd.engines.quantize.nothing_to_quantize import nothing_to_quantize
 from edgekd.engines.quantize.prepare import (
     drop_unused,
-    nothing_to_quantize,
     prepare_onnx,
     restore_identity,
+    save_onnx,
 )
 from edgekd.engines.quantize.saturation import saturates
-from edgekd.engines.quantize.weights_only import dequantize_weights
+from edgekd.engines.quantize.weights_only import check_finite_weight, dequantize_weights
 
 # Without an 8-bit kernel for dynamic scales: their weights are stored in 8 bits.
 _STORED = {"GRU", "RNN", "LSTM", "Gather"}
@@ -41,16 +42,20 @@ def quantize_dynamic(onnx_path: Path, out: Path, *, keep: Collection[str] = ()) 
         keep: names of nodes that stay in float.
 
     Raises:
-        InputError: the model is broken, quantized already or too old; ``keep`` names no node; or
-            there is nothing to quantize.
+        InputError: the model is broken, quantized already or too old; ``keep`` names no node; there
+            is nothing to quantize, or weights are not finite.
+        StageError: the file cannot be written.
     """
     prepared = prepare_onnx(onnx_path)
     kept = prepared.named(keep)
     model = onnx.ModelProto()
     model.CopyFrom(prepared.model)
     _split_gemms(model.graph, kept)
-    chosen = [node for node in model.graph.node if node.name not in kept and _fits(node, model)]
+    weights = _float_weights(model.graph)
+    chosen = [node for node in model.graph.node if node.name not in kept and _fits(node, weights)]
     if chosen:
+        for name in {name for node in chosen for name in node.input} & weights.keys():
+            check_finite_weight(weights[name], onnx_path)
         names, types = [n.name for n in chosen], sorted({n.op_type for n in chosen})
         add_infer_metadata(model)
         _rename_type(model.graph, "Gemm", _HIDDEN)
@@ -72,19 +77,22 @@ def quantize_dynamic(onnx_path: Path, out: Path, *, keep: Collection[str] = ()) 
         quantizer.model.topological_sort()
         _rename_type(model.graph, _HIDDEN, "Gemm")
         drop_unused(model.graph)
-    stored = dequantize_weights(model.graph, _STORED, kept)
+    stored = dequantize_weights(model.graph, _STORED, kept, onnx_path)
     if not chosen and not stored:
         raise nothing_to_quantize(
-            prepared.model, onnx_path, "MatMul, Gemm, LSTM, GRU, RNN, Attention or embeddings"
+            prepared.model, onnx_path, {"MatMul", "Gemm", "Attention", *_STORED}, kept
         )
     del model.graph.value_info[:]
     restore_identity(model, prepared.model)
-    onnx.save(model, str(out))
+    save_onnx(model, out)
     check_onnx(out)
 
 
-def _fits(node: onnx.NodeProto, model: onnx.ModelProto) -> bool:
-    weights = {t.name: t for t in model.graph.initializer if t.data_type == TensorProto.FLOAT}
+def _float_weights(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    return {t.name: t for t in graph.initializer if t.data_type == TensorProto.FLOAT}
+
+
+def _fits(node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto]) -> bool:
     settings = {a.name: a.i for a in node.attribute}
     if node.op_type == "MatMul":
         weight = weights.get(node.input[1])

@@ -10,6 +10,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from edgekd.engines.batched_run import run_batch
+from edgekd.engines.quantize.prepare import save_onnx
 from edgekd.engines.samples import Array
 from edgekd.engines.session import CPU_PROVIDER, open_session
 from edgekd.errors import InputError
@@ -27,16 +28,19 @@ class Extremes:
         tensors: their names; those without a float type are left out.
         scratch: a folder for the model with further outputs.
         threads: of the session.
+        source: the file that the model was prepared from, for errors.
     """
 
-    def __init__(self, model: Path, tensors: Collection[str], scratch: Path, threads: int) -> None:
+    def __init__(
+        self, model: Path, tensors: Collection[str], scratch: Path, threads: int, source: Path
+    ) -> None:
         proto = onnx.load(str(model))
-        self._model = model
+        self._source = source
         types = _float_tensors(proto.graph, tensors)
         self.tensors = tuple(types)
         self._outputs = [_add_probes(proto.graph, name, kind) for name, kind in types.items()]
         augmented = scratch / "extremes.onnx"
-        onnx.save(proto, str(augmented))
+        save_onnx(proto, augmented)
         self._session = open_session(augmented, (CPU_PROVIDER,), threads, "basic")
         self.ranges: Ranges = {}
 
@@ -55,7 +59,7 @@ class Extremes:
             if some_nan or not (math.isfinite(low) and math.isfinite(high)):
                 raise InputError(
                     f"tensor {name!r} of the float model becomes NaN or infinite on {on}",
-                    where=str(self._model),
+                    where=str(self._source),
                     remedy="leave those samples out, or check their preprocessing and the float "
                     "model first; samples are counted from 0",
                 )
@@ -65,7 +69,7 @@ class Extremes:
     def _run(self, inputs: Mapping[str, Array]) -> list[list[Array]]:
         """(lowest, highest, whether any is NaN, number of values) of each tensor."""
         names = [name for four in self._outputs for name in four]
-        values = run_batch(self._session, names, inputs, self._model)
+        values = run_batch(self._session, names, inputs, self._source)
         return [values[i : i + 4] for i in range(0, len(values), 4)]
 
 

@@ -15,7 +15,7 @@ from onnx import numpy_helper
 from edgekd.engines.onnx_file import check_onnx, read_onnx
 from edgekd.engines.onnx_graph import opset_of, subgraphs
 from edgekd.engines.session import CPU_PROVIDER, first_line, open_session, session_options
-from edgekd.errors import InputError, unknown_name
+from edgekd.errors import InputError, StageError, unknown_name
 
 LEAST_OPSET = 13
 """DequantizeLinear has an axis, and with it per-channel scales, from here on."""
@@ -77,7 +77,7 @@ def prepare_onnx(source: Path) -> Prepared:
     """
     check_onnx(source)
     model = onnx.load(str(source))
-    _refuse_quantized(model, source)
+    refuse_quantized(model, source)
     original = read_onnx(source)
     _drop_initializer_inputs(model)
     name_nodes(model.graph)
@@ -99,6 +99,22 @@ def prepare_onnx(source: Path) -> Prepared:
     return Prepared(folded, source, _origins(named, consumers, folded.graph))
 
 
+def save_onnx(model: onnx.ModelProto, out: Path) -> None:
+    """Write a model as one file.
+
+    Raises:
+        StageError: the file cannot be written.
+    """
+    try:
+        onnx.save(model, str(out))
+    except OSError as error:
+        raise StageError(
+            f"the ONNX file cannot be written: {error.strerror}",
+            where=str(out),
+            remedy="free space or choose another folder",
+        ) from error
+
+
 def restore_identity(
     model: onnx.ModelProto, original: onnx.ModelProto, least_ir: int = _LEAST_IR
 ) -> None:
@@ -115,19 +131,6 @@ def restore_identity(
     imports = [entry for entry in model.opset_import if entry.domain in used]
     del model.opset_import[:]
     model.opset_import.extend(imports)
-
-
-def nothing_to_quantize(model: onnx.ModelProto, source: Path, wanted: str) -> InputError:
-    """The error for a model without a single node that the method can quantize."""
-    types = sorted({node.op_type for node in all_nodes(model.graph.node)})
-    half = any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer)
-    hint = "its weights are float16: give the float32 model" if half else "leave the model in float"
-    return InputError(
-        f"nothing in this model can be quantized: {wanted} with constant float32 weights that are "
-        f"not kept in float are needed, it has {', '.join(types) or 'no nodes'}",
-        where=str(source),
-        remedy=hint,
-    )
 
 
 def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
@@ -159,7 +162,11 @@ def name_nodes(graph: onnx.GraphProto) -> None:
         seen.add(node.name)
 
 
-def _refuse_quantized(model: onnx.ModelProto, source: Path) -> None:
+def refuse_quantized(model: onnx.ModelProto, source: Path) -> None:
+    """
+    Raises:
+        InputError: a node of the model, of its bodies or functions computes in 8 bits.
+    """
     inside = [node for function in model.functions for node in function.node]
     for node in all_nodes([*model.graph.node, *inside]):
         if node.op_type in _QUANTIZED or node.op_type.startswith(_QUANTIZED_STARTS):
@@ -197,7 +204,7 @@ def _raise_opset(model: onnx.ModelProto, source: Path) -> onnx.ModelProto:
 def _optimize(model: onnx.ModelProto, source: Path, level: str) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
         before, after = Path(folder, "before.onnx"), Path(folder, "after.onnx")
-        onnx.save(model, str(before))
+        save_onnx(model, before)
         options = session_options(1, "basic" if level == "basic" else "disabled")
         options.optimized_model_filepath = str(after)
         try:

@@ -11,11 +11,12 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from edgekd.engines.compare import ErrorSums, run_samples
+from edgekd.engines.batched_run import run_samples
+from edgekd.engines.error_sums import ErrorSums
 from edgekd.engines.onnx_file import read_onnx
 from edgekd.engines.quantize.decision import Decision, NodeSensitivity
 from edgekd.engines.samples import Array, ArraySamples, Samples
-from edgekd.errors import InputError
+from edgekd.errors import InputError, StageError
 
 UNITS = 100
 """A model with more nodes is searched in this many groups of consecutive nodes first."""
@@ -71,6 +72,7 @@ def keep_accurate(
 
     Raises:
         InputError: the model has no node that can be quantized, or ``budget`` is not a number.
+        StageError: the file cannot be written.
     """
     if math.isnan(budget):
         raise InputError("the budgeted drop is not a number", where="max_drop")
@@ -156,8 +158,15 @@ class _Search:
 
     def hand_over(self, out: Path) -> None:
         """Move the best file, as it was measured, with what lies beside it (external data)."""
-        for file in self._kept.parent.iterdir():
-            shutil.move(file, out.parent / file.name)
+        try:
+            for file in self._kept.parent.iterdir():
+                shutil.move(file, out.parent / file.name)
+        except OSError as error:
+            raise StageError(
+                f"the ONNX file cannot be written: {error.strerror}",
+                where=str(out),
+                remedy="free space or choose another folder",
+            ) from error
 
 
 class _Ranking:

@@ -16,11 +16,12 @@ from edgekd.engines.onnx_file import check_onnx
 from edgekd.engines.quantize.calibration import Calibration, calibrate, feeds
 from edgekd.engines.quantize.candidates import Candidates, Runtime
 from edgekd.engines.quantize.float_islands import copy_shared_weights, free_float_values
+from edgekd.engines.quantize.nothing_to_quantize import nothing_to_quantize
 from edgekd.engines.quantize.prepare import (
     drop_unused,
-    nothing_to_quantize,
     prepare_onnx,
     restore_identity,
+    save_onnx,
 )
 from edgekd.engines.quantize.saturation import saturates
 from edgekd.engines.samples import Samples
@@ -72,7 +73,9 @@ class StaticQuantizer:
         kept = self._prepared.named(keep)
         self._candidates = Candidates(graph, runtime, kept)
         if not self._candidates.all:
-            raise nothing_to_quantize(self._prepared.model, onnx_path, "Conv, Gemm or MatMul")
+            raise nothing_to_quantize(
+                self._prepared.model, onnx_path, self._candidates.weighted, kept
+            )
         self._runtime = runtime
         self._reduce_range = runtime == "cpu" and (
             saturates() if reduce_range is None else reduce_range
@@ -80,7 +83,7 @@ class StaticQuantizer:
         self.prepared = scratch / "prepared.onnx"
         """The float model that is quantized: same answers as the file, batch norm folded."""
         scratch.mkdir(parents=True, exist_ok=True)
-        onnx.save(self._prepared.model, str(self.prepared))
+        save_onnx(self._prepared.model, self.prepared)
         self.ranges = calibrate(
             self.prepared,
             self._candidates.tensors,
@@ -89,6 +92,7 @@ class StaticQuantizer:
             calibration=calibration,
             symmetric=runtime == "tensorrt",
             threads=threads,
+            source=onnx_path,
         )
         """(lowest, highest) value covered, by activation."""
         self._check_same_answers(samples, threads)
@@ -97,6 +101,11 @@ class StaticQuantizer:
     def nodes(self) -> tuple[str, ...]:
         """Names of the nodes that can be quantized, in graph order."""
         return self._candidates.nodes
+
+    @property
+    def constant(self) -> tuple[str, ...]:
+        """Activations with one value only on all samples: their ranges say nothing."""
+        return tuple(name for name, (low, high) in self.ranges.items() if low == high)
 
     def write(self, out: Path, float_nodes: Collection[str] = ()) -> None:
         """Write the Q/DQ model with the calibrated ranges; nothing is run.
@@ -107,10 +116,14 @@ class StaticQuantizer:
 
         Raises:
             InputError: a name is unknown, or no node is left to quantize.
+            StageError: the file cannot be written.
         """
-        chosen = self._candidates.select(self._prepared.named(float_nodes))
+        floats = self._prepared.named(float_nodes)
+        chosen = self._candidates.select(floats)
         if not chosen:
-            raise nothing_to_quantize(self._prepared.model, self._source, "Conv, Gemm or MatMul")
+            raise nothing_to_quantize(
+                self._prepared.model, self._source, self._candidates.weighted, floats
+            )
         model = onnx.ModelProto()
         model.CopyFrom(self._prepared.model)
         copy_shared_weights(model.graph, chosen)
@@ -144,7 +157,7 @@ class StaticQuantizer:
         # Types of tensors that are gone; a runtime infers those that it needs.
         del written.graph.value_info[:]
         restore_identity(written, self._prepared.model)
-        onnx.save(written, str(out))
+        save_onnx(written, out)
         check_onnx(out)
 
     def _tensor_ranges(self) -> TensorsData:
@@ -158,13 +171,14 @@ class StaticQuantizer:
         )
 
     def _check_same_answers(self, samples: Samples, threads: int) -> None:
-        feed = next(feeds(self.prepared, samples, 2))
+        feed = next(feeds(self.prepared, samples, 2, self._source))
         before = open_session(self._source, (CPU_PROVIDER,), threads, "disabled").run(None, feed)
         after = open_session(self.prepared, (CPU_PROVIDER,), threads, "disabled").run(None, feed)
         for output, old, new in zip(self._prepared.model.graph.output, before, after, strict=True):
             if old.dtype.kind != "f":
                 continue
-            largest = float(np.abs(old).max(initial=0.0))
+            # A NaN among the answers, which may be the model's own, says nothing of their size.
+            largest = float(np.abs(old[np.isfinite(old)]).max(initial=0.0))
             if not np.allclose(new, old, rtol=0, atol=_SAME * max(largest, 1e-6), equal_nan=True):
                 raise StageError(
                     f"output {output.name!r} changed when the model was prepared for quantization",

@@ -12,12 +12,14 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.engines.onnx_file import check_onnx
+from edgekd.engines.quantize.nothing_to_quantize import nothing_to_quantize
 from edgekd.engines.quantize.prepare import (
     drop_unused,
-    nothing_to_quantize,
     prepare_onnx,
     restore_identity,
+    save_onnx,
 )
+from edgekd.errors import InputError
 
 _LARGEST = 127
 _LEAST_ELEMENTS = 64  # below that the scales and the further node outweigh what is saved
@@ -62,27 +64,38 @@ def quantize_weights(onnx_path: Path, out: Path, *, keep: Collection[str] = ()) 
         keep: names of nodes that are not touched.
 
     Raises:
-        InputError: the model is broken, quantized already or too old; ``keep`` names no node; or
-            there are no weights to quantize.
+        InputError: the model is broken, quantized already or too old; ``keep`` names no node;
+            there are no weights to quantize, or they are not finite.
+        StageError: the file cannot be written.
     """
     prepared = prepare_onnx(onnx_path)
     model = onnx.ModelProto()
     model.CopyFrom(prepared.model)
-    if not dequantize_weights(model.graph, set(_WEIGHTS), prepared.named(keep)):
-        raise nothing_to_quantize(model, onnx_path, ", ".join(sorted(_WEIGHTS)))
+    kept = prepared.named(keep)
+    if not dequantize_weights(model.graph, set(_WEIGHTS), kept, onnx_path):
+        raise nothing_to_quantize(model, onnx_path, _WEIGHTS, kept)
     del model.graph.value_info[:]
     restore_identity(model, prepared.model)
-    onnx.save(model, str(out))
+    save_onnx(model, out)
     check_onnx(out)
 
 
 def dequantize_weights(
-    graph: onnx.GraphProto, types: Collection[str], keep: Collection[str]
+    graph: onnx.GraphProto, types: Collection[str], keep: Collection[str], source: Path
 ) -> int:
     """Replace float32 weights by int8 ones that are given back before their nodes, in place.
 
+    Args:
+        graph: of the model.
+        types: operators whose weights are replaced.
+        keep: names of nodes that are not touched.
+        source: the model's file, for an error.
+
     Returns:
         how many weights were replaced.
+
+    Raises:
+        InputError: a weight is NaN or infinite.
     """
     weights = {tensor.name: tensor for tensor in graph.initializer}
     done: dict[tuple[str, int], str] = {}
@@ -97,6 +110,7 @@ def dequantize_weights(
             tensor = weights.get(node.input[index])
             if tensor is None or not _is_large(tensor):
                 continue
+            check_finite_weight(tensor, source)
             axis = axis_of(node, len(tensor.dims))
             if node.op_type == "Gather":
                 if len(tensor.dims) != 2 or _gather_axis(node) != 0:
@@ -118,6 +132,20 @@ def _is_large(tensor: onnx.TensorProto) -> bool:
         and len(tensor.dims) >= 2
         and int(np.prod(tensor.dims)) >= _LEAST_ELEMENTS
     )
+
+
+def check_finite_weight(tensor: onnx.TensorProto, source: Path) -> None:
+    """
+    Raises:
+        InputError: the tensor holds NaN or infinite values, which 8 bits do not.
+    """
+    if not np.isfinite(numpy_helper.to_array(tensor)).all():
+        raise InputError(
+            f"the weights {tensor.name!r} hold NaN or infinite values",
+            where=str(source),
+            remedy="check the float model, its training may have diverged; or leave the node "
+            "that reads them in float32: --keep NODE",
+        )
 
 
 def _gather_axis(node: onnx.NodeProto) -> int:

@@ -1,0 +1,61 @@
+"""A file to be written: whether it can be one, before the work, and writing it whole."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from edgerun.errors import BadInput, CannotWrite
+
+
+def check_output(path: Path, option: str, stream: bool = False) -> None:
+    """Check that a file may stand at a path; nothing is written.
+
+    Args:
+        option: that names the file, for the message.
+        stream: whether it is written to and not replaced: a device or a pipe is then taken.
+
+    Raises:
+        BadInput: it is a folder, something else than a file, or lies in a folder that is not
+            there.
+        CannotWrite: its folder cannot be looked into, or its name is too long.
+    """
+    final = Path(os.path.realpath(path))  # where a link points to; a loop is left as it is
+    try:
+        if final.is_dir():
+            what = "this is a folder, not a file to write"
+        elif final.exists() and not final.is_file() and not stream:
+            what = "this is a device or a pipe, which a file would replace"
+        elif not final.parent.is_dir():
+            what = "the file to write lies in a folder that does not exist"
+        else:
+            return
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    raise BadInput(what, where=str(path), remedy=f"give {option} a file in a folder that exists")
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: a truncated one is an error that shows late.
+
+    Raises:
+        CannotWrite: there is no space or no permission.
+    """
+    final = Path(os.path.realpath(path))
+    part = final.with_name(f".{final.name}.{os.getpid()}")
+    try:
+        part.write_bytes(content)
+        part.replace(final)
+    except OSError as error:
+        with suppress(OSError):
+            part.unlink()
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> CannotWrite:
+    return CannotWrite(
+        f"the file cannot be written: {error.strerror}",
+        where=str(path),
+        remedy="free space or choose another folder",
+    )

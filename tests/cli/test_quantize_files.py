@@ -1,0 +1,108 @@
+"""Which files ``edgekd quantize`` may write: none that it reads, and none half."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import onnx
+import pytest
+
+from tests.cli.quantizing import classifier, quantize, samples
+
+LOST = "would overwrite another file of this command"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return classifier(tmp_path_factory.mktemp("model") / "m.onnx")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return samples(tmp_path_factory.mktemp("data") / "data.npz")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["-o", "DATA"], LOST),
+        (["-o", "OUT", "--json", "MODEL"], LOST),
+        (["-o", "OUT", "--json", "DATA"], LOST),
+        (["-o", "LINK"], LOST),
+        (["-o", "OUT", "--json", "LINK"], LOST),
+        (["-o", "OUT", "--json", "OUT"], LOST),
+        (["-o", "OUT", "--json", "FOLDER"], "a folder, not a file"),
+        (["-o", "OUT", "--json", "FOLDER/absent/r.json"], "does not exist"),
+        (["-o", "OTHER", "--validation", "OTHER"], LOST),
+        (["-o", "PIPE"], "a device or a pipe"),
+        (["-o", "FOLDER"], "a folder, not a file"),
+    ],
+)
+def test_a_file_that_would_be_lost_is_refused_before_the_work(
+    model, data, tmp_path, monkeypatch, words, says
+):
+    def work(*args, **settings):
+        raise AssertionError("work was begun")
+
+    monkeypatch.setattr("edgekd.engines.quantize.StaticQuantizer", work)
+    own, other, link = tmp_path / "data.npz", tmp_path / "other.npz", tmp_path / "link.json"
+    own.write_bytes(data.read_bytes())
+    other.write_bytes(data.read_bytes())
+    link.symlink_to(own)
+    os.mkfifo(tmp_path / "pipe.onnx")
+    before = own.read_bytes(), model.read_bytes()
+    places = {
+        "DATA": own,
+        "OTHER": other,
+        "LINK": link,
+        "PIPE": tmp_path / "pipe.onnx",
+        "MODEL": model,
+    }
+    places |= {"OUT": tmp_path / "o.onnx", "FOLDER": tmp_path}
+    words = [places.get(word, word.replace("FOLDER", str(tmp_path))) for word in words]
+    done = quantize(model, "--calibration", own, *words)
+    assert done.exit_code == 2, done.output
+    assert says in " ".join(done.output.split())
+    assert (own.read_bytes(), model.read_bytes()) == before
+
+
+def test_external_data_of_the_model_is_not_written_over(model, data, tmp_path):
+    outside = tmp_path / "m.onnx"
+    settings = {"save_as_external_data": True, "location": "m.bin", "size_threshold": 0}
+    onnx.save(onnx.load(model), str(outside), **settings)
+    before = (tmp_path / "m.bin").read_bytes()
+    done = quantize(outside, "-o", tmp_path / "m.bin", "--calibration", data)
+    assert done.exit_code == 2, done.output
+    assert (tmp_path / "m.bin").read_bytes() == before
+
+
+def test_a_file_named_like_a_partial_one_is_left_alone(model, data, tmp_path):
+    mine = tmp_path / "o.partial.onnx"
+    mine.write_bytes(model.read_bytes())
+    done = quantize(mine, "-o", tmp_path / "o.onnx", "--calibration", data, "--no-timing")
+    assert done.exit_code == 0, done.output
+    assert mine.read_bytes() == model.read_bytes()
+
+
+@pytest.mark.parametrize("method", ["static", "dynamic", "weights-only", "fp16", "bf16"])
+def test_a_disk_that_fills_up_is_an_error_without_a_traceback(
+    model, data, tmp_path, monkeypatch, method
+):
+    def full(*args, **settings):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writes = "pathlib.Path.write_bytes" if method in ("fp16", "bf16") else "onnx.save"
+    monkeypatch.setattr(writes, full)
+    out = tmp_path / "o.onnx"
+    done = quantize(model, "-o", out, "--calibration", data, "--method", method)
+    assert done.exit_code == 3, done.output
+    assert "No space left" in done.output
+    assert not isinstance(done.exception, OSError)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(model, data):
+    done = quantize(model, "-o", "/proc/o.onnx", "--calibration", data)
+    assert done.exit_code == 3, done.output
+    assert "cannot be written" in done.output
