@@ -25,7 +25,10 @@ class ExportStage:
 
     name = "export"
     inputs = ("data", "teacher", "student", "distill")
-    code = ("edgekd.stages.export", *STUDENT_CODE, "edgekd.engines", "edgekd.tasks")
+    code = (
+        *("edgekd.stages.export", "edgekd.engines.onnx", "edgekd.engines.torch_export"),
+        *("edgekd.engines.parity", "edgekd.engines.session", *STUDENT_CODE, "edgekd.tasks"),
+    )
     libraries = ("torch", "onnx", "onnxruntime", "onnxscript")
 
     def config_slice(self, job: Job) -> dict[str, Any]:

@@ -34,7 +34,10 @@ class TeacherStage:
 
     name = "teacher"
     inputs = ("data",)
-    code = ("edgekd.stages.teacher", "edgekd.engines", *TRAINING_CODE)
+    code = (
+        *("edgekd.stages.teacher", "edgekd.engines.onnx_adopt", "edgekd.engines.onnx_file"),
+        *TRAINING_CODE,
+    )
     libraries = ("torch",)
 
     def config_slice(self, job: Job) -> dict[str, Any]:

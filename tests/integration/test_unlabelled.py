@@ -338,7 +338,8 @@ def test_the_benchmark_scores_what_is_labelled_or_else_agreement(
     monkeypatch.setattr("edgekd.stages.benchmark.open_ground", lambda *_: on)
     monkeypatch.setattr("edgekd.targets.open_target", lambda _: Machine(logits))
     settings = {"providers_requested": [], "threads": 1, "run_level": "all", "parameters": 5}
-    (tmp_path / "engines.json").write_text(json.dumps(dict.fromkeys(logits, settings)))
+    rows = {role: settings | {"file": f"{role}.onnx"} for role in logits}
+    (tmp_path / "engines.json").write_text(json.dumps(rows))
     for role in logits:
         (tmp_path / f"{role}.onnx").write_bytes(b"a network")
     job = SimpleNamespace(config=on.config, profile=SimpleNamespace(name="host"))
