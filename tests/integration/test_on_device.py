@@ -33,7 +33,7 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def bundle(digits_run: Path, tmp_path: Path) -> Path:
     with tarfile.open(digits_run / "bundle" / "digits.tar.gz") as archive:
-        archive.extractall(tmp_path, filter="data")
+        archive.extractall(tmp_path)
     return tmp_path / "digits"
 
 
