@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgekd.cli.typed_options import (
-    IN_THE_FILE,
     PIPELINE_SUFFIXES,
-    refuse_options,
-    typed_options,
+    refuse_options_of_a_model,
 )
 from edgekd.errors import StageError
 
@@ -55,9 +53,7 @@ def benchmark(
     Given a pipeline's YAML file, run the pipeline up to its benchmark.
     """
     if model.suffix.lower() in PIPELINE_SUFFIXES:
-        refuse_options(
-            typed_options() - {"model"}, "an ONNX model, not for a pipeline", IN_THE_FILE
-        )
+        refuse_options_of_a_model({"model"})
         from edgekd.cli.stage_command import run_pipeline_until
 
         run_pipeline_until(model, "benchmark")

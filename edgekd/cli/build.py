@@ -10,9 +10,9 @@ import click
 
 from edgekd.cli.benchmark import write_record
 from edgekd.cli.typed_options import (
-    IN_THE_FILE,
     PIPELINE_SUFFIXES,
     refuse_options,
+    refuse_options_of_a_model,
     typed_options,
 )
 from edgekd.errors import InputError
@@ -56,9 +56,7 @@ def build(model: Path, output: Path | None, **options: Any) -> None:
     Given a pipeline's YAML file, run the pipeline up to its engines.
     """
     if model.suffix.lower() in PIPELINE_SUFFIXES:
-        refuse_options(
-            typed_options() - FOR_PIPELINE, "an ONNX model, not for a pipeline", IN_THE_FILE
-        )
+        refuse_options_of_a_model(FOR_PIPELINE)
         from edgekd.cli.stage_command import run_pipeline_until
 
         run_pipeline_until(model, "engines", options["overrides"], output, options["quiet"])

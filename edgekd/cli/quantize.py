@@ -10,9 +10,9 @@ import click
 
 from edgekd.cli.benchmark import FILE, write_record
 from edgekd.cli.typed_options import (
-    IN_THE_FILE,
     PIPELINE_SUFFIXES,
     refuse_options,
+    refuse_options_of_a_model,
     typed_options,
 )
 from edgekd.errors import GateFailed, InputError
@@ -108,9 +108,7 @@ def quantize(
     Given a pipeline's YAML file, run the pipeline up to its quantized candidates.
     """
     if model.suffix.lower() in PIPELINE_SUFFIXES:
-        refuse_options(
-            typed_options() - FOR_PIPELINE, "an ONNX model, not for a pipeline", IN_THE_FILE
-        )
+        refuse_options_of_a_model(FOR_PIPELINE)
         from edgekd.cli.stage_command import run_pipeline_until
 
         run_pipeline_until(model, "quantize", overrides, out, quiet)

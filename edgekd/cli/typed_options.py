@@ -9,8 +9,6 @@ import click
 from edgekd.errors import InputError
 
 PIPELINE_SUFFIXES = (".yaml", ".yml")
-FOR_A_MODEL = "an ONNX model, not for a pipeline"
-IN_THE_FILE = "leave it out: a pipeline has its settings in its file"
 
 
 def typed_options() -> frozenset[str]:
@@ -43,4 +41,17 @@ def refuse_options(names: Collection[str], meant_for: str, remedy: str = "leave 
         f"{', '.join(options)} is for {meant_for}",
         where=f"edgekd {context.info_name}",
         remedy=remedy,
+    )
+
+
+def refuse_options_of_a_model(allowed: Collection[str]) -> None:
+    """Refuse every option that was typed beside a pipeline file, but for those ``allowed``.
+
+    Raises:
+        InputError: there is one.
+    """
+    refuse_options(
+        typed_options() - frozenset(allowed),
+        "an ONNX model, not for a pipeline",
+        "leave it out: a pipeline has its settings in its file",
     )

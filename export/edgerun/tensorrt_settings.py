@@ -9,7 +9,6 @@ from typing import Any, Dict, Mapping, NamedTuple, Sequence, Tuple
 
 from edgerun.errors import BadInput
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 _SHAPE_OPTION = re.compile(r"^(?P<name>.+)=(?P<shapes>\d+(?:x\d+)*(?::\d+(?:x\d+)*)*)$")
 
 
