@@ -43,13 +43,27 @@ def write_whole(path: Path, content: bytes) -> None:
         CannotWrite: there is no space or no permission.
     """
     final = Path(os.path.realpath(path))
-    part = final.with_name(f".{final.name}.{os.getpid()}")
+    part = final.with_name(f".{os.getpid()}.part")  # a name as long as any is still one
     try:
         part.write_bytes(content)
         part.replace(final)
     except OSError as error:
         with suppress(OSError):
             part.unlink()
+        raise _unwritable(path, error) from error
+
+
+def remove(path: Path) -> None:
+    """Remove a file that may be there.
+
+    Raises:
+        CannotWrite: there is no permission.
+    """
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return
+    except OSError as error:
         raise _unwritable(path, error) from error
 
 

@@ -14,7 +14,7 @@ from typing import Any, Dict
 import edgerun
 from edgerun.errors import RunFailed
 from edgerun.model_files import describe_files, sha256
-from edgerun.output_file import check_output, write_whole
+from edgerun.output_file import check_output, remove, write_whole
 from edgerun.tensorrt_cache import TimingCache
 from edgerun.tensorrt_config import check_settings, configure, is_weakly_typed
 from edgerun.tensorrt_device import find_gpu
@@ -55,7 +55,7 @@ def build(model: Path, engine: Path, name: str, settings: BuildSettings) -> Dict
         RunFailed: the library starts, builds or loads nothing, or gave layers another precision.
         CannotWrite: the engine or what lies beside it cannot be written.
     """
-    for path in (engine, record_path(engine)):
+    for path in (engine, record_path(engine), _beside(engine, LAYERS_SUFFIX)):
         check_output(path, "--engine")
     if settings.timing_cache is not None:
         check_output(settings.timing_cache, "--timing-cache")
@@ -146,9 +146,7 @@ def _describe_layers(layers: Layers, weak: bool, inspection: Inspection) -> Dict
 def _save_inspection(engine: Path, inspection: Inspection) -> Dict[str, Any]:
     path = _beside(engine, LAYERS_SUFFIX)
     if inspection.layers is None:
-        # One that an earlier build left would be taken for this engine's.
-        if path.exists():
-            path.unlink()
+        remove(path)  # one that an earlier build left would be taken for this engine's
         return {"inspected": False, "reason": inspection.reason}
     write_whole(path, (json.dumps(inspection.to_json()) + "\n").encode("utf-8"))
     return {"inspected": True, "memory_bytes": inspection.memory_bytes, "layers_file": path.name}

@@ -13,7 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgerun.errors import BadInput, RunFailed
+from edgerun.errors import BadInput, CannotWrite, RunFailed
 from edgerun.tensorrt_build import build
 from edgerun.tensorrt_check import check_engine
 from edgerun.tensorrt_device import find_gpu
@@ -348,9 +348,25 @@ def test_the_commands_end_with_the_right_codes(edgerun, tmp_path):
     done = edgerun("build", model, "--engine", tmp_path / "none" / "m.engine", "--library", RTX)
     assert done.returncode == 2
     assert "a folder that does not exist" in done.stderr
-    done = edgerun("build", model, "--engine", tmp_path / ("e" * 250), "--library", RTX)
-    assert done.returncode == 5, done.stderr
-    assert "cannot be written" in done.stderr
+
+
+@pytest.mark.parametrize("length", [244, 246, 252, 256])  # too long with .layers.json, .json, alone
+def test_a_name_too_long_for_what_lies_beside_it_is_told_before_the_work(
+    tmp_path, monkeypatch, length
+):
+    monkeypatch.setattr("edgerun.tensorrt_build.open_library", lambda name: 1 / 0)
+    with pytest.raises(CannotWrite, match="File name too long"):
+        build(tmp_path / "m.onnx", tmp_path / ("e" * length), RTX, BuildSettings())
+
+
+def test_a_name_may_be_as_long_as_a_name_can_be(tmp_path):
+    engine = tmp_path / ("e" * 243)
+    build(network(tmp_path / "m.onnx"), engine, RTX, BuildSettings(compute_capabilities=("8.6",)))
+    assert engine.stat().st_size > 0
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] == "e") == [
+        engine.name,
+        f"{engine.name}.json",
+    ]
 
 
 @pytest.mark.parametrize("option", ["engine", "cache"])
