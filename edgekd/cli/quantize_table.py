@@ -22,6 +22,8 @@ def print_quantized(console: Console, record: Mapping[str, Any]) -> None:
     for line in record.get("decision_lines", ()):
         console.print(f"  {line}", highlight=False, markup=False)
     if record["output"] is not None:
+        if record.get("float_inputs"):
+            _print_float_inputs(console, record["float_inputs"])
         _print_size(console, record)
     half = record.get("half")
     if half:
@@ -51,6 +53,16 @@ def _print_size(console: Console, record: Mapping[str, Any]) -> None:
     console.print(f"  size: {size:,} bytes, {change} ({before:,})", highlight=False)
     if size >= before:
         console.print("  [yellow]not smaller than float32[/]")
+
+
+def _print_float_inputs(console: Console, tried: Mapping[str, Any]) -> None:
+    if tried["taken"]:
+        console.print(
+            f"  {', '.join(tried['nodes'])} at the input stays in float32: "
+            f"{tried['timing']['speedup']:.2f}× faster so",
+            highlight=False,
+            markup=False,
+        )
 
 
 def _print_timing(console: Console, timing: Mapping[str, Any]) -> None:

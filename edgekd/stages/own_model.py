@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgekd.errors import InputError
 from edgekd.stages.judge import BATCH, Judge
-from edgekd.stages.own_remarks import remarks_on_ranges
 from edgekd.stages.own_timing import compare_latency
 from edgekd.stages.sample_labels import read_labels
 
 if TYPE_CHECKING:
-    from edgekd.engines.samples import Array, Samples
+    from edgekd.engines.samples import Samples
     from edgekd.spec import ModelSpec
 
 Method = Literal["static", "dynamic", "weights-only", "fp16", "bf16"]
@@ -23,7 +22,6 @@ SCHEMA = "edgekd.quantize/1"
 UNCALIBRATED = ("dynamic", "weights-only")
 FITTED = ("static", "fp16")
 """What is written depends on the samples of the calibration."""
-RANKED_ON = 512
 NO_BF16 = "ONNX Runtime's CPU provider has no bfloat16 kernels"
 
 
@@ -34,7 +32,7 @@ class QuantizeSettings:
     Attributes:
         method: ``static`` needs samples; ``fp16`` finds with them what overflows.
         runtime: whose scheme static INT8 follows: ``cpu`` or ``tensorrt``.
-        calibration: how ``static`` finds the ranges of activations.
+        calibrator: how ``static`` finds the ranges of activations.
         samples: at most this many samples are calibrated on.
         max_drop: the most that the metric may fall; ``static`` keeps layers in float32 until it
             falls by no more. None accepts any.
@@ -50,7 +48,7 @@ class QuantizeSettings:
 
     method: Method = "static"
     runtime: Literal["cpu", "tensorrt"] = "cpu"
-    calibration: Literal["minmax", "entropy", "percentile"] = "minmax"
+    calibrator: Literal["minmax", "entropy", "percentile"] = "minmax"
     samples: int = 512
     max_drop: float | None = None
     labels: str | None = None
@@ -162,7 +160,7 @@ def _write(
     progress: Callable[[str], None] | None,
 ) -> dict[str, Any]:
     """Write the file by the method asked for; what the method has to say."""
-    from edgekd.engines.quantize import StaticQuantizer, quantize_dynamic, quantize_weights
+    from edgekd.engines.quantize import quantize_dynamic, quantize_weights
 
     if settings.method in ("dynamic", "weights-only"):
         write = quantize_dynamic if settings.method == "dynamic" else quantize_weights
@@ -173,32 +171,11 @@ def _write(
 
         info = convert_half(model, out, settings.method, samples=samples, keep=settings.keep)
         return {"half": info.to_json()}
+    from edgekd.stages.own_static import write_static
+
     assert samples is not None
     assert judge is not None
-    quantizer = StaticQuantizer(
-        model,
-        FirstSamples(samples, settings.samples),
-        scratch,
-        runtime=settings.runtime,
-        calibration=settings.calibration,
-        keep=settings.keep,
-        threads=settings.threads,
-    )
-    said = {"warnings": remarks_on_ranges(quantizer.constant)}
-    if settings.max_drop is None:
-        quantizer.write(out)
-        return said
-    from edgekd.engines.quantize.sensitivity import keep_accurate
-
-    decision = keep_accurate(
-        quantizer,
-        out,
-        judge.drop_of,
-        settings.max_drop,
-        samples=FirstSamples(samples, RANKED_ON),
-        progress=progress,
-    )
-    return {**said, "decision": decision.to_json(), "decision_lines": list(decision.lines())}
+    return write_static(model, out, samples, judge, settings, scratch, progress)
 
 
 def _runnable(written: Path, method: Method, scratch: Path) -> Path:
@@ -221,29 +198,6 @@ def _check_count(count: int, calibration: Path | None) -> None:
             where=str(calibration),
             remedy="give some hundred real inputs, preprocessed as the model takes them",
         )
-
-
-class FirstSamples:
-    """The first samples of others."""
-
-    def __init__(self, samples: Samples, limit: int) -> None:
-        self._samples = samples
-        self.limit = limit
-
-    @property
-    def count(self) -> int:
-        """The number of samples."""
-        return min(self._samples.count, self.limit)
-
-    def batches(self, size: int) -> Iterator[dict[str, Array]]:
-        """See :class:`edgekd.engines.samples.Samples`."""
-        left = self.count
-        for batch in self._samples.batches(size):
-            taken = min(left, len(next(iter(batch.values()))))
-            yield {name: array[:taken] for name, array in batch.items()}
-            left -= taken
-            if left <= 0:
-                return
 
 
 def check_settings(

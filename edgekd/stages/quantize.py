@@ -196,7 +196,13 @@ class _Work:
                 }
             }
         kept = (*self.wanted.keep, *decision.kept)
-        return {name: self._entry(name, "static", runtime, kept, decision=decision.to_json())}
+        found = {name: self._entry(name, "static", runtime, kept, decision=decision.to_json())}
+        if runtime == "cpu" and (first := set(quantizer.input_layers) - set(kept)):
+            # Which of the two is faster is for the target to say.
+            name = f"{name}-float-input"
+            quantizer.write(self._out(name), first | set(decision.kept))
+            found[name] = self._entry(name, "static", runtime, (*kept, *sorted(first)))
+        return found
 
     def _say_resolution(self) -> None:
         count = len(self.validation.scores)

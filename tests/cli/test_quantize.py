@@ -14,7 +14,7 @@ from edgekd.stages.judge import Judge
 from edgekd.stages.own_model import QuantizeSettings, quantize_model
 from edgekd.targets import LocalTarget
 from tests.cli.quantizing import classifier, quantize, samples
-from tests.engines.quantize.graphs import Graph, run
+from tests.engines.quantize.graphs import Graph, pairs_of, run
 
 
 @pytest.fixture(scope="module")
@@ -284,3 +284,57 @@ def test_options_of_a_model_are_refused_for_a_pipeline(tmp_path):
     done = quantize(pipeline, "--method", "dynamic")
     assert done.exit_code == 2
     assert "--method is for an ONNX model" in done.output
+
+
+@pytest.mark.parametrize(
+    ("interval", "words", "in_float"),
+    [
+        ([1.01, 1.2], (), True),
+        ([1.01, 1.2], ("--max-drop", "1"), True),
+        ([0.99, 1.2], (), False),
+        (None, (), False),
+        ([1.01, 1.2], ("--no-timing",), False),
+        ([1.01, 1.2], ("--for", "tensorrt"), False),
+    ],
+)
+def test_layers_at_the_input_stay_in_float_where_that_is_shown_to_be_faster(
+    model, data, tmp_path, monkeypatch, interval, words, in_float
+):
+    timing = {"speedup": 1.1, "interval": interval, "p50_ms": 1.0, "float_p50_ms": 1.1}
+    for module in ("own_model", "own_static"):
+        monkeypatch.setattr(
+            f"edgekd.stages.{module}.compare_latency", lambda *_: {**timing, "threads": 1}
+        )
+    out, record = tmp_path / "out.onnx", tmp_path / "record.json"
+    done = quantize(model, "-o", out, "--calibration", data, "--json", record, *words)
+    assert done.exit_code == 0, done.output
+    assert pairs_of(out)["first"][1] is not in_float
+    assert pairs_of(out)["second"][1]
+    assert ("first at the input stays in float32: 1.10× faster so" in done.output) is in_float
+    tried = json.loads(record.read_text()).get("float_inputs")
+    assert (tried["taken"] if tried else False) is in_float
+
+
+def test_layers_at_the_input_stay_in_int8_where_the_drop_would_be_too_large(
+    model, data, tmp_path, monkeypatch
+):
+    timing = {"speedup": 1.1, "interval": [1.01, 1.2], "p50_ms": 1.0, "float_p50_ms": 1.1}
+    for module in ("own_model", "own_static"):
+        monkeypatch.setattr(
+            f"edgekd.stages.{module}.compare_latency", lambda *_: {**timing, "threads": 1}
+        )
+    drops = {"out.onnx": 0.0, "float-inputs.onnx": 0.5}
+    monkeypatch.setattr(Judge, "drop_of", lambda self, path: drops.get(path.name, 0.0))
+    out = tmp_path / "out.onnx"
+    done = quantize(model, "-o", out, "--calibration", data, "--max-drop", "0.4")
+    assert done.exit_code == 0, done.output
+    assert pairs_of(out)["first"][1]
+
+
+def test_the_api_takes_every_setting(model, data, tmp_path):
+    from edgekd.api import quantize as quantize_by_api
+
+    record = quantize_by_api(
+        model, tmp_path / "out.onnx", data, calibrator="percentile", samples=10, timing=False
+    )
+    assert record["output"] == str(tmp_path / "out.onnx")

@@ -68,6 +68,17 @@ class Candidates:
         )
 
     @property
+    def input_layers(self) -> tuple[str, ...]:
+        """The convolutions among them that see the model's inputs; none where all of them do."""
+        seen = {value.name for value in self._graph.input}
+        for node in self._graph.node:
+            if node.op_type in _CPU_PASSED and node.input[0] in seen:
+                seen.update(node.output)
+        weighted = [n for n in self._graph.node if n.name in self.all and self._is_weighted(n)]
+        first = [n.name for n in weighted if n.op_type == "Conv" and n.input[0] in seen]
+        return tuple(first) if len(first) < len(weighted) else ()
+
+    @property
     def tensors(self) -> set[str]:
         """The activations whose ranges any choice of nodes may need."""
         names = {

@@ -24,6 +24,7 @@ from edgekd.engines.quantize.prepare import (
     save_onnx,
 )
 from edgekd.engines.quantize.saturation import saturates
+from edgekd.engines.quantize.spatial_mean import pool_spatial_means
 from edgekd.engines.samples import Samples
 from edgekd.engines.session import CPU_PROVIDER, open_session
 from edgekd.errors import StageError
@@ -69,6 +70,9 @@ class StaticQuantizer:
     ) -> None:
         self._source = onnx_path
         self._prepared = prepare_onnx(onnx_path)
+        if runtime == "cpu":
+            pool_spatial_means(self._prepared.model)
+            drop_unused(self._prepared.model.graph)
         graph = self._prepared.model.graph
         kept = self._prepared.named(keep)
         self._candidates = Candidates(graph, runtime, kept)
@@ -101,6 +105,15 @@ class StaticQuantizer:
     def nodes(self) -> tuple[str, ...]:
         """Names of the nodes that can be quantized, in graph order."""
         return self._candidates.nodes
+
+    @property
+    def input_layers(self) -> tuple[str, ...]:
+        """Names of the convolutions in 8 bits that see the model's inputs, where others follow.
+
+        With the few channels of an image they can be slower in 8 bits than in float32, and have
+        few weights to gain on: a file with them in float32 may serve better.
+        """
+        return self._candidates.input_layers
 
     @property
     def constant(self) -> tuple[str, ...]:
