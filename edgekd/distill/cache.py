@@ -27,6 +27,8 @@ from edgekd.errors import InputError, StageError
 from edgekd.spec import SAMPLE, VIEW, TensorSpec
 
 BLOCK_SAMPLES = 4096
+HELD_BYTES = 64 << 20
+"""A cache of at most so many bytes stays in memory once it is read."""
 
 
 class ViewSource(Protocol):
@@ -128,7 +130,8 @@ class CachedTeacher:
     """A teacher's answers from the disk; made by :func:`fill_cache`.
 
     Each block's checksum is verified when the first of its records is read. A damaged block is
-    not an answer: the teacher is asked for it again, there and then.
+    not an answer: the teacher is asked for it again, there and then. A small cache stays in
+    memory once it is read; of a large one each record is read when it is asked for.
     """
 
     def __init__(self, asked: _Asked, views: int, progress: Progress) -> None:
@@ -138,6 +141,9 @@ class CachedTeacher:
         self._views = views
         self._progress = progress
         self._verified = np.zeros(views * asked.file.blocks_per_view, np.bool_)
+        records = views * asked.file.samples
+        small = records * asked.file.record_bytes <= HELD_BYTES
+        self._held = np.empty(records, asked.layout.dtype) if small else None
 
     @property
     def digest(self) -> str:
@@ -160,17 +166,8 @@ class CachedTeacher:
         samples = _within(batch[SAMPLE], self._file.samples, "sample", self.folder)
         views = _within(batch[VIEW], self._views, "view", self.folder)
         blocks = views * self._file.blocks_per_view + samples // self._file.block_samples
-        rows = (views * self._file.samples + samples).tolist()
-        for _ in range(2):
-            for block in np.unique(blocks[~self._verified[blocks]]).tolist():
-                self._verify(block)
-            taken = self._file.take(rows)
-            if taken is not None:
-                layout = self._asked.layout
-                return layout.decode(np.frombuffer(taken, layout.dtype), batch[SAMPLE].device)
-            # Cut off or removed since it was verified.
-            self._verified[:] = False
-        raise self._unreadable("the teacher cache")
+        records = self._records(views * self._file.samples + samples, blocks)
+        return self._asked.layout.decode(records, batch[SAMPLE].device)
 
     def watch(self, layers: Collection[str]) -> None:
         """See :class:`edgekd.distill.teacher.Teacher`."""
@@ -181,16 +178,35 @@ class CachedTeacher:
                 remedy="set distill.cache: false, or use losses on the teacher's outputs",
             )
 
+    def _records(self, rows: NDArray[np.int64], blocks: NDArray[np.int64]) -> Records:
+        for _ in range(2):
+            for block in np.unique(blocks[~self._verified[blocks]]).tolist():
+                self._verify(block)
+            if self._held is not None:
+                return self._held[rows]
+            taken = self._file.take(rows.tolist())
+            if taken is not None:
+                return np.frombuffer(taken, self._asked.layout.dtype)
+            # Cut off or removed since it was verified.
+            self._verified[:] = False
+        raise self._unreadable("the teacher cache")
+
     def _verify(self, block: int) -> None:
-        if not self._file.intact(block):
+        content = self._file.read(block)
+        if content is None:
             with self._file.writing(self._progress.message):
-                if not self._file.intact(block):
+                if self._file.read(block) is None:
                     self._progress.message(
                         f"{self._file.describe(block)} is damaged: asking the teacher again"
                     )
                     self._asked.fill([block], lambda n: None)
-            if not self._file.intact(block):
-                raise self._unreadable(self._file.describe(block))
+            content = self._file.read(block)
+        if content is None:
+            raise self._unreadable(self._file.describe(block))
+        if self._held is not None:
+            view, start, stop = self._file.place(block)
+            first = view * self._file.samples
+            self._held[first + start : first + stop] = np.frombuffer(content, self._held.dtype)
         self._verified[block] = True
 
     def _unreadable(self, what: str) -> StageError:

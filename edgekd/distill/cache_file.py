@@ -119,7 +119,7 @@ class AnswerFile:
     def missing(self, views: int) -> list[int]:
         """The blocks of the first ``views`` views that were not written or are cut off.
 
-        The records themselves are not read: see :meth:`intact`.
+        The records themselves are not read: see :meth:`read`.
         """
         entries = self._entries(0, views * self.blocks_per_view)
         size = self.path.stat().st_size if self.path.is_file() else 0
@@ -133,15 +133,16 @@ class AnswerFile:
         """How many views there are answers of."""
         return -(-len(self._entries(0, None)) // self.blocks_per_view)
 
-    def intact(self, block: int) -> bool:
-        """Whether a block was written and reads as it was written."""
+    def read(self, block: int) -> bytes | None:
+        """A block's records, if it was written and reads as it was written."""
         entry = self._entries(block, 1)[0]
         content = _read(self.path, self._offset(block), self._bytes(block))
-        return bool(
+        whole = (
             entry["samples"] == self.length(block)
             and len(content) == self._bytes(block)
             and entry["crc"] == self._crc(block, content)
         )
+        return content if whole else None
 
     def take(self, rows: Sequence[int]) -> bytes | None:
         """The records of these rows (view · samples + sample), or None when some are cut off.
