@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from edgekd.errors import StageError
+from edgekd.npz import write_npz
 from edgekd.release.bundle_readme import readme_text
 from edgekd.release.bundle_verify import MANIFEST, SCHEMA, sha256_of
 from edgekd.spec import ModelSpec
@@ -88,7 +88,7 @@ def write_bundle(
         for file in sorted((folder / ENGINES).glob("*/build.json")):
             builds[file.parent.name] = json.loads(file.read_text(encoding="utf-8"))
     (folder / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
-    np.savez(folder / EXAMPLE, **dict(example))  # type: ignore[arg-type]
+    write_npz(folder / EXAMPLE, example)
     manifest = {
         "schema": SCHEMA,
         "name": name,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from edgekd.npz import write_npz
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.fitting import open_ground, read_json, write_json
 
@@ -68,7 +69,7 @@ class BenchmarkStage:
         ground = open_ground(inputs["data"], config)
         test = ground.dataset.splits["test"]
         samples = context.scratch / "test.npz"
-        np.savez(samples, **ground.dataset.model_inputs("test", 0, len(test)))  # type: ignore[arg-type]
+        write_npz(samples, ground.dataset.model_inputs("test", 0, len(test)))
         answers = {name: np.asarray(test.arrays[name]) for name in _names(ground.dataset.targets)}
 
         engines = read_json(inputs["engines"] / "engines.json")
@@ -128,10 +129,8 @@ class BenchmarkStage:
         )
         result = assemble_result(origin, task, measured, bench)
         write_json(context.out / "result.json", result)
-        np.savez(
-            context.out / "scores.npz",
-            **{role: entry.scores for role, entry in measured.items()},  # type: ignore[arg-type]
-        )
+        scores = {role: entry.scores for role, entry in measured.items()}
+        write_npz(context.out / "scores.npz", scores)
 
 
 def _names(specs: Any) -> list[str]:

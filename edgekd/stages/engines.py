@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgekd.npz import write_npz
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.building import Builder, Precision, TensorRTBuilder, open_builder
 from edgekd.stages.fitting import open_ground, write_json
@@ -202,7 +203,7 @@ class _Measured:
         self.validation = Validation(ground, work.inputs["export"] / STUDENT)
         self.samples = context.scratch / "validation.npz"
         count = self.validation.samples.count
-        np.savez(self.samples, **ground.dataset.model_inputs("validation", 0, count))  # type: ignore[arg-type]
+        write_npz(self.samples, ground.dataset.model_inputs("validation", 0, count))
         self.scores = self._scores(files[FLOAT])
 
     def candidate(self, way: Way) -> Candidate:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgekd.errors import InputError, TargetError
+from edgekd.npz import write_npz
 
 if TYPE_CHECKING:
     from edgekd.engines.samples import Samples
@@ -71,8 +71,5 @@ def _write_queries(path: Path, spec: ModelSpec, samples: Samples) -> None:
     count = len(next(iter(batch.values())))
     rows = max(size, count // size * size)
     # Fewer samples than one query takes are taken again.
-    # Not by savez, whose own arguments an input may be named like.
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, array in batch.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, np.resize(array, (rows, *array.shape[1:])))
+    whole = {name: np.resize(array, (rows, *array.shape[1:])) for name, array in batch.items()}
+    write_npz(path, whole)

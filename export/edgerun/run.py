@@ -12,6 +12,7 @@ from edgerun.errors import BadInput, RunFailed
 from edgerun.inputs import Samples, load_arrays
 from edgerun.manifest import Manifest
 from edgerun.model import LoadedModel
+from edgerun.npz import write_npz
 
 BATCH = 64
 """Samples of one call, for a model of open batch size."""
@@ -36,7 +37,7 @@ class Answers:
             arrays.setdefault("label", self.labels)
         try:
             with path.open("wb") as file:
-                np.savez(file, **arrays)
+                write_npz(file, arrays)
         except OSError as error:
             raise RunFailed(f"the answers cannot be written: {error}", str(path)) from error
 
