@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from edgekd.config.budgets import GateConfig
 from edgekd.config.loader import load_pipeline, load_section
-from edgekd.config.pipeline import GateConfig
 from edgekd.config.profile import Profile, load_profile
 from edgekd.errors import InputError
 from edgekd.pipeline.progress import ConsoleProgress, EventLog

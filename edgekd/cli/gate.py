@@ -68,7 +68,7 @@ def _evaluate(
     junit: Path | None,
     json_path: Path | None,
 ) -> list[Verdict]:
-    from edgekd.config.pipeline import GateConfig
+    from edgekd.config.budgets import GateConfig
     from edgekd.config.profile import load_profile
     from edgekd.release.budget_file import load_budgets
     from edgekd.release.compare import find_result

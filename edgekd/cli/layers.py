@@ -55,7 +55,7 @@ def layers(model: str, shapes: tuple[str, ...], classes: int, output: Path | Non
         if "teacher" not in found:
             console.print("the teacher is an ONNX file and shows no layers")
         return
-    from edgekd.config.pipeline import ModelConfig
+    from edgekd.config.networks import ModelConfig
     from edgekd.stages.listing import layers_of_model
 
     with_here = dict(map(_shape, shapes))

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, StringConstraints, model_validator
 
 from edgekd.config.host import local_providers, this_machine
 from edgekd.config.loader import load_section
-from edgekd.config.pipeline import Count, Section
+from edgekd.config.section import Count, Section
 from edgekd.errors import InputError, unknown_name
 from edgekd.resources import profiles_folder
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from edgekd.config.pipeline import DataConfig
+from edgekd.config.data import DataConfig
 from edgekd.data.checks import check_alike, check_arrays, check_finite
 from edgekd.data.dataset import Array, Dataset, Preprocess, Split, is_image
 from edgekd.data.labelled import fill_labels, keep_share, without_labels

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekd.config.pipeline import DataConfig
+from edgekd.config.data import DataConfig
 from edgekd.data.dataset import Array
 from edgekd.errors import InputError, unknown_name
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgekd.config.pipeline import TrainConfig
+from edgekd.config.training import TrainConfig
 from edgekd.distill.history import History
 from edgekd.distill.objective import Objective
 from edgekd.errors import StageError

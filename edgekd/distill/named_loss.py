@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from edgekd.arguments import check_arguments, parameters_of
-from edgekd.config.pipeline import LossTerm, Schedule
+from edgekd.config.training import LossTerm, Schedule
 from edgekd.distill.features import layer_key
 from edgekd.distill.losses import LOSSES, Loss, takes_sequence
 from edgekd.distill.term import Named

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
-from edgekd.config.pipeline import LossTerm
+from edgekd.config.training import LossTerm
 from edgekd.distill.named_loss import NamedLoss
 from edgekd.distill.term import Named, OwnTerm, Term
 from edgekd.errors import InputError

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from edgekd.config.pipeline import TrainConfig
+from edgekd.config.training import TrainConfig
 from edgekd.errors import InputError
 
 WARM_UP = 0.2

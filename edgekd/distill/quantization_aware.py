@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from edgekd.config.pipeline import LossTerm, TrainConfig
+from edgekd.config.training import LossTerm, TrainConfig
 from edgekd.distill.fake_quantize_spec import Runtime, check_torchao
 from edgekd.distill.history import History
 from edgekd.distill.prepared_student import PreparedStudent

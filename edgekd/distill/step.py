@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgekd.config.pipeline import TrainConfig
+from edgekd.config.training import TrainConfig
 from edgekd.distill.averaging import WeightAverage
 from edgekd.distill.features import Capture
 from edgekd.distill.objective import Objective

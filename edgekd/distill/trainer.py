@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgekd.config.pipeline import TrainConfig
+from edgekd.config.training import TrainConfig
 from edgekd.distill.averaging import WeightAverage
 from edgekd.distill.checkpoint import (
     TrainingState,

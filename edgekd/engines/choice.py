@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgekd.config.pipeline import GateConfig
+from edgekd.config.budgets import GateConfig
 from edgekd.config.profile import Profile
 
 FLOAT = "float32"

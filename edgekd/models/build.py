@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.arguments import check_arguments, parameters_of
-from edgekd.config.pipeline import ModelConfig
+from edgekd.config.networks import ModelConfig
 from edgekd.errors import EdgekdError, InputError
 from edgekd.extension import resolve
 from edgekd.models.convnet import ConvNet

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from edgekd.config.budgets import GateConfig
 from edgekd.config.loader import load_section
-from edgekd.config.pipeline import GateConfig
 from edgekd.config.yaml_source import read_yaml
 
 

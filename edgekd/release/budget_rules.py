@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from edgekd.config.pipeline import GateConfig
+from edgekd.config.budgets import GateConfig
 from edgekd.errors import InputError
 from edgekd.figure import Figure
 from edgekd.release.result import PERCENTILES, Result

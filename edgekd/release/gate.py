@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgekd.config.pipeline import GateConfig
+from edgekd.config.budgets import GateConfig
 from edgekd.errors import InputError
 from edgekd.figure import EVIDENCE_STRENGTH, Evidence, Figure
 from edgekd.release.budget_rules import DeviceProfile, Rule, check_direction, rules_of

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgekd.config.pipeline import DistillConfig, PipelineConfig, TrainConfig
+from edgekd.config.pipeline import PipelineConfig
+from edgekd.config.training import DistillConfig, TrainConfig
 from edgekd.errors import InputError
 from edgekd.pipeline.fingerprint import code_sha256, references_sha256
 from edgekd.stages.fitting import EVALUATION_BATCH, Ground

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from edgekd.config.pipeline import OnnxRuntimeConfig, TensorRTConfig
+from edgekd.config.engines import OnnxRuntimeConfig, TensorRTConfig
 from edgekd.pipeline.stage import Context
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
-from edgekd.config.pipeline import ModelConfig, TeacherConfig
+from edgekd.config.networks import ModelConfig, TeacherConfig
 from edgekd.pipeline.fingerprint import file_sha256
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.fitting import Ground, fit, hub_identity

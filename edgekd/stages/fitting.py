@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgekd.config.pipeline import PipelineConfig, TrainConfig
+from edgekd.config.pipeline import PipelineConfig
+from edgekd.config.training import TrainConfig
 from edgekd.errors import InputError
 from edgekd.pipeline.fingerprint import library_versions
 from edgekd.pipeline.store import digest_of
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 TRAINING_CODE = (
     *("edgekd.stages.fitting", "edgekd.stages.answers", "edgekd.data"),
     *("edgekd.tasks", "edgekd.models", "edgekd.distill"),
-    *("edgekd.config.pipeline", "edgekd.arguments", "edgekd.spec"),
+    *("edgekd.config.training", "edgekd.arguments", "edgekd.spec"),
 )
 EVALUATION_BATCH = 512
 HUB_PACKAGES = ("timm", "transformers")

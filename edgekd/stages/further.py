@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
-from edgekd.config.pipeline import OnnxRuntimeConfig, TensorRTConfig
+from edgekd.config.engines import OnnxRuntimeConfig, TensorRTConfig
 from edgekd.pipeline.stage import Context
 from edgekd.stages.building import Builder, TensorRTBuilder
 from edgekd.stages.fitting import write_json

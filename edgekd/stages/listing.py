@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from edgekd.config.pipeline import ModelConfig
+from edgekd.config.networks import ModelConfig
 from edgekd.errors import InputError
 from edgekd.spec import TensorSpec
 from edgekd.stages.fitting import Ground

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgekd.config.pipeline import ExportConfig, QatConfig, TrainConfig
+from edgekd.config.engines import ExportConfig, QatConfig
+from edgekd.config.training import TrainConfig
 from edgekd.errors import StageError
 from edgekd.pipeline.stage import Context
 from edgekd.stages.distill import STUDENT

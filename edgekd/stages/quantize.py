@@ -7,12 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgekd.config.pipeline import (
-    OnnxRuntimeConfig,
-    PipelineConfig,
-    QuantizeConfig,
-    TensorRTConfig,
-)
+from edgekd.config.engines import OnnxRuntimeConfig, QuantizeConfig, TensorRTConfig
+from edgekd.config.pipeline import PipelineConfig
 from edgekd.errors import InputError
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.fitting import EVALUATION_BATCH, TRAINING_CODE, Ground, open_ground, write_json

@@ -7,7 +7,8 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.config.pipeline import TEACHERS_OWN, ModelConfig, PipelineConfig
+from edgekd.config.networks import TEACHERS_OWN, ModelConfig
+from edgekd.config.pipeline import PipelineConfig
 from edgekd.errors import InputError
 from edgekd.pipeline.fingerprint import file_sha256, library_versions
 from edgekd.pipeline.stage import Context, Job

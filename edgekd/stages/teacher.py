@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.config.pipeline import TeacherConfig
+from edgekd.config.networks import TeacherConfig
 from edgekd.errors import InputError
 from edgekd.pipeline.fingerprint import file_sha256
 from edgekd.pipeline.stage import Context, Job

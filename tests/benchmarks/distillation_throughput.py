@@ -42,7 +42,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import edgekd
-from edgekd.config.pipeline import CacheConfig, DataConfig, LossTerm, ModelConfig, TrainConfig
+from edgekd.config.data import DataConfig
+from edgekd.config.networks import ModelConfig
+from edgekd.config.training import CacheConfig, LossTerm, TrainConfig
 from edgekd.data import Split, load_dataset, open_dataset, save_dataset
 from edgekd.data.loader import Loader
 from edgekd.distill.cache import fill_cache

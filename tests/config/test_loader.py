@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from edgekd.config.budgets import GateConfig
 from edgekd.config.loader import load_pipeline, load_section
-from edgekd.config.pipeline import GateConfig
 from edgekd.errors import InputError
 
 GOOD = """\

@@ -3,7 +3,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from edgekd.config.pipeline import DataConfig
+from edgekd.config.data import DataConfig
 from edgekd.data.assemble import assemble
 from edgekd.data.source import RawData
 from edgekd.errors import InputError

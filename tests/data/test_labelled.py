@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgekd.config.pipeline import DataConfig
+from edgekd.config.data import DataConfig
 from edgekd.data.assemble import assemble
 from edgekd.data.labelled import keep_share
 from edgekd.data.source import RawData

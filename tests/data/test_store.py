@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from edgekd.config.pipeline import DataConfig
+from edgekd.config.data import DataConfig
 from edgekd.data import open_dataset, save_dataset
 from edgekd.data.assemble import assemble
 from edgekd.data.source import RawData

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from edgekd.config.pipeline import LossTerm, TrainConfig
+from edgekd.config.training import LossTerm, TrainConfig
 from edgekd.distill.objective import Objective
 from edgekd.distill.trainer import train
 from edgekd.models import NamedModel

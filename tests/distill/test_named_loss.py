@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgekd.config.pipeline import LossTerm
+from edgekd.config.training import LossTerm
 from edgekd.distill.features import layer_key
 from edgekd.distill.losses import LOSSES
 from edgekd.distill.losses.relation import similarity

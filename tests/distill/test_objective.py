@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from edgekd.config.pipeline import LossTerm
+from edgekd.config.training import LossTerm
 from edgekd.distill.losses.response import hard_labels, soft_labels
 from edgekd.distill.objective import Objective
 from edgekd.errors import InputError

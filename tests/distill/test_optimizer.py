@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgekd.config.pipeline import TrainConfig
+from edgekd.config.training import TrainConfig
 from edgekd.distill.optimizer import build_optimizer, learning_rate
 from edgekd.errors import InputError
 

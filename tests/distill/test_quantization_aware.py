@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from edgekd.config.pipeline import LossTerm, TrainConfig
+from edgekd.config.training import LossTerm, TrainConfig
 from edgekd.distill import fake_quantize_spec, quantization_aware
 from edgekd.distill.objective import Objective
 from edgekd.distill.prepared_student import FROZEN_FROM, PreparedStudent

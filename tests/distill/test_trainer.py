@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from edgekd.config.pipeline import LossTerm, TrainConfig
+from edgekd.config.training import LossTerm, TrainConfig
 from edgekd.distill.checkpoint import NAME
 from edgekd.distill.objective import Objective
 from edgekd.distill.teacher import ModuleTeacher

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgekd.config.pipeline import LossTerm, TrainConfig
+from edgekd.config.training import LossTerm, TrainConfig
 from edgekd.distill import trainer
 from edgekd.distill.checkpoint import NAME
 from edgekd.distill.objective import Objective

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edgekd.config.pipeline import GateConfig
+from edgekd.config.budgets import GateConfig
 from edgekd.config.profile import load_profile
 from edgekd.engines.choice import FLOAT, Budgets, Candidate, choose
 

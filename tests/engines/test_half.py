@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-from edgekd.config.pipeline import ModelConfig
+from edgekd.config.networks import ModelConfig
 from edgekd.engines import half, half_ranges
 from edgekd.engines.half import convert_half
 from edgekd.engines.half_rules import LOW_TYPES

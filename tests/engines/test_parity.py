@@ -8,7 +8,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from edgekd.config.pipeline import ExportConfig
+from edgekd.config.engines import ExportConfig
 from edgekd.engines.onnx import export_onnx
 from edgekd.engines.parity import check_parity, parity
 from edgekd.errors import InputError, StageError

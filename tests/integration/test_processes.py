@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from edgekd.config.pipeline import LossTerm, TrainConfig
+from edgekd.config.training import LossTerm, TrainConfig
 from edgekd.distill.objective import Objective
 from edgekd.distill.teacher import ModuleTeacher
 from edgekd.distill.trainer import train

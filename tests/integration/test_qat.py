@@ -12,7 +12,8 @@ import pytest
 from commandline import DIGITS
 
 from edgekd import api
-from edgekd.config.pipeline import LossTerm, QatConfig
+from edgekd.config.engines import QatConfig
+from edgekd.config.training import LossTerm
 from edgekd.engines import onnx as engine
 from edgekd.engines.onnx import describe_onnx
 from edgekd.errors import InputError, StageError

@@ -39,7 +39,7 @@ SCHEMES = {
 
 
 OWN = """\
-from edgekd.config.pipeline import TeacherConfig
+from edgekd.config.networks import TeacherConfig
 
 
 def other(room, train: dict):

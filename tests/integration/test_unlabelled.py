@@ -14,7 +14,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from edgekd.cli import main
-from edgekd.config.pipeline import DataConfig, LossTerm, PipelineConfig
+from edgekd.config.data import DataConfig
+from edgekd.config.pipeline import PipelineConfig
+from edgekd.config.training import LossTerm
 from edgekd.data.assemble import assemble
 from edgekd.data.source import RawData
 from edgekd.distill.objective import HardLoss, Objective
@@ -50,7 +52,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     digits = load_digits()
     image = digits.images.astype(np.float32)[:, None]
     np.savez(tmp_path / "d.npz", train_image=image[:1200], test_image=image[1200:])
-    from edgekd.config.pipeline import ModelConfig
+    from edgekd.config.networks import ModelConfig
     from edgekd.models import build_model
     from edgekd.spec import TensorSpec
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgekd.config.pipeline import ModelConfig
+from edgekd.config.networks import ModelConfig
 from edgekd.errors import InputError
 from edgekd.models import MODELS, build_model, count_parameters
 from edgekd.spec import TensorSpec

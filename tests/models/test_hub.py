@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgekd.config.pipeline import ModelConfig
+from edgekd.config.networks import ModelConfig
 from edgekd.errors import InputError
 from edgekd.models import build_model, load_weights, save_weights
 from edgekd.spec import TensorSpec

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgekd.config.pipeline import GateConfig
+from edgekd.config.budgets import GateConfig
 from edgekd.errors import InputError
 from edgekd.release.gate import evaluate, passed, read_gate, write_gate
 from edgekd.release.result import Result, read_result, recipe_sha256

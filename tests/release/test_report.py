@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgekd.config.pipeline import GateConfig
+from edgekd.config.budgets import GateConfig
 from edgekd.release.charts.axis import linear_axis, log_axis
 from edgekd.release.gate import evaluate
 from edgekd.release.report import write_report

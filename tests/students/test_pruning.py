@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgekd.config.pipeline import ModelConfig, PruneConfig
+from edgekd.config.networks import ModelConfig, PruneConfig
 from edgekd.errors import InputError
 from edgekd.models import NamedModel, build_model, count_parameters
 from edgekd.spec import ModelSpec, TensorSpec

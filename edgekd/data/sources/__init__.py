@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from edgekd.config.pipeline import DataConfig
+from edgekd.config.data import DataConfig
 from edgekd.data.assemble import assemble
 from edgekd.data.dataset import Dataset
 from edgekd.data.source import Request, Source

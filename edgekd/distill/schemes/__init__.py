@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from edgekd.arguments import check_arguments, parameters_of
-from edgekd.config.pipeline import SchemeConfig
+from edgekd.config.training import SchemeConfig
 from edgekd.distill.schemes.scheme import Classroom, Scheme
 from edgekd.errors import InputError
 from edgekd.extension import resolve

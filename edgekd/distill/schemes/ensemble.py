@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from edgekd.config.pipeline import TeacherConfig
+from edgekd.config.networks import TeacherConfig
 from edgekd.distill.ensemble import Combine, EnsembleTeacher, member_shares
 from edgekd.distill.history import History
 from edgekd.distill.imitation import has_classes

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from edgekd.config.pipeline import LossTerm
+from edgekd.config.training import LossTerm
 from edgekd.distill.features import layer_key
 from edgekd.distill.imitation import imitation
 from edgekd.distill.named_loss import NamedLoss

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgekd.config.pipeline import ModelConfig
+from edgekd.config.networks import ModelConfig
 from edgekd.distill.history import History
 from edgekd.distill.schemes.assistant import LARGE_GAP, propose_assistant
 from edgekd.distill.schemes.scheme import Classroom

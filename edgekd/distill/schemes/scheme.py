@@ -9,7 +9,7 @@ from typing import Annotated, Any, Protocol
 from pydantic import AfterValidator, BeforeValidator
 from torch import nn
 
-from edgekd.config.pipeline import ModelConfig, TeacherConfig
+from edgekd.config.networks import ModelConfig, TeacherConfig
 from edgekd.distill.history import History
 from edgekd.distill.objective import Objective
 from edgekd.distill.teacher import Teacher

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgekd.config.pipeline import DataConfig
+from edgekd.config.data import DataConfig
 from edgekd.data import load_dataset, source_fingerprint
 from edgekd.data.sources import fashion_mnist
 from edgekd.data.sources.idx import parse_idx, read_bytes

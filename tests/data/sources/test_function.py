@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 
-from edgekd.config.pipeline import DataConfig
+from edgekd.config.data import DataConfig
 from edgekd.data import load_dataset, source_fingerprint
 from edgekd.errors import InputError
 
@@ -32,7 +32,7 @@ def lists():
 
 def dataset():
     from edgekd.data.assemble import assemble
-    from edgekd.config.pipeline import DataConfig
+    from edgekd.config.data import DataConfig
     from edgekd.data.source import RawData
     return assemble(RawData({"all": arrays(20)}, "mine", "mine"), DataConfig(source="npz"))
 
@@ -126,7 +126,7 @@ def test_the_fingerprint_follows_the_module_and_the_path(folder):
 def test_reading_data_does_not_import_torch(tmp_path):
     code = (
         "import sys, pathlib\n"
-        "from edgekd.config.pipeline import DataConfig\n"
+        "from edgekd.config.data import DataConfig\n"
         "from edgekd.data import load_dataset, save_dataset, open_dataset\n"
         "here = pathlib.Path(sys.argv[1])\n"
         "save_dataset(load_dataset(DataConfig(source='digits'), here, 0), here / 'd')\n"

@@ -7,7 +7,8 @@ from collections import namedtuple
 import pytest
 import torch
 
-from edgekd.config.pipeline import LossTerm, ModelConfig, TrainConfig
+from edgekd.config.networks import ModelConfig
+from edgekd.config.training import LossTerm, TrainConfig
 from edgekd.distill.objective import Objective
 from edgekd.distill.schemes import Classroom
 from edgekd.distill.teacher import ModuleTeacher

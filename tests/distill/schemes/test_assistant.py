@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from edgekd.config.pipeline import ModelConfig, SchemeConfig
+from edgekd.config.networks import ModelConfig
+from edgekd.config.training import SchemeConfig
 from edgekd.distill.schemes import find_scheme
 from edgekd.distill.schemes.assistant import assistant, propose_assistant
 from edgekd.distill.schemes.offline import offline

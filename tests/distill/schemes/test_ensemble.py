@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from edgekd.config.pipeline import SchemeConfig, TeacherConfig
+from edgekd.config.networks import TeacherConfig
+from edgekd.config.training import SchemeConfig
 from edgekd.distill.ensemble import EnsembleTeacher
 from edgekd.distill.schemes import find_scheme
 from edgekd.distill.schemes.ensemble import ensemble

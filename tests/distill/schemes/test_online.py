@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from edgekd.config.pipeline import ModelConfig, SchemeConfig
+from edgekd.config.networks import ModelConfig
+from edgekd.config.training import SchemeConfig
 from edgekd.distill.schemes import find_scheme
 from edgekd.distill.schemes.online import Peers, mutual_objective, online
 from edgekd.errors import InputError

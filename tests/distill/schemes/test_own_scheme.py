@@ -2,7 +2,7 @@
 
 import pytest
 
-from edgekd.config.pipeline import SchemeConfig
+from edgekd.config.training import SchemeConfig
 from edgekd.distill.schemes import SCHEMES, find_scheme
 from edgekd.errors import InputError
 

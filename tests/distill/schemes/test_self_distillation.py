@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgekd.config.pipeline import SchemeConfig
+from edgekd.config.training import SchemeConfig
 from edgekd.distill.features import layer_key
 from edgekd.distill.schemes import find_scheme
 from edgekd.distill.schemes.exits import Exit, OwnHint, pooled

@@ -290,7 +290,7 @@ def test_an_already_quantized_model_and_one_without_weights(convolutional, image
 
 def test_an_exported_student(tmp_path):
     torch = pytest.importorskip("torch")
-    from edgekd.config.pipeline import ModelConfig
+    from edgekd.config.networks import ModelConfig
     from edgekd.engines.onnx import export_onnx
     from edgekd.models.build import build_model
     from edgekd.spec import TensorSpec
