@@ -57,9 +57,10 @@ def _print_size(console: Console, record: Mapping[str, Any]) -> None:
 
 def _print_float_inputs(console: Console, tried: Mapping[str, Any]) -> None:
     if tried["taken"]:
+        stay = "stays" if len(tried["nodes"]) == 1 else "stay"
         console.print(
-            f"  {', '.join(tried['nodes'])} at the input stays in float32: "
-            f"{tried['timing']['speedup']:.2f}× faster so",
+            f"  {', '.join(tried['nodes'])} at the input {stay} in float32: "
+            f"{tried['speedup']:.2f}× faster so",
             highlight=False,
             markup=False,
         )

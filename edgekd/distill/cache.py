@@ -28,7 +28,8 @@ from edgekd.spec import SAMPLE, VIEW, TensorSpec
 
 BLOCK_SAMPLES = 4096
 HELD_BYTES = 64 << 20
-"""A cache of at most so many bytes stays in memory once it is read."""
+"""A cache of at most so many bytes stays in memory once it is read: in each process, and of each
+teacher of an ensemble."""
 
 
 class ViewSource(Protocol):

@@ -193,11 +193,11 @@ class _Work:
             }
         kept = (*self.wanted.keep, *decision.kept)
         found = {name: self._entry(name, "static", runtime, kept, decision=decision.to_json())}
-        if runtime == "cpu" and (first := set(quantizer.input_layers) - set(kept)):
+        if runtime == "cpu" and (first := quantizer.input_layers(decision.kept)):
             # Which of the two is faster is for the target to say.
             name = f"{name}-float-input"
-            quantizer.write(self._out(name), first | set(decision.kept))
-            found[name] = self._entry(name, "static", runtime, (*kept, *sorted(first)))
+            quantizer.write(self._out(name), (*decision.kept, *first))
+            found[name] = self._entry(name, "static", runtime, (*kept, *first))
         return found
 
     def _say_resolution(self) -> None:

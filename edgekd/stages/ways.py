@@ -66,4 +66,7 @@ def narrowest(context: Context, ways: list[Way]) -> Way:
     allowed = quantize.max_drop if quantize is not None else 0.0
     order: list[Precision] = ["int8", "fp16", "bf16", "fp32"]
     fits = [way for way in ways if not way.entry or way.entry["drop"] <= allowed]
-    return min(fits, key=lambda way: (order.index(way.precision), way.entry.get("drop", 0.0)))
+    return min(
+        fits,
+        key=lambda way: (order.index(way.precision), len(way.kept), way.entry.get("drop", 0.0)),
+    )

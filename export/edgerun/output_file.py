@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -43,7 +45,8 @@ def write_whole(path: Path, content: bytes) -> None:
         CannotWrite: there is no space or no permission.
     """
     final = Path(os.path.realpath(path))
-    part = final.with_name(f".{os.getpid()}.part")  # a name as long as any is still one
+    # A short name of its own: the file's may be as long as a name can be.
+    part = final.with_name(f".{os.getpid()}.{zlib.crc32(os.fsencode(final.name)):08x}.part")
     try:
         part.write_bytes(content)
         part.replace(final)
@@ -68,8 +71,9 @@ def remove(path: Path) -> None:
 
 
 def _unwritable(path: Path, error: OSError) -> CannotWrite:
+    too_long = error.errno == errno.ENAMETOOLONG
     return CannotWrite(
         f"the file cannot be written: {error.strerror}",
         where=str(path),
-        remedy="free space or choose another folder",
+        remedy="choose a shorter name" if too_long else "free space or choose another folder",
     )

@@ -56,6 +56,10 @@ class Candidates:
         } | {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT}
         # Their values leave the graph as they are before a following Relu or Clip.
         self._seen = inner_names(graph) | {value.name for value in graph.output}
+        self._readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in graph.node:
+            for name in node.input:
+                self._readers.setdefault(name, []).append(node)
         self.all = self.select(())
         """Every node that can compute in 8 bits or pass them on, in graph order."""
 
@@ -67,16 +71,34 @@ class Candidates:
             n.name for n in self._graph.node if n.name in self.all and n.op_type not in passed
         )
 
-    @property
-    def input_layers(self) -> tuple[str, ...]:
-        """The convolutions among them that see the model's inputs; none where all of them do."""
+    def input_layers(self, float_nodes: Collection[str]) -> tuple[str, ...]:
+        """The convolutions in 8 bits that see the model's inputs, when some nodes stay in float;
+        none where nothing else would be in 8 bits."""
         seen = {value.name for value in self._graph.input}
         for node in self._graph.node:
             if node.op_type in _CPU_PASSED and node.input[0] in seen:
                 seen.update(node.output)
-        weighted = [n for n in self._graph.node if n.name in self.all and self._is_weighted(n)]
-        first = [n.name for n in weighted if n.op_type == "Conv" and n.input[0] in seen]
-        return tuple(first) if len(first) < len(weighted) else ()
+        chosen = self.select(float_nodes)
+        first = [
+            node.name
+            for node in self._graph.node
+            if node.op_type == "Conv" and node.name in chosen and node.input[0] in seen
+        ]
+        return tuple(first) if self.select({*float_nodes, *first}) else ()
+
+    def feeds_layers(self, name: str, chosen: Collection[str]) -> bool:
+        """Whether all readers of a tensor are weighted nodes in 8 bits, directly or behind nodes
+        that pass it on: they round it to 8 bits themselves."""
+        readers = self._readers.get(name, ())
+        return (
+            bool(readers)
+            and name not in self._seen
+            and all(
+                (reader.name in chosen and self._is_weighted(reader))
+                or (reader.op_type in _CPU_PASSED and self.feeds_layers(reader.output[0], chosen))
+                for reader in readers
+            )
+        )
 
     @property
     def tensors(self) -> set[str]:
@@ -105,6 +127,10 @@ class Candidates:
         if self._runtime == "cpu":
             for node in self._graph.node:
                 if node.name in fixed or not self._follows(node, quantized):
+                    continue
+                # A mean of many numbers is finer than 8 bits: it is rounded where it is anyway.
+                pools = node.op_type == "GlobalAveragePool"
+                if pools and not self.feeds_layers(node.output[0], chosen):
                     continue
                 chosen.add(node.name)
                 quantized.update(node.output)

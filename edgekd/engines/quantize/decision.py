@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +57,24 @@ class Decision:
         """A plain mapping for a JSON file; ``chosen`` is the file's name."""
         return {**asdict(self), "chosen": self.chosen.name if self.chosen else None}
 
+    def keeping(self, nodes: Collection[str], chosen: Path, drop: float) -> Decision:
+        """The same with more nodes in float32, for another reason than the drop.
+
+        Args:
+            nodes: their names.
+            chosen: the file with them in float32.
+            drop: measured on it.
+        """
+        return replace(
+            self,
+            chosen=chosen,
+            kept=(*self.kept, *nodes),
+            quantized=tuple(node for node in self.quantized if node not in nodes),
+            drop=drop,
+            evaluations=self.evaluations + 1,
+            rows=tuple(replace(row, kept=True) if row.node in nodes else row for row in self.rows),
+        )
+
     def lines(self) -> tuple[str, ...]:
         """The same in a few lines for a person."""
         total = len(self.rows)
@@ -63,7 +82,8 @@ class Decision:
         if self.chosen is not None and not self.kept:
             return (f"all {total} nodes in INT8: drop {drop_all}, budget {self.budget:.4g}",)
         effort = f"found with {self.evaluations} evaluations"
-        whole = f"all {total} nodes in INT8: drop {drop_all}, over the budget {self.budget:.4g}"
+        over = "" if self.drop_all is not None and self.drop_all <= self.budget else "over the "
+        whole = f"all {total} nodes in INT8: drop {drop_all}, {over}budget {self.budget:.4g}"
         if self.chosen is None:
             verdict = "no node can be in INT8 within the budget: the model stays in float32"
             return (whole, f"{verdict} ({effort})")

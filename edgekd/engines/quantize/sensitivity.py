@@ -75,7 +75,9 @@ def keep_accurate(
         StageError: the file cannot be written.
     """
     if math.isnan(budget):
-        raise InputError("the budgeted drop is not a number", where="max_drop")
+        raise InputError(
+            "the budgeted drop is not a number", where="max_drop", remedy="give 0 or more"
+        )
     if not quantizer.nodes:
         raise InputError(
             "the model has no node that can be quantized",

@@ -6,30 +6,38 @@ a DequantizeLinear and a QuantizeLinear, after turning the image from channels l
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.engines.onnx_graph import opset_of
+from edgekd.engines.quantize.prepare import drop_unused
 
 _IMAGE = 4  # dimensions
 _AXES_ARE_INPUT = 18  # of ReduceMean, from this opset on
 
 
-def pool_spatial_means(model: onnx.ModelProto) -> None:
+def pool_spatial_means(model: onnx.ModelProto, wanted: Callable[[onnx.NodeProto], bool]) -> None:
     """Make each ReduceMean over all positions of an image a GlobalAveragePool of the same name.
 
     Where the positions were dropped, a Flatten follows. Only float32 images (N, C, H, W) whose
     shape the model states; in place.
+
+    Args:
+        model: whose nodes have names.
+        wanted: asked about each ReduceMean.
     """
     graph = model.graph
     ranks = {
         value.name: len(value.type.tensor_type.shape.dim)
-        for value in (*graph.value_info, *graph.input)
+        for value in (*graph.value_info, *graph.input, *graph.output)
         if value.type.tensor_type.elem_type == TensorProto.FLOAT
         and value.type.tensor_type.HasField("shape")
     }
     constants = {tensor.name: tensor for tensor in graph.initializer}
     by_input = opset_of(model) >= _AXES_ARE_INPUT
+    taken = {name for node in graph.node for name in (node.name, *node.input, *node.output)}
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         settings = {a.name: helper.get_attribute_value(a) for a in node.attribute}
@@ -38,6 +46,7 @@ def pool_spatial_means(model: onnx.ModelProto) -> None:
             or node.domain not in ("", "ai.onnx")
             or ranks.get(node.input[0]) != _IMAGE
             or _axes(node, settings, constants, by_input) != {2, 3}
+            or not wanted(node)
         ):
             nodes.append(node)
             continue
@@ -45,14 +54,22 @@ def pool_spatial_means(model: onnx.ModelProto) -> None:
         if settings.get("keepdims", 1):
             nodes.append(_pool(node, answer))
             continue
-        pooled = f"{answer}.pooled"
+        pooled, flatten = _free(f"{answer}.pooled", taken), _free(f"{node.name}.flatten", taken)
         nodes += [
             _pool(node, pooled),
-            helper.make_node("Flatten", [pooled], [answer], name=f"{node.name}.flatten", axis=1),
+            helper.make_node("Flatten", [pooled], [answer], name=flatten, axis=1),
         ]
         graph.value_info.append(helper.make_tensor_value_info(pooled, TensorProto.FLOAT, None))
     del graph.node[:]
     graph.node.extend(nodes)
+    drop_unused(graph)
+
+
+def _free(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
 
 
 def _pool(mean: onnx.NodeProto, output: str) -> onnx.NodeProto:

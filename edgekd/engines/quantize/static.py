@@ -70,11 +70,16 @@ class StaticQuantizer:
     ) -> None:
         self._source = onnx_path
         self._prepared = prepare_onnx(onnx_path)
-        if runtime == "cpu":
-            pool_spatial_means(self._prepared.model)
-            drop_unused(self._prepared.model.graph)
         graph = self._prepared.model.graph
         kept = self._prepared.named(keep)
+        if runtime == "cpu":
+            plain = Candidates(graph, runtime, kept)
+            pool_spatial_means(
+                self._prepared.model,
+                lambda mean: (
+                    mean.name not in kept and plain.feeds_layers(mean.output[0], plain.all)
+                ),
+            )
         self._candidates = Candidates(graph, runtime, kept)
         if not self._candidates.all:
             raise nothing_to_quantize(
@@ -106,14 +111,16 @@ class StaticQuantizer:
         """Names of the nodes that can be quantized, in graph order."""
         return self._candidates.nodes
 
-    @property
-    def input_layers(self) -> tuple[str, ...]:
+    def input_layers(self, float_nodes: Collection[str] = ()) -> tuple[str, ...]:
         """Names of the convolutions in 8 bits that see the model's inputs, where others follow.
 
         With the few channels of an image they can be slower in 8 bits than in float32, and have
         few weights to gain on: a file with them in float32 may serve better.
+
+        Args:
+            float_nodes: names of nodes that stay in float32, beside ``keep``.
         """
-        return self._candidates.input_layers
+        return self._candidates.input_layers(self._prepared.named(float_nodes))
 
     @property
     def constant(self) -> tuple[str, ...]:

@@ -24,10 +24,11 @@ def test_the_first_convolution_of_each_input(graph, tmp_path):
     graph.add("Conv", ["sum", graph.weight("w", 5, 4, 6, 6)], "y", "last")
     shapes = {"left": ["batch", 3, 8, 8], "right": ["batch", 3, 8, 8]}
     path = graph.save(tmp_path / "m.onnx", shapes, {"y": ["batch", 5, 1, 1]})
-    assert quantizer(path, tmp_path, *shapes).input_layers == ("left", "right")
+    assert quantizer(path, tmp_path, *shapes).input_layers() == ("left", "right")
     kept = quantizer(path, tmp_path, *shapes, keep=["left"])
-    assert kept.input_layers == ("right",)
-    kept.write(tmp_path / "float-inputs.onnx", kept.input_layers)
+    assert kept.input_layers() == ("right",)
+    assert kept.input_layers(["right"]) == ()
+    kept.write(tmp_path / "float-inputs.onnx", kept.input_layers())
     pairs = pairs_of(tmp_path / "float-inputs.onnx")
     assert [pairs[name][1] for name in ("left", "right", "last")] == [False, False, True]
 
@@ -38,11 +39,20 @@ def test_it_is_found_behind_what_only_passes_the_input_on(graph, tmp_path):
     graph.add("Conv", ["padded", graph.weight("v", 4, 3, 3, 3)], "c", "first")
     graph.add("Conv", ["c", graph.weight("w", 5, 4, 8, 8)], "y", "last")
     path = graph.save(tmp_path / "m.onnx", {"image": ["batch", 3, 8, 8]}, {"y": ["batch", 5, 1, 1]})
-    assert quantizer(path, tmp_path, "image").input_layers == ("first",)
+    assert quantizer(path, tmp_path, "image").input_layers() == ("first",)
 
 
 @pytest.mark.parametrize("runtime", ["cpu", "tensorrt"])
 def test_none_where_nothing_would_be_left_in_8_bits(graph, tmp_path, runtime):
     graph.add("Conv", ["image", graph.weight("w", 5, 3, 8, 8)], "y", "only")
     path = graph.save(tmp_path / "m.onnx", {"image": ["batch", 3, 8, 8]}, {"y": ["batch", 5, 1, 1]})
-    assert quantizer(path, tmp_path, "image", runtime=runtime).input_layers == ()
+    assert quantizer(path, tmp_path, "image", runtime=runtime).input_layers() == ()
+
+
+def test_none_where_all_others_stay_in_float(graph, tmp_path):
+    graph.add("Conv", ["image", graph.weight("v", 4, 3, 3, 3)], "c", "first")
+    graph.add("Conv", ["c", graph.weight("w", 5, 4, 6, 6)], "y", "last")
+    path = graph.save(tmp_path / "m.onnx", {"image": ["batch", 3, 8, 8]}, {"y": ["batch", 5, 1, 1]})
+    q = quantizer(path, tmp_path, "image")
+    assert q.input_layers() == ("first",)
+    assert q.input_layers(["last"]) == ()

@@ -75,10 +75,51 @@ def test_it_stays_for_tensorrt_which_fuses_it_by_itself(graph, tmp_path):
     assert types_of(out)["ReduceMean"] == 1
 
 
-def test_it_can_be_kept_in_float_by_its_name(graph, tmp_path):
+@pytest.mark.parametrize("tail", ["output", "softmax", "norm", "both"])
+def test_a_mean_that_no_layer_rounds_keeps_its_precision(graph, tmp_path, tail):
+    graph.add("Conv", ["image", graph.weight("w", 4, 3, 3, 3)], "c", "conv", pads=[1] * 4)
+    mean = "y" if tail == "output" else "m"
+    graph.add("ReduceMean", ["c"], mean, "mean", axes=[2, 3], keepdims=0)
+    if tail == "softmax":
+        graph.add("Softmax", ["m"], "y")
+    if tail == "norm":
+        scale = graph.constant("scale", np.ones(4, np.float32))
+        graph.add("LayerNormalization", ["m", scale], "n")
+    if tail in ("norm", "both"):
+        source = "n" if tail == "norm" else "m"
+        graph.add("Gemm", [source, graph.weight("v", 4, 4)], "y", "head")
+    outputs = {"y": ["batch", 4]} | ({"m": ["batch", 4]} if tail == "both" else {})
+    path = graph.save(tmp_path / "m.onnx", {"image": ["batch", 3, 6, 8]}, outputs)
+    _, out = quantized(path, tmp_path)
+    assert types_of(out)["ReduceMean"] == 1
+    (given,) = (node for node in onnx.load(out).graph.node if node.name == "mean")
+    rounded = run(out, {"image": IMAGES})["y"]
+    assert given.output[0] in ("m", "y")
+    assert len(np.unique(rounded)) > 128  # of 160: no steps of a scale
+
+
+def test_pooling_that_no_layer_rounds_keeps_its_precision_too(graph, tmp_path):
+    graph.add("Conv", ["image", graph.weight("w", 4, 3, 3, 3)], "c", "conv", pads=[1] * 4)
+    graph.add("GlobalAveragePool", ["c"], "p", "pool")
+    graph.add("Flatten", ["p"], "y", "flatten")
+    path = graph.save(tmp_path / "m.onnx", {"image": ["batch", 3, 6, 8]}, {"y": ["batch", 4]})
+    _, out = quantized(path, tmp_path)
+    assert len(np.unique(run(out, {"image": IMAGES})["y"])) > 128
+
+
+def test_new_names_are_free(graph, tmp_path):
+    graph.add("Conv", ["image", graph.weight("w", 4, 3, 3, 3)], "m.pooled", "mean.flatten")
+    graph.add("ReduceMean", ["m.pooled"], "m", "mean", axes=[2, 3], keepdims=0)
+    graph.add("Gemm", ["m", graph.weight("v", 4, 5)], "y", "head")
+    path = graph.save(tmp_path / "m.onnx", {"image": ["batch", 3, 6, 8]}, {"y": ["batch", 5]})
+    _, out = quantized(path, tmp_path)
+    assert types_of(out)["GlobalAveragePool"] == 1
+    assert distance(run(path, {"image": IMAGES})["y"], run(out, {"image": IMAGES})["y"]) < 8 / 255
+
+
+def test_it_is_kept_as_it_is_by_its_name(graph, tmp_path):
     path = network(graph, tmp_path / "m.onnx", 18, [2, 3], 0, 4)
-    quantizer, _ = quantized(path, tmp_path)
-    quantizer.write(tmp_path / "kept.onnx", ["mean"])
-    readers = [n for n in onnx.load(tmp_path / "kept.onnx").graph.node if n.name == "mean"]
-    assert [node.op_type for node in readers] == ["GlobalAveragePool"]
-    assert pairs_of(tmp_path / "kept.onnx")["mean"] == [True]  # the convolution answers in 8 bits
+    samples = ArraySamples({"image": IMAGES})
+    quantizer = StaticQuantizer(path, samples, tmp_path / "scratch", runtime="cpu", keep=["mean"])
+    quantizer.write(tmp_path / "kept.onnx")
+    assert types_of(tmp_path / "kept.onnx")["ReduceMean"] == 1
