@@ -36,6 +36,8 @@ _CPU_PASSED = {
     "Split",
     "Gather",
 }
+# What a graph does to an image before its first layer.
+_NORMALIZING = {"Add", "Sub", "Mul", "Div", "Cast"}
 
 
 class Candidates:
@@ -76,7 +78,8 @@ class Candidates:
         none where nothing else would be in 8 bits."""
         seen = {value.name for value in self._graph.input}
         for node in self._graph.node:
-            if node.op_type in _CPU_PASSED and node.input[0] in seen:
+            given = [name for name in node.input if name and name not in self._weights]
+            if node.op_type in _CPU_PASSED | _NORMALIZING and given and seen.issuperset(given):
                 seen.update(node.output)
         chosen = self.select(float_nodes)
         first = [

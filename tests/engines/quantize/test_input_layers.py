@@ -33,9 +33,11 @@ def test_the_first_convolution_of_each_input(graph, tmp_path):
     assert [pairs[name][1] for name in ("left", "right", "last")] == [False, False, True]
 
 
-def test_it_is_found_behind_what_only_passes_the_input_on(graph, tmp_path):
+def test_it_is_found_behind_preprocessing(graph, tmp_path):
     pads = graph.constant("pads", np.array([0, 0, 1, 1, 0, 0, 1, 1]))
-    graph.add("Pad", ["image", pads], "padded", "pad")
+    graph.add("Sub", ["image", graph.weight("mean", 3, 1, 1)], "centred", "sub")
+    graph.add("Div", ["centred", graph.constant("std", np.float32(0.5))], "scaled", "div")
+    graph.add("Pad", ["scaled", pads], "padded", "pad")
     graph.add("Conv", ["padded", graph.weight("v", 4, 3, 3, 3)], "c", "first")
     graph.add("Conv", ["c", graph.weight("w", 5, 4, 8, 8)], "y", "last")
     path = graph.save(tmp_path / "m.onnx", {"image": ["batch", 3, 8, 8]}, {"y": ["batch", 5, 1, 1]})
