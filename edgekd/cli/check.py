@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgekd.cli.benchmark import write_record
+from edgekd.cli.typed_options import PIPELINE_SUFFIXES
 from edgekd.errors import GateFailed, InputError
 
 if TYPE_CHECKING:
@@ -61,6 +62,13 @@ def check(
     from edgekd.engines.output_file import check_output
     from edgekd.targets import LocalTarget, open_target
 
+    if model.suffix.lower() in PIPELINE_SUFFIXES:
+        raise InputError(
+            "check takes an ONNX file, and this is a pipeline",
+            where=str(model),
+            remedy="give one that it exported (artifacts/export in its run folder), or build it: "
+            f"edgekd build {model}",
+        )
     if out is not None:
         check_output(out, "--json", inputs=[model], stream=True)
     with Console(stderr=True).status("asking the runtimes"):

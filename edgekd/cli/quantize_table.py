@@ -85,8 +85,12 @@ def _print_timing(console: Console, timing: Mapping[str, Any]) -> None:
 
 
 def _errors(rows: list[Mapping[str, Any]], on: Mapping[str, Any]) -> Table:
-    which = "calibration samples" if on["calibrated_on"] else f"samples of {Path(on['file']).name}"
-    table = Table(title=Text(f"against float32, on the {on['samples']:,} {which}"))
+    which = f"{on['samples']:,} samples of {Path(on['file']).name}"
+    if on["calibrated_on"] == on["samples"]:
+        which = f"{on['samples']:,} calibration samples"
+    elif on["calibrated_on"]:
+        which += f", {on['calibrated_on']:,} of them calibrated on"
+    table = Table(title=Text(f"against float32, on the {which}"))
     for heading in ("output", "max |Δ|", "rmse", "SQNR", "cosine", "same class"):
         table.add_column(heading, justify="left" if heading == "output" else "right")
     for row in rows:

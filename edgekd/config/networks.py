@@ -42,7 +42,9 @@ class TeacherConfig(ModelConfig):
             return self
         if len(origins) != 1:
             found = " and ".join(origins) or "none of them"
-            raise ValueError(f"give one of train, checkpoint or onnx; there is {found}")
+            raise ValueError(
+                f"give one of train ({{}} takes its defaults), checkpoint or onnx; there is {found}"
+            )
         if self.onnx is None and self.model is None:
             raise ValueError(f"{origins[0]} needs a model to fill: add 'model: …'")
         if self.onnx is not None and self.model is not None:

@@ -13,7 +13,7 @@ import onnx
 from edgekd.config.profile import Profile
 from edgekd.engines.finding import Finding, Status
 from edgekd.engines.onnx_graph import opset_of
-from edgekd.engines.tensorrt import INSTALL, MODULES, is_installed
+from edgekd.engines.tensorrt import INSTALL, MODULES, is_installed, where_built
 from edgekd.errors import InputError, StageError, TargetError
 
 Parse = Callable[[Path, str], Mapping[str, Any]]
@@ -134,6 +134,11 @@ def _build(path: Path, wanted: Sequence[str], profile: Profile | None) -> str:
     words = ["edgekd", "build", str(path), "--engine", wanted[0]]
     words += ["--profile", profile.name] if profile else []
     command = shlex.join([*words, "-o", f"{path.stem}.engine"])
+    if where_built(wanted[0], profile) == "on the device":
+        return (
+            "only a build on the device shows that an engine can be made of it; what to type "
+            f"there: {command}"
+        )
     return f"only a build shows that an engine can be made of it: {command}"
 
 

@@ -82,11 +82,11 @@ def check_any_rule(budgets: GateConfig, profile: DeviceProfile | None) -> None:
 
 
 def check_direction(budgets: GateConfig, metric: str, higher_is_better: bool) -> None:
-    """Refuse an absolute accuracy budget on the wrong side of the metric.
+    """Refuse a budget of accuracy that contradicts the metric.
 
     Raises:
         InputError: a floor for a metric that is better when lower, or a ceiling for one that is
-            better when higher.
+            better when higher; percents for an accuracy, which goes from 0 to 1.
     """
     wrong, right = ("max", "min") if higher_is_better else ("min", "max")
     if getattr(budgets.accuracy, wrong) is not None:
@@ -96,6 +96,13 @@ def check_direction(budgets: GateConfig, metric: str, higher_is_better: bool) ->
             where=f"gate.accuracy.{wrong}",
             remedy=f"write {right}: …, or max_drop: … against the teacher",
         )
+    for name, value in budgets.accuracy.model_dump(exclude_none=True).items():
+        if metric == "accuracy" and value > 1:
+            raise InputError(
+                f"the budget is {value:g}, and an accuracy goes from 0 to 1",
+                where=f"gate.accuracy.{name}",
+                remedy=f"write {value / 100:g} for {value:g} %",
+            )
 
 
 def rules_of(result: Result, budgets: GateConfig, profile: DeviceProfile | None) -> Iterator[Rule]:

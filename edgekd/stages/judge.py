@@ -59,6 +59,7 @@ class Judge:
         first = next(answer_batches(model, samples, threads=threads, batch=BATCH))[1]
         self._primary, answers = next(iter(first.items()))
         self._has_classes = answers.ndim == 2 and answers.shape[1] >= CLASSES_AT_LEAST
+        self._class_count = answers.shape[-1] if self._has_classes else 0
         if labels is not None and not self._has_classes:
             raise InputError(
                 f"labels need an output (N, classes), and {self._primary!r} is "
@@ -106,6 +107,14 @@ class Judge:
                 "agreement on these says little"
             )
         unit = self.metric.split()[0] if self._has_classes else ""
+        if self._labels is not None:
+            right, chance = found.reference_scores, 1 / self._class_count
+            sure = wilson(int(right.sum()), len(right)).interval
+            if sure is not None and sure[0] <= chance:
+                warnings.append(
+                    f"float32 itself is right on {right.mean():.1%} of the samples, and chance is "
+                    f"{chance:.1%}: are they prepared as the model takes them, the labels its own?"
+                )
         own, score = mean_score(found.reference_scores), mean_score(found.scores)
         return {
             "metric": self.metric,

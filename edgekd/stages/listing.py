@@ -43,8 +43,10 @@ def layers_of_model(
     Raises:
         InputError: there is no such model, or it cannot take these shapes.
     """
-    from edgekd.models.build import build_model
+    from edgekd.models.build import build_model, find_model
 
+    if config.model is not None:
+        find_model(config.model)
     if not inputs:
         raise InputError(
             "the shapes of a network's layers depend on its inputs, and none is given",

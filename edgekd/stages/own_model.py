@@ -128,7 +128,7 @@ def quantize_model(
             record["compared_on"] = {
                 "file": str(data),
                 "samples": compared.count,
-                "calibrated_on": fitted,
+                "calibrated_on": min(compared.count, settings.samples) if fitted else 0,
             }
             if settings.per_layer:
                 from edgekd.engines.layer_errors import layer_errors

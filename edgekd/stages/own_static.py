@@ -64,6 +64,7 @@ def write_static(
             samples=FirstSamples(samples, RANKED_ON),
             progress=progress,
         )
+        said["decision_lines"] = list(decision.lines())
     kept = decision.kept if decision is not None else ()
     inputs = quantizer.input_layers(kept)
     if inputs and settings.timing and settings.runtime == "cpu":
@@ -81,7 +82,7 @@ def write_static(
             shutil.copyfile(other, out)
         said["float_inputs"] = {"nodes": list(inputs), "taken": taken, **_of_both(timing)}
     if decision is not None:
-        said |= {"decision": decision.to_json(), "decision_lines": list(decision.lines())}
+        said["decision"] = decision.to_json()
     return said
 
 

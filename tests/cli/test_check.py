@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import platform
 
 import onnx
 import pytest
@@ -86,3 +87,20 @@ def test_a_file_that_is_no_model_is_wrong_input(tmp_path):
     done = invoke(path)
     assert done.exit_code == 2
     assert "truncated or is not ONNX" in done.output
+
+
+def test_a_pipeline_is_told_from_a_damaged_file(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text("name: p")
+    done = invoke(path)
+    assert done.exit_code == 2
+    assert "takes an ONNX file, and this is a pipeline" in done.output
+    assert f"edgekd build {path}" in done.output
+
+
+def test_an_engine_that_is_built_on_the_device_is_not_said_to_be_built_here(model):
+    pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
+    if platform.machine() == "aarch64":
+        pytest.skip("this may be the device")
+    done = invoke(model, "--profile", "jetson-orin-nano-8gb")
+    assert "only a build on the device shows" in " ".join(done.output.split())

@@ -351,7 +351,8 @@ def test_the_decision_is_of_the_file_with_the_input_in_float(model, data, tmp_pa
     assert [row["node"] for row in decision["rows"] if row["kept"]] == ["first"]
     assert (decision["drop"], decision["drop_all"]) == (0.25, 0.125)
     assert "drop 0.125, budget 0.4" in done.output
-    assert f"1 of {len(decision['rows'])} stay in float32: drop 0.25" in done.output
+    assert "first at the input stays in float32: 1.10× faster so" in done.output
+    assert "found with" not in done.output  # the drop asked for nothing
 
 
 def test_where_only_the_input_can_be_in_int8_it_is(model, data, tmp_path, monkeypatch):
@@ -374,3 +375,26 @@ def test_the_api_takes_every_setting(model, data, tmp_path):
         model, tmp_path / "out.onnx", data, calibrator="percentile", samples=10, timing=False
     )
     assert record["output"] == str(tmp_path / "out.onnx")
+
+
+@pytest.mark.parametrize(
+    ("words", "heading"),
+    [
+        ((), "on the 40 calibration samples"),
+        (("--samples", "5"), "on the 40 samples of data.npz, 5 of them calibrated on"),
+    ],
+)
+def test_the_table_says_what_it_is_of(written, words, heading):
+    done, _, _ = written(*words)
+    assert heading in " ".join(done.output.split())
+
+
+def test_a_float_model_that_does_not_know_the_labels_is_said(written, model, data, tmp_path):
+    _, record, _ = written("--labels", "label")  # random ones
+    assert any("chance is 20.0%" in text for text in record["warnings"])
+    with np.load(data) as archive:
+        image = archive["image"]
+    known = tmp_path / "known.npz"
+    np.savez(known, image=image, label=run(model, {"image": image})["logits"].argmax(1))
+    _, record, _ = written("--validation", known, "--labels", "label")
+    assert not any("chance" in text for text in record["warnings"])

@@ -127,6 +127,17 @@ def test_a_gate_without_a_rule_is_an_error(result):
     assert not passed([])
 
 
+@pytest.mark.parametrize("rule", [{"min": 93}, {"max_drop": 2}, {"min": 0.9, "max_drop": 1.5}])
+def test_percents_for_an_accuracy_are_an_error(result, rule):
+    with pytest.raises(InputError, match="goes from 0 to 1") as caught:
+        judge(result, accuracy=rule)
+    name, value = list(rule.items())[-1]
+    assert caught.value.where == f"gate.accuracy.{name}"
+    assert f"{value / 100:g}" in caught.value.remedy
+    result["task"].update(metric="mae", higher_is_better=False)
+    assert judge(result, accuracy={"max": 93, "max_drop": 2})
+
+
 def test_a_floor_for_a_loss_contradicts_itself(result):
     result["task"].update(metric="mae", higher_is_better=False)
     with pytest.raises(InputError, match="better when lower"):

@@ -58,7 +58,8 @@ class Decision:
         return {**asdict(self), "chosen": self.chosen.name if self.chosen else None}
 
     def keeping(self, nodes: Collection[str], chosen: Path, drop: float) -> Decision:
-        """The same with more nodes in float32, for another reason than the drop.
+        """The same with more nodes in float32, for another reason than the drop, which
+        :meth:`lines` does not tell.
 
         Args:
             nodes: their names.
@@ -82,8 +83,7 @@ class Decision:
         if self.chosen is not None and not self.kept:
             return (f"all {total} nodes in INT8: drop {drop_all}, budget {self.budget:.4g}",)
         effort = f"found with {self.evaluations} evaluations"
-        over = "" if self.drop_all is not None and self.drop_all <= self.budget else "over the "
-        whole = f"all {total} nodes in INT8: drop {drop_all}, {over}budget {self.budget:.4g}"
+        whole = f"all {total} nodes in INT8: drop {drop_all}, over the budget {self.budget:.4g}"
         if self.chosen is None:
             verdict = "no node can be in INT8 within the budget: the model stays in float32"
             return (whole, f"{verdict} ({effort})")
