@@ -89,9 +89,9 @@ def test_plan_names_exactly_what_a_changed_key_reruns(digits_run: Path) -> None:
 
 def test_failed_gate_leaves_a_report_and_no_bundle(digits_run: Path) -> None:
     folder = digits_run.parent.parent
-    done = call("run", "digits.yaml", "--set", "gate.accuracy.min=1.1", cwd=folder)
+    done = call("run", "digits.yaml", "--set", "gate.size.max_mb=0.001", cwd=folder)
     assert done.returncode == 1
-    assert "accuracy.min" in done.stderr
+    assert "size.max_mb" in done.stderr
     assert (digits_run / "report" / "report.html").is_file()
     assert not (digits_run / "bundle").exists()
     gate = call("gate", "digits.yaml", cwd=folder)

@@ -195,7 +195,7 @@ def test_what_is_wrong_is_found_before_a_teacher_is_opened(make_room):
     ("args", "what"),
     [
         ({"teachers": []}, "at least 1 item"),
-        ({"teachers": [{"model": "mlp"}]}, "give one of train, checkpoint or onnx"),
+        ({"teachers": [{"model": "mlp"}]}, "give one of train "),
         ({"teachers": [{"onnx": "a.onnx"}], "combine": "vote"}, "combine"),
         ({"teachers": [{"onnx": "a.onnx"}], "weights": [1, 0]}, "greater than 0"),
     ],
