@@ -45,14 +45,15 @@ def copy_shared_weights(graph: onnx.GraphProto, chosen: Collection[str]) -> None
             if name not in elsewhere and owners.setdefault(name, owner) == owner:
                 continue
             if (name, owner) not in copies:
-                copies[name, owner] = _free_name(f"{name}.{owner}", taken)
+                copies[name, owner] = free_name(f"{name}.{owner}", taken)
                 tensor = graph.initializer.add()
                 tensor.CopyFrom(weights[name])
                 tensor.name = copies[name, owner]
             node.input[index] = copies[name, owner]
 
 
-def _free_name(name: str, taken: set[str]) -> str:
+def free_name(name: str, taken: set[str]) -> str:
+    """A name that is not taken yet; it is from then on."""
     free = name
     while free in taken:
         free += "_"

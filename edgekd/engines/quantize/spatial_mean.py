@@ -12,6 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.engines.onnx_graph import opset_of
+from edgekd.engines.quantize.float_islands import free_name
 from edgekd.engines.quantize.prepare import drop_unused
 
 _IMAGE = 4  # dimensions
@@ -54,7 +55,8 @@ def pool_spatial_means(model: onnx.ModelProto, wanted: Callable[[onnx.NodeProto]
         if settings.get("keepdims", 1):
             nodes.append(_pool(node, answer))
             continue
-        pooled, flatten = _free(f"{answer}.pooled", taken), _free(f"{node.name}.flatten", taken)
+        pooled = free_name(f"{answer}.pooled", taken)
+        flatten = free_name(f"{node.name}.flatten", taken)
         nodes += [
             _pool(node, pooled),
             helper.make_node("Flatten", [pooled], [answer], name=flatten, axis=1),
@@ -63,13 +65,6 @@ def pool_spatial_means(model: onnx.ModelProto, wanted: Callable[[onnx.NodeProto]
     del graph.node[:]
     graph.node.extend(nodes)
     drop_unused(graph)
-
-
-def _free(name: str, taken: set[str]) -> str:
-    while name in taken:
-        name += "_"
-    taken.add(name)
-    return name
 
 
 def _pool(mean: onnx.NodeProto, output: str) -> onnx.NodeProto:
