@@ -13,18 +13,8 @@ from edgekd.errors import StageError, TargetError
 from edgekd.stages.judge import Judge
 from edgekd.stages.own_model import QuantizeSettings, quantize_model
 from edgekd.targets import LocalTarget
-from tests.cli.quantizing import classifier, quantize, samples
+from tests.cli.quantizing import quantize
 from tests.engines.quantize.graphs import Graph, run
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return classifier(tmp_path_factory.mktemp("model") / "m.onnx")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return samples(tmp_path_factory.mktemp("data") / "data.npz")
 
 
 @pytest.fixture

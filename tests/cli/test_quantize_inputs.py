@@ -7,18 +7,8 @@ import json
 import pytest
 
 from edgekd.stages.judge import Judge
-from tests.cli.quantizing import classifier, quantize, samples
+from tests.cli.quantizing import quantize
 from tests.engines.quantize.graphs import pairs_of
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return classifier(tmp_path_factory.mktemp("model") / "m.onnx")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return samples(tmp_path_factory.mktemp("data") / "data.npz")
 
 
 @pytest.fixture

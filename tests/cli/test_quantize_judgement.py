@@ -12,18 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 from edgekd.engines.samples import ArraySamples
 from edgekd.release.statistics import wilson
 from edgekd.stages.judge import Judge
-from tests.cli.quantizing import CLASSES, classifier, quantize, samples
+from tests.cli.quantizing import CLASSES, quantize, samples
 from tests.engines.quantize.graphs import Graph, run
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return classifier(tmp_path_factory.mktemp("model") / "m.onnx")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return samples(tmp_path_factory.mktemp("data") / "data.npz")
 
 
 @pytest.fixture
