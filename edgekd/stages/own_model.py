@@ -123,12 +123,14 @@ def quantize_model(
         if judge is not None and compared is not None:
             found = judge.compare(runnable)
             record["warnings"] += found.pop("warnings")
-            fitted = validation is None and settings.method in FITTED
+            fitted = compared.count if validation is None and settings.method in FITTED else 0
+            if settings.method == "static":
+                fitted = min(fitted, settings.samples)
             record |= found
             record["compared_on"] = {
                 "file": str(data),
                 "samples": compared.count,
-                "calibrated_on": min(compared.count, settings.samples) if fitted else 0,
+                "calibrated_on": fitted,
             }
             if settings.per_layer:
                 from edgekd.engines.layer_errors import layer_errors

@@ -290,6 +290,8 @@ def test_the_api_takes_every_setting(model, data, tmp_path):
     [
         ((), "on the 40 calibration samples"),
         (("--samples", "5"), "on the 40 samples of data.npz, 5 of them calibrated on"),
+        (("--method", "fp16"), "on the 40 calibration samples"),
+        (("--method", "dynamic"), "on the 40 samples of data.npz"),
     ],
 )
 def test_the_table_says_what_it_is_of(written, words, heading):
