@@ -8,19 +8,9 @@ import os
 import onnx
 import pytest
 
-from tests.cli.quantizing import classifier, quantize, samples
+from tests.cli.quantizing import quantize
 
 LOST = "would overwrite another file of this command"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return classifier(tmp_path_factory.mktemp("model") / "m.onnx")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return samples(tmp_path_factory.mktemp("data") / "data.npz")
 
 
 @pytest.mark.parametrize(
