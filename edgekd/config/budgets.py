@@ -11,15 +11,17 @@ from edgekd.figure import Evidence
 
 
 class AccuracyBudget(Section):
-    """The primary metric: an absolute bound, and the largest drop below the teacher.
+    """The primary metric: an absolute bound, the largest drop below the teacher, the least gain.
 
     ``min`` is the floor of a metric that is better when higher (accuracy), ``max`` the ceiling
-    of one that is better when lower (mae).
+    of one that is better when lower (mae). ``min_gain`` is how much better than the same student
+    without the teacher the distilled one must be shown to be (``distill.baseline``).
     """
 
     min: float | None = None
     max: float | None = None
     max_drop: float | None = None
+    min_gain: float | None = None
 
 
 class SizeBudget(Section):

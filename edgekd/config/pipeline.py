@@ -67,6 +67,15 @@ class PipelineConfig(Section):
             raise ValueError("nothing would be run: add onnxruntime")
         return value
 
+    @model_validator(mode="after")
+    def _gain_is_measured(self) -> PipelineConfig:
+        if self.gate.accuracy.min_gain is not None and not self.distill.baseline:
+            raise ValueError(
+                "gate.accuracy.min_gain compares with the student alone, which "
+                "distill.baseline: false does not train; set distill.baseline: true"
+            )
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _short_engines(cls, value: Any) -> Any:

@@ -126,7 +126,9 @@ class DistillConfig(TrainConfig):
     """The student's training: the terms of the objective beside the training keys.
 
     ``baseline: true`` also trains the same student, from the same initial weights and over the
-    same batches, without the teacher, so that the gap closed is measured.
+    same batches, without the teacher, so that the gap closed is measured. ``labelled`` below 1
+    leaves the student, with a teacher and alone, that share of the training and validation
+    labels; the teacher's own training has all of them.
     """
 
     losses: tuple[LossTerm, ...] | None = Field(default=None, min_length=1)
@@ -138,6 +140,7 @@ class DistillConfig(TrainConfig):
     """The student's augmentation; None: that of ``data``, which the teacher is trained with."""
     epochs: Count = 20
     baseline: bool = True
+    labelled: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     @model_validator(mode="before")
     @classmethod

@@ -49,7 +49,12 @@ def _unlabelled(arrays: Arrays, like: Arrays) -> dict[str, Array]:
     }
 
 
-def keep_share(splits: Mapping[str, Arrays], share: float, targets: set[str]) -> dict[str, Arrays]:
+def keep_share(
+    splits: Mapping[str, Arrays],
+    share: float,
+    targets: set[str],
+    where: str = "data.labelled",
+) -> dict[str, Arrays]:
     """Put the labels of train and validation aside, but for a share of each class.
 
     ``round(share * members)`` labels of each class stay, at least one; those of the test split
@@ -60,6 +65,7 @@ def keep_share(splits: Mapping[str, Arrays], share: float, targets: set[str]) ->
         splits: arrays by name, by split.
         share: how much of the labels stays, in (0, 1].
         targets: the arrays that are targets.
+        where: the key that asks for it, for errors.
 
     Raises:
         InputError: a target is no class per sample.
@@ -76,8 +82,8 @@ def keep_share(splits: Mapping[str, Arrays], share: float, targets: set[str]) ->
                 raise InputError(
                     f"a share of the labels is to be kept, and {name!r} is not one class per "
                     f"sample: {arrays[name].dtype} {arrays[name].shape}",
-                    where="data.labelled",
-                    remedy="remove data.labelled; write unlabelled positions as -1 yourself",
+                    where=where,
+                    remedy=f"remove {where}; write unlabelled positions as -1 yourself",
                 )
         random = np.random.RandomState(_STREAMS[split])
         order = random.permutation(len(next(iter(arrays.values()))))

@@ -121,6 +121,9 @@ def rules_of(result: Result, budgets: GateConfig, profile: DeviceProfile | None)
         yield Rule("accuracy.max", accuracy.max, "at most", student.metric, True)
     if accuracy.max_drop is not None:
         yield Rule("accuracy.max_drop", accuracy.max_drop, "at most", against.get("drop"), True)
+    if accuracy.min_gain is not None:
+        gain = against.get("baseline_gain")
+        yield Rule("accuracy.min_gain", accuracy.min_gain, "at least", gain, True)
     if size.max_mb is not None:
         yield Rule("size.max_mb", size.max_mb, "at most", student.size_mb, False)
     elif limits and limits.storage_mb:

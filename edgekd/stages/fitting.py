@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd.config.pipeline import PipelineConfig
-from edgekd.config.training import TrainConfig
+from edgekd.config.training import DistillConfig, TrainConfig
 from edgekd.errors import InputError
 from edgekd.pipeline.fingerprint import library_versions
 from edgekd.pipeline.store import digest_of
@@ -62,6 +62,25 @@ class Ground:
         )
         return rows
 
+    def keep_labels(self, share: float) -> Ground:
+        """The same data with that share of the training and validation labels.
+
+        The same share keeps the same labels, whatever the seed of the training.
+
+        Raises:
+            InputError: a target is not one class per sample.
+        """
+        if share == 1:
+            return self
+        from edgekd.data.dataset import Split
+        from edgekd.data.labelled import keep_share
+
+        arrays = {name: split.arrays for name, split in self.dataset.splits.items()}
+        targets = {spec.name for spec in self.dataset.targets}
+        kept = keep_share(arrays, share, targets, where="distill.labelled")
+        splits = {name: Split(part) for name, part in kept.items()}
+        return replace(self, dataset=replace(self.dataset, splits=splits))
+
     def lacks_labels(self) -> str:
         """Why nothing can be trained by labels alone; empty when it can."""
         if len(self.labelled_rows("train")) == 0:
@@ -95,7 +114,8 @@ def fit(
     A distillation's teacher answers through the cache; so does its student alone see the same
     augmented views. Without a teacher only labelled samples are trained on, gone through as often
     as makes as many batches as all samples do. Where validation samples lack a label, the student
-    of a teacher is scored by agreement with it there.
+    of a teacher is scored by agreement with it there. A student has the share of the labels that
+    ``distill.labelled`` gives it.
 
     Raises:
         InputError: there are no labels where they are needed.
@@ -112,6 +132,8 @@ def fit(
         views_of,
     )
 
+    if isinstance(train_config, DistillConfig):
+        ground = ground.keep_labels(train_config.labelled)
     dataset, config = ground.dataset, ground.config
     if not objective.needs_teacher and (lacking := ground.lacks_labels()):
         raise InputError(

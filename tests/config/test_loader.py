@@ -137,3 +137,10 @@ def test_a_section_of_several_kinds_is_explained_by_its_own(tmp_path, engines, s
     assert says in str(caught.value)
     assert "things are wrong" not in str(caught.value)
     assert caught.value.where == f"{path}:5"
+
+
+def test_a_gain_over_the_student_alone_needs_the_student_alone(write) -> None:
+    gain = "gate: {accuracy: {min_gain: 0.05}}\n"
+    assert load_pipeline(write(GOOD + gain)).gate.accuracy.min_gain == 0.05
+    with pytest.raises(InputError, match=r"distill\.baseline: true"):
+        load_pipeline(write(GOOD.replace("epochs: 2", "epochs: 2\n  baseline: false") + gain))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from torch import nn
 from edgekd.cli import main
 from edgekd.config.data import DataConfig
 from edgekd.config.pipeline import PipelineConfig
-from edgekd.config.training import LossTerm
+from edgekd.config.training import LossTerm, TrainConfig
 from edgekd.data.assemble import assemble
 from edgekd.data.source import RawData
 from edgekd.distill.objective import HardLoss, Objective
@@ -229,6 +230,36 @@ def test_a_distillation_sees_the_unlabelled_rows_too(tmp_path: Path) -> None:
     seen, history = trained(few, tmp_path, terms, teacher)
     assert len({row for batch in seen for row in batch}) > 130
     assert history.metric == "agreement"
+
+
+def test_the_student_has_its_share_of_the_labels_and_the_teacher_all(tmp_path: Path) -> None:
+    on = ground(np.arange(COUNT) % 3)
+    few = on.keep_labels(0.1)
+    assert few.keep_labels(1) is few
+    allowed = set(few.labelled_rows("train").tolist())
+    assert 0 < len(allowed) < 0.2 * len(on.labelled_rows("train"))
+    assert len(few.labelled_rows("test")) == len(on.labelled_rows("test"))
+    images = on.dataset.splits["train"].arrays["image"][:, 0, 0, 0].round().astype(int)
+    share = on.config.distill.model_copy(update={"labelled": 0.1})
+    student = replace(on, config=on.config.model_copy(update={"distill": share}))
+    seen, _ = trained(student, tmp_path / "student")
+    assert {row for batch in seen for row in batch} == {int(images[row]) for row in allowed}
+    # A teacher's training has a TrainConfig, which knows no share.
+    spec = ModelSpec(on.dataset.inputs, on.task.outputs(on.dataset))
+    model = NamedModel(Watched(3), spec)
+    config = TrainConfig(epochs=1, batch_size=16)
+    context = SimpleNamespace(
+        scratch=tmp_path / "teacher", cache=tmp_path, progress=Silent(), job=None
+    )
+    fit(student, model, Objective.supervised(on.task), config, "teacher", context)
+    assert len({row for batch in model.module.rows for row in batch}) > 100
+
+
+def test_a_share_of_the_labels_needs_one_class_per_sample() -> None:
+    values = np.random.default_rng(0).random(COUNT).astype(np.float32)
+    with pytest.raises(InputError, match="one class per sample") as error:
+        ground(values, "regression", "target").keep_labels(0.5)
+    assert error.value.where == "distill.labelled"
 
 
 def test_the_teacher_answers_for_validation_samples_without_a_label_only() -> None:

@@ -47,6 +47,15 @@ def test_the_whole_interval_decides(result):
     assert not passed([near])
 
 
+def test_the_gain_over_the_student_alone_is_gated(result):
+    # gain 0.0109 with interval 0.0059 to 0.0159
+    assert judge(result, accuracy={"min_gain": 0.005})["accuracy.min_gain"].status == "pass"
+    assert judge(result, accuracy={"min_gain": 0.01})["accuracy.min_gain"].status == "not shown"
+    assert judge(result, accuracy={"min_gain": 0.02})["accuracy.min_gain"].status == "fail"
+    del result["comparison"]["baseline_gain"]
+    assert judge(result, accuracy={"min_gain": 0})["accuracy.min_gain"].status == "not shown"
+
+
 @given(st.floats(-1, 1), st.floats(0, 1), st.floats(0, 1), st.floats(-1, 1))
 def test_pass_and_fail_exclude_each_other_and_agree_with_the_value(value, down, up, budget):
     result = FIXED()
