@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import reduce
+from operator import add
 
 from torch import Tensor, nn
 
@@ -160,10 +162,12 @@ class Objective(nn.Module):
         values = {term.label: term(student, teacher, batch, part) for term in self.terms}
         weights = {term.label: term.weight(part) for term in self.terms}
         # A term of weight zero is only watched: 0 · NaN would otherwise spoil the sum.
-        total = sum(
-            (weights[label] * value for label, value in values.items() if weights[label]),
-            start=next(iter(values.values())).new_zeros(()),
-        )
+        weighted = [
+            value if weights[label] == 1 else weights[label] * value
+            for label, value in values.items()
+            if weights[label]
+        ]
+        total = reduce(add, weighted) if weighted else next(iter(values.values())).new_zeros(())
         return total, {label: value.detach() for label, value in values.items()}
 
 

@@ -85,14 +85,14 @@ def run(options: argparse.Namespace, case: tuple[int, int, str, bool]) -> dict[s
     if done.returncode not in (0, 1):
         raise SystemExit(f"{name}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
     result = json.loads((folder / "benchmark" / "result.json").read_text())
-    gate = json.loads((folder / "gate" / "gate.json").read_text())
+    (verdicts,) = folder.glob("artifacts/gate/*/gate.json")
     found = {
         "case": case,
         "exit": done.returncode,
         "seconds": seconds,
         "accuracy": {role: model["metric"] for role, model in result["models"].items()},
         "comparison": result["comparison"],
-        "verdicts": gate["verdicts"],
+        "verdicts": json.loads(verdicts.read_text())["verdicts"],
     }
     record.write_text(json.dumps(found))
     return found
