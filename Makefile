@@ -1,7 +1,8 @@
 # make demo   the main job, on data that needs no download
 # make test   ruff, mypy and pytest
+# make docs   the documentation, in site/; a broken link is an error
 # make setup  only the virtual environment
-.PHONY: setup demo test test-setup system-packages
+.PHONY: setup demo test test-setup docs system-packages
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -34,3 +35,8 @@ test: test-setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# The references are written from the code; then the pages are built.
+docs: .venv/.test-installed
+	$(BIN)/python docs/generate.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

@@ -11,41 +11,53 @@ from edgekd.figure import Evidence
 
 
 class AccuracyBudget(Section):
-    """The primary metric: an absolute bound, the largest drop below the teacher, the least gain.
-
-    ``min`` is the floor of a metric that is better when higher (accuracy), ``max`` the ceiling
-    of one that is better when lower (mae). ``min_gain`` is how much better than the same student
-    without the teacher the distilled one must be shown to be (``distill.baseline``).
+    """Section ``gate.accuracy``: the primary metric, in its own unit (0.01 is one point of
+    accuracy).
     """
 
     min: float | None = None
+    """Floor of a metric that is better when higher, such as accuracy."""
     max: float | None = None
+    """Ceiling of a metric that is better when lower, such as mae."""
     max_drop: float | None = None
+    """Largest loss of the student against the teacher."""
     min_gain: float | None = None
+    """How much better than the same student trained without the teacher the distilled one must be
+    shown to be; needs ``distill.baseline``.
+    """
 
 
 class SizeBudget(Section):
-    """The shipped file, in MB of 10⁶ bytes; ``min_ratio``: how many times below the teacher's."""
+    """Section ``gate.size``: the shipped file, in MB of 10⁶ bytes."""
 
     max_mb: Positive | None = None
+    """Largest size of the file."""
     min_ratio: Positive | None = None
+    """How many times smaller than the teacher's file it must be."""
 
 
 class ParameterBudget(Section):
-    """Parameters of the shipped model."""
+    """Section ``gate.parameters``: parameters of the shipped model."""
 
     max: Count | None = None
+    """Largest number of parameters."""
     max_ratio: Positive | None = None
+    """Largest share of the teacher's number."""
 
 
 class LatencyBudget(Section):
-    """Percentiles in ms of one query at the benchmark's batch size."""
+    """Section ``gate.latency``: percentiles of one query at the benchmark's batch size."""
 
     p50_ms: Positive | None = None
+    """Median, in ms."""
     p90_ms: Positive | None = None
+    """90th percentile, in ms."""
     p95_ms: Positive | None = None
+    """95th percentile, in ms."""
     p99_ms: Positive | None = None
+    """99th percentile, in ms; needs at least 662 queries to be stated."""
     min_speedup: Positive | None = None
+    """How many times faster than the teacher, measured in interleaved rounds."""
 
     @model_validator(mode="after")
     def _ordered(self) -> LatencyBudget:
@@ -64,17 +76,28 @@ class LatencyBudget(Section):
 
 
 class MemoryBudget(Section):
-    """Peak resident memory of the running process above an empty one, in MB of 10⁶ bytes."""
+    """Section ``gate.memory``."""
 
     peak_mb: Positive | None = None
+    """Peak resident memory of the running process above an empty one, in MB of 10⁶ bytes."""
 
 
 class GateConfig(Section):
-    """The budgets. A section left out is not gated, but for what the profile itself demands."""
+    """Section ``gate``: the budgets. A section left out is not gated, except for what the profile
+    itself demands.
+    """
 
     evidence: Evidence = "measured-on-target"
+    """The weakest evidence that is accepted: ``measured-on-target``, ``measured-on-host`` or
+    ``estimated``.
+    """
     accuracy: AccuracyBudget = AccuracyBudget()
+    """The primary metric."""
     size: SizeBudget = SizeBudget()
+    """The shipped file."""
     parameters: ParameterBudget = ParameterBudget()
+    """The shipped model's parameters."""
     latency: LatencyBudget = LatencyBudget()
+    """Time of one query."""
     memory: MemoryBudget = MemoryBudget()
+    """Peak memory of the running process."""

@@ -10,21 +10,38 @@ from edgekd.config.section import Count, Section
 
 
 class DataConfig(Section):
-    """Where samples come from and how they are split.
+    """Section ``data``: where samples come from and how they are split.
 
-    ``source`` is a built-in name (``digits``, ``fashion-mnist``), ``npz``, ``image-folder`` or
-    ``package.module:name``. ``test`` is never used to choose anything; ``validation`` is the
-    fraction cut from the training split, stratified where there are labels. ``labelled`` below 1
-    keeps that part of the training and validation labels, the rest is taught by the teacher alone.
+    The test split is never used to choose anything.
     """
 
     source: str
+    """``digits``, ``fashion-mnist``, ``npz``, ``image-folder`` (one folder per class), or
+    ``package.module:name``: a function that returns ``{"train": {"image": …, "label": …}, "test":
+    {…}}``.
+    """
     path: str | None = None
+    """File or folder of the source, relative to the pipeline file."""
     args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of an own source."""
     targets: tuple[str, ...] | None = None
+    """Names of the arrays to be learnt, where they are not the task's usual ones."""
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Fraction cut from the training split for validation, stratified where there are labels;
+    unused when the source has a validation split.
+    """
     test: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Fraction cut off as test split when the source has none."""
     labelled: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the training and validation labels that is kept; the other samples are taught by
+    the teacher alone. A label of −1, or no label at all, is unlabelled too.
+    """
     image_size: tuple[Count, Count] | None = None
+    """Height and width to which images of a folder are resized."""
     augment: tuple[str | dict[str, dict[str, Any]], ...] = ()
+    """Augmentations in order: ``flip``, ``shift``, ``erase``, ``crop``, ``colour``, and last
+    ``mixup`` or ``cutmix``; or own functions ``package.module:name``. A name, or ``{name:
+    {arguments}}``.
+    """
     download: bool = False
+    """Whether a source may download its files."""

@@ -11,47 +11,64 @@ from edgekd.config.training import LossTerm, TrainConfig
 
 
 class ExportConfig(Section):
-    """The ONNX file. Tolerances are those of the parity check against PyTorch."""
+    """Section ``export``: the ONNX file and the parity check against PyTorch, which is a hard gate
+    at batch sizes 1, 2 and 7.
+    """
 
     opset: Annotated[int, Field(ge=17, le=23)] = 18
+    """ONNX opset."""
     absolute_tolerance: Positive = 1e-3
+    """Largest absolute difference of an output."""
     relative_tolerance: Positive = 1e-3
+    """Largest difference relative to the output's size."""
     argmax_agreement: Fraction = 1.0
+    """Share of samples that must get the same class (classification only)."""
     samples: Count = 256
+    """Number of validation samples compared."""
 
 
 class QatConfig(TrainConfig):
-    """How the student is trained on after fake quantization was put into it.
-
-    ``losses`` None takes those of ``distill`` that compare outputs; the layers that others name
-    are not there any more in the prepared graph.
+    """Section ``quantize.qat``: how the student is trained further with fake quantization in it.
+    All keys of a training, with these defaults.
     """
 
     epochs: Count = 3
+    """Passes over the training split."""
     learning_rate: Positive = 1e-3
+    """Peak learning rate."""
     losses: tuple[LossTerm, ...] | None = Field(default=None, min_length=1)
+    """Loss terms. None: those of ``distill`` that compare outputs; the layers that others name no
+    longer exist in the prepared graph.
+    """
 
 
 class QuantizeConfig(Section):
-    """What is tried beside the float32 student; the engines stage measures all and chooses.
-
-    ``int8``: ``static`` (calibrated on ``samples`` validation samples), ``dynamic``,
-    ``weights-only`` or ``qat`` (quantization-aware distillation, :class:`QatConfig`). ``half``:
-    the same network in 16 bits. ``runtime`` decides the scheme: asymmetric uint8 activations for
-    the CPU, symmetric int8 and float biases for TensorRT; None follows the profile.
-    ``max_drop`` is what the metric on the validation split may lose against float32, in the
-    metric's own unit; layers are kept in float32 until it holds. ``keep`` names nodes that are
-    never quantized.
+    """Section ``quantize``: what is tried in addition to the float32 student. The engines stage
+    measures every candidate and selects one.
     """
 
     int8: Literal["static", "dynamic", "weights-only", "qat"] | None = None
+    """``static`` (calibrated), ``dynamic``, ``weights-only``, or ``qat`` (quantization-aware
+    distillation; the extra ``qat``).
+    """
     half: Literal["fp16", "bf16"] | None = None
+    """The same network in 16 bits: ``fp16`` or ``bf16``."""
     runtime: Literal["cpu", "tensorrt"] | None = None
+    """Decides the scheme: asymmetric uint8 activations for ``cpu``, symmetric int8 with biases in
+    float for ``tensorrt``. None follows the profile.
+    """
     calibration: Literal["minmax", "entropy", "percentile"] = "minmax"
+    """How the ranges of activations are found."""
     samples: Annotated[int, Field(gt=1)] = 512
+    """Number of validation samples calibrated on, at most."""
     max_drop: Annotated[float, Field(ge=0)] = 0.002
+    """What the metric on the validation split may lose against float32, in the metric's own unit;
+    layers are kept in float32 until it holds.
+    """
     keep: tuple[str, ...] = ()
+    """Names of nodes that are never quantized."""
     qat: QatConfig = QatConfig()
+    """The training of ``int8: qat``."""
 
     @model_validator(mode="after")
     def _something(self) -> QuantizeConfig:
@@ -64,37 +81,45 @@ class QuantizeConfig(Section):
 
 
 class OnnxRuntimeConfig(Section):
-    """ONNX Runtime. ``providers`` None means the profile's, the preferred first.
-
-    A node that the preferred provider does not run falls back to another one; that is an error
-    unless ``fallback: allow``.
-    """
+    """An engine of kind ``onnxruntime``."""
 
     kind: Literal["onnxruntime"] = "onnxruntime"
+    """ONNX Runtime."""
     providers: tuple[str, ...] | None = None
+    """Execution providers, the preferred first. None: the profile's."""
     fallback: Literal["error", "allow"] = "error"
+    """What happens when a node runs on another provider than the preferred one: ``error`` or
+    ``allow``.
+    """
     threads: Count | None = None
+    """Threads within an operator. None: the profile's."""
     optimization: Literal["disabled", "basic", "extended", "all"] = "all"
+    """Level of ONNX Runtime's graph optimizations."""
 
 
 class TensorRTConfig(Section):
-    """TensorRT, or TensorRT for RTX, which builds without a GPU for named ``compute_capabilities``.
-
-    ``shapes`` gives symbolic dimensions of an input as ``[least, usual, largest]`` shapes; without
-    it they go from 1 over ``benchmark.batch_size`` to the larger of both. ``workspace_mb`` None
-    is the profile's ``budget.memory_mb``. ``dla`` is the core of a Jetson's DLA.
-    """
+    """An engine of kind ``tensorrt`` or ``tensorrt-rtx`` (the extra ``rtx``)."""
 
     kind: Literal["tensorrt", "tensorrt-rtx"]
+    """``tensorrt`` builds on the device it runs on; ``tensorrt-rtx`` also builds without a GPU."""
     compute_capabilities: tuple[Annotated[str, Field(pattern=r"^\d+\.\d$")], ...] = ()
+    """GPUs to build for, such as ``"8.6"`` (``tensorrt-rtx``)."""
     shapes: dict[str, tuple[tuple[Count, ...], tuple[Count, ...], tuple[Count, ...]]] = Field(
         default_factory=dict
     )
+    """Symbolic dimensions of an input as three shapes: smallest, usual, largest. Without it they
+    go from 1 over ``benchmark.batch_size`` to the larger of both.
+    """
     workspace_mb: Positive | None = None
+    """Memory that the builder may use. None: the profile's ``budget.memory_mb``."""
     version_compatible: bool = False
+    """Whether the engine also loads in later releases."""
     hardware_compatible: bool = False
+    """Whether the engine also loads on other GPUs (``tensorrt``)."""
     dla: Annotated[int, Field(ge=0)] | None = None
+    """Core of a Jetson's DLA. None: the GPU."""
     gpu_fallback: bool = True
+    """Whether layers that the DLA cannot run may run on the GPU."""
 
 
 EngineConfig = Annotated[OnnxRuntimeConfig | TensorRTConfig, Field(discriminator="kind")]

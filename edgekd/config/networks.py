@@ -11,10 +11,15 @@ from edgekd.config.training import TrainConfig
 
 
 class ModelConfig(Section):
-    """A network: a built-in name or ``package.module:name``, and its arguments."""
+    """A network and its arguments."""
 
     model: str | None = None
+    """``convnet-l``, ``convnet-m``, ``convnet-s``, ``convnet-xs``, ``mlp``, ``policy-l``,
+    ``policy-s``; ``timm:NAME`` or ``transformers:NAME_OR_PATH`` (extras of these names); or
+    ``package.module:name``.
+    """
     args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the network's constructor."""
 
 
 TEACHERS_OWN = "teacher"
@@ -25,15 +30,22 @@ HUBS = ("timm:", "transformers:")
 
 
 class TeacherConfig(ModelConfig):
-    """Trained here (``train``), loaded (``checkpoint``), or an ONNX file as a black box.
-
-    A network of a hub (``transformers:NAME``) needs none of them: it is finished.
+    """Section ``teacher``: give one of ``train``, ``checkpoint`` and ``onnx``; a network of a hub
+    (``transformers:NAME``) is already trained and needs none.
     """
 
     checkpoint: str | None = None
+    """Weights of ``model``: safetensors, or a state dict, loaded with ``weights_only``."""
     onnx: str | None = None
+    """An ONNX file used as a black box, with its own input names and external data; without
+    ``model``.
+    """
     train: TrainConfig | None = None
+    """Train the teacher here first; ``{}`` takes the defaults."""
     allow_pickle: bool = False
+    """Whether a checkpoint that is a pickle may be loaded. It can run any code: only for files
+    from a trusted source.
+    """
 
     @model_validator(mode="after")
     def _one_origin(self) -> TeacherConfig:
@@ -53,29 +65,37 @@ class TeacherConfig(ModelConfig):
 
 
 class PruneConfig(Section):
-    """Structured pruning: whole channels and neurons go, by the dependency graph of the network.
-
-    ``ratio`` is the share of channels that goes, of each layer or (``scope: global``) of all
-    together. ``round_to`` keeps widths a multiple of it. ``keep`` names layers that stay whole.
+    """Section ``student.prune``: structured pruning; complete channels and neurons are removed
+    along the network's dependency graph (the extra ``prune``).
     """
 
     ratio: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the channels that is removed."""
     importance: Literal["magnitude", "taylor", "lamp", "random"] = "magnitude"
+    """How channels are ranked."""
     scope: Literal["layer", "global"] = "layer"
+    """``layer``: the share of each layer; ``global``: of all layers together."""
     round_to: Count = 1
+    """Widths stay a multiple of this."""
     keep: tuple[str, ...] = ()
+    """Names of layers that are not pruned."""
 
 
 class StudentConfig(ModelConfig):
-    """The network that is shipped. ``checkpoint`` starts it from given weights.
+    """Section ``student``: the network that is shipped.
 
-    ``model: teacher`` is the teacher's own network with its weights: to be pruned, or quantized
-    as it is. ``prune`` needs weights to choose by: those of the teacher or of a checkpoint.
+    ``model: teacher`` is the teacher's own network with its weights, to be pruned or to be
+    quantized as it is.
     """
 
     model: str
+    """As for the teacher, or ``teacher``."""
     checkpoint: str | None = None
+    """Weights to start from."""
     prune: PruneConfig | None = None
+    """Remove channels first, and distill the teacher back into what remains. Needs trained
+    weights: the teacher's or a checkpoint's.
+    """
 
     @model_validator(mode="after")
     def _weights_to_prune(self) -> StudentConfig:

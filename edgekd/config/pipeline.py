@@ -15,32 +15,54 @@ from edgekd.config.training import DistillConfig, LossTerm
 
 
 class BenchmarkConfig(Section):
-    """How long to measure, and against what."""
+    """Section ``benchmark``: how long to measure, and against what."""
 
     against: Literal["teacher", "none"] = "teacher"
+    """``teacher``: measured in interleaved rounds with the student; ``none``: the student alone."""
     batch_size: Count = 1
+    """Samples of one query."""
     min_queries: Count = 1000
+    """Timed queries of each model, unless ``max_seconds`` are over before."""
     max_seconds: Positive = 60.0
+    """Limit of the time for all queries."""
 
 
 class PipelineConfig(Section):
-    """A whole pipeline file."""
+    """A pipeline file."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+    """Name of the job, of its run folder and of its bundle."""
     task: str = "classification"
+    """``classification``, ``regression``, ``policy`` (several inputs, continuous actions), or
+    ``package.module:name``.
+    """
     task_args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the task."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Seed of weights, splits, order and augmentation."""
     data: DataConfig
+    """Where samples come from."""
     profile: str = "host"
+    """A shipped device profile (``edgekd profiles list``), or a YAML file."""
     target: str = "local"
+    """Where the benchmark runs. Only ``local`` exists."""
     teacher: TeacherConfig
+    """The network that is distilled from."""
     student: StudentConfig
+    """The network that is shipped."""
     distill: DistillConfig = DistillConfig()
+    """The student's training."""
     export: ExportConfig = ExportConfig()
+    """The ONNX file and its parity check."""
     quantize: QuantizeConfig | None = None
+    """INT8 and 16-bit candidates. Left out: float32 only."""
     engines: tuple[EngineConfig, ...] = (OnnxRuntimeConfig(),)
+    """What the model is built for; the first one is measured. A name, or a mapping with ``kind``.
+    """
     benchmark: BenchmarkConfig = BenchmarkConfig()
+    """The measurement."""
     gate: GateConfig = GateConfig()
+    """The budgets."""
 
     @property
     def loss_terms(self) -> tuple[LossTerm, ...]:

@@ -46,8 +46,11 @@ class Stated(Section):
     """What every statement in a profile carries: its source, and whether it was looked up."""
 
     source: Source
+    """Where the figure is from."""
     verified: bool = True
+    """Whether it was looked up; a ``recalled`` figure was not."""
     note: str | None = None
+    """A remark."""
 
     @model_validator(mode="before")
     @classmethod
@@ -69,22 +72,23 @@ class Quantity(Stated):
     """A number; its unit is in the name of its key (``total_mb``, ``bandwidth_gb_s``)."""
 
     value: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """The number."""
 
 
 class Text(Stated):
     """A name or a version. Versions are quoted in YAML, or 6.10 would become 6.1."""
 
     value: Annotated[str, StringConstraints(strict=True, min_length=1)]
+    """The text."""
 
 
 class Memory(Section):
-    """Memory in MB. On a Jetson the GPU and the CPU share it; on a desktop it is the GPU's own.
-
-    ``usable_mb`` is what is left for models beside the operating system and its services.
-    """
+    """Memory in MB. On a Jetson GPU and CPU share it; on a desktop it is the GPU's own."""
 
     total_mb: Quantity
+    """All of it."""
     usable_mb: Quantity
+    """What the operating system and its services leave for models."""
 
     @model_validator(mode="after")
     def _usable_is_a_part(self) -> Memory:
@@ -96,19 +100,22 @@ class Memory(Section):
 
 
 class Compute(Section):
-    """Peak rates. Dense and sparse figures have keys of their own and are never mixed.
-
-    ``int8_dense_tops`` is the GPU alone; ``int8_sparse_tops`` is the module's headline figure,
-    which on an Orin NX or AGX Orin has the DLA in it; ``dla_int8_dense_tops`` is the DLA alone.
-    """
+    """Peak rates. Dense and sparse figures have separate keys and are never mixed."""
 
     fp32_tflops: Quantity | None = None
+    """float32 rate, TFLOPS."""
     fp16_dense_tflops: Quantity | None = None
+    """Dense fp16 rate, TFLOPS."""
     int8_dense_tops: Quantity | None = None
+    """Dense INT8 rate of the GPU alone, TOPS."""
     dla_int8_dense_tops: Quantity | None = None
+    """Dense INT8 rate of the DLA alone, TOPS."""
     int8_sparse_tops: Quantity | None = None
+    """The module's headline figure, TOPS; on an Orin NX or AGX Orin it includes the DLA."""
     fp8_sparse_tflops: Quantity | None = None
+    """Sparse fp8 rate, TFLOPS."""
     bandwidth_gb_s: Quantity | None = None
+    """Memory bandwidth, GB/s."""
 
     @model_validator(mode="after")
     def _dense_is_not_sparse(self) -> Compute:
@@ -125,66 +132,86 @@ class Cpu(Section):
     """The processor: how many cores a program can use, and what they are."""
 
     cores: Quantity
+    """Number of cores."""
     model: Text
+    """Name of the processor."""
 
 
 class Gpu(Section):
     """The GPU; the compute capability is written ``"8.7"``."""
 
     compute_capability: Text
+    """Such as ``"8.7"``, in quotes."""
 
 
 class PowerMode(Stated):
     """A power mode and its watts; ``watts`` is left out of a mode without a limit (MAXN)."""
 
     name: str
+    """Name of the mode."""
     watts: Annotated[float, Field(gt=0)] | None = None
+    """Its limit; left out of a mode without one (MAXN)."""
 
 
 class Runtime(Section):
-    """How models are run there.
-
-    ``engine`` is the runtime that serves the device best. ``providers`` are ONNX Runtime's
-    execution providers, the preferred first, for when ONNX Runtime runs the model. ``threads``
-    None leaves the number to the runtime. Only ``host`` has no providers in its file.
-    """
+    """How models are run there."""
 
     engine: Literal["onnxruntime", "tensorrt"]
+    """The runtime that serves the device best."""
     providers: tuple[str, ...] = ()
+    """ONNX Runtime's execution providers, the preferred first, for when ONNX Runtime runs the
+    model. Only ``host`` leaves them out.
+    """
     threads: Count | None = None
+    """None leaves the number to the runtime."""
     jetpack: Text | None = None
+    """JetPack version."""
     tensorrt: Text | None = None
+    """TensorRT version."""
     cuda: Text | None = None
+    """CUDA version."""
 
 
 class Budget(Section):
-    """What one model may cost there when the pipeline says nothing else.
-
-    ``latency_ms``: one query; ``memory_mb``: peak of the process above an empty one;
-    ``storage_mb``: the shipped files.
-    """
+    """What one model may cost there when the pipeline says nothing else."""
 
     latency_ms: Quantity | None = None
+    """One query."""
     memory_mb: Quantity | None = None
+    """Peak of the process above an empty one."""
     storage_mb: Quantity | None = None
+    """The shipped files."""
 
 
 class Profile(Section):
     """One device. Only ``host`` has no ``memory`` and ``cpu`` in its file: they are read here."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+    """Name of the profile."""
     device: str
+    """Name of the device."""
     kind: Literal["jetson", "desktop-gpu", "cpu-board", "x86", "host"]
+    """What kind of machine it is; ``host`` is the machine edgekd runs on."""
     memory: Memory | None = None
+    """Memory; read from the machine for ``host``."""
     storage_mb: Quantity | None = None
+    """Storage."""
     compute: Compute = Compute()
+    """Peak rates."""
     cpu: Cpu | None = None
+    """The processor; read from the machine for ``host``."""
     gpu: Gpu | None = None
+    """The GPU."""
     power_modes: tuple[PowerMode, ...] = ()
+    """Power modes."""
     precisions: Annotated[tuple[Precision, ...], Field(min_length=1)]
+    """Number formats that the device runs."""
     runtime: Runtime
+    """How models are run there."""
     budget: Budget = Budget()
+    """What one model may cost."""
     note: str | None = None
+    """A remark."""
 
     @model_validator(mode="after")
     def _whole(self) -> Profile:

@@ -14,4 +14,4 @@ Count = Annotated[int, Field(gt=0)]
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, values are not changed after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)

@@ -11,16 +11,18 @@ from edgekd.config.section import Count, Positive, Section
 
 
 class Schedule(Section):
-    """A number that goes from ``start`` to ``end`` and stays there.
-
-    ``over`` is the part of the training that it takes: ``{start: 0, end: 8, over: 0.1}`` is a
-    warm-up over the first tenth.
+    """A number that changes from ``start`` to ``end`` and then stays: ``{start: 0, end: 8, over:
+    0.1}`` is a warm-up over the first tenth of the training.
     """
 
     start: float
+    """First value."""
     end: float
+    """Last value."""
     over: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the training that the change takes."""
     shape: Literal["linear", "cosine"] = "linear"
+    """Form of the change."""
 
     def at(self, part: float) -> float:
         """Its value when ``part`` of the training is done, from 0 to 1."""
@@ -31,30 +33,44 @@ class Schedule(Section):
 
 
 class TrainConfig(Section):
-    """How a network is trained; the same keys for teacher, student and distillation.
-
-    ``warm_up`` is the part of the steps over which the learning rate rises from almost 0 (for
-    ``constant`` and ``cosine``; ``one-cycle`` has its own). ``ema`` is the decay per step of an
-    average of the weights, which is then what is validated and kept. ``accumulate`` batches make
-    one step. ``patience`` stops when validation was not better for that many epochs.
-    """
+    """How a network is trained; the same keys for teacher, student and distillation."""
 
     epochs: Count = 10
+    """Passes over the training split."""
     batch_size: Count = 128
+    """Samples of a batch."""
     optimizer: Literal["sgd", "adamw"] = "adamw"
+    """``sgd`` (with Nesterov momentum) or ``adamw``."""
     learning_rate: Positive = 2e-3
+    """Peak learning rate."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of ``sgd``."""
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    """Weight decay."""
     schedule: Literal["constant", "cosine", "one-cycle"] = "one-cycle"
+    """Course of the learning rate over the steps."""
     warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the steps over which the learning rate rises from almost 0, for ``constant`` and
+    ``cosine``; ``one-cycle`` has its own.
+    """
     clip_norm: Positive | None = None
+    """Largest norm of the gradient. None: not clipped."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay per step of an exponential moving average of the weights, which is then what is
+    validated and kept. None: no average.
+    """
     accumulate: Count = 1
+    """Batches that make one optimizer step."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of forward and backward passes (automatic mixed precision)."""
     compile: bool = False
+    """Whether ``torch.compile`` is used."""
     patience: Count | None = None
+    """Stop after this many epochs without a better validation. None: never early."""
     channels_last: bool = True
+    """Whether images are held in channels-last memory format, which is faster for convolutions."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the probability spread evenly over all classes by the loss on hard labels."""
 
 
 def _one_name(value: Any, kind: str, example: str, beside: tuple[str, ...] = ()) -> Any:
@@ -75,13 +91,16 @@ class LossTerm(Section):
     """One term of the objective: ``{soft_labels: {temperature: 4}, weight: 0.9}``.
 
     The arguments ``student`` and ``teacher`` name the layers it compares (a list of them for
-    several pairs); without them it compares the primary outputs. The weight, and any number
-    among the arguments, may be a :class:`Schedule`.
+    several pairs); without them it compares the primary outputs. The weight, and any number among
+    the arguments, may be a :class:`Schedule`.
     """
 
     name: str
+    """A built-in loss, or ``package.module:name``."""
     args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the loss, and the layers it compares."""
     weight: Annotated[float, Field(ge=0)] | Schedule = 1.0
+    """Factor of this term."""
 
     @field_validator("weight")
     @classmethod
@@ -98,10 +117,13 @@ class LossTerm(Section):
 
 
 class SchemeConfig(Section):
-    """Who teaches whom: ``offline``, or ``{online: {peers: 2}}``."""
+    """Section ``distill.scheme``: who teaches whom; ``offline``, or ``{online: {peers: 2}}``."""
 
     name: str = "offline"
+    """``offline``, ``online``, ``self``, ``assistant``, ``ensemble``, or ``package.module:name``.
+    """
     args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the scheme."""
 
     @model_validator(mode="before")
     @classmethod
@@ -110,37 +132,45 @@ class SchemeConfig(Section):
 
 
 class CacheConfig(Section):
-    """The teacher's answers on disk, so that it answers each view of a sample once.
-
-    ``views`` different augmentations of each sample are gone through in turn. ``top`` logits of
-    each answer are kept; all of them when there are no more classes. ``folder`` is shared
-    between runs; without it the answers lie in the run's folder.
+    """Section ``distill.cache``: the teacher's outputs on disk, so that it is run once per view of
+    a sample.
     """
 
     views: Count = 8
+    """Number of different augmentations of each sample, used in turn."""
     top: Count = 10
+    """Number of logits kept of each output, with the logsumexp of the rest; all of them when there
+    are no more classes.
+    """
     folder: str | None = None
+    """A folder shared between runs. None: the run's folder."""
 
 
 class DistillConfig(TrainConfig):
-    """The student's training: the terms of the objective beside the training keys.
-
-    ``baseline: true`` also trains the same student, from the same initial weights and over the
-    same batches, without the teacher, so that the gap closed is measured. ``labelled`` below 1
-    leaves the student, with a teacher and alone, that share of the training and validation
-    labels; the teacher's own training has all of them.
-    """
+    """Section ``distill``: the student's training; all keys of a training, and these."""
 
     losses: tuple[LossTerm, ...] | None = Field(default=None, min_length=1)
-    """None: those of :meth:`PipelineConfig.loss_terms`."""
+    """Loss terms. None: a tenth against the labels and nine tenths against the teacher (soft
+    labels at T = 4; for continuous outputs the task's distance).
+    """
     scheme: SchemeConfig = SchemeConfig()
+    """Who teaches whom."""
     cache: CacheConfig | None = CacheConfig()
-    """None (in YAML also ``false``): the teacher answers each batch anew."""
+    """``false``: the teacher is run for each batch. Losses that compare the teacher's layers
+    always run it.
+    """
     augment: tuple[str | dict[str, dict[str, Any]], ...] | None = None
-    """The student's augmentation; None: that of ``data``, which the teacher is trained with."""
+    """The student's augmentation. None: that of ``data``, with which the teacher is trained."""
     epochs: Count = 20
+    """Passes over the training split."""
     baseline: bool = True
+    """Whether the same student is also trained without the teacher, from the same initial weights
+    and over the same batches, so that the gain and the gap closed are measured.
+    """
     labelled: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the training and validation labels that the student may use, with the teacher and
+    alone; the teacher's own training uses all of them.
+    """
 
     @model_validator(mode="before")
     @classmethod
