@@ -10,10 +10,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgekd.api import benchmark, build, export, gate, quantize, run
+    from edgekd.api import benchmark, build, export, gate, load_result, quantize, run
     from edgekd.config.profile import load_profile
 
-__all__ = ["benchmark", "build", "export", "gate", "load_profile", "quantize", "run"]
+__all__ = ["benchmark", "build", "export", "gate", "load_profile", "load_result", "quantize", "run"]
 
 
 def __getattr__(name: str) -> Any:

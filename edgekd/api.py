@@ -21,6 +21,7 @@ from edgekd.pipeline.team import Team, joined
 
 if TYPE_CHECKING:
     from edgekd.release.gate import Verdict
+    from edgekd.release.result import Result
 
 
 def open_job(pipeline: str | Path, overrides: Sequence[str] = ()) -> Job:
@@ -181,3 +182,23 @@ def gate(
     if not isinstance(budgets, GateConfig):
         budgets = load_section(Path(budgets), GateConfig)
     return evaluate(result, budgets, profile)
+
+
+def load_result(run: str | Path) -> Result:
+    """Read the figures of a run.
+
+    Args:
+        run: the folder of a run that reached its benchmark stage, or a ``result.json``.
+
+    Returns:
+        The models' figures (``result.student.metric.value``, ``result.models["teacher"]``) and
+        the comparisons between them (``result.comparison["speedup"].interval``).
+
+    Raises:
+        InputError: there is no result, or it is damaged.
+    """
+    from edgekd.release.compare import find_result
+    from edgekd.release.result import Result, read_result
+
+    file = find_result(Path(run))
+    return Result.from_json(read_result(file), str(file))

@@ -22,9 +22,9 @@ def init(path: Path, example: str, schema: bool) -> None:
     if path.exists():
         raise InputError("the file exists already", where=str(path), remedy="give another path")
     if schema:
-        from edgekd.config.pipeline import PipelineConfig
+        from edgekd.config.pipeline import pipeline_schema
 
-        text = json.dumps(PipelineConfig.model_json_schema(), indent=1)
+        text = json.dumps(pipeline_schema(), indent=1)
     else:
         examples = {file.stem: file for file in pipelines_folder().glob("*.yaml")}
         if example not in examples:

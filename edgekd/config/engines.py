@@ -37,8 +37,8 @@ class QatConfig(TrainConfig):
     learning_rate: Positive = 1e-3
     """Peak learning rate."""
     losses: tuple[LossTerm, ...] | None = Field(default=None, min_length=1)
-    """Loss terms. None: those of ``distill`` that compare outputs; the layers that others name no
-    longer exist in the prepared graph.
+    """Loss terms. Left out: those of ``distill`` that compare outputs; the layers that others
+    name no longer exist in the prepared graph.
     """
 
 
@@ -55,7 +55,7 @@ class QuantizeConfig(Section):
     """The same network in 16 bits: ``fp16`` or ``bf16``."""
     runtime: Literal["cpu", "tensorrt"] | None = None
     """Decides the scheme: asymmetric uint8 activations for ``cpu``, symmetric int8 with biases in
-    float for ``tensorrt``. None follows the profile.
+    float for ``tensorrt``. Left out, it follows the profile.
     """
     calibration: Literal["minmax", "entropy", "percentile"] = "minmax"
     """How the ranges of activations are found."""
@@ -86,13 +86,13 @@ class OnnxRuntimeConfig(Section):
     kind: Literal["onnxruntime"] = "onnxruntime"
     """ONNX Runtime."""
     providers: tuple[str, ...] | None = None
-    """Execution providers, the preferred first. None: the profile's."""
+    """Execution providers, the preferred first. Left out: the profile's."""
     fallback: Literal["error", "allow"] = "error"
     """What happens when a node runs on another provider than the preferred one: ``error`` or
     ``allow``.
     """
     threads: Count | None = None
-    """Threads within an operator. None: the profile's."""
+    """Threads within an operator. Left out: the profile's."""
     optimization: Literal["disabled", "basic", "extended", "all"] = "all"
     """Level of ONNX Runtime's graph optimizations."""
 
@@ -111,13 +111,13 @@ class TensorRTConfig(Section):
     go from 1 over ``benchmark.batch_size`` to the larger of both.
     """
     workspace_mb: Positive | None = None
-    """Memory that the builder may use. None: the profile's ``budget.memory_mb``."""
+    """Memory that the builder may use. Left out: the profile's ``budget.memory_mb``."""
     version_compatible: bool = False
     """Whether the engine also loads in later releases."""
     hardware_compatible: bool = False
     """Whether the engine also loads on other GPUs (``tensorrt``)."""
     dla: Annotated[int, Field(ge=0)] | None = None
-    """Core of a Jetson's DLA. None: the GPU."""
+    """Core of a Jetson's DLA. Left out: the GPU."""
     gpu_fallback: bool = True
     """Whether layers that the DLA cannot run may run on the GPU."""
 

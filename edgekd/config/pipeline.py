@@ -105,3 +105,33 @@ class PipelineConfig(Section):
             engines = [{"kind": e} if isinstance(e, str) else e for e in value["engines"]]
             return {**value, "engines": engines}
         return value
+
+
+SCHEMA = "edgekd.pipeline/1"
+
+
+def pipeline_schema() -> dict[str, Any]:
+    """The JSON schema of a pipeline file, with the short forms that YAML allows.
+
+    A term, a scheme and an augmentation may be a bare name or ``{name: {arguments}}``, an engine a
+    bare kind, and the cache ``false``.
+    """
+    schema = PipelineConfig.model_json_schema()
+    parts = schema["$defs"]
+    for part, others in (("LossTerm", ("weight",)), ("SchemeConfig", ())):
+        full = parts[part]
+        named = {
+            "type": "object",
+            "properties": {key: full["properties"][key] for key in others},
+            "additionalProperties": {"type": ["object", "null"]},
+            "maxProperties": 1 + len(others),
+        }
+        parts[part] = {
+            "description": full["description"],
+            "anyOf": [{"type": "string"}, full, named],
+        }
+    cache = parts["DistillConfig"]["properties"]["cache"]
+    cache["anyOf"].append({"const": False})
+    engines = schema["properties"]["engines"]
+    engines["items"] = {"anyOf": [{"type": "string"}, engines["items"]]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": SCHEMA, **schema}

@@ -163,7 +163,7 @@ class Runtime(Section):
     model. Only ``host`` leaves them out.
     """
     threads: Count | None = None
-    """None leaves the number to the runtime."""
+    """Left out, the runtime chooses."""
     jetpack: Text | None = None
     """JetPack version."""
     tensorrt: Text | None = None

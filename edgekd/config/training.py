@@ -54,10 +54,10 @@ class TrainConfig(Section):
     ``cosine``; ``one-cycle`` has its own.
     """
     clip_norm: Positive | None = None
-    """Largest norm of the gradient. None: not clipped."""
+    """Largest norm of the gradient. Left out: not clipped."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay per step of an exponential moving average of the weights, which is then what is
-    validated and kept. None: no average.
+    validated and kept. Left out: no average.
     """
     accumulate: Count = 1
     """Batches that make one optimizer step."""
@@ -66,7 +66,7 @@ class TrainConfig(Section):
     compile: bool = False
     """Whether ``torch.compile`` is used."""
     patience: Count | None = None
-    """Stop after this many epochs without a better validation. None: never early."""
+    """Stop after this many epochs without a better validation. Left out: never early."""
     channels_last: bool = True
     """Whether images are held in channels-last memory format, which is faster for convolutions."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -143,14 +143,14 @@ class CacheConfig(Section):
     are no more classes.
     """
     folder: str | None = None
-    """A folder shared between runs. None: the run's folder."""
+    """A folder shared between runs. Left out: the run's folder."""
 
 
 class DistillConfig(TrainConfig):
     """Section ``distill``: the student's training; all keys of a training, and these."""
 
     losses: tuple[LossTerm, ...] | None = Field(default=None, min_length=1)
-    """Loss terms. None: a tenth against the labels and nine tenths against the teacher (soft
+    """Loss terms. Left out: a tenth against the labels and nine tenths against the teacher (soft
     labels at T = 4; for continuous outputs the task's distance).
     """
     scheme: SchemeConfig = SchemeConfig()
@@ -160,7 +160,7 @@ class DistillConfig(TrainConfig):
     always run it.
     """
     augment: tuple[str | dict[str, dict[str, Any]], ...] | None = None
-    """The student's augmentation. None: that of ``data``, with which the teacher is trained."""
+    """The student's augmentation. Left out: that of ``data``, with which the teacher is trained."""
     epochs: Count = 20
     """Passes over the training split."""
     baseline: bool = True
