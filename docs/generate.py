@@ -1,7 +1,7 @@
 """Write the reference pages of ``docs/reference`` from the code: run by ``make docs``.
 
 A test compares the files with what this gives, so that they never lag behind. With a folder as
-argument the pages are written there.
+argument the pages are written there. It is also the hook of mkdocs for the pages with docstrings.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ def pages() -> dict[str, str]:
         "losses.md": losses(),
         "devices.md": devices(),
     }
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """A hook of mkdocs: roles in docstrings, ``:func:`run```, become plain code."""
+    return re.sub(r":\w+:<code>~?(?:[\w.]*\.)?(\w+)</code>", r"<code>\1</code>", html)
 
 
 def _markdown(text: str) -> str:
