@@ -196,7 +196,8 @@ def _command(command: click.Command, name: str, parent: click.Context, level: st
         record = parameter.get_help_record(context)
         if isinstance(parameter, click.Option) and record and "--help" not in parameter.opts:
             flags, text = record
-            rows.append((f"`{flags}`", re.sub(r"\[(default: [^\]]*?)\]", r"(\1)", text)))
+            text = re.sub(r"\[(default: [^\]]*?)\]", r"(\1)", text).replace("<", "&lt;")
+            rows.append((f"`{flags}`", text))
     if rows:
         yield _table(("option", ""), rows)
     if isinstance(command, click.Group):
