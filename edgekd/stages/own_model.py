@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -67,6 +67,9 @@ def quantize_model(
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Write ``out`` and say what it costs and gains: a record ``edgekd.quantize/1``.
+
+    ``errors`` has a row for each output with the parts that it was compared by; ``worst`` is the
+    part that falls most, where that is not the metric's own output, and what it falls by.
 
     The record's ``output`` is None when ``max_drop`` could not be met; nothing is written then.
     ``out`` is written last: until then, and where something fails, it is what it was before.
@@ -137,7 +140,7 @@ def quantize_model(
 
                 rows = layer_errors(model, runnable, compared)
                 record["layers"] = [row.to_json() for row in rows]
-            if settings.max_drop is not None and found["drop"]["value"] > settings.max_drop:
+            if settings.max_drop is not None and largest_drop(found) > settings.max_drop:
                 written.unlink()
                 return record
         record |= {"output": str(out), "bytes": describe_onnx(written).size_bytes}
@@ -150,6 +153,13 @@ def quantize_model(
                 written, model, info.spec, compared, settings.threads
             )
     return record
+
+
+def largest_drop(record: Mapping[str, Any]) -> float:
+    """The drop that a budget is held against: the metric's, or that of a part which falls more."""
+    worst = record["worst"]
+    drop: float = record["drop"]["value"]
+    return drop if worst is None else max(drop, worst["drop"])
 
 
 def _write(
