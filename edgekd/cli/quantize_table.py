@@ -26,6 +26,13 @@ def print_quantized(console: Console, record: Mapping[str, Any]) -> None:
         if record.get("float_inputs"):
             _print_float_inputs(console, record["float_inputs"])
         _print_size(console, record)
+    if record.get("mixed"):
+        console.print(
+            "  in float32, as 8 bits of one scale would lose the smaller part: "
+            f"{', '.join(record['mixed'])}",
+            highlight=False,
+            markup=False,
+        )
     half = record.get("half")
     if half:
         total = len(half["kept"]) + len(half["low"])

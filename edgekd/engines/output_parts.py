@@ -316,7 +316,8 @@ def _clusters(peaks: Array) -> tuple[float, list[Array]]:
     order = np.argsort(peaks, kind="stable")
     least = max(1, math.ceil(len(peaks) * _LEAST_SHARE))
     positive = order[peaks[order] > 0]
-    cuts, widest = [], 1.0
+    cuts: list[int] = []
+    widest = 1.0
     for place in range(1, len(positive)):
         gap = float(peaks[positive[place]] / peaks[positive[place - 1]])
         here = place - (cuts[-1] if cuts else 0)

@@ -33,7 +33,8 @@ def write_static(
     float32 too; they stay so if that is shown to be faster.
 
     Returns:
-        ``warnings``; with ``max_drop`` the ``decision`` and its ``decision_lines``; where it was
+        ``warnings``; with ``max_drop`` the ``decision`` and its ``decision_lines``; ``mixed``,
+        where nodes stay in float32 because one scale would lose a part of them; where it was
         tried ``float_inputs``: the ``nodes``, whether that was ``taken``, and the latency with
         them in float32 (``p50_ms``) against that with them in INT8 (``int8_p50_ms``).
     """
@@ -50,6 +51,8 @@ def write_static(
         threads=settings.threads,
     )
     said: dict[str, Any] = {"warnings": remarks_on_ranges(quantizer.constant)}
+    if quantizer.mixed:
+        said["mixed"] = [str(mixed) for mixed in quantizer.mixed]
     decision = None
     if settings.max_drop is None:
         quantizer.write(out)

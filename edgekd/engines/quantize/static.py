@@ -16,6 +16,7 @@ from edgekd.engines.onnx_file import check_onnx
 from edgekd.engines.quantize.calibration import Calibration, calibrate, feeds
 from edgekd.engines.quantize.candidates import Candidates, Runtime
 from edgekd.engines.quantize.float_islands import copy_shared_weights, free_float_values
+from edgekd.engines.quantize.mixed_ranges import MixedRange, mixed_joins, mixed_outputs
 from edgekd.engines.quantize.nothing_to_quantize import nothing_to_quantize
 from edgekd.engines.quantize.prepare import (
     drop_unused,
@@ -95,7 +96,7 @@ class StaticQuantizer:
         save_onnx(self._prepared.model, self.prepared)
         self.ranges = calibrate(
             self.prepared,
-            self._candidates.tensors,
+            self._candidates.tensors | _joined(graph),
             samples,
             scratch,
             calibration=calibration,
@@ -105,6 +106,26 @@ class StaticQuantizer:
         )
         """(lowest, highest) value covered, by activation."""
         self._check_same_answers(samples, threads)
+        self.mixed: tuple[MixedRange, ...] = ()
+        """Nodes that stay in float because 8 bits of one scale would lose a part of them."""
+        self._leave_mixed_in_float(samples, kept)
+
+    def _leave_mixed_in_float(self, samples: Samples, kept: Collection[str]) -> None:
+        graph, before = self._prepared.model.graph, self._candidates
+        found = mixed_joins(graph, self.ranges, before.weighted)
+        if self._runtime == "cpu":
+            found += mixed_outputs(self.prepared, samples)
+        found = tuple(mixed for mixed in found if before.all & set(mixed.floats))
+        floats = {name for mixed in found for name in mixed.floats}
+        after = Candidates(graph, self._runtime, kept | floats)
+        # A model of which nothing is left is quantized all the same; the comparison tells.
+        if found and after.all:
+            self._candidates, self.mixed = after, found
+
+    @property
+    def mixed_nodes(self) -> tuple[str, ...]:
+        """Names of all nodes that stay in float for :attr:`mixed`."""
+        return tuple(dict.fromkeys(name for mixed in self.mixed for name in mixed.floats))
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -206,3 +227,12 @@ class StaticQuantizer:
                     remedy="export the model again with opset 13 or later, without batch norm in "
                     "training mode",
                 )
+
+
+def _joined(graph: onnx.GraphProto) -> set[str]:
+    """The activations that Concats join, whose ranges say whether one scale holds them all."""
+    weights = {tensor.name for tensor in graph.initializer}
+    values = [*graph.value_info, *graph.input, *graph.output]
+    floats = {v.name for v in values if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+    joined = {name for n in graph.node if n.op_type == "Concat" for name in n.input}
+    return joined & floats - weights
