@@ -176,7 +176,7 @@ def _write(
 
     if settings.method in ("dynamic", "weights-only"):
         write = quantize_dynamic if settings.method == "dynamic" else quantize_weights
-        write(model, out, keep=settings.keep)
+        write(model, out, keep=settings.keep, samples=samples)
         return {}
     if settings.method == "fp16" or settings.method == "bf16":
         from edgekd.engines.half import convert_half

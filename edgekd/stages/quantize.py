@@ -130,7 +130,7 @@ class _Work:
         if kind == "dynamic" or kind == "weights-only":
             name = f"int8-{kind}"
             write = quantize_dynamic if kind == "dynamic" else quantize_weights
-            write(self.source, self._out(name), keep=self.wanted.keep)
+            write(self.source, self._out(name), keep=self.wanted.keep, samples=self.calibration)
             # TensorRT's parser takes no DynamicQuantizeLinear, and weights alone gain it nothing.
             return {name: self._entry(name, kind, "cpu", self.wanted.keep)}
         found = self._static(runtime)

@@ -151,7 +151,7 @@ def _histograms(
     )
     augmented = scratch / "histograms.onnx"
     save_onnx(proto, augmented)
-    session = open_session(augmented, (CPU_PROVIDER,), threads, "basic")
+    session = open_session(augmented, (CPU_PROVIDER,), threads, "disabled")
     computed = [name for name in ranges if name not in inputs]
     histograms = {
         n: MagnitudeHistogram(max(abs(low), abs(high))) for n, (low, high) in ranges.items()
