@@ -19,8 +19,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekd.engines.made_up_inputs import answers_of
-from edgekd.engines.onnx_file import read_onnx
+from edgekd.engines.made_up_inputs import answers_of, answers_to_made_up
+from edgekd.engines.onnx_file import describe_onnx, read_onnx
 from edgekd.engines.onnx_graph import node_label, opset_of, subgraphs
 from edgekd.engines.samples import Array
 from edgekd.engines.session import CPU_PROVIDER, Optimization, open_session
@@ -99,8 +99,9 @@ class OptimizerFault:
         return "open it with graph_optimization_level = ORT_DISABLE_ALL"
 
     def to_json(self) -> dict[str, Any]:
-        """A plain mapping for a JSON file."""
-        return asdict(self)
+        """A plain mapping for a JSON file; a difference that is not finite is None."""
+        difference = self.difference if np.isfinite(self.difference) else None
+        return asdict(self) | {"difference": difference}
 
 
 def find_fault(
@@ -143,6 +144,20 @@ def find_fault(
         lambda names: changed(reference, answers(optimization, names), tolerance) is None
     )
     return OptimizerFault(*found, lowest, disabled)
+
+
+def find_fault_on_random_inputs(path: Path, *, threads: int = 1) -> OptimizerFault | None:
+    """:func:`find_fault` where no samples are given; also None where the model draws random
+    numbers, as no two of its answers are the same.
+
+    Raises:
+        InputError, StageError: no inputs can be made up that the model takes.
+    """
+    session = open_session(path, (CPU_PROVIDER,), threads, "disabled")
+    inputs, answers = answers_to_made_up(session, describe_onnx(path).spec, path)
+    if changed(answers, answers_of(session, inputs, path), TOLERANCE):
+        return None
+    return find_fault(path, inputs, threads=threads)
 
 
 def optimizers_to_disable(right_without: Callable[[Sequence[str]], bool]) -> tuple[str, ...]:

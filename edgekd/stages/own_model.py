@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from edgekd.engines.samples import Samples
     from edgekd.spec import ModelSpec
 
+SUSPICIOUS_DROP = 0.05
+"""A file that loses more is also run without optimizations, to see whether they are to blame."""
+MUCH_NEARER = 3.0
+"""They are where the drop without them is so many times smaller."""
+ROUNDING = 0.1
+"""Of an output's largest value: what optimizing a file in fewer bits may change by rounding in
+other places."""
 Method = Literal["static", "dynamic", "weights-only", "fp16", "bf16"]
 SCHEMA = "edgekd.quantize/1"
 UNCALIBRATED = ("dynamic", "weights-only")
@@ -125,7 +132,11 @@ def quantize_model(
         runnable = _runnable(written, settings.method, Path(folder))
         if judge is not None and compared is not None:
             found = judge.compare(runnable)
-            record["warnings"] += found.pop("warnings")
+            warnings = found.pop("warnings")
+            record["warnings"] += warnings
+            if warnings or largest_drop(found) > (settings.max_drop or SUSPICIOUS_DROP):
+                record |= _blame(runnable, judge, compared, found, settings.threads)
+                record["warnings"] += record.get("optimizer_fault", {}).get("remarks", ())
             fitted = compared.count if validation is None and settings.method in FITTED else 0
             if settings.method == "static":
                 fitted = min(fitted, settings.samples)
@@ -153,6 +164,23 @@ def quantize_model(
                 written, model, info.spec, compared, settings.threads
             )
     return record
+
+
+def _blame(
+    file: Path, judge: Judge, samples: Samples, found: Mapping[str, Any], threads: int
+) -> dict[str, Any]:
+    """``optimizer_fault`` where a file is far nearer to float32 without optimizations than with."""
+    from edgekd.engines.batched_run import one_batch
+    from edgekd.engines.optimizer_faults import find_fault
+
+    plain = largest_drop(judge.compare(file, "disabled"))
+    if plain > largest_drop(found) / MUCH_NEARER:
+        return {}
+    fault = find_fault(file, one_batch(file, samples), threads=threads, tolerance=ROUNDING)
+    if fault is None:
+        return {}
+    remark = f"{fault}; the drop is {plain:.4g} without: {fault.remedy}"
+    return {"optimizer_fault": {**fault.to_json(), "drop_without": plain, "remarks": [remark]}}
 
 
 def largest_drop(record: Mapping[str, Any]) -> float:
