@@ -94,7 +94,7 @@ def find_parts(
     graph = _Makers(read_onnx(path))
     found: dict[str, tuple[Part, ...]] = {}
     for name, values in answers.items():
-        if values.dtype.kind != "f":
+        if values.dtype.kind != "f" or graph.from_integers(name):
             kind: Kind = "decisions" if graph.decides(name) else "values"
             found[name] = (Part("", None, kind),)
             continue
@@ -189,6 +189,16 @@ class _Makers:
             if moves or node.op_type == "Cast":
                 todo += self.data(node)
         return True
+
+    def from_integers(self, name: str) -> bool:
+        """Whether all values of a floating-point output were integers before (classes that an
+        export gives as floats)."""
+        makers = [self.maker.get(source) for source in self.sources(name)]
+        if not makers or any(node is None or node.op_type != "Cast" for node in makers):
+            return False
+        types = self._inferred_types()
+        given = {types.get(node.input[0], 0) for node in makers if node is not None}
+        return not given & {*_NUMBERS, 0}
 
     def _inferred_types(self) -> dict[str, int]:
         graph = onnx.shape_inference.infer_shapes(self._model).graph
