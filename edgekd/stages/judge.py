@@ -64,7 +64,10 @@ class Judge:
         self._reference = Reference(model, samples, threads=threads, batch=BATCH)
         self._primary, answers = next(iter(self._reference.first.items()))
         self._has_classes = (
-            answers.dtype.kind == "f" and answers.ndim == 2 and answers.shape[1] >= CLASSES_AT_LEAST
+            answers.dtype.kind == "f"
+            and self._reference.parts[self._primary][0].kind != "decisions"
+            and answers.ndim == 2
+            and answers.shape[1] >= CLASSES_AT_LEAST
         )
         self._class_count = answers.shape[-1] if self._has_classes else 0
         self._alone = self._has_classes and len(self._reference.first) == 1

@@ -8,7 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from edgekd.engines import onnxruntime as engine
 from edgekd.engines.half import convert_half
@@ -195,7 +195,7 @@ def test_a_preparation_that_changes_the_answers_is_refused_whatever_the_method(
         weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 2, "w"))
 
     monkeypatch.setattr("edgekd.engines.quantize.prepare._plain_bias", spoilt)
-    with pytest.raises(StageError, match="output 'y' changed by .* when the model was prepared"):
+    with pytest.raises(StageError, match=r"output 'y' changed by .* when the model was prepared"):
         write(path, tmp_path / "o.onnx")
     assert not (tmp_path / "o.onnx").exists()
 
