@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.engines.made_up_inputs import answers_of, answers_to_made_up
 from edgekd.engines.onnx_file import describe_onnx, read_onnx
-from edgekd.engines.onnx_graph import node_label, opset_of, subgraphs
+from edgekd.engines.onnx_graph import node_label, opset_of, subgraphs, tensor_types
 from edgekd.engines.samples import Array
 from edgekd.engines.session import CPU_PROVIDER, Optimization, open_session
 from edgekd.errors import StageError
@@ -226,7 +226,7 @@ def guard_padding(model: onnx.ModelProto) -> tuple[str, ...]:
     Returns:
         the nodes that were changed, by name.
     """
-    types = _types(model)
+    types = tensor_types(model)
     return tuple(_guard(model.graph, opset_of(model), types))
 
 
@@ -255,25 +255,6 @@ def guarded(path: Path) -> Iterator[Path]:
                 "where it is exported",
             ) from error
         yield copy
-
-
-def _types(model: onnx.ModelProto) -> dict[str, int]:
-    try:
-        graph = onnx.shape_inference.infer_shapes(model).graph
-    except (ValueError, RuntimeError, onnx.shape_inference.InferenceError):
-        graph = model.graph  # too large, or not to be inferred: what the file says
-    return {
-        value.name: value.type.tensor_type.elem_type
-        for inner in _graphs(graph)
-        for value in (*inner.value_info, *inner.input, *inner.output)
-    }
-
-
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for node in graph.node:
-        for inner in subgraphs(node):
-            yield from _graphs(inner)
 
 
 def _guard(graph: onnx.GraphProto, opset: int, types: Mapping[str, int]) -> Iterator[str]:

@@ -12,6 +12,7 @@ import math
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.engines.batched_run import fixed_sizes, model_inputs, run_batch
 from edgekd.engines.onnx_file import read_onnx
+from edgekd.engines.onnx_graph import tensor_types
 from edgekd.engines.probed_model import ProbedModel
 from edgekd.engines.samples import Array, Samples
 from edgekd.engines.session import session_options
@@ -115,6 +117,10 @@ class _Makers:
         self.maker = {name: node for node in self.graph.node for name in node.output if name}
         self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
 
+    @cached_property
+    def _types(self) -> dict[str, int]:
+        return tensor_types(self._model)
+
     def data(self, node: onnx.NodeProto) -> list[str]:
         """The inputs whose values a moving node gives on."""
         return list(node.input) if node.op_type == "Concat" else list(node.input[:1])
@@ -172,7 +178,7 @@ class _Makers:
     def decides(self, name: str) -> bool:
         """Whether an output that is not floating point is a choice; not where it is a number that
         was rounded at last (an image in 8 bits)."""
-        types = self._inferred_types()
+        types = self._types
         seen: set[str] = set()
         todo = [name]
         while todo:
@@ -196,14 +202,9 @@ class _Makers:
         makers = [self.maker.get(source) for source in self.sources(name)]
         if not makers or any(node is None or node.op_type != "Cast" for node in makers):
             return False
-        types = self._inferred_types()
+        types = self._types
         given = {types.get(node.input[0], 0) for node in makers if node is not None}
         return not given & {*_NUMBERS, 0}
-
-    def _inferred_types(self) -> dict[str, int]:
-        graph = onnx.shape_inference.infer_shapes(self._model).graph
-        values = [*graph.value_info, *graph.input, *graph.output]
-        return {value.name: value.type.tensor_type.elem_type for value in values}
 
 
 def _by_concat(
@@ -280,12 +281,16 @@ def _traced(
         list(constants.values()),
     )
     model_of_tail = helper.make_model(tail, opset_imports=graph.opsets, ir_version=_IR)
-    runner = onnxruntime.InferenceSession(
-        model_of_tail.SerializeToString(),
-        session_options(1, "disabled"),
-        providers=["CPUExecutionProvider"],
-    )
-    answer = runner.run([name], tensors)[0]
+    try:
+        runner = onnxruntime.InferenceSession(
+            model_of_tail.SerializeToString(),
+            session_options(1, "disabled"),
+            providers=["CPUExecutionProvider"],
+        )
+        answer = runner.run([name], tensors)[0]
+    except Exception:  # the runtime's own exception classes have no public base
+        # A tail that does not run by itself; the output's scales then say what its parts are.
+        return None
     labels: Array = np.rint(answer[0]).astype(np.int64)
     return labels
 
