@@ -119,13 +119,18 @@ def _errors(rows: list[Mapping[str, Any]], on: Mapping[str, Any]) -> Table:
         same = row["argmax_agreement"]
         if len(parts) == 1:
             same = parts[0]["agreement"]
+        chosen = "–" if same is None else f"{same:.2%}"
+        if [part["kind"] for part in parts] == ["decisions"]:
+            # The distance between two classes is none.
+            table.add_row(row["name"], "–", "–", "–", "–", chosen)
+            continue
         table.add_row(
             row["name"],
             _number(row["max_absolute"]),
             _number(row["rmse"]),
             _decibels(row["sqnr_db"]),
             _number(row["cosine"]),
-            "–" if same is None else f"{same:.2%}",
+            chosen,
         )
         for part in parts if len(parts) > 1 else ():
             table.add_row(

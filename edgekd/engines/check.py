@@ -22,7 +22,7 @@ from edgekd.engines.coverage import (
 from edgekd.engines.finding import Finding, Status
 from edgekd.engines.liveness import MemoryEstimate, estimate_memory
 from edgekd.engines.onnx_file import OnnxInfo, describe_onnx, files_of_onnx, read_onnx
-from edgekd.engines.onnx_graph import node_label
+from edgekd.engines.onnx_graph import node_label, precisions_of
 from edgekd.engines.optimizer_faults import find_fault_on_random_inputs
 from edgekd.engines.session import CPU_PROVIDER
 from edgekd.engines.tensorrt_verdict import OTHERWISE, Parse, tensorrt_verdict
@@ -192,6 +192,9 @@ def _optimized(path: Path, memory: MemoryEstimate, asked: bool) -> list[Finding]
     subject = "optimized answers"
     if memory.total_bytes > _COMPARED_BYTES:
         return [Finding(subject, "note", "not compared, the model is large: 'edgekd build' does")]
+    if any(precisions_of(path).values()):
+        detail = "not compared: a model in fewer bits is rounded in other places when optimized"
+        return [Finding(subject, "note", detail)]
     try:
         fault = find_fault_on_random_inputs(path)
     except (InputError, StageError) as error:

@@ -101,9 +101,11 @@ def find_parts(
             found[name] = (Part("", None, kind),)
             continue
         parts = _by_concat(path, graph, samples, name, values)
+        # Of all that is joined, an output may hold one piece.
+        unit = graph.unit(name) or (len(parts) == 1 and graph.unit(parts[0].name))
         if len(parts) < 2:
-            parts = _by_scale(values) if not graph.unit(name) else []
-        kind = "scores" if graph.unit(name) and values.ndim > 2 else "values"
+            parts = [] if unit else _by_scale(values)
+        kind = "scores" if unit and values.ndim > 2 else "values"
         found[name] = tuple(parts) if len(parts) > 1 else (Part("", None, kind),)
     return found
 
@@ -298,7 +300,7 @@ def _traced(
 def _by_scale(values: Array) -> list[Part]:
     """Parts along the axis whose channels' largest values are furthest apart; none where they are
     of one scale."""
-    if values.ndim < 2:
+    if values.ndim < 2 or not values.size:
         return []
     with np.errstate(invalid="ignore"):
         size = np.nan_to_num(np.abs(values.astype(np.float64)), nan=0.0, posinf=0.0).max(axis=0)

@@ -8,8 +8,10 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from click.testing import CliRunner
 from onnx import TensorProto, numpy_helper
 
+from edgekd.cli import main
 from edgekd.engines import onnxruntime as engine
 from edgekd.engines.half import convert_half
 from edgekd.engines.onnxruntime import build_engine
@@ -246,3 +248,17 @@ def test_answers_are_held_against_their_own_size():
     assert changed(reference, same | {"i": np.array([0, 1, 2, 9])}, 1e-3)[0] == "i"
     assert changed(reference, same | {"b": np.array([np.nan, 0.0])}, 1e-3)[0] == "b"
     assert changed(reference, same | {"b": np.zeros(3)}, 1e-3)[0] == "b"
+
+
+def test_check_and_benchmark_name_it(tmp_path):
+    path = tiny(tmp_path / "m.onnx")
+    checked = CliRunner().invoke(main, ["check", str(path)])
+    assert checked.exit_code == 1, checked.output
+    assert "(Pad_Fusion) changes the answers" in " ".join(checked.output.split())
+    timed = CliRunner().invoke(main, ["benchmark", str(path), "--min-queries", "20"])
+    assert timed.exit_code == 0, timed.output
+    assert "disabled_optimizers=['Pad_Fusion']" in " ".join(timed.output.split())
+    right = tiny(tmp_path / "r.onnx", before="Relu")
+    checked = CliRunner().invoke(main, ["check", str(right)])
+    assert checked.exit_code == 0, checked.output
+    assert "those of the model as it is written" in " ".join(checked.output.split())
