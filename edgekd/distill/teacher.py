@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from edgekd.distill.evaluate import device_of, prepared
 from edgekd.distill.features import Capture
 from edgekd.errors import InputError
-from edgekd.models.adapted import AdaptedModel, Adaptation
+from edgekd.models.adapted import Adaptation, AdaptedModel
 from edgekd.models.named import NamedModel
 from edgekd.spec import ModelSpec, TensorSpec
 
@@ -95,9 +95,7 @@ def adaptation_of_teacher(teacher: Teacher) -> Adaptation:
     return Adaptation()
 
 
-def check_repeatable_answers(
-    teacher: OnnxTeacher, batch: Mapping[str, Tensor], where: str
-) -> None:
+def check_repeatable_answers(teacher: OnnxTeacher, batch: Mapping[str, Tensor], where: str) -> None:
     """Ask an ONNX file twice about one batch.
 
     Raises:
@@ -121,7 +119,7 @@ def _may_draw(node: onnx.NodeProto) -> bool:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of a network's class, its weights and buffers with their names, and what adapts it."""
+    """SHA-256 of a network's class, its named weights and buffers, and what adapts it."""
     network = model.module if isinstance(model, NamedModel) else model
     digest = hashlib.sha256(f"{type(network).__qualname__} {network}".encode())
     if isinstance(model, AdaptedModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -136,14 +137,12 @@ class _Steps:
         self.at, self._graph, self._kind, self._rank = start, graph, kind, rank
         self._nodes: list[onnx.NodeProto] = []
 
-    def add(self, operator: str, inputs: list[str], **attributes: object) -> None:
+    def add(self, operator: str, inputs: list[str], **attributes: Any) -> None:
         name = f"edgekd/adapt_{len(self._nodes)}"
-        self._nodes.append(
-            onnx.helper.make_node(operator, inputs, [name], name=name, **attributes)
-        )
+        self._nodes.append(onnx.helper.make_node(operator, inputs, [name], name=name, **attributes))
         self.at = name
 
-    def constant(self, values: np.ndarray) -> str:
+    def constant(self, values: np.ndarray[Any, Any]) -> str:
         name = f"edgekd/adapt_constant_{len(self._graph.initializer)}"
         self._graph.initializer.append(onnx.numpy_helper.from_array(values, name))
         return name
@@ -159,7 +158,7 @@ class _Steps:
         scales = np.array([1, 1, size[0] / height, size[1] / width], np.float32)
         kind = {"bilinear": "linear", "bicubic": "cubic", "nearest": "nearest"}[mode]
         place = "asymmetric" if mode == "nearest" else "half_pixel"
-        attributes: dict[str, object] = {"coordinate_transformation_mode": place, "mode": kind}
+        attributes: dict[str, Any] = {"coordinate_transformation_mode": place, "mode": kind}
         if mode == "nearest":
             attributes["nearest_mode"] = "floor"
         if mode == "bicubic":

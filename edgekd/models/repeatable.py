@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,11 +72,11 @@ def check_repeatable(model: NamedModel, batch: Mapping[str, Tensor], where: str)
         )
 
 
-class _Call:
+class _Call(NamedTuple):
     """One forward: its answers, and what each module took and gave, innermost first."""
 
-    def __init__(self, answers: Mapping[str, Tensor], seen: list[tuple[str, str, Any, Any]]):
-        self.answers, self.seen = dict(answers), seen
+    answers: Mapping[str, Tensor]
+    seen: list[tuple[str, str, Any, Any]]
 
 
 def _call(model: NamedModel, batch: Mapping[str, Tensor]) -> _Call:

@@ -81,9 +81,7 @@ class Checkpoint:
         return class_names_in_metadata(self.metadata) or class_names_in(self.content)
 
 
-def read_checkpoint(
-    path: Path, allow_pickle: bool = False, where: str | None = None
-) -> Checkpoint:
+def read_checkpoint(path: Path, allow_pickle: bool = False, where: str | None = None) -> Checkpoint:
     """Read ``.safetensors``, or ``.pt``, ``.pth``, ``.bin``, ``.ckpt`` and the like of torch.
 
     Args:
@@ -98,6 +96,7 @@ def read_checkpoint(
     if not path.is_file():
         raise InputError("the checkpoint does not exist", where=place, remedy="check the path")
     metadata: dict[str, str] = {}
+    content: object
     if path.suffix == ".safetensors":
         content, metadata = _read_safetensors(path, place)
     elif path.suffix in _TORCH_SUFFIXES:
@@ -163,7 +162,8 @@ def _read_safetensors(path: Path, place: str) -> tuple[dict[str, Tensor], dict[s
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = dict(file.metadata() or {})
-            state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}
+            names: list[str] = file.keys()
+            state: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise InputError(
             f"this is not a whole safetensors file: {error}",

@@ -128,9 +128,7 @@ def build_student(ground: Ground, folder: Path | None, index: int = 0) -> NamedM
             else plan_adaptation(ground, network, "teacher", None, lambda text: None)
         )
     own = adaptation.network_spec(spec)
-    model = adapt(
-        build_model(network, own.inputs, own.outputs, where="student"), spec, adaptation
-    )
+    model = adapt(build_model(network, own.inputs, own.outputs, where="student"), spec, adaptation)
     if folder is not None and (folder / STRUCTURE).is_file():
         from edgekd.students import apply_cuts, read_cuts
 

@@ -170,14 +170,12 @@ def some_samples(ground: Ground) -> dict[str, Tensor]:
     total = len(ground.dataset.splits["validation"])
     rows = np.unique(np.linspace(0, total - 1, min(_TRIED_SAMPLES, total)).astype(int))
     each = [ground.dataset.model_inputs("validation", int(r), int(r) + 1) for r in rows]
-    return {
-        name: torch.from_numpy(np.concatenate([one[name] for one in each])) for name in each[0]
-    }
+    return {name: torch.from_numpy(np.concatenate([one[name] for one in each])) for name in each[0]}
 
 
 def adaptation_of(model: NamedModel) -> Adaptation:
     """What lies between the data and a network."""
-    from edgekd.models.adapted import AdaptedModel, Adaptation
+    from edgekd.models.adapted import Adaptation, AdaptedModel
 
     return model.adaptation if isinstance(model, AdaptedModel) else Adaptation()
 
@@ -255,8 +253,9 @@ def check_teacher(
                 f"({len(rows):,} labelled validation samples)",
                 where=where,
                 remedy="see that it gets its inputs as it was trained (teacher.preprocess: "
-                "normalisation, channel order, image size), that labels count its outputs in their order, and "
-                "that the checkpoint is the right one; if it is trained here, train it longer",
+                "normalisation, channel order, image size), that labels count its outputs in "
+                "their order, and that the checkpoint is the right one; if it is trained "
+                "here, train it longer",
             )
     return {task.metric: metric, "chance": chance, "labelled": len(rows)}
 
