@@ -90,7 +90,8 @@ def find_state(
         others = ", ".join(repr(name) for name in candidates if name != chosen.key)
         notes.append(f"its weights are {chosen.key!r}; not used: {others}")
     if chosen.others:
-        notes.append(f"{chosen.others} more tensors of the checkpoint are not used")
+        tensors = "1 more tensor is" if chosen.others == 1 else f"{chosen.others} more tensors are"
+        notes.append(f"its weights begin with {chosen.prefix!r}; {tensors} not used")
     return chosen.state, notes
 
 
