@@ -112,8 +112,8 @@ def fitting_permutation(
     The permutation is found on one half of the samples (Kuhn 1955, on the matrix of confusions)
     and tried on the other, and the other way round, so that a good fit by chance does not count:
     a one-sided sign test of the samples that only one order has right must be below 0.001. Only
-    cycles count that have at least twice as many right as before, and in which no class is
-    clearly better off where it is; all other classes stay.
+    cycles count that have most samples right, at least twice as many as before, and in which no
+    class is clearly better off where it is; all other classes stay.
 
     Args:
         labels: (N,) the right classes.
@@ -159,7 +159,11 @@ def _clear_cycles(confusion: NDArray[np.int64]) -> NDArray[np.int64]:
         better_off = (stay - moved > 2 * np.sqrt(stay + moved)) & (
             2 * stay > confusion[cycle].sum(axis=1)
         )
-        if len(cycle) > 1 and moved.sum() >= _CLEARLY * stay.sum() and not better_off.any():
+        # What knows nothing of a task, as a network of wrongly prepared inputs, is not right
+        # most of the time in any order.
+        knows = 2 * moved.sum() > confusion[cycle].sum()
+        clearly = moved.sum() >= _CLEARLY * stay.sum() and not better_off.any()
+        if len(cycle) > 1 and knows and clearly:
             kept[cycle] = best[cycle]
     return kept
 

@@ -162,7 +162,8 @@ def check_order(
         f"{', …' if moved[3:] else ''})",
         where=where,
         remedy=f"if it was trained on these classes, name its outputs in its own order under "
-        f"{where}: '{class_list(outputs)}'",
+        f"{where}: '{class_list(outputs)}'; if not, it is another network, or does not get its "
+        f"inputs as it was trained ({where}.preprocess: normalisation, channel order)",
     )
 
 

@@ -85,7 +85,7 @@ def predictions_of(labels, order, accuracy, classes, seed=0):
 
 
 @pytest.mark.parametrize("order", [(1, 0, 2, 3, 4, 5), (3, 4, 5, 0, 1, 2), (1, 2, 3, 4, 5, 0)])
-@pytest.mark.parametrize("accuracy", [0.5, 0.9, 1.0])
+@pytest.mark.parametrize("accuracy", [0.6, 0.9, 1.0])
 def test_another_order_is_found(order, accuracy):
     labels = np.arange(300) % 6
     predictions = predictions_of(labels, order, accuracy, 6)
