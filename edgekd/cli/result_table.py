@@ -10,6 +10,7 @@ from rich.table import Table
 from edgekd.pipeline.runner import RunOutcome
 from edgekd.release.figure_text import full_text, value_text
 from edgekd.release.gate import read_gate
+from edgekd.release.report_tables import distillation_effect
 from edgekd.release.result import ModelResult, Result, read_result
 from edgekd.release.verdict import passed
 
@@ -25,7 +26,12 @@ def print_result(console: Console, outcome: RunOutcome) -> None:
     for name, figure in result.comparison.items():
         if name in ("gap_closed", "drop", "speedup", "size_ratio") and figure.value is not None:
             console.print(f"  {name.replace('_', ' ')}: {full_text(figure)}", highlight=False)
+    gap = result.comparison.get("gap_closed")
+    if gap is not None and gap.value is None:
+        console.print(f"  gap closed: not defined: {gap.note}", highlight=False, soft_wrap=True)
+    effect = distillation_effect(result)
     if "gate" not in outcome.artifacts:
+        _print_effect(console, effect)
         return
     verdicts = read_gate(outcome.folder("gate"))
     for verdict in verdicts:
@@ -34,6 +40,14 @@ def print_result(console: Console, outcome: RunOutcome) -> None:
         console.print(verdict.reason, markup=False, highlight=False, soft_wrap=True)
     verdict_text = "[bold green]passed" if passed(verdicts) else "[bold red]not passed"
     console.print(f"gate: {verdict_text}[/]", highlight=False)
+    _print_effect(console, effect)
+
+
+def _print_effect(console: Console, effect: str) -> None:
+    if effect:
+        harmed = effect.startswith("distillation harmed")
+        style = "bold red" if harmed else None
+        console.print(effect, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _models(result: Result) -> Table:

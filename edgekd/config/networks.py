@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from edgekd.config.section import Count, Section
+from edgekd.config.section import Count, Positive, Section
 from edgekd.config.training import TrainConfig
+
+OutputForm = Literal["logits", "probabilities", "log_probabilities", "sigmoid"]
+"""What the numbers of a classifier are: before a softmax, after it, its logarithm, or after a
+sigmoid of each."""
 
 
 class ModelConfig(Section):
@@ -20,6 +24,38 @@ class ModelConfig(Section):
     """
     args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the network's constructor."""
+
+
+class PreprocessConfig(Section):
+    """How a teacher was given its images, where that differs from the student's batch.
+
+    The student's batch is first turned back into pixel values: 0 to 1 for 8-bit images, the
+    data's own values for floats. The keys are then applied in their order, with the normalization
+    ``(value · scale - mean) / std``. Without ``scale``, ``mean`` and ``std`` the data's own
+    normalization stays.
+    """
+
+    channels: Literal[1, 3] | None = None
+    """Grey is repeated three times; colour becomes its luma."""
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+    """The order of the colour channels."""
+    image_size: tuple[Count, Count] | None = None
+    """Height and width in pixels."""
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+    """How images are resized."""
+    scale: Positive | None = None
+    """What pixel values are multiplied by: 255 for a teacher of values from 0 to 255."""
+    mean: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
+    """One number for all channels, or one for each in the teacher's order."""
+    std: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
+    """Likewise."""
+    layout: Literal["nchw", "nhwc"] = "nchw"
+    """The order of the axes: N samples, C channels, height, width."""
+
+    @property
+    def normalizes(self) -> bool:
+        """Whether the data's own normalisation is replaced."""
+        return not (self.scale is None and self.mean is None and self.std is None)
 
 
 TEACHERS_OWN = "teacher"
@@ -36,6 +72,12 @@ class TeacherConfig(ModelConfig):
 
     checkpoint: str | None = None
     """Weights of ``model``: safetensors, or a state dict, loaded with ``weights_only``."""
+    checkpoint_key: str | None = None
+    """Which of several sets of weights in the checkpoint is meant, such as ``state_dict_ema``."""
+    prefix: str | None = None
+    """What the names of the weights in the checkpoint begin with, such as ``teacher.``; found by
+    itself where it is the same for all.
+    """
     onnx: str | None = None
     """An ONNX file used as a black box, with its own input names and external data; without
     ``model``.
@@ -46,6 +88,24 @@ class TeacherConfig(ModelConfig):
     """Whether a checkpoint that is a pickle may be loaded. It can run any code: only for files
     from a trusted source.
     """
+    classes: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
+    """The names of its outputs in their order, as the data name their classes (or number them,
+    where they have no names); outputs with other names are left out. Without it the order is read
+    from the checkpoint or the ONNX file where it says one.
+    """
+    output: OutputForm | None = None
+    """What its numbers are; recognized without it."""
+    preprocess: PreprocessConfig | None = None
+    """How its images were prepared, where that differs from the student's."""
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            return value
+        # YAML reads the class names 3 and 0.5 as numbers; true and false it may have made of a
+        # name as well, which cannot be told any more.
+        return [str(v) if type(v) in (int, float) else v for v in value]
 
     @model_validator(mode="after")
     def _one_origin(self) -> TeacherConfig:
@@ -61,6 +121,7 @@ class TeacherConfig(ModelConfig):
             raise ValueError(f"{origins[0]} needs a model to fill: add 'model: …'")
         if self.onnx is not None and self.model is not None:
             raise ValueError("an onnx teacher is a black box: remove 'model'")
+        _only_with_checkpoint(self.checkpoint, self.checkpoint_key, self.prefix)
         return self
 
 
@@ -92,6 +153,12 @@ class StudentConfig(ModelConfig):
     """As for the teacher, or ``teacher``."""
     checkpoint: str | None = None
     """Weights to start from."""
+    checkpoint_key: str | None = None
+    """Which of several sets of weights in the checkpoint is meant, such as ``state_dict_ema``."""
+    prefix: str | None = None
+    """What the names of the weights in the checkpoint begin with, such as ``teacher.``; found by
+    itself where it is the same for all.
+    """
     prune: PruneConfig | None = None
     """Remove channels first, and distill the teacher back into what remains. Needs trained
     weights: the teacher's or a checkpoint's.
@@ -107,4 +174,11 @@ class StudentConfig(ModelConfig):
             raise ValueError(
                 "pruning chooses by trained weights: add 'checkpoint: …', or 'model: teacher'"
             )
+        _only_with_checkpoint(self.checkpoint, self.checkpoint_key, self.prefix)
         return self
+
+
+def _only_with_checkpoint(checkpoint: str | None, key: str | None, prefix: str | None) -> None:
+    named = "checkpoint_key" if key is not None else "prefix"
+    if checkpoint is None and (key is not None or prefix is not None):
+        raise ValueError(f"{named} says what of a checkpoint is taken: add 'checkpoint: …'")

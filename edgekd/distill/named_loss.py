@@ -18,6 +18,7 @@ from edgekd.errors import EdgekdError, InputError
 from edgekd.extension import resolve
 from edgekd.spec import SAMPLE
 from edgekd.tasks import Policy, Regression, Task
+from edgekd.tasks.continuous import ContinuousTask
 
 TENSORS = ("student", "teacher", "target", "mask", "sample")
 """The parameters of a loss that the objective fills in; all others come from YAML."""
@@ -117,6 +118,22 @@ class NamedLoss(nn.Module):
     def ever_weighs(self) -> bool:
         """Whether its weight is above zero at any time."""
         return any(_numbers(self._weight))
+
+    def can_teach(self, batch: Named) -> bool:
+        """Whether a batch has what the loss looks at: a label, an element that counts."""
+        if "target" in self.tensors:
+            target = batch[self.task.target]
+            known = target.isfinite() if target.is_floating_point() else target >= 0
+            if target.is_floating_point() and target.ndim > 1 and not self._continuous:
+                known = target.sum(dim=-1) > 0  # Mixed classes; a row of zeros is unlabelled.
+            if not bool(known.any()):
+                return False
+        mask = batch.get(f"{self.task.target}_mask") if "mask" in self.tensors else None
+        return mask is None or bool((mask != 0).any())
+
+    @property
+    def _continuous(self) -> bool:
+        return isinstance(self.task, ContinuousTask)
 
     def place(self, role: Literal["student", "teacher"]) -> str:
         """See :class:`Term`."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ from edgekd.distill.evaluate import device_of, prepared
 from edgekd.distill.features import Capture
 from edgekd.engines.optimizer_faults import guarded
 from edgekd.errors import InputError
+from edgekd.models.adapted import Adaptation, AdaptedModel
 from edgekd.models.named import NamedModel
-from edgekd.spec import TensorSpec
+from edgekd.spec import ModelSpec, TensorSpec
 
 _DTYPES = {
     "tensor(float)": np.float32,
@@ -85,10 +87,44 @@ class ModuleTeacher:
         self._capture = Capture(self.model, layers, "teacher")
 
 
+def adaptation_of_teacher(teacher: Teacher) -> Adaptation:
+    """What lies between the data and a teacher; nothing for one of another kind."""
+    if isinstance(teacher, OnnxTeacher):
+        return teacher.adaptation
+    if isinstance(teacher, ModuleTeacher) and isinstance(teacher.model, AdaptedModel):
+        return teacher.model.adaptation
+    return Adaptation()
+
+
+def check_repeatable_answers(teacher: OnnxTeacher, batch: Mapping[str, Tensor], where: str) -> None:
+    """Ask an ONNX file twice about one batch.
+
+    Raises:
+        InputError: the answers differ; the nodes that draw random numbers are named.
+    """
+    first, second = teacher.raw_answer(batch), teacher.raw_answer(batch)
+    if all(torch.allclose(v, second[k], rtol=1e-4, equal_nan=True) for k, v in first.items()):
+        return
+    nodes = onnx.load(str(teacher.path), load_external_data=False).graph.node
+    drawing = [f"{n.name or n.output[0]} ({n.op_type})" for n in nodes if _may_draw(n)]
+    raise InputError(
+        "the ONNX teacher gives two answers to one and the same batch"
+        + (f": {', '.join(drawing[:3])} draws random numbers" if drawing else ""),
+        where=f"{where}.onnx: {teacher.path}",
+        remedy="export it in evaluation mode (model.eval()), without dropout or noise",
+    )
+
+
+def _may_draw(node: onnx.NodeProto) -> bool:
+    return node.op_type.startswith(("Random", "Multinomial", "Bernoulli", "Dropout"))
+
+
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of a network's class, and of its weights and buffers with their names."""
+    """SHA-256 of a network's class, its named weights and buffers, and what adapts it."""
     network = model.module if isinstance(model, NamedModel) else model
     digest = hashlib.sha256(f"{type(network).__qualname__} {network}".encode())
+    if isinstance(model, AdaptedModel):
+        digest.update(repr(model.adaptation).encode())
     for name, tensor in network.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -106,10 +142,7 @@ class OnnxTeacher:
         outputs: what the task wants. The file's outputs are matched by name; when names differ,
             by order. Left out, the file's own names are given.
         threads: intra-op threads; None takes ONNX Runtime's default.
-
-    Attributes:
-        gives_probabilities: the primary output sums to 1 over classes, as after a softmax. It is
-            then answered as its logarithm, which is a valid set of logits: softmax(log p) = p.
+        adaptation: what lies between the batches and the file.
 
     Raises:
         InputError: the file is missing, truncated or no ONNX; or it cannot take these inputs or
@@ -122,13 +155,19 @@ class OnnxTeacher:
         inputs: Sequence[TensorSpec],
         outputs: Sequence[TensorSpec] = (),
         threads: int | None = None,
+        adaptation: Adaptation | None = None,
     ) -> None:
         self.path = path
+        self.adaptation = adaptation or Adaptation()
         self._session = _open(path, threads)
-        self.digest = _file_digest(path)
+        self._file_digest = _file_digest(path)
+        given_spec = ModelSpec(tuple(inputs), tuple(outputs))
+        inputs, outputs = (
+            self.adaptation.network_spec(given_spec).inputs,
+            self.adaptation.network_spec(given_spec).outputs,
+        )
         self._inputs = _match_inputs(self._session, inputs, path)
         self._batch_size = _fixed_batch(self._session)
-        self.gives_probabilities = False
         given = [node.name for node in self._session.get_outputs()]
         wanted = [spec.name for spec in outputs] or given
         if not set(wanted) <= set(given) and len(given) < len(wanted):
@@ -142,6 +181,13 @@ class OnnxTeacher:
         self._probe(inputs, outputs)
 
     @property
+    def digest(self) -> str:
+        """Of the file, and of what lies between it and the batches."""
+        if self.adaptation.is_identity:
+            return self._file_digest
+        return hashlib.sha256(f"{self._file_digest} {self.adaptation}".encode()).hexdigest()
+
+    @property
     def names(self) -> dict[str, str]:
         """The pipeline's name of each input and output by the file's own."""
         inputs = {node: name for name, node, _ in self._inputs}
@@ -149,6 +195,12 @@ class OnnxTeacher:
 
     def answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs by name, float32 where the file gives floats of another width."""
+        given = self.raw_answer(batch)
+        return self.adaptation.finish(given) if self.adaptation.output in given else given
+
+    def raw_answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The file's own outputs, before they are made logits in the order of the classes."""
+        batch = self.adaptation.prepare(batch)
         arrays = {}
         for name, node, dtype in self._inputs:
             if name not in batch:
@@ -158,14 +210,10 @@ class OnnxTeacher:
             arrays[node] = np.ascontiguousarray(batch[name].detach().cpu().numpy(), dtype=dtype)
         device = batch[self._inputs[0][0]].device
         answers = self._run(arrays)
-        tensors = {
+        return {
             name: torch.from_numpy(_float32(array)).to(device)
             for name, array in zip(self._names, answers, strict=True)
         }
-        if self.gives_probabilities:
-            primary = self._names[0]
-            tensors[primary] = tensors[primary].clamp_min(torch.finfo(torch.float32).tiny).log()
-        return tensors
 
     def watch(self, layers: Collection[str]) -> None:
         """See :class:`Teacher`."""
@@ -217,13 +265,10 @@ class OnnxTeacher:
                     f"{', '.join(map(str, array.shape[1:]))}], and the task needs "
                     f"[{', '.join(map(str, spec.shape))}]",
                     where=str(self.path),
-                    remedy="give a teacher for the same classes or targets as the data have",
+                    remedy="give a teacher for the same classes or targets as the data have; or "
+                    "name all of its outputs in their order (teacher.classes: […]), and those "
+                    "that are none of the data's classes are left out",
                 )
-        if outputs and outputs[0].name == "logits":
-            rows = answers[0].astype(np.float64)
-            self.gives_probabilities = bool(
-                (rows >= 0).all() and np.allclose(rows.sum(axis=-1), 1, atol=1e-3)
-            )
 
 
 def _open(path: Path, threads: int | None) -> onnxruntime.InferenceSession:

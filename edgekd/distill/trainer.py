@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -23,7 +23,9 @@ from edgekd.distill.checkpoint import (
 )
 from edgekd.distill.evaluate import BatchSource, Loaders, device_of, prepared, score
 from edgekd.distill.features import Capture
+from edgekd.distill.gradient_check import check_gradients
 from edgekd.distill.history import Epoch, History
+from edgekd.distill.named_loss import NamedLoss
 from edgekd.distill.objective import Objective
 from edgekd.distill.optimizer import learning_rate
 from edgekd.distill.progress import Progress
@@ -31,6 +33,7 @@ from edgekd.distill.runtime import Processes, open_processes, training_device
 from edgekd.distill.step import Step, check_step, read_values
 from edgekd.distill.synced_batch_norm import synced_batch_norms
 from edgekd.distill.teacher import Teacher
+from edgekd.distill.term import Named
 from edgekd.distill.world import world_size
 from edgekd.errors import InputError
 from edgekd.tasks import Task
@@ -117,6 +120,8 @@ def train(
             history, best = state.history, dict(state.best)
         done = len(history.epochs)
         waits = config.patience or config.epochs
+        if done == 0:
+            run.check_terms()
         if 0 < done < config.epochs and history.epochs_since_better < waits:
             progress.message(f"{label}: going on after epoch {done} of {config.epochs}")
         progress.start(label, (config.epochs - done) * len(run.loaders.train), "step")
@@ -192,6 +197,25 @@ class _Run:
             *(self.model, self.average, self.objective, self.config),
             *(self.capture, self.device, self.processes),
         )
+
+    def check_terms(self) -> None:
+        """Refuse a term that cannot teach the student anything.
+
+        Raises:
+            InputError: a term of the pipeline has no gradient on the first batches.
+        """
+        if not any(isinstance(term, NamedLoss) for term in self.objective.terms):
+            return
+
+        def answered() -> Iterator[tuple[Named, Named | None, Named]]:
+            for batch in map(self._prepared, self.loaders.train.epoch(self.seed, 1)):
+                with torch.no_grad():
+                    answers = self.model(batch) | self.capture.take()
+                yield answers, self._ask(batch), batch
+
+        self.model.eval()
+        with torch.random.fork_rng(devices=self.devices_to_fork):
+            check_gradients(self.objective, answered())
 
     def epoch(self, number: int) -> Epoch:
         """Train one epoch (from 1) and validate."""

@@ -59,6 +59,7 @@ def build_model(
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
     where: str = "model",
+    remedy: str = "",
 ) -> NamedModel:
     """Build a network for given inputs and outputs, and try it once.
 
@@ -69,6 +70,7 @@ def build_model(
         inputs: what the data deliver.
         outputs: what the task wants.
         where: the YAML section (``teacher``, ``student``), for errors.
+        remedy: what to do about another number of outputs; empty: the usual.
 
     Raises:
         InputError: no such model, wrong arguments, or the network cannot take these inputs or
@@ -110,13 +112,13 @@ def build_model(
         )
     try:
         model = NamedModel(module, spec)
-        probe(model, name)
+        probe(model, name, remedy)
     except EdgekdError as error:
         raise InputError(error.what, where=error.where or position, remedy=error.remedy) from error
     return model
 
 
-def probe(model: NamedModel, name: str = "the model") -> None:
+def probe(model: NamedModel, name: str = "the model", remedy: str = "") -> None:
     """Try a network on two empty samples; it and the random numbers stay as they are.
 
     Raises:
@@ -146,8 +148,9 @@ def probe(model: NamedModel, name: str = "the model") -> None:
             raise InputError(
                 f"{name} gives {spec.name} [{given}] for {taken}, and the task needs "
                 f"[{', '.join(map(str, spec.shape))}]",
-                remedy="give its last layer that size (a parameter named num_classes or outputs "
-                "is filled in)",
+                remedy=remedy
+                or "give its last layer that size (a parameter named num_classes or outputs is "
+                "filled in)",
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from edgekd.errors import InputError
@@ -13,6 +14,9 @@ from edgekd.spec import ModelSpec, TensorSpec
 
 class NamedModel(nn.Module):
     """Any module, called with a mapping from name to tensor and answering with one.
+
+    The batch is never changed: a network that writes into its inputs (``x.sub_(mean)``, a first
+    ReLU in place) gets copies of those it writes into, and no other network pays for one.
 
     Args:
         module: takes its inputs by name if the parameters of its ``forward`` have the names of
@@ -33,6 +37,8 @@ class NamedModel(nn.Module):
         self.spec = spec
         self._input_names = tuple(s.name for s in spec.inputs)
         self._passing = _passing(module, self._input_names)
+        self._tried: set[bool] = set()
+        self._overwritten: set[str] = set()
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs by name.
@@ -41,7 +47,8 @@ class NamedModel(nn.Module):
             batch: at least the inputs of the spec; other names (targets) are not looked at.
 
         Raises:
-            InputError: an input is missing, or the module gives other outputs than the spec.
+            InputError: an input is missing, the module gives other outputs than the spec, or it
+                writes into an input that it did not write into when it was first called.
         """
         missing = [name for name in self._input_names if name not in batch]
         if missing:
@@ -49,13 +56,50 @@ class NamedModel(nn.Module):
                 f"the batch lacks the input {', '.join(map(repr, missing))}",
                 remedy=f"the batch has {', '.join(batch)}",
             )
+        inputs = {name: batch[name] for name in self._input_names}
+        return name_outputs(self._call_unchanged(inputs), self.spec.outputs)
+
+    def _call_unchanged(self, inputs: dict[str, Tensor]) -> object:
+        """What the module gives, with the inputs as they were."""
+        if torch.compiler.is_compiling():
+            # A compiler drops a copy that nothing writes into; an exporter keeps it.
+            exporting = torch.compiler.is_exporting()
+            copied = self._overwritten if exporting else self._input_names
+            return self._call({n: t.clone() if n in copied else t for n, t in inputs.items()})
+        # Training and evaluation may differ in it, so that either is tried on copies first.
+        trial = self.training not in self._tried
+        copied = self._input_names if trial else self._overwritten
+        given = {n: t.clone() if n in copied else t for n, t in inputs.items()}
+        versions = {n: _version(t) for n, t in given.items()}
+        answer = self._call(given)
+        counted = True
+        for name, tensor in given.items():
+            if name in self._overwritten:
+                continue
+            if tensor.is_inference():
+                # Nothing counts the writes in inference mode.
+                counted = False
+                written = trial and not torch.equal(tensor, inputs[name])
+            else:
+                written = _version(tensor) != versions[name]
+            if written and not trial:
+                raise InputError(
+                    f"the network {type(self.module).__name__} writes into its input {name!r}, "
+                    "and did not when it was first called: others are given the same tensor",
+                    remedy=f"let its forward begin with {name} = {name}.clone()",
+                )
+            if written:
+                self._overwritten.add(name)
+        if trial and counted:
+            self._tried.add(self.training)
+        return answer
+
+    def _call(self, inputs: dict[str, Tensor]) -> object:
         if self._passing == "mapping":
-            answer = self.module({name: batch[name] for name in self._input_names})
-        elif self._passing == "name":
-            answer = self.module(**{name: batch[name] for name in self._input_names})
-        else:
-            answer = self.module(*(batch[name] for name in self._input_names))
-        return name_outputs(answer, self.spec.outputs)
+            return self.module(inputs)
+        if self._passing == "name":
+            return self.module(**inputs)
+        return self.module(*inputs.values())
 
     def check_batch(self, batch: Mapping[str, Tensor]) -> None:
         """Raise InputError when an input does not have the shape of the spec; both are named."""
@@ -108,6 +152,11 @@ def name_outputs(answer: object, outputs: Sequence[TensorSpec]) -> dict[str, Ten
                 remedy="return a tensor, a tuple of tensors or a mapping from name to tensor",
             )
     return tensors
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written into; not counted in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def count_parameters(model: nn.Module) -> int:

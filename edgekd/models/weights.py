@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import argparse
+import codecs
 import contextlib
 import os
+import pathlib
 import pickle
 import warnings
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from edgekd.errors import InputError, StageError
+from edgekd.models.class_order import ClassNames, class_names_in, class_names_in_metadata
 from edgekd.models.named import NamedModel
+from edgekd.models.state_dicts import find_state
 
-_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights", "params")
-_PREFIXES = ("module.", "model.", "_orig_mod.", "net.")
-_SHOWN = 4
-"""How many keys of a kind an error lists."""
+_TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar", ".th")
+_HARMLESS = [
+    *(argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, codecs.encode),
+    *(np.dtype, np.ndarray, np.float64(0).__reduce__()[0]),
+    *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"},
+]
+"""What many checkpoints hold beside weights, and whose loading runs no code of the file's."""
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
@@ -51,71 +60,124 @@ def save_weights(model: nn.Module, path: Path) -> None:
         ) from error
 
 
-def load_weights(
-    model: nn.Module, path: Path, allow_pickle: bool = False, where: str | None = None
-) -> None:
-    """Fill a network from a file.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file of weights holds.
 
-    Takes ``.safetensors``, and ``.pt``/``.pth``/``.bin``/``.ckpt`` files of tensors. A state dict
-    inside a mapping (``state_dict``, ``model``, …) is found, and a prefix that all keys have
-    from a wrapper (``module.``, ``model.``, ``_orig_mod.``) is taken off.
+    Attributes:
+        content: a mapping, perhaps with others in it, or a module.
+        metadata: the texts of a safetensors file.
+        place: the file with its YAML key, for errors.
+        section: the YAML section it is named in.
+    """
+
+    content: object
+    metadata: Mapping[str, str]
+    place: str
+    section: str
+
+    def class_names(self) -> ClassNames | None:
+        """The classes of the network's outputs, where the file names them."""
+        return class_names_in_metadata(self.metadata) or class_names_in(self.content)
+
+
+def read_checkpoint(path: Path, allow_pickle: bool = False, where: str | None = None) -> Checkpoint:
+    """Read ``.safetensors``, or ``.pt``, ``.pth``, ``.bin``, ``.ckpt`` and the like of torch.
 
     Args:
-        model: the network; a :class:`NamedModel` is looked into.
         path: the file.
         allow_pickle: also run the code that a pickle contains. Only for files you trust.
         where: the YAML key, for errors.
 
     Raises:
-        InputError: no such file, a truncated one, a pickle that needs code, or weights that do
-            not fit: missing, unexpected and mis-shaped keys are listed with their shapes.
+        InputError: no such file, a truncated one, or a pickle that needs code.
     """
     place = f"{where}: {path}" if where else str(path)
     if not path.is_file():
         raise InputError("the checkpoint does not exist", where=place, remedy="check the path")
+    metadata: dict[str, str] = {}
+    content: object
     if path.suffix == ".safetensors":
-        state = _read_safetensors(path, place)
+        content, metadata = _read_safetensors(path, place)
     elif path.suffix in _TORCH_SUFFIXES:
-        state = _state_dict_in(_read_torch(path, allow_pickle, place), place)
+        content = _read_torch(path, allow_pickle, place)
     else:
         raise InputError(
             f"a checkpoint cannot be a {path.suffix or 'file without a suffix'}",
             where=place,
             remedy=f"give .safetensors or {', '.join(_TORCH_SUFFIXES[:4])}",
         )
+    section = (where or "teacher.checkpoint").rpartition(".")[0]
+    return Checkpoint(content, metadata, place, section)
+
+
+def load_weights(
+    model: nn.Module,
+    path: Path | Checkpoint,
+    allow_pickle: bool = False,
+    where: str | None = None,
+    *,
+    key: str | None = None,
+    prefix: str | None = None,
+) -> list[str]:
+    """Fill a network from a file; see :func:`edgekd.models.state_dicts.find_state`.
+
+    Args:
+        model: the network; a :class:`NamedModel` is looked into.
+        path: the file, or what was read from it.
+        allow_pickle: also run the code that a pickle contains. Only for files you trust.
+        where: the YAML key, for errors.
+        key: which mapping of the file, where several hold this network's weights.
+        prefix: what its keys begin with, where several sets of keys would do.
+
+    Returns:
+        What a reader should know of the choice among the file's tensors.
+
+    Raises:
+        InputError: as :func:`read_checkpoint`; or weights that do not fit (missing, unexpected
+            and mis-shaped keys are listed with their shapes), that are there more than once, or
+            that hold NaN or infinity.
+    """
+    read = path if isinstance(path, Checkpoint) else read_checkpoint(path, allow_pickle, where)
     network = _inner(model)
-    wanted = network.state_dict()
-    state = _without_prefix(state, wanted)
-    _check_fit(state, wanted, place)
-    for key, tensor in state.items():
+    state, notes = find_state(
+        read.content, network.state_dict(), read.place, read.section, key, prefix
+    )
+    for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InputError(
-                f"the checkpoint's {key!r} holds NaN or infinity",
-                where=place,
+                f"the checkpoint's {name!r} holds NaN or infinity",
+                where=read.place,
                 remedy="give a checkpoint from before the training diverged",
             )
     network.load_state_dict(state, strict=False)
+    return notes
 
 
 def _inner(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, NamedModel) else model
 
 
-def _read_safetensors(path: Path, place: str) -> dict[str, Tensor]:
+def _read_safetensors(path: Path, place: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        state: dict[str, Tensor] = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = dict(file.metadata() or {})
+            names: list[str] = file.keys()
+            state: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise InputError(
             f"this is not a whole safetensors file: {error}",
             where=place,
             remedy="copy or download it again; it may have been cut off",
         ) from error
-    return state
+    # safetensors stores tensors that share their memory once, and notes the other names.
+    shared = {k: state[v] for k, v in metadata.items() if v in state and k not in state}
+    return state | shared, metadata
 
 
 def _read_torch(path: Path, allow_pickle: bool, place: str) -> object:
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
             # What torch warns of here is what the errors below say more clearly.
             warnings.simplefilter("ignore", UserWarning)
             content: object = torch.load(path, map_location="cpu", weights_only=not allow_pickle)
@@ -159,71 +221,3 @@ def _damaged(error: Exception, place: str) -> InputError:
         where=place,
         remedy="copy or download it again; it may have been cut off",
     )
-
-
-def _state_dict_in(content: object, place: str) -> dict[str, Tensor]:
-    """The state dict in what a file held, out of its wrapper if it has one."""
-    if isinstance(content, nn.Module):
-        content = content.state_dict()
-    if isinstance(content, Mapping):
-        for key in _WRAPPERS:
-            inner = content.get(key)
-            if isinstance(inner, nn.Module):
-                return dict(inner.state_dict())
-            if isinstance(inner, Mapping) and inner:
-                return _state_dict_in(inner, place)
-        if content and all(isinstance(value, Tensor) for value in content.values()):
-            return {str(key): value for key, value in content.items()}
-        held = f"a mapping with {', '.join(map(str, list(content)[:6])) or 'nothing in it'}"
-    else:
-        held = f"a {type(content).__name__}"
-    raise InputError(
-        f"the checkpoint holds no state dict but {held}",
-        where=place,
-        remedy="save torch.save(model.state_dict(), …)",
-    )
-
-
-def _without_prefix(state: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take off wrappers' prefixes for as long as every key has one and none is wanted so."""
-    while state and not state.keys() & wanted.keys():
-        prefix = next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), None)
-        if prefix is None:
-            return state
-        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-    return state
-
-
-def _check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], place: str) -> None:
-    # A count of batches that nothing reads; files from before torch had it lack it.
-    missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in wanted]
-    misshaped = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
-    if not (missing or unexpected or misshaped):
-        return
-    lines = [
-        _listed("missing", [f"{k} {list(wanted[k].shape)}" for k in missing]),
-        _listed("unexpected", [f"{k} {list(state[k].shape)}" for k in unexpected]),
-        _listed(
-            "of another shape",
-            [
-                f"{k} {list(state[k].shape)}, the model has {list(wanted[k].shape)}"
-                for k in misshaped
-            ],
-        ),
-    ]
-    raise InputError(
-        "the checkpoint does not fit the model:" + "".join(lines),
-        where=place,
-        remedy="give the model and arguments it was trained with; a last layer of another size "
-        "means another number of classes"
-        if misshaped and not missing and not unexpected
-        else "give the model and arguments it was trained with",
-    )
-
-
-def _listed(kind: str, keys: list[str]) -> str:
-    if not keys:
-        return ""
-    more = f"; and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-    return f"\n  {len(keys)} {kind}: {'; '.join(keys[:_SHOWN])}{more}"

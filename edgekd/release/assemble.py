@@ -162,7 +162,9 @@ def _comparison(
         gain = statistics.paired_difference(sign * student.scores, sign * baseline.scores)
         figures["baseline_gain"] = gain.figure(unit, evidence)
     if teacher is not None and baseline is not None:
-        gap = statistics.gap_closed(teacher.scores, baseline.scores, student.scores)
+        gap = statistics.gap_closed(
+            sign * teacher.scores, sign * baseline.scores, sign * student.scores
+        )
         figures["gap_closed"] = gap.figure("of the gap", evidence)
     timing = bench.get("comparison")
     if timing is not None:

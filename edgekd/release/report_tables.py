@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,7 +67,30 @@ def headline(result: Result) -> str:
         text += f", {value_text(size_of)} {worse} the teacher"
     if parts:
         text += f", and is {' and '.join(parts)}"
-    return text + "."
+    effect = distillation_effect(result)
+    return f"{text}. {effect[:1].upper()}{effect[1:]}." if effect else text + "."
+
+
+def distillation_effect(result: Result) -> str:
+    """What distillation did beside the same student alone; empty where that was not trained.
+
+    ``distillation harmed by 34.40 points (30.54 to 38.17)`` or ``gained``; and where the interval
+    of the difference holds 0, that neither is shown.
+    """
+    gain = result.comparison.get("baseline_gain")
+    if gain is None or gain.value is None:
+        return ""
+    low, high = gain.interval or (-math.inf, math.inf)
+    if low <= 0 <= high:
+        interval = interval_text(gain)
+        change = value_text(gain, signed=True) + (f" ({interval})" if interval else "")
+        return f"what distillation changed is not shown: {change} against the student alone"
+    size = gain
+    if gain.value < 0:
+        size = replace(gain, value=-gain.value, interval=(-high, -low))
+    done = "harmed" if gain.value < 0 else "gained"
+    by = "by " if gain.value < 0 else ""
+    return f"distillation {done} {by}{full_text(size)} against the student alone"
 
 
 def key_figures(result: Result) -> list[KeyFigure]:
@@ -158,7 +182,10 @@ def cautions(result: Result) -> list[str]:
                 f"The {ROLES[role]} never became steady within {queries} warm-up queries: its "
                 "latency may change from run to run."
             )
-    gap = result.comparison.get("gap_closed")
+    gain, gap = (result.comparison.get(key) for key in ("baseline_gain", "gap_closed"))
+    if gain is not None and gain.interval is not None and gain.interval[1] < 0:
+        effect = distillation_effect(result)
+        found.append(f"{effect[0].upper()}{effect[1:]}: ship the student trained alone instead.")
     if gap is not None and gap.value is None and gap.note:
         found.append(f"Gap closed: {gap.note}.")
     throttling = _throttled(result.environment)

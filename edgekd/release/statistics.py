@@ -169,8 +169,8 @@ def gap_closed(
     """The share of the gap between teacher and student alone that distillation closes.
 
     (distilled − alone) / (teacher − alone) with the percentile interval of a bootstrap over
-    samples (Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13). It is
-    the same whether higher or lower scores are better.
+    samples (Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13). Scores are
+    turned so that higher is better.
 
     Args:
         teacher: (N,) scores of the teacher.
@@ -181,8 +181,9 @@ def gap_closed(
         confidence: two-sided coverage, in (0, 1).
 
     Returns:
-        ``value`` None with a note when the gap itself may be zero (its interval holds 0): a
-        share of nothing has no meaning.
+        ``value`` None with a note when the teacher is not shown to be better than the student
+        alone (the interval of their difference is not above 0): there is then no gap to close,
+        and a student that is pulled down to a worse teacher would have "closed" it.
 
     Raises:
         InputError: the lengths differ, there are no samples, or a score is not finite.
@@ -191,8 +192,10 @@ def gap_closed(
     _, without = _paired(teacher, alone)
     n = len(without)
     whole = paired_difference(with_teacher, without, confidence)
-    if whole.interval is None or whole.interval[0] <= 0 <= whole.interval[1]:
-        note = "the gap between teacher and student alone may be zero, so no share of it is given"
+    if whole.interval is None or whole.interval[0] <= 0:
+        shown = whole.interval is not None and whole.interval[1] < 0
+        state = "is worse than" if shown else "is not shown to be better than"
+        note = f"the teacher {state} the student alone, so there is no gap to close"
         return Estimate(None, None, n, confidence, note)
     gap, gained = with_teacher - without, with_distilled - without
     # Resampling counts of the few distinct (gap, gained) pairs is the same as resampling

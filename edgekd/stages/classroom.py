@@ -12,8 +12,8 @@ from edgekd.config.networks import ModelConfig, TeacherConfig
 from edgekd.pipeline.fingerprint import file_sha256
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.fitting import Ground, fit, hub_identity
-from edgekd.stages.student import FIRST_WEIGHTS, build_student
-from edgekd.stages.teacher import load_teacher, open_teacher
+from edgekd.stages.student import FIRST_WEIGHTS, build_student, check_logits
+from edgekd.stages.teacher import load_teacher, open_teacher, some_samples
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,6 +32,7 @@ def open_classroom(ground: Ground, context: Context, inputs: Mapping[str, Path])
     from edgekd.distill.objective import Objective
     from edgekd.distill.schemes import Classroom
     from edgekd.models.build import build_model
+    from edgekd.models.repeatable import check_repeatable
     from edgekd.models.weights import load_weights
 
     pipeline = context.job.config
@@ -39,7 +40,12 @@ def open_classroom(ground: Ground, context: Context, inputs: Mapping[str, Path])
 
     def build(config: ModelConfig, index: int) -> NamedModel:
         torch.manual_seed(pipeline.seed + index * 1_000_003)
-        return build_model(config, ground.dataset.inputs, outputs, where="distill.scheme")
+        where = "distill.scheme"
+        model = build_model(config, ground.dataset.inputs, outputs, where=where)
+        batch = some_samples(ground)
+        check_repeatable(model, batch, where)
+        check_logits(model, batch, ground, where)
+        return model
 
     def new_student(index: int) -> NamedModel:
         model = build_student(ground, inputs["student"], index)

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd.pipeline.stage import Context, Job
+from edgekd.spec import ModelSpec
 from edgekd.stages.distill import BASELINE, STUDENT
 from edgekd.stages.fitting import Ground, open_ground, write_json
 from edgekd.stages.student import STUDENT_CODE, build_student
-from edgekd.stages.teacher import BLACK_BOX, WEIGHTS, build_teacher
+from edgekd.stages.teacher import BLACK_BOX, WEIGHTS, open_network
+from edgekd.stages.teacher_adaptation import read_adaptation
 
 if TYPE_CHECKING:
     from edgekd.models.named import NamedModel
@@ -27,6 +29,7 @@ class ExportStage:
     inputs = ("data", "teacher", "student", "distill")
     code = (
         *("edgekd.stages.export", "edgekd.engines.onnx", "edgekd.engines.torch_export"),
+        *("edgekd.engines.onnx_adopt", "edgekd.stages.teacher_adaptation"),
         *("edgekd.engines.parity", "edgekd.engines.session", *STUDENT_CODE, "edgekd.tasks"),
     )
     libraries = ("torch", "onnx", "onnxruntime", "onnxscript")
@@ -45,6 +48,7 @@ class ExportStage:
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """See :class:`edgekd.pipeline.stage.Stage`."""
         from edgekd.engines.onnx import export_onnx
+        from edgekd.engines.onnx_adopt import adapt_onnx
         from edgekd.engines.parity import BATCH_SIZES, check_parity, parity
         from edgekd.models.weights import load_weights
 
@@ -60,10 +64,11 @@ class ExportStage:
         }
 
         student = partial(build_student, folder=inputs["student"])
+        teacher = partial(open_network, inputs["teacher"])
         sources: dict[str, tuple[Callable[[Ground], NamedModel], Path]] = {
             "student": (student, inputs["distill"] / STUDENT),
             "baseline": (student, inputs["distill"] / BASELINE),
-            "teacher": (build_teacher, inputs["teacher"] / WEIGHTS),
+            "teacher": (teacher, inputs["teacher"] / WEIGHTS),
         }
         reports = {}
         for role, (build, weights) in sources.items():
@@ -89,6 +94,12 @@ class ExportStage:
         black_box = inputs["teacher"] / BLACK_BOX
         if black_box.is_file():
             shutil.copyfile(black_box, context.out / BLACK_BOX)
+            # The file is given the pipeline's samples and is asked for the data's classes.
+            adapt_onnx(
+                context.out / BLACK_BOX,
+                read_adaptation(inputs["teacher"], ground),
+                ModelSpec(dataset.inputs, task.outputs(dataset)),
+            )
         write_json(context.out / "parity.json", reports)
 
 

@@ -7,15 +7,19 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.config.networks import TEACHERS_OWN, ModelConfig
+from edgekd.config.networks import TEACHERS_OWN, ModelConfig, TeacherConfig
 from edgekd.config.pipeline import PipelineConfig
 from edgekd.errors import InputError
 from edgekd.pipeline.fingerprint import file_sha256, library_versions
 from edgekd.pipeline.stage import Context, Job
+from edgekd.spec import ModelSpec
 from edgekd.stages.fitting import Ground, hub_identity, open_ground, write_json
-from edgekd.stages.teacher import WEIGHTS
+from edgekd.stages.teacher import WEIGHTS, some_samples
+from edgekd.stages.teacher_adaptation import plan_adaptation, read_adaptation, write_adaptation
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from edgekd.models.named import NamedModel
     from edgekd.students import Pruned
 
@@ -47,6 +51,7 @@ class StudentStage:
         network = job.config.teacher if student.model == TEACHERS_OWN else student
         return {
             "student": student.model_dump(mode="json", exclude={"checkpoint"}),
+            "preprocess": _preprocess_of(job),
             "network": network.model_dump(mode="json", include={"model", "args"}),
             "seed": job.config.seed,
             "task": [job.config.task, job.config.task_args],
@@ -58,16 +63,32 @@ class StudentStage:
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """See :class:`edgekd.pipeline.stage.Stage`."""
         from edgekd.models.named import count_parameters
+        from edgekd.models.repeatable import check_repeatable
         from edgekd.models.weights import load_weights, save_weights
 
         job = context.job
         ground = open_ground(inputs["data"], job.config)
         student = job.config.student
-        model = build_student(ground, None)
+        student_network(job.config)
         if student.model == TEACHERS_OWN:
+            write_adaptation(read_adaptation(inputs["teacher"], ground), context.out)
+            model = build_student(ground, context.out)
             load_weights(model, inputs["teacher"] / WEIGHTS, where="student")
-        elif student.checkpoint is not None:
-            load_weights(model, _checkpoint(job, student.checkpoint), where="student.checkpoint")
+        else:
+            model = build_student(ground, None)
+        if student.checkpoint is not None:
+            notes = load_weights(
+                model,
+                _checkpoint(job, student.checkpoint),
+                where="student.checkpoint",
+                key=student.checkpoint_key,
+                prefix=student.prefix,
+            )
+            for note in notes:
+                context.progress.message(f"  student: {note}")
+        batch = some_samples(ground)
+        check_repeatable(model, batch, "student.model")
+        check_logits(model, batch, ground, "student.model")
         described: dict[str, Any] = {}
         if student.prune is not None:
             pruned = _pruned(ground, model, context)
@@ -92,17 +113,53 @@ def build_student(ground: Ground, folder: Path | None, index: int = 0) -> NamedM
     """
     import torch
 
+    from edgekd.models.adapted import Adaptation, adapt
     from edgekd.models.build import build_model
 
     torch.manual_seed(ground.config.seed + index * 1_000_003)
-    outputs = ground.task.outputs(ground.dataset)
+    spec = ModelSpec(ground.dataset.inputs, ground.task.outputs(ground.dataset))
     network = student_network(ground.config)
-    model = build_model(network, ground.dataset.inputs, outputs, where="student")
+    adaptation = Adaptation(ground.task.output)
+    if isinstance(network, TeacherConfig):
+        # The teacher's own network answers for the data in the same way.
+        adaptation = (
+            read_adaptation(folder, ground)
+            if folder is not None
+            else plan_adaptation(ground, network, "teacher", None, lambda text: None)
+        )
+    own = adaptation.network_spec(spec)
+    model = adapt(build_model(network, own.inputs, own.outputs, where="student"), spec, adaptation)
     if folder is not None and (folder / STRUCTURE).is_file():
         from edgekd.students import apply_cuts, read_cuts
 
         apply_cuts(model, read_cuts(folder / STRUCTURE))
     return model
+
+
+def check_logits(
+    model: NamedModel, batch: Mapping[str, Tensor], ground: Ground, where: str
+) -> None:
+    """Refuse a network to be trained that ends in a softmax, which the losses apply once more.
+
+    Raises:
+        InputError: its outputs are probabilities.
+    """
+    import torch
+
+    from edgekd.models.adapted import recognized_form
+
+    if ground.task.name != "classification":
+        return
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        answers = model.eval()(batch)[ground.task.output]
+    if recognized_form(answers) == "probabilities":
+        raise InputError(
+            "the network's outputs are probabilities, which sum to 1, and the losses take logits: "
+            "they would apply a softmax to them once more",
+            where=where,
+            remedy="return what comes before the softmax (a log_softmax does no harm); the "
+            "largest class is the same",
+        )
 
 
 def student_network(config: PipelineConfig) -> ModelConfig:
@@ -165,6 +222,14 @@ def _add_gradients(ground: Ground, model: NamedModel) -> None:
         torch.autograd.backward(ground.task.hard_loss(model(batch), batch))
         if number * _GRADIENT_BATCH >= _GRADIENT_SAMPLES:
             break
+
+
+def _preprocess_of(job: Job) -> dict[str, Any] | None:
+    """The preprocessing of a student that is the teacher's network."""
+    own = job.config.teacher.preprocess
+    if own is None or job.config.student.model != TEACHERS_OWN:
+        return None
+    return own.model_dump(mode="json")
 
 
 def _pruning_library() -> dict[str, str]:

@@ -18,13 +18,27 @@ from edgekd.stages.fitting import (
     open_ground,
     write_json,
 )
+from edgekd.stages.teacher_adaptation import (
+    check_order,
+    plan_adaptation,
+    read_adaptation,
+    with_form,
+    write_adaptation,
+)
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
     from edgekd.distill.history import History
-    from edgekd.distill.teacher import Teacher
+    from edgekd.distill.teacher import OnnxTeacher, Teacher
+    from edgekd.models.adapted import Adaptation
     from edgekd.models.named import NamedModel
+    from edgekd.tasks import Task
 
 WEIGHTS, BLACK_BOX = "teacher.safetensors", "teacher.onnx"
+_TRIED_SAMPLES = 64
 ENOUGH_LABELS = 20
 """Labelled validation samples below which a teacher is not refused for being near chance."""
 
@@ -35,7 +49,8 @@ class TeacherStage:
     name = "teacher"
     inputs = ("data",)
     code = (
-        *("edgekd.stages.teacher", "edgekd.engines.onnx_adopt", "edgekd.engines.onnx_file"),
+        *("edgekd.stages.teacher", "edgekd.stages.teacher_adaptation"),
+        *("edgekd.engines.onnx_adopt", "edgekd.engines.onnx_file"),
         *TRAINING_CODE,
     )
     libraries = ("torch",)
@@ -59,7 +74,7 @@ class TeacherStage:
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """See :class:`edgekd.pipeline.stage.Stage`."""
-        from edgekd.distill.teacher import ModuleTeacher, OnnxTeacher
+        from edgekd.distill.teacher import ModuleTeacher
         from edgekd.engines.onnx_adopt import pack_onnx, rename_onnx
         from edgekd.models.weights import save_weights
 
@@ -67,17 +82,19 @@ class TeacherStage:
         config = job.config.teacher
         ground = open_ground(inputs["data"], job.config)
         if config.onnx is not None:
-            pack_onnx(_existing(job, "teacher.onnx", config.onnx), context.out / BLACK_BOX)
-            adopted = open_teacher(context.out, ground)
-            assert isinstance(adopted, OnnxTeacher)
+            packed = context.out / BLACK_BOX
+            pack_onnx(_existing(job, "teacher.onnx", config.onnx), packed)
+            black_box = _black_box(ground, config, packed, "teacher", context)
             # Student and teacher are timed on the same samples, so they share their names.
-            rename_onnx(context.out / BLACK_BOX, adopted.names)
+            rename_onnx(packed, black_box.names)
+            write_adaptation(black_box.adaptation, context.out)
             teacher = open_teacher(context.out, ground)
         else:
             model, history = _trained_or_loaded(ground, config, context, "teacher")
             if history is not None:
                 write_json(context.out / "history.json", history.to_json())
             save_weights(model, context.out / WEIGHTS)
+            write_adaptation(adaptation_of(model), context.out)
             teacher = ModuleTeacher(model)
         write_json(context.out / "validation.json", check_teacher(teacher, ground, context))
 
@@ -87,22 +104,80 @@ def _trained_or_loaded(
 ) -> tuple[NamedModel, History | None]:
     """A teacher network with its weights, and its history when it was trained here."""
     from edgekd.distill.objective import Objective
-    from edgekd.models.weights import load_weights
+    from edgekd.models.adapted import adapt
+    from edgekd.models.class_order import class_names_in
+    from edgekd.models.named import NamedModel
+    from edgekd.models.repeatable import check_repeatable
+    from edgekd.models.weights import load_weights, read_checkpoint
 
-    model = build_teacher(ground, config, where)
-    if config.train is not None:
-        objective = Objective.supervised(ground.task, config.train.label_smoothing)
-        return model, fit(ground, model, objective, config.train, where, context)
-    if config.checkpoint is None:
-        # A network of a hub comes with its weights.
+    say = context.progress.message
+    read = None
+    if config.checkpoint is not None:
+        at = f"{where}.checkpoint"
+        path = _existing(context.job, at, config.checkpoint)
+        read = read_checkpoint(path, config.allow_pickle, at)
+    named = read.class_names() if read is not None else None
+    planned = plan_adaptation(ground, config, where, named, say)
+    model = build_teacher(ground, config, where, planned)
+    if read is not None:
+        for note in load_weights(model, read, key=config.checkpoint_key, prefix=config.prefix):
+            say(f"  {where}: {note}")
+    hub = getattr(model.module, "config", None)
+    if named is None and (named := class_names_in(getattr(hub, "__dict__", None))) is not None:
+        planned = plan_adaptation(ground, config, where, named, say)
+    batch = some_samples(ground)
+    check_repeatable(model, batch, where)
+    if ground.task.name == "classification":
+        import torch
+
+        network = NamedModel(model.module, planned.network_spec(model.spec)).eval()
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            answers = network(planned.prepare(batch))[ground.task.output]
+        planned = with_form(planned, answers, config, where, say)
+    spec = model.spec
+    model = adapt(NamedModel(model.module, planned.network_spec(spec)), spec, planned)
+    if config.train is None:
         return model, None
-    load_weights(
-        model,
-        _existing(context.job, f"{where}.checkpoint", config.checkpoint),
-        allow_pickle=config.allow_pickle,
-        where=f"{where}.checkpoint",
-    )
-    return model, None
+    objective = Objective.supervised(ground.task, config.train.label_smoothing)
+    return model, fit(ground, model, objective, config.train, where, context)
+
+
+def _black_box(
+    ground: Ground, config: TeacherConfig, path: Path, where: str, context: Context
+) -> OnnxTeacher:
+    """An ONNX file as a teacher, with what lies between it and the data."""
+    from edgekd.distill.teacher import OnnxTeacher, check_repeatable_answers
+    from edgekd.engines.onnx_file import describe_onnx
+    from edgekd.models.class_order import class_names_in_metadata
+
+    say, outputs = context.progress.message, ground.task.outputs(ground.dataset)
+    named = class_names_in_metadata(describe_onnx(path).metadata)
+    planned = plan_adaptation(ground, config, where, named, say)
+    teacher = OnnxTeacher(path, ground.dataset.inputs, outputs, adaptation=planned)
+    batch = some_samples(ground)
+    check_repeatable_answers(teacher, batch, where)
+    if ground.task.name == "classification":
+        answers = teacher.raw_answer(batch)[ground.task.output]
+        teacher.adaptation = with_form(planned, answers, config, where, say)
+    return teacher
+
+
+def some_samples(ground: Ground) -> dict[str, Tensor]:
+    """Some inputs of the validation split, spread over it, as tensors of their own."""
+    import numpy as np
+    import torch
+
+    total = len(ground.dataset.splits["validation"])
+    rows = np.unique(np.linspace(0, total - 1, min(_TRIED_SAMPLES, total)).astype(int))
+    each = [ground.dataset.model_inputs("validation", int(r), int(r) + 1) for r in rows]
+    return {name: torch.from_numpy(np.concatenate([one[name] for one in each])) for name in each[0]}
+
+
+def adaptation_of(model: NamedModel) -> Adaptation:
+    """What lies between the data and a network."""
+    from edgekd.models.adapted import Adaptation, AdaptedModel
+
+    return model.adaptation if isinstance(model, AdaptedModel) else Adaptation()
 
 
 def load_teacher(ground: Ground, config: TeacherConfig, context: Context, where: str) -> Teacher:
@@ -115,13 +190,11 @@ def load_teacher(ground: Ground, config: TeacherConfig, context: Context, where:
         where: its YAML position, for errors and as the label of its training.
     """
     from edgekd.distill.runtime import training_device
-    from edgekd.distill.teacher import ModuleTeacher, OnnxTeacher
+    from edgekd.distill.teacher import ModuleTeacher
 
     if config.onnx is not None:
         path = _existing(context.job, f"{where}.onnx", config.onnx)
-        teacher: Teacher = OnnxTeacher(
-            path, ground.dataset.inputs, ground.task.outputs(ground.dataset)
-        )
+        teacher: Teacher = _black_box(ground, config, path, where, context)
     else:
         model, _ = _trained_or_loaded(ground, config, context, where)
         teacher = ModuleTeacher(model.to(training_device()))
@@ -134,6 +207,7 @@ def check_teacher(
 ) -> dict[str, Any]:
     """Show a teacher's metric on validation beside chance, and refuse one that is no better.
 
+    One whose outputs fit the labels far better in another order is refused with that order.
     Chance is the one best answer to these labels, given to every sample. The teacher must be
     better by more than noise: the paired difference of their scores has a one-sided 95 % bound,
     which must be above 0. Below ``ENOUGH_LABELS`` labelled samples the figures are only shown.
@@ -142,9 +216,10 @@ def check_teacher(
         The metric, that of chance, and the number of labelled samples; None where there is none.
 
     Raises:
-        InputError: the teacher is not better than chance.
+        InputError: the teacher's outputs are in another order, or it is not better than chance.
     """
     from edgekd.distill.evaluate import score
+    from edgekd.distill.teacher import adaptation_of_teacher
     from edgekd.release.statistics import paired_difference
 
     task = ground.task
@@ -156,13 +231,17 @@ def check_teacher(
         return {task.metric: None, "chance": None, "labelled": 0}
     arrays = ground.dataset.splits["validation"].arrays
     targets = {s.name: arrays[s.name][rows] for s in ground.dataset.targets}
-    scores = score(teacher.answer, ground.validation_loader(), task)
+    seen = _Decisions(teacher, task)
+    scores = score(seen.answer, ground.validation_loader(), task)
     by_chance = task.scores(task.constant(targets), targets)
     metric, chance = float(scores.mean()), float(by_chance.mean())
     context.progress.message(
         f"  {where}: validation {task.metric} {metric:.4f}, chance {chance:.4f} "
         f"({len(rows):,} labelled samples)"
     )
+    if task.name == "classification":
+        figures = f"{task.metric} {metric:.4f}"
+        check_order(ground, adaptation_of_teacher(teacher), *seen.labelled(), figures, where)
     if len(rows) >= ENOUGH_LABELS:
         sign = 1 if task.higher_is_better else -1
         # The lower end of a two-sided 90 % interval is a one-sided 95 % bound.
@@ -173,40 +252,95 @@ def check_teacher(
                 f"giving one and the same answer gives {chance:.4g} "
                 f"({len(rows):,} labelled validation samples)",
                 where=where,
-                remedy="see that it gets its inputs as it was trained (normalisation: data.args, "
-                "channel order, image size), that labels count its outputs in their order, and "
-                "that the checkpoint is the right one; if it is trained here, train it longer",
+                remedy="see that it gets its inputs as it was trained (teacher.preprocess: "
+                "normalisation, channel order, image size), that labels count its outputs in "
+                "their order, and that the checkpoint is the right one; if it is trained "
+                "here, train it longer",
             )
     return {task.metric: metric, "chance": chance, "labelled": len(rows)}
 
 
+class _Decisions:
+    """A teacher that is listened to: the labels of a classification, and what it answers."""
+
+    def __init__(self, teacher: Teacher, task: Task) -> None:
+        self._teacher, self._task = teacher, task
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+
+    def answer(self, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        outputs = self._teacher.answer(batch)
+        if self._task.name == "classification":
+            chosen = outputs[self._task.output].argmax(dim=-1).cpu()
+            self._pairs.append((batch[self._task.target].cpu(), chosen))
+        return outputs
+
+    def labelled(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Labels and decisions, (N,) each, of all samples and positions that have a label."""
+        import numpy as np
+
+        labels = np.concatenate([label.reshape(-1).numpy() for label, _ in self._pairs])
+        chosen = np.concatenate([decision.reshape(-1).numpy() for _, decision in self._pairs])
+        return labels[labels >= 0], chosen[labels >= 0]
+
+
 def build_teacher(
-    ground: Ground, config: TeacherConfig | None = None, where: str = "teacher"
+    ground: Ground,
+    config: TeacherConfig | None = None,
+    where: str = "teacher",
+    adaptation: Adaptation | None = None,
 ) -> NamedModel:
-    """The teacher's network with fresh weights drawn from the pipeline's seed."""
+    """The teacher's network with fresh weights drawn from the pipeline's seed.
+
+    Args:
+        ground: the data and the task.
+        config: its section; None: the pipeline's.
+        where: its YAML position, for errors.
+        adaptation: what lies between it and the data; None: what the section alone says.
+    """
     import torch
 
+    from edgekd.models.adapted import adapt
     from edgekd.models.build import build_model
+    from edgekd.spec import ModelSpec
 
+    config = config or ground.config.teacher
+    if adaptation is None:
+        adaptation = plan_adaptation(ground, config, where, None, lambda text: None)
     torch.manual_seed(ground.config.seed)
-    dataset = ground.dataset
-    outputs = ground.task.outputs(dataset)
-    return build_model(config or ground.config.teacher, dataset.inputs, outputs, where=where)
+    spec = ModelSpec(ground.dataset.inputs, ground.task.outputs(ground.dataset))
+    own = adaptation.network_spec(spec)
+    remedy = (
+        "give its last layer that size; or, if it was trained with other classes beside these, "
+        f"name all of its outputs in their order under {where}: 'classes: […]'"
+        if ground.task.name == "classification" and config.train is None
+        else ""
+    )
+    network = build_model(config, own.inputs, own.outputs, where=where, remedy=remedy)
+    return adapt(network, spec, adaptation)
+
+
+def open_network(folder: Path, ground: Ground) -> NamedModel:
+    """The network of a finished teacher stage with its weights, and what adapts it to the data."""
+    from edgekd.models.weights import load_weights
+
+    model = build_teacher(ground, adaptation=read_adaptation(folder, ground))
+    load_weights(model, folder / WEIGHTS, where="teacher")
+    return model
 
 
 def open_teacher(folder: Path, ground: Ground) -> Teacher:
     """The teacher of a finished teacher stage, ready to answer."""
     from edgekd.distill.runtime import training_device
     from edgekd.distill.teacher import ModuleTeacher, OnnxTeacher
-    from edgekd.models.weights import load_weights
 
     if (folder / BLACK_BOX).is_file():
         return OnnxTeacher(
-            folder / BLACK_BOX, ground.dataset.inputs, ground.task.outputs(ground.dataset)
+            folder / BLACK_BOX,
+            ground.dataset.inputs,
+            ground.task.outputs(ground.dataset),
+            adaptation=read_adaptation(folder, ground),
         )
-    model = build_teacher(ground)
-    load_weights(model, folder / WEIGHTS, where="teacher")
-    return ModuleTeacher(model.to(training_device()))
+    return ModuleTeacher(open_network(folder, ground).to(training_device()))
 
 
 def _existing(job: Job, where: str, name: str) -> Path:

@@ -11,6 +11,7 @@ from edgekd.distill.losses.response import soft_labels
 from edgekd.distill.teacher import ModuleTeacher, OnnxTeacher
 from edgekd.errors import InputError
 from edgekd.models import NamedModel
+from edgekd.models.adapted import Adaptation, recognized_form
 from edgekd.spec import ModelSpec, TensorSpec
 
 X = TensorSpec("x", ("batch", 4))
@@ -70,7 +71,11 @@ def test_other_widths_are_fed_and_answered_in_float32(tmp_path, batch, dtype):
 def test_probabilities_become_logits_that_mean_the_same(tmp_path, batch):
     path = onnx_file(tmp_path / "t.onnx", softmax=True)
     teacher = OnnxTeacher(path, [X], [LOGITS])
-    assert teacher.gives_probabilities
+    form = recognized_form(teacher.raw_answer(batch)["logits"])
+    assert form == "probabilities"
+    before = teacher.digest
+    teacher.adaptation = Adaptation(form=form)
+    assert teacher.digest != before
     student = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(
         soft_labels(student, teacher.answer(batch)["logits"]),
@@ -78,8 +83,9 @@ def test_probabilities_become_logits_that_mean_the_same(tmp_path, batch):
     )
 
 
-def test_logits_are_not_taken_for_probabilities(tmp_path):
-    assert not OnnxTeacher(onnx_file(tmp_path / "t.onnx"), [X], [LOGITS]).gives_probabilities
+def test_logits_are_not_taken_for_probabilities(tmp_path, batch):
+    teacher = OnnxTeacher(onnx_file(tmp_path / "t.onnx"), [X], [LOGITS])
+    assert recognized_form(teacher.raw_answer(batch)["logits"]) == "logits"
 
 
 def test_wrong_input_shape_names_both(tmp_path):

@@ -1,5 +1,6 @@
 """Named inputs and outputs around any module."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -69,3 +70,69 @@ def test_another_image_size_names_both():
 
 def test_buffers_are_not_parameters():
     assert count_parameters(nn.BatchNorm2d(7)) == 14
+
+
+class Centres(nn.Module):
+    """Writes into its own input."""
+
+    def __init__(self, when=(True, False)):
+        super().__init__()
+        self.fc, self.when = nn.Linear(4, 3), when
+
+    def forward(self, x):
+        if self.training in self.when:
+            x.view(-1).sub_(2.0)
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("when", [(True,), (False,), (True, False)])
+def test_a_batch_stays_as_it_is_whatever_the_network_writes(when, inference):
+    spec = ModelSpec((TensorSpec("x", ("batch", 4)),), (TensorSpec("logits", ("batch", 3)),))
+    model = NamedModel(Centres(when), spec)
+    array = np.arange(8, dtype=np.float32).reshape(2, 4)
+    batch = {"x": torch.from_numpy(array)}
+    with torch.inference_mode(inference):
+        for training in (True, False, True, False):
+            model.train(training)
+            first, second = model(batch)["logits"], model(batch)["logits"]
+            shift = 2.0 if training in when else 0.0
+            torch.testing.assert_close(first, model.module.fc(batch["x"] - shift))
+            assert torch.equal(first, second)
+    assert array.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_a_network_that_does_not_write_is_given_the_batch_itself():
+    given = []
+
+    class Looks(nn.Module):
+        def forward(self, x):
+            given.append(x.data_ptr())
+            return x[:, :3]
+
+    spec = ModelSpec((TensorSpec("x", ("batch", 4)),), (TensorSpec("logits", ("batch", 3)),))
+    model, x = NamedModel(Looks(), spec), torch.zeros(2, 4)
+    for _ in range(3):
+        model({"x": x})
+    assert given[1:] == [x.data_ptr()] * 2
+
+
+def test_a_network_that_begins_to_write_later_is_an_error_and_not_silent():
+    class Sometimes(nn.Module):
+        def forward(self, x):
+            return (x.add_(1) if x[0, 0] > 5 else x)[:, :3]
+
+    spec = ModelSpec((TensorSpec("x", ("batch", 4)),), (TensorSpec("logits", ("batch", 3)),))
+    model = NamedModel(Sometimes(), spec)
+    model({"x": torch.zeros(2, 4)})
+    with pytest.raises(InputError, match="writes into its input 'x'"):
+        model({"x": torch.full((2, 4), 9.0)})
+
+
+def test_two_networks_that_write_learn_from_one_batch():
+    spec = ModelSpec((TensorSpec("x", ("batch", 4)),), (TensorSpec("logits", ("batch", 3)),))
+    one, other = NamedModel(Centres(), spec), NamedModel(Centres(), spec)
+    batch = {"x": torch.ones(2, 4)}
+    (one(batch)["logits"] - other(batch)["logits"]).square().sum().backward()
+    assert torch.equal(batch["x"], torch.ones(2, 4))
+    assert one.module.fc.weight.grad is not None

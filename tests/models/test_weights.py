@@ -8,6 +8,7 @@ from torch import nn
 
 from edgekd.errors import InputError, StageError
 from edgekd.models import NamedModel, load_weights, save_weights
+from edgekd.models.weights import read_checkpoint
 from edgekd.spec import ModelSpec, TensorSpec
 
 
@@ -151,3 +152,117 @@ def test_torchscript_is_named(tmp_path):
     torch.jit.save(torch.jit.script(network()), str(tmp_path / "w.pt"))
     with pytest.raises(InputError, match="TorchScript"):
         load_weights(network(), tmp_path / "w.pt")
+
+
+def changed(state):
+    return {k: v + 1 if v.is_floating_point() else v for k, v in state.items()}
+
+
+def under(prefix, state):
+    return {f"{prefix}{k}": v for k, v in state.items()}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: under("architecture.", s),
+        lambda s: {"state_dict": under("model.", s) | {"criterion.weight": torch.ones(10)}},
+        lambda s: under("module.", s) | {"n_averaged": torch.tensor(3)},
+        lambda s: {"epoch": 3, "model": None, "ema": s},
+        lambda s: {"model": s, "state_dict": s},
+        lambda s: {k.replace("1.", "1.module.", 1) if k[0] == "1" else k: v for k, v in s.items()},
+        lambda s: {"backbone." * (k[0] != "3") + k: v for k, v in s.items()},
+    ],
+)
+def test_weights_are_found_whatever_they_lie_in(tmp_path, wrap):
+    first, second = network(), network()
+    torch.save(wrap(first.state_dict()), tmp_path / "w.pt")
+    load_weights(named(second), tmp_path / "w.pt")
+    assert same(first, second)
+
+
+@pytest.mark.parametrize(
+    "names", [("state_dict", "state_dict_ema"), ("model", "model_ema"), ("model", "ema")]
+)
+def test_of_two_sets_of_weights_one_has_to_be_named(tmp_path, names):
+    first, second = network(), network()
+    ema = first.state_dict()
+    torch.save({names[0]: changed(ema), names[1]: under("module.", ema)}, tmp_path / "w.pt")
+    with pytest.raises(InputError, match=f"'checkpoint_key: {names[1]}'"):
+        load_weights(second, tmp_path / "w.pt", where="teacher.checkpoint")
+    notes = load_weights(second, tmp_path / "w.pt", key=names[1])
+    assert same(first, second)
+    assert notes == []
+    with pytest.raises(InputError, match="did you mean"):
+        load_weights(second, tmp_path / "w.pt", key=names[1] + "s")
+
+
+def test_of_two_networks_in_one_checkpoint_one_has_to_be_named(tmp_path):
+    first, second = network(), network()
+    state = first.state_dict()
+    both = under("student.", changed(state)) | under("teacher.", state)
+    torch.save({"state_dict": both}, tmp_path / "w.pt")
+    with pytest.raises(InputError, match=r"'student.', 'teacher.'[\s\S]*prefix: teacher."):
+        load_weights(second, tmp_path / "w.pt", where="teacher.checkpoint")
+    load_weights(second, tmp_path / "w.pt", prefix="teacher.")
+    assert same(first, second)
+
+
+def test_weights_with_a_copy_beside_them_are_not_taken_silently(tmp_path):
+    state = network().state_dict()
+    torch.save(state | under("ema.", changed(state)), tmp_path / "w.pt")
+    with pytest.raises(InputError, match=r"more than once[\s\S]*''"):
+        load_weights(network(), tmp_path / "w.pt")
+    second = network()
+    notes = load_weights(second, tmp_path / "w.pt", prefix="")
+    assert torch.equal(second[0].weight, state["0.weight"])
+    assert "not used" in notes[0]
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b.weight = self.a.weight
+
+
+@pytest.mark.parametrize("untied", [False, True])
+def test_tied_weights_are_stored_once_and_loaded_twice(tmp_path, untied):
+    from safetensors.torch import save_file, save_model
+
+    first, second = Tied(), Tied()
+    if untied:
+        second.b = nn.Linear(4, 4)
+    save_model(first, str(tmp_path / "w.safetensors"))
+    load_weights(second, tmp_path / "w.safetensors")
+    assert same(first, second)
+    if not untied:
+        lone = {k: v for k, v in first.state_dict().items() if k != "a.weight"}
+        save_file(lone, tmp_path / "lone.safetensors")
+        third = Tied()
+        load_weights(third, tmp_path / "lone.safetensors")
+        assert same(first, third)
+
+
+def test_settings_beside_the_weights_run_no_code_and_are_allowed(tmp_path):
+    import argparse
+
+    import numpy as np
+
+    first, second = network(), network()
+    beside = {"args": argparse.Namespace(lr=0.1), "best": np.float64(0.9), "at": tmp_path}
+    torch.save({"model": first.state_dict(), **beside}, tmp_path / "w.pth.tar")
+    load_weights(second, tmp_path / "w.pth.tar")
+    assert same(first, second)
+
+
+def test_class_names_are_read_from_either_kind_of_file(tmp_path):
+    from safetensors.torch import save_file
+
+    state = network().state_dict()
+    torch.save({"state_dict": state, "class_to_idx": {"b": 1, "a": 0}}, tmp_path / "w.pt")
+    save_file(state, tmp_path / "w.safetensors", {"classes": '["a", "b"]'})
+    for name in ("w.pt", "w.safetensors"):
+        found = read_checkpoint(tmp_path / name).class_names()
+        assert found is not None
+        assert found.names == ("a", "b")

@@ -126,3 +126,22 @@ def test_log_axes_hold_their_values(low, ratio):
     positions = [axis.position(mark) for mark, _ in axis.ticks]
     assert positions == sorted(positions)
     assert all(float(label.replace(",", "")) == pytest.approx(m) for m, label in axis.ticks)
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "words"),
+    [
+        (-0.344, (-0.3817, -0.3054), "istillation harmed by 34.40 points (30.54 to 38.17)"),
+        (-0.004, (-0.011, 0.003), "not shown: −0.40 points (−1.10 to 0.30)"),
+        (0.004, (-0.003, 0.011), "not shown: +0.40 points (−0.30 to 1.10)"),
+        (0.02, (0.01, 0.03), "istillation gained 2.00 points (1.00 to 3.00)"),
+    ],
+)
+def test_what_distillation_did_is_said(
+    tmp_path, result, histories, pipeline, value, interval, words
+):
+    result["comparison"]["baseline_gain"].update(value=value, interval=interval)
+    page = written(tmp_path, result, histories, pipeline)
+    assert words in page
+    assert words in (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert ("ship the student trained alone" in page) == (interval[1] < 0)

@@ -1,0 +1,113 @@
+"""Does each term of an objective teach the student anything? Asked before the training starts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from edgekd.distill.imitation import has_classes
+from edgekd.distill.named_loss import NamedLoss
+from edgekd.distill.objective import Objective
+from edgekd.distill.term import Named
+from edgekd.errors import InputError
+
+BATCHES = 4
+"""How many batches must agree that a term has no gradient."""
+
+_BINARY = 2
+_TWO_CLASSES = (
+    "use soft_labels or wsld: of two classes the standardized logits are always (1, -1) or "
+    "(-1, 1), dkd without alpha has nothing to tell apart, and dist without gamma correlates fully"
+)
+
+_NOTHING = {torch.float64: 1e-9, torch.float32: 1e-5}
+"""‖gradient‖ · ‖outputs‖ as a share of the loss, below which a gradient is rounding."""
+
+
+def check_gradients(
+    objective: Objective, batches: Iterable[tuple[Named, Named | None, Named]]
+) -> None:
+    """Refuse a term whose gradient to the student is zero on every batch that could give one.
+
+    The gradient is taken at the student's answers and at answers beside them, because a student
+    that begins as its teacher's equal has none at first. Terms that a scheme makes are its own
+    business. The objective and the random numbers stay as they were.
+
+    Args:
+        objective: prepared.
+        batches: the student's answers and features, the teacher's, and the batch; as many are
+            taken as needed, most often one.
+
+    Raises:
+        InputError: a term has no gradient.
+    """
+    silent = [t for t in objective.terms if isinstance(t, NamedLoss) and t.ever_weighs]
+    tried = dict.fromkeys((term.label for term in silent), 0)
+    student: Named = {}
+    for number, (student, teacher, batch) in enumerate(batches, start=1):
+        for term in list(silent):
+            if not term.can_teach(batch):
+                continue
+            tried[term.label] += 1
+            if _has_gradient(term, student, teacher, batch):
+                silent.remove(term)
+        if not silent or number == BATCHES:
+            break
+    for term in silent:
+        if tried[term.label]:
+            size = student[term.task.output].shape[-1]
+            raise InputError(
+                f"the loss {term.label!r} has no gradient to the student: whatever the student "
+                f"answers, it is the same (on {tried[term.label]} of the first batches)",
+                where=term.where,
+                remedy=_TWO_CLASSES
+                if size == _BINARY and has_classes(term.task)
+                else "remove it, or change what makes it constant: a batch of one sample, a "
+                "factor of 0, a .detach() or a decision such as argmax",
+            )
+
+
+def _has_gradient(term: NamedLoss, student: Named, teacher: Named | None, batch: Named) -> bool:
+    # Modules have weights in float32, and may remember what they are called with.
+    own = copy.deepcopy(term) if term.needs_shapes else term
+    dtype = torch.float32 if term.needs_shapes else torch.float64
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for share in (0.0, 0.1):
+            leaves = {k: _leaf(t, dtype, share) for k, t in student.items()}
+            taught = None if teacher is None else {k: _wide(t, dtype) for k, t in teacher.items()}
+            floats = [t for t in leaves.values() if t.requires_grad]
+            with torch.enable_grad():
+                value = own(leaves, taught, batch, 0.5)
+            if not value.requires_grad:
+                continue
+            found = torch.autograd.grad(value, floats, allow_unused=True)
+            size = sum(
+                float(g.double().norm() * t.detach().double().norm())
+                for g, t in zip(found, floats, strict=True)
+                if g is not None
+            )
+            # NaN is a gradient too: the training itself tells of it.
+            if not size <= _NOTHING[dtype] * abs(float(value.detach())):
+                return True
+    return False
+
+
+def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _leaf(tensor: Tensor, dtype: torch.dtype, share: float) -> Tensor:
+    """The tensor as an end of a graph, with noise of a share of its spread."""
+    if not tensor.is_floating_point():
+        return tensor
+    wide = tensor.detach().to(dtype)
+    if share:
+        spread = wide.std() if wide.numel() > 1 else wide.abs().mean()
+        wide = wide + share * (spread + 1e-3) * torch.randn_like(wide)
+    else:
+        wide = wide.clone()
+    return wide.requires_grad_()

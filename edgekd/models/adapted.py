@@ -1,0 +1,284 @@
+"""A teacher trained with other preprocessing, class order or output form, made to fit the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from edgekd.config.networks import OutputForm, PreprocessConfig
+from edgekd.errors import InputError
+from edgekd.models.named import NamedModel
+from edgekd.spec import Dimension, ModelSpec, TensorSpec
+
+_LUMA = (0.299, 0.587, 0.114)
+"""ITU-R BT.601, as Pillow's conversion to grey."""
+
+
+class Normalization(Protocol):
+    """What was subtracted from an input and what it was divided by, as in a dataset."""
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """One number for all, or one for each channel or feature."""
+        ...
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Likewise."""
+        ...
+
+
+@dataclass(frozen=True)
+class InputAdaptation:
+    """From the student's batch to what a teacher takes: :class:`PreprocessConfig` of one input.
+
+    Attributes:
+        name: the input.
+        config: what the teacher wants.
+        normalization: what the data were normalised with; None: they were not.
+    """
+
+    name: str
+    config: PreprocessConfig
+    normalization: Normalization | None
+
+    def spec(self, given: TensorSpec) -> TensorSpec:
+        """The input as the teacher takes it."""
+        if len(given.shape) != 4:
+            return given
+        channels, *size = given.shape[1:]
+        channels = self.config.channels or channels
+        size = list(self.config.image_size or size)
+        shape: tuple[Dimension, ...] = (given.shape[0], channels, *size)
+        if self.config.layout == "nhwc":
+            shape = (given.shape[0], *size, channels)
+        return TensorSpec(given.name, shape, given.dtype)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """The input for the teacher; the student's tensor stays as it is."""
+        config, image = self.config, values.ndim == 4
+        if config.normalizes and self.normalization is not None:
+            std, mean = self.normalization.std, self.normalization.mean
+            values = values * _constant(std, values) + _constant(mean, values)
+        if image and config.channels is not None and config.channels != values.shape[1]:
+            if config.channels == 3:
+                values = values.expand(-1, 3, -1, -1)
+            else:
+                values = (values * _constant(_LUMA, values)).sum(dim=1, keepdim=True)
+        if image and config.channel_order == "bgr":
+            values = torch.cat([values[:, 2:3], values[:, 1:2], values[:, 0:1]], dim=1)
+        if image and config.image_size is not None:
+            align = None if config.interpolation == "nearest" else False
+            values = F.interpolate(
+                values, config.image_size, mode=config.interpolation, align_corners=align
+            )
+        if config.normalizes:
+            mean, std = config.mean or (0.0,), config.std or (1.0,)
+            values = values * (config.scale or 1.0) - _constant(mean, values)
+            values = values / _constant(std, values)
+        return values.permute(0, 2, 3, 1) if image and config.layout == "nhwc" else values
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What stands between the pipeline's data and a teacher's network.
+
+    Attributes:
+        output: the primary output's name.
+        order: ``order[i]`` is the network's output for the data's class i; None: the same order.
+        outputs: how many outputs the network has; None: as many as there are classes.
+        form: what its numbers are. Probabilities p are answered as log p, which is a valid set of
+            logits: softmax(log p) = p; those of a sigmoid as log(p / (1 - p)).
+        input: of its preprocessing, where it has its own.
+    """
+
+    output: str = "logits"
+    order: tuple[int, ...] | None = None
+    outputs: int | None = None
+    form: OutputForm = "logits"
+    input: InputAdaptation | None = None
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the network is used as it is."""
+        return self == Adaptation(self.output)
+
+    def network_spec(self, spec: ModelSpec) -> ModelSpec:
+        """The inputs and outputs of the network itself, from those of the pipeline."""
+        own = self.input
+        inputs = tuple(own.spec(s) if own and s.name == own.name else s for s in spec.inputs)
+        outputs = tuple(
+            replace(s, shape=(*s.shape[:-1], self.outputs))
+            if s.name == self.output and self.outputs is not None
+            else s
+            for s in spec.outputs
+        )
+        return ModelSpec(inputs, outputs)
+
+    def prepare(self, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The batch as the network takes it."""
+        if self.input is None or self.input.name not in batch:
+            return batch
+        return {**batch, self.input.name: self.input(batch[self.input.name])}
+
+    def finish(self, answers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The network's answers as logits in the order of the data's classes."""
+        values = as_logits(answers[self.output], self.form)
+        if self.order is not None:
+            order = torch.tensor(self.order, device=values.device)
+            values = values.index_select(-1, order)
+        return {**answers, self.output: values}
+
+
+class AdaptedModel(NamedModel):
+    """A network behind an :class:`Adaptation`; its weights and layers are the network's own.
+
+    Args:
+        model: the network with the inputs and outputs of :meth:`Adaptation.network_spec`.
+        spec: the pipeline's inputs and outputs.
+        adaptation: what lies between the two.
+    """
+
+    def __init__(self, model: NamedModel, spec: ModelSpec, adaptation: Adaptation) -> None:
+        super().__init__(model.module, spec)
+        self.adaptation = adaptation
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See :class:`edgekd.models.named.NamedModel`."""
+        return self.adaptation.finish(super().forward(self.adaptation.prepare(batch)))
+
+
+def adapt(model: NamedModel, spec: ModelSpec, adaptation: Adaptation) -> NamedModel:
+    """The network behind an adaptation; itself where there is nothing to adapt."""
+    return model if adaptation.is_identity else AdaptedModel(model, spec, adaptation)
+
+
+def as_logits(values: Tensor, form: OutputForm) -> Tensor:
+    """Numbers of any form as logits (..., C), finite."""
+    if form == "logits":
+        return values
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    tiny = torch.finfo(values.dtype).tiny
+    if form == "log_probabilities":
+        return values.clamp_min(torch.tensor(tiny, dtype=values.dtype).log().item())
+    log_p = values.clamp_min(tiny).log()
+    if form == "probabilities":
+        return log_p
+    # 1 - p is exactly 0 from rounding on; there the smallest step below 1 stands for it.
+    rest = (1 - values).clamp_min(torch.finfo(values.dtype).eps / 2)
+    return log_p - rest.log()
+
+
+def recognized_form(values: Tensor) -> OutputForm:
+    """What a classifier's numbers are, from its answers to real samples.
+
+    Probabilities lie in [0, 1] and sum to 1; their logarithms are at most 0 and the sum of their
+    exponentials is 1; those of a sigmoid lie in [0, 1], on both sides of a half.
+
+    Args:
+        values: the answers (N, ..., C), C at least 2.
+    """
+    # A softmax in 16 bits is rounded in each of its summands.
+    tolerance = 2e-3 if values.dtype in (torch.float32, torch.float64) else 2e-2
+    rows = values.detach().double().reshape(-1, values.shape[-1])
+    small = 1e-6
+    if bool((rows >= -small).all() and (rows <= 1 + small).all()):
+        if bool(((rows.sum(dim=-1) - 1).abs() <= tolerance).all()):
+            return "probabilities"
+        return "sigmoid" if bool((rows > 0.5).any() and (rows < 0.5).any()) else "logits"
+    if bool((rows <= small).all() and (rows.logsumexp(dim=-1).abs() <= tolerance).all()):
+        return "log_probabilities"
+    return "logits"
+
+
+def check_form(values: Tensor, form: OutputForm, where: str) -> None:
+    """Refuse a form that a teacher's answers cannot have.
+
+    Raises:
+        InputError: they are outside what the form allows.
+    """
+    low, high = float(values.min()), float(values.max())
+    possible = {
+        "logits": True,
+        "probabilities": low >= -1e-3 and high <= 1 + 1e-3,
+        "sigmoid": low >= -1e-3 and high <= 1 + 1e-3,
+        "log_probabilities": high <= 1e-3,
+    }
+    if not possible[form]:
+        raise InputError(
+            f"the teacher's outputs are said to be {form}, and lie between {low:.4g} and "
+            f"{high:.4g}",
+            where=where,
+            remedy=f"remove it: they look like {recognized_form(values)}",
+        )
+
+
+def input_adaptation(
+    config: PreprocessConfig | None,
+    inputs: Sequence[TensorSpec],
+    normalizations: Mapping[str, Normalization],
+    where: str,
+) -> InputAdaptation | None:
+    """The preprocessing of the one input it is meant for: the image, or the only one.
+
+    Raises:
+        InputError: there is no telling which input is meant, or the keys do not fit it.
+    """
+    if config is None:
+        return None
+    images = [spec for spec in inputs if len(spec.shape) == 4]
+    candidates = images or list(inputs)
+    if len(candidates) != 1:
+        raise InputError(
+            f"the data have {len(candidates)} inputs that it may be meant for: "
+            f"{', '.join(spec.name for spec in candidates)}",
+            where=where,
+            remedy="put the preprocessing into the teacher's forward",
+        )
+    spec = candidates[0]
+    if spec.dtype != "float32":
+        raise InputError(
+            f"the input {spec}, which is not normalised, cannot be preprocessed",
+            where=where,
+            remedy="remove it",
+        )
+    of_images = config.model_dump(exclude={"scale", "mean", "std"}, exclude_defaults=True)
+    if not images and of_images:
+        raise InputError(
+            f"{', '.join(of_images)} is for images, and the input is {spec}",
+            where=where,
+            remedy="give scale, mean and std only",
+        )
+    channels = (config.channels or spec.shape[1]) if images else spec.shape[-1]
+    if images and config.channels is not None and spec.shape[1] not in (1, 3):
+        raise InputError(
+            f"images of {spec.shape[1]} channels cannot be made {config.channels}",
+            where=f"{where}.channels",
+            remedy="remove it",
+        )
+    if images and config.channel_order == "bgr" and channels != 3:
+        raise InputError(
+            f"images of {channels} channel{'s' if channels != 1 else ''} have no order bgr",
+            where=f"{where}.channel_order",
+            remedy="remove it, or give channels: 3",
+        )
+    for key in ("mean", "std"):
+        values = getattr(config, key)
+        if values is not None and len(values) not in (1, channels):
+            raise InputError(
+                f"there are {len(values)} numbers for {channels} channels",
+                where=f"{where}.{key}",
+                remedy="give one for all, or one for each",
+            )
+    return InputAdaptation(spec.name, config, normalizations.get(spec.name))
+
+
+def _constant(numbers: Sequence[float], like: Tensor) -> Tensor:
+    """Numbers per channel or feature, shaped to broadcast over an input."""
+    constant = torch.tensor(tuple(numbers), dtype=torch.float32, device=like.device)
+    return constant.reshape(-1, 1, 1) if like.ndim == 4 else constant

@@ -1,0 +1,186 @@
+"""What lies between the pipeline's data and a teacher: from its section, its file, its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgekd.config.networks import TeacherConfig
+from edgekd.errors import InputError
+from edgekd.stages.fitting import Ground, read_json, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgekd.models.adapted import Adaptation
+    from edgekd.models.class_order import ClassNames
+
+ADAPTATION = "adaptation.json"
+
+Say = Callable[[str], None]
+
+
+def plan_adaptation(
+    ground: Ground, config: TeacherConfig, where: str, found: ClassNames | None, say: Say
+) -> Adaptation:
+    """The preprocessing and the order of the outputs, from the section and from the file.
+
+    Args:
+        ground: the data and the task.
+        config: the teacher's section; its ``classes`` go before the file's.
+        where: its YAML position, for errors.
+        found: the class names that its file holds.
+        say: tells the person who watches.
+
+    Raises:
+        InputError: keys that do not fit the data, or names that are not all the data's classes.
+    """
+    from edgekd.models.adapted import Adaptation, input_adaptation
+    from edgekd.models.class_order import ClassNames, output_order
+
+    dataset, task = ground.dataset, ground.task
+    own = input_adaptation(
+        config.preprocess, dataset.inputs, dataset.preprocess, f"{where}.preprocess"
+    )
+    planned = Adaptation(task.output, input=own)
+    if task.name != "classification":
+        for key in ("classes", "output"):
+            if getattr(config, key) is not None:
+                raise InputError(
+                    f"the task {task.name} has no classes",
+                    where=f"{where}.{key}",
+                    remedy=f"remove {key}",
+                )
+        return planned
+    labels = class_labels(ground)
+    names = found
+    if config.classes is not None:
+        names = ClassNames(config.classes, f"{where}.classes")
+        if len(set(config.classes)) < len(config.classes):
+            raise InputError("a class is named twice", where=f"{where}.classes", remedy="mend it")
+    elif dataset.labels is None or names is None:
+        # Numbers in the data say nothing of the names in a file.
+        return planned
+    order = output_order(names, labels, f"{where}.classes", stated=config.classes is not None)
+    if order is None:
+        say(
+            f"  {where}: its {names.source} names {', '.join(names.names[:3])}, …, and the data "
+            f"{', '.join(labels[:3])}, …: no name is the same, so its order is taken as it is"
+        )
+        return planned
+    if order == tuple(range(len(names.names))):
+        return planned
+    left_out = len(names.names) - len(order)
+    say(
+        f"  {where}: its outputs are put into the order of the data's classes, by "
+        f"{names.source}" + (f"; {left_out} that the data do not have left out" if left_out else "")
+    )
+    return replace(planned, order=order, outputs=len(names.names))
+
+
+def with_form(
+    planned: Adaptation, answers: Tensor, config: TeacherConfig, where: str, say: Say
+) -> Adaptation:
+    """The adaptation with what the teacher's numbers are: as its section says, else recognized.
+
+    Args:
+        planned: all else.
+        answers: the network's own outputs for real samples, (N, ..., outputs).
+        config: the teacher's section.
+        where: its YAML position, for errors.
+        say: tells the person who watches.
+
+    Raises:
+        InputError: the numbers cannot be what the section says.
+    """
+    from edgekd.models.adapted import check_form, recognized_form
+
+    if config.output is not None:
+        check_form(answers, config.output, f"{where}.output")
+        return replace(planned, form=config.output)
+    form = recognized_form(answers)
+    if form == "logits":
+        return planned
+    made = {
+        "probabilities": "sum to 1: they are probabilities, and their logarithm is taken as logits",
+        "log_probabilities": "are logarithms of probabilities, which serve as logits",
+        "sigmoid": "lie between 0 and 1 and do not sum to 1: each is taken for the sigmoid of a "
+        "logit",
+    }
+    say(f"  {where}: its outputs {made[form]} (otherwise say {where}.output: logits)")
+    return replace(planned, form=form)
+
+
+def class_labels(ground: Ground) -> tuple[str, ...]:
+    """The data's class names, or their numbers where they have none."""
+    if ground.dataset.labels is not None:
+        return ground.dataset.labels
+    size = ground.task.outputs(ground.dataset)[0].shape[-1]
+    assert isinstance(size, int)
+    return tuple(map(str, range(size)))
+
+
+def check_order(
+    ground: Ground,
+    adaptation: Adaptation,
+    labels: Any,
+    predictions: Any,
+    figures: str,
+    where: str,
+) -> None:
+    """Refuse a teacher whose outputs, in another order, fit the labels far better.
+
+    Args:
+        ground: the data and the task.
+        adaptation: the teacher's.
+        labels: (N,) classes of labelled validation samples.
+        predictions: (N,) what the teacher takes them for.
+        figures: what was measured, for the error.
+        where: the teacher's YAML position.
+
+    Raises:
+        InputError: there is such an order; it is given as the line to add.
+    """
+    from edgekd.models.class_order import class_list, fitting_permutation
+
+    names = class_labels(ground)
+    better = fitting_permutation(labels, predictions, len(names))
+    if better is None:
+        return
+    order = adaptation.order or tuple(range(len(names)))
+    outputs = [f"(no class {at})" for at in range(adaptation.outputs or len(names))]
+    for name, at in zip(names, better, strict=True):
+        outputs[order[at]] = name
+    right = sum(int(p == better[t]) for t, p in zip(labels, predictions, strict=True))
+    moved = [f"{a} for {names[b]}" for a, b in zip(names, better, strict=True) if a != names[b]]
+    raise InputError(
+        f"the teacher's outputs are in another order than the data's classes: {figures} as they "
+        f"are, {right / len(labels):.4f} when they are put in another order "
+        f"({len(labels):,} labelled validation samples; it answers {', '.join(moved[:3])}"
+        f"{', …' if moved[3:] else ''})",
+        where=where,
+        remedy=f"if it was trained on these classes, name its outputs in its own order under "
+        f"{where}: '{class_list(outputs)}'; if not, it is another network, or does not get its "
+        f"inputs as it was trained ({where}.preprocess: normalisation, channel order)",
+    )
+
+
+def write_adaptation(adaptation: Adaptation, folder: Path) -> None:
+    """Keep what was found out beside the teacher's weights."""
+    known = {"order": adaptation.order, "outputs": adaptation.outputs, "form": adaptation.form}
+    write_json(folder / ADAPTATION, known)
+
+
+def read_adaptation(folder: Path, ground: Ground) -> Adaptation:
+    """The inverse of :func:`write_adaptation`; the preprocessing is the section's."""
+    from edgekd.models.adapted import Adaptation, input_adaptation
+
+    known: Mapping[str, Any] = read_json(folder / ADAPTATION)
+    dataset = ground.dataset
+    own = input_adaptation(
+        ground.config.teacher.preprocess, dataset.inputs, dataset.preprocess, "teacher.preprocess"
+    )
+    order = None if known["order"] is None else tuple(known["order"])
+    return Adaptation(ground.task.output, order, known["outputs"], known["form"], own)
