@@ -10,6 +10,7 @@ from typing import Any
 
 from edgekd.config.data import DataConfig
 from edgekd.data.dataset import Array
+from edgekd.data.layout import Layout
 from edgekd.errors import InputError, unknown_name
 
 UNSPLIT = "all"
@@ -27,18 +28,20 @@ class RawData:
         where: the file, folder or key to name in errors about these samples.
         description: where they came from, for a person.
         labels: class names, in the order of the integer labels.
-        layout: the axes of 4-D inputs when the source knows them: "nchw".
+        layout: the axes of 4-D inputs when the source knows them.
         image_scale: the factor that brings uint8 images to [0, 1].
         test_fraction: how much is cut off as test when the samples come unsplit.
+        remarks: what the source decided that is not written in the pipeline, for a person.
     """
 
     splits: Mapping[str, Mapping[str, Array]]
     where: str
     description: str
     labels: tuple[str, ...] | None = None
-    layout: str | None = None
+    layout: Layout | None = None
     image_scale: float = 1 / 255
     test_fraction: float = 0.2
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
