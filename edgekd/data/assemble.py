@@ -8,7 +8,7 @@ import numpy as np
 
 from edgekd.config.data import DataConfig
 from edgekd.data.checks import check_alike, check_arrays, check_finite
-from edgekd.data.classes import ClassTarget, read_classes
+from edgekd.data.classes import LABEL_CLASSES, ClassTarget, read_classes
 from edgekd.data.dataset import Array, Dataset, Preprocess, Split, is_image
 from edgekd.data.labelled import fill_labels, keep_share, without_labels
 from edgekd.data.layout import IMAGE_NAMES, Layout, layout_of, layouts_given
@@ -34,7 +34,7 @@ Arrays = Mapping[str, Array]
 
 
 def assemble(
-    raw: RawData, config: DataConfig, classes: ClassTarget | None = ClassTarget()
+    raw: RawData, config: DataConfig, classes: ClassTarget | None = LABEL_CLASSES
 ) -> Dataset:
     """Make a dataset of a source's arrays.
 
@@ -44,8 +44,9 @@ def assemble(
        its form: :func:`~edgekd.data.classes.read_classes`. The usual names may be capitalised.
     2. Labels: a split without any target, where others have integer ones, has -1 for each. So
        have all where no array is a target (and none is shaped as one), or ``data.targets`` is [].
-       Names: ``x`` and ``images`` become ``image`` when they are images; ``labels`` becomes ``label``; ``y`` becomes ``label`` when it holds integers, else ``target``. An
-       array keeps its name when the new one is taken. ``data.targets`` may use either name.
+       Names: ``x`` and ``images`` become ``image`` when they are images; ``labels`` becomes
+       ``label``; ``y`` becomes ``label`` when it holds integers, else ``target``. An array keeps
+       its name when the new one is taken. ``data.targets`` may use either name.
     3. What the axes of an input are: as ``data.args: {layout: …}`` says, else by the rule of
        :mod:`~edgekd.data.layout`. Images (N, H, W) get a channel axis, (N, H, W, C) are
        transposed. Floats become float32, integer targets int64 (and (N, 1) integer targets
@@ -175,7 +176,7 @@ def _read_classes(
 
 def _class_array(splits: Mapping[str, Arrays], config: DataConfig, target: str) -> str | None:
     """The source's name of the target that the task reads as classes; None when there is none."""
-    names = (target, *_CLASS_NAMES) if target == LABEL else (target,)
+    names: tuple[str, ...] = (target, *_CLASS_NAMES) if target == LABEL else (target,)
     if config.targets is not None:
         names = tuple(name for name in names if name in config.targets or LABEL in config.targets)
     return next((n for n in names for arrays in splits.values() if n in arrays), None)

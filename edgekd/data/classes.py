@@ -6,7 +6,7 @@ that says it, where two do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,10 @@ class ClassTarget:
 
     name: str = "label"
     count: int | None = None
+
+
+LABEL_CLASSES = ClassTarget()
+"""The array ``label``, with as many classes as the data say."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def read_classes(
     Raises:
         InputError: the labels can be read in more than one way, or fit no way.
     """
-    reader = _Reader(config, array, names, count, where)
+    reader = _Reader(config, array, tuple(names) if names else None, count, where)
     found = {split: reader.plain(values) for split, values in arrays.items()}
     kinds = {"text" if values.dtype.kind == "U" else "number" for values in found.values()}
     if len(kinds) > 1:
@@ -102,7 +106,7 @@ def read_classes(
 class _Reader:
     config: DataConfig
     name: str
-    class_names: Sequence[str] | None
+    class_names: tuple[str, ...] | None
     count: int | None
     where: str
     remarks: list[str] = field(default_factory=list)
@@ -138,9 +142,9 @@ class _Reader:
         unknown = "" if self.config.unlabelled == UNLABELLED else str(self.config.unlabelled)
         labelled = {split: values != unknown for split, values in found.items()}
         present = {s: set(v[labelled[s]].ravel().tolist()) for s, v in found.items()}
-        given = self._given(str)
+        given = self._names_given()
         if given is None and self.class_names:
-            given = tuple(self.class_names)
+            given = self.class_names
         if given is None:
             every = set[str]().union(*present.values())
             observed = self.config.classes == OBSERVED
@@ -202,7 +206,10 @@ class _Reader:
         for count, said in (
             (self.count, "task_args.classes says"),
             (len(self.class_names) if self.class_names else None, "the class names say"),
-            (len(given) if (given := self._given(str)) is not None else None, "data.classes says"),
+            (
+                len(given) if (given := self._names_given()) is not None else None,
+                "data.classes says",
+            ),
         ):
             if count is not None and count != classes:
                 raise self.error(
@@ -211,7 +218,7 @@ class _Reader:
                 )
         self.count, self.columns = classes, True
         if given is not None:
-            self.class_names = tuple(map(str, given))
+            self.class_names = given
         if recognized:
             self.remarks.append(
                 f"{self.name!r} is one-hot: {classes} classes, the n-th column is class n "
@@ -230,9 +237,9 @@ class _Reader:
             several = sum(int((v.sum(-1, dtype=np.int64) != 1).sum()) for v in found.values())
             samples = sum(len(values) for values in found.values())
             raise self.error(
-                f"{self.name!r} of shape {shape} holds 0 and 1 only, and {several:,} of {samples:,} "
-                "rows do not have exactly one 1: several classes per sample (multi-label), or "
-                f"{columns} questions of 2 classes",
+                f"{self.name!r} of shape {shape} holds 0 and 1 only, and {several:,} of "
+                f"{samples:,} rows do not have exactly one 1: several classes per sample "
+                f"(multi-label), or {columns} questions of 2 classes",
                 "write data.label_format: index for one yes-or-no question per column (logits "
                 f"(batch, {columns}, 2), accuracy over all of them); for one class per sample "
                 "give class numbers",
@@ -256,7 +263,7 @@ class _Reader:
         if listed is not None:
             self._refuse_outside(present, listed)
             return self._mapped(found, listed)
-        names = tuple(self.class_names) if self.class_names else None
+        names = self.class_names
         known = self.count if self.count is not None else (len(names) if names else None)
         values = set[int]().union(*present.values())
         if not values:
@@ -299,8 +306,23 @@ class _Reader:
         """The class numbers of ``data.classes``; those of the labels when it says ``observed``."""
         if self.config.classes == OBSERVED:
             return tuple(sorted(set[int]().union(*map(_distinct, found.values())) - {UNLABELLED}))
-        given = self._given(_as_number)
-        return None if given is None else tuple(int(value) for value in given)
+        named = self._names_given()
+        if named is None:
+            return None
+        if self.class_names and {*named} <= {*self.class_names}:
+            order = tuple(self.class_names.index(name) for name in named)
+            self.class_names = named
+            return order
+        try:
+            values = tuple(map(int, named))
+        except ValueError as error:
+            raise InputError(
+                f"data.classes lists text, and {self.name!r} holds numbers",
+                where="data.classes",
+                remedy="list the numbers in the order of the classes; {1: cat, 2: dog} names them",
+            ) from error
+        self._refuse_repeated(values)
+        return values
 
     def _counted_from_one(
         self, found: Mapping[str, Array], count: int, names: tuple[str, ...] | None
@@ -317,7 +339,7 @@ class _Reader:
         if isinstance(self.config.classes, dict):
             names = tuple(self.config.classes.values())
         elif self.class_names:
-            names = tuple(self.class_names)
+            names = self.class_names
         else:
             # Also where they count from 0: the last class may have no training sample.
             names = tuple(map(str, numbers))
@@ -331,25 +353,21 @@ class _Reader:
         self._say_unseen({s: _distinct(v) for s, v in found.items()}, numbers, names)
         return self._labels(_places(found, numbers), names)
 
-    def _given(self, read: Callable[[Value], Value | None]) -> tuple[Value, ...] | None:
-        """The values that ``data.classes`` lists, in the order of the classes.
-
-        Raises:
-            InputError: one is listed twice, or is no number where the labels are numbers.
-        """
-        if self.config.classes is None or isinstance(self.config.classes, str):
+    def _names_given(self) -> tuple[str, ...] | None:
+        """The values that ``data.classes`` lists as text, in the order of the classes."""
+        if self.config.classes is None or self.config.classes == OBSERVED:
             return None
-        values = tuple(read(value) for value in self.config.classes)
-        for value in values:
-            if value is None or values.count(value) > 1:
-                raise InputError(
-                    f"data.classes lists {value!r} twice" if value is not None else
-                    f"data.classes lists text, and {self.name!r} holds numbers",
-                    where="data.classes",
-                    remedy="list each value that the labels have, in the order of the classes; "
-                    "{1: cat, 2: dog} names them too",
-                )  # fmt: skip
+        values = tuple(str(value) for value in self.config.classes)
+        self._refuse_repeated(values)
         return values
+
+    def _refuse_repeated(self, values: Sequence[Value]) -> None:
+        if repeated := [value for value in values if values.count(value) > 1]:
+            raise InputError(
+                f"data.classes lists {repeated[0]!r} twice",
+                where="data.classes",
+                remedy="list each value that the labels have once, in the order of the classes",
+            )
 
     def _labels(self, arrays: Mapping[str, Array], names: Sequence[str] | None) -> ClassLabels:
         if isinstance(self.config.classes, dict):
@@ -386,9 +404,7 @@ class _Reader:
                 f"{_listed(unseen)}"
             )
 
-    def _refuse_unseen(
-        self, present: Mapping[str, set[Any]], trained: Sequence[Value]
-    ) -> None:
+    def _refuse_unseen(self, present: Mapping[str, set[Any]], trained: Sequence[Value]) -> None:
         known = set(trained)
         for split, values in present.items():
             if known and (unseen := sorted(values - known, key=_natural)):
@@ -413,7 +429,8 @@ class _Reader:
                     )
                 )
                 raise self.error(
-                    f"{self.name!r} of {split} holds {_listed(outside)}, outside the classes: {said}",
+                    f"{self.name!r} of {split} holds {_listed(outside)}, outside the classes: "
+                    f"{said}",
                     f"list every value of the labels in data.classes; {UNLABELLED}, or the value "
                     "of data.unlabelled, is for samples without a label",
                 )
@@ -492,13 +509,6 @@ def _places(found: Mapping[str, Array], listed: Sequence[int]) -> dict[str, Arra
         at = np.searchsorted(ascending, values).clip(max=len(ascending) - 1)
         places[split] = np.where(ascending[at] == values, order[at], UNLABELLED).astype(np.int64)
     return places
-
-
-def _as_number(value: Value) -> int | None:
-    try:
-        return int(value)
-    except ValueError:
-        return None
 
 
 def _natural(value: Any) -> tuple[int, int, str]:

@@ -60,14 +60,14 @@ def layouts_given(value: Any, ranks: Mapping[str, int]) -> dict[str, Layout]:
             )  # fmt: skip
         if ranks[name] == len(layout):
             given[name] = layout
-    if unfit := [name for name in by_name if name not in given]:
-        if isinstance(value, Mapping) or not given:
-            raise InputError(
-                f"layout {by_name[unfit[0]]} has {len(by_name[unfit[0]])} axes, and the input "
-                f"{unfit[0]!r} has {ranks[unfit[0]]}",
-                where="data.args",
-                remedy="remove it, or write the layout of these axes (N counts as one)",
-            )
+    unfit = [name for name in by_name if name not in given]
+    if unfit and (isinstance(value, Mapping) or not given):
+        raise InputError(
+            f"layout {by_name[unfit[0]]} has {len(by_name[unfit[0]])} axes, and the input "
+            f"{unfit[0]!r} has {ranks[unfit[0]]}",
+            where="data.args",
+            remedy="remove it, or write the layout of these axes (N counts as one)",
+        )
     return given
 
 
@@ -94,7 +94,7 @@ def layout_of(name: str, array: Array, where: str) -> tuple[Layout | None, str |
         return "nchw", None
     if array.ndim == 3:
         rows, columns = array.shape[1:]
-        if short in ("image", "images") or (short == "x" and array.dtype == np.uint8):
+        if short in ("image", "images") or (short == "x" and array.dtype in (np.uint8, bool)):
             return "nhw", None
         if not (kind == "f" or small or (short == "x" and kind in "iu")):
             return None, None

@@ -69,9 +69,7 @@ def _fit_quantities(array: Array, layout: Layout | None) -> Preprocess:
     return _preprocess(1.0, np.atleast_1d(mean), np.atleast_1d(squares / count), axis)
 
 
-def _preprocess(
-    scale: float, mean: Array, variance: Array, axis: int | None = None
-) -> Preprocess:
+def _preprocess(scale: float, mean: Array, variance: Array, axis: int | None = None) -> Preprocess:
     std = np.sqrt(variance)
     constant = std <= CONSTANT_RELATIVE_STD * np.abs(mean)
     std = np.where(constant, 1.0, std)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,32 +114,3 @@ class Source:
 
     read: Callable[[Request], RawData]
     fingerprint: Callable[[Request], dict[str, str]]
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's content.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise InputError(
-            f"the file cannot be read: {error.strerror}", where=str(path), remedy="check it"
-        ) from error
-    return digest.hexdigest()
-
-
-def hash_path(path: Path) -> str:
-    """SHA-256 of a file, or of a folder: its sorted relative paths and their contents."""
-    if not path.is_dir():
-        return hash_file(path)
-    digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        # repr() escapes a newline in a path, so that no two folders give the same lines.
-        digest.update(f"{file.relative_to(path).as_posix()!r} {hash_file(file)}\n".encode())
-    return digest.hexdigest()

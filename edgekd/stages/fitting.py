@@ -193,7 +193,7 @@ def hub_identity(name: str | None) -> dict[str, str]:
     package, _, rest = (name or "").partition(":")
     if package not in HUB_PACKAGES or not rest:
         return {}
-    from edgekd.data.source import hash_path
+    from edgekd.files import hash_path
     from edgekd.models.hub import find_folder
 
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from edgekd.config.data import DataConfig
 from edgekd.data.assemble import assemble
-from edgekd.data.classes import ClassTarget
+from edgekd.data.classes import LABEL_CLASSES, ClassTarget
 from edgekd.data.dataset import Dataset
 from edgekd.data.source import Request, Source
 from edgekd.data.sources.digits import DIGITS
@@ -29,7 +29,7 @@ SOURCES: dict[str, Source] = {
 
 
 def load_dataset(
-    config: DataConfig, base: Path, seed: int, classes: ClassTarget | None = ClassTarget()
+    config: DataConfig, base: Path, seed: int, classes: ClassTarget | None = LABEL_CLASSES
 ) -> Dataset:
     """Read, check, split and normalise the samples of a pipeline.
 

@@ -13,14 +13,13 @@ from edgekd.data.dataset import Array, Dataset
 from edgekd.data.source import (
     SHARED_ARGUMENTS,
     SPLITS,
-    UNSPLIT,
     RawData,
     Request,
-    hash_file,
-    hash_path,
 )
+from edgekd.data.split_names import by_split, recognized, split_of
 from edgekd.errors import EdgekdError, InputError, unknown_name
 from edgekd.extension import source_files
+from edgekd.files import hash_file, hash_path
 
 LABEL_NAMES = "classes"
 """The key beside the splits (or arrays) that holds the class names."""
@@ -31,9 +30,9 @@ def read_function(function: Any, request: Request, seed: int) -> Dataset | RawDa
 
     It is called with ``data.args``, and with ``path`` (a ``Path``) and ``seed`` if it has
     parameters of these names. It returns a :class:`~edgekd.data.dataset.Dataset`, or
-    ``{"train": {"image": …, "label": …}, "test": {…}}``, or unsplit ``{"image": …, "label": …}``,
-    with numpy arrays, torch tensors or lists of numbers; ``"classes"`` beside them may name the
-    classes.
+    ``{"train": {"image": …, "label": …}, "test": {…}}``, or ``{"x_train": …, "y_test": …}``, or
+    unsplit ``{"image": …, "label": …}``, with numpy arrays, torch tensors or lists of numbers;
+    ``"classes"`` beside them may name the classes.
 
     Raises:
         InputError: it is not callable, its arguments do not fit, it fails, or returns
@@ -136,7 +135,7 @@ def _raw(result: Any, name: str) -> RawData:
     content = dict(result)
     labels = content.pop(LABEL_NAMES, None)
     nested = [key for key, value in content.items() if isinstance(value, Mapping)]
-    if loose := [key for key in content if key in SPLITS and key not in nested]:
+    if loose := [key for key in content if split_of(str(key)) and key not in nested]:
         raise InputError(
             f"the split {loose[0]!r} of {name} is {type(content[loose[0]]).__name__}",
             where="data.source",
@@ -149,9 +148,14 @@ def _raw(result: Any, name: str) -> RawData:
             where="data.source",
             remedy=f"put every array into a split; only {LABEL_NAMES!r} stands beside them",
         )
-    if unknown := [str(key) for key in nested if key not in SPLITS]:
+    known = recognized(map(str, nested), name)
+    if unknown := [str(key) for key in nested if str(key) not in known]:
         raise unknown_name("split", unknown[0], SPLITS, name)
-    splits = content if nested else {UNSPLIT: content}
+    splits = (
+        {known[str(key)]: arrays for key, arrays in content.items()}
+        if nested
+        else by_split({str(key): array for key, array in content.items()}, name)
+    )
     return RawData(
         splits={
             split: {str(key): _array(value, f"{key!r} of {name}") for key, value in arrays.items()}
