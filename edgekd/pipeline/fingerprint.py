@@ -10,11 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import edgekd
 from edgekd.extension import is_reference, source_files
-from edgekd.resources import edgerun_folder
-
-_ROOT = Path(edgekd.__file__).parent
+from edgekd.pipeline.dependencies import code_of, module_file
 
 
 def file_sha256(path: Path) -> str:
@@ -33,16 +30,17 @@ def json_sha256(value: Any) -> str:
 
 
 @lru_cache
-def code_sha256(names: tuple[str, ...]) -> str:
-    """The SHA-256 over the source files of these modules and packages of edgekd, or ``edgerun``."""
+def code_sha256(modules: tuple[str, ...]) -> str:
+    """The SHA-256 over the source of these modules and of all code that theirs depends on.
+
+    Which that is, :func:`~edgekd.pipeline.dependencies.code_of` reads from their imports.
+    """
     digest = hashlib.sha256()
-    for name in sorted(names):
-        device_side = name == edgerun_folder().name
-        place = edgerun_folder() if device_side else _ROOT.joinpath(*name.split(".")[1:])
-        files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
-        for file in files:
-            digest.update(str(file.relative_to(place.parent)).encode() + b"\0")
-            digest.update(file.read_bytes())
+    for module in code_of(modules):
+        file = module_file(module)
+        assert file is not None  # code_of() gives modules that have one
+        digest.update(module.encode() + b"\0")
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

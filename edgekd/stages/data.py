@@ -15,7 +15,6 @@ class DataStage:
 
     name = "data"
     inputs = ()
-    code = ("edgekd.stages.data", "edgekd.data", "edgekd.tasks")
     libraries = ("numpy",)
 
     def config_slice(self, job: Job) -> dict[str, Any]:

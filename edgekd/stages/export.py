@@ -13,7 +13,7 @@ import numpy as np
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.distill import BASELINE, STUDENT
 from edgekd.stages.fitting import Ground, open_ground, write_json
-from edgekd.stages.student import STUDENT_CODE, build_student
+from edgekd.stages.student import build_student
 from edgekd.stages.teacher import BLACK_BOX, WEIGHTS, build_teacher
 
 if TYPE_CHECKING:
@@ -25,10 +25,6 @@ class ExportStage:
 
     name = "export"
     inputs = ("data", "teacher", "student", "distill")
-    code = (
-        *("edgekd.stages.export", "edgekd.engines.onnx", "edgekd.engines.torch_export"),
-        *("edgekd.engines.parity", "edgekd.engines.session", *STUDENT_CODE, "edgekd.tasks"),
-    )
     libraries = ("torch", "onnx", "onnxruntime", "onnxscript")
 
     def config_slice(self, job: Job) -> dict[str, Any]:

@@ -29,11 +29,6 @@ if TYPE_CHECKING:
     from edgekd.pipeline.stage import Context
     from edgekd.tasks import Task
 
-TRAINING_CODE = (
-    *("edgekd.stages.fitting", "edgekd.stages.answers", "edgekd.data"),
-    *("edgekd.tasks", "edgekd.models", "edgekd.distill"),
-    *("edgekd.config.training", "edgekd.arguments", "edgekd.spec"),
-)
 EVALUATION_BATCH = 512
 HUB_PACKAGES = ("timm", "transformers")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +20,15 @@ from edgekd.data.source import (
 )
 from edgekd.data.split_names import by_split, recognized, split_of
 from edgekd.errors import EdgekdError, InputError, unknown_name
-from edgekd.extension import source_files
+from edgekd.extension import parse, source_files
 from edgekd.files import hash_file, hash_path
 
 LABEL_NAMES = "classes"
 """The key beside the splits (or arrays) that holds the class names."""
+
+_LONGEST_PATH = 1024
+_RUN = "**/artifacts/*/*/artifact.json"
+"""What a run folder has inside."""
 
 
 def read_function(function: Any, request: Request, seed: int) -> Dataset | RawData:
@@ -63,12 +69,62 @@ def read_function(function: Any, request: Request, seed: int) -> Dataset | RawDa
 
 
 def fingerprint_function(request: Request) -> dict[str, str]:
-    """SHA-256 of the module, of what it imports from beside it, and of what ``data.path`` names."""
+    """SHA-256 of the function's code, and of the files and folders that it is known to read.
+
+    The code is its module, the packages around it and what these import of the user's own. Known
+    are ``data.path``, and what a text of ``data.args`` or of that code names, when it exists: from
+    the pipeline file's folder, the module's own or the current one.
+    """
     files = source_files(request.config.source)
     found = {f"module {number} {f.name}": hash_file(f) for number, f in enumerate(files)}
     if request.path is not None:
         found["path"] = hash_path(request.required_path("what the function reads"))
+    texts = [(text, request.base) for text in _texts(request.config.args)]
+    for file in files:
+        tree = parse(file)
+        texts += [
+            (node.value, folder)
+            for node in (ast.walk(tree) if tree is not None else ())
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            for folder in (request.base, file.parent)
+        ]
+    read = {path for text, folder in texts for path in _named_paths(text, folder)}
+    for path in sorted(read - set(files)):
+        found[f"read {path.name} {len(found)}"] = hash_path(path)
     return found
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from _texts(entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _texts(entry)
+
+
+def _named_paths(text: str, folder: Path) -> Iterator[Path]:
+    """The file or folder of samples that a text names, if it does.
+
+    Not a folder that holds the pipeline itself or its runs, which change with every run.
+    """
+    if not 0 < len(text) < _LONGEST_PATH or "\0" in text or "\n" in text:
+        return
+    for start in (folder, Path.cwd()):
+        try:
+            path = start / Path(text).expanduser()
+            samples = path.is_dir() and not _holds(path, folder) and not any(path.glob(_RUN))
+            if samples or path.is_file():
+                yield path
+        except (OSError, RuntimeError):  # Not a path: a text too long, or ~ of nobody.
+            continue
+
+
+def _holds(path: Path, folder: Path) -> bool:
+    real, inner = path.resolve(), folder.resolve()
+    return real == inner or real in inner.parents
 
 
 def _arguments(function: Callable[..., Any], request: Request, seed: int) -> dict[str, Any]:
