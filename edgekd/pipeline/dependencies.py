@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import edgekd
 from edgekd.extension import parse
@@ -152,9 +151,9 @@ def _read(module: str) -> _Module:
         for node in _executed(statement):
             if isinstance(node, ast.Name):
                 mentioned.add(node.id)
-            elif isinstance(node, ast.Constant):
-                if module_file(node.value.partition(":")[0]):
-                    modules.add(node.value.partition(":")[0])
+            elif isinstance(node, str):
+                if module_file(node.partition(":")[0]):
+                    modules.add(node.partition(":")[0])
             else:
                 for local, origin in _imported(node, package):
                     mentioned.add(local)
@@ -176,33 +175,27 @@ def _read(module: str) -> _Module:
     )
 
 
-def _executed(statement: ast.stmt) -> list[Any]:
+def _executed(statement: ast.stmt) -> list[ast.Name | ast.Import | ast.ImportFrom | str]:
     """The names, imports and texts with a dot in a statement, but for what is never run.
 
     That is type checking, and the annotations of functions.
     """
-    found: list[ast.AST] = []
+    found: list[ast.Name | ast.Import | ast.ImportFrom | str] = []
     waiting: list[ast.AST] = [statement]
     while waiting:
         node = waiting.pop()
-        kind = node.__class__
-        if kind in (ast.Name, ast.Import, ast.ImportFrom):
+        if isinstance(node, (ast.Name, ast.Import, ast.ImportFrom)):
             found.append(node)
-        elif kind is ast.Constant:
+        elif isinstance(node, ast.Constant):
             if isinstance(node.value, str) and "." in node.value and "\n" not in node.value:
-                found.append(node)
-        elif kind is ast.If and _is_type_checking(node):
-            continue
-        else:
-            skipped = () if kind is ast.AnnAssign else ("returns", "annotation")
+                found.append(node.value)
+        elif not (isinstance(node, ast.If) and _is_type_checking(node)):
+            skipped = () if isinstance(node, ast.AnnAssign) else ("returns", "annotation")
             for name in node._fields:
-                value = getattr(node, name)
-                if name in skipped:
-                    continue
-                if value.__class__ is list:
-                    waiting += [child for child in value if isinstance(child, ast.AST)]
-                elif isinstance(value, ast.AST):
-                    waiting.append(value)
+                if name not in skipped:
+                    value = getattr(node, name)
+                    parts = value if isinstance(value, list) else (value,)
+                    waiting += [part for part in parts if isinstance(part, ast.AST)]
     return found
 
 
@@ -227,11 +220,10 @@ def _defined(statement: ast.stmt) -> list[str] | None:
         case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
             return [statement.name]
         case ast.Assign():
-            names = [
-                n.id for t in statement.targets for n in ast.walk(t) if isinstance(n, ast.Name)
-            ]
-            plain = all(isinstance(t, (ast.Name, ast.Tuple, ast.List)) for t in statement.targets)
-            return names if plain else None
+            parts = [part for target in statement.targets for part in ast.walk(target)]
+            if any(isinstance(part, (ast.Attribute, ast.Subscript)) for part in parts):
+                return None
+            return [part.id for part in parts if isinstance(part, ast.Name)]
         case ast.AnnAssign():
             return [statement.target.id] if isinstance(statement.target, ast.Name) else None
         case ast.Import() | ast.ImportFrom():
@@ -243,5 +235,5 @@ def _defined(statement: ast.stmt) -> list[str] | None:
     return None
 
 
-def _is_type_checking(node: Any) -> bool:
+def _is_type_checking(node: ast.If) -> bool:
     return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
