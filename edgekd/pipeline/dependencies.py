@@ -42,6 +42,7 @@ class _Module:
         imports: what a local name stands for: a module, and the name in it (None: the module).
         texts: texts that may name a module, by definition; ``python -m`` and lazy imports do.
         dynamic: whether it imports the modules of its own folder, which it finds there.
+        files: other files in its folder that its texts name, such as a template.
     """
 
     uses: dict[str, frozenset[str]] = field(default_factory=dict)
@@ -49,6 +50,7 @@ class _Module:
     imports: dict[str, tuple[tuple[str, str | None], ...]] = field(default_factory=dict)
     texts: dict[str, frozenset[str]] = field(default_factory=dict)
     dynamic: bool = False
+    files: frozenset[Path] = frozenset()
 
 
 def code_of(modules: Iterable[str]) -> tuple[str, ...]:
@@ -58,6 +60,18 @@ def code_of(modules: Iterable[str]) -> tuple[str, ...]:
         modules: dotted names, such as ``edgekd.stages.data``; others than edgekd's are left out.
     """
     return tuple(sorted(_reached(tuple(sorted(modules)))))
+
+
+def files_of(module: str) -> list[Path]:
+    """A module's source, and the templates and the like beside it that it names.
+
+    Raises:
+        KeyError: there is no such module.
+    """
+    file = module_file(module)
+    if file is None:
+        raise KeyError(module)
+    return [file, *sorted(_read(module).files)]
 
 
 @lru_cache
@@ -144,6 +158,7 @@ def _read(module: str) -> _Module:
     uses: dict[str, set[str]] = {}
     texts: dict[str, set[str]] = {}
     always: set[str] = set()
+    files: set[Path] = set()
     dynamic = False
     for statement in tree.body:
         mentioned: set[str] = set()
@@ -154,11 +169,13 @@ def _read(module: str) -> _Module:
             elif isinstance(node, str):
                 if module_file(node.partition(":")[0]):
                     modules.add(node.partition(":")[0])
+                elif "/" not in node and (file.parent / node).is_file():
+                    files.add(file.parent / node)
             else:
                 for local, origin in _imported(node, package):
                     mentioned.add(local)
                     dynamic |= local == "pkgutil"
-                    if module_file(origin[0]):
+                    if module_file(origin[0]) or module_file(f"{origin[0]}.{origin[1]}"):
                         imports.setdefault(local, []).append(origin)
         defined = _defined(statement)
         if defined is None:
@@ -172,6 +189,7 @@ def _read(module: str) -> _Module:
         {name: tuple(origins) for name, origins in imports.items()},
         {name: frozenset(names) for name, names in texts.items()},
         dynamic,
+        frozenset(files),
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.extension import is_reference, source_files
-from edgekd.pipeline.dependencies import code_of, module_file
+from edgekd.pipeline.dependencies import code_of, files_of
 
 
 def file_sha256(path: Path) -> str:
@@ -37,10 +37,9 @@ def code_sha256(modules: tuple[str, ...]) -> str:
     """
     digest = hashlib.sha256()
     for module in code_of(modules):
-        file = module_file(module)
-        assert file is not None  # code_of() gives modules that have one
-        digest.update(module.encode() + b"\0")
-        digest.update(file.read_bytes())
+        for file in files_of(module):
+            digest.update(f"{module} {file.name}\0".encode())
+            digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

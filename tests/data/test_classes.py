@@ -178,7 +178,7 @@ def test_classes_may_be_named_and_ordered():
 
 @pytest.mark.parametrize(("missing", "split"), [(2, "test"), (4, "test"), (4, "validation")])
 def test_labels_that_no_training_sample_has_are_asked_for(missing, split):
-    few = LABELS != missing
+    few = missing != LABELS
     splits = {
         "train": {"state": STATE[few], "label": LABELS[few]},
         "test": {"state": STATE, "label": LABELS if split == "test" else LABELS % missing},

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from edgerun.manifest import Preprocess as DevicePreprocess
 
 from edgekd.config.data import DataConfig
 from edgekd.data.assemble import assemble
 from edgekd.data.loader import preprocess
 from edgekd.data.source import RawData
 from edgekd.errors import InputError
+from edgerun.manifest import Preprocess as DevicePreprocess
 
 RANDOM = np.random.default_rng(0)
 LABELS = np.arange(60) % 2

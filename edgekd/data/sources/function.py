@@ -108,23 +108,24 @@ def _texts(value: Any) -> Iterator[str]:
 def _named_paths(text: str, folder: Path) -> Iterator[Path]:
     """The file or folder of samples that a text names, if it does.
 
-    Not a folder that holds the pipeline itself or its runs, which change with every run.
+    Not a folder that holds the pipeline, the current folder or a run: these change with every run.
     """
     if not 0 < len(text) < _LONGEST_PATH or "\0" in text or "\n" in text:
         return
     for start in (folder, Path.cwd()):
         try:
             path = start / Path(text).expanduser()
-            samples = path.is_dir() and not _holds(path, folder) and not any(path.glob(_RUN))
-            if samples or path.is_file():
+            if path.is_file() or (path.is_dir() and _holds_samples(path, folder)):
                 yield path
         except (OSError, RuntimeError):  # Not a path: a text too long, or ~ of nobody.
             continue
 
 
-def _holds(path: Path, folder: Path) -> bool:
-    real, inner = path.resolve(), folder.resolve()
-    return real == inner or real in inner.parents
+def _holds_samples(path: Path, folder: Path) -> bool:
+    real = path.resolve()
+    inside = (folder.resolve(), Path.cwd())
+    around = any(real == inner or real in inner.parents for inner in inside)
+    return not around and not any(path.glob(_RUN))
 
 
 def _arguments(function: Callable[..., Any], request: Request, seed: int) -> dict[str, Any]:
