@@ -26,7 +26,8 @@ PLUMBING = ("edgekd.pipeline", "edgekd.errors", "edgekd.extension", "edgekd.dist
 by its content; ``progress`` is what is shown.
 """
 
-_ROOTS = {"edgekd": Path(edgekd.__file__).parent, "edgerun": edgerun_folder()}
+ROOTS = {"edgekd": Path(edgekd.__file__).parent, "edgerun": edgerun_folder()}
+"""The folders of the two packages."""
 
 _EVERYTHING, _FILE = "*", ""
 """In place of a name: all that a module defines; the file alone, without what it imports."""
@@ -128,9 +129,9 @@ def _is_plumbing(module: str) -> bool:
 def module_file(module: str) -> Path | None:
     """The source of a module of edgekd or edgerun; None when there is none."""
     top, *rest = module.split(".")
-    if top not in _ROOTS:
+    if top not in ROOTS:
         return None
-    stem = _ROOTS[top].joinpath(*rest)
+    stem = ROOTS[top].joinpath(*rest)
     package = stem / "__init__.py"
     if package.is_file():
         return package

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,8 @@ import pytest
 
 import edgekd
 from edgekd.api import execute, open_job
-from edgekd.pipeline import dependencies
+from edgekd.pipeline import dependencies, fingerprint
 from edgekd.pipeline.dependencies import PLUMBING, code_of, files_of, module_file
-from edgekd.pipeline.fingerprint import code_sha256
 from edgekd.stages import STAGES
 
 ROOT = Path(edgekd.__file__).parent
@@ -140,12 +140,16 @@ SOURCES = {
 
 
 @pytest.fixture
-def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
     for name, text in SOURCES.items():
         file = tmp_path / f"{name}.py"
         file.parent.mkdir(exist_ok=True)
         file.write_text(text)
-    monkeypatch.setattr(dependencies, "_ROOTS", {"edgekd": tmp_path})
+    monkeypatch.setattr(dependencies, "ROOTS", {"edgekd": tmp_path})
+    monkeypatch.setattr(fingerprint, "ROOTS", {"edgekd": tmp_path})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     forget()
     yield tmp_path
     forget()
@@ -155,6 +159,8 @@ def forget() -> None:
     """What a process has read it keeps; a test that edits files is as many processes."""
     for cached in (dependencies.module_file, dependencies._read, dependencies._reached):
         cached.cache_clear()
+    fingerprint.code_sha256.cache_clear()
+    fingerprint.all_code_sha256.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -176,9 +182,16 @@ def test_an_edit_changes_the_hash_of_what_depends_on_it_alone(
 ) -> None:
     def hashes() -> dict[str, str]:
         forget()
-        return {name: code_sha256.__wrapped__((f"edgekd.{name}",)) for name in "abdgh"}
+        return {name: fingerprint.code_sha256((f"edgekd.{name}",)) for name in "abdgh"}
 
     before = hashes()
+    # Another process finds them in the cache, and one that finds it damaged reads the code.
+    assert hashes() == before
+    cache = Path(os.environ["XDG_CACHE_HOME"]) / "edgekd" / "code.json"
+    for damage in ("{", "[]", '{"state": 1}'):
+        assert cache.is_file()
+        cache.write_text(damage)
+        assert hashes() == before
     (sources / "e.py").write_text("other = 2")
     changed = {name for name, value in hashes().items() if value != before[name]}
     assert changed == {"a", "b", "h"}
