@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import pytest
@@ -52,11 +52,15 @@ def executed(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
 def _recording(run: Any, name: str, ran: dict[str, set[str]]) -> Any:
     modules = ran.setdefault(name, set())
     prefix = str(ROOT)
+    seen: set[CodeType] = set()
 
     def record(frame: FrameType, event: str, _: object) -> None:
+        if event != "call" or frame.f_code in seen:
+            return
+        seen.add(frame.f_code)
         # A class body and a module run when they are imported, whoever imports them.
         function = frame.f_code.co_flags & inspect.CO_OPTIMIZED
-        if event == "call" and function and frame.f_code.co_filename.startswith(prefix):
+        if function and frame.f_code.co_filename.startswith(prefix):
             path = Path(frame.f_code.co_filename)
             if path.suffix == ".py":
                 modules.add(frame.f_globals["__name__"])
