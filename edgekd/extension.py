@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -94,48 +96,117 @@ def resolve(name: str, registry: Mapping[str, Any], kind: str, where: str | None
 
 
 def source_files(reference: str) -> list[Path]:
-    """The files that define a reference: its module and what that imports from beside it.
+    """The files that define a reference: its module, the packages around it, and what it imports.
 
-    Nothing is imported, so a fingerprint costs no start-up time. Empty when the module is
-    not found, which :func:`resolve` reports with its own error.
+    Imports are followed into the user's own files: those of installed packages are known by
+    their version, and edgekd's own by the stage that runs them. Nothing is imported, so a
+    fingerprint costs no start-up time. Empty when the module is not found, which
+    :func:`resolve` reports with its own error.
     """
     parts = reference.partition(":")[0].split(".")
-    for folder in map(Path, sys.path):
-        file = _module_file(folder, parts)
-        if file is not None:
-            return sorted(_with_neighbours(file, folder, {file}))
-    return []
+    found: set[Path] = set()
+    for folder in _search_path(parts[0]):
+        files = _module_files(folder, parts)
+        if files:
+            for file in files:
+                _follow(file, folder, found)
+            break
+    return sorted(found)
 
 
-def _module_file(folder: Path, parts: list[str]) -> Path | None:
-    stem = folder.joinpath(*parts)
-    for file in (stem.with_suffix(".py"), stem / "__init__.py"):
-        if file.is_file():
-            return file
-    return None
-
-
-def _with_neighbours(file: Path, root: Path, seen: set[Path]) -> set[Path]:
-    """Add to ``seen`` the modules under ``root`` that ``file`` imports, and theirs."""
-    if "site-packages" in file.parts:
-        return seen
+def _search_path(top: str) -> Iterator[Path]:
+    """The folders that modules are found in, and that of an editable installation's finder."""
+    yield from (Path(entry) for entry in sys.path)
     try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError):
-        return seen
-    for node in ast.walk(tree):
-        names: list[str] = []
-        start = root
+        spec = importlib.util.find_spec(top)
+    except ValueError:  # A module such as __main__ says of itself that it has none.
+        spec = None
+    if spec is not None and spec.origin is not None:
+        folder = Path(spec.origin).parent
+        yield folder.parent if spec.submodule_search_locations else folder
+
+
+def _module_files(folder: Path, parts: list[str]) -> list[Path]:
+    """A module's file, after those of the packages around it; empty when it is not there."""
+    stem = folder.joinpath(*parts)
+    file = next((f for f in (stem / "__init__.py", stem.with_suffix(".py")) if f.is_file()), None)
+    if file is None:
+        return []
+    packages = [folder.joinpath(*parts[:depth], "__init__.py") for depth in range(1, len(parts))]
+    return [*(package for package in packages if package.is_file()), file]
+
+
+def _follow(file: Path, root: Path, seen: set[Path]) -> None:
+    """Add to ``seen`` a file of the user's and those that it imports, and theirs.
+
+    Args:
+        file: a module found in ``root``.
+        root: the entry of the search path.
+        seen: what was found so far.
+    """
+    if file in seen:
+        return
+    seen.add(file)
+    if _is_installed(file.resolve()):
+        return
+    # A package linked into site-packages is the user's own; of what lies beside it nothing is.
+    linked = file.relative_to(root).parts[0] if _is_installed(file) else None
+    folders = [root] if linked else [root, *map(Path, sys.path)]
+    for level, name in imported_names(file):
+        if level:
+            if level <= len(file.parents):
+                for found in _module_files(file.parents[level - 1], name.split(".")):
+                    _follow(found, root, seen)
+            continue
+        top = name.partition(".")[0]
+        if top in _NOT_FOLLOWED or (linked and top != linked):
+            continue
+        for folder in folders:
+            files = _module_files(folder, name.split("."))
+            if files and (linked or not _is_installed(files[-1])):
+                for found in files:
+                    _follow(found, folder, seen)
+            if files:
+                break
+
+
+_NOT_FOLLOWED = {*sys.stdlib_module_names, "edgekd", "edgerun"}
+
+
+def _is_installed(file: Path) -> bool:
+    return "site-packages" in file.parts or "dist-packages" in file.parts
+
+
+@cache
+def parsed(file: Path, stamp: tuple[int, int]) -> ast.Module | None:
+    """The syntax tree of a file, read once per process; None when it is no Python.
+
+    ``stamp`` (its size and time of change) keeps an edited file from being taken for the old one.
+    """
+    try:
+        return ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return None
+
+
+def parse(file: Path) -> ast.Module | None:
+    """:func:`parsed` as the file is now."""
+    status = file.stat()
+    return parsed(file, (status.st_size, status.st_mtime_ns))
+
+
+def imported_names(file: Path) -> list[tuple[int, str]]:
+    """What a file's import statements may name as modules, with the level of relative ones.
+
+    Those inside functions count, and ``from a import b`` may mean the module ``a.b`` too.
+    """
+    tree = parse(file)
+    names: list[tuple[int, str]] = []
+    for node in ast.walk(tree) if tree is not None else ():
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names += [(0, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            if node.level:
-                start = file.parents[node.level - 1]
             module = [node.module] if node.module else []
-            names = module + [".".join([*module, alias.name]) for alias in node.names]
-        for name in names:
-            found = _module_file(start, name.split("."))
-            if found is not None and found not in seen:
-                seen.add(found)
-                _with_neighbours(found, root, seen)
-    return seen
+            names += [(node.level, ".".join([*module, alias.name])) for alias in node.names]
+            names += [(node.level, name) for name in module]
+    return names

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -23,9 +23,24 @@ class DataConfig(Section):
     path: str | None = None
     """File or folder of the source, relative to the pipeline file."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of an own source."""
+    """Arguments of the source, and ``normalize: false``, which leaves floats as they are;
+    ``layout``, which says what the axes of the inputs are where it is not plain: ``nchw`` or
+    ``nhwc`` (images), ``nhw`` (grey images), ``nct`` or ``ntc`` (signals: channels, time), ``nt``
+    (one channel), ``nf`` (features), or a mapping by input name. ``image-folder`` takes ``mode:
+    L`` (grey) and ``splits``: the folder of each split, or false when the folders are classes.
+    """
     targets: tuple[str, ...] | None = None
     """Names of the arrays to be learnt, where they are not the task's usual ones."""
+    classes: Literal["observed"] | tuple[int | str, ...] | dict[int | str, str] | None = None
+    """The values that the labels have, numbers or text, in the order of the classes; a mapping
+    ``{1: cat, 2: dog}`` names them. ``observed`` takes all that occur, in order.
+    """
+    label_format: Literal["index", "one-hot", "probabilities"] | None = None
+    """In which form the labels come where it is not plain: ``index`` (each number is a class),
+    ``one-hot``, or ``probabilities`` (the largest of each row is the class).
+    """
+    unlabelled: int | str = -1
+    """The label of samples that have none."""
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Fraction cut from the training split for validation, stratified where there are labels;
     unused when the source has a validation split.

@@ -116,6 +116,8 @@ def _explain(
             where,
             None,
         )
+    if kind == "string_type" and isinstance(given, dict):
+        return _name_with_arguments(key, str(location[-1]), given, found, where)
     message = details["msg"][0].lower() + details["msg"][1:]
     shown = "" if isinstance(given, dict | list) else f"; it is {given!r}"
     if kind == "literal_error":
@@ -123,6 +125,19 @@ def _explain(
         remedy = f"did you mean {guess!r}?" if guess else None
         return f"{key}: {message}{shown}", where, remedy
     return f"{key}: {message}{shown}", where, None
+
+
+def _name_with_arguments(
+    key: str, last: str, given: dict[Any, Any], found: list[type[BaseModel]], where: str
+) -> tuple[str, str, str]:
+    """A name that is written as a mapping of the name to its arguments."""
+    fields = {field for section in found for field in section.model_fields}
+    arguments = next((name for name in (f"{last}_args", "args") if name in fields), None)
+    what = f"{key}: it takes a name alone, and this is a mapping"
+    name = str(next(iter(given), "NAME")) if len(given) == 1 else "NAME"
+    quoted = f'"{name}"' if ":" in name else name
+    beside = f" and its arguments beside it: '{arguments}: {{…}}'" if arguments else ""
+    return what, where, f"write '{last}: {quoted}'{beside}"
 
 
 def _quoted(expected: str) -> list[str]:

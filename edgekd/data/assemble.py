@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
 from edgekd.config.data import DataConfig
 from edgekd.data.checks import check_alike, check_arrays, check_finite
+from edgekd.data.classes import LABEL_CLASSES, ClassTarget, read_classes
 from edgekd.data.dataset import Array, Dataset, Preprocess, Split, is_image
 from edgekd.data.labelled import fill_labels, keep_share, without_labels
+from edgekd.data.layout import IMAGE_NAMES, Layout, layout_of, layouts_given
 from edgekd.data.memory import take
 from edgekd.data.normalization import fit_preprocess
 from edgekd.data.source import SPLITS, UNSPLIT, RawData
@@ -23,31 +25,38 @@ DEFAULT_TARGETS = ("label", "labels", "y", "target", "action")
 LABEL = "label"
 """The target of samples that come without any."""
 
-_IMAGE_NAMES = ("image", "images", "x")
+_CLASS_NAMES = ("label", "labels", "y")
+"""Arrays that are the target ``label`` where they hold classes."""
+
+_IMAGE_LAYOUTS = ("nchw", "nhwc", "nhw")
 
 Arrays = Mapping[str, Array]
 
 
-def assemble(raw: RawData, config: DataConfig) -> Dataset:
+def assemble(
+    raw: RawData, config: DataConfig, classes: ClassTarget | None = LABEL_CLASSES
+) -> Dataset:
     """Make a dataset of a source's arrays.
 
     In this order:
 
-    1. Labels: a split without any target, where others have integer ones, has -1 for each. So
+    1. The target that holds classes, given as ``classes``, becomes class numbers from 0, whatever
+       its form: :func:`~edgekd.data.classes.read_classes`. The usual names may be capitalised.
+    2. Labels: a split without any target, where others have integer ones, has -1 for each. So
        have all where no array is a target (and none is shaped as one), or ``data.targets`` is [].
-       Names: ``x`` and ``images`` become ``image`` when they have three or more axes; ``labels``
-       becomes ``label``; ``y`` becomes ``label`` when it holds integers, else ``target``. An
-       array keeps its name when the new one is taken. ``data.targets`` may use either name.
-    2. ``image`` of shape (N, H, W) gets a channel axis; inputs (N, H, W, C) are transposed when
-       ``data.args: {layout: nhwc}`` says so (it is asked for, never guessed). Floats
-       become float32, integer targets int64 (and (N, 1) integer targets (N,)); other inputs
-       keep their integers.
-    3. ``test`` is cut off when the source has none, then ``validation`` from what is left to
+       Names: ``x`` and ``images`` become ``image`` when they are images; ``labels`` becomes
+       ``label``; ``y`` becomes ``label`` when it holds integers, else ``target``. An array keeps
+       its name when the new one is taken. ``data.targets`` may use either name.
+    3. What the axes of an input are: as ``data.args: {layout: …}`` says, else by the rule of
+       :mod:`~edgekd.data.layout`. Images (N, H, W) get a channel axis, (N, H, W, C) are
+       transposed. Floats become float32, integer targets int64 (and (N, 1) integer targets
+       (N,)); other inputs keep their integers.
+    4. ``test`` is cut off when the source has none, then ``validation`` from what is left to
        train on, unless the source brings its own (``data.validation`` then has no use).
        Both are the same for every training seed, and stratified when there is an integer target.
-    4. Of train's and validation's labels only the share ``data.labelled`` stays
+    5. Of train's and validation's labels only the share ``data.labelled`` stays
        (:func:`~edgekd.data.labelled.keep_share`).
-    5. Normalisation constants from the training split only. ``data.args: {normalize: false}``
+    6. Normalisation constants from the training split only. ``data.args: {normalize: false}``
        leaves floats as they are and only scales uint8 images to [0, 1].
 
     Raises:
@@ -64,15 +73,19 @@ def assemble(raw: RawData, config: DataConfig) -> Dataset:
             where=raw.where,
             remedy="give train, or unsplit samples",
         )
+    splits, config = _usual_case(splits, config)
+    splits, labels, remarks = _read_classes(splits, raw, config, classes)
     splits = fill_labels(splits, config.targets or DEFAULT_TARGETS)
     if _is_unlabelled(splits["train"], config):
         splits = without_labels(splits, LABEL)
         config = config.model_copy(update={"targets": (LABEL,)})
     check_arrays(splits, raw.where)
-    renamed = _clean_names(splits["train"])
+    layouts, said = _layouts(splits["train"], raw, config)
+    renamed = _clean_names(splits["train"], layouts)
     targets = _target_names(splits["train"], renamed, config, raw.where)
     splits = {
-        split: {renamed[n]: _convert(renamed[n], a, renamed[n] in targets, raw, config)
+        split: {renamed[n]: _convert(renamed[n], a, renamed[n] in targets, layouts.get(n), raw,
+                                     config)
                 for n, a in arrays.items()}
         for split, arrays in splits.items()
     }  # fmt: skip
@@ -91,16 +104,108 @@ def assemble(raw: RawData, config: DataConfig) -> Dataset:
             remedy="remove data.image_size",
         )
     normalize = _normalize(config)
-    fitted = {name: fit_preprocess(train[name], raw.image_scale, normalize) for name in inputs}
+    by_name = {renamed[name]: layout for name, layout in layouts.items()}
+    fitted = {
+        name: fit_preprocess(train[name], raw.image_scale, normalize, by_name.get(name))
+        for name in inputs
+    }
     preprocess = {name: value for name, value in fitted.items() if value is not None}
     return Dataset(
         splits={split: Split(splits[split]) for split in SPLITS},
         inputs=tuple(_input_spec(name, train[name], preprocess.get(name)) for name in inputs),
         targets=tuple(_spec(name, train[name]) for name in train if name in targets),
-        labels=raw.labels,
+        labels=labels,
         preprocess=preprocess,
         source=raw.description,
+        remarks=(*raw.remarks, *remarks, *(said[name] for name in said if renamed[name] in inputs)),
     )
+
+
+def _usual_case(
+    splits: dict[str, Arrays], config: DataConfig
+) -> tuple[dict[str, Arrays], DataConfig]:
+    """The names that mean something in lower case: ``X_train`` and ``Y_train`` are common."""
+    usual = {*IMAGE_NAMES, *DEFAULT_TARGETS}
+
+    def lower(name: str, names: Collection[str]) -> str:
+        return name.lower() if name.lower() in usual and name.lower() not in names else name
+
+    splits = {
+        split: {lower(name, arrays): array for name, array in arrays.items()}
+        for split, arrays in splits.items()
+    }
+    if config.targets is not None:
+        known = {name for arrays in splits.values() for name in arrays}
+        targets = tuple(n if n in known else lower(n, ()) for n in config.targets)
+        config = config.model_copy(update={"targets": targets})
+    return splits, config
+
+
+def _read_classes(
+    splits: dict[str, Arrays], raw: RawData, config: DataConfig, classes: ClassTarget | None
+) -> tuple[dict[str, Arrays], tuple[str, ...] | None, tuple[str, ...]]:
+    """The splits with the class target as class numbers, the class names, and remarks."""
+    keys = ("classes", "label_format")
+    given = [key for key in keys if getattr(config, key) is not None]
+    name = None if classes is None else _class_array(splits, config, classes.name)
+    if classes is None or name is None:
+        if given and config.targets != ():
+            raise InputError(
+                f"data.{given[0]} is given, and there are no labels that are classes",
+                where=f"data.{given[0]}",
+                remedy=f"remove it, or see that the array's name is one of "
+                f"{', '.join(_CLASS_NAMES)} or that of task_args: {{target: …}}",
+            )
+        return splits, raw.labels, ()
+    found = read_classes(
+        {split: arrays[name] for split, arrays in splits.items() if name in arrays},
+        config,
+        array=name,
+        names=raw.labels,
+        count=classes.count,
+        where=raw.where,
+    )
+    if found is None:
+        return splits, raw.labels, ()
+    read = {
+        split: {**arrays, name: found.arrays[split]} if split in found.arrays else arrays
+        for split, arrays in splits.items()
+    }
+    return read, found.names, found.remarks
+
+
+def _class_array(splits: Mapping[str, Arrays], config: DataConfig, target: str) -> str | None:
+    """The source's name of the target that the task reads as classes; None when there is none."""
+    names: tuple[str, ...] = (target, *_CLASS_NAMES) if target == LABEL else (target,)
+    if config.targets is not None:
+        names = tuple(name for name in names if name in config.targets or LABEL in config.targets)
+    return next((n for n in names for arrays in splits.values() if n in arrays), None)
+
+
+def _layouts(
+    arrays: Arrays, raw: RawData, config: DataConfig
+) -> tuple[dict[str, Layout | None], dict[str, str]]:
+    """The layout of each array that is no target, and what to tell of it, by the source's name."""
+    targets = {*(DEFAULT_TARGETS if config.targets is None else config.targets)}
+    targets |= {f"{name}_mask" for name in targets}
+    inputs = {name: array for name, array in arrays.items() if name not in targets}
+    wanted = config.args.get("layout")
+    if isinstance(wanted, Mapping):
+        image = next((name for name in IMAGE_NAMES if name in inputs), "image")
+        wanted = {image if n == "image" else n: layout for n, layout in wanted.items()}
+    layouts: dict[str, Layout | None] = {}
+    remarks = {}
+    given = layouts_given(wanted, {name: array.ndim for name, array in inputs.items()})
+    for name, array in inputs.items():
+        if name in given:
+            layouts[name] = given[name]
+        elif raw.layout is not None and array.ndim == len(raw.layout):
+            layouts[name] = raw.layout
+        else:
+            layouts[name], remark = layout_of(name, array, raw.where)
+            if remark is not None:
+                remarks[name] = remark
+    return layouts, remarks
 
 
 def _normalize(config: DataConfig) -> bool:
@@ -131,11 +236,11 @@ def _is_unlabelled(arrays: Arrays, config: DataConfig) -> bool:
     return not config.targets
 
 
-def _clean_names(arrays: Arrays) -> dict[str, str]:
+def _clean_names(arrays: Arrays, layouts: Mapping[str, Layout | None]) -> dict[str, str]:
     names = {name: name for name in arrays}
     for name, array in arrays.items():
         new = name
-        if name in _IMAGE_NAMES and array.ndim >= 3:
+        if name in IMAGE_NAMES and layouts.get(name) in _IMAGE_LAYOUTS:
             new = "image"
         elif name == "labels" or (name == "y" and array.dtype.kind in "biu"):
             new = "label"
@@ -176,40 +281,34 @@ def _target_names(
     return targets
 
 
-def _convert(name: str, array: Array, target: bool, raw: RawData, config: DataConfig) -> Array:
+def _convert(
+    name: str,
+    array: Array,
+    target: bool,
+    layout: Layout | None,
+    raw: RawData,
+    config: DataConfig,
+) -> Array:
     if target:
         if array.dtype.kind == "f":
             return array.astype(np.float32, copy=False)
         if array.ndim == 2 and array.shape[1] == 1:
             array = array[:, 0]
         return array.astype(np.int64, copy=False)
-    if name == "image" and array.ndim == 3:
+    if layout == "nhw":
         array = array[:, None]
     if array.dtype.kind == "f":
         array = array.astype(np.float32, copy=False)
-    elif array.dtype.kind == "u" and array.dtype != np.uint8:
-        # torch has no arithmetic on the wider unsigned integers.
-        array = array.astype(np.int32 if array.dtype.itemsize == 2 else np.int64)
-    return _order_image(name, array, raw, config) if is_image(array) else array
-
-
-def _order_image(name: str, array: Array, raw: RawData, config: DataConfig) -> Array:
+    if not is_image(array):
+        if array.dtype.kind == "u" and array.dtype != np.uint8:
+            # torch has no arithmetic on the wider unsigned integers.
+            array = array.astype(np.int32 if array.dtype.itemsize == 2 else np.int64)
+        return array
     if array.dtype not in (np.uint8, np.float32):
         raise InputError(
             f"the images {name!r} are {array.dtype}",
             where=raw.where,
             remedy="give uint8 from 0 to 255, or float32",
-        )
-    layout = config.args.get("layout", raw.layout)
-    if layout not in (None, "nchw", "nhwc"):
-        raise InputError(
-            f"layout is {layout!r}", where="data.args", remedy="write layout: nchw or nhwc"
-        )
-    if layout is None and array.shape[3] in (1, 3):
-        raise InputError(
-            f"the images {name!r} of shape {array.shape} may be (N, H, W, C) or (N, C, H, W)",
-            where=raw.where,
-            remedy="say which under data: 'args: {layout: nhwc}' or 'args: {layout: nchw}'",
         )
     if layout == "nhwc":
         array = np.ascontiguousarray(array.transpose(0, 3, 1, 2))

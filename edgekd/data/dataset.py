@@ -23,17 +23,19 @@ def is_image(array: Array) -> bool:
 class Preprocess:
     """``(x * scale - mean) / std`` in float32.
 
-    ``mean`` and ``std`` hold one value for all, or one per channel of images (N, C, H, W), or
-    one per feature: the last axis of any other array.
+    ``mean`` and ``std`` hold one value for all, or one per channel or feature. These lie along
+    ``axis`` of the batch; without it along axis 1 of images (N, C, H, W) and the last of others.
     """
 
     scale: float = 1.0
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    axis: int | None = None
 
     def constants(self, dimensions: int) -> tuple[Array, Array]:
         """``mean`` and ``std`` as float32, shaped to broadcast over an array of this rank."""
-        tail = (1, 1) if dimensions == 4 else ()
+        axis = self.axis or (1 if dimensions == 4 else dimensions - 1)
+        tail = (1,) * (dimensions - 1 - axis)
         mean = np.asarray(self.mean, np.float32).reshape(-1, *tail)
         std = np.asarray(self.std, np.float32).reshape(-1, *tail)
         return mean, std
@@ -51,12 +53,13 @@ class Preprocess:
 
     def to_json(self) -> dict[str, Any]:
         """A plain mapping for a JSON file; :meth:`from_json` takes it back."""
-        return {"scale": self.scale, "mean": list(self.mean), "std": list(self.std)}
+        constants = {"scale": self.scale, "mean": list(self.mean), "std": list(self.std)}
+        return constants if self.axis is None else {**constants, "axis": self.axis}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Preprocess:
         """The inverse of :meth:`to_json`."""
-        return cls(value["scale"], tuple(value["mean"]), tuple(value["std"]))
+        return cls(value["scale"], tuple(value["mean"]), tuple(value["std"]), value.get("axis"))
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Dataset:
         labels: class names in the order of the integer labels, where there are any.
         preprocess: per input name; an input without an entry (integers) stays as it is.
         source: where the samples came from, for a person.
+        remarks: what was recognized in the samples and is not written in the pipeline.
     """
 
     splits: Mapping[str, Split]
@@ -88,6 +92,7 @@ class Dataset:
     labels: tuple[str, ...] | None
     preprocess: Mapping[str, Preprocess]
     source: str
+    remarks: tuple[str, ...] = ()
 
     def model_inputs(self, split: str, start: int, stop: int) -> dict[str, Array]:
         """The preprocessed inputs of samples ``start`` to ``stop`` of a split."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from edgekd.config.data import DataConfig
 from edgekd.data.dataset import Array
+from edgekd.data.layout import Layout
 from edgekd.errors import InputError, unknown_name
 
 UNSPLIT = "all"
@@ -27,18 +27,20 @@ class RawData:
         where: the file, folder or key to name in errors about these samples.
         description: where they came from, for a person.
         labels: class names, in the order of the integer labels.
-        layout: the axes of 4-D inputs when the source knows them: "nchw".
+        layout: the axes of 4-D inputs when the source knows them.
         image_scale: the factor that brings uint8 images to [0, 1].
         test_fraction: how much is cut off as test when the samples come unsplit.
+        remarks: what the source decided that is not written in the pipeline, for a person.
     """
 
     splits: Mapping[str, Mapping[str, Array]]
     where: str
     description: str
     labels: tuple[str, ...] | None = None
-    layout: str | None = None
+    layout: Layout | None = None
     image_scale: float = 1 / 255
     test_fraction: float = 0.2
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,32 +114,3 @@ class Source:
 
     read: Callable[[Request], RawData]
     fingerprint: Callable[[Request], dict[str, str]]
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file's content.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise InputError(
-            f"the file cannot be read: {error.strerror}", where=str(path), remedy="check it"
-        ) from error
-    return digest.hexdigest()
-
-
-def hash_path(path: Path) -> str:
-    """SHA-256 of a file, or of a folder: its sorted relative paths and their contents."""
-    if not path.is_dir():
-        return hash_file(path)
-    digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        # repr() escapes a newline in a path, so that no two folders give the same lines.
-        digest.update(f"{file.relative_to(path).as_posix()!r} {hash_file(file)}\n".encode())
-    return digest.hexdigest()

@@ -29,7 +29,7 @@ def cut(
 
     Returns:
         The indices that are kept and those cut off, each in ascending order. Every class gives
-        its share to within one sample.
+        its share to within one sample, and its only sample last of all.
 
     Raises:
         InputError: one of the two parts would be empty.
@@ -55,8 +55,11 @@ def cut(
         # Shuffled before the sort, so that ties do not always favour the first classes.
         shuffled = random.permutation(len(members))
         by_remainder = shuffled[np.argsort(-(quota - share)[shuffled], kind="stable")]
+        # A class keeps a sample to train on as long as the others can give one instead.
+        able = by_remainder[share[by_remainder] + 1 < members[by_remainder]]
+        unable = by_remainder[share[by_remainder] + 1 >= members[by_remainder]]
         # round() and the floors differ by less than the number of classes.
-        share[by_remainder[: size - int(share.sum())]] += 1
+        share[np.concatenate([able, unable])[: size - int(share.sum())]] += 1
         ends = np.cumsum(members)
         starts = ends - members
         chosen = np.concatenate(

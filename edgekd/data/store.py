@@ -37,6 +37,7 @@ def save_dataset(dataset: Dataset, folder: Path) -> None:
             "targets": [asdict(spec) for spec in dataset.targets],
             "labels": dataset.labels,
             "preprocess": {name: p.to_json() for name, p in dataset.preprocess.items()},
+            "remarks": list(dataset.remarks),
         }
         text = json.dumps(index, indent=1, ensure_ascii=False) + "\n"
         (folder / _INDEX).write_text(text, encoding="utf-8")
@@ -69,6 +70,7 @@ def open_dataset(folder: Path) -> Dataset:
             labels=None if index["labels"] is None else tuple(index["labels"]),
             preprocess={n: Preprocess.from_json(p) for n, p in index["preprocess"].items()},
             source=index["source"],
+            remarks=tuple(index.get("remarks", ())),
         )
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise InputError(

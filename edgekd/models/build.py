@@ -137,7 +137,8 @@ def probe(model: NamedModel, name: str = "the model", remedy: str = "") -> None:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
         raise InputError(
             f"{name} cannot take {taken}: {type(error).__name__}: {first_line}",
-            remedy="make its layers fit these shapes, or change the data (data.image_size)",
+            remedy="make its layers fit these shapes, or change the data (data.image_size, "
+            "data.args: {layout: …})",
         ) from error
     finally:
         model.train(training)

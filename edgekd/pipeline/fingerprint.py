@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
+import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import edgekd
 from edgekd.extension import is_reference, source_files
-from edgekd.resources import edgerun_folder
-
-_ROOT = Path(edgekd.__file__).parent
+from edgekd.pipeline.dependencies import ROOTS, code_of, files_of
 
 
 def file_sha256(path: Path) -> str:
@@ -33,17 +33,61 @@ def json_sha256(value: Any) -> str:
 
 
 @lru_cache
-def code_sha256(names: tuple[str, ...]) -> str:
-    """The SHA-256 over the source files of these modules and packages of edgekd, or ``edgerun``."""
-    digest = hashlib.sha256()
-    for name in sorted(names):
-        device_side = name == edgerun_folder().name
-        place = edgerun_folder() if device_side else _ROOT.joinpath(*name.split(".")[1:])
-        files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
-        for file in files:
-            digest.update(str(file.relative_to(place.parent)).encode() + b"\0")
-            digest.update(file.read_bytes())
+def code_sha256(modules: tuple[str, ...]) -> str:
+    """The SHA-256 over the source of these modules and of all code that theirs depends on.
+
+    Which that is, :func:`~edgekd.pipeline.dependencies.code_of` reads from their imports. To read
+    all of it takes a second, so the result is cached for as long as no file has changed.
+    """
+    name = " ".join(modules)
+    state = all_code_sha256()
+    cached = _cached_hashes(state)
+    if name not in cached:
+        digest = hashlib.sha256()
+        for module in code_of(modules):
+            for file in files_of(module):
+                digest.update(f"{module} {file.name}\0".encode())
+                digest.update(file.read_bytes())
+        cached[name] = digest.hexdigest()
+        _cache_hashes(state, cached)
+    return cached[name]
+
+
+@lru_cache
+def all_code_sha256() -> str:
+    """The SHA-256 of every file of edgekd and edgerun, and of the Python that reads them."""
+    digest = hashlib.sha256(sys.version.encode())
+    for root in ROOTS.values():
+        for file in sorted(root.rglob("*")):
+            if file.is_file() and file.suffix != ".pyc":
+                digest.update(f"{file.relative_to(root)}\0".encode())
+                digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def _hashes_file() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "edgekd" / "code.json"
+
+
+def _cached_hashes(state: str) -> dict[str, str]:
+    """The hashes noted for this state of the code; empty when there are none to be read."""
+    try:
+        noted = json.loads(_hashes_file().read_text(encoding="utf-8"))
+        hashes = noted["hashes"] if noted["state"] == state else {}
+        return {str(name): str(value) for name, value in hashes.items()}
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _cache_hashes(state: str, hashes: Mapping[str, str]) -> None:
+    """Note the hashes where that is possible; they are only there to save time."""
+    with suppress(OSError, RuntimeError):
+        file = _hashes_file()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f".{os.getpid()}-{file.name}")
+        partial.write_text(json.dumps({"state": state, "hashes": hashes}), encoding="utf-8")
+        partial.replace(file)
 
 
 def library_versions(names: Iterable[str]) -> dict[str, str]:

@@ -46,7 +46,8 @@ class Stage(Protocol):
     """One step of the pipeline.
 
     A stage is run again when its fingerprint changes: that of :meth:`config_slice`, of its
-    inputs' contents, of the source of ``code`` and of the versions of ``libraries``.
+    inputs' contents, of the versions of ``libraries``, and of the code that its own module imports
+    (:mod:`edgekd.pipeline.dependencies`).
     """
 
     @property
@@ -57,11 +58,6 @@ class Stage(Protocol):
     @property
     def inputs(self) -> tuple[str, ...]:
         """The stages whose artifacts it reads."""
-        ...
-
-    @property
-    def code(self) -> tuple[str, ...]:
-        """Modules and packages, by dotted name, whose source decides what the stage writes."""
         ...
 
     @property

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from edgekd.tasks import Task
 
 _DECIDES_ANSWERS = (
-    *("edgekd.data", "edgekd.models"),
+    *("edgekd.data.loader", "edgekd.models.build"),
     *("edgekd.distill.teacher", "edgekd.distill.ensemble", "edgekd.distill.answer_records"),
 )
-"""The code on which a teacher's answer depends, beside its weights."""
+"""Where the code begins on which a teacher's answer depends, beside its weights."""
 
 Augment = tuple[str | dict[str, dict[str, Any]], ...]
 

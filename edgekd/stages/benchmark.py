@@ -32,14 +32,6 @@ class BenchmarkStage:
 
     name = "benchmark"
     inputs = ("data", "engines")
-    code = (
-        "edgekd.stages.benchmark",
-        "edgekd.targets",
-        "edgekd.release.assemble",
-        "edgekd.release.statistics",
-        "edgekd.tasks",
-        "edgerun",
-    )
     libraries = ("numpy", "onnxruntime")
 
     def config_slice(self, job: Job) -> dict[str, Any]:

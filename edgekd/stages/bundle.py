@@ -26,7 +26,6 @@ class BundleStage:
 
     name = "bundle"
     inputs = ("data", "engines", "benchmark", "gate")
-    code = ("edgekd.stages.bundle", "edgekd.release", "edgekd.npz", "edgerun")
     libraries = ("numpy",)
 
     def config_slice(self, job: Job) -> dict[str, Any]:

@@ -15,7 +15,6 @@ class DataStage:
 
     name = "data"
     inputs = ()
-    code = ("edgekd.stages.data", "edgekd.data", "edgekd.tasks")
     libraries = ("numpy",)
 
     def config_slice(self, job: Job) -> dict[str, Any]:
@@ -33,13 +32,20 @@ class DataStage:
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """See :class:`edgekd.pipeline.stage.Stage`."""
+        from edgekd.data.classes import ClassTarget
         from edgekd.data.sources import load_dataset
         from edgekd.data.store import save_dataset
-        from edgekd.tasks import get_task
+        from edgekd.tasks import Classification, get_task
 
         config = context.job.config
-        dataset = load_dataset(config.data, context.job.base, config.seed)
-        get_task(config.task, config.task_args).check(dataset)
+        task = get_task(config.task, config.task_args)
+        classes = (
+            ClassTarget(task.target, task.classes) if isinstance(task, Classification) else None
+        )
+        dataset = load_dataset(config.data, context.job.base, config.seed, classes)
+        task.check(dataset)
         save_dataset(dataset, context.out)
         sizes = ", ".join(f"{name} {len(split):,}" for name, split in dataset.splits.items())
         context.progress.message(f"  {dataset.source}: {sizes}")
+        for remark in dataset.remarks:
+            context.progress.message(f"  {remark}")

@@ -8,8 +8,8 @@ from typing import Any
 
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.classroom import files_of_scheme, open_classroom
-from edgekd.stages.fitting import TRAINING_CODE, fit, open_ground, write_json
-from edgekd.stages.student import FIRST_WEIGHTS, STUDENT_CODE, build_student
+from edgekd.stages.fitting import fit, open_ground, write_json
+from edgekd.stages.student import FIRST_WEIGHTS, build_student
 
 STUDENT, BASELINE = "student.safetensors", "baseline.safetensors"
 
@@ -19,7 +19,6 @@ class DistillStage:
 
     name = "distill"
     inputs = ("data", "teacher", "student")
-    code = ("edgekd.stages.distill", "edgekd.stages.classroom", *STUDENT_CODE, *TRAINING_CODE)
     libraries = ("torch",)
 
     def config_slice(self, job: Job) -> dict[str, Any]:

@@ -44,12 +44,6 @@ class EnginesStage:
 
     name = "engines"
     inputs = ("data", "export", "quantize")
-    code = (
-        *("edgekd.stages.engines", "edgekd.stages.building", "edgekd.stages.further"),
-        *("edgekd.stages.ways", "edgekd.stages.validation", "edgekd.stages.quantize"),
-        *("edgekd.engines", "edgekd.targets", "edgekd.tasks", "edgekd.release.statistics"),
-        *("edgekd.data", "edgekd.stages.fitting", "edgerun"),
-    )
     libraries = ("numpy", "onnx", "onnxruntime")
 
     def config_slice(self, job: Job) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from edgekd.pipeline.stage import Context, Job
 from edgekd.spec import ModelSpec
 from edgekd.stages.distill import BASELINE, STUDENT
 from edgekd.stages.fitting import Ground, open_ground, write_json
-from edgekd.stages.student import STUDENT_CODE, build_student
+from edgekd.stages.student import build_student
 from edgekd.stages.teacher import BLACK_BOX, WEIGHTS, open_network
 from edgekd.stages.teacher_adaptation import read_adaptation
 
@@ -27,11 +27,6 @@ class ExportStage:
 
     name = "export"
     inputs = ("data", "teacher", "student", "distill")
-    code = (
-        *("edgekd.stages.export", "edgekd.engines.onnx", "edgekd.engines.torch_export"),
-        *("edgekd.engines.onnx_adopt", "edgekd.stages.teacher_adaptation"),
-        *("edgekd.engines.parity", "edgekd.engines.session", *STUDENT_CODE, "edgekd.tasks"),
-    )
     libraries = ("torch", "onnx", "onnxruntime", "onnxscript")
 
     def config_slice(self, job: Job) -> dict[str, Any]:

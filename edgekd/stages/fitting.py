@@ -29,11 +29,6 @@ if TYPE_CHECKING:
     from edgekd.pipeline.stage import Context
     from edgekd.tasks import Task
 
-TRAINING_CODE = (
-    *("edgekd.stages.fitting", "edgekd.stages.answers", "edgekd.data"),
-    *("edgekd.tasks", "edgekd.models", "edgekd.distill"),
-    *("edgekd.config.training", "edgekd.arguments", "edgekd.spec"),
-)
 EVALUATION_BATCH = 512
 HUB_PACKAGES = ("timm", "transformers")
 
@@ -193,7 +188,7 @@ def hub_identity(name: str | None) -> dict[str, str]:
     package, _, rest = (name or "").partition(":")
     if package not in HUB_PACKAGES or not rest:
         return {}
-    from edgekd.data.source import hash_path
+    from edgekd.files import hash_path
     from edgekd.models.hub import find_folder
 
     try:

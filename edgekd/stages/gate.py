@@ -15,7 +15,6 @@ class GateStage:
 
     name = "gate"
     inputs = ("benchmark",)
-    code = ("edgekd.stages.gate", "edgekd.release")
     libraries = ()
 
     def config_slice(self, job: Job) -> dict[str, Any]:

@@ -11,9 +11,8 @@ from edgekd.config.engines import OnnxRuntimeConfig, QuantizeConfig, TensorRTCon
 from edgekd.config.pipeline import PipelineConfig
 from edgekd.errors import InputError
 from edgekd.pipeline.stage import Context, Job
-from edgekd.stages.fitting import EVALUATION_BATCH, TRAINING_CODE, Ground, open_ground, write_json
+from edgekd.stages.fitting import EVALUATION_BATCH, Ground, open_ground, write_json
 from edgekd.stages.own_remarks import remarks_on_errors
-from edgekd.stages.student import STUDENT_CODE
 from edgekd.stages.validation import Validation, ValidationSamples
 
 if TYPE_CHECKING:
@@ -34,16 +33,6 @@ class QuantizeStage:
 
     name = "quantize"
     inputs = ("data", "teacher", "student", "distill", "export")
-    code = (
-        *("edgekd.stages.quantize", "edgekd.stages.qat", "edgekd.stages.teacher"),
-        *(
-            "edgekd.stages.export",
-            "edgekd.stages.validation",
-            "edgekd.engines",
-            *STUDENT_CODE,
-            *TRAINING_CODE,
-        ),
-    )
     libraries = ("onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch")
 
     def config_slice(self, job: Job) -> dict[str, Any]:

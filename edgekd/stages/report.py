@@ -16,7 +16,6 @@ class ReportStage:
 
     name = "report"
     inputs = ("teacher", "distill", "export", "quantize", "engines", "benchmark", "gate")
-    code = ("edgekd.stages.report", "edgekd.release")
     libraries = ("jinja2",)
 
     def config_slice(self, job: Job) -> dict[str, Any]:

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from edgekd.students import Pruned
 
 FIRST_WEIGHTS, STRUCTURE = "first.safetensors", "structure.json"
-STUDENT_CODE = ("edgekd.stages.student", "edgekd.students", "edgekd.models")
 """What decides the network that :func:`build_student` gives."""
 
 _GRADIENT_BATCH, _GRADIENT_SAMPLES = 128, 1024
@@ -39,7 +38,6 @@ class StudentStage:
 
     name = "student"
     inputs = ("data", "teacher")
-    code = (*STUDENT_CODE, "edgekd.tasks", "edgekd.data")
     libraries = ("torch",)
 
     def config_slice(self, job: Job) -> dict[str, Any]:

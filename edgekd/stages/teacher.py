@@ -11,7 +11,6 @@ from edgekd.errors import InputError
 from edgekd.pipeline.fingerprint import file_sha256
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.fitting import (
-    TRAINING_CODE,
     Ground,
     fit,
     hub_identity,
@@ -48,11 +47,6 @@ class TeacherStage:
 
     name = "teacher"
     inputs = ("data",)
-    code = (
-        *("edgekd.stages.teacher", "edgekd.stages.teacher_adaptation"),
-        *("edgekd.engines.onnx_adopt", "edgekd.engines.onnx_file"),
-        *TRAINING_CODE,
-    )
     libraries = ("torch",)
 
     def config_slice(self, job: Job) -> dict[str, Any]:

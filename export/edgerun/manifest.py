@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Mapping, Optional
 
 import numpy as np
 
@@ -18,14 +18,16 @@ MANIFEST = "manifest.json"
 class Preprocess:
     """``(x * scale - mean) / std`` in float32.
 
-    ``mean`` and ``std`` hold one value for all, or one per channel of images (N, C, H, W), or
-    one per feature: the last axis of any other array. The steps and their order are those of
-    training, so that the values are the same to the last bit.
+    ``mean`` and ``std`` hold one value for all, or one per channel or feature. These lie along
+    ``axis`` of the batch; without it along axis 1 of images (N, C, H, W) and the last of others.
+    The steps and their order are those of training, so that the values are the same to the last
+    bit.
     """
 
     scale: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    axis: Optional[int] = None
 
     def apply(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """The preprocessed array, float32, of the same shape.
@@ -33,7 +35,8 @@ class Preprocess:
         Raises:
             BadInput: the constants do not fit the array's channels.
         """
-        tail = (1, 1) if array.ndim == 4 else ()
+        axis = self.axis or (1 if array.ndim == 4 else array.ndim - 1)
+        tail = (1,) * (array.ndim - 1 - axis)
         values = array.astype(np.float32)
         values *= np.float32(self.scale)
         try:
@@ -117,4 +120,10 @@ def _preprocess(constants: Mapping[str, Any]) -> Preprocess:
         value = constants.get(key, default)
         return tuple(map(float, value)) if isinstance(value, (list, tuple)) else (float(value),)
 
-    return Preprocess(float(constants.get("scale", 1.0)), numbers("mean", 0.0), numbers("std", 1.0))
+    axis = constants.get("axis")
+    return Preprocess(
+        float(constants.get("scale", 1.0)),
+        numbers("mean", 0.0),
+        numbers("std", 1.0),
+        None if axis is None else int(axis),
+    )

@@ -144,3 +144,28 @@ def test_a_gain_over_the_student_alone_needs_the_student_alone(write) -> None:
     assert load_pipeline(write(GOOD + gain)).gate.accuracy.min_gain == 0.05
     with pytest.raises(InputError, match=r"distill\.baseline: true"):
         load_pipeline(write(GOOD.replace("epochs: 2", "epochs: 2\n  baseline: false") + gain))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        (
+            "{source: digits}",
+            "{source: {npz: {mode: L}}}",
+            ["data.source: it takes a name alone", "'source: npz'", "'args: {…}'"],
+        ),
+        (
+            "{source: digits}",
+            '{source: {"mine:load": {n: 5}}}',
+            ["'source: \"mine:load\"'", "'args: {…}'"],
+        ),
+        ("name: a", "name: a\ntask: {classification: {classes: 3}}", ["'task_args: {…}'"]),
+    ],
+)
+def test_a_name_written_as_a_mapping_is_told_where_its_arguments_go(write, old, new, says) -> None:
+    text = "name: a\ndata: {source: digits}\nteacher: {model: m, train: {}}\nstudent: {model: s}\n"
+    with pytest.raises(InputError) as caught:
+        load_pipeline(write(text.replace(old, new)))
+    for part in says:
+        assert part in str(caught.value)
+    assert "valid string" not in str(caught.value)

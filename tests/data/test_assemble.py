@@ -125,7 +125,7 @@ STATE = np.ones((40, 3))
         ({"all": {"state": STATE[:39], "y": LABELS}}, {}, "state: 39, y: 40"),
         ({"all": {"state": STATE[:0], "y": LABELS[:0]}}, {}, "is empty"),
         ({"all": {}}, {}, "holds no array"),
-        ({"all": {"state": STATE, "y": LABELS.astype(str)}}, {}, "dtype <U"),
+        ({"all": {"state": STATE.astype(str), "y": LABELS}}, {}, "dtype <U"),
         ({"all": {"state": STATE.astype(object), "y": LABELS}}, {}, "dtype object"),
         ({"all": {"state": STATE.astype(complex), "y": LABELS}}, {}, "dtype complex128"),
         ({"all": {"my state": STATE, "y": LABELS}}, {}, "no usable name"),

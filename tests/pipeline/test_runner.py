@@ -33,7 +33,6 @@ class Recorded:
     name: str
     key: str
     inputs: tuple[str, ...] = ()
-    code: tuple[str, ...] = ()
     libraries: tuple[str, ...] = ()
     text: str = "same"
     fails_with: Exception | None = None

@@ -10,6 +10,7 @@ from typing import Any
 
 from edgekd.config.data import DataConfig
 from edgekd.data.assemble import assemble
+from edgekd.data.classes import LABEL_CLASSES, ClassTarget
 from edgekd.data.dataset import Dataset
 from edgekd.data.source import Request, Source
 from edgekd.data.sources.digits import DIGITS
@@ -27,7 +28,9 @@ SOURCES: dict[str, Source] = {
 }
 
 
-def load_dataset(config: DataConfig, base: Path, seed: int) -> Dataset:
+def load_dataset(
+    config: DataConfig, base: Path, seed: int, classes: ClassTarget | None = LABEL_CLASSES
+) -> Dataset:
     """Read, check, split and normalise the samples of a pipeline.
 
     Args:
@@ -35,6 +38,7 @@ def load_dataset(config: DataConfig, base: Path, seed: int) -> Dataset:
         base: the pipeline file's folder: relative paths start and modules are found there.
         seed: given to the user's own function if it has a parameter of this name. Nothing else
             depends on it: all seeds see the same splits.
+        classes: the target that the task reads as classes; None when it reads none so.
 
     Raises:
         InputError: the source, its files or its samples are wrong.
@@ -43,9 +47,9 @@ def load_dataset(config: DataConfig, base: Path, seed: int) -> Dataset:
     with searching(base):
         source = find_source(config.source)
         if isinstance(source, Source):
-            return assemble(source.read(request), config)
+            return assemble(source.read(request), config, classes)
         result = read_function(source, request, seed)
-    return result if isinstance(result, Dataset) else assemble(result, config)
+    return result if isinstance(result, Dataset) else assemble(result, config, classes)
 
 
 def source_fingerprint(config: DataConfig, base: Path) -> dict[str, str]:

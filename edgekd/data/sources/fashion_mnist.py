@@ -14,9 +14,10 @@ import urllib.request
 from pathlib import Path
 
 from edgekd.data.dataset import Array
-from edgekd.data.source import RawData, Request, Source, hash_file
+from edgekd.data.source import RawData, Request, Source
 from edgekd.data.sources.idx import parse_idx, read_bytes
 from edgekd.errors import InputError
+from edgekd.files import hash_file
 
 PACKAGE = "dataset-fashion-mnist"
 PACKAGE_FOLDER = Path("/usr/share/datasets/fashion-mnist")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,17 +15,20 @@ from edgekd.data.dataset import Array, Dataset
 from edgekd.data.source import (
     SHARED_ARGUMENTS,
     SPLITS,
-    UNSPLIT,
     RawData,
     Request,
-    hash_file,
-    hash_path,
 )
+from edgekd.data.split_names import by_split, recognized, split_of
 from edgekd.errors import EdgekdError, InputError, unknown_name
-from edgekd.extension import source_files
+from edgekd.extension import parse, source_files
+from edgekd.files import hash_file, hash_path
 
 LABEL_NAMES = "classes"
 """The key beside the splits (or arrays) that holds the class names."""
+
+_LONGEST_PATH = 1024
+_RUN = "**/artifacts/*/*/artifact.json"
+"""What a run folder has inside."""
 
 
 def read_function(function: Any, request: Request, seed: int) -> Dataset | RawData:
@@ -31,9 +36,9 @@ def read_function(function: Any, request: Request, seed: int) -> Dataset | RawDa
 
     It is called with ``data.args``, and with ``path`` (a ``Path``) and ``seed`` if it has
     parameters of these names. It returns a :class:`~edgekd.data.dataset.Dataset`, or
-    ``{"train": {"image": …, "label": …}, "test": {…}}``, or unsplit ``{"image": …, "label": …}``,
-    with numpy arrays, torch tensors or lists of numbers; ``"classes"`` beside them may name the
-    classes.
+    ``{"train": {"image": …, "label": …}, "test": {…}}``, or ``{"x_train": …, "y_test": …}``, or
+    unsplit ``{"image": …, "label": …}``, with numpy arrays, torch tensors or lists of numbers;
+    ``"classes"`` beside them may name the classes.
 
     Raises:
         InputError: it is not callable, its arguments do not fit, it fails, or returns
@@ -64,12 +69,63 @@ def read_function(function: Any, request: Request, seed: int) -> Dataset | RawDa
 
 
 def fingerprint_function(request: Request) -> dict[str, str]:
-    """SHA-256 of the module, of what it imports from beside it, and of what ``data.path`` names."""
+    """SHA-256 of the function's code, and of the files and folders that it is known to read.
+
+    The code is its module, the packages around it and what these import of the user's own. Known
+    are ``data.path``, and what a text of ``data.args`` or of that code names, when it exists: from
+    the pipeline file's folder, the module's own or the current one.
+    """
     files = source_files(request.config.source)
     found = {f"module {number} {f.name}": hash_file(f) for number, f in enumerate(files)}
     if request.path is not None:
         found["path"] = hash_path(request.required_path("what the function reads"))
+    texts = [(text, request.base) for text in _texts(request.config.args)]
+    for file in files:
+        tree = parse(file)
+        texts += [
+            (node.value, folder)
+            for node in (ast.walk(tree) if tree is not None else ())
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            for folder in (request.base, file.parent)
+        ]
+    read = {path for text, folder in texts for path in _named_paths(text, folder)}
+    for path in sorted(read - set(files)):
+        found[f"read {path.name} {len(found)}"] = hash_path(path)
     return found
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from _texts(entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _texts(entry)
+
+
+def _named_paths(text: str, folder: Path) -> Iterator[Path]:
+    """The file or folder of samples that a text names, if it does.
+
+    Not a folder that holds the pipeline, the current folder or a run: these change with every run.
+    """
+    if not 0 < len(text) < _LONGEST_PATH or "\0" in text or "\n" in text:
+        return
+    for start in (folder, Path.cwd()):
+        try:
+            path = start / Path(text).expanduser()
+            if path.is_file() or (path.is_dir() and _holds_samples(path, folder)):
+                yield path
+        except (OSError, RuntimeError):  # Not a path: a text too long, or ~ of nobody.
+            continue
+
+
+def _holds_samples(path: Path, folder: Path) -> bool:
+    real = path.resolve()
+    inside = (folder.resolve(), Path.cwd())
+    around = any(real == inner or real in inner.parents for inner in inside)
+    return not around and not any(path.glob(_RUN))
 
 
 def _arguments(function: Callable[..., Any], request: Request, seed: int) -> dict[str, Any]:
@@ -136,7 +192,7 @@ def _raw(result: Any, name: str) -> RawData:
     content = dict(result)
     labels = content.pop(LABEL_NAMES, None)
     nested = [key for key, value in content.items() if isinstance(value, Mapping)]
-    if loose := [key for key in content if key in SPLITS and key not in nested]:
+    if loose := [key for key in content if split_of(str(key)) and key not in nested]:
         raise InputError(
             f"the split {loose[0]!r} of {name} is {type(content[loose[0]]).__name__}",
             where="data.source",
@@ -149,9 +205,14 @@ def _raw(result: Any, name: str) -> RawData:
             where="data.source",
             remedy=f"put every array into a split; only {LABEL_NAMES!r} stands beside them",
         )
-    if unknown := [str(key) for key in nested if key not in SPLITS]:
+    known = recognized(map(str, nested), name)
+    if unknown := [str(key) for key in nested if str(key) not in known]:
         raise unknown_name("split", unknown[0], SPLITS, name)
-    splits = content if nested else {UNSPLIT: content}
+    splits = (
+        {known[str(key)]: arrays for key, arrays in content.items()}
+        if nested
+        else by_split({str(key): array for key, array in content.items()}, name)
+    )
     return RawData(
         splits={
             split: {str(key): _array(value, f"{key!r} of {name}") for key, value in arrays.items()}

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from edgekd.data.dataset import Array
 from edgekd.data.memory import allocate
-from edgekd.data.source import UNSPLIT, RawData, Request, Source, hash_path
+from edgekd.data.source import SPLITS, UNSPLIT, RawData, Request, Source
+from edgekd.data.split_names import looks_like_split, recognized
 from edgekd.errors import InputError, unknown_name
+from edgekd.files import files_in, hash_path, is_litter
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 """Files that count as images; other files in a class's folder are passed over."""
 
 _CHANNELS = {"RGB": 3, "L": 1}
-_SPLIT_FOLDERS = {
-    "train": "train",
-    "validation": "validation",
-    "val": "validation",
-    "test": "test",
-}
 
 
 def read_image_folder(request: Request) -> RawData:
     """``<path>/train/<class>/*`` and ``<path>/test/<class>/*``, or just ``<path>/<class>/*``.
+
+    The splits may have the names of :mod:`~edgekd.data.split_names`, or those that ``data.args:
+    {splits: {train: …, test: …}}`` says; ``splits: false`` says that the folders are the classes.
+    Links to folders are followed; hidden files, and such as ``Thumbs.db``, are no images.
 
     ``image`` is uint8 (N, C, H, W), ``label`` the index of the class in alphabetical order. Files
     are decoded to RGB, or to grey with ``data.args: {mode: L}``; the orientation that a camera
@@ -39,15 +39,12 @@ def read_image_folder(request: Request) -> RawData:
             ``data.image_size`` is not given.
     """
     request.refuse("download")
-    mode = request.arguments(("mode",)).get("mode", "RGB")
+    arguments = request.arguments(("mode", "splits"))
+    mode = arguments.get("mode", "RGB")
     if mode not in _CHANNELS:
         raise unknown_name("image mode", str(mode), _CHANNELS, "data.args")
     root = _root(request)
-    folders = {
-        split: root / name for name, split in _SPLIT_FOLDERS.items() if (root / name).is_dir()
-    }
-    if "train" not in folders:
-        folders = {UNSPLIT: root}
+    folders, remarks = _split_folders(root, arguments.get("splits"))
     listed = {split: _files(folder) for split, folder in folders.items()}
     classes = sorted(next(iter(listed.values())))
     for split, by_class in listed.items():
@@ -65,7 +62,67 @@ def read_image_folder(request: Request) -> RawData:
         description=f"images in {root}",
         labels=tuple(classes),
         layout="nchw",
+        remarks=remarks,
     )
+
+
+def _split_folders(root: Path, given: Any) -> tuple[dict[str, Path], tuple[str, ...]]:
+    """The folder of each split, or the root for ``UNSPLIT``; and what to tell of the choice.
+
+    Args:
+        root: ``data.path``.
+        given: ``data.args: {splits: …}``: folders by split, false, or None.
+
+    Raises:
+        InputError: folders look like splits, and it is not known of which.
+    """
+    names = [child.name for child in _folders(root)]
+    if given is False:
+        return {UNSPLIT: root}, ()
+    if given is not None:
+        return _splits_given(root, given), ()
+    known = recognized(names, str(root))
+    others = [name for name in names if name not in known]
+    alike = [name for name in others if looks_like_split(name)]
+    without_train = bool(known) and "train" not in known.values()
+    if (known and alike) or without_train or len(alike) > 1:
+        raise InputError(
+            f"the folders {', '.join(map(repr, [*known, *alike]))} look like splits, and "
+            + (f"it is not known which {alike[0]!r} is" if alike else "none is for training"),
+            where=str(root),
+            remedy="call them train, validation and test, or say under data: 'args: {splits: "
+            "{train: FOLDER, test: FOLDER}}'; 'args: {splits: false}' when they are classes",
+        )
+    if not known:
+        return {UNSPLIT: root}, ()
+    folders = {split: root / name for split in SPLITS for name in known if known[name] == split}
+    if not others:
+        return folders, ()
+    return folders, (f"besides {', '.join(known)} not read: {', '.join(others)}",)
+
+
+def _splits_given(root: Path, given: Any) -> dict[str, Path]:
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given.values()):
+        raise InputError(
+            f"splits is {given!r}",
+            where="data.args",
+            remedy="write splits: {train: FOLDER, validation: FOLDER, test: FOLDER}, or false",
+        )
+    for split, name in given.items():
+        if split not in SPLITS:
+            raise unknown_name("split", str(split), SPLITS, "data.args.splits")
+        if not (root / name).is_dir():
+            raise InputError(
+                f"there is no folder {name!r}", where=str(root), remedy="mend data.args.splits"
+            )
+    if "train" not in given:
+        raise InputError("splits names no train", where="data.args", remedy="add train: FOLDER")
+    return {split: root / given[split] for split in SPLITS if split in given}
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The folders in a folder, links to folders too, but for those that systems leave there."""
+    return sorted(child for child in folder.iterdir() if child.is_dir() and not is_litter(child))
 
 
 def _root(request: Request) -> Path:
@@ -79,15 +136,8 @@ def _root(request: Request) -> Path:
 
 def _files(folder: Path) -> Mapping[str, list[Path]]:
     by_class: dict[str, list[Path]] = {}
-    for child in sorted(folder.iterdir()):
-        if not child.is_dir() or child.name.startswith("."):
-            continue
-        files = sorted(
-            Path(parent) / name
-            for parent, _, names in os.walk(child)
-            for name in names
-            if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
-        )
+    for child in _folders(folder):
+        files = [file for file in files_in(child) if file.suffix.lower() in SUFFIXES]
         if not files:
             raise InputError(
                 f"the class {child.name!r} has no images",
@@ -100,7 +150,7 @@ def _files(folder: Path) -> Mapping[str, list[Path]]:
             "there are no class folders with images",
             where=str(folder),
             remedy="lay the images out as <class>/<file>, or train/<class>/<file> and "
-            "test/<class>/<file>",
+            "test/<class>/<file>; write data.args: {splits: false} when a class is called so",
         )
     return by_class
 
@@ -161,7 +211,7 @@ class _Reader:
 
 def fingerprint_image_folder(request: Request) -> dict[str, str]:
     """SHA-256 of the sorted relative paths and their contents; the version of the decoder."""
-    return {"images": hash_path(_root(request)), "pillow": version("pillow")}
+    return {"images": hash_path(_root(request), litter=False), "pillow": version("pillow")}
 
 
 IMAGE_FOLDER = Source(read_image_folder, fingerprint_image_folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import zipfile
 import zlib
 from pathlib import Path
@@ -10,21 +9,20 @@ from pathlib import Path
 import numpy as np
 
 from edgekd.data.dataset import Array
-from edgekd.data.source import UNSPLIT, RawData, Request, Source, hash_file
+from edgekd.data.source import RawData, Request, Source
+from edgekd.data.split_names import by_split
 from edgekd.errors import InputError
+from edgekd.files import hash_file
 
 LABEL_NAMES = "classes"
 """The array of text that names the classes, beside the samples."""
-
-_SPLIT = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
-_BEFORE = re.compile(rf"({'|'.join(_SPLIT)})_(\w+)")
-_AFTER = re.compile(rf"(\w+)_({'|'.join(_SPLIT)})")
 
 
 def read_npz(request: Request) -> RawData:
     """Arrays named ``train_image``, ``test_label``; or ``x_train``, ``y_test``; or unsplit.
 
-    ``val_`` means ``validation_``. An array of text named ``classes`` names the classes. Of
+    ``val_``, ``valid_`` and ``dev_`` mean ``validation_``, in any case and without the underscore
+    where that is plain (``trainX``). An array of text named ``classes`` names the classes. Of
     unsplit arrays a fifth is cut off as test. Pickles are never read.
 
     Raises:
@@ -38,7 +36,7 @@ def read_npz(request: Request) -> RawData:
     if LABEL_NAMES in arrays and arrays[LABEL_NAMES].dtype.kind == "U":
         labels = tuple(str(name) for name in arrays.pop(LABEL_NAMES).ravel())
     return RawData(
-        splits=_by_split(arrays, str(path)), where=str(path), description=str(path), labels=labels
+        splits=by_split(arrays, str(path)), where=str(path), description=str(path), labels=labels
     )
 
 
@@ -74,25 +72,6 @@ def _load(path: Path) -> dict[str, Array]:
     if not arrays:
         raise InputError("the file holds no array", where=str(path), remedy=damaged)
     return arrays
-
-
-def _by_split(arrays: dict[str, Array], where: str) -> dict[str, dict[str, Array]]:
-    splits: dict[str, dict[str, Array]] = {}
-    for name, array in arrays.items():
-        if match := _BEFORE.fullmatch(name):
-            split, short = match.groups()
-        elif match := _AFTER.fullmatch(name):
-            short, split = match.groups()
-        else:
-            split, short = UNSPLIT, name
-        splits.setdefault(_SPLIT.get(split, split), {})[short] = array
-    if UNSPLIT in splits and len(splits) > 1:
-        raise InputError(
-            f"some arrays name their split, these do not: {', '.join(splits[UNSPLIT])}",
-            where=where,
-            remedy="name them train_NAME and test_NAME, or none of the arrays so",
-        )
-    return splits
 
 
 def fingerprint_npz(request: Request) -> dict[str, str]:

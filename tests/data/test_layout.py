@@ -1,0 +1,133 @@
+"""What the axes of an input are: images, signals, features; and how each is normalized."""
+
+import numpy as np
+import pytest
+import torch
+
+from edgekd.config.data import DataConfig
+from edgekd.data.assemble import assemble
+from edgekd.data.loader import preprocess
+from edgekd.data.source import RawData
+from edgekd.errors import InputError
+from edgerun.manifest import Preprocess as DevicePreprocess
+
+RANDOM = np.random.default_rng(0)
+LABELS = np.arange(60) % 2
+# A thermometer, a barometer and a gyroscope: scales that differ by 10,000.
+SIGNAL = RANDOM.normal(size=(60, 3, 32)) * [[0.05], [300], [500]] + [[300], [101_300], [0]]
+
+
+def make(name, array, **args):
+    raw = RawData({"all": {name: array, "label": LABELS}}, "here", "a test")
+    return assemble(raw, DataConfig(source="npz", args=args))
+
+
+def values(dataset):
+    """The preprocessed training samples."""
+    return dataset.model_inputs("train", 0, len(dataset.splits["train"]))[dataset.inputs[0].name]
+
+
+@pytest.mark.parametrize("name", ["x", "X", "signal", "imu"])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_signal_is_normalized_per_channel_over_samples_and_time(name, dtype, channels):
+    dataset = make(name, np.moveaxis(SIGNAL, 1, channels).astype(dtype))
+    (spec,) = dataset.inputs
+    assert spec.name == ("x" if name == "X" else name)
+    assert spec.shape == ("batch", *((3, 32) if channels == 1 else (32, 3)))
+    over = (0, 2) if channels == 1 else (0, 1)
+    # float32 keeps 300 K ± 0.05 to 3e-5, and 101,300 Pa to 8e-3.
+    np.testing.assert_allclose(values(dataset).mean(over), 0, atol=2e-3)
+    np.testing.assert_allclose(values(dataset).std(over), 1, atol=2e-3)
+    assert any("a signal of 3 channels" in remark for remark in dataset.remarks)
+
+
+def test_a_waveform_of_integers_is_a_signal_and_not_indices():
+    wave = (RANDOM.normal(size=(60, 2, 40)) * [[20], [8000]]).astype(np.int16)
+    for array, over in ((wave, (0, 2)), (wave[:, 1], (0, 1))):
+        dataset = make("x", array)
+        assert dataset.splits["train"].arrays["x"].dtype == np.int16
+        assert dataset.inputs[0].dtype == "float32"
+        np.testing.assert_allclose(values(dataset).std(over), 1, atol=1e-5)
+    assert len(make("x", wave[:, 1]).preprocess["x"].mean) == 1
+    tokens = make("tokens", np.arange(480).reshape(60, 8))
+    assert tokens.preprocess == {}
+    assert tokens.inputs[0].dtype == "int64"
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "shape"),
+    [
+        ("x", np.zeros((60, 6, 5), np.uint8), (1, 6, 5)),
+        ("image", RANDOM.random((60, 6, 5)), (1, 6, 5)),
+        ("x", RANDOM.random((60, 8, 8)), (1, 8, 8)),
+        ("x", RANDOM.random((60, 1, 8, 5)), (1, 8, 5)),
+        ("x", RANDOM.random((60, 3, 32)), (3, 32)),
+        ("state", RANDOM.random((60, 8, 8)), (8, 8)),
+    ],
+)
+def test_images_are_told_from_signals_by_the_stated_rule(name, array, shape):
+    (spec,) = make(name, array).inputs
+    assert spec.sample_shape == shape
+    assert (spec.name == "image") == (len(shape) == 3)
+
+
+def test_the_layout_can_be_said():
+    image = make("x", SIGNAL, layout="nhw")
+    assert image.inputs[0].shape == ("batch", 1, 3, 32)
+    assert image.remarks == ()
+    square = RANDOM.random((60, 8, 8)) * np.arange(1, 9)
+    for layout, over in (("nct", (0, 2)), ("ntc", (0, 1))):
+        dataset = make("x", square, layout={"x": layout})
+        assert dataset.inputs[0].shape == ("batch", 8, 8)
+        assert dataset.remarks == ()
+        np.testing.assert_allclose(values(dataset).std(over), 1, atol=1e-5)
+    flat = SIGNAL.reshape(60, -1)
+    assert len(make("x", flat).preprocess["x"].mean) == 96
+    assert len(make("x", flat, layout="nt").preprocess["x"].mean) == 1
+    assert len(make("audio", flat).preprocess["audio"].mean) == 1
+    assert len(make("audio", flat, layout="nf").preprocess["audio"].mean) == 96
+
+
+def test_a_choice_that_could_be_another_names_its_key():
+    for array in (SIGNAL, RANDOM.random((60, 8, 8)), RANDOM.random((60, 500))):
+        (remark,) = make("x", array).remarks
+        assert "data.args: {layout:" in remark
+
+
+@pytest.mark.parametrize(
+    ("array", "args", "said"),
+    [
+        (SIGNAL, {"layout": "tnc"}, "layout is 'tnc'"),
+        (SIGNAL, {"layout": "nhwc"}, "layout nhwc has 4 axes"),
+        (SIGNAL, {"layout": {"y": "nct"}}, "names 'y', which is no input"),
+        (RANDOM.random((60, 8, 8, 2)), {}, r"may be \(N, H, W, C\)"),
+        (RANDOM.random((60, 8, 8, 4)), {}, r"may be \(N, H, W, C\)"),
+        (RANDOM.random((60, 9, 9, 6)), {}, r"may be \(N, H, W, C\)"),
+        (np.zeros((60, 1, 8, 8), np.uint16), {}, "are uint16"),
+    ],
+)
+def test_what_cannot_be_told_is_asked_for(array, args, said):
+    with pytest.raises(InputError, match=said):
+        make("x", array, **args)
+
+
+def test_one_layout_serves_the_inputs_that_have_its_axes():
+    arrays = {"image": RANDOM.random((60, 6, 5, 3)), "state": SIGNAL[:, :, 0], "label": LABELS}
+    raw = RawData({"all": arrays}, "here", "a test")
+    dataset = assemble(raw, DataConfig(source="npz", args={"layout": "nhwc"}))
+    assert [spec.shape for spec in dataset.inputs] == [("batch", 3, 6, 5), ("batch", 3)]
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_training_and_device_normalize_a_signal_alike(channels):
+    dataset = make("x", np.moveaxis(SIGNAL, 1, channels))
+    constants = dataset.preprocess["x"]
+    raw = dataset.splits["train"].arrays["x"][:7]
+    written = constants.to_json()
+    device = DevicePreprocess(
+        written["scale"], tuple(written["mean"]), tuple(written["std"]), written.get("axis")
+    )
+    np.testing.assert_array_equal(device.apply(raw), constants.apply(raw))
+    batch = preprocess(torch.from_numpy(np.array(raw)), constants)
+    np.testing.assert_array_equal(batch.numpy(), constants.apply(raw))
