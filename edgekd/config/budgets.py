@@ -14,14 +14,19 @@ class AccuracyBudget(Section):
     """The primary metric: an absolute bound, the largest drop below the teacher, the least gain.
 
     ``min`` is the floor of a metric that is better when higher (accuracy), ``max`` the ceiling
-    of one that is better when lower (mae). ``min_gain`` is how much better than the same student
+    of one that is better when lower (mae). ``max_drop`` of an accuracy is a difference (0.01 is
+    one point); of an error it is a share of the error that the best constant answer has, so that
+    it means the same in euros and in metres. ``min_gain`` is how much better than the same student
     without the teacher the distilled one must be shown to be (``distill.baseline``).
+    ``beat_constant`` asks that the student be shown to be better than that constant; None asks it
+    of every task but classification.
     """
 
     min: float | None = None
     max: float | None = None
     max_drop: float | None = None
     min_gain: float | None = None
+    beat_constant: bool | None = None
 
 
 class SizeBudget(Section):

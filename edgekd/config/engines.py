@@ -39,9 +39,9 @@ class QuantizeConfig(Section):
     ``weights-only`` or ``qat`` (quantization-aware distillation, :class:`QatConfig`). ``half``:
     the same network in 16 bits. ``runtime`` decides the scheme: asymmetric uint8 activations for
     the CPU, symmetric int8 and float biases for TensorRT; None follows the profile.
-    ``max_drop`` is what the metric on the validation split may lose against float32, in the
-    metric's own unit; layers are kept in float32 until it holds. ``keep`` names nodes that are
-    never quantized.
+    ``max_drop`` is what the metric on the validation split may lose against float32: a difference
+    of accuracies, and of an error (mae) a share of the error that the best constant answer has;
+    layers are kept in float32 until it holds. ``keep`` names nodes that are never quantized.
     """
 
     int8: Literal["static", "dynamic", "weights-only", "qat"] | None = None

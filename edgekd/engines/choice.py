@@ -23,8 +23,9 @@ _MB = 1e6
 class Candidate:
     """One engine of the student, as it was measured.
 
-    ``drop`` is what the metric on the validation split lost against float32 (in its own unit,
-    positive is worse), with its 95 % interval. ``latency_ms`` are percentiles by name (``p50``).
+    ``drop`` is what the metric on the validation split lost against float32 (positive is worse; of
+    an error a share of the best constant answer's), with its 95 % interval. ``latency_ms`` are
+    percentiles by name (``p50``).
     ``speedup`` is float32's p50 over this one's, timed in turn, with its 95 % interval; None for
     float32 itself. ``notes`` say what a reader should know, such as layers kept in float32.
     """
@@ -135,7 +136,7 @@ def choose(
     Args:
         candidates: one of them is named :data:`FLOAT`.
         budgets: of size and latency.
-        max_drop: the largest drop of the metric allowed, in its own unit.
+        max_drop: the largest drop of the metric allowed, in the unit of :class:`Candidate`.
         teacher_bytes: the size of the teacher's file; None when there is none to compare with.
         teacher_speedup: the teacher's p50 over float32's.
         refused: ways that were asked for and could not be candidates, with the reason.

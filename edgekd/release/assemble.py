@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,9 +12,11 @@ import numpy.typing as npt
 
 from edgekd.figure import Evidence, Figure
 from edgekd.release import statistics
+from edgekd.release.figure_text import OF_CONSTANT, drop_unit
 from edgekd.release.result import SCHEMA
 
 MB = 1e6
+Scores = npt.NDArray[np.float64]
 
 
 class Scored(Protocol):
@@ -31,7 +33,7 @@ class Measured:
 
     file: Path
     parameters: int
-    scores: npt.NDArray[np.float64]
+    scores: Scores
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,11 @@ def evidence_of(profile: str, target: str) -> Evidence:
 
 
 def assemble_result(
-    origin: Origin, task: Scored, measured: Mapping[str, Measured], bench: Mapping[str, Any]
+    origin: Origin,
+    task: Scored,
+    measured: Mapping[str, Measured],
+    bench: Mapping[str, Any],
+    constant: Scores | None = None,
 ) -> dict[str, Any]:
     """The content of a result file.
 
@@ -68,6 +74,7 @@ def assemble_result(
         task: whose scores they are.
         measured: ``student``, and ``teacher`` and ``baseline`` if any.
         bench: the answer of ``edgerun bench`` for the student, and the teacher if it was timed.
+        constant: (N,) what a constant prediction scores on the same samples; None: not known.
 
     Returns:
         JSON values of the schema ``edgekd.result/1``.
@@ -77,7 +84,11 @@ def assemble_result(
         role: _model(entry, timed.get(role), task, origin.evidence)
         for role, entry in measured.items()
     }
-    figures = _comparison(measured, task, bench, origin.evidence)
+    figures = _comparison(measured, task, bench, origin.evidence, constant)
+    more: dict[str, Any] = {}
+    if constant is not None:
+        chance = statistics.mean_score(constant).figure(task.metric, origin.evidence)
+        more["constant"] = chance.to_json()
     return {
         "schema": SCHEMA,
         "name": origin.name,
@@ -92,6 +103,7 @@ def assemble_result(
             "higher_is_better": task.higher_is_better,
         },
         "models": models,
+        **more,
         "comparison": {name: figure.to_json() for name, figure in figures.items()},
         "environment": bench["environment"],
         "versions": dict(origin.versions),
@@ -141,23 +153,33 @@ def _model(
 
 
 def _comparison(
-    measured: Mapping[str, Measured], task: Scored, bench: Mapping[str, Any], evidence: Evidence
+    measured: Mapping[str, Measured],
+    task: Scored,
+    bench: Mapping[str, Any],
+    evidence: Evidence,
+    constant: Scores | None,
 ) -> dict[str, Figure]:
     student, teacher = measured["student"], measured.get("teacher")
     baseline = measured.get("baseline")
     figures: dict[str, Figure] = {}
     sign = 1 if task.higher_is_better else -1
-    # A difference of two accuracies is in points: "1 %" of an accuracy could mean a ratio.
-    unit = "points" if task.metric in ("accuracy", "agreement") else task.metric
+    unit = drop_unit(task.metric)
     if teacher is not None:
         # Scores are turned so that higher is better; a drop is then teacher minus student.
         drop = statistics.paired_difference(sign * teacher.scores, sign * student.scores)
         figures["drop"] = drop.figure(unit, evidence)
+        if not task.higher_is_better and constant is not None and constant.mean() > 0:
+            # Only a share of something says of an error whether it is much.
+            share = _times(drop, 1 / float(constant.mean()))
+            figures["relative_drop"] = share.figure(OF_CONSTANT, evidence)
         sizes = teacher.file.stat().st_size / student.file.stat().st_size
         figures["size_ratio"] = Figure(sizes, "×", evidence=evidence)
         figures["parameter_ratio"] = Figure(
             student.parameters / max(teacher.parameters, 1), "×", evidence=evidence
         )
+    if constant is not None:
+        over = statistics.paired_difference(sign * student.scores, sign * constant)
+        figures["gain_over_constant"] = over.figure(unit, evidence)
     if baseline is not None:
         gain = statistics.paired_difference(sign * student.scores, sign * baseline.scores)
         figures["baseline_gain"] = gain.figure(unit, evidence)
@@ -174,3 +196,15 @@ def _comparison(
             evidence=evidence,
         )
     return figures
+
+
+def _times(estimate: statistics.Estimate, factor: float) -> statistics.Estimate:
+    """The estimate in a unit that is 1 / ``factor`` of its own; ``factor`` is above 0."""
+    if estimate.value is None:
+        return estimate
+    ends = estimate.interval
+    return replace(
+        estimate,
+        value=factor * estimate.value,
+        interval=None if ends is None else (factor * ends[0], factor * ends[1]),
+    )

@@ -76,6 +76,8 @@ class EnginesStage:
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """See :class:`edgekd.pipeline.stage.Stage`."""
+        from edgekd.release.figure_text import OF_CONSTANT, drop_unit
+
         first, *further = context.job.config.engines
         ground = open_ground(inputs["data"], context.job.config)
         count = min(COMPARED, len(ground.dataset.splits["validation"]))
@@ -94,7 +96,8 @@ class EnginesStage:
             way = narrowest(context, ways_of(inputs, runtime_of(context.job, engine)))
             write_further(context, engine, way, open_builder(context, engine, samples), None)
         write_json(context.out / "engines.json", rows)
-        write_json(context.out / "choice.json", choice.to_json())
+        unit = drop_unit(ground.task.metric) if ground.task.higher_is_better else OF_CONSTANT
+        write_json(context.out / "choice.json", choice.to_json() | {"drop_unit": unit})
         if len(choice.rows) > 1 or choice.refused:
             context.progress.message(f"  {choice.chosen} is taken: {choice.reason}")
         context.progress.message(f"  {builder.describe()}")

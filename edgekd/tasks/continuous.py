@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 
 class ContinuousTask:
-    """Continuous outputs against targets of the same shape; the metric is the mean absolute error.
+    """Continuous outputs against targets of the same shape; the metric is the mean absolute error
+    (``mae``) or the mean squared one (``mse``).
 
     Where the data have ``<target>_mask``, elements with a zero there (the padding at the end of
     an action chunk) count neither in the loss nor in the metric. A mask has the target's shape
@@ -33,13 +34,17 @@ class ContinuousTask:
     """
 
     name: str
-    metric = "mae"
+    metric: str
     higher_is_better = False
 
-    def __init__(self, target: str, output: str, loss: Distance) -> None:
+    def __init__(
+        self, target: str, output: str, loss: Distance, metric: Literal["mae", "mse"] = "mae"
+    ) -> None:
         self.target = target
         self.output = output
         self.loss: Distance = loss
+        self.metric = metric
+        self._squared = metric == "mse"
 
     @property
     def mask(self) -> str:
@@ -96,7 +101,8 @@ class ContinuousTask:
         return distance(outputs[self.output], target, self.loss, mask)
 
     def scores(self, outputs: Arrays, targets: Arrays) -> np.ndarray[Any, Any]:
-        """The mean absolute error of each sample over the elements that the mask keeps."""
+        """The mean error of each sample over the elements that the mask keeps: absolute for
+        ``mae``, squared for ``mse``."""
         predicted = required(outputs, self.output, "output")
         wanted = required(targets, self.target, "target")
         if predicted.shape == (*wanted.shape, 1):
@@ -108,6 +114,8 @@ class ContinuousTask:
             )
         check_outputs_finite(predicted, self.output)
         error = np.abs(predicted.astype(np.float64) - wanted.astype(np.float64))
+        if self._squared:
+            error = np.square(error)
         rows = error.reshape(len(error), -1)
         scores: np.ndarray[Any, Any]
         if self.mask not in targets:
@@ -127,19 +135,21 @@ class ContinuousTask:
         return {self.target: predicted.astype(np.float32, copy=False)}
 
     def constant(self, targets: Arrays) -> dict[str, np.ndarray[Any, Any]]:
-        """The median of each element over the samples: no constant has a lower mean abs. error.
+        """The median of each element over the samples, for ``mse`` the mean: no constant has a
+        lower error.
 
         Where a mask leaves elements out, over those that it keeps; 0 where it keeps none.
         """
         wanted = required(targets, self.target, "target").astype(np.float64)
         if self.mask in targets:
             kept = _expand(np.asarray(targets[self.mask]), wanted.shape)
-            masked = np.ma.median(  # type: ignore[no-untyped-call]
-                np.ma.masked_array(wanted, ~kept), axis=0
+            elements = np.ma.masked_array(wanted, ~kept)
+            masked = (
+                elements.mean(axis=0) if self._squared else np.ma.median(elements, axis=0)  # type: ignore[no-untyped-call]
             )
             best = np.ma.filled(masked, 0.0)
         else:
-            best = np.median(wanted, axis=0)
+            best = wanted.mean(axis=0) if self._squared else np.median(wanted, axis=0)
         return {self.output: np.broadcast_to(best, wanted.shape)}
 
     def _check_masked(

@@ -14,6 +14,7 @@ class Regression(ContinuousTask):
         target: the name of the target array.
         output: the name of the model's prediction.
         loss: the hard loss.
+        metric: the mean absolute or the mean squared error.
     """
 
     name = "regression"
@@ -23,5 +24,6 @@ class Regression(ContinuousTask):
         target: str = "target",
         output: str = "prediction",
         loss: Literal["mse", "mae", "huber"] = "mse",
+        metric: Literal["mae", "mse"] = "mae",
     ) -> None:
-        super().__init__(target, output, loss)
+        super().__init__(target, output, loss, metric)

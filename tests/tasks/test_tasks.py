@@ -8,7 +8,14 @@ import torch
 
 from edgekd.errors import InputError, StageError
 from edgekd.spec import TensorSpec
-from edgekd.tasks import Classification, Policy, Regression, against_teacher, get_task
+from edgekd.tasks import (
+    Classification,
+    Policy,
+    Regression,
+    against_teacher,
+    constant_outputs,
+    get_task,
+)
 
 
 def dataset(labels=None, targets=("label",), image=None, **splits):
@@ -178,6 +185,24 @@ def test_the_constant_answer_is_the_best_of_all_constants():
     for shift in rng.normal(0, 0.3, (50, 2, 3)):
         moved = {"action": policy.constant(targets)["action"] + shift}
         assert (policy.scores(moved, targets) * weights).sum() >= best
+
+
+@pytest.mark.parametrize(("metric", "best"), [("mae", 1.0), ("mse", 4.0)])
+def test_the_constant_of_an_error_is_its_median_or_its_mean(metric, best):
+    task = Regression(metric=metric)
+    targets = {"target": np.array([[0.0], [1.0], [11.0]])}
+    constant = task.constant(targets)
+    assert np.allclose(constant["prediction"], best)
+    error = task.scores(constant, targets).mean()
+    for other in (-0.5, 0.5, 3.0):
+        moved = {"prediction": constant["prediction"] + other}
+        assert task.scores(moved, targets).mean() >= error
+
+
+def test_a_constant_that_knows_other_samples_answers_as_many_as_are_asked_for():
+    known = {"target": np.array([[1.0, 5.0], [2.0, 6.0], [9.0, 7.0]])}
+    answers = constant_outputs(Regression(), known, 4)["prediction"]
+    assert answers.tolist() == [[2.0, 6.0]] * 4
 
 
 def test_the_task_against_the_teacher_is_named_so_and_leaves_the_other_alone():
