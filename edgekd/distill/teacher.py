@@ -16,6 +16,7 @@ from edgekd.distill.evaluate import device_of, prepared
 from edgekd.distill.features import Capture
 from edgekd.errors import InputError
 from edgekd.models.named import NamedModel
+from edgekd.models.weights import output_scaling
 from edgekd.spec import TensorSpec
 
 _DTYPES = {
@@ -88,7 +89,7 @@ def weights_digest(model: nn.Module) -> str:
     """SHA-256 of a network's class, and of its weights and buffers with their names."""
     network = model.module if isinstance(model, NamedModel) else model
     digest = hashlib.sha256(f"{type(network).__qualname__} {network}".encode())
-    for name, tensor in network.state_dict().items():
+    for name, tensor in {**network.state_dict(), **output_scaling(model)}.items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(plain.numpy().tobytes())

@@ -21,6 +21,7 @@ from edgekd.models.named import NamedModel
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights", "params")
 _PREFIXES = ("module.", "model.", "_orig_mod.", "net.")
+_SCALING = ("@output_scale", "@output_offset")
 _SHOWN = 4
 """How many keys of a kind an error lists."""
 
@@ -28,14 +29,15 @@ _SHOWN = 4
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write the weights and buffers as safetensors, at once or not at all.
 
-    The keys are those of the network itself: a :class:`NamedModel` is looked into.
+    The keys are those of the network itself: a :class:`NamedModel` is looked into. How it scales
+    its output, if it does, is beside them under keys that no network has.
 
     Raises:
         StageError: the file cannot be written (full disk, no permission).
     """
     tensors = {
         key: tensor.detach().cpu().contiguous().clone()
-        for key, tensor in _inner(model).state_dict().items()
+        for key, tensor in {**_inner(model).state_dict(), **output_scaling(model)}.items()
     }
     partial = path.with_name(path.name + ".partial")
     try:
@@ -83,6 +85,7 @@ def load_weights(
             where=place,
             remedy=f"give .safetensors or {', '.join(_TORCH_SUFFIXES[:4])}",
         )
+    scaling = [state.pop(key, None) for key in _SCALING]
     network = _inner(model)
     wanted = network.state_dict()
     state = _without_prefix(state, wanted)
@@ -95,6 +98,16 @@ def load_weights(
                 remedy="give a checkpoint from before the training diverged",
             )
     network.load_state_dict(state, strict=False)
+    if isinstance(model, NamedModel):
+        model.scale_output(*scaling)
+
+
+def output_scaling(model: nn.Module) -> dict[str, Tensor]:
+    """How a :class:`NamedModel` scales its output, by the keys of a file; empty: it does not."""
+    if not isinstance(model, NamedModel):
+        return {}
+    values = zip(_SCALING, (model.output_scale, model.output_offset), strict=True)
+    return {key: tensor for key, tensor in values if tensor is not None}
 
 
 def _inner(model: nn.Module) -> nn.Module:

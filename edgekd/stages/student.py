@@ -12,7 +12,7 @@ from edgekd.config.pipeline import PipelineConfig
 from edgekd.errors import InputError
 from edgekd.pipeline.fingerprint import file_sha256, library_versions
 from edgekd.pipeline.stage import Context, Job
-from edgekd.stages.fitting import Ground, hub_identity, open_ground, write_json
+from edgekd.stages.fitting import Ground, hub_identity, open_ground, scale_output, write_json
 from edgekd.stages.teacher import WEIGHTS
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ class StudentStage:
             load_weights(model, inputs["teacher"] / WEIGHTS, where="student")
         elif student.checkpoint is not None:
             load_weights(model, _checkpoint(job, student.checkpoint), where="student.checkpoint")
+        elif scaled := scale_output(ground, model):
+            context.progress.message(f"  student: {scaled}")
         described: dict[str, Any] = {}
         if student.prune is not None:
             pruned = _pruned(ground, model, context)

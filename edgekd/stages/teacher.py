@@ -16,6 +16,7 @@ from edgekd.stages.fitting import (
     fit,
     hub_identity,
     open_ground,
+    scale_output,
     write_json,
 )
 
@@ -91,6 +92,8 @@ def _trained_or_loaded(
 
     model = build_teacher(ground, config, where)
     if config.train is not None:
+        if scaled := scale_output(ground, model):
+            context.progress.message(f"  {where}: {scaled}")
         objective = Objective.supervised(ground.task, config.train.label_smoothing)
         return model, fit(ground, model, objective, config.train, where, context)
     if config.checkpoint is None:

@@ -15,6 +15,8 @@ class Policy(ContinuousTask):
         output: the name of the model's actions.
         loss: the hard loss. ``mae`` is less drawn to rare, large actions than ``mse``.
         metric: the mean absolute or the mean squared error.
+        standardize: train in units of the targets' deviation, from their mean: ``auto`` where
+            their range asks for it. What a network answers is always in the user's units.
     """
 
     name = "policy"
@@ -25,5 +27,6 @@ class Policy(ContinuousTask):
         output: str = "action",
         loss: Literal["mse", "mae", "huber"] = "mse",
         metric: Literal["mae", "mse"] = "mae",
+        standardize: bool | Literal["auto"] = "auto",
     ) -> None:
-        super().__init__(target, output, loss, metric)
+        super().__init__(target, output, loss, metric, standardize)

@@ -15,6 +15,8 @@ class Regression(ContinuousTask):
         output: the name of the model's prediction.
         loss: the hard loss.
         metric: the mean absolute or the mean squared error.
+        standardize: train in units of the targets' deviation, from their mean: ``auto`` where
+            their range asks for it. What a network answers is always in the user's units.
     """
 
     name = "regression"
@@ -25,5 +27,6 @@ class Regression(ContinuousTask):
         output: str = "prediction",
         loss: Literal["mse", "mae", "huber"] = "mse",
         metric: Literal["mae", "mse"] = "mae",
+        standardize: bool | Literal["auto"] = "auto",
     ) -> None:
-        super().__init__(target, output, loss, metric)
+        super().__init__(target, output, loss, metric, standardize)
