@@ -135,7 +135,7 @@ def fold_output_scale(model: NamedModel, batch: Mapping[str, Tensor]) -> bool:
         off = (model(batch)[primary] - wanted).abs().max()
         if bool(off <= _SAME * wanted.abs().max()):
             return True
-        layer.weight, layer.bias = before  # type: ignore[assignment]
+        layer.weight, layer.bias = before
     model.scale_output(scale, offset)
     return False
 
