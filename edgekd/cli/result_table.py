@@ -10,7 +10,7 @@ from rich.table import Table
 from edgekd.pipeline.runner import RunOutcome
 from edgekd.release.figure_text import full_text, value_text
 from edgekd.release.gate import read_gate
-from edgekd.release.report_tables import constant_caution
+from edgekd.release.report_tables import constant_caution, thread_caution
 from edgekd.release.result import ModelResult, Result, read_result
 from edgekd.release.verdict import passed
 
@@ -29,7 +29,7 @@ def print_result(console: Console, outcome: RunOutcome) -> None:
     for name, figure in result.comparison.items():
         if name in _COMPARISONS and figure.value is not None:
             console.print(f"  {name.replace('_', ' ')}: {full_text(figure)}", highlight=False)
-    for line in constant_caution(result):
+    for line in constant_caution(result) + thread_caution(result):
         console.print(f"  [bold red]{line}[/]", highlight=False, soft_wrap=True)
     if "gate" not in outcome.artifacts:
         return

@@ -42,6 +42,10 @@ class QuantizeConfig(Section):
     ``max_drop`` is what the metric on the validation split may lose against float32: a difference
     of accuracies, and of an error (mae) a share of the error that the best constant answer has;
     layers are kept in float32 until it holds. ``keep`` names nodes that are never quantized.
+
+    ``select`` says which of the files within the drop is shipped: ``measured`` is the one that
+    serves the budgets best where it is timed; ``int8``, ``half`` and ``float32`` insist on a kind
+    (what this machine times says little of another processor), ``smallest`` on the smallest.
     """
 
     int8: Literal["static", "dynamic", "weights-only", "qat"] | None = None
@@ -51,6 +55,7 @@ class QuantizeConfig(Section):
     samples: Annotated[int, Field(gt=1)] = 512
     max_drop: Annotated[float, Field(ge=0)] = 0.002
     keep: tuple[str, ...] = ()
+    select: Literal["measured", "smallest", "int8", "half", "float32"] = "measured"
     qat: QatConfig = QatConfig()
 
     @model_validator(mode="after")
@@ -59,6 +64,10 @@ class QuantizeConfig(Section):
             raise ValueError(
                 "it asks for nothing: add int8: static, dynamic, weights-only or qat, or half: "
                 "fp16 or bf16; or remove the section"
+            )
+        if self.select in ("int8", "half") and getattr(self, self.select) is None:
+            raise ValueError(
+                f"select: {self.select} insists on what is not made: add {self.select}: …"
             )
         return self
 

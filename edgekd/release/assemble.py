@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,14 +120,18 @@ def _model(
     parameters = Figure(float(entry.parameters), "parameters", evidence=evidence)
     row: dict[str, Any] = {
         "file": entry.file.name,
+        "sha256": hashlib.sha256(entry.file.read_bytes()).hexdigest(),
         "metric": metric.to_json(),
         "size_mb": size.to_json(),
         "parameters": parameters.to_json(),
     }
-    if timed is None:
-        return row
-    latency = timed["latency"]
-    memory = timed["memory"]
+    return row if timed is None else row | timing_row(timed, evidence)
+
+
+def timing_row(timed: Mapping[str, Any], evidence: Evidence) -> dict[str, Any]:
+    """What a result says of a model's timing, from its row of ``edgerun bench``."""
+    latency, memory = timed["latency"], timed["memory"]
+    row: dict[str, Any] = {}
     row["latency"] = {
         f"{name}_ms": Figure(
             latency[name]["value"],
@@ -186,16 +191,17 @@ def _comparison(
     if teacher is not None and baseline is not None:
         gap = statistics.gap_closed(teacher.scores, baseline.scores, student.scores)
         figures["gap_closed"] = gap.figure("of the gap", evidence)
+    speedup = speedup_figure(bench, evidence)
+    return figures if speedup is None else figures | {"speedup": speedup}
+
+
+def speedup_figure(bench: Mapping[str, Any], evidence: Evidence) -> Figure | None:
+    """The ratio of two models that were timed in turn; None: there was one."""
     timing = bench.get("comparison")
-    if timing is not None:
-        figures["speedup"] = Figure(
-            timing["ratio"],
-            "×",
-            timing["rounds"],
-            tuple(timing["interval"]),
-            evidence=evidence,
-        )
-    return figures
+    if timing is None:
+        return None
+    ends = tuple(timing["interval"])
+    return Figure(timing["ratio"], "×", timing["rounds"], ends, evidence=evidence)
 
 
 def _times(estimate: statistics.Estimate, factor: float) -> statistics.Estimate:

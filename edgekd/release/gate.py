@@ -124,7 +124,11 @@ def _status(rule: Rule, figure: Figure, required: Evidence) -> tuple[Status, str
     if figure.value is None:
         return "not shown", figure.note or "there are too few samples to state it"
     if rule.performance and EVIDENCE_STRENGTH[figure.evidence] < EVIDENCE_STRENGTH[required]:
-        return "not shown", f"its evidence is {figure.evidence}, and the gate requires {required}"
+        return "not shown", (
+            f"its evidence is {figure.evidence}, and the gate requires {required}: measure on the "
+            "device (edgekd gate result.json --device bench.json), or write evidence: "
+            f"{figure.evidence} in the gate's section"
+        )
     low, high = figure.interval or (figure.value, figure.value)
     text, budget = full_text(figure), bound_text(rule.budget, figure.unit)
     if rule.side == "at most":

@@ -170,7 +170,7 @@ def cautions(result: Result) -> list[str]:
                 f"The {ROLES[role]} never became steady within {queries} warm-up queries: its "
                 "latency may change from run to run."
             )
-    found += constant_caution(result)
+    found += constant_caution(result) + thread_caution(result)
     gap = result.comparison.get("gap_closed")
     if gap is not None and gap.value is None and gap.note:
         found.append(f"Gap closed: {gap.note}.")
@@ -178,6 +178,25 @@ def cautions(result: Result) -> list[str]:
     if throttling:
         found.append(f"The device throttled while it was measured ({throttling}).")
     return found
+
+
+def thread_caution(result: Result) -> list[str]:
+    """One sentence where a model was timed with more threads than there are cores."""
+    threads = result.student.runtime.get("threads")
+    cores = result.environment.get("cpus_usable")
+    remark = thread_remark(threads, cores)
+    return [remark] if remark else []
+
+
+def thread_remark(threads: Any, cores: Any) -> str:
+    """What more threads than cores mean for the figures; empty where there are no more."""
+    if not isinstance(threads, int) or not isinstance(cores, int) or threads <= cores:
+        return ""
+    return (
+        f"Timed with {threads} threads on {cores} usable core{'s' if cores != 1 else ''}: threads "
+        "wait for each other, and no percentile is steady. Measure on the device, or set "
+        f"engines: [{{kind: onnxruntime, threads: {cores}}}]."
+    )
 
 
 def constant_caution(result: Result) -> list[str]:

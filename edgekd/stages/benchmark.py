@@ -66,6 +66,7 @@ class BenchmarkStage:
         """See :class:`edgekd.pipeline.stage.Stage`."""
         from edgekd.pipeline.fingerprint import library_versions
         from edgekd.release.assemble import Measured, Origin, assemble_result, evidence_of
+        from edgekd.release.report_tables import thread_remark
         from edgekd.release.result import recipe_sha256
         from edgekd.targets import open_target
         from edgekd.tasks import against_teacher
@@ -99,6 +100,8 @@ class BenchmarkStage:
             max_seconds=config.benchmark.max_seconds,
             **settings,
         )
+        if remark := thread_remark(settings["threads"], bench["environment"].get("cpus_usable")):
+            context.progress.message(f"  {remark}")
         task, labelled = ground.task, ground.task.labelled(answers)
         by_teacher = not labelled.any() and "teacher" in files
         if by_teacher:

@@ -51,7 +51,7 @@ class QuantizeStage:
         if config.quantize is None:
             return {"quantize": None}
         return {
-            "quantize": config.quantize.model_dump(mode="json"),
+            "quantize": config.quantize.model_dump(mode="json", exclude={"select"}),
             "runtimes": runtimes_of(job),
             "reduce_range": reduce_range(job),
             "task": [config.task, config.task_args],
