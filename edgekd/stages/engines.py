@@ -103,8 +103,16 @@ class EnginesStage:
         if len(choice.rows) > 1 or choice.refused:
             context.progress.message(f"  {choice.chosen} is taken: {choice.reason}")
             profile = context.job.profile.name
-            slower = any("float32" in said for row in choice.rows for said in row.against)
-            if slower and evidence_of(profile, context.job.config.target) != "measured-on-target":
+            quantize = context.job.config.quantize
+            measured = quantize is not None and quantize.select == "measured"
+            slower = any(
+                "faster" in said or "slower" in said for row in choice.rows for said in row.against
+            )
+            if (
+                measured
+                and slower
+                and evidence_of(profile, context.job.config.target) != "measured-on-target"
+            ):
                 context.progress.message(
                     f"  timed on this {platform.machine()} and not on {profile}, where it may be "
                     "otherwise: quantize.select: int8 (half, smallest) insists on one, edgekd gate "
