@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -13,33 +14,47 @@ from edgekd.errors import GateFailed, InputError
 from edgekd.release.figure_text import full_text
 from edgekd.release.verdict import Verdict, passed, summary_line
 
+if TYPE_CHECKING:
+    from edgekd.config.profile import Profile
+
 _COLOURS = {"pass": "green", "fail": "red", "not shown": "yellow"}
 
 
 @click.command()
-@click.argument("result", type=click.Path(path_type=Path), metavar="RESULT.json|PIPELINE.yaml")
+@click.argument(
+    "result", type=click.Path(path_type=Path), metavar="RESULT.json|BENCH.json|PIPELINE.yaml"
+)
 @click.option(
     "--budget", type=click.Path(path_type=Path), help="YAML with the keys of a pipeline's gate."
 )
 @click.option("--profile", help="Also hold the limits of this profile (a name or a YAML file).")
+@click.option(
+    "--device",
+    type=click.Path(path_type=Path),
+    metavar="BENCH.json",
+    help="What edgerun bench measured on the device: its latency and memory count.",
+)
 @click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML here.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write JSON here.")
 def gate(
     result: Path,
     budget: Path | None,
     profile: str | None,
+    device: Path | None,
     junit: Path | None,
     json_path: Path | None,
 ) -> None:
     """Hold the figures of RESULT.json against budgets; exit code 1 when they are not met.
 
     The budget file has the keys of a pipeline's gate section, or is a whole pipeline. Given a
-    pipeline instead of a result, it is run up to its gate.
+    pipeline instead of a result, it is run up to its gate. BENCH.json is what 'edgerun bench
+    --json' wrote on the device: alone it has latency, memory and size; with --device it gives
+    these to the result of the workstation, which has the accuracy.
     """
     if result.suffix in (".yaml", ".yml") and budget is None:
-        if profile or junit or json_path:
+        if profile or junit or json_path or device:
             raise InputError(
-                "--profile, --junit and --json go with a result file",
+                "--profile, --device, --junit and --json go with a result file",
                 where=str(result),
                 remedy="a pipeline names its profile, and its gate stage writes both files",
             )
@@ -49,7 +64,7 @@ def gate(
         # The run prints its result and the verdicts itself.
         verdicts = read_gate(run_pipeline_until(result, "gate").folder("gate"))
     else:
-        verdicts = _evaluate(result, budget, profile, junit, json_path)
+        verdicts = _evaluate(result, budget, profile, device, junit, json_path)
         console = Console()
         console.print(verdict_table(verdicts))
         console.print(summary_line(verdicts), highlight=False, markup=False)
@@ -65,6 +80,7 @@ def _evaluate(
     result: Path,
     budget: Path | None,
     profile: str | None,
+    device: Path | None,
     junit: Path | None,
     json_path: Path | None,
 ) -> list[Verdict]:
@@ -72,13 +88,45 @@ def _evaluate(
     from edgekd.config.profile import load_profile
     from edgekd.release.budget_file import load_budgets
     from edgekd.release.compare import find_result
+    from edgekd.release.device_bench import (
+        evidence_of_bench,
+        read_bench,
+        result_of_bench,
+        with_bench,
+    )
     from edgekd.release.gate import evaluate, write_gate_json
     from edgekd.release.junit import write_junit
     from edgekd.release.result import read_result
 
-    content = read_result(find_result(result))
     budgets = GateConfig() if budget is None else load_budgets(budget)
-    verdicts = evaluate(content, budgets, load_profile(profile) if profile else None)
+    limits = load_profile(profile) if profile else None
+    alone = read_bench(result)
+    if alone is not None and device is not None:
+        raise InputError(
+            "two files of edgerun bench are given, and no result",
+            where=str(result),
+            remedy="give the pipeline's result.json first",
+        )
+    if alone is not None:
+        evidence, why = evidence_of_bench(alone, limits, None)
+        lower = budgets.accuracy.max is not None
+        content = result_of_bench(alone, str(result), evidence, lower)
+    else:
+        content, why = read_result(find_result(result)), ""
+    if device is not None:
+        bench = read_bench(device)
+        if bench is None:
+            raise InputError(
+                "this is not what edgerun bench wrote",
+                where=str(device),
+                remedy="on the device: python -m edgerun bench model.onnx --json bench.json",
+            )
+        meant = limits or _profile_of(content["profile"])
+        evidence, why = evidence_of_bench(bench, meant, content["environment"])
+        content = with_bench(content, bench, str(device), evidence)
+    if why:
+        click.echo(f"{device or result}: {why}; its figures are measured-on-host", err=True)
+    verdicts = evaluate(content, budgets, limits)
     for path, write in ((json_path, write_gate_json), (junit, write_junit)):
         if path is not None:
             try:
@@ -90,6 +138,16 @@ def _evaluate(
                     remedy="give a path in a folder that exists and that you may write to",
                 ) from error
     return verdicts
+
+
+def _profile_of(name: str) -> Profile | None:
+    """The built-in profile that a result names; None for one of a file of the user's."""
+    from edgekd.config.profile import load_profile
+
+    try:
+        return load_profile(name)
+    except InputError:
+        return None
 
 
 def verdict_table(verdicts: list[Verdict]) -> Table:

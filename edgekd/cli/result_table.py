@@ -10,11 +10,18 @@ from rich.table import Table
 from edgekd.pipeline.runner import RunOutcome
 from edgekd.release.figure_text import full_text, value_text
 from edgekd.release.gate import read_gate
-from edgekd.release.report_tables import distillation_effect
+from edgekd.release.report_tables import (
+    constant_caution,
+    distillation_effect,
+    thread_caution,
+)
 from edgekd.release.result import ModelResult, Result, read_result
 from edgekd.release.verdict import passed
 
 _ROLES = {"teacher": "teacher", "baseline": "student alone", "student": "student distilled"}
+_COMPARISONS = (
+    *("gap_closed", "drop", "relative_drop", "gain_over_constant", "speedup", "size_ratio"),
+)
 _STATUS = {"pass": "green", "fail": "red", "not shown": "yellow"}
 
 
@@ -24,12 +31,14 @@ def print_result(console: Console, outcome: RunOutcome) -> None:
     result = Result.from_json(read_result(file), str(file))
     console.print(_models(result))
     for name, figure in result.comparison.items():
-        if name in ("gap_closed", "drop", "speedup", "size_ratio") and figure.value is not None:
+        if name in _COMPARISONS and figure.value is not None:
             console.print(f"  {name.replace('_', ' ')}: {full_text(figure)}", highlight=False)
     gap = result.comparison.get("gap_closed")
     if gap is not None and gap.value is None:
         console.print(f"  gap closed: not defined: {gap.note}", highlight=False, soft_wrap=True)
     effect = distillation_effect(result)
+    for line in constant_caution(result) + thread_caution(result):
+        console.print(f"  [bold red]{line}[/]", highlight=False, soft_wrap=True)
     if "gate" not in outcome.artifacts:
         _print_effect(console, effect)
         return

@@ -11,8 +11,11 @@ from edgekd.figure import Evidence
 
 
 class AccuracyBudget(Section):
-    """Section ``gate.accuracy``: the primary metric, in its own unit (0.01 is one point of
-    accuracy).
+    """Section ``gate.accuracy``: the primary metric.
+
+    Of an accuracy, drops and gains are differences (0.01 is one point). Of an error such as mae,
+    ``max_drop`` is a share of the error that the best constant answer has, so that it means the
+    same in euros and in metres.
     """
 
     min: float | None = None
@@ -23,7 +26,11 @@ class AccuracyBudget(Section):
     """Largest loss of the student against the teacher."""
     min_gain: float | None = None
     """How much better than the same student trained without the teacher the distilled one must be
-    shown to be; needs ``distill.baseline``.
+    shown to be, in the metric's unit; needs ``distill.baseline``.
+    """
+    beat_constant: bool | None = None
+    """Whether the student must be shown to be better than the best constant answer; left out, this
+    is asked of every task but classification.
     """
 
 

@@ -62,11 +62,17 @@ class QuantizeConfig(Section):
     samples: Annotated[int, Field(gt=1)] = 512
     """Number of validation samples calibrated on, at most."""
     max_drop: Annotated[float, Field(ge=0)] = 0.002
-    """What the metric on the validation split may lose against float32, in the metric's own unit;
-    layers are kept in float32 until it holds.
+    """What the metric on the validation split may lose against float32: a difference of
+    accuracies, or of an error (mae) a share of the error that the best constant answer has. Layers
+    are kept in float32 until it holds.
     """
     keep: tuple[str, ...] = ()
     """Names of nodes that are never quantized."""
+    select: Literal["measured", "smallest", "int8", "half", "float32"] = "measured"
+    """Which of the files within the drop is shipped: ``measured`` is the one that serves the
+    budgets best where it is timed; ``int8``, ``half`` and ``float32`` insist on a kind (what this
+    machine times says little about another processor), ``smallest`` on the smallest file.
+    """
     qat: QatConfig = QatConfig()
     """The training of ``int8: qat``."""
 
@@ -76,6 +82,10 @@ class QuantizeConfig(Section):
             raise ValueError(
                 "it asks for nothing: add int8: static, dynamic, weights-only or qat, or half: "
                 "fp16 or bf16; or remove the section"
+            )
+        if self.select in ("int8", "half") and getattr(self, self.select) is None:
+            raise ValueError(
+                f"select: {self.select} insists on what is not made: add {self.select}: …"
             )
         return self
 

@@ -55,7 +55,19 @@ def training_identity(
         "steps": steps,
         "terms": objective.identity,
         "shapes": {key: list(tensor.shape) for key, tensor in model.state_dict().items()},
+        **output_scales(model),
     }
+
+
+def output_scales(model: nn.Module) -> dict[str, Any]:
+    """How the networks inside scale their outputs, which their weights belong to."""
+    names = ("output_scale", "output_offset")
+    found = {
+        key: buffer.tolist()
+        for key, buffer in model.named_buffers()
+        if key.rpartition(".")[2] in names
+    }
+    return {"outputs": found} if found else {}
 
 
 def save_checkpoint(state: TrainingState, folder: Path) -> None:

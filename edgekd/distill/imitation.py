@@ -37,5 +37,6 @@ def imitation(
     """
     own, answer = student[task.output], teacher[task.output].detach()
     if isinstance(task, ContinuousTask):
-        return regression(own, answer, task.loss, batch.get(task.mask))
+        unit = task.unit
+        return regression(own / unit, answer / unit, task.loss, batch.get(task.mask))
     return soft_labels(own, answer, temperature)

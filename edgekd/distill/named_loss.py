@@ -33,8 +33,10 @@ _OF_LARGEST = (
 _ONE_CLASS = ("dkd", "wsld", "virtual_teacher", "crd")
 """Losses of a sample's own class or identity, which a mixture of two samples does not have."""
 
-_CONTINUOUS = ("hard_targets", "regression")
-"""The response losses that need no classes."""
+_DISTANCES = ("hard_targets", "regression")
+_CONTINUOUS = (*_DISTANCES, "multi_label")
+"""The response losses that need no classes: ``multi_label`` takes each output for the logit of a
+yes-or-no question of its own."""
 
 
 class NamedLoss(nn.Module):
@@ -92,7 +94,8 @@ class NamedLoss(nn.Module):
     def identity(self) -> str:
         """See :class:`Term`."""
         layers = f"{self.student_layers} {self.teacher_layers}"
-        return f"{self.label} {self._weight} {self.args} {self._schedules} {layers}"
+        unit = unit_identity(self.task) if self._in_units else ""
+        return f"{self.label} {self._weight} {self.args} {self._schedules} {layers}{unit}"
 
     @property
     def needs_teacher(self) -> bool:
@@ -171,7 +174,7 @@ class NamedLoss(nn.Module):
         """
         supplied: dict[str, Tensor | None] = {}
         if "target" in self.tensors:
-            supplied["target"] = batch[self.task.target]
+            supplied["target"] = self._in_unit(batch[self.task.target], ())
         if "sample" in self.tensors:
             supplied["sample"] = batch[SAMPLE]
         args = self.args
@@ -182,11 +185,12 @@ class NamedLoss(nn.Module):
         for call, (of_student, of_teacher) in zip(
             self._calls, self._pairs(student, teacher), strict=True
         ):
-            given: dict[str, Any] = {"student": of_student, **supplied, **hyper}
+            own = self._in_unit(of_student, self.student_layers)
+            given: dict[str, Any] = {"student": own, **supplied, **hyper}
             if "mask" in self.tensors:
                 given["mask"] = self._mask(batch, of_student)
             if of_teacher is not None:
-                given["teacher"] = of_teacher
+                given["teacher"] = self._in_unit(of_teacher, self.teacher_layers)
             try:
                 values.append(call(**given))
             except EdgekdError as error:
@@ -201,6 +205,22 @@ class NamedLoss(nn.Module):
                 remedy="end it with .mean()",
             )
         return value
+
+    @property
+    def _in_units(self) -> bool:
+        """Whether it is a distance of outputs, which is taken in the task's unit."""
+        return (
+            self._name in _DISTANCES
+            and isinstance(self.task, ContinuousTask)
+            and self.task.unit != 1.0
+        )
+
+    def _in_unit(self, value: Any, layers: Sequence[str]) -> Any:
+        """An output or a target as the loss compares it; layers and other losses: as it is."""
+        if layers or not self._in_units or not isinstance(value, Tensor):
+            return value
+        assert isinstance(self.task, ContinuousTask)
+        return value.float() / self.task.unit
 
     def _mask(self, batch: Named, of_student: Any) -> Tensor | None:
         """What counts: the target's mask for the output, the tokens' for a layer of a sequence."""
@@ -267,10 +287,18 @@ class NamedLoss(nn.Module):
         if name not in _CONTINUOUS and not self.student_layers:
             other = "hard_targets" if name == "hard_labels" else "regression"
             raise InputError(
-                f"{name} compares classes, and the task {self.task.name} has none",
+                f"{name} compares classes of the task classification, and the task "
+                f"{self.task.name} has none",
                 where=self.where,
-                remedy=f"use {other}",
+                remedy=f"use {other}; or multi_label where each output is the logit of a "
+                "yes-or-no question",
             )
+
+
+def unit_identity(task: Task) -> str:
+    """The unit in which the task's losses compare, as text; empty where it is 1."""
+    unit = getattr(task, "unit", 1.0)
+    return "" if unit == 1.0 else f" in units of {unit!r}"
 
 
 def _called_with(loss: Loss, where: str) -> dict[str, inspect.Parameter]:

@@ -9,7 +9,7 @@ from operator import add
 from torch import Tensor, nn
 
 from edgekd.config.training import LossTerm
-from edgekd.distill.named_loss import NamedLoss
+from edgekd.distill.named_loss import NamedLoss, unit_identity
 from edgekd.distill.term import Named, OwnTerm, Term
 from edgekd.errors import InputError
 from edgekd.tasks import Task
@@ -26,7 +26,7 @@ class HardLoss(OwnTerm):
     @property
     def identity(self) -> str:
         """See :class:`edgekd.distill.term.Term`."""
-        return f"{super().identity} {self.label_smoothing}"
+        return f"{super().identity} {self.label_smoothing}{unit_identity(self.task)}"
 
     def forward(self, student: Named, teacher: Named | None, batch: Named, part: float) -> Tensor:
         """The task's hard loss, a scalar."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from edgekd.distill.batch_norm_graph import (
     batch_norms,
@@ -235,7 +238,7 @@ def _prepare(model: NamedModel, runtime: Runtime, reduce_range: bool) -> GraphMo
     quantizer = build_quantizer(runtime, reduce_range)
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
-    network = copy.deepcopy(model)
+    network = with_plain_weights(model)
     # The pass that puts a convolution and its batch norm together looks for them in training.
     network.train()
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
@@ -258,9 +261,12 @@ def _prepare(model: NamedModel, runtime: Runtime, reduce_range: bool) -> GraphMo
             )
             graph = program.module(check_guards=False)
             assert isinstance(graph, GraphModule)
+            _check_weights(graph)
             settings = batch_norms(graph)
             with functional_relu():
                 prepared: GraphModule = prepare_qat_pt2e(graph, quantizer)
+    except InputError:
+        raise
     except Exception as error:
         # Both raise many kinds of error.
         first = next(iter(str(error).strip().splitlines()), "")
@@ -273,3 +279,83 @@ def _prepare(model: NamedModel, runtime: Runtime, reduce_range: bool) -> GraphMo
         ) from error
     restore_batch_norms(prepared, settings)
     return prepared
+
+
+def computed_weights(model: nn.Module) -> tuple[str, ...]:
+    """The tensors that a weight norm, a spectral norm or another parametrization computes."""
+    found = []
+    for name, module in model.named_modules():
+        prefix = f"{name.removeprefix('module.')}." if name else ""
+        if parametrize.is_parametrized(module):
+            found += [prefix + tensor for tensor in cast(nn.ModuleDict, module.parametrizations)]
+        found += [prefix + hook.name for hook in _norm_hooks(module)]
+    return tuple(found)
+
+
+def with_plain_weights(model: NamedModel) -> NamedModel:
+    """A copy whose :func:`computed_weights` are what they came to: plain parameters.
+
+    It gives the same answers. Trained on, its weights are free, as they are once they are shipped.
+    """
+    for module in model.modules():
+        for hook in _norm_hooks(module):
+            # Computed anew in each forward pass; with its graph it could not be copied.
+            setattr(module, hook.name, getattr(module, hook.name).detach())
+    copied = copy.deepcopy(model).eval()
+    for module in copied.modules():
+        for hook in _norm_hooks(module):
+            if isinstance(hook, WeightNorm):
+                nn.utils.remove_weight_norm(module, hook.name)
+            else:
+                nn.utils.remove_spectral_norm(module, hook.name)
+        if parametrize.is_parametrized(module):
+            _make_plain(module)
+    copied.train(model.training)
+    return copied
+
+
+def _make_plain(module: nn.Module) -> None:
+    """Replace a copied module's parametrizations by what they compute.
+
+    Not by torch's ``remove_parametrizations``: a copy shares its class, and with it the computed
+    properties, with the module that it was copied from.
+    """
+    names = list(cast(nn.ModuleDict, module.parametrizations))
+    values = {name: getattr(module, name).detach().clone() for name in names}
+    del module.parametrizations
+    module.__class__ = type(module).__bases__[0]
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value))
+
+
+def _norm_hooks(module: nn.Module) -> list[Any]:
+    """The norms of torch before parametrizations, which compute a weight before each forward."""
+    hooks = module._forward_pre_hooks.values()
+    return [hook for hook in hooks if isinstance(hook, WeightNorm | SpectralNorm)]
+
+
+_WEIGHTED = (
+    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default),
+    *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
+)
+
+
+def _check_weights(graph: GraphModule) -> None:
+    """Refuse a weight that forward computes: torchao would fail on it after the training.
+
+    Raises:
+        InputError: there is one; its layer is named.
+    """
+    for node in graph.graph.nodes:
+        if node.target not in _WEIGHTED or node.args[1].op == "get_attr":
+            continue
+        stack = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+        inside = [path.partition("module.")[2] for path in stack]
+        layer = next((path for path in reversed(inside) if path), node.name)
+        raise InputError(
+            f"the weight of {layer!r} is computed in forward ({node.args[1].target}), and only a "
+            "weight that is a parameter can be rounded in training",
+            where="quantize.int8",
+            remedy="make it a parameter before (torch.nn.utils.parametrize."
+            "remove_parametrizations, remove_weight_norm), or set int8: static",
+        )

@@ -19,6 +19,7 @@ from edgekd.engines.optimizer_faults import guarded
 from edgekd.errors import InputError
 from edgekd.models.adapted import Adaptation, AdaptedModel
 from edgekd.models.named import NamedModel
+from edgekd.models.weights import output_scaling
 from edgekd.spec import ModelSpec, TensorSpec
 
 _DTYPES = {
@@ -125,7 +126,7 @@ def weights_digest(model: nn.Module) -> str:
     digest = hashlib.sha256(f"{type(network).__qualname__} {network}".encode())
     if isinstance(model, AdaptedModel):
         digest.update(repr(model.adaptation).encode())
-    for name, tensor in network.state_dict().items():
+    for name, tensor in {**network.state_dict(), **output_scaling(model)}.items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(plain.numpy().tobytes())

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from edgekd.config.budgets import GateConfig
 from edgekd.config.profile import Profile
+from edgekd.errors import StageError
 
 FLOAT = "float32"
 """The name of the candidate that the others are held against."""
+Select = Literal["measured", "smallest", "int8", "half", "float32"]
 PERCENTILES = ("p50", "p90", "p95", "p99")
 _MB = 1e6
 
@@ -23,8 +25,9 @@ _MB = 1e6
 class Candidate:
     """One engine of the student, as it was measured.
 
-    ``drop`` is what the metric on the validation split lost against float32 (in its own unit,
-    positive is worse), with its 95 % interval. ``latency_ms`` are percentiles by name (``p50``).
+    ``drop`` is what the metric on the validation split lost against float32 (positive is worse; of
+    an error a share of the best constant answer's), with its 95 % interval. ``latency_ms`` are
+    percentiles by name (``p50``).
     ``speedup`` is float32's p50 over this one's, timed in turn, with its 95 % interval; None for
     float32 itself. ``notes`` say what a reader should know, such as layers kept in float32.
     """
@@ -123,6 +126,7 @@ def choose(
     teacher_bytes: int | None = None,
     teacher_speedup: float | None = None,
     refused: Mapping[str, str] | None = None,
+    select: Select = "measured",
 ) -> Choice:
     """Choose the file that is shipped.
 
@@ -135,10 +139,16 @@ def choose(
     Args:
         candidates: one of them is named :data:`FLOAT`.
         budgets: of size and latency.
-        max_drop: the largest drop of the metric allowed, in its own unit.
+        max_drop: the largest drop of the metric allowed, in the unit of :class:`Candidate`.
         teacher_bytes: the size of the teacher's file; None when there is none to compare with.
         teacher_speedup: the teacher's p50 over float32's.
         refused: ways that were asked for and could not be candidates, with the reason.
+        select: ``measured`` is the above; any other insists on a kind, or on the smallest file,
+            among those within the drop, whatever they cost here. What speaks against the chosen
+            one is part of the reason.
+
+    Raises:
+        StageError: what is insisted on is not there within the drop.
     """
     left_out = dict(refused or {})
     plain = next(candidate for candidate in candidates if candidate.name == FLOAT)
@@ -151,6 +161,8 @@ def choose(
         for candidate in candidates
     )
     allowed = [row for row in rows if row.candidate.drop <= max_drop or row.candidate is plain]
+    if select != "measured":
+        return _insisted(select, allowed, rows, left_out, max_drop)
     fewest = min(len(row.misses) for row in allowed)
     best = [row for row in allowed if len(row.misses) == fewest]
     float_row = next((row for row in best if row.candidate is plain), None)
@@ -166,6 +178,40 @@ def choose(
     return Choice(
         row.candidate.name, f"float32 misses {' and '.join(met)}, which it meets", rows, left_out
     )
+
+
+def _insisted(
+    select: Select,
+    allowed: Sequence[Row],
+    rows: tuple[Row, ...],
+    refused: Mapping[str, str],
+    max_drop: float,
+) -> Choice:
+    fits = [row for row in allowed if select in (_kind(row.candidate.name), "smallest")]
+    if not fits:
+        reasons = [f"{row.candidate.name} {'; '.join(row.against)}" for row in rows
+                   if _kind(row.candidate.name) == select]  # fmt: skip
+        reasons += [f"{name}: {reason}" for name, reason in refused.items()]
+        raise StageError(
+            f"no {select} file keeps within a drop of {max_drop:g}: {'. '.join(reasons)}",
+            where="quantize.select",
+            remedy="raise quantize.max_drop, try int8: qat, or set quantize.select: measured",
+        )
+    if select == "smallest":
+        row = min(fits, key=lambda row: (row.candidate.size_bytes, -_speed(row)))
+    else:
+        fewest = min(len(row.misses) for row in fits)
+        row = max((row for row in fits if len(row.misses) == fewest), key=_speed)
+    against = [*row.against, *(f"misses {miss}" for miss in row.misses)]
+    although = f", although, as measured here, {'; '.join(against)}" if against else ""
+    return Choice(row.candidate.name, f"quantize.select: {select} insists{although}", rows, refused)
+
+
+def _kind(name: str) -> str:
+    """``int8``, ``half`` or ``float32`` for a candidate's name."""
+    if name in ("fp16", "bf16"):
+        return "half"
+    return FLOAT if name == FLOAT else "int8"
 
 
 def _against(candidate: Candidate, plain: Candidate, max_drop: float) -> list[str]:

@@ -24,12 +24,18 @@ class NamedModel(nn.Module):
             by position in the order of ``spec.inputs``. It gives a tensor, a tuple or a mapping.
         spec: the names, shapes and dtypes.
 
+    Attributes:
+        output_scale, output_offset: where they are set (:meth:`scale_output`), the first output
+            is ``module's · output_scale + output_offset``.
+
     Raises:
         InputError: ``forward`` cannot take that many inputs.
     """
 
     spec: ModelSpec
     module: nn.Module
+    output_scale: Tensor | None
+    output_offset: Tensor | None
 
     def __init__(self, module: nn.Module, spec: ModelSpec) -> None:
         super().__init__()
@@ -39,6 +45,17 @@ class NamedModel(nn.Module):
         self._passing = _passing(module, self._input_names)
         self._tried: set[bool] = set()
         self._overwritten: set[str] = set()
+        self.register_buffer("output_scale", None)
+        self.register_buffer("output_offset", None)
+
+    def scale_output(self, scale: Tensor | None, offset: Tensor | None) -> None:
+        """Let the first output be the module's times ``scale`` plus ``offset``; None: as it is.
+
+        Args:
+            scale: a number.
+            offset: in the shape of one sample of the output.
+        """
+        self.output_scale, self.output_offset = scale, offset
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs by name.
@@ -57,7 +74,11 @@ class NamedModel(nn.Module):
                 remedy=f"the batch has {', '.join(batch)}",
             )
         inputs = {name: batch[name] for name in self._input_names}
-        return name_outputs(self._call_unchanged(inputs), self.spec.outputs)
+        outputs = name_outputs(self._call_unchanged(inputs), self.spec.outputs)
+        if self.output_scale is not None and self.output_offset is not None:
+            primary = self.spec.outputs[0].name
+            outputs[primary] = outputs[primary] * self.output_scale + self.output_offset
+        return outputs
 
     def _call_unchanged(self, inputs: dict[str, Tensor]) -> object:
         """What the module gives, with the inputs as they were."""
@@ -109,6 +130,61 @@ class NamedModel(nn.Module):
                     f"the model takes {spec}, and {spec.name!r} is {list(batch[spec.name].shape)}",
                     remedy="resize the data (data.image_size), or build the model for this size",
                 )
+
+
+@torch.no_grad()
+def fold_output_scale(model: NamedModel, batch: Mapping[str, Tensor]) -> bool:
+    """Take the scale of the first output into the last linear layer, in place, for deployment.
+
+    Only where that layer's answer is the output itself and nothing else uses the layer; the
+    answers to ``batch`` must be the same, or all stays as it was.
+
+    Args:
+        model: in evaluation mode.
+        batch: a few real samples.
+
+    Returns:
+        Whether it was folded.
+    """
+    scale, offset = model.output_scale, model.output_offset
+    if scale is None or offset is None:
+        return False
+    primary = model.spec.outputs[0].name
+    wanted = model(batch)[primary]
+    calls: list[tuple[nn.Module, Tensor]] = []
+    hooks = [
+        layer.register_forward_hook(lambda layer, _, answer: calls.append((layer, answer)))
+        for layer in model.modules()
+        if type(layer) is nn.Linear and "weight" in layer._parameters
+    ]
+    model.scale_output(None, None)
+    raw = model(batch)[primary]
+    for hook in hooks:
+        hook.remove()
+    last = [layer for layer, answer in calls if answer is raw]
+    rows = offset.reshape(-1, offset.shape[-1])
+    uses = [p for _, p in model.named_parameters(remove_duplicate=False)]
+    layer = last[0] if len(last) == 1 else None
+    if (
+        isinstance(layer, nn.Linear)
+        and [called for called, _ in calls].count(layer) == 1
+        and sum(p is layer.weight or p is layer.bias for p in uses) == 1 + (layer.bias is not None)
+        and bool((rows == rows[0]).all())
+    ):
+        before = layer.weight, layer.bias
+        bias = torch.zeros_like(layer.weight[:, 0]) if layer.bias is None else layer.bias
+        layer.weight = nn.Parameter(layer.weight * scale)
+        layer.bias = nn.Parameter(bias * scale + rows[0])
+        off = (model(batch)[primary] - wanted).abs().max()
+        if bool(off <= _SAME * wanted.abs().max()):
+            return True
+        layer.weight, layer.bias = before
+    model.scale_output(scale, offset)
+    return False
+
+
+_SAME = 1e-5
+"""How far a folded network's answers may be off, as a share of the largest: float32 rounding."""
 
 
 def fits(shape: Sequence[int], spec: TensorSpec) -> bool:

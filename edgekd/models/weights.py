@@ -32,19 +32,21 @@ _HARMLESS = [
     *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"},
 ]
 """What many checkpoints hold beside weights, and whose loading runs no code of the file's."""
+_SCALING = ("@output_scale", "@output_offset")
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write the weights and buffers as safetensors, at once or not at all.
 
-    The keys are those of the network itself: a :class:`NamedModel` is looked into.
+    The keys are those of the network itself: a :class:`NamedModel` is looked into. How it scales
+    its output, if it does, is beside them under keys that no network has.
 
     Raises:
         StageError: the file cannot be written (full disk, no permission).
     """
     tensors = {
         key: tensor.detach().cpu().contiguous().clone()
-        for key, tensor in _inner(model).state_dict().items()
+        for key, tensor in {**_inner(model).state_dict(), **output_scaling(model)}.items()
     }
     partial = path.with_name(path.name + ".partial")
     try:
@@ -139,10 +141,12 @@ def load_weights(
             that hold NaN or infinity.
     """
     read = path if isinstance(path, Checkpoint) else read_checkpoint(path, allow_pickle, where)
-    network = _inner(model)
-    state, notes = find_state(
-        read.content, network.state_dict(), read.place, read.section, key, prefix
-    )
+    network, content = _inner(model), read.content
+    scaling: dict[str, Tensor] = {}
+    if isinstance(content, Mapping):
+        scaling = {name: content[name] for name in _SCALING if name in content}
+        content = {name: value for name, value in content.items() if name not in scaling}
+    state, notes = find_state(content, network.state_dict(), read.place, read.section, key, prefix)
     for name, tensor in state.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InputError(
@@ -151,7 +155,17 @@ def load_weights(
                 remedy="give a checkpoint from before the training diverged",
             )
     network.load_state_dict(state, strict=False)
+    if isinstance(model, NamedModel):
+        model.scale_output(*(scaling.get(name) for name in _SCALING))
     return notes
+
+
+def output_scaling(model: nn.Module) -> dict[str, Tensor]:
+    """How a :class:`NamedModel` scales its output, by the keys of a file; empty: it does not."""
+    if not isinstance(model, NamedModel):
+        return {}
+    values = zip(_SCALING, (model.output_scale, model.output_offset), strict=True)
+    return {key: tensor for key, tensor in values if tensor is not None}
 
 
 def _inner(model: nn.Module) -> nn.Module:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,9 +13,11 @@ import numpy.typing as npt
 
 from edgekd.figure import Evidence, Figure
 from edgekd.release import statistics
+from edgekd.release.figure_text import OF_CONSTANT, drop_unit
 from edgekd.release.result import SCHEMA
 
 MB = 1e6
+Scores = npt.NDArray[np.float64]
 
 
 class Scored(Protocol):
@@ -31,7 +34,7 @@ class Measured:
 
     file: Path
     parameters: int
-    scores: npt.NDArray[np.float64]
+    scores: Scores
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,11 @@ def evidence_of(profile: str, target: str) -> Evidence:
 
 
 def assemble_result(
-    origin: Origin, task: Scored, measured: Mapping[str, Measured], bench: Mapping[str, Any]
+    origin: Origin,
+    task: Scored,
+    measured: Mapping[str, Measured],
+    bench: Mapping[str, Any],
+    constant: Scores | None = None,
 ) -> dict[str, Any]:
     """The content of a result file.
 
@@ -68,6 +75,7 @@ def assemble_result(
         task: whose scores they are.
         measured: ``student``, and ``teacher`` and ``baseline`` if any.
         bench: the answer of ``edgerun bench`` for the student, and the teacher if it was timed.
+        constant: (N,) what a constant prediction scores on the same samples; None: not known.
 
     Returns:
         JSON values of the schema ``edgekd.result/1``.
@@ -77,7 +85,11 @@ def assemble_result(
         role: _model(entry, timed.get(role), task, origin.evidence)
         for role, entry in measured.items()
     }
-    figures = _comparison(measured, task, bench, origin.evidence)
+    figures = _comparison(measured, task, bench, origin.evidence, constant)
+    more: dict[str, Any] = {}
+    if constant is not None:
+        chance = statistics.mean_score(constant).figure(task.metric, origin.evidence)
+        more["constant"] = chance.to_json()
     return {
         "schema": SCHEMA,
         "name": origin.name,
@@ -92,6 +104,7 @@ def assemble_result(
             "higher_is_better": task.higher_is_better,
         },
         "models": models,
+        **more,
         "comparison": {name: figure.to_json() for name, figure in figures.items()},
         "environment": bench["environment"],
         "versions": dict(origin.versions),
@@ -107,14 +120,18 @@ def _model(
     parameters = Figure(float(entry.parameters), "parameters", evidence=evidence)
     row: dict[str, Any] = {
         "file": entry.file.name,
+        "sha256": hashlib.sha256(entry.file.read_bytes()).hexdigest(),
         "metric": metric.to_json(),
         "size_mb": size.to_json(),
         "parameters": parameters.to_json(),
     }
-    if timed is None:
-        return row
-    latency = timed["latency"]
-    memory = timed["memory"]
+    return row if timed is None else row | timing_row(timed, evidence)
+
+
+def timing_row(timed: Mapping[str, Any], evidence: Evidence) -> dict[str, Any]:
+    """What a result says of a model's timing, from its row of ``edgerun bench``."""
+    latency, memory = timed["latency"], timed["memory"]
+    row: dict[str, Any] = {}
     row["latency"] = {
         f"{name}_ms": Figure(
             latency[name]["value"],
@@ -141,23 +158,33 @@ def _model(
 
 
 def _comparison(
-    measured: Mapping[str, Measured], task: Scored, bench: Mapping[str, Any], evidence: Evidence
+    measured: Mapping[str, Measured],
+    task: Scored,
+    bench: Mapping[str, Any],
+    evidence: Evidence,
+    constant: Scores | None,
 ) -> dict[str, Figure]:
     student, teacher = measured["student"], measured.get("teacher")
     baseline = measured.get("baseline")
     figures: dict[str, Figure] = {}
     sign = 1 if task.higher_is_better else -1
-    # A difference of two accuracies is in points: "1 %" of an accuracy could mean a ratio.
-    unit = "points" if task.metric in ("accuracy", "agreement") else task.metric
+    unit = drop_unit(task.metric)
     if teacher is not None:
         # Scores are turned so that higher is better; a drop is then teacher minus student.
         drop = statistics.paired_difference(sign * teacher.scores, sign * student.scores)
         figures["drop"] = drop.figure(unit, evidence)
+        if not task.higher_is_better and constant is not None and constant.mean() > 0:
+            # Only a share of something says of an error whether it is much.
+            share = _times(drop, 1 / float(constant.mean()))
+            figures["relative_drop"] = share.figure(OF_CONSTANT, evidence)
         sizes = teacher.file.stat().st_size / student.file.stat().st_size
         figures["size_ratio"] = Figure(sizes, "×", evidence=evidence)
         figures["parameter_ratio"] = Figure(
             student.parameters / max(teacher.parameters, 1), "×", evidence=evidence
         )
+    if constant is not None:
+        over = statistics.paired_difference(sign * student.scores, sign * constant)
+        figures["gain_over_constant"] = over.figure(unit, evidence)
     if baseline is not None:
         gain = statistics.paired_difference(sign * student.scores, sign * baseline.scores)
         figures["baseline_gain"] = gain.figure(unit, evidence)
@@ -166,13 +193,26 @@ def _comparison(
             sign * teacher.scores, sign * baseline.scores, sign * student.scores
         )
         figures["gap_closed"] = gap.figure("of the gap", evidence)
+    speedup = speedup_figure(bench, evidence)
+    return figures if speedup is None else figures | {"speedup": speedup}
+
+
+def speedup_figure(bench: Mapping[str, Any], evidence: Evidence) -> Figure | None:
+    """The ratio of two models that were timed in turn; None: there was one."""
     timing = bench.get("comparison")
-    if timing is not None:
-        figures["speedup"] = Figure(
-            timing["ratio"],
-            "×",
-            timing["rounds"],
-            tuple(timing["interval"]),
-            evidence=evidence,
-        )
-    return figures
+    if timing is None:
+        return None
+    ends = tuple(timing["interval"])
+    return Figure(timing["ratio"], "×", timing["rounds"], ends, evidence=evidence)
+
+
+def _times(estimate: statistics.Estimate, factor: float) -> statistics.Estimate:
+    """The estimate in a unit that is 1 / ``factor`` of its own; ``factor`` is above 0."""
+    if estimate.value is None:
+        return estimate
+    ends = estimate.interval
+    return replace(
+        estimate,
+        value=factor * estimate.value,
+        interval=None if ends is None else (factor * ends[0], factor * ends[1]),
+    )

@@ -9,8 +9,14 @@ from typing import Protocol
 from edgekd.config.budgets import GateConfig
 from edgekd.errors import InputError
 from edgekd.figure import Figure
+from edgekd.release.figure_text import OF_CONSTANT, value_text
 from edgekd.release.result import PERCENTILES, Result
 from edgekd.release.verdict import Side
+
+SHARES = ("accuracy", "agreement")
+"""Metrics that count right answers."""
+_LARGEST_SHARE = 10
+"""A drop above ten times a constant's error bounds nothing: it was meant in another unit."""
 
 
 class Limit(Protocol):
@@ -62,22 +68,36 @@ class Rule:
     performance: bool
     """Whether the figure depends on where it was measured, so that its evidence counts."""
     origin: str = "gate"
+    remark: str = ""
+    """Said beside the reason where the rule is not passed."""
+    implied: bool = False
+    """Nobody asked for it: it alone makes no gate."""
 
 
-def check_any_rule(budgets: GateConfig, profile: DeviceProfile | None) -> None:
+def example_budget(higher_is_better: bool) -> str:
+    """A budget that fits the direction of the metric, as it is written in YAML."""
+    bound = "max_drop: 0.01" if higher_is_better else "max: …"
+    return f"gate: {{accuracy: {{{bound}}}}}"
+
+
+def check_any_rule(
+    budgets: GateConfig, profile: DeviceProfile | None, higher_is_better: bool = True
+) -> None:
     """Refuse a gate without any budget, before time is spent on what it would judge.
 
     Raises:
         InputError: neither the budgets nor the profile bound anything.
     """
     given = budgets.model_dump(exclude={"evidence"}, exclude_none=True)
+    if not given["accuracy"].get("beat_constant", True):
+        del given["accuracy"]["beat_constant"]
     limits = profile.budget if profile else None
     bounded = any(getattr(limits, name, None) for name in ("latency_ms", "memory_mb", "storage_mb"))
     if not any(given.values()) and not bounded:
         raise InputError(
             "the gate has no rule, and a gate that checks nothing must not pass",
             where="gate",
-            remedy="add a budget, for example gate: {accuracy: {max_drop: 0.01}}",
+            remedy=f"add a budget, for example {example_budget(higher_is_better)}",
         )
 
 
@@ -86,15 +106,25 @@ def check_direction(budgets: GateConfig, metric: str, higher_is_better: bool) ->
 
     Raises:
         InputError: a floor for a metric that is better when lower, or a ceiling for one that is
-            better when higher; percents for an accuracy, which goes from 0 to 1.
+            better when higher; percents for an accuracy, which goes from 0 to 1; a drop of an
+            error in its own unit.
     """
     wrong, right = ("max", "min") if higher_is_better else ("min", "max")
     if getattr(budgets.accuracy, wrong) is not None:
         better = "higher" if higher_is_better else "lower"
+        bound = "smallest" if higher_is_better else "largest"
         raise InputError(
             f"the budget contradicts the metric: {metric} is better when {better}",
             where=f"gate.accuracy.{wrong}",
-            remedy=f"write {right}: …, or max_drop: … against the teacher",
+            remedy=f"write accuracy.{right}: …, the {bound} {metric} that is allowed; or "
+            "accuracy.max_drop: … against the teacher",
+        )
+    if not higher_is_better and (budgets.accuracy.max_drop or 0) > _LARGEST_SHARE:
+        raise InputError(
+            f"the budget is {budgets.accuracy.max_drop:g}, and a drop of {metric} is a share of "
+            "the error of the best constant answer: 0.01 is one hundredth of it",
+            where="gate.accuracy.max_drop",
+            remedy=f"write accuracy.max: … for a bound in the unit of {metric}",
         )
     for name, value in budgets.accuracy.model_dump(exclude_none=True).items():
         if metric == "accuracy" and value > 1:
@@ -120,10 +150,11 @@ def rules_of(result: Result, budgets: GateConfig, profile: DeviceProfile | None)
     if accuracy.max is not None:
         yield Rule("accuracy.max", accuracy.max, "at most", student.metric, True)
     if accuracy.max_drop is not None:
-        yield Rule("accuracy.max_drop", accuracy.max_drop, "at most", against.get("drop"), True)
+        yield Rule("accuracy.max_drop", accuracy.max_drop, "at most", _drop(result), True)
     if accuracy.min_gain is not None:
         gain = against.get("baseline_gain")
         yield Rule("accuracy.min_gain", accuracy.min_gain, "at least", gain, True)
+    yield from _beat_constant(result, accuracy.beat_constant)
     if size.max_mb is not None:
         yield Rule("size.max_mb", size.max_mb, "at most", student.size_mb, False)
     elif limits and limits.storage_mb:
@@ -153,3 +184,36 @@ def rules_of(result: Result, budgets: GateConfig, profile: DeviceProfile | None)
     elif limits and limits.memory_mb:
         peak = limits.memory_mb.value
         yield Rule("memory.peak_mb", peak, "at most", student.peak_memory_mb, True, origin)
+
+
+def _drop(result: Result) -> Figure | None:
+    """The drop to the teacher: of an accuracy a difference, of an error a share."""
+    if result.higher_is_better or "drop" not in result.comparison:
+        return result.comparison.get("drop")
+    note = "the result does not say the error of a constant answer: run the benchmark stage again"
+    return result.comparison.get("relative_drop") or Figure(None, OF_CONSTANT, 0, note=note)
+
+
+def _beat_constant(result: Result, asked: bool | None) -> Iterator[Rule]:
+    """That the student is better than a constant, where that is asked for or goes without saying.
+
+    An accuracy near that of the most frequent class may be all that rare classes allow; an error
+    that a constant has too is that of a network which has learnt nothing.
+    """
+    gain = result.comparison.get("gain_over_constant")
+    implied = asked is None
+    if asked is False or (implied and (result.metric in SHARES or gain is None)):
+        return
+    constant = value_text(result.constant) if result.constant is not None else "an unknown figure"
+    yield Rule(
+        "accuracy.beat_constant",
+        0.0,
+        "more than",
+        gain,
+        performance=False,
+        origin=f"task {result.task}" if implied else "gate",
+        remark=f"the student's {result.metric} is {value_text(result.student.metric)}, and that of "
+        f"always giving one and the same answer is {constant}: train it longer, see that it can "
+        "learn targets of this range, or set gate.accuracy.beat_constant: false",
+        implied=implied,
+    )

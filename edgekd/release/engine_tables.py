@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgekd.figure import Figure
-from edgekd.release.figure_text import ABSENT, full_text, value_text
+from edgekd.release.figure_text import ABSENT, drop_unit, full_text, value_text
 
 MOST_SENSITIVE = 5
 """Layers that are listed by their sensitivity to INT8."""
@@ -23,7 +23,7 @@ def candidate_rows(choice: Mapping[str, Any], metric: str) -> list[dict[str, str
     refused = choice.get("refused", {})
     if len(rows) < 2 and not refused:
         return []
-    unit = "points" if metric in ("accuracy", "agreement") else metric
+    unit = choice.get("drop_unit") or drop_unit(metric)
     found = []
     for row in rows:
         is_float = row["speedup"] is None and row["name"] == choice["candidates"][0]["name"]
@@ -55,7 +55,11 @@ def _quantized(entry: Mapping[str, Any]) -> dict[str, Any]:
     decision = entry.get("decision")
     found: dict[str, Any] = {"method": entry["method"]}
     if "drop" in entry:
-        found["drop on validation against float32"] = round(entry["drop"], 5)
+        unit = entry.get("drop_unit")
+        dropped = round(entry["drop"], 5)
+        found["drop on validation against float32"] = (
+            dropped if unit in (None, "points") else value_text(Figure(entry["drop"], unit))
+        )
     if entry.get("kept"):
         found["layers in float32"] = ", ".join(entry["kept"])
     if decision is not None:

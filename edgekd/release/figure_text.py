@@ -8,8 +8,16 @@ from edgekd.figure import Figure
 
 ABSENT = "–"
 MINUS = "−"
-_SHOWN_UNIT = {"accuracy": "%", "agreement": "%", "of the gap": "% of the gap", "parameters": ""}
-_PERCENT = ("accuracy", "agreement", "points", "of the gap")
+OF_CONSTANT = "of the constant's error"
+"""The unit of a drop of an error: a share of what the best constant prediction has."""
+_SHOWN_UNIT = {
+    "accuracy": "%",
+    "agreement": "%",
+    "of the gap": "% of the gap",
+    OF_CONSTANT: f"% {OF_CONSTANT}",
+    "parameters": "",
+}
+_PERCENT = ("accuracy", "agreement", "points", "of the gap", OF_CONSTANT)
 """Units whose values are fractions of one, and are shown times 100."""
 
 
@@ -32,6 +40,20 @@ def value_text(figure: Figure | None, signed: bool = False) -> str:
         return ABSENT
     sign = "+" if signed and figure.value > 0 else ""
     return f"{sign}{_scaled(figure.value, figure.unit)}{_unit(figure.unit)}"
+
+
+def drop_unit(metric: str) -> str:
+    """The unit of a difference of two values: points for shares of right answers."""
+    # "1 %" of an accuracy could mean a ratio.
+    return "points" if metric in ("accuracy", "agreement") else metric
+
+
+def metric_change(worse: float, higher_is_better: bool) -> float:
+    """How a metric itself moves when it is worse by ``worse``: an accuracy falls, an error rises.
+
+    The one place where a drop, positive when worse, becomes a signed change.
+    """
+    return -worse if higher_is_better else worse
 
 
 def interval_text(figure: Figure | None) -> str:

@@ -15,7 +15,13 @@ from typing import Any
 from edgekd.config.budgets import GateConfig
 from edgekd.errors import InputError
 from edgekd.figure import EVIDENCE_STRENGTH, Evidence, Figure
-from edgekd.release.budget_rules import DeviceProfile, Rule, check_direction, rules_of
+from edgekd.release.budget_rules import (
+    DeviceProfile,
+    Rule,
+    check_direction,
+    example_budget,
+    rules_of,
+)
 from edgekd.release.figure_text import bound_text, full_text
 from edgekd.release.junit import write_junit
 from edgekd.release.result import Result
@@ -54,17 +60,17 @@ def evaluate(
         One verdict per rule, in the order of the section's keys.
 
     Raises:
-        InputError: the result is not whole, there is no rule at all, or a rule contradicts the
-            direction of the metric.
+        InputError: the result is not whole, there is no rule that anyone asked for, or a rule
+            contradicts the direction of the metric.
     """
     parsed = Result.from_json(result)
     check_direction(budgets, parsed.metric, parsed.higher_is_better)
     rules = list(rules_of(parsed, budgets, profile))
-    if not rules:
+    if all(rule.implied for rule in rules):
         raise InputError(
             "the gate has no rule, and a gate that checks nothing must not pass",
             where="gate" if profile is None else f"gate, profile {profile.name}",
-            remedy="add a budget, such as 'gate: {accuracy: {max_drop: 0.01}}'",
+            remedy=f"add a budget, such as '{example_budget(parsed.higher_is_better)}'",
         )
     return [_judge(rule, budgets.evidence) for rule in rules]
 
@@ -109,6 +115,8 @@ def read_gate(folder: Path) -> list[Verdict]:
 def _judge(rule: Rule, required: Evidence) -> Verdict:
     figure = rule.figure or Figure(None, _unit_of(rule.key), 0, note="it was not measured")
     status, reason = _status(rule, figure, required)
+    if status != "pass" and rule.remark:
+        reason = f"{reason}; {rule.remark}"
     return Verdict(rule.key, status, figure, rule.budget, reason, rule.side, rule.origin)
 
 
@@ -116,13 +124,19 @@ def _status(rule: Rule, figure: Figure, required: Evidence) -> tuple[Status, str
     if figure.value is None:
         return "not shown", figure.note or "there are too few samples to state it"
     if rule.performance and EVIDENCE_STRENGTH[figure.evidence] < EVIDENCE_STRENGTH[required]:
-        return "not shown", f"its evidence is {figure.evidence}, and the gate requires {required}"
+        return "not shown", (
+            f"its evidence is {figure.evidence}, and the gate requires {required}: measure on the "
+            "device (edgekd gate result.json --device bench.json), or write evidence: "
+            f"{figure.evidence} in the gate's section"
+        )
     low, high = figure.interval or (figure.value, figure.value)
     text, budget = full_text(figure), bound_text(rule.budget, figure.unit)
     if rule.side == "at most":
         good, bad = high <= rule.budget, low > rule.budget
-    else:
+    elif rule.side == "at least":
         good, bad = low >= rule.budget, high < rule.budget
+    else:
+        good, bad = low > rule.budget, high <= rule.budget
     if good:
         return "pass", f"{text} is {rule.side} {budget}"
     if bad:

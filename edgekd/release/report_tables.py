@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from edgekd.figure import Figure
-from edgekd.release.figure_text import ABSENT, full_text, interval_text, number, value_text
+from edgekd.release.figure_text import (
+    ABSENT,
+    full_text,
+    interval_text,
+    metric_change,
+    number,
+    value_text,
+)
 from edgekd.release.result import ModelResult, Result
 from edgekd.release.verdict import Verdict, passed
 
@@ -138,6 +145,11 @@ def comparison_rows(result: Result) -> list[TableRow]:
     drop_of = "teacher minus student" if result.higher_is_better else "student minus teacher"
     labels = {
         "drop": ("drop to the teacher", f"{drop_of}, paired over the test samples"),
+        "relative_drop": ("the same drop", "as a share of the error of the best constant"),
+        "gain_over_constant": (
+            "gain over a constant",
+            "over one and the same answer, the best for all samples but the test split",
+        ),
         "baseline_gain": ("gain over the student alone", "paired over the test samples"),
         "gap_closed": ("gap closed", "(distilled − alone) / (teacher − alone), bootstrap"),
         "speedup": ("speed-up", "teacher p50 / student p50, timed in alternation"),
@@ -182,6 +194,7 @@ def cautions(result: Result) -> list[str]:
                 f"The {ROLES[role]} never became steady within {queries} warm-up queries: its "
                 "latency may change from run to run."
             )
+    found += constant_caution(result) + thread_caution(result)
     gain, gap = (result.comparison.get(key) for key in ("baseline_gain", "gap_closed"))
     if gain is not None and gain.interval is not None and gain.interval[1] < 0:
         effect = distillation_effect(result)
@@ -192,6 +205,40 @@ def cautions(result: Result) -> list[str]:
     if throttling:
         found.append(f"The device throttled while it was measured ({throttling}).")
     return found
+
+
+def thread_caution(result: Result) -> list[str]:
+    """One sentence where a model was timed with more threads than there are cores."""
+    threads = result.student.runtime.get("threads")
+    cores = result.environment.get("cpus_usable")
+    remark = thread_remark(threads, cores)
+    return [remark] if remark else []
+
+
+def thread_remark(threads: Any, cores: Any) -> str:
+    """What more threads than cores mean for the figures; empty where there are no more."""
+    if not isinstance(threads, int) or not isinstance(cores, int) or threads <= cores:
+        return ""
+    return (
+        f"Timed with {threads} threads on {cores} usable core{'s' if cores != 1 else ''}: threads "
+        "wait for each other, and no percentile is steady. Measure on the device, or set "
+        f"engines: [{{kind: onnxruntime, threads: {cores}}}]."
+    )
+
+
+def constant_caution(result: Result) -> list[str]:
+    """One sentence where the student is not shown to be better than a constant; else nothing."""
+    gain = result.comparison.get("gain_over_constant")
+    if gain is None or gain.value is None or result.constant is None:
+        return []
+    if (gain.interval or (gain.value, gain.value))[0] > 0:
+        return []
+    how = "is not better" if gain.value <= 0 else "is not shown to be better"
+    return [
+        f"The student {how} than a constant: the {result.metric} of always giving one and the "
+        f"same answer is {value_text(result.constant)}, the student's is "
+        f"{value_text(result.student.metric)}."
+    ]
 
 
 def parity_rows(reports: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -281,8 +328,7 @@ def _versus(result: Result, key: str) -> str:
     if figure is None or figure.value is None:
         return ""
     if key == "drop":
-        sign = -1 if result.higher_is_better else 1
-        change = Figure(sign * figure.value, figure.unit)
+        change = Figure(metric_change(figure.value, result.higher_is_better), figure.unit)
         return f"{value_text(change, signed=True)} to the teacher"
     text = _times_faster(figure) if key == "speedup" else _times_smaller(figure)
     return f"{text} than the teacher" if text else ""

@@ -17,6 +17,8 @@ SCHEMA = "edgekd.result/1"
 PERCENTILES = ("p50_ms", "p90_ms", "p95_ms", "p99_ms")
 COMPARISONS = (
     "drop",
+    "relative_drop",
+    "gain_over_constant",
     "speedup",
     "size_ratio",
     "parameter_ratio",
@@ -60,6 +62,8 @@ class Result:
     seed: int | None = None
     recipe: str | None = None
     """:func:`recipe_sha256` of the pipeline: the same for all seeds of one pipeline."""
+    constant: Figure | None = None
+    """The metric of the best constant answer, known from all samples but the test split."""
 
     @property
     def student(self) -> ModelResult:
@@ -106,6 +110,7 @@ class Result:
             fingerprints=part.mapping("fingerprints").value,
             seed=seed if isinstance(seed, int) else None,
             recipe=part.text("recipe") if "recipe" in value else None,
+            constant=part.optional_figure("constant"),
         )
 
 

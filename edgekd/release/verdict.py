@@ -10,7 +10,7 @@ from edgekd.figure import Figure
 from edgekd.release.figure_text import bound_text
 
 Status = Literal["pass", "fail", "not shown"]
-Side = Literal["at most", "at least"]
+Side = Literal["at most", "at least", "more than"]
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,22 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgekd.npz import write_npz
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.building import common_level
-from edgekd.stages.fitting import open_ground, read_json, write_json
+from edgekd.stages.fitting import Ground, open_ground, read_json, write_json
+
+if TYPE_CHECKING:
+    from edgekd.engines.samples import Array
 
 ROLES = ("teacher", "student", "baseline")
 """The teacher first: where there are no labels, its answers stand for them."""
+_CONSTANT_VALUES = 10_000_000
+"""Target values of a split that the best constant is taken from."""
 RECIPE = {
     *("task", "task_args", "data", "teacher", "student", "distill", "export", "quantize"),
     "engines",
@@ -54,6 +59,7 @@ class BenchmarkStage:
         """See :class:`edgekd.pipeline.stage.Stage`."""
         from edgekd.pipeline.fingerprint import library_versions
         from edgekd.release.assemble import Measured, Origin, assemble_result, evidence_of
+        from edgekd.release.report_tables import thread_remark
         from edgekd.release.result import recipe_sha256
         from edgekd.targets import open_target
         from edgekd.tasks import against_teacher
@@ -88,6 +94,8 @@ class BenchmarkStage:
             optimization=common_level(levels.values()),
             **settings,
         )
+        if remark := thread_remark(settings["threads"], bench["environment"].get("cpus_usable")):
+            context.progress.message(f"  {remark}")
         task, labelled = ground.task, ground.task.labelled(answers)
         by_teacher = not labelled.any() and "teacher" in files
         if by_teacher:
@@ -128,7 +136,10 @@ class BenchmarkStage:
             versions=library_versions(("edgekd", "torch", "onnx", "onnxruntime", "numpy")),
             fingerprints=context.fingerprints,
         )
-        result = assemble_result(origin, task, measured, bench)
+        constant = None if by_teacher else _constant_scores(ground, answers)
+        result = assemble_result(
+            origin, task, measured, bench, None if constant is None else constant[labelled]
+        )
         write_json(context.out / "result.json", result)
         scores = {role: entry.scores for role, entry in measured.items()}
         write_npz(context.out / "scores.npz", scores)
@@ -136,3 +147,26 @@ class BenchmarkStage:
 
 def _names(specs: Any) -> list[str]:
     return [spec.name for spec in specs]
+
+
+def _constant_scores(ground: Ground, answers: Mapping[str, Array]) -> Array | None:
+    """(N,) what the best constant for training and validation scores on the test samples.
+
+    None where no sample of them has a target. Of many samples an even part is taken.
+    """
+    from edgekd.tasks import constant_outputs
+
+    task, parts = ground.task, []
+    for split in ("train", "validation"):
+        arrays = ground.dataset.splits[split].arrays
+        rows = ground.labelled_rows(split)
+        size = max(1, int(np.prod(arrays[task.target].shape[1:])))
+        wanted = min(len(rows), max(1, _CONSTANT_VALUES // size))
+        rows = rows[np.linspace(0, len(rows) - 1, wanted).astype(int)] if len(rows) else rows
+        parts.append({name: np.asarray(arrays[name][rows]) for name in answers})
+    known = {name: np.concatenate([part[name] for part in parts]) for name in answers}
+    if len(known[task.target]) == 0:
+        return None
+    count = len(answers[task.target])
+    scores: Array = task.scores(constant_outputs(task, known, count), answers)
+    return scores

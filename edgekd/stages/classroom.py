@@ -11,7 +11,7 @@ from zlib import crc32
 from edgekd.config.networks import ModelConfig, TeacherConfig
 from edgekd.pipeline.fingerprint import file_sha256
 from edgekd.pipeline.stage import Context, Job
-from edgekd.stages.fitting import Ground, fit, hub_identity
+from edgekd.stages.fitting import Ground, fit, hub_identity, scale_output
 from edgekd.stages.student import FIRST_WEIGHTS, build_student, check_logits
 from edgekd.stages.teacher import load_teacher, open_teacher, some_samples
 
@@ -45,11 +45,13 @@ def open_classroom(ground: Ground, context: Context, inputs: Mapping[str, Path])
         batch = some_samples(ground)
         check_repeatable(model, batch, where)
         check_logits(model, batch, ground, where)
+        scale_output(ground, model)
         return model
 
     def new_student(index: int) -> NamedModel:
         model = build_student(ground, inputs["student"], index)
         if index:
+            scale_output(ground, model)
             return model
         load_weights(model, inputs["student"] / FIRST_WEIGHTS, where="student")
         return model

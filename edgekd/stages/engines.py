@@ -51,6 +51,7 @@ class EnginesStage:
         config = job.config
         measured = {
             "max_drop": config.quantize.max_drop,
+            "select": config.quantize.select,
             "size": config.gate.size.model_dump(mode="json"),
             "latency": config.gate.latency.model_dump(mode="json"),
             "task": [config.task, config.task_args],
@@ -70,6 +71,9 @@ class EnginesStage:
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """See :class:`edgekd.pipeline.stage.Stage`."""
+        from edgekd.release.assemble import evidence_of
+        from edgekd.release.figure_text import OF_CONSTANT, drop_unit
+
         first, *further = context.job.config.engines
         ground = open_ground(inputs["data"], context.job.config)
         count = min(COMPARED, len(ground.dataset.splits["validation"]))
@@ -88,9 +92,26 @@ class EnginesStage:
             way = narrowest(context, ways_of(inputs, runtime_of(context.job, engine)))
             write_further(context, engine, way, open_builder(context, engine, samples), None)
         write_json(context.out / "engines.json", rows)
-        write_json(context.out / "choice.json", choice.to_json())
+        unit = drop_unit(ground.task.metric) if ground.task.higher_is_better else OF_CONSTANT
+        write_json(context.out / "choice.json", choice.to_json() | {"drop_unit": unit})
         if len(choice.rows) > 1 or choice.refused:
             context.progress.message(f"  {choice.chosen} is taken: {choice.reason}")
+            profile = context.job.profile.name
+            quantize = context.job.config.quantize
+            measured = quantize is not None and quantize.select == "measured"
+            slower = any(
+                "faster" in said or "slower" in said for row in choice.rows for said in row.against
+            )
+            if (
+                measured
+                and slower
+                and evidence_of(profile, context.job.config.target) != "measured-on-target"
+            ):
+                context.progress.message(
+                    f"  timed on this {platform.machine()} and not on {profile}, where it may be "
+                    "otherwise: quantize.select: int8 (half, smallest) insists on one, edgekd gate "
+                    "--device holds what the device measured against the budgets"
+                )
         context.progress.message(f"  {builder.describe()}")
 
 
@@ -162,10 +183,11 @@ class _Work:
         refused = refused_ways(self.inputs, self.runtime)
         allowed = config.quantize.max_drop if config.quantize is not None else 0.0
         budgets = Budgets.of(config.gate, self.context.job.profile)
+        select = config.quantize.select if config.quantize is not None else "measured"
         if len(ways) == 1:
             # Nothing to choose between, so nothing is measured.
             alone = Candidate(FLOAT, files[FLOAT].stat().st_size, 0.0, None, {})
-            return choose([alone], budgets, allowed, refused=refused)
+            return choose([alone], budgets, allowed, refused=refused, select=select)
         measured = _Measured(self, files, {files[name]: row for name, row in rows.items()})
         teacher = self.context.out / f"teacher{self.builder.suffix}"
         has_teacher = teacher.is_file()
@@ -178,6 +200,7 @@ class _Work:
             if has_teacher and budgets.min_speedup is not None
             else None,
             refused,
+            select,
         )
 
 

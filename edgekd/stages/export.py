@@ -42,9 +42,12 @@ class ExportStage:
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """See :class:`edgekd.pipeline.stage.Stage`."""
+        import torch
+
         from edgekd.engines.onnx import export_onnx
         from edgekd.engines.onnx_adopt import adapt_onnx
         from edgekd.engines.parity import BATCH_SIZES, check_parity, parity
+        from edgekd.models.named import fold_output_scale
         from edgekd.models.weights import load_weights
 
         config = context.job.config
@@ -72,6 +75,7 @@ class ExportStage:
             model = build(ground)
             load_weights(model, weights, where=role)
             model.eval()
+            fold_output_scale(model, {name: torch.from_numpy(a) for name, a in samples.items()})
             path = context.out / f"{role}.onnx"
             export_onnx(model, path, config.export.opset, metadata_of(ground, role))
             report = parity(

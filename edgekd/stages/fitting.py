@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError
@@ -16,6 +18,7 @@ from edgekd.config.training import DistillConfig, TrainConfig
 from edgekd.errors import InputError
 from edgekd.pipeline.fingerprint import library_versions
 from edgekd.pipeline.store import digest_of
+from edgekd.tasks.continuous import ContinuousTask
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,10 +29,15 @@ if TYPE_CHECKING:
     from edgekd.distill.history import History
     from edgekd.distill.objective import Objective
     from edgekd.distill.teacher import Teacher
+    from edgekd.models.named import NamedModel
     from edgekd.pipeline.stage import Context
     from edgekd.tasks import Task
 
 EVALUATION_BATCH = 512
+_UNIT_VALUES = 10_000_000
+"""Target values that the unit of a regression is taken from."""
+_FIRST_ANSWERS, _SMALLEST = 64, 1e-3
+"""Samples that a fresh network is tried on; the least size that its answers count as."""
 HUB_PACKAGES = ("timm", "transformers")
 
 
@@ -90,8 +98,58 @@ def open_ground(data: Path, config: PipelineConfig) -> Ground:
     from edgekd.data.store import open_dataset
     from edgekd.tasks import get_task
 
-    return Ground(
-        open_dataset(data), digest_of(data), get_task(config.task, config.task_args), config
+    dataset, task = open_dataset(data), get_task(config.task, config.task_args)
+    if isinstance(task, ContinuousTask) and not _gives_logits(config):
+        task.fit_unit(_evenly(dataset.splits["train"].arrays, (task.target, task.mask)))
+    return Ground(dataset, digest_of(data), task, config)
+
+
+def _gives_logits(config: PipelineConfig) -> bool:
+    """Whether a loss takes the numbers for logits, which have a scale of their own."""
+    return any(term.name == "multi_label" for term in config.loss_terms)
+
+
+def _evenly(
+    arrays: Mapping[str, NDArray[Any]], names: Sequence[str]
+) -> dict[str, NDArray[np.float64]]:
+    """The named arrays that there are; of large ones rows spread evenly over them."""
+    found = {name: arrays[name] for name in names if name in arrays}
+    row = max(int(np.prod(array.shape[1:])) for array in found.values())
+    total = len(next(iter(found.values())))
+    rows = np.linspace(0, total - 1, min(total, max(1, _UNIT_VALUES // max(1, row)))).astype(int)
+    return {name: np.asarray(array[rows]) for name, array in found.items()}
+
+
+def scale_output(ground: Ground, model: NamedModel) -> str:
+    """Let a network with fresh weights answer in the unit of the targets, if it does not yet.
+
+    A network that was made for the range of its targets (its own last layer multiplies) is left
+    as it is: by their order of magnitude its first answers are nearer to the targets than to 1.
+
+    Returns:
+        What was done, for a person; empty: nothing.
+    """
+    import torch
+
+    task = ground.task
+    if not isinstance(task, ContinuousTask) or task.offset is None:
+        return ""
+    dataset = ground.dataset
+    count = min(_FIRST_ANSWERS, len(dataset.splits["train"]))
+    inputs = dataset.model_inputs("train", 0, count)
+    training = model.training
+    with torch.no_grad():
+        given = model.eval()({name: torch.from_numpy(array) for name, array in inputs.items()})
+    model.train(training)
+    first = max(float(given[task.output].double().square().mean().sqrt()), _SMALLEST)
+    wanted = math.sqrt(float(np.square(task.offset).mean()) + task.unit**2)
+    if task.standardize == "auto" and abs(math.log(first / wanted)) <= abs(math.log(first)):
+        return ""
+    offset = np.asarray(task.offset, np.float32).reshape(given[task.output].shape[1:])
+    model.scale_output(torch.tensor(task.unit, dtype=torch.float32), torch.from_numpy(offset))
+    return (
+        f"answers its network's output · {task.unit:.4g} + {offset.mean():.4g}: deviation and mean "
+        f"of the training targets (task_args: {{standardize: false}} leaves it out)"
     )
 
 

@@ -81,7 +81,7 @@ def preflight(job: Job, gated: bool = True) -> None:
     _check_quantization(job, task)
     check_direction(config.gate, task.metric, task.higher_is_better)
     if gated:
-        check_any_rule(config.gate, job.profile)
+        check_any_rule(config.gate, job.profile, task.higher_is_better)
 
 
 def _check_quantization(job: Job, task: Task) -> None:
@@ -93,6 +93,17 @@ def _check_quantization(job: Job, task: Task) -> None:
     wanted = config.quantize
     if wanted is not None:
         kinds = runtimes_of(job)
+        if wanted.max_drop > 1 and (task.metric == "accuracy" or not task.higher_is_better):
+            raise InputError(
+                f"the budget is {wanted.max_drop:g}, and a drop of {task.metric} "
+                + (
+                    "goes from 0 to 1"
+                    if task.higher_is_better
+                    else "is a share, from 0 to 1, of the error of the best constant answer"
+                ),
+                where="quantize.max_drop",
+                remedy="write 0.01 for one hundredth",
+            )
         if "tensorrt" not in kinds and wanted.half == "bf16":
             raise InputError(
                 "no engine of the pipeline computes in bfloat16",

@@ -60,6 +60,7 @@ def train_quantized(
     """
     from edgekd.distill.fake_quantize_spec import check_torchao
     from edgekd.distill.objective import Objective
+    from edgekd.distill.prepared_student import computed_weights
     from edgekd.distill.quantization_aware import (
         check_training,
         quantization_aware,
@@ -86,6 +87,11 @@ def train_quantized(
     )
     student = build_student(ground, inputs["student"])
     load_weights(student, inputs["distill"] / STUDENT, where="student")
+    if computed := computed_weights(student):
+        context.progress.message(
+            f"  {label}: {', '.join(computed)} {'is' if len(computed) == 1 else 'are'} trained on "
+            "as plain weights: what computes them is no part of what is shipped"
+        )
     teacher = open_teacher(inputs["teacher"], ground) if objective.needs_teacher else None
 
     def train(model: nn.Module) -> History:

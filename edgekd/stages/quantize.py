@@ -41,7 +41,7 @@ class QuantizeStage:
         if config.quantize is None:
             return {"quantize": None}
         return {
-            "quantize": config.quantize.model_dump(mode="json"),
+            "quantize": config.quantize.model_dump(mode="json", exclude={"select"}),
             "runtimes": runtimes_of(job),
             "reduce_range": reduce_range(job),
             "task": [config.task, config.task_args],
@@ -159,7 +159,7 @@ class _Work:
             keep=self.wanted.keep,
             reduce_range=reduce_range(self.context.job),
         )
-        self._say_resolution()
+        self._say_unit()
         decision = keep_accurate(
             quantizer,
             self._out(name),
@@ -194,8 +194,14 @@ class _Work:
             found[name] = self._entry(name, "static", runtime, (*kept, *first))
         return found
 
-    def _say_resolution(self) -> None:
-        count = len(self.validation.scores)
+    def _say_unit(self) -> None:
+        """What a drop is counted in, and where one sample is more than the budget."""
+        task, count = self.validation.task, len(self.validation.scores)
+        if not task.higher_is_better:
+            self.context.progress.message(
+                f"  drops of {task.metric} are shares of {self.validation.scale:.5g}, the error of "
+                "the best constant answer on the validation split"
+            )
         if 0 < self.wanted.max_drop < 1 / count and self.validation.task.name == "classification":
             self.context.progress.message(
                 f"  one of {count} validation samples is {1 / count:.4f}: more than quantize."
@@ -253,17 +259,12 @@ class _Work:
         drop, errors = self.validation.compare(runnable, batch)
         self.context.progress.message(
             f"  {name}: {file.stat().st_size:,} of {self.source.stat().st_size:,} bytes, "
-            f"validation {self.validation.task.metric} {_signed(-drop)} float32's"
+            f"validation {self.validation.change_text(drop)}"
         )
         found = [error.to_json() for error in errors]
         for remark in remarks_on_errors(found):
             self.context.progress.message(f"  {name}: {remark}")
-        return entry | {"drop": drop, "errors": found}
-
-
-def _signed(change: float) -> str:
-    text = f"{change:+.4f}"
-    return "as" if float(text) == 0 else f"{text} beside"
+        return entry | {"drop": drop, "drop_unit": self.validation.drop_unit, "errors": found}
 
 
 def _node_names(file: Path) -> set[str]:

@@ -13,7 +13,7 @@ from edgekd.errors import InputError
 from edgekd.pipeline.fingerprint import file_sha256, library_versions
 from edgekd.pipeline.stage import Context, Job
 from edgekd.spec import ModelSpec
-from edgekd.stages.fitting import Ground, hub_identity, open_ground, write_json
+from edgekd.stages.fitting import Ground, hub_identity, open_ground, scale_output, write_json
 from edgekd.stages.teacher import WEIGHTS, some_samples
 from edgekd.stages.teacher_adaptation import plan_adaptation, read_adaptation, write_adaptation
 
@@ -74,6 +74,8 @@ class StudentStage:
             load_weights(model, inputs["teacher"] / WEIGHTS, where="student")
         else:
             model = build_student(ground, None)
+            if student.checkpoint is None and (scaled := scale_output(ground, model)):
+                context.progress.message(f"  student: {scaled}")
         if student.checkpoint is not None:
             notes = load_weights(
                 model,

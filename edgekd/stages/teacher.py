@@ -15,6 +15,7 @@ from edgekd.stages.fitting import (
     fit,
     hub_identity,
     open_ground,
+    scale_output,
     write_json,
 )
 from edgekd.stages.teacher_adaptation import (
@@ -128,10 +129,13 @@ def _trained_or_loaded(
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             answers = network(planned.prepare(batch))[ground.task.output]
         planned = with_form(planned, answers, config, where, say)
-    spec = model.spec
+    spec, scale, offset = model.spec, model.output_scale, model.output_offset
     model = adapt(NamedModel(model.module, planned.network_spec(spec)), spec, planned)
+    model.scale_output(scale, offset)
     if config.train is None:
         return model, None
+    if scaled := scale_output(ground, model):
+        say(f"  {where}: {scaled}")
     objective = Objective.supervised(ground.task, config.train.label_smoothing)
     return model, fit(ground, model, objective, config.train, where, context)
 

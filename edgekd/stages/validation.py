@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgekd.errors import InputError
 from edgekd.stages.fitting import Ground
 
 if TYPE_CHECKING:
@@ -52,7 +53,15 @@ class Validation:
     """The task's metric on the validation split, of float32 and of any other file.
 
     Models are run batch by batch: of their answers only scores and errors are kept. The reference
-    is the model as it is written, run without a runtime's optimizations.
+    is the model as it is written, run without a runtime's optimizations. Scores of a metric that
+    is better when lower, an error, are divided by the error of the best constant answer to the
+    same samples: a drop of them is a share, whatever the unit of the targets.
+
+    Attributes:
+        scale: what scores are divided by: that error, 1 for a metric that is better when higher.
+
+    Raises:
+        InputError: the constant has no error, so that nothing can be a share of it.
     """
 
     def __init__(self, ground: Ground, reference: Path) -> None:
@@ -72,8 +81,32 @@ class Validation:
             self.task = against_teacher(self.task)
             self.targets |= self._answered()
             self.labelled = np.ones(self.samples.count, bool)
+        self.scale = 1.0 if self.task.higher_is_better else self._constant_error()
         self.scores = self._scores(reference, BATCH, "disabled")
         """Float32's, as :meth:`score` gives them."""
+
+    @property
+    def drop_unit(self) -> str:
+        """In which unit drops are stated; see :mod:`edgekd.release.figure_text`."""
+        from edgekd.release.figure_text import OF_CONSTANT, drop_unit
+
+        return drop_unit(self.task.metric) if self.task.higher_is_better else OF_CONSTANT
+
+    def change_text(self, drop: float) -> str:
+        """How the metric moves with a drop of that size: ``−133.6 mae beside float32's``."""
+        from edgekd.figure import Figure
+        from edgekd.release.figure_text import drop_unit, metric_change, value_text
+
+        better = self.task.higher_is_better
+        moved = Figure(metric_change(drop * self.scale, better), drop_unit(self.task.metric))
+        if float(f"{drop:.6f}") == 0:
+            return f"{self.task.metric} as float32's"
+        if better:
+            return f"{self.task.metric} {value_text(moved, signed=True)} beside float32's"
+        share = Figure(metric_change(drop, better), self.drop_unit)
+        return (
+            f"{value_text(moved, signed=True)} beside float32's ({value_text(share, signed=True)})"
+        )
 
     def score(self, answers: Mapping[str, Array]) -> Array:
         """Each labelled sample's score, turned so that higher is better, (N,)."""
@@ -101,8 +134,20 @@ class Validation:
     def _score(self, answers: Mapping[str, Array], rows: slice) -> Array:
         sign = 1 if self.task.higher_is_better else -1
         targets = {name: values[rows] for name, values in self.targets.items()}
-        scores: Array = sign * self.task.scores(answers, targets)
+        scores: Array = sign * self.task.scores(answers, targets) / self.scale
         return scores
+
+    def _constant_error(self) -> float:
+        known = {name: values[self.labelled] for name, values in self.targets.items()}
+        error = float(self.task.scores(self.task.constant(known), known).mean())
+        if not error > 0:
+            raise InputError(
+                f"one and the same answer is right for all {int(self.labelled.sum())} validation "
+                f"samples, so that no {self.task.metric} can be a share of its error",
+                where="split validation",
+                remedy="give data whose targets differ, or leave quantize out",
+            )
+        return error
 
     def _scores(self, path: Path, batch: int, optimization: Optimization = "all") -> Array:
         from edgekd.engines.batched_run import answer_batches

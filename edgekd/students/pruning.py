@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +17,14 @@ from edgekd.errors import InputError, unknown_name
 from edgekd.models.build import example_batch, probe
 from edgekd.models.named import NamedModel, count_parameters
 from edgekd.students.structure import Cut, Graph, apply_cuts, torch_pruning, traced
-from edgekd.students.tracking import follows
+from edgekd.students.tracking import follows, loses_only_its_inputs
 
 _PRUNED_KINDS = (nn.modules.conv._ConvNd, nn.Linear)
 _WHERE = "student.prune"
+_UNCERTAIN = "which inputs of later layers are its channels is not certain"
+_PARTS = (2, 3, 4)
+"""In so many parts that lose the same channels a layer is tried, where it cannot lose any others:
+the halves of a chunk or of a GLU, the three of query, key and value."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,21 @@ class _Group:
     def units(self) -> int:
         return len(self.scores)
 
+    def in_parts(self, times: int) -> _Group | None:
+        """The same channels in ``times`` as many parts that lose the same ones; None: uneven."""
+        if self.units % times or self.units // times <= self.step:
+            return None
+        size = self.units // times
+        parts = [self.scores[k * size : (k + 1) * size] for k in range(times)]
+        made = _Group(
+            self.name,
+            [sum(of) / times for of in zip(*parts, strict=True)],
+            self.repeats * times,
+            max(1, self.step // math.gcd(self.step, times)),
+        )
+        made.keep_about(made.units * (1 - len(self.removed) / self.units))
+        return made if made.removed else None
+
     @property
     def least_first(self) -> list[int]:
         return sorted(range(self.units), key=self.scores.__getitem__)
@@ -127,12 +146,14 @@ def prune(model: NamedModel, config: PruneConfig, seed: int = 0) -> Pruned:
     choose(groups, config.ratio)
     left |= {g.name: "it is as narrow as it may be" for g in groups if not g.removed}
     cuts = [group.cut() for group in groups if group.removed]
-    pruned = _with_cuts(model, cuts)
+    pruned = _checked(model, cuts)
     if pruned is None:
         # The whole network cannot follow: one layer after the other, to find which.
-        fits = [cut for cut in cuts if _with_cuts(model, [cut]) is not None]
-        left |= {cut.layer: "the network does not run without" for cut in cuts if cut not in fits}
-        cuts, pruned = fits, _with_cuts(model, fits)
+        fits = [cut for group in groups if group.removed and (cut := _fitting(model, group))]
+        left |= {
+            cut.layer: _UNCERTAIN for cut in cuts if cut.layer not in {fit.layer for fit in fits}
+        }
+        cuts, pruned = fits, _checked(model, fits)
     if pruned is None or not cuts:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:4])
         raise InputError(
@@ -201,15 +222,26 @@ def _groups(
     groups: list[_Group] = []
     left: dict[str, str] = {}
     importance = _importance(config.importance)
-    for found in graph.dependencies.get_all_groups(root_module_types=list(_PRUNED_KINDS)):
-        name = graph.names[found[0].dep.target.module]
-        scores = None
+    for layer, found in _all_groups(graph):
+        name = graph.names[layer]
+        if found is None:
+            left[name] = _UNCERTAIN
+            continue
         if reason := _reason_to_stay(model, graph, found, kept):
             left[name] = reason
-        elif (scores := importance(found)) is None:
+            continue
+        try:
+            scores, repeats = importance(found), _repeats(graph, found)
+            repeats = math.lcm(repeats, _together(graph, layer, len(found[0].idxs)))
+        except (IndexError, RuntimeError, ValueError):
+            # The graph speaks of channels that a layer does not have.
+            left[name] = _UNCERTAIN
+            continue
+        if scores is None:
             left[name] = "it has no weights to choose by"
+        elif repeats == 0 or len(scores) % repeats:
+            left[name] = _UNCERTAIN
         else:
-            repeats = _repeats(graph, found)
             # Layers that got no gradient at all are normalised to NaN.
             each = scores.float().view(repeats, -1).mean(0).nan_to_num(0.0)
             step = config.round_to // math.gcd(config.round_to, repeats)
@@ -228,8 +260,30 @@ def _reason_to_stay(model: NamedModel, graph: Graph, group: Any, kept: set[nn.Mo
     if any(target.module in kept for target in targets):
         return "keep"
     if not follows(model, graph, group):
-        return "which inputs of later layers are its channels is not certain"
+        return _UNCERTAIN
     return ""
+
+
+def _all_groups(graph: Graph) -> Iterator[tuple[nn.Module, Any]]:
+    """Each group of layers whose channels go together, with all of its channels, by its first
+    layer; None for the group of a layer that the graph cannot follow."""
+    dependencies, seen = graph.dependencies, set()
+    for layer in list(dependencies.module2node):
+        if not isinstance(layer, _PRUNED_KINDS) or layer in seen or layer not in graph.names:
+            continue
+        width = dependencies.get_out_channels(layer)
+        if width is None:
+            continue
+        try:
+            group = graph.group(layer, range(width))
+        except (IndexError, RuntimeError, ValueError, AttributeError):
+            # torch-pruning raises whatever its bookkeeping runs into.
+            yield layer, None
+            continue
+        targets = [d.target.module for d, _ in group
+                   if dependencies.is_out_channel_pruning_fn(d.handler)]  # fmt: skip
+        seen.update(targets)
+        yield layer, group
 
 
 def _repeats(graph: Graph, group: Any) -> int:
@@ -244,6 +298,24 @@ def _repeats(graph: Graph, group: Any) -> int:
         found = pruner.get_out_channel_groups(layer) if out else pruner.get_in_channel_groups(layer)
         parts.append(int(found))
     return max(parts)
+
+
+def _together(graph: Graph, layer: nn.Module, width: int) -> int:
+    """How many channels of a layer go when its first one goes: both halves of a GLU's, so 2.
+
+    0 where these are not the same place of equal parts, so that units cannot be told.
+    """
+    out = graph.dependencies.is_out_channel_pruning_fn
+    gone = {
+        channel
+        for dep, channels in graph.group(layer, [0])
+        if dep.target.module is layer and out(dep.handler)
+        for channel in channels
+    }
+    count = len(gone)
+    if not count or width % count or gone != {k * (width // count) for k in range(count)}:
+        return 0
+    return count
 
 
 def _choose_in_each(groups: Sequence[_Group], ratio: float) -> None:
@@ -283,6 +355,21 @@ def _choose_in_all(groups: Sequence[_Group], ratio: float) -> None:
         to_go -= group.repeats
     for group in groups:
         group.keep_about(group.units - taken[group.name])
+
+
+def _fitting(model: NamedModel, group: _Group) -> Cut | None:
+    """What a group alone can lose so that the network follows; None: nothing."""
+    tried = [group, *(parts for n in _PARTS if (parts := group.in_parts(n)) is not None)]
+    return next((g.cut() for g in tried if _checked(model, [g.cut()]) is not None), None)
+
+
+def _checked(model: NamedModel, cuts: Sequence[Cut]) -> NamedModel | None:
+    """A copy without these channels; None when it does not run, or lost something else."""
+    pruned = _with_cuts(model, cuts)
+    if pruned is None or not cuts:
+        return pruned
+    with traced(model) as graph:
+        return pruned if loses_only_its_inputs(model, graph, cuts, pruned) else None
 
 
 def _with_cuts(model: NamedModel, cuts: Sequence[Cut]) -> NamedModel | None:

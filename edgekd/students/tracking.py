@@ -6,7 +6,7 @@ input, or flattened with its channels last, would lose the wrong inputs, and no 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from edgekd.models.build import example_batch
 from edgekd.models.named import NamedModel
-from edgekd.students.structure import Graph
+from edgekd.students.structure import Cut, Graph
 
 _ACROSS_CHANNELS = (nn.LayerNorm, nn.GroupNorm)
 """Norms by which every channel depends on all others: there is nothing to find out."""
@@ -41,15 +41,11 @@ def follows(model: NamedModel, graph: Graph, group: Any) -> bool:
         graph.dependencies.is_out_channel_pruning_fn,
         graph.dependencies.is_in_channel_pruning_fn,
     )
-    training = model.training
     with ExitStack() as stack, torch.no_grad(), torch.random.fork_rng(devices=[]):
-        stack.callback(model.train, training)
+        stack.callback(model.train, model.training)
         model.eval()
         torch.manual_seed(0)
-        batch = {
-            name: torch.randn_like(tensor) if tensor.is_floating_point() else tensor
-            for name, tensor in example_batch(model.spec.inputs).items()
-        }
+        batch = _noise(model)
         sources = []
         for dep, channels in half:
             module = dep.target.module
@@ -59,11 +55,75 @@ def follows(model: NamedModel, graph: Graph, group: Any) -> bool:
                 sources.append((module, channels))
             elif is_in(dep.handler):
                 stack.callback(module.register_forward_pre_hook(_silence(channels)).remove)
-        before = model(batch)
-        for module, channels in sources:
-            stack.callback(module.register_forward_hook(_disturb(channels)).remove)
-        after = model(batch)
+        try:
+            before = model(batch)
+            for module, channels in sources:
+                stack.callback(module.register_forward_hook(_disturb(channels)).remove)
+            after = model(batch)
+        except (IndexError, RuntimeError, ValueError):
+            # The graph speaks of channels that the layer does not have.
+            return False
     return all(torch.equal(before[name], after[name]) for name in before)
+
+
+def loses_only_its_inputs(
+    model: NamedModel, graph: Graph, cuts: Sequence[Cut], pruned: NamedModel
+) -> bool:
+    """Whether a pruned network answers as the whole one does when the inputs that went are zeros.
+
+    Where channels are split, dealt out or paired with each other (chunk, GLU, a channel shuffle,
+    a pixel shuffle), the layers that stay must still meet the channels that they were made for.
+    Norms over channels are left out on both sides: every channel changes their answer.
+
+    Args:
+        model: the whole network.
+        graph: its dependencies.
+        cuts: what went.
+        pruned: the network without it.
+    """
+    layers = {name: layer for layer, name in graph.names.items()}
+    with ExitStack() as stack, torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for network in (model, pruned):
+            stack.callback(network.train, network.training)
+            network.eval()
+            for module in network.modules():
+                if isinstance(module, _ACROSS_CHANNELS):
+                    stack.callback(module.register_forward_hook(_pass_on).remove)
+        for cut in cuts:
+            for dep, channels in graph.group(layers[cut.layer], cut.removed):
+                module = dep.target.module
+                if module in graph.names and graph.dependencies.is_in_channel_pruning_fn(
+                    dep.handler
+                ):
+                    stack.callback(module.register_forward_pre_hook(_silence(channels)).remove)
+        torch.manual_seed(0)
+        batch = _noise(model)
+        try:
+            wanted, found = model(batch), pruned(batch)
+        except (IndexError, RuntimeError, ValueError):
+            return False
+    return all(
+        found[name].shape == wanted[name].shape
+        and bool(
+            (found[name] - wanted[name]).abs().max() <= _ROUNDING * wanted[name].abs().max() + 1e-6
+        )
+        for name in wanted
+    )
+
+
+_ROUNDING = 1e-4
+"""Sums of fewer terms are summed in another order."""
+
+
+def _noise(model: NamedModel) -> dict[str, Tensor]:
+    return {
+        name: torch.randn_like(tensor) if tensor.is_floating_point() else tensor
+        for name, tensor in example_batch(model.spec.inputs).items()
+    }
+
+
+def _pass_on(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return inputs[0]
 
 
 def _channel_dim(module: nn.Module) -> int:

@@ -11,7 +11,7 @@ from edgekd.extension import resolve
 from edgekd.tasks.classification import Classification
 from edgekd.tasks.policy import Policy
 from edgekd.tasks.regression import Regression
-from edgekd.tasks.task import DatasetLike, Task, against_teacher
+from edgekd.tasks.task import DatasetLike, Task, against_teacher, constant_outputs
 
 __all__ = [
     "TASKS",
@@ -21,6 +21,7 @@ __all__ = [
     "Regression",
     "Task",
     "against_teacher",
+    "constant_outputs",
     "get_task",
 ]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -24,8 +25,13 @@ if TYPE_CHECKING:
     from edgekd.tasks.hard import Distance
 
 
+_NARROWEST, _WIDEST = 0.1, 3.0
+"""Deviations, and means, of targets that a network's first answers are near enough to."""
+
+
 class ContinuousTask:
-    """Continuous outputs against targets of the same shape; the metric is the mean absolute error.
+    """Continuous outputs against targets of the same shape; the metric is the mean absolute error
+    (``mae``) or the mean squared one (``mse``).
 
     Where the data have ``<target>_mask``, elements with a zero there (the padding at the end of
     an action chunk) count neither in the loss nor in the metric. A mask has the target's shape
@@ -35,11 +41,52 @@ class ContinuousTask:
     name: str
     metric = "mae"
     higher_is_better = False
+    unit = 1.0
+    """What outputs and targets are divided by in every loss; see :meth:`fit_unit`."""
+    offset: np.ndarray[Any, Any] | None = None
+    """The mean of the training targets, in the shape of one; None: outputs are not scaled."""
 
-    def __init__(self, target: str, output: str, loss: Distance) -> None:
+    def __init__(
+        self,
+        target: str,
+        output: str,
+        loss: Distance,
+        metric: Literal["mae", "mse"] = "mae",
+        standardize: bool | Literal["auto"] = "auto",
+    ) -> None:
         self.target = target
         self.output = output
         self.loss: Distance = loss
+        self.standardize = standardize
+        self._squared = metric == "mse"
+        if self._squared:
+            self.metric = "mse"
+
+    def fit_unit(self, targets: Arrays) -> None:
+        """Take the training targets' mean and deviation, if their range asks for it.
+
+        Losses then compare in units of the deviation over all elements, and networks that are
+        trained from fresh weights answer ``raw · unit + offset``. One unit for all elements: the
+        objective is the same but for a factor, and so is what it weighs.
+
+        Args:
+            targets: the targets of the training split (and their mask); at least one sample.
+        """
+        self.unit, self.offset = 1.0, None
+        if self.standardize is False:
+            return
+        values = np.asarray(targets[self.target], np.float64)
+        kept = np.ones(values.shape, bool)
+        if self.mask in targets:
+            kept = _expand(np.asarray(targets[self.mask]), values.shape)
+        count = np.maximum(kept.sum(axis=0), 1)
+        mean = np.where(kept, values, 0.0).sum(axis=0) / count
+        deviation = math.sqrt(np.square((values - mean)[kept]).mean())
+        # A deviation of rounding alone is none.
+        unit = deviation if deviation > 1e-6 * float(np.abs(mean).max()) else 1.0
+        wide = not _NARROWEST <= unit <= _WIDEST or float(np.abs(mean).max()) > _WIDEST
+        if wide or self.standardize is True:
+            self.unit, self.offset = unit, mean
 
     @property
     def mask(self) -> str:
@@ -84,7 +131,8 @@ class ContinuousTask:
         batch: Mapping[str, Tensor],
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        """The distance to the target over the elements that the mask keeps."""
+        """The distance to the target over the elements that the mask keeps, in units of
+        :attr:`unit`."""
         from edgekd.tasks.hard import distance
 
         if label_smoothing:
@@ -93,10 +141,15 @@ class ContinuousTask:
                 remedy="remove it: there are no labels to smooth",
             )
         target, mask = batch[self.target], batch.get(self.mask)
-        return distance(outputs[self.output], target, self.loss, mask)
+        output = outputs[self.output]
+        if self.unit != 1.0:
+            # Widened before it is divided: a float16 has no room for a large target.
+            output, target = output.float() / self.unit, target.float() / self.unit
+        return distance(output, target, self.loss, mask)
 
     def scores(self, outputs: Arrays, targets: Arrays) -> np.ndarray[Any, Any]:
-        """The mean absolute error of each sample over the elements that the mask keeps."""
+        """The mean error of each sample over the elements that the mask keeps: absolute for
+        ``mae``, squared for ``mse``."""
         predicted = required(outputs, self.output, "output")
         wanted = required(targets, self.target, "target")
         if predicted.shape == (*wanted.shape, 1):
@@ -108,6 +161,8 @@ class ContinuousTask:
             )
         check_outputs_finite(predicted, self.output)
         error = np.abs(predicted.astype(np.float64) - wanted.astype(np.float64))
+        if self._squared:
+            error = np.square(error)
         rows = error.reshape(len(error), -1)
         scores: np.ndarray[Any, Any]
         if self.mask not in targets:
@@ -127,19 +182,21 @@ class ContinuousTask:
         return {self.target: predicted.astype(np.float32, copy=False)}
 
     def constant(self, targets: Arrays) -> dict[str, np.ndarray[Any, Any]]:
-        """The median of each element over the samples: no constant has a lower mean abs. error.
+        """The median of each element over the samples, for ``mse`` the mean: no constant has a
+        lower error.
 
         Where a mask leaves elements out, over those that it keeps; 0 where it keeps none.
         """
         wanted = required(targets, self.target, "target").astype(np.float64)
         if self.mask in targets:
             kept = _expand(np.asarray(targets[self.mask]), wanted.shape)
-            masked = np.ma.median(  # type: ignore[no-untyped-call]
-                np.ma.masked_array(wanted, ~kept), axis=0
+            elements = np.ma.masked_array(wanted, ~kept)
+            masked = (
+                elements.mean(axis=0) if self._squared else np.ma.median(elements, axis=0)  # type: ignore[no-untyped-call]
             )
             best = np.ma.filled(masked, 0.0)
         else:
-            best = np.median(wanted, axis=0)
+            best = wanted.mean(axis=0) if self._squared else np.median(wanted, axis=0)
         return {self.output: np.broadcast_to(best, wanted.shape)}
 
     def _check_masked(

@@ -14,6 +14,9 @@ class Policy(ContinuousTask):
         target: the name of the recorded actions; their mask is ``<target>_mask``.
         output: the name of the model's actions.
         loss: the hard loss. ``mae`` is less drawn to rare, large actions than ``mse``.
+        metric: the mean absolute or the mean squared error.
+        standardize: train in units of the targets' deviation, from their mean: ``auto`` where
+            their range asks for it. What a network answers is always in the user's units.
     """
 
     name = "policy"
@@ -23,5 +26,7 @@ class Policy(ContinuousTask):
         target: str = "action",
         output: str = "action",
         loss: Literal["mse", "mae", "huber"] = "mse",
+        metric: Literal["mae", "mse"] = "mae",
+        standardize: bool | Literal["auto"] = "auto",
     ) -> None:
-        super().__init__(target, output, loss)
+        super().__init__(target, output, loss, metric, standardize)

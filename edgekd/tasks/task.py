@@ -110,6 +110,23 @@ class Task(Protocol):
         ...
 
 
+def constant_outputs(task: Task, known: Arrays, count: int) -> dict[str, np.ndarray[Any, Any]]:
+    """What a constant predictor that knows these targets answers to ``count`` other samples.
+
+    Args:
+        task: says which constant is the best: the most frequent class, the median, the mean.
+        known: its targets of labelled samples, at least one.
+        count: of the samples that are answered.
+
+    Returns:
+        Outputs by name, (count, ...) each, every row the same.
+    """
+    return {
+        name: np.broadcast_to(values[:1], (count, *values.shape[1:]))
+        for name, values in task.constant(known).items()
+    }
+
+
 AGREEMENT = "agreement"
 """The metric against the teacher's answers, where there are no labels."""
 

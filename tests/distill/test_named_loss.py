@@ -241,3 +241,33 @@ def test_a_layer_is_masked_by_its_tokens_and_the_output_by_its_target(users_code
     other = objective({"users_code:masked": {"student": "a", "teacher": "x"}})
     other(STUDENT, TEACHER, {**batch, "attention_mask": torch.ones(6, 5)})
     assert seen[2] is None
+
+
+@pytest.mark.parametrize("name", ["regression", "hard_targets"])
+def test_a_distance_of_outputs_is_taken_in_the_unit_of_the_task(name):
+    values = torch.randn(8, 2, generator=torch.Generator().manual_seed(0)).double()
+    plain, large = Policy(standardize=False), Policy()
+    large.fit_unit({"action": (1e5 * values).numpy()})
+    found = []
+    for task, unit in ((plain, 1.0), (large, large.unit)):
+        objective = Objective([LossTerm(name=name, args={"kind": "huber"})], task)
+        own, other = {"action": unit * (values + 0.5)}, {"action": unit * values}
+        total, _ = objective(own, other, {"action": unit * values})
+        found.append((float(total), objective.identity))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert found[0][1] != found[1][1]
+
+
+def test_a_users_own_loss_gets_the_users_units(users_code):
+    users_code.off = lambda student, teacher: (student - teacher).abs().mean()
+    task = Policy()
+    task.fit_unit({"action": (1e5 * torch.randn(8, 2)).numpy()})
+    objective = Objective([LossTerm(name="users_code:off")], task)
+    total, _ = objective({"action": torch.full((2, 2), 7.0)}, {"action": torch.zeros(2, 2)}, {})
+    assert float(total) == 7.0
+
+
+def test_independent_outputs_of_a_task_without_classes_may_be_logits():
+    logits = {"action": torch.randn(4, 3)}
+    objective = Objective([LossTerm(name="multi_label")], Policy())
+    assert float(objective(logits, logits, {})[0]) == pytest.approx(0.0, abs=1e-6)

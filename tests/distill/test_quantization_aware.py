@@ -18,7 +18,12 @@ from torch.nn import functional as F
 from edgekd.config.training import LossTerm, TrainConfig
 from edgekd.distill import fake_quantize_spec, quantization_aware
 from edgekd.distill.objective import Objective
-from edgekd.distill.prepared_student import FROZEN_FROM, PreparedStudent
+from edgekd.distill.prepared_student import (
+    FROZEN_FROM,
+    PreparedStudent,
+    computed_weights,
+    with_plain_weights,
+)
 from edgekd.distill.quantization_aware import (
     QatResult,
     check_training,
@@ -539,3 +544,83 @@ def test_weights_of_seven_bits_where_the_processor_needs_them(tmp_path):
     assert [w.dtype for w in weights] == [np.int8] * 2
     # The largest weight of every output is at the end of the grid.
     assert all((np.abs(w).max(1) == 63).all() or (np.abs(w).max(0) == 63).all() for w in weights)
+
+
+class Normed(Network):
+    """Two of its weights are computed anew in each forward pass."""
+
+    def __init__(self, of_weight, of_spectrum):
+        super().__init__()
+        self.second = of_spectrum(self.second)
+        self.linear = of_weight(self.linear)
+
+
+NORMS = {
+    "parametrizations": (
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+    ),
+    "hooks": (nn.utils.weight_norm, nn.utils.spectral_norm),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+@pytest.mark.parametrize("norms", NORMS)
+def test_computed_weights_become_plain_ones_and_the_network_keeps_its_own(norms, tmp_path):
+    torch.manual_seed(0)
+    model = NamedModel(Normed(*NORMS[norms]), SPEC).eval()
+    batch = {"image": torch.randn(6, 1, 8, 8)}
+    before = model(batch)["logits"]
+    assert set(computed_weights(model)) == {"second.weight", "linear.weight"}
+    plain = with_plain_weights(model)
+    assert computed_weights(plain) == ()
+    torch.testing.assert_close(plain(batch)["logits"], before, rtol=0, atol=1e-5)
+    prepared = PreparedStudent(model, "cpu")
+    prepared.train()
+    prepared(batch)["logits"].sum().backward()
+    export_onnx(prepared.convert(), tmp_path / "int8.onnx", 18, {})
+    assert describe_onnx(tmp_path / "int8.onnx").spec.outputs[0].name == "logits"
+    assert set(computed_weights(model)) == {"second.weight", "linear.weight"}
+    torch.testing.assert_close(model(batch)["logits"], before, rtol=0, atol=1e-5)
+
+
+class Standardized(Network):
+    """The weight of a convolution is centred in forward."""
+
+    def forward(self, image):
+        x = self.first(image)
+        weight = self.second.weight
+        centred = weight - weight.mean((1, 2, 3), keepdim=True)
+        x = F.relu(x + self.norm(F.conv2d(x, centred, padding=1)))
+        return self.linear(x.flatten(1))
+
+
+class Transposed(Network):
+    """One weight is another's, transposed."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(128, 128)
+
+    def forward(self, image):
+        x = self.inner(self.first(image).flatten(1))
+        return self.linear(F.linear(x, self.inner.weight.t()))
+
+
+@pytest.mark.parametrize("network", [Standardized, Transposed])
+def test_a_weight_that_forward_computes_is_refused_before_the_training(network):
+    with pytest.raises(InputError, match="is computed in forward") as caught:
+        PreparedStudent(NamedModel(network(), SPEC), "cpu")
+    assert "parametriz" in caught.value.remedy
+
+
+def test_outputs_in_the_users_units_stay_so_in_int8():
+    model = NamedModel(Network(), SPEC).eval()
+    model.scale_output(torch.tensor(1e4), torch.full((10,), 1e5))
+    batch = {"image": torch.randn(6, 1, 8, 8)}
+    prepared = PreparedStudent(model, "cpu")
+    prepared.train()
+    prepared(batch)
+    answers = prepared.convert()(batch)["logits"]
+    assert float((answers - model(batch)["logits"]).abs().max()) < 3e4
+    assert abs(float(answers.mean()) - 1e5) < 2e4

@@ -7,6 +7,7 @@ import pytest
 from edgekd.config.budgets import GateConfig
 from edgekd.config.profile import load_profile
 from edgekd.engines.choice import FLOAT, Budgets, Candidate, choose
+from edgekd.errors import StageError
 
 SPEEDS = {"faster": (1.5, (1.4, 1.6)), "slower": (0.8, (0.7, 0.9)), "unclear": (1.1, (0.9, 1.3))}
 
@@ -100,3 +101,27 @@ def test_a_way_that_was_refused_is_named():
 def test_alone_float32_is_chosen():
     choice = choose([plain()], gate(), 0.002)
     assert (choice.chosen, choice.reason) == (FLOAT, "nothing else was asked for")
+
+
+@pytest.mark.parametrize("speed", ["faster", "slower", "unclear"])
+def test_who_insists_on_int8_gets_it_and_is_told_what_speaks_against_it(speed):
+    candidates = [plain(), int8(speed)]
+    made = choose(candidates, gate(), 0.002, select="int8")
+    assert made.chosen == candidates[1].name
+    assert "quantize.select: int8" in made.reason
+    assert ("although" in made.reason) == (speed != "faster")
+    assert choose(candidates, gate(), 0.002, select="float32").chosen == FLOAT
+
+
+def test_the_smallest_is_taken_however_slow():
+    candidates = [plain(size=100), int8("slower", size=30)]
+    assert choose(candidates, gate(), 0.002, select="smallest").chosen == candidates[1].name
+    candidates = [plain(size=100), int8("faster", size=130)]
+    assert choose(candidates, gate(), 0.002, select="smallest").chosen == FLOAT
+
+
+@pytest.mark.parametrize("select", ["int8", "half"])
+def test_insisting_does_not_excuse_the_drop(select):
+    with pytest.raises(StageError, match="keeps within a drop") as caught:
+        choose([plain(), int8(drop=0.01)], gate(), 0.002, select=select)
+    assert "max_drop" in caught.value.remedy

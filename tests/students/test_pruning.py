@@ -300,3 +300,126 @@ def test_absent_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(InputError, match=r"pip install 'edgekd\[prune\]'"):
         prune(network("mlp"), PruneConfig(ratio=0.5))
+
+
+class Csp(nn.Module):
+    """Half of the channels goes round, and both are joined again (YOLO's C2f in small)."""
+
+    def __init__(self, pieces="split"):
+        super().__init__()
+        self.pieces = pieces
+        self.a, self.b = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1)
+        self.c, self.fc = nn.Conv2d(24, 12, 1), nn.Linear(12, 7)
+
+    def forward(self, image):
+        x = torch.relu(self.a(image))
+        p, q = x.split(8, 1) if self.pieces == "split" else (x[:, :8], x[:, 8:])
+        x = torch.relu(self.c(torch.cat([p, q, torch.relu(self.b(q))], 1)))
+        return self.fc(x.mean((2, 3)))
+
+
+class Pixels(nn.Module):
+    """Channels become places."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 16, 1)
+        self.c, self.fc = nn.Conv2d(4, 8, 3, 2, 1), nn.Linear(8, 7)
+
+    def forward(self, image):
+        x = nn.functional.pixel_shuffle(self.b(torch.relu(self.a(image))), 2)
+        return self.fc(torch.relu(self.c(torch.relu(x))).mean((2, 3)))
+
+
+class Shuffled(nn.Module):
+    """Channels are dealt out between groups (ShuffleNet)."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 16, 1, groups=2)
+        self.c, self.fc = nn.Conv2d(16, 16, 3, 1, 1, groups=16), nn.Linear(16, 7)
+
+    def forward(self, image):
+        x = torch.relu(self.b(torch.relu(self.a(image))))
+        n, c, h, w = x.shape
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        return self.fc(torch.relu(self.c(x)).mean((2, 3)))
+
+
+class Gated(nn.Module):
+    """One half of the channels gates the other (GLU)."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 32, 1)
+        self.fc = nn.Linear(16, 7)
+
+    def forward(self, image):
+        values, gates = self.b(torch.relu(self.a(image))).chunk(2, 1)
+        return self.fc((values * torch.sigmoid(gates)).mean((2, 3)))
+
+
+class Flipped(nn.Module):
+    """Each channel meets its opposite."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.fc = nn.Conv2d(3, 16, 3, 2, 1), nn.Linear(16, 7)
+
+    def forward(self, image):
+        x = torch.relu(self.a(image))
+        return self.fc((x * x.flip(1)).mean((2, 3)))
+
+
+def kill_odd(module: nn.Module) -> None:
+    """Every second channel of the inner layers gives exactly 0."""
+    with torch.no_grad():
+        for name, layer in module.named_modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear) and not name.startswith("fc"):
+                layer.weight[1::2] = 0
+                layer.bias[1::2] = 0
+
+
+@pytest.mark.parametrize(
+    ("made", "whole"),
+    [
+        (Csp, {"a"}),
+        (lambda: Csp("slices"), {"a"}),
+        (Pixels, {"b"}),
+        (Shuffled, {"b", "c"}),
+        (Gated, set()),
+    ],
+)
+def test_a_layer_that_cannot_be_followed_is_left_whole(made, whole: set[str]) -> None:
+    torch.manual_seed(0)
+    model = of(made(), CAMERA)
+    kill_odd(model.module)
+    expected = answers(model)["logits"]
+    done = prune(model, PruneConfig(ratio=0.25))
+    # A quarter is less than what is dead: nothing but dead channels goes.
+    torch.testing.assert_close(answers(done.model)["logits"], expected, rtol=0, atol=ROUNDING)
+    assert done.layers
+    assert not whole & {width.name for width in done.layers}
+    if whole:
+        assert any("not certain" in reason for reason in done.left.values())
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.6])
+def test_both_halves_of_a_gate_lose_the_same_channels_and_no_more_than_asked(ratio: float) -> None:
+    torch.manual_seed(0)
+    model = of(Gated(), CAMERA)
+    with torch.no_grad():
+        # Least important in one half is most important in the other.
+        model.module.b.weight[1:16:2] *= 1e-4
+        model.module.b.weight[16::2] *= 1e-4
+    done = prune(model, PruneConfig(ratio=ratio))
+    (cut,) = [cut for cut in done.cuts if cut.layer == "b"]
+    low = [channel for channel in cut.removed if channel < 16]
+    assert [channel - 16 for channel in cut.removed if channel >= 16] == low
+    assert abs(len(low) - 16 * ratio) < 1
+    assert done.model.module.b.out_channels == 32 - 2 * len(low)
+
+
+def test_a_network_in_which_nothing_is_certain_is_refused() -> None:
+    with pytest.raises(InputError, match="not certain"):
+        prune(of(Flipped(), CAMERA), PruneConfig(ratio=0.5))

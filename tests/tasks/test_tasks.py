@@ -8,7 +8,14 @@ import torch
 
 from edgekd.errors import InputError, StageError
 from edgekd.spec import TensorSpec
-from edgekd.tasks import Classification, Policy, Regression, against_teacher, get_task
+from edgekd.tasks import (
+    Classification,
+    Policy,
+    Regression,
+    against_teacher,
+    constant_outputs,
+    get_task,
+)
 
 
 def dataset(labels=None, targets=("label",), image=None, **splits):
@@ -180,6 +187,24 @@ def test_the_constant_answer_is_the_best_of_all_constants():
         assert (policy.scores(moved, targets) * weights).sum() >= best
 
 
+@pytest.mark.parametrize(("metric", "best"), [("mae", 1.0), ("mse", 4.0)])
+def test_the_constant_of_an_error_is_its_median_or_its_mean(metric, best):
+    task = Regression(metric=metric)
+    targets = {"target": np.array([[0.0], [1.0], [11.0]])}
+    constant = task.constant(targets)
+    assert np.allclose(constant["prediction"], best)
+    error = task.scores(constant, targets).mean()
+    for other in (-0.5, 0.5, 3.0):
+        moved = {"prediction": constant["prediction"] + other}
+        assert task.scores(moved, targets).mean() >= error
+
+
+def test_a_constant_that_knows_other_samples_answers_as_many_as_are_asked_for():
+    known = {"target": np.array([[1.0, 5.0], [2.0, 6.0], [9.0, 7.0]])}
+    answers = constant_outputs(Regression(), known, 4)["prediction"]
+    assert answers.tolist() == [[2.0, 6.0]] * 4
+
+
 def test_the_task_against_the_teacher_is_named_so_and_leaves_the_other_alone():
     task = Classification(target="digit")
     agreeing = against_teacher(task)
@@ -258,3 +283,44 @@ def test_a_mask_that_keeps_nothing_names_the_sample():
 def test_label_smoothing_without_labels_is_refused():
     with pytest.raises(InputError, match="label_smoothing"):
         Policy().hard_loss({"action": torch.zeros(1, 2)}, {"action": torch.zeros(1, 2)}, 0.1)
+
+
+@pytest.mark.parametrize("loss", ["mse", "mae", "huber"])
+@pytest.mark.parametrize(("unit", "offset"), [(1e5, 0.0), (1e-4, 0.0), (10.0, 1e4)])
+def test_the_loss_does_not_know_the_unit_of_the_targets(loss, unit, offset):
+    values = np.random.default_rng(0).normal(0, 1, (200, 3))
+    target = torch.from_numpy(values[:8])
+    guess = target + torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(8, 3)
+    task, other = Regression(loss=loss, standardize=True), Regression(loss=loss)
+    task.fit_unit({"target": values})
+    other.fit_unit({"target": values * unit + offset})
+    assert other.offset is not None
+    expected = task.hard_loss({"prediction": guess}, {"target": target})
+    found = other.hard_loss(
+        {"prediction": guess * unit + offset}, {"target": target * unit + offset}
+    )
+    assert float(found) == pytest.approx(float(expected), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("scale", "mean", "asks"), [(1, 0, 0), (0.5, 1, 0), (50, 0, 1), (1, 20, 1)]
+)
+def test_targets_near_one_are_left_as_they_are(scale, mean, asks):
+    task = Policy()
+    task.fit_unit({"action": np.random.default_rng(0).normal(mean, scale, (300, 4, 2))})
+    assert (task.unit != 1.0 or task.offset is not None) == asks
+
+
+def test_what_a_mask_leaves_out_counts_in_no_unit():
+    target = np.array([[[100.0], [np.nan]], [[300.0], [200.0]]])
+    mask = np.array([[1, 0], [1, 1]])
+    task = Policy()
+    task.fit_unit({"action": target, "action_mask": mask})
+    assert task.offset.ravel().tolist() == [200.0, 200.0]
+    assert task.unit == pytest.approx(np.sqrt(20_000 / 3))
+
+
+def test_targets_that_are_all_the_same_number_have_an_offset_and_no_unit():
+    task = Regression()
+    task.fit_unit({"target": np.full((10, 1), 5e4)})
+    assert (task.unit, task.offset.tolist()) == (1.0, [5e4])

@@ -1,0 +1,82 @@
+"""Drops on the validation split: of an error a share of a constant's, with the metric's sign."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from edgekd.errors import InputError
+from edgekd.spec import TensorSpec
+from edgekd.stages.validation import Validation
+from edgekd.tasks import Regression
+
+
+def add_constant(path, value):
+    """prediction = features + value, (N, 1)."""
+    made = helper.make_graph(
+        [helper.make_node("Add", ["features", "value"], ["prediction"])],
+        "g",
+        [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["batch", 1])],
+        [helper.make_tensor_value_info("prediction", TensorProto.FLOAT, ["batch", 1])],
+        [helper.make_tensor("value", TensorProto.FLOAT, [1], [value])],
+    )
+    opsets = [helper.make_opsetid("", 18)]
+    onnx.save(helper.make_model(made, opset_imports=opsets, ir_version=9), path)
+    return path
+
+
+class Data:
+    """A validation split of 50 samples whose target is the feature."""
+
+    inputs = (TensorSpec("features", ("batch", 1)),)
+    targets = (TensorSpec("target", ("batch", 1)),)
+
+    def __init__(self, values):
+        self.values = values
+
+    @property
+    def splits(self):
+        return {"validation": self}
+
+    @property
+    def arrays(self):
+        return {"target": self.values}
+
+    def __len__(self):
+        return len(self.values)
+
+    def model_inputs(self, split, start, stop):
+        return {"features": self.values[start:stop]}
+
+
+def validation(tmp_path, values, off=0.0):
+    ground = SimpleNamespace(dataset=Data(values), task=Regression())
+    return Validation(ground, add_constant(tmp_path / "float.onnx", off))
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e5])
+def test_the_drop_of_an_error_is_a_share_of_the_constants(tmp_path, unit):
+    values = (unit * np.linspace(-1, 1, 50)).astype(np.float32)[:, None]
+    found = validation(tmp_path, values, off=0.2 * unit)
+    constant = np.abs(values - np.median(values)).mean()
+    worse, better = (
+        found.drop_of(add_constant(tmp_path / f"{k}.onnx", k * unit)) for k in (0.3, 0.1)
+    )
+    assert worse == pytest.approx(0.1 * unit / constant, rel=1e-3)
+    assert better == pytest.approx(-0.1 * unit / constant, rel=1e-3)
+
+
+def test_a_lower_error_is_said_to_be_lower(tmp_path):
+    values = (1e5 * np.linspace(-1, 1, 50)).astype(np.float32)[:, None]
+    found = validation(tmp_path, values, off=200.0)
+    drop = found.drop_of(add_constant(tmp_path / "int8.onnx", 66.4))
+    assert found.change_text(drop).startswith("−133.6 mae")
+    assert found.change_text(-drop).startswith("+133.6 mae")
+    assert found.change_text(0.0) == "mae as float32's"
+
+
+def test_targets_that_are_all_one_number_have_no_share(tmp_path):
+    with pytest.raises(InputError, match="one and the same answer"):
+        validation(tmp_path, np.full((50, 1), 3.0, np.float32))
