@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -149,7 +150,8 @@ class StaticQuantizer:
         copy_shared_weights(model.graph, chosen)
         # Tells ONNX Runtime that the types are inferred: preparation did that.
         add_infer_metadata(model)
-        types = {node.op_type for node in model.graph.node if node.name in chosen}
+        nodes = [node for node in model.graph.node if node.name in chosen]
+        types = {node.op_type for node in nodes}
         cpu = self._runtime == "cpu"
         quantizer = QDQQuantizer(
             model,
@@ -167,6 +169,7 @@ class StaticQuantizer:
                 "QuantizeBias": cpu,
                 "OpTypesToExcludeOutputQuantization": [] if cpu else sorted(types),
                 "QDQOpTypePerChannelSupportToAxis": {"MatMul": -1},
+                "TensorQuantOverrides": _one_scale_each(model.graph, nodes),
             },
         )
         quantizer.quantize_model()
@@ -206,3 +209,13 @@ class StaticQuantizer:
                     remedy="export the model again with opset 13 or later, without batch norm in "
                     "training mode",
                 )
+
+
+def _one_scale_each(
+    graph: onnx.GraphProto, nodes: Collection[onnx.NodeProto]
+) -> dict[str, list[dict[str, Any]]]:
+    """The weights of MatMul with more than two dimensions: no runtime has a product of a stack of
+    matrices with a scale for each column."""
+    ranks = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
+    names = {name for node in nodes if node.op_type == "MatMul" for name in node.input}
+    return {n: [{"quant_type": QuantType.QInt8}] for n in sorted(names) if ranks.get(n, 0) > 2}
