@@ -12,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 
 from edgekd.engines.onnx_file import UNKNOWN_RANK
-from edgekd.engines.samples import Array, Samples
+from edgekd.engines.samples import Array, Samples, is_mask
 from edgekd.errors import InputError, nearest
 from edgekd.spec import ModelSpec, TensorSpec
 
@@ -42,7 +42,7 @@ def open_samples(path: Path, spec: ModelSpec) -> Samples:
         InputError: the file is missing, truncated or neither kind; it has no samples; the model
             does not take its samples along axis 0 of every input; an input has no array, or one
             of another shape, dtype or count; an array is in Fortran order or pickled. While
-            reading: the file is truncated or a value is NaN or infinite.
+            reading: the file is truncated or a value is NaN or infinite, other than -inf in a mask.
     """
     headers = _headers(path, spec)
     _check_layout(path, spec)
@@ -119,7 +119,7 @@ class _FileSamples:
             raise _truncated(self._path)
         array = np.frombuffer(content, header.dtype).reshape(shape)
         array = array.astype(header.dtype.newbyteorder("="), copy=False)
-        if array.dtype.kind in "fc" and not np.isfinite(array).all():
+        if array.dtype.kind in "fc" and not np.isfinite(array).all() and not is_mask(array):
             bad = ~np.isfinite(array).reshape(rows, -1).all(axis=1)
             raise InputError(
                 f"input {tensor.name!r} of sample {start + int(bad.argmax())} has a NaN or "

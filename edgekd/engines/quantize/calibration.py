@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from edgekd.engines.onnx_file import describe_onnx
 from edgekd.engines.quantize.extremes import Extremes, Ranges
 from edgekd.engines.quantize.prepare import save_onnx
 from edgekd.engines.quantize.thresholds import MagnitudeHistogram
-from edgekd.engines.samples import Array, Samples
+from edgekd.engines.samples import Array, Samples, is_mask
 from edgekd.engines.session import CPU_PROVIDER, open_session
 from edgekd.errors import InputError
 
@@ -23,6 +24,20 @@ Calibration = Literal["minmax", "entropy", "percentile"]
 LEAST_SAMPLES = 2
 _BATCH_BYTES = 32 * 1024**2
 _LARGEST_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What the samples say of the tensors of a model.
+
+    Attributes:
+        ranges: (lowest, highest) value of a tensor that 8 bits should cover.
+        without: the tensors that have no range, and why: infinite or NaN values that a later node
+            takes away again, as a softmax does with a mask, or no values at all.
+    """
+
+    ranges: Ranges
+    without: dict[str, str]
 
 
 def calibrate(
@@ -35,7 +50,7 @@ def calibrate(
     symmetric: bool,
     threads: int,
     source: Path | None = None,
-) -> Ranges:
+) -> Calibrated:
     """The (lowest, highest) value of each tensor that 8 bits should cover.
 
     ``minmax`` takes the extremes over all samples. ``entropy`` and ``percentile`` read the
@@ -52,8 +67,8 @@ def calibrate(
         source: the file that the model was prepared from, for errors; None: the model itself.
 
     Raises:
-        InputError: too few samples, an input is missing from them, or a tensor becomes NaN or
-            infinite on them.
+        InputError: too few samples, an input is missing from them, or a tensor and an answer of
+            the model become NaN or infinite on them.
     """
     source = source or model
     if samples.count < LEAST_SAMPLES:
@@ -72,12 +87,12 @@ def calibrate(
         _check_finite(source, feed, on)
         extremes.add(feed, on)
         start = end
-    ranges = extremes.ranges
-    if calibration == "minmax":
-        return ranges
-    batches = feeds(model, samples, size, source)
-    histograms = _histograms(model, ranges, batches, scratch, threads, source)
-    return {name: _cut(histograms[name], *ranges[name], calibration, symmetric) for name in ranges}
+    ranges, without = extremes.ranges, extremes.without_range
+    if calibration != "minmax":
+        batches = feeds(model, samples, size, source)
+        found = _histograms(model, ranges, batches, scratch, threads, source)
+        ranges = {n: _cut(found[n], *ranges[n], calibration, symmetric) for n in ranges}
+    return Calibrated(ranges, without)
 
 
 def feeds(model: Path, samples: Samples, size: int, source: Path) -> Iterator[dict[str, Array]]:
@@ -126,7 +141,7 @@ def _batch_size(model: Path, extremes: Extremes, samples: Samples, source: Path)
 def _check_finite(source: Path, feed: dict[str, Array], on: str) -> None:
     # Not every input is among the tensors whose extremes are taken.
     for name, array in feed.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+        if array.dtype.kind == "f" and not np.isfinite(array).all() and not is_mask(array):
             raise InputError(
                 f"input {name!r} of the samples has a NaN or infinite value in {on}",
                 where=str(source),

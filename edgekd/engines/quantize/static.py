@@ -15,7 +15,7 @@ from onnxruntime.quantization.quant_utils import add_infer_metadata
 
 from edgekd.engines.onnx_file import check_onnx
 from edgekd.engines.quantize.calibration import Calibration, calibrate, feeds
-from edgekd.engines.quantize.candidates import Candidates, Runtime
+from edgekd.engines.quantize.candidates import Candidates, Runtime, masked_tensors
 from edgekd.engines.quantize.float_islands import copy_shared_weights, free_float_values
 from edgekd.engines.quantize.nothing_to_quantize import nothing_to_quantize
 from edgekd.engines.quantize.prepare import (
@@ -94,7 +94,7 @@ class StaticQuantizer:
         """The float model that is quantized: same answers as the file, batch norm folded."""
         scratch.mkdir(parents=True, exist_ok=True)
         save_onnx(self._prepared.model, self.prepared)
-        self.ranges = calibrate(
+        found = calibrate(
             self.prepared,
             self._candidates.tensors,
             samples,
@@ -104,7 +104,27 @@ class StaticQuantizer:
             threads=threads,
             source=onnx_path,
         )
+        self.ranges = found.ranges
         """(lowest, highest) value covered, by activation."""
+        wanted = self._candidates
+        self._candidates = Candidates(
+            graph, runtime, kept, found.without, masked_tensors(graph, found.ranges)
+        )
+        reasons = {name: self._candidates.reason(name) for name in wanted.nodes}
+        self.left_in_float = {
+            name: reason
+            for name, reason in reasons.items()
+            if reason is not None and name not in self._candidates.all
+        }
+        """Nodes that could be in 8 bits but for the numbers that they take or give, and why."""
+        if not self._candidates.all:
+            raise nothing_to_quantize(
+                self._prepared.model,
+                onnx_path,
+                self._candidates.weighted,
+                kept,
+                self.left_in_float,
+            )
         self._check_same_answers(samples, threads)
 
     @property
