@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from edgekd.engines.batch_layout import comparable
 from edgekd.engines.batched_run import BatchedModel, numbered_batches, run_samples
 from edgekd.engines.error_sums import ErrorSums, cosines
 from edgekd.engines.samples import Array, Samples
@@ -119,7 +120,7 @@ def compare_models(
     errors = AnswerErrors(classes)
     scores: tuple[list[Array], list[Array]] = ([], [])
     for rows, inputs in numbered_batches(samples, max(model.size for model in models)):
-        expected, answers = (model.answer(inputs) for model in models)
+        expected, answers = comparable(*(model.answer(inputs) for model in models))
         errors.add(expected, answers)
         scores[0].append(score(expected, expected, rows))
         scores[1].append(score(expected, answers, rows))

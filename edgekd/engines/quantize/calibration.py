@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 import onnx
 
+from edgekd.engines.batch_layout import rows_of, spec_layout, to_model
 from edgekd.engines.batched_run import run_batch
 from edgekd.engines.onnx_file import describe_onnx
 from edgekd.engines.quantize.extremes import Extremes, Ranges
@@ -79,13 +80,14 @@ def calibrate(
         )
     extremes = Extremes(model, tensors, scratch, threads, source)
     size = _batch_size(model, extremes, samples, source)
+    layout = spec_layout(describe_onnx(model).spec.inputs)
     start = 0
     for feed in feeds(model, samples, size, source):
         # A fixed batch's last one is filled up.
-        end = min(start + _rows(feed), samples.count)
+        end = min(start + rows_of(layout, feed), samples.count)
         on = f"samples {start} to {end - 1}" if end - start > 1 else f"sample {start}"
         _check_finite(source, feed, on)
-        extremes.add(feed, on)
+        extremes.add(feed, on, rows_of(layout, feed))
         start = end
     ranges, without = extremes.ranges, extremes.without_range
     if calibration != "minmax":
@@ -104,7 +106,8 @@ def feeds(model: Path, samples: Samples, size: int, source: Path) -> Iterator[di
         InputError: an input of the model is missing from the samples.
     """
     inputs = describe_onnx(model).spec.inputs
-    fixed = next((t.shape[0] for t in inputs if t.shape and isinstance(t.shape[0], int)), None)
+    layout = spec_layout(inputs)
+    fixed = layout.size
     for batch in samples.batches(fixed or size):
         missing = [tensor.name for tensor in inputs if tensor.name not in batch]
         if missing:
@@ -117,15 +120,11 @@ def feeds(model: Path, samples: Samples, size: int, source: Path) -> Iterator[di
         feed = {tensor.name: batch[tensor.name] for tensor in inputs}
         if fixed:
             feed = {name: _filled(array, fixed) for name, array in feed.items()}
-        yield feed
+        yield to_model(layout, feed)
 
 
 def _filled(array: Array, rows: int) -> Array:
     return array if len(array) == rows else np.resize(array, (rows, *array.shape[1:]))
-
-
-def _rows(feed: dict[str, Array]) -> int:
-    return len(next(iter(feed.values())))
 
 
 def _batch_size(model: Path, extremes: Extremes, samples: Samples, source: Path) -> int:
@@ -134,7 +133,9 @@ def _batch_size(model: Path, extremes: Extremes, samples: Samples, source: Path)
     Measured on one sample: the graph alone does not tell the sizes of open dimensions.
     """
     feed = next(feeds(model, samples, 1, source))
-    each = 4 * extremes.elements(feed) // _rows(feed)
+    each = (
+        4 * extremes.elements(feed) // rows_of(spec_layout(describe_onnx(model).spec.inputs), feed)
+    )
     return max(1, min(_LARGEST_BATCH, _BATCH_BYTES // max(each, 1)))
 
 

@@ -87,13 +87,12 @@ class Extremes:
         """How many values the tensors hold together when the model runs on these inputs."""
         return sum(int(size) for _, _, _, size in self._run(inputs))
 
-    def add(self, inputs: Mapping[str, Array], on: str) -> None:
-        """Take one batch; ``on`` says which samples it is, for an error.
+    def add(self, inputs: Mapping[str, Array], on: str, count: int) -> None:
+        """Take one batch of ``count`` samples; ``on`` says which they are, for an error.
 
         Raises:
             InputError: a tensor becomes NaN or infinite, and an answer NaN or +inf.
         """
-        count = len(next(iter(inputs.values())))
         self._samples += count
         bad = []
         for name, (low, high, some_nan, size) in zip(self.tensors, self._run(inputs), strict=True):

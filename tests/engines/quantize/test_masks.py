@@ -166,7 +166,7 @@ def test_infinities_that_break_an_answer_are_still_the_samples_fault(tmp_path):
     x = RANDOM.uniform(0.5, 2, (40, WIDTH)).astype(np.float32)
     StaticQuantizer(path, ArraySamples({"x": x}), tmp_path / "s", runtime="cpu")
     x[7, 3] = 0
-    with pytest.raises(InputError, match="'neg' .* becomes NaN or infinite on samples 0 to 39"):
+    with pytest.raises(InputError, match=r"'neg' .* becomes NaN or infinite on samples 0 to 39"):
         StaticQuantizer(path, ArraySamples({"x": x}), tmp_path / "s", runtime="cpu")
 
 
