@@ -13,7 +13,7 @@ import onnx
 from edgekd.engines.batch_layout import rows_of, spec_layout, to_model
 from edgekd.engines.batched_run import run_batch
 from edgekd.engines.onnx_file import describe_onnx
-from edgekd.engines.quantize.extremes import Extremes, Ranges
+from edgekd.engines.quantize.extremes import Extremes, Ranges, under_its_own_name
 from edgekd.engines.quantize.prepare import save_onnx
 from edgekd.engines.quantize.thresholds import MagnitudeHistogram
 from edgekd.engines.samples import Array, Samples, is_mask
@@ -167,7 +167,10 @@ def _histograms(
     )
     augmented = scratch / "histograms.onnx"
     save_onnx(proto, augmented)
-    session = open_session(augmented, (CPU_PROVIDER,), threads, "basic")
+    try:
+        session = open_session(augmented, (CPU_PROVIDER,), threads, "basic")
+    except InputError as error:
+        raise under_its_own_name(error, augmented, source) from error
     computed = [name for name in ranges if name not in inputs]
     histograms = {
         n: MagnitudeHistogram(max(abs(low), abs(high))) for n, (low, high) in ranges.items()

@@ -146,7 +146,8 @@ class Extremes:
 
 def under_its_own_name(error: InputError | StageError, scratch: Path, source: Path) -> InputError:
     """An error about a scratch file as one about the file that it was made from."""
-    what = error.what.replace(f"Load model from {scratch} failed:", "").replace(str(scratch), "it")
+    what = error.what.replace(f"Load model from {scratch} failed:", "")
+    what = what.replace(str(scratch), str(source))
     return InputError(what, where=str(source), remedy=error.remedy)
 
 

@@ -12,6 +12,8 @@ from edgekd.engines.quantize.prepare import all_nodes
 from edgekd.errors import InputError
 
 _OTHER_FLOATS = {onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.DOUBLE: "float64"}
+STORED_IN_8_BITS = {"GRU", "RNN", "LSTM", "Gather", "Einsum"}
+"""Operators whose weights the other methods store in 8 bits, if they do not compute in them."""
 _NAMED = 3  # nodes, and reasons, that an error spells out
 
 
@@ -34,6 +36,10 @@ def nothing_to_quantize(
     types = sorted({node.op_type for node in all_nodes(model.graph.node)})
     stored = {tensor.data_type for tensor in model.graph.initializer}
     hint = "leave the model in float"
+    if others := sorted(STORED_IN_8_BITS.intersection(types) - set(wanted)):
+        hint = (
+            f"--method dynamic or weights-only stores the weights of {', '.join(others)} in 8 bits"
+        )
     for kind, name in _OTHER_FLOATS.items():
         if kind in stored:
             hint = f"its weights are {name}: give the float32 model"

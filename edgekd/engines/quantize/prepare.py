@@ -213,7 +213,9 @@ def _optimize(model: onnx.ModelProto, source: Path, level: str) -> onnx.ModelPro
             open_session(before, (CPU_PROVIDER,), 1, "basic", options)
         except InputError as error:
             # The scratch file's path says nothing to the user.
-            raise InputError(error.what, where=str(source), remedy=error.remedy) from error
+            what = error.what.replace(f"Load model from {before} failed:", "")
+            what = what.replace(str(before), str(source))
+            raise InputError(what, where=str(source), remedy=error.remedy) from error
         # Types by path: in memory it takes no model above 2 GB.
         onnx.shape_inference.infer_shapes_path(str(after), str(before))
         return onnx.load(str(before))
@@ -272,14 +274,15 @@ def _separate_additions(graph: onnx.GraphProto, before: onnx.GraphProto) -> None
             nodes.append(node)
             continue
         addition = makers.get(node.output[0])
-        product = None
+        name, output, sum_name = node.name, "", ""
         if addition is not None and addition.op_type == "Add":
             product = next((makers[n] for n in addition.input if n != added and n in makers), None)
-        if product is not None and product.op_type == "MatMul" and product.output[0] not in taken:
-            name, output, sum_name = product.name, product.output[0], addition.name
-        else:
+            fused = product is not None and product.op_type == "MatMul"
+            if product is not None and fused and product.output[0] not in taken:
+                name, output, sum_name = product.name, product.output[0], addition.name
+        if not output:
             output = _free(f"{node.output[0]}.product", taken)
-            name, sum_name = node.name, _free(f"{node.name}.add", taken)
+            sum_name = _free(f"{node.name}.add", taken)
         kept = [a for a in node.attribute if a.name in ("alpha", "transA", "transB")]
         plain = not any(a.i if a.name.startswith("trans") else a.f != 1.0 for a in kept)
         separate = onnx.helper.make_node(

@@ -32,6 +32,10 @@ from edgekd.errors import StageError
 
 # Folding batch norm into weights rounds anew; a wrong rewrite is off by far more.
 _SAME = 1e-3
+_PREPARED_WRONG = (
+    "ONNX Runtime's basic optimizations change this model: export it again without batch norm in "
+    "training mode, or simplify it; --method dynamic and weights-only prepare it in the same way"
+)
 
 
 class StaticQuantizer:
@@ -72,7 +76,8 @@ class StaticQuantizer:
         self._source = onnx_path
         self._prepared = prepare_onnx(onnx_path)
         graph = self._prepared.model.graph
-        kept = self._prepared.named(keep)
+        kept = self.kept = self._prepared.named(keep)
+        """The nodes of ``keep``, by their names in what is written."""
         if runtime == "cpu":
             plain = Candidates(graph, runtime, kept)
             pool_spatial_means(
@@ -226,8 +231,7 @@ class StaticQuantizer:
                 raise StageError(
                     f"output {output.name!r} changed when the model was prepared for quantization",
                     where=str(self._source),
-                    remedy="export the model again with opset 13 or later, without batch norm in "
-                    "training mode",
+                    remedy=_PREPARED_WRONG,
                 )
 
 
