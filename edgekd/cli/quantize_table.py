@@ -38,7 +38,7 @@ def print_quantized(console: Console, record: Mapping[str, Any]) -> None:
         console.print(f"  {record['metric']}: {full_text(Figure.from_json(record['score']))}, "
                       f"drop {full_text(drop)}", highlight=False)  # fmt: skip
         console.print(_errors(record["errors"], record["compared_on"]))
-        for name, note in record["compared_on"]["outputs"].items():
+        for name, note in record["compared_on"].get("outputs", {}).items():
             console.print(f"  {name}: {note}", highlight=False, markup=False)
         if record["compared_on"]["calibrated_on"]:
             console.print("  other samples are a better test: --validation DATA.npz")
@@ -68,9 +68,8 @@ def _print_float_nodes(console: Console, record: Mapping[str, Any]) -> None:
         return
     total = sum(row["bytes"] for row in rows)
     stay = "node stays" if len(rows) == 1 else "nodes stay"
-    console.print(
-        f"  {len(rows)} {stay} in float32, with {total:,} bytes of weights", highlight=False
-    )
+    weights = f", with {total:,} bytes of weights" if total else ""
+    console.print(f"  {len(rows)} {stay} in float32{weights}", highlight=False)
     for row in rows[:NODES_SHOWN]:
         weights = f", {row['bytes']:,} bytes" if row["bytes"] else ""
         said = f"    {row['node']} ({row['op']}{weights}): {row['reason']}"

@@ -139,8 +139,10 @@ def quantize_model(
                 "file": str(data),
                 "samples": compared.count,
                 "calibrated_on": fitted,
-                "outputs": BatchedModel(model, compared, threads=settings.threads).outputs.notes(),
             }
+            notes = BatchedModel(model, compared, threads=settings.threads).outputs.notes()
+            if notes:
+                record["compared_on"]["outputs"] = notes
             if settings.per_layer:
                 from edgekd.engines.layer_errors import layer_errors
 
