@@ -12,12 +12,14 @@ from edgekd.cli.typed_options import (
     PIPELINE_SUFFIXES,
     refuse_options_of_a_model,
 )
-from edgekd.errors import StageError
+from edgekd.errors import InputError, StageError
 
 if TYPE_CHECKING:
     from edgekd.config.profile import Profile
 
 FILE = click.Path(path_type=Path)
+COMPARED_BYTES = 64 << 20
+"""A model file of no more is run once more, to see whether its optimized answers are its own."""
 
 
 @click.command()
@@ -89,9 +91,33 @@ def benchmark(
     name = loaded.name if loaded else "host"
     evidence = evidence_of(name, target.name)
     record.update(profile=name, target=target.name, evidence=evidence, providers_left_out=left_out)
+    record["optimizer_faults"] = _optimizer_faults([model, *([against] if against else [])])
     if out is not None:
         write_record(out, record)
     print_benchmark(console, record)
+    for file, fault in record["optimizer_faults"].items():
+        console.print(f"  {file}: {fault}", style="yellow", highlight=False, markup=False)
+
+
+def _optimizer_faults(models: list[Path]) -> dict[str, str]:
+    """Of small models: what was timed and does not give the answers of the model as written."""
+    from edgekd.engines.onnx_file import ENGINE_SUFFIXES
+    from edgekd.engines.onnx_graph import precisions_of
+    from edgekd.engines.optimizer_faults import find_fault_on_random_inputs
+
+    found: dict[str, str] = {}
+    for model in models:
+        if model.suffix.lower() in ENGINE_SUFFIXES or model.stat().st_size > COMPARED_BYTES:
+            continue
+        if any(precisions_of(model).values()):
+            continue  # in fewer bits an optimized graph is rounded in other places
+        try:
+            fault = find_fault_on_random_inputs(model)
+        except (InputError, StageError):
+            continue  # it runs on the inputs that were given, and on none that can be made up
+        if fault is not None:
+            found[str(model)] = f"{fault}; {fault.remedy}"
+    return found
 
 
 def _load_profile(name: str | None) -> Profile | None:

@@ -99,6 +99,16 @@ def _build_onnxruntime(
     click.echo(f"{output}  {info.size_bytes / 1e6:.3f} MB  ONNX Runtime, {threads} thread(s)")
     nodes = ", ".join(f"{count} on {name}" for name, count in info.nodes.items())
     click.echo(f"  nodes: {nodes}; largest difference {info.max_difference:.2g}")
+    if info.disabled_optimizers:
+        click.echo(
+            f"  without {', '.join(info.disabled_optimizers)}, which ONNX Runtime changes the "
+            "answers by"
+        )
+    if info.run_level != "all":
+        click.echo(
+            "  open it with graph_optimization_level = ORT_DISABLE_ALL (edgerun: --optimization "
+            "disabled): the file is optimized already, and ONNX Runtime would change the answers"
+        )
     left_out = [name for name in wanted if name not in here]
     if left_out:
         click.echo(f"  left out, not on this machine: {', '.join(left_out)}")

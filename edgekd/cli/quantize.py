@@ -171,8 +171,12 @@ def _not_met(record: Mapping[str, Any], max_drop: float) -> GateFailed:
             "more typical samples; in a pipeline, quantize: {int8: qat} trains the loss back",
         )
     other = "fp16" if record["method"] in ("dynamic", "weights-only", "bf16") else None
+    metric, worst = record["metric"], record["worst"]
+    if worst is not None:
+        metric = f"{worst['metric']} of {worst['part']}"
+    drop = record["drop"]["value"] if worst is None else worst["drop"]
     return GateFailed(
-        f"{record['metric']} falls by {record['drop']['value']:.4g}, more than the {max_drop:g} of "
+        f"{metric} falls by {drop:.4g}, more than the {max_drop:g} of "
         "--max-drop; nothing was written",
         where=record["model"],
         remedy="allow more, keep the layers that --per-layer shows in float32 (--keep NODE)"

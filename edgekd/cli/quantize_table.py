@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from edgekd.engines.part_errors import SCORE_THRESHOLD
 from edgekd.figure import Figure
 from edgekd.release.figure_text import full_text
 
@@ -27,6 +28,13 @@ def print_quantized(console: Console, record: Mapping[str, Any]) -> None:
             _print_float_inputs(console, record["float_inputs"])
         _print_size(console, record)
         _print_float_nodes(console, record)
+    if record.get("mixed"):
+        console.print(
+            "  in float32, as 8 bits of one scale would lose the smaller part: "
+            f"{', '.join(record['mixed'])}",
+            highlight=False,
+            markup=False,
+        )
     half = record.get("half")
     if half:
         total = len(half["kept"]) + len(half["low"])
@@ -35,8 +43,20 @@ def print_quantized(console: Console, record: Mapping[str, Any]) -> None:
             console.print(f"    {name}: {reason}", highlight=False, markup=False)
     if "metric" in record:
         drop = Figure.from_json(record["drop"])
-        console.print(f"  {record['metric']}: {full_text(Figure.from_json(record['score']))}, "
-                      f"drop {full_text(drop)}", highlight=False)  # fmt: skip
+        worst = record["worst"]
+        of = f" of {worst['part']}" if worst and worst["metric"] == record["metric"] else ""
+        console.print(
+            f"  {record['metric']}{of}: {full_text(Figure.from_json(record['score']))}, "
+            f"drop {full_text(drop)}",
+            highlight=False,
+            markup=False,
+        )
+        if worst and not of:
+            console.print(
+                f"  {worst['metric']} of {worst['part']}: drop {worst['drop']:.4g}",
+                highlight=False,
+                markup=False,
+            )
         console.print(_errors(record["errors"], record["compared_on"]))
         for name, note in record["compared_on"].get("outputs", {}).items():
             console.print(f"  {name}: {note}", highlight=False, markup=False)
@@ -121,18 +141,56 @@ def _errors(rows: list[Mapping[str, Any]], on: Mapping[str, Any]) -> Table:
     elif on["calibrated_on"]:
         which += f", {on['calibrated_on']:,} of them calibrated on"
     table = Table(title=Text(f"against float32, on the {which}"))
-    for heading in ("output", "max |Δ|", "rmse", "SQNR", "cosine", "same class"):
+    headings = ("output", "max |Δ|", "rmse", "SQNR", "cosine", "same")
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "output" else "right")
     for row in rows:
+        parts = row["parts"]
+        same = row["argmax_agreement"]
+        if len(parts) == 1:
+            same = parts[0]["agreement"]
+        chosen = "–" if same is None else f"{same:.2%}"
+        if [part["kind"] for part in parts] == ["decisions"]:
+            # The distance between two classes is none.
+            table.add_row(row["name"], "–", "–", "–", "–", chosen)
+            continue
         table.add_row(
             row["name"],
             _number(row["max_absolute"]),
             _number(row["rmse"]),
-            "–" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f} dB",
+            _decibels(row["sqnr_db"]),
             _number(row["cosine"]),
-            "–" if row["argmax_agreement"] is None else f"{row['argmax_agreement']:.2%}",
+            chosen,
         )
+        for part in parts if len(parts) > 1 else ():
+            table.add_row(
+                Text(f"  {part['part']}"),
+                _number(part["max_absolute"]),
+                _number(part["rmse"]),
+                _decibels(part["sqnr_db"]),
+                "",
+                "–" if part["agreement"] is None else f"{part['agreement']:.2%}",
+            )
+    table.caption = _caption(rows)
     return table
+
+
+def _caption(rows: list[Mapping[str, Any]]) -> str | None:
+    """What "same" is the same of."""
+    kinds = {p["kind"] for row in rows for p in row["parts"] if p["agreement"] is not None}
+    said = []
+    if any(row["argmax_agreement"] is not None for row in rows):
+        said.append("samples of the same class")
+    if "decisions" in kinds:
+        said.append("values that are equal")
+    if "scores" in kinds:
+        said.append(f"scores over {SCORE_THRESHOLD:g} on either side that are so on both")
+    return f"same: {'; '.join(said)}" if said else None
+
+
+def _decibels(value: float | None) -> str:
+    # Rounded first: no "-0.0".
+    return "–" if value is None else f"{round(value, 1) + 0.0:.1f} dB"
 
 
 def _layers(rows: list[Mapping[str, Any]]) -> Table:
@@ -142,8 +200,7 @@ def _layers(rows: list[Mapping[str, Any]]) -> Table:
     for row in sorted(rows, key=lambda row: -(math.inf if row["own"] is None else row["own"]))[
         :LAYERS_SHOWN
     ]:
-        sqnr = "–" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f} dB"
-        table.add_row(row["node"], row["op"], sqnr, _number(row["own"]))
+        table.add_row(row["node"], row["op"], _decibels(row["sqnr_db"]), _number(row["own"]))
     return table
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from edgekd.distill.evaluate import device_of, prepared
 from edgekd.distill.features import Capture
+from edgekd.engines.optimizer_faults import guarded
 from edgekd.errors import InputError
 from edgekd.models.named import NamedModel
 from edgekd.spec import TensorSpec
@@ -235,7 +236,10 @@ def _open(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        with guarded(path) as file:
+            return onnxruntime.InferenceSession(
+                str(file), options, providers=["CPUExecutionProvider"]
+            )
     except Exception as error:
         # ONNX Runtime's own exceptions have no common base class.
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no reason"

@@ -190,6 +190,17 @@ def run_samples(
     return {name: np.concatenate(rows) for name, rows in parts.items()}
 
 
+def one_batch(path: Path, samples: Samples, batch: int = 16) -> dict[str, Array]:
+    """The first samples as a model takes them, by input name.
+
+    Raises:
+        InputError: as :class:`BatchedModel`.
+    """
+    session = open_session(path, (CPU_PROVIDER,), 1, "disabled")
+    rows = next(iter(fixed_sizes(session)), None)
+    return model_inputs(session, next(samples.batches(rows or batch)), path, rows)
+
+
 def numbered_batches(samples: Samples, size: int) -> Iterator[tuple[slice, dict[str, Array]]]:
     """Batches with the rows of all samples that they are."""
     start = 0

@@ -22,11 +22,14 @@ from edgekd.engines.coverage import (
 from edgekd.engines.finding import Finding, Status
 from edgekd.engines.liveness import MemoryEstimate, estimate_memory
 from edgekd.engines.onnx_file import OnnxInfo, describe_onnx, files_of_onnx, read_onnx
-from edgekd.engines.onnx_graph import node_label
+from edgekd.engines.onnx_graph import node_label, precisions_of
+from edgekd.engines.optimizer_faults import find_fault_on_random_inputs
 from edgekd.engines.session import CPU_PROVIDER
 from edgekd.engines.tensorrt_verdict import OTHERWISE, Parse, tensorrt_verdict
-from edgekd.errors import InputError, unknown_name
+from edgekd.errors import InputError, StageError, unknown_name
 
+_COMPARED_BYTES = 256 << 20
+"""A model that needs no more is run, to compare its answers with and without optimization."""
 _NO_KERNEL = re.compile(r"implementation for (\w+)\(\d+\)|(\w+)\(-?\d+\) is not a registered")
 
 
@@ -105,6 +108,8 @@ def check_model(
     verdict, found = tensorrt_verdict(path, model, parse, asked, profile)
     findings += found
     memory = estimate_memory(path, shapes, batch)
+    if CPU_PROVIDER in chain and coverage:
+        findings += _optimized(path, memory, "onnxruntime" in asked)
     findings.append(_memory(memory, info, profile))
     return CheckReport(
         model=str(path),
@@ -180,6 +185,25 @@ def _onnxruntime(
         _provider(row, rows, chain[0], asked) for row in rows if row.provider in chain or row.nodes
     ]
     return rows, found
+
+
+def _optimized(path: Path, memory: MemoryEstimate, asked: bool) -> list[Finding]:
+    """Whether ONNX Runtime's optimization leaves the answers as they are."""
+    subject = "optimized answers"
+    if memory.total_bytes > _COMPARED_BYTES:
+        return [Finding(subject, "note", "not compared, the model is large: 'edgekd build' does")]
+    if any(precisions_of(path).values()):
+        detail = "not compared: a model in fewer bits is rounded in other places when optimized"
+        return [Finding(subject, "note", detail)]
+    try:
+        fault = find_fault_on_random_inputs(path)
+    except (InputError, StageError) as error:
+        return [Finding(subject, "note", f"not compared: {error.what}")]
+    if fault is None:
+        same = "those of the model as it is written, on random inputs"
+        return [Finding(subject, "ok" if asked else "note", same)]
+    remedy = f"{fault.remedy}; 'edgekd build' writes a file that is right"
+    return [Finding(subject, "fails" if asked else "note", str(fault), remedy)]
 
 
 def _provider(

@@ -1,9 +1,9 @@
-"""How far are a model's answers from those of another: per output, over real samples."""
+"""How far are a model's answers from those of another: per output and part, over real samples."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import numpy as np
 from edgekd.engines.batch_layout import comparable
 from edgekd.engines.batched_run import BatchedModel, numbered_batches, run_samples
 from edgekd.engines.error_sums import ErrorSums, cosines
+from edgekd.engines.output_parts import Part, find_parts
+from edgekd.engines.part_errors import PartError, PartSums
 from edgekd.engines.samples import Array, Samples
 from edgekd.engines.session import CPU_PROVIDER, Optimization
 from edgekd.errors import InputError, unknown_name
@@ -21,6 +23,8 @@ __all__ = [
     "AnswerErrors",
     "Comparison",
     "OutputError",
+    "PartError",
+    "Reference",
     "Score",
     "compare_answers",
     "compare_models",
@@ -30,6 +34,8 @@ __all__ = [
 Score = Callable[[Mapping[str, Array], Mapping[str, Array], slice], Array]
 """(the reference's answers, a model's, which of all samples they are) → each one's score, (n,)."""
 
+REFERENCE_BYTES = 128 << 20
+"""A reference's answers are kept for the next candidate while they take no more than this."""
 _VALUES = 1 << 20  # compared at a time in float64
 _CONFIDENCE = 0.95
 
@@ -60,20 +66,128 @@ class OutputError:
     not_finite: int
     argmax_agreement: float | None = None
     argmax_interval: tuple[float, float] | None = None
+    parts: tuple[PartError, ...] = ()
+    """The parts that the output was compared by, one where it is of one piece; none for the
+    classification's, whose classes are compared."""
 
     def to_json(self) -> dict[str, Any]:
         """A plain mapping for a JSON file."""
-        return asdict(self)
+        return asdict(self) | {"parts": [part.to_json() for part in self.parts]}
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Two models on the same samples: ``errors`` of the candidate's outputs, and the scores of
-    both, (N,) float64."""
+    both, (N,) float64; empty where no score was asked for."""
 
     errors: tuple[OutputError, ...]
     reference_scores: Array
     scores: Array
+
+    @property
+    def worst(self) -> PartError | None:
+        """The part that falls most; None where there is none."""
+        parts = [part for error in self.errors for part in error.parts]
+        return max(parts, key=lambda part: part.drop, default=None)
+
+
+class Reference:
+    """The model that is right, on some samples: run as it is written, without optimizations.
+
+    What a runtime's optimizer makes of a model is not the model. Answers are computed once where
+    they fit into :data:`REFERENCE_BYTES`.
+
+    Args:
+        path: the model.
+        samples: real inputs.
+        providers: of all models, like ``threads``.
+        threads: of ONNX Runtime.
+        batch: samples run at a time, see :class:`edgekd.engines.batched_run.BatchedModel`.
+
+    Raises:
+        InputError, StageError: as :func:`run_samples` for the model.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        samples: Samples,
+        *,
+        providers: Sequence[str] = (CPU_PROVIDER,),
+        threads: int = 1,
+        batch: int = 64,
+    ) -> None:
+        self.path, self.samples = path, samples
+        self._providers, self._threads = tuple(providers), threads
+        self._model = self._opened(path, "disabled", batch)
+        self._batch = batch
+        self._known: list[tuple[slice, dict[str, Array]]] = []
+        self._known_size = 0
+        self.first = self._model.answer(next(samples.batches(self._model.size)))
+        """The answers to the first batch."""
+        self.parts = find_parts(path, samples, self.first, self._model.outputs.axes)
+        """The parts of each output, by its name."""
+
+    def _opened(self, path: Path, optimization: Optimization, batch: int) -> BatchedModel:
+        return BatchedModel(
+            path,
+            self.samples,
+            providers=self._providers,
+            threads=self._threads,
+            optimization=optimization,
+            batch=batch,
+        )
+
+    def answers(self, size: int) -> Iterator[tuple[slice, dict[str, Array], dict[str, Array]]]:
+        """Batch by batch: which samples these are, their inputs, and the answers."""
+        known = dict(enumerate(self._known)) if self._known_size == size else {}
+        kept: list[tuple[slice, dict[str, Array]]] = []
+        left = REFERENCE_BYTES
+        for number, (rows, inputs) in enumerate(numbered_batches(self.samples, size)):
+            answers = known[number][1] if number in known else self._model.answer(inputs)
+            left -= sum(values.nbytes for values in answers.values())
+            if left >= 0:
+                kept.append((rows, answers))
+            yield rows, inputs, answers
+        self._known, self._known_size = kept, size
+
+    def compare(
+        self,
+        candidate: Path,
+        classes: str | None = None,
+        score: Score | None = None,
+        *,
+        optimization: Optimization = "all",
+        batch: int | None = None,
+    ) -> Comparison:
+        """Run a candidate beside it; of the candidate's answers only errors and scores are kept.
+
+        Args:
+            candidate: the model to compare.
+            classes: as in :func:`compare_answers`.
+            score: what a batch's answers are worth, of the reference itself too.
+            optimization: of the candidate.
+            batch: the candidate's, where that is another than the reference's: dynamic
+                quantization takes ranges over the whole batch, and 1 is what a device answers to
+                one query.
+
+        Raises:
+            InputError: as :func:`run_samples` for the candidate and :func:`compare_answers`.
+            StageError: a model fails while it runs.
+        """
+        model = self._opened(candidate, optimization, batch or self._batch)
+        errors = AnswerErrors(classes, self.parts)
+        scores: tuple[list[Array], list[Array]] = ([], [])
+        for rows, inputs, expected in self.answers(max(self._model.size, model.size)):
+            expected, answers = comparable(expected, model.answer(inputs))
+            errors.add(expected, answers)
+            if score is not None:
+                scores[0].append(score(expected, expected, rows))
+                scores[1].append(score(expected, answers, rows))
+        own, others = (
+            np.concatenate(parts).astype(np.float64) if parts else np.zeros(0) for parts in scores
+        )
+        return Comparison(errors.rows(), own, others)
 
 
 def compare_models(
@@ -89,43 +203,27 @@ def compare_models(
     batch: int = 64,
     candidate_batch: int | None = None,
 ) -> Comparison:
-    """Run two models side by side on each batch; of its answers only the scores are kept.
+    """:meth:`Reference.compare` for a single candidate.
 
     Args:
-        reference: the model that is right.
+        reference: the model that is right, run without optimizations.
         candidate: the model to compare.
         samples: real inputs.
         classes: as in :func:`compare_answers`.
         score: what a batch's answers are worth, of the reference itself too.
-        providers: of both, like ``threads`` and ``optimization``.
-        batch: samples run at a time, see :class:`edgekd.engines.batched_run.BatchedModel`.
-        candidate_batch: the candidate's, where that is another: dynamic quantization takes
-            ranges over the whole batch, and 1 is what a device answers to one query.
+        providers: of both, like ``threads``.
+        threads: of ONNX Runtime.
+        optimization: the candidate's.
+        batch: samples run at a time.
+        candidate_batch: the candidate's, where that is another.
 
     Raises:
-        InputError: as :func:`run_samples` for either model and :func:`compare_answers`.
-        StageError: a model fails while it runs.
+        InputError, StageError: as :class:`Reference` and its ``compare``.
     """
-    models = [
-        BatchedModel(
-            path,
-            samples,
-            providers=providers,
-            threads=threads,
-            optimization=optimization,
-            batch=size,
-        )
-        for path, size in ((reference, batch), (candidate, candidate_batch or batch))
-    ]
-    errors = AnswerErrors(classes)
-    scores: tuple[list[Array], list[Array]] = ([], [])
-    for rows, inputs in numbered_batches(samples, max(model.size for model in models)):
-        expected, answers = comparable(*(model.answer(inputs) for model in models))
-        errors.add(expected, answers)
-        scores[0].append(score(expected, expected, rows))
-        scores[1].append(score(expected, answers, rows))
-    own, others = (np.concatenate(parts).astype(np.float64) for parts in scores)
-    return Comparison(errors.rows(), own, others)
+    right = Reference(reference, samples, providers=providers, threads=threads, batch=batch)
+    return right.compare(
+        candidate, classes, score, optimization=optimization, batch=candidate_batch
+    )
 
 
 def compare_answers(
@@ -150,8 +248,11 @@ def compare_answers(
 class AnswerErrors:
     """:func:`compare_answers` over as many batches as come, in constant memory."""
 
-    def __init__(self, classes: str | None) -> None:
+    def __init__(
+        self, classes: str | None, parts: Mapping[str, Sequence[Part]] | None = None
+    ) -> None:
         self._classes = classes
+        self._parts = parts or {}
         self._outputs: dict[str, _OutputSums] = {}
 
     def add(self, reference: Mapping[str, Array], candidate: Mapping[str, Array]) -> None:
@@ -173,20 +274,24 @@ class AnswerErrors:
                     where="comparison of two models' answers",
                     remedy="run both models on the same samples, at least one",
                 )
-            sums = self._outputs.setdefault(name, _OutputSums(name == self._classes))
-            sums.add(expected, answer)
+            if name not in self._outputs:
+                classes = name == self._classes
+                parts = () if classes else self._parts.get(name, ())
+                self._outputs[name] = _OutputSums(name, classes, parts)
+            self._outputs[name].add(expected, answer)
 
     def rows(self) -> tuple[OutputError, ...]:
         """The error of every output so far, in the reference's order."""
-        return tuple(sums.row(name) for name, sums in self._outputs.items())
+        return tuple(sums.row() for sums in self._outputs.values())
 
 
 class _OutputSums:
     """What one output's figures are made of."""
 
-    def __init__(self, classes: bool) -> None:
-        self._classes = classes
+    def __init__(self, name: str, classes: bool, parts: Sequence[Part]) -> None:
+        self._name, self._classes = name, classes
         self._sums = ErrorSums()
+        self._parts = [PartSums(name, part) for part in parts]
         self._samples = self._same = 0
         self._cosine, self._worst = 0.0, 1.0
 
@@ -199,7 +304,9 @@ class _OutputSums:
         for start in range(0, len(expected), step):
             p, o = (a[start : start + step] for a in (expected, answer))
             p, o = (a.reshape(len(a), each) for a in (p, o))
-            fine = self._sums.add(p, o)
+            fine, _ = self._sums.add(p, o)
+            for part in self._parts:
+                part.add(p, o)
             found = cosines(p.astype(np.float64), o.astype(np.float64))
             self._cosine += float(found.sum())
             self._worst = min(self._worst, float(found.min()))
@@ -207,11 +314,11 @@ class _OutputSums:
                 self._same += int((fine & (p.argmax(axis=1) == o.argmax(axis=1))).sum())
         self._samples += len(expected)
 
-    def row(self, name: str) -> OutputError:
+    def row(self) -> OutputError:
         finite = not self._sums.not_finite
         same, samples = self._same, self._samples
         return OutputError(
-            name=name,
+            name=self._name,
             samples=samples,
             max_absolute=self._sums.largest if finite else None,
             rmse=self._sums.rmse,
@@ -221,6 +328,7 @@ class _OutputSums:
             not_finite=self._sums.not_finite,
             argmax_agreement=same / samples if self._classes else None,
             argmax_interval=_interval(same, samples) if self._classes else None,
+            parts=tuple(part.row() for part in self._parts),
         )
 
 

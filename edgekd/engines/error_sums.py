@@ -26,19 +26,25 @@ class ErrorSums:
         self.not_finite = 0
         """Rows with a value that is not finite on one side only."""
 
-    def add(self, reference: Array, candidate: Array) -> Array:
-        """Take (n, values) of both; gives (n,) whether a row is finite wherever the other is."""
+    def add(self, reference: Array, candidate: Array) -> tuple[Array, Array]:
+        """Take (n, values) of both.
+
+        Returns:
+            (n,) whether a row is finite wherever the other is, and (n,) its Σ (o − p)².
+        """
         p, o = reference.astype(np.float64), candidate.astype(np.float64)
         known = np.isfinite(p) & np.isfinite(o)
         fine: Array = (known | (p == o) | (np.isnan(p) & np.isnan(o))).all(axis=1)
-        p, o = p[known], o[known]
+        if not known.all():
+            p, o = np.where(known, p, 0.0), np.where(known, o, 0.0)
         self.values += reference.size
         self.signal += float(np.vdot(p, p))
         o -= p
-        self.error += float(np.vdot(o, o))
+        errors: Array = np.einsum("ij,ij->i", o, o)
+        self.error += float(errors.sum())
         self.largest = max(self.largest, float(np.abs(o).max(initial=0.0)))
         self.not_finite += int((~fine).sum())
-        return fine
+        return fine, errors
 
     @property
     def rmse(self) -> float | None:

@@ -53,6 +53,7 @@ from edgekd.engines.half_rules import (
 )
 from edgekd.engines.half_verify import largest_difference
 from edgekd.engines.onnx_file import check_onnx
+from edgekd.engines.optimizer_faults import guard_padding
 from edgekd.engines.samples import Samples
 from edgekd.engines.session import first_line
 from edgekd.errors import InputError, StageError, unknown_name
@@ -135,6 +136,7 @@ def convert_half(
         )
     lower(model, chosen, low, keep_io=keep_io)
     converted = _checked(ir.to_proto(model), where)
+    guard_padding(converted)
     difference = None
     if samples is not None:
         difference = largest_difference(flat, converted, low, samples, names)

@@ -7,23 +7,18 @@ nodes folded into one, between tensors that both models have.
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx
-import onnxruntime
-
 from edgekd.engines.batched_run import batch_size, fixed_sizes, model_inputs, run_batch
 from edgekd.engines.error_sums import ErrorSums
-from edgekd.engines.layer_graph import LayerGraph, operators, seen_tensors
-from edgekd.engines.onnx_file import files_of_onnx, read_onnx
+from edgekd.engines.layer_graph import LayerGraph, operators
+from edgekd.engines.onnx_file import read_onnx
+from edgekd.engines.probed_model import ProbedModel
 from edgekd.engines.samples import Array, Samples
-from edgekd.engines.session import CPU_PROVIDER, open_session
 from edgekd.errors import InputError
 
 MEMORY_BYTES = 256 << 20
@@ -95,8 +90,8 @@ def layer_errors(
     """
     with tempfile.TemporaryDirectory() as folder:
         graph = LayerGraph(read_onnx(reference).graph)
-        first = _Opened(reference, Path(folder) / "reference")
-        second = _Opened(candidate, Path(folder) / "candidate")
+        first = ProbedModel(reference, Path(folder) / "reference")
+        second = ProbedModel(candidate, Path(folder) / "candidate")
         both = _Both(first, second, _pairs(graph, first, second))
         size, fixed = _common_size(first, second, samples, min(batch, limit))
         rows = size if fixed else None
@@ -115,44 +110,11 @@ def layer_errors(
     return tuple(_layer(tensor, graph, sums) for tensor in graph.order if tensor in sums)
 
 
-class _Opened:
-    """A model whose intermediate tensors can be read, by copies with more outputs."""
-
-    def __init__(self, path: Path, folder: Path) -> None:
-        self.path = path
-        self._model = read_onnx(path)
-        self._copy = folder / "model.onnx"
-        folder.mkdir()
-        for file in files_of_onnx(path)[1:]:
-            place = folder / file.relative_to(path.resolve().parent)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(file, place)
-            except OSError:  # another file system
-                shutil.copyfile(file, place)
-        graph = self._model.graph
-        self._outputs = [value.name for value in graph.output]
-        self.tensors = {value.name for value in graph.input}
-        self.tensors |= {name for node in graph.node for name in node.output if name}
-        self.seen = seen_tensors(graph)
-        """What consumers read in place of a tensor, where that is a rounded one."""
-
-    def open(self, tensors: Iterable[str] = ()) -> onnxruntime.InferenceSession:
-        """A session that gives these tensors beside its outputs."""
-        outputs = self._model.graph.output
-        for name in set(tensors) - set(self._outputs):
-            # Without a type: ONNX Runtime infers it, also of operators that onnx does not know.
-            outputs.append(onnx.ValueInfoProto(name=name))
-        self._copy.write_bytes(self._model.SerializeToString())
-        del outputs[len(self._outputs) :]
-        return open_session(self._copy, (CPU_PROVIDER,), 1, "disabled")
-
-
 class _Both:
     """The two models, run side by side: ``pairs`` gives each tensor's name in either."""
 
     def __init__(
-        self, first: _Opened, second: _Opened, pairs: Mapping[str, tuple[str, str]]
+        self, first: ProbedModel, second: ProbedModel, pairs: Mapping[str, tuple[str, str]]
     ) -> None:
         self._models, self._pairs = (first, second), pairs
 
@@ -195,7 +157,9 @@ class _Both:
             yield from zip(names, *answers, strict=True)
 
 
-def _pairs(graph: LayerGraph, first: _Opened, second: _Opened) -> dict[str, tuple[str, str]]:
+def _pairs(
+    graph: LayerGraph, first: ProbedModel, second: ProbedModel
+) -> dict[str, tuple[str, str]]:
     """The float tensors that both models have: the names of each in the one and in the other."""
     common = [name for name in graph.order if name in second.tensors]
     pairs = {name: (name, second.seen.get(name, name)) for name in common}
@@ -210,7 +174,9 @@ def _pairs(graph: LayerGraph, first: _Opened, second: _Opened) -> dict[str, tupl
     return {n: pair for n, pair in pairs.items() if pair[0] in floats[0] and pair[1] in floats[1]}
 
 
-def _common_size(first: _Opened, second: _Opened, samples: Samples, batch: int) -> tuple[int, bool]:
+def _common_size(
+    first: ProbedModel, second: ProbedModel, samples: Samples, batch: int
+) -> tuple[int, bool]:
     """How many samples both models can run at a time, and whether one of them fixes it."""
     sessions = {model.path: model.open() for model in (first, second)}
     sizes = {path: batch_size(s, samples, batch, path) for path, s in sessions.items()}

@@ -58,6 +58,19 @@ def subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
     return found + [graph for attribute in node.attribute for graph in attribute.graphs]
 
 
+def tensor_types(model: onnx.ModelProto) -> dict[str, int]:
+    """The element types of tensors by name, inferred where that can be done."""
+    try:
+        graph = onnx.shape_inference.infer_shapes(model).graph
+    except (ValueError, RuntimeError, onnx.shape_inference.InferenceError):
+        graph = model.graph  # too large, or not to be inferred: what the file says
+    return {
+        value.name: value.type.tensor_type.elem_type
+        for inner in _graphs(graph)
+        for value in (*inner.value_info, *inner.input, *inner.output)
+    }
+
+
 def node_label(node: onnx.NodeProto) -> str:
     """A node's name; where it has none, what it is and gives."""
     return str(node.name) or f"{node.op_type} → {', '.join(node.output)}"

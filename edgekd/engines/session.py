@@ -193,6 +193,7 @@ def open_session(
     *,
     provider_options: Mapping[str, Mapping[str, str]] | None = None,
     fallback: Fallback = "error",
+    disabled_optimizers: Sequence[str] = (),
 ) -> onnxruntime.InferenceSession:
     """Open a model on exactly the given providers.
 
@@ -204,6 +205,8 @@ def open_session(
         options: instead of those of :func:`session_options`.
         provider_options: by provider; none for one that is not in it.
         fallback: ``allow`` takes a session in which a provider did not start.
+        disabled_optimizers: of ONNX Runtime's, by name; see
+            :mod:`edgekd.engines.optimizer_faults`.
 
     Raises:
         InputError: ONNX Runtime refuses the file, or a provider does not start on this machine
@@ -215,8 +218,9 @@ def open_session(
     chosen = provider_options or {}
     # A pair only where there is something to say: names alone are what every build takes.
     named = [(name, dict(chosen[name])) if chosen.get(name) else name for name in providers]
+    less = {"disabled_optimizers": list(disabled_optimizers)} if disabled_optimizers else {}
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=named)
+        session = onnxruntime.InferenceSession(str(path), options, providers=named, **less)
     except Exception as error:  # the runtime's own exception classes have no public base
         if match := _SHAPE_IN_FILE.search(str(error)):
             tensor = f" (here {match['tensor']!r})" if match["tensor"] else ""

@@ -14,6 +14,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from edgekd.engines.optimizer_faults import guard_padding
 from edgekd.engines.session import first_line
 from edgekd.errors import StageError
 from edgekd.spec import ModelSpec, TensorSpec
@@ -104,6 +105,7 @@ def to_onnx_proto(model: SpecModule, opset: int, where: str) -> onnx.ModelProto:
         module.train(training)
     if proto is None:
         raise StageError("torch's exporter gave nothing", where=where, remedy="update torch")
+    guard_padding(proto)
     return proto
 
 

@@ -60,7 +60,8 @@ def write_bundle(
             data, ``(x · scale − mean) / std``.
         labels: class names, if the task has them.
         task: ``{"name", "output"}``.
-        runtime: ``{"providers", "threads"}`` that the figures were measured with.
+        runtime: ``{"providers", "threads"}`` that the figures were measured with, and the level of
+            ``optimization`` where it must be another than edgerun's own.
         result: the content of the result file; its figures, versions and fingerprints go in.
         example: a few real samples by input name, (N, …): raw where they are uint8, otherwise
             as the model takes them.
@@ -159,6 +160,8 @@ def _answer_example(folder: Path, runtime: Mapping[str, Any]) -> None:
     command += ["--inputs", EXAMPLE, "--output", EXPECTED]
     if runtime.get("threads"):
         command += ["--threads", str(runtime["threads"])]
+    if runtime.get("optimization"):
+        command += ["--optimization", str(runtime["optimization"])]
     # Python finds the bundle's own edgerun: the working folder comes first for -m. An inherited
     # PYTHONPATH or PYTHONSAFEPATH must not put another one before it.
     inherited = ("PYTHONPATH", "PYTHONSAFEPATH")

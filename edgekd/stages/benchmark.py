@@ -11,6 +11,7 @@ import numpy as np
 
 from edgekd.npz import write_npz
 from edgekd.pipeline.stage import Context, Job
+from edgekd.stages.building import common_level
 from edgekd.stages.fitting import open_ground, read_json, write_json
 
 ROLES = ("teacher", "student", "baseline")
@@ -80,8 +81,8 @@ class BenchmarkStage:
         settings = {
             "providers": engines["student"]["providers_requested"],
             "threads": engines["student"]["threads"],
-            "optimization": engines["student"]["run_level"],
         }
+        levels = {role: engines[role]["run_level"] for role in files}
         context.progress.message(f"  timing on {target.name}: until steady, then in turn")
         bench = target.bench(
             files["student"],
@@ -92,6 +93,7 @@ class BenchmarkStage:
             batch=config.benchmark.batch_size,
             min_queries=config.benchmark.min_queries,
             max_seconds=config.benchmark.max_seconds,
+            optimization=common_level(levels.values()),
             **settings,
         )
         task, labelled = ground.task, ground.task.labelled(answers)
@@ -108,7 +110,14 @@ class BenchmarkStage:
         for role, file in files.items():
             outputs = context.scratch / f"{role}.npz"
             own = engines[role].get("provider_options")
-            target.run(file, samples, outputs, provider_options=own, **settings)
+            target.run(
+                file,
+                samples,
+                outputs,
+                provider_options=own,
+                optimization=levels[role],
+                **settings,
+            )
             with np.load(outputs) as archive:
                 given = {name: archive[name] for name in archive}
             if by_teacher and role == "teacher":

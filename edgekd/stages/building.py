@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -20,13 +20,20 @@ optimized INT8 graph rounds in other places, so that a value may fall a step asi
 how right it is, is measured on the validation split."""
 
 
+def common_level(levels: Iterable[str]) -> str:
+    """The optimization to open several files with, that each is right at: ``disabled`` where one
+    must not be optimized again (all are optimized already, as they lie there)."""
+    each = list(levels)
+    return "disabled" if "disabled" in each else each[0]
+
+
 class Builder(Protocol):
     """Makes an ONNX file into what a runtime runs."""
 
     suffix: str
     settings: dict[str, Any]
     """Keyword arguments of a target's ``run`` and ``bench`` for all that it builds; a file's own
-    ``provider_options`` are in its row."""
+    ``provider_options`` and ``run_level`` are in its row."""
 
     def build(
         self, source: Path, out: Path, precision: Precision, keep: tuple[str, ...] = ()
@@ -76,7 +83,6 @@ class OnnxRuntimeBuilder:
         self.settings = {
             "providers": self.chain.providers,
             "threads": self.threads,
-            "optimization": engine.optimization,
         }
 
     def build(
@@ -100,7 +106,12 @@ class OnnxRuntimeBuilder:
         if out.stat().st_size > source.stat().st_size and precision == "int8":
             # Optimizing ahead can fold weights stored in 8 bits back into floats.
             shutil.copyfile(source, out)
-            return info.to_json() | {"size_bytes": out.stat().st_size, "saved_level": "disabled"}
+            return info.to_json() | {
+                "size_bytes": out.stat().st_size,
+                "saved_level": "disabled",
+                # Of the copied file: nothing was left out of it.
+                "run_level": "disabled" if info.disabled_optimizers else info.run_level,
+            }
         return info.to_json()
 
     def describe(self) -> str:

@@ -67,7 +67,16 @@ class BundleStage:
             preprocess={name: entry.to_json() for name, entry in dataset.preprocess.items()},
             labels=dataset.labels,
             task={"name": ground.task.name, "output": ground.task.output},
-            runtime={"providers": engine["providers_requested"], "threads": engine["threads"]},
+            runtime={
+                "providers": engine["providers_requested"],
+                "threads": engine["threads"],
+                # Named only where the runtime's own optimization would change the answers.
+                **(
+                    {"optimization": "disabled"}
+                    if engine.get("disabled_optimizers") and engine["run_level"] == "disabled"
+                    else {}
+                ),
+            },
             engines=inputs["engines"] / FURTHER,
             result=read_json(inputs["benchmark"] / "result.json"),
             example={

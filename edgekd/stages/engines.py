@@ -16,7 +16,7 @@ import numpy as np
 
 from edgekd.npz import write_npz
 from edgekd.pipeline.stage import Context, Job
-from edgekd.stages.building import Builder, Precision, TensorRTBuilder, open_builder
+from edgekd.stages.building import Builder, Precision, TensorRTBuilder, common_level, open_builder
 from edgekd.stages.fitting import open_ground, write_json
 from edgekd.stages.further import write_further
 from edgekd.stages.quantize import STUDENT, Runtime, runtime_of
@@ -172,8 +172,7 @@ class _Work:
             # Nothing to choose between, so nothing is measured.
             alone = Candidate(FLOAT, files[FLOAT].stat().st_size, 0.0, None, {})
             return choose([alone], budgets, allowed, refused=refused)
-        options = {files[name]: row.get("provider_options") for name, row in rows.items()}
-        measured = _Measured(self, files, options)
+        measured = _Measured(self, files, {files[name]: row for name, row in rows.items()})
         teacher = self.context.out / f"teacher{self.builder.suffix}"
         has_teacher = teacher.is_file()
         return choose(
@@ -191,13 +190,15 @@ class _Work:
 class _Measured:
     """Accuracy and latency of the built candidates on the target."""
 
-    def __init__(self, work: _Work, files: Mapping[str, Path], options: Mapping[Path, Any]) -> None:
+    def __init__(
+        self, work: _Work, files: Mapping[str, Path], rows: Mapping[Path, Mapping[str, Any]]
+    ) -> None:
         from edgekd.engines.choice import FLOAT
         from edgekd.targets import open_target
 
         context = work.context
         self.context, self.files, self.settings = context, files, work.builder.settings
-        self.options = options
+        self.rows = rows
         self.target: Target = open_target(context.job.config.target)
         ground = open_ground(work.inputs["data"], context.job.config)
         self.validation = Validation(ground, work.inputs["export"] / STUDENT)
@@ -249,15 +250,29 @@ class _Measured:
             min_queries=TIMED_QUERIES,
             max_seconds=TIMED_SECONDS,
             memory=False,
-            provider_options=self.options.get(file),
-            against_options=self.options.get(against) if against is not None else None,
+            provider_options=self._row(file).get("provider_options"),
+            against_options=self._row(against).get("provider_options"),
+            optimization=common_level(
+                self._row(one).get("run_level", "all") for one in (file, against) if one is not None
+            ),
             **self.settings,
         )
 
+    def _row(self, file: Path | None) -> Mapping[str, Any]:
+        """How a file was built; nothing is known of the teacher's here."""
+        return {} if file is None else self.rows.get(file, {})
+
     def _scores(self, file: Path) -> Any:
         outputs = self.context.scratch / "answers.npz"
-        own = self.options.get(file)
-        self.target.run(file, self.samples, outputs, provider_options=own, **self.settings)
+        own = self._row(file)
+        self.target.run(
+            file,
+            self.samples,
+            outputs,
+            provider_options=own.get("provider_options"),
+            optimization=own["run_level"],
+            **self.settings,
+        )
         with np.load(outputs) as archive:
             scores = self.validation.score({name: archive[name] for name in archive})
         outputs.unlink()

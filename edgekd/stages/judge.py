@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,22 +13,28 @@ from edgekd.stages.own_remarks import remarks_on_errors
 from edgekd.stages.sample_labels import check_labels
 
 if TYPE_CHECKING:
-    from edgekd.engines.compare import Comparison
+    from edgekd.engines.compare import Comparison, PartError
     from edgekd.engines.samples import Array, Samples
+    from edgekd.engines.session import Optimization
 
 CLASSES_AT_LEAST = 2
 BATCH = 64
 AGREEMENT = "agreement with float32"
+RELATIVE = "1 - relative error"
+ABSOLUTE = "1 - error (float32 gives zeros)"
 
 
 class Judge:
     """Compares files with the float model on the same samples, batch by batch.
 
-    The metric is accuracy where there are labels, agreement with float32 where the first output
-    is (N, classes), else 1 − ‖answer − float32‖ / ‖float32‖ of each sample over all outputs. A
-    sample whose answer is NaN or infinite where float32's is not, or the other way round, is
-    wrong, as :func:`edgekd.engines.compare.compare_answers` counts it; its last metric is at most
-    that of an answer of zeros, 0.
+    Float32 is the model as it is written, run without a runtime's optimizations. The metric is
+    accuracy where there are labels, agreement with float32 where the first output is (N, classes)
+    in floating point, else that of the part of the outputs which falls most: see
+    :class:`edgekd.engines.part_errors.PartError`. A sample whose answer is NaN or infinite where
+    float32's is not, or the other way round, is wrong.
+
+    The drop that a budget is held against is the largest one of the metric and of all parts
+    beside it.
 
     Args:
         model: the float model.
@@ -52,14 +58,19 @@ class Judge:
         threads: int = 1,
         batch: int = BATCH,
     ) -> None:
-        from edgekd.engines.batched_run import answer_batches
+        from edgekd.engines.compare import Reference
 
-        self._model, self._samples = model, samples
-        self._threads, self._batch = threads, batch
-        first = next(answer_batches(model, samples, threads=threads, batch=BATCH))[1]
-        self._primary, answers = next(iter(first.items()))
-        self._has_classes = answers.ndim == 2 and answers.shape[1] >= CLASSES_AT_LEAST
+        self._samples, self._threads, self._batch = samples, threads, batch
+        self._reference = Reference(model, samples, threads=threads, batch=BATCH)
+        self._primary, answers = next(iter(self._reference.first.items()))
+        self._has_classes = (
+            answers.dtype.kind == "f"
+            and self._reference.parts[self._primary][0].kind != "decisions"
+            and answers.ndim == 2
+            and answers.shape[1] >= CLASSES_AT_LEAST
+        )
         self._class_count = answers.shape[-1] if self._has_classes else 0
+        self._alone = self._has_classes and len(self._reference.first) == 1
         if labels is not None and not self._has_classes:
             raise InputError(
                 f"labels need an output (N, classes), and {self._primary!r} is "
@@ -72,41 +83,73 @@ class Judge:
         self._labels = labels
         self._known: tuple[_Classes, Array] | None = None
         self._answered: set[int] = set()
-        self.metric = "1 - relative error"
-        if self._has_classes:
-            self.metric = AGREEMENT if labels is None else "accuracy"
+        self.metric = AGREEMENT if labels is None else "accuracy"
+        """Of the classes; where there are none, each comparison says what it measured."""
 
     def drop_of(self, path: Path) -> float:
-        """How much the metric falls against float32."""
-        if not self._has_classes:
-            found = self._side_by_side(path)
-            return float((found.reference_scores - found.scores).mean())
+        """How much the metric falls against float32, or a part beside it that falls more."""
+        if not self._alone:
+            return _worst_drop(self._side_by_side(path))
         # A class and a score for each sample are little to keep: float32 is run once.
         if self._known is None:
-            known = self._classes(self._model, BATCH)
+            known = _Classes.joined(
+                [_Classes.of(a[self._primary]) for _, _, a in self._reference.answers(BATCH)]
+            )
             self._known = (known, self._right(known, known, slice(None)))
         wanted, own = self._known
-        scores = self._right(wanted, self._classes(path, self._batch), slice(None))
+        scores = self._right(wanted, self._classes(path), slice(None))
         return float((own - scores).mean())
 
-    def compare(self, path: Path) -> dict[str, Any]:
-        """The metric, its drop with an interval, the error of each output, and ``warnings``."""
+    def compare(self, path: Path, optimization: Optimization = "all") -> dict[str, Any]:
+        """The metric, its drop with an interval, the error of each output, and ``warnings``.
+
+        ``worst`` names the part that falls most and its ``drop``; None where that is the metric.
+        """
+        found = self._side_by_side(path, optimization)
+        errors = [error.to_json() for error in found.errors]
+        warnings = remarks_on_errors(errors)
+        if self._has_classes:
+            return self._of_classes(found, errors, warnings)
         from edgekd.release.statistics import mean_score, paired_difference, wilson
 
-        found = self._side_by_side(path)
+        part = found.worst
+        assert part is not None  # an output without classes has parts
+        metric = _metric_of(part)
+        if part.by_decision and part.kind == "scores":
+            same = wilson(round((part.agreement or 0.0) * part.decided), part.decided)
+            own = wilson(part.decided, part.decided)
+            drop = wilson(part.decided - round((part.agreement or 0) * part.decided), part.decided)
+        else:
+            same = mean_score(1 - part.losses)
+            own = mean_score(np.ones(len(part.losses)))
+            drop = paired_difference(np.ones(len(part.losses)), 1 - part.losses)
+        return {
+            "metric": metric,
+            "float_score": own.figure("", "measured-on-host").to_json(),
+            "score": same.figure("", "measured-on-host").to_json(),
+            "drop": drop.figure("", "measured-on-host").to_json(),
+            "worst": {"part": part.label, "metric": metric, "drop": part.drop},
+            "errors": errors,
+            "warnings": warnings,
+        }
+
+    def _of_classes(
+        self, found: Comparison, errors: list[dict[str, Any]], warnings: list[str]
+    ) -> dict[str, Any]:
+        """The record where the first output is classes; other outputs may be the worst part."""
+        from edgekd.release.statistics import mean_score, paired_difference, wilson
+
         if self.metric == AGREEMENT:
             # It falls from 1, which is not a measured value: only the disagreement is uncertain.
             drop = wilson(int((found.scores == 0).sum()), len(found.scores))
         else:
             drop = paired_difference(found.reference_scores, found.scores)
-        errors = [error.to_json() for error in found.errors]
-        warnings = remarks_on_errors(errors)
         if self.metric == AGREEMENT and len(self._answered) == 1 < len(found.scores):
             warnings.append(
                 f"float32 answers class {min(self._answered)} to all {len(found.scores)} samples: "
                 "agreement on these says little"
             )
-        unit = self.metric.split()[0] if self._has_classes else ""
+        unit = self.metric.split()[0]
         if self._labels is not None:
             right, chance = found.reference_scores, 1 / self._class_count
             sure = wilson(int(right.sum()), len(right)).interval
@@ -116,34 +159,32 @@ class Judge:
                     f"{chance:.1%}: are they prepared as the model takes them, the labels its own?"
                 )
         own, score = mean_score(found.reference_scores), mean_score(found.scores)
+        part = found.worst
+        worse = part is not None and part.drop > (drop.value or 0.0)
         return {
             "metric": self.metric,
             "float_score": own.figure(unit, "measured-on-host").to_json(),
             "score": score.figure(unit, "measured-on-host").to_json(),
-            "drop": drop.figure("points" if unit else "", "measured-on-host").to_json(),
+            "drop": drop.figure("points", "measured-on-host").to_json(),
+            "worst": {"part": part.label, "metric": _metric_of(part), "drop": part.drop}
+            if part is not None and worse
+            else None,
             "errors": errors,
             "warnings": warnings,
         }
 
-    def _side_by_side(self, path: Path) -> Comparison:
-        from edgekd.engines.compare import compare_models
-
-        return compare_models(
-            self._model,
+    def _side_by_side(self, path: Path, optimization: Optimization = "all") -> Comparison:
+        return self._reference.compare(
             path,
-            self._samples,
             self._primary if self._has_classes else None,
-            self._score,
-            threads=self._threads,
-            batch=BATCH,
-            candidate_batch=self._batch,
+            self._score if self._has_classes else None,
+            optimization=optimization,
+            batch=self._batch,
         )
 
     def _score(
         self, reference: Mapping[str, Array], answers: Mapping[str, Array], rows: slice
     ) -> Array:
-        if not self._has_classes:
-            return _closeness(reference, answers)
         wanted = _Classes.of(reference[self._primary])
         self._answered.update(np.unique(wanted.classes).tolist())
         return self._right(wanted, _Classes.of(answers[self._primary]), rows)
@@ -154,16 +195,12 @@ class Judge:
         right: Array = (answers.classes == wanted) & (answers.not_finite == reference.not_finite)
         return right.astype(np.float64)
 
-    def _classes(self, path: Path, batch: int) -> _Classes:
+    def _classes(self, path: Path) -> _Classes:
         """What a file answers to all samples."""
         from edgekd.engines.batched_run import answer_batches
 
-        batches = answer_batches(path, self._samples, threads=self._threads, batch=batch)
-        parts = [_Classes.of(answers[self._primary]) for _, answers in batches]
-        return _Classes(
-            np.concatenate([part.classes for part in parts]),
-            np.concatenate([part.not_finite for part in parts]),
-        )
+        batches = answer_batches(path, self._samples, threads=self._threads, batch=self._batch)
+        return _Classes.joined([_Classes.of(answers[self._primary]) for _, answers in batches])
 
 
 class _Classes(NamedTuple):
@@ -179,23 +216,26 @@ class _Classes(NamedTuple):
 
         return cls(answers.argmax(1), not_finite_places(answers))
 
+    @classmethod
+    def joined(cls, parts: Sequence[_Classes]) -> _Classes:
+        """Those of all batches."""
+        return cls(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
-def _closeness(reference: Mapping[str, Array], answers: Mapping[str, Array]) -> Array:
-    """1 − ‖answer − reference‖ / ‖reference‖ of each sample over all float outputs, (n,)."""
-    floats = [name for name, values in reference.items() if values.dtype.kind == "f"]
-    count = len(next(iter(reference.values())))
-    off, whole = np.zeros(count), np.zeros(count)
-    broken = np.zeros(count, bool)
-    for name in floats:
-        for row in range(count):
-            expected = reference[name][row].astype(np.float64).ravel()
-            answer = answers[name][row].astype(np.float64).ravel()
-            known = np.isfinite(expected) & np.isfinite(answer)
-            same = known | (expected == answer) | (np.isnan(expected) & np.isnan(answer))
-            broken[row] |= not same.all()
-            expected = expected[known]
-            difference = answer[known] - expected
-            off[row] += np.vdot(difference, difference)
-            whole[row] += np.vdot(expected, expected)
-    closeness: Array = 1 - np.sqrt(off / np.maximum(whole, np.finfo(np.float64).tiny))
-    return np.where(broken, np.minimum(closeness, 0.0), closeness)
+
+def _worst_drop(found: Comparison) -> float:
+    """The largest drop of the metric, where there is one, and of all parts."""
+    drops = [] if found.worst is None else [found.worst.drop]
+    if len(found.scores):
+        drops.append(float((found.reference_scores - found.scores).mean()))
+    return max(drops)
+
+
+def _metric_of(part: PartError) -> str:
+    """What is measured at a part, where that falls furthest."""
+    if part.kind == "decisions":
+        return AGREEMENT
+    if part.by_decision:
+        from edgekd.engines.part_errors import SCORE_THRESHOLD
+
+        return f"agreement on scores over {SCORE_THRESHOLD:g}"
+    return RELATIVE if part.relative is not None else ABSOLUTE

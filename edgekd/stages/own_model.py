@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from edgekd.engines.samples import Samples
     from edgekd.spec import ModelSpec
 
+SUSPICIOUS_DROP = 0.05
+"""A file that loses more is also run without optimizations, to see whether they are to blame."""
+MUCH_NEARER = 3.0
+"""They are where the drop without them is so many times smaller."""
+ROUNDING = 0.1
+"""Of an output's largest value: what optimizing a file in fewer bits may change by rounding in
+other places."""
 Method = Literal["static", "dynamic", "weights-only", "fp16", "bf16"]
 SCHEMA = "edgekd.quantize/1"
 UNCALIBRATED = ("dynamic", "weights-only")
@@ -71,6 +78,8 @@ def quantize_model(
     ``float32_nodes`` of the record are those with weights in float32, and those whose numbers 8
     bits do not hold: ``node``, ``op``, ``bytes`` of weights and ``reason``. ``compared_on`` has
     a note on each output that is not one row per sample (``outputs``).
+    ``errors`` has a row for each output with the parts that it was compared by; ``worst`` is the
+    part that falls most, where that is not the metric's own output, and what it falls by.
 
     The record's ``output`` is None when ``max_drop`` could not be met; nothing is written then.
     ``out`` is written last: until then, and where something fails, it is what it was before.
@@ -130,7 +139,11 @@ def quantize_model(
             from edgekd.engines.batched_run import BatchedModel
 
             found = judge.compare(runnable)
-            record["warnings"] += found.pop("warnings")
+            warnings = found.pop("warnings")
+            record["warnings"] += warnings
+            if warnings or largest_drop(found) > (settings.max_drop or SUSPICIOUS_DROP):
+                record |= _blame(runnable, judge, compared, found, settings.threads)
+                record["warnings"] += record.get("optimizer_fault", {}).get("remarks", ())
             fitted = compared.count if validation is None and settings.method in FITTED else 0
             if settings.method == "static":
                 fitted = min(fitted, settings.samples)
@@ -148,7 +161,7 @@ def quantize_model(
 
                 rows = layer_errors(model, runnable, compared)
                 record["layers"] = [row.to_json() for row in rows]
-            if settings.max_drop is not None and found["drop"]["value"] > settings.max_drop:
+            if settings.max_drop is not None and largest_drop(found) > settings.max_drop:
                 written.unlink()
                 return record
         record |= {"output": str(out), "bytes": describe_onnx(written).size_bytes}
@@ -171,6 +184,30 @@ def quantize_model(
     return record
 
 
+def _blame(
+    file: Path, judge: Judge, samples: Samples, found: Mapping[str, Any], threads: int
+) -> dict[str, Any]:
+    """``optimizer_fault`` where a file is far nearer to float32 without optimizations than with."""
+    from edgekd.engines.batched_run import one_batch
+    from edgekd.engines.optimizer_faults import find_fault
+
+    plain = largest_drop(judge.compare(file, "disabled"))
+    if plain > largest_drop(found) / MUCH_NEARER:
+        return {}
+    fault = find_fault(file, one_batch(file, samples), threads=threads, tolerance=ROUNDING)
+    if fault is None:
+        return {}
+    remark = f"{fault}; the drop is {plain:.4g} without: {fault.remedy}"
+    return {"optimizer_fault": {**fault.to_json(), "drop_without": plain, "remarks": [remark]}}
+
+
+def largest_drop(record: Mapping[str, Any]) -> float:
+    """The drop that a budget is held against: the metric's, or that of a part which falls more."""
+    worst = record["worst"]
+    drop: float = record["drop"]["value"]
+    return drop if worst is None else max(drop, worst["drop"])
+
+
 def _write(
     model: Path,
     out: Path,
@@ -185,7 +222,7 @@ def _write(
 
     if settings.method in ("dynamic", "weights-only"):
         write = quantize_dynamic if settings.method == "dynamic" else quantize_weights
-        write(model, out, keep=settings.keep)
+        write(model, out, keep=settings.keep, samples=samples)
         return {}
     if settings.method == "fp16" or settings.method == "bf16":
         from edgekd.engines.half import convert_half

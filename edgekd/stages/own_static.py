@@ -34,9 +34,10 @@ def write_static(
 
     Returns:
         ``warnings``; the ``reasons`` of nodes that stay in float32; with ``max_drop`` the
-        ``decision`` and its ``decision_lines``; where it was tried ``float_inputs``: the
-        ``nodes``, whether that was ``taken``, and the latency with them in float32 (``p50_ms``)
-        against that with them in INT8 (``int8_p50_ms``).
+        ``decision`` and its ``decision_lines``; ``mixed``, where nodes stay in float32 because
+        one scale would lose a part of them; where it was tried ``float_inputs``: the ``nodes``,
+        whether that was ``taken``, and the latency with them in float32 (``p50_ms``) against
+        that with them in INT8 (``int8_p50_ms``).
     """
     from edgekd.engines.onnx_file import describe_onnx
     from edgekd.engines.quantize import StaticQuantizer
@@ -52,6 +53,8 @@ def write_static(
     )
     said: dict[str, Any] = {"warnings": remarks_on_ranges(quantizer.constant)}
     reasons = dict.fromkeys(quantizer.kept, "it was asked to stay") | quantizer.left_in_float
+    if quantizer.mixed:
+        said["mixed"] = [str(mixed) for mixed in quantizer.mixed]
     decision = None
     if settings.max_drop is None:
         quantizer.write(out)

@@ -12,6 +12,7 @@ from edgekd.config.pipeline import PipelineConfig
 from edgekd.errors import InputError
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.fitting import EVALUATION_BATCH, TRAINING_CODE, Ground, open_ground, write_json
+from edgekd.stages.own_remarks import remarks_on_errors
 from edgekd.stages.student import STUDENT_CODE
 from edgekd.stages.validation import Validation, ValidationSamples
 
@@ -130,7 +131,7 @@ class _Work:
         if kind == "dynamic" or kind == "weights-only":
             name = f"int8-{kind}"
             write = quantize_dynamic if kind == "dynamic" else quantize_weights
-            write(self.source, self._out(name), keep=self.wanted.keep)
+            write(self.source, self._out(name), keep=self.wanted.keep, samples=self.calibration)
             # TensorRT's parser takes no DynamicQuantizeLinear, and weights alone gain it nothing.
             return {name: self._entry(name, kind, "cpu", self.wanted.keep)}
         found = self._static(runtime)
@@ -192,7 +193,11 @@ class _Work:
                     f"{self.wanted.max_drop:g}; all of them {drop}",
                 }
             }
-        kept = (*self.wanted.keep, *decision.kept)
+        for mixed in quantizer.mixed:
+            self.context.progress.message(
+                f"  {name}: {mixed} stays in float32, as 8 bits of one scale would lose a part"
+            )
+        kept = (*self.wanted.keep, *quantizer.mixed_nodes, *decision.kept)
         found = {name: self._entry(name, "static", runtime, kept, decision=decision.to_json())}
         if runtime == "cpu" and (first := quantizer.input_layers(decision.kept)):
             # Which of the two is faster is for the target to say.
@@ -273,7 +278,10 @@ class _Work:
                 self.context.progress.message(
                     f"  {name}: {total:,} bytes of weights stay in float32: {nodes}{rest}"
                 )
-        return entry | {"drop": drop, "errors": [error.to_json() for error in errors]}
+        found = [error.to_json() for error in errors]
+        for remark in remarks_on_errors(found):
+            self.context.progress.message(f"  {name}: {remark}")
+        return entry | {"drop": drop, "errors": found}
 
 
 def _signed(change: float) -> str:

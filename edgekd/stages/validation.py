@@ -11,8 +11,9 @@ import numpy as np
 from edgekd.stages.fitting import Ground
 
 if TYPE_CHECKING:
-    from edgekd.engines.compare import OutputError
+    from edgekd.engines.compare import OutputError, Reference
     from edgekd.engines.samples import Array
+    from edgekd.engines.session import Optimization
 
 BATCH = 64
 """Samples run at a time."""
@@ -50,7 +51,8 @@ class ValidationSamples:
 class Validation:
     """The task's metric on the validation split, of float32 and of any other file.
 
-    Models are run batch by batch: of their answers only scores and errors are kept.
+    Models are run batch by batch: of their answers only scores and errors are kept. The reference
+    is the model as it is written, run without a runtime's optimizations.
     """
 
     def __init__(self, ground: Ground, reference: Path) -> None:
@@ -64,12 +66,13 @@ class Validation:
         }
         self.labelled = self.task.labelled(self.targets)
         self._file = reference
+        self._reference: Reference | None = None
         if not self.labelled.any():
             # What float32 answers is then what is to be kept.
             self.task = against_teacher(self.task)
             self.targets |= self._answered()
             self.labelled = np.ones(self.samples.count, bool)
-        self.scores = self._scores(reference, BATCH)
+        self.scores = self._scores(reference, BATCH, "disabled")
         """Float32's, as :meth:`score` gives them."""
 
     def score(self, answers: Mapping[str, Array]) -> Array:
@@ -83,15 +86,15 @@ class Validation:
 
     def compare(self, path: Path, batch: int = BATCH) -> tuple[float, tuple[OutputError, ...]]:
         """:meth:`drop_of` a file, and how far each of its outputs is from float32's."""
-        from edgekd.engines.compare import compare_models
+        from edgekd.engines.compare import Reference
 
-        found = compare_models(
-            self._file,
+        if self._reference is None:
+            self._reference = Reference(self._file, self.samples)
+        found = self._reference.compare(
             path,
-            self.samples,
             self.task.output if self.task.name == "classification" else None,
             lambda _, answers, rows: self._score(answers, rows),
-            candidate_batch=batch,
+            batch=batch,
         )
         return float((self.scores - found.scores[self.labelled]).mean()), found.errors
 
@@ -101,10 +104,10 @@ class Validation:
         scores: Array = sign * self.task.scores(answers, targets)
         return scores
 
-    def _scores(self, path: Path, batch: int) -> Array:
+    def _scores(self, path: Path, batch: int, optimization: Optimization = "all") -> Array:
         from edgekd.engines.batched_run import answer_batches
 
-        batches = answer_batches(path, self.samples, batch=batch)
+        batches = answer_batches(path, self.samples, batch=batch, optimization=optimization)
         scores = np.concatenate([self._score(answers, rows) for rows, answers in batches])
         labelled: Array = scores[self.labelled]
         return labelled
@@ -114,7 +117,9 @@ class Validation:
         from edgekd.engines.batched_run import answer_batches
 
         parts: dict[str, list[Array]] = {}
-        for _, answers in answer_batches(self._file, self.samples, batch=BATCH):
+        for _, answers in answer_batches(
+            self._file, self.samples, batch=BATCH, optimization="disabled"
+        ):
             for name, values in self.task.targets_from(answers).items():
                 parts.setdefault(name, []).append(values)
         return {name: np.concatenate(values) for name, values in parts.items()}

@@ -297,3 +297,31 @@ def test_what_the_search_tries_is_shown(coarse, tmp_path, monkeypatch):
     path, x = coarse
     quantize(path, "-o", tmp_path / "o.onnx", "--calibration", x, "--max-drop", "0.05")
     assert any("nodes in float32: drop" in text for text in shown)
+
+
+def test_a_map_of_classes_is_held_to_the_share_that_is_the_same(tmp_path, written):
+    """ArgMax in the graph: integers are all that the file gives."""
+    g = Graph(2)
+    g.add("Conv", ["x", g.weight("w1", 8, 3, 3, 3)], "c", "first", pads=[1] * 4)
+    g.add("Relu", ["c"], "r")
+    g.add("Conv", ["r", g.weight("w2", 5, 8, 1, 1)], "s", "second")
+    g.add("ArgMax", ["s"], "mask", axis=1, keepdims=0)
+    path = g.save(tmp_path / "m.onnx", {"x": ["n", 3, 8, 8]}, {"mask": ["n", 8, 8]})
+    model = onnx.load(str(path))
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.INT64
+    onnx.save(model, str(path))
+    x = np.random.default_rng(0).standard_normal((16, 3, 8, 8)).astype(np.float32)
+    # One sample sets a scale that leaves the others a step or two.
+    x[0] *= 300
+    np.save(tmp_path / "x.npy", x)
+    words = ["--calibration", tmp_path / "x.npy"]
+    done, record, out = written(*words, model=path)
+    assert done.exit_code == 0, done.output
+    same = (run(path, {"x": x})["mask"] == run(out, {"x": x})["mask"]).mean()
+    assert same < 0.9
+    assert record["score"]["value"] == pytest.approx(same)
+    assert record["worst"]["drop"] == pytest.approx(1 - same)
+    assert f"{same:.1%} of 1,024 values are the same" in said(done)
+    done, record, _ = written(*words, "--max-drop", "0.05", model=path)
+    assert record["output"] is None or record["drop"]["value"] <= 0.05
+    assert record["decision"]["drop_all"] == pytest.approx(1 - same)

@@ -68,7 +68,9 @@ def test_an_exported_model_passes_everywhere(exported):
     report = ask(exported, engines=["tensorrt-rtx", "onnxruntime"], batch=8)
     assert report.passed
     assert report.tensorrt["supported"] is True
-    assert {f.subject.split()[0] for f in findings(report, "ok")} == {"CPU", "tensorrt-rtx"}
+    assert {f.subject.split()[0] for f in findings(report, "ok")} == {
+        *("CPU", "tensorrt-rtx", "optimized"),
+    }
     assert "batch = 8" in report.findings[-1].detail
     json.dumps(report.to_json(), allow_nan=False)
 

@@ -206,6 +206,8 @@ def test_models_side_by_side_give_the_figures_of_all_answers_at_once(tmp_path, b
     answers = run_samples(one, samples), run_samples(other, samples)
     for row, whole in zip(found.errors, compare_answers(*answers, "logits"), strict=True):
         for key, value in whole.to_json().items():
+            if key == "parts":  # of a model's graph, which answers alone do not have
+                continue
             # Matrix products of other sizes are summed in another order.
             inexact = isinstance(value, (float, tuple))
             assert row.to_json()[key] == (pytest.approx(value, rel=1e-4) if inexact else value)

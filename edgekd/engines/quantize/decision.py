@@ -36,7 +36,7 @@ class Decision:
     float all the same where all its neighbours do.
 
     ``measure`` says what the sensitivities are: ``noise`` = Σ(o − p)² / Σp², summed over the
-    outputs, with p float32's answers and o those of a model with this node alone in INT8;
+    outputs' parts, with p float32's answers and o those of a model with this node alone in INT8;
     ``drop`` = the metric's fall with it alone in INT8. For a node that is not quantized alone it
     is what the whole model loses of either when the node stays in float32. ``evaluations``
     counts the files whose drop was measured, ``ranked`` those that were run for ``noise``.

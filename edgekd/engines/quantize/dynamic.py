@@ -21,6 +21,7 @@ from edgekd.engines.quantize.prepare import (
 )
 from edgekd.engines.quantize.saturation import saturates
 from edgekd.engines.quantize.weights_only import check_finite_weight, dequantize_weights
+from edgekd.engines.samples import Samples
 
 # Without an 8-bit kernel for dynamic scales: their weights are stored in 8 bits.
 _STORED = {"GRU", "RNN", "LSTM", "Gather", "Einsum"}
@@ -28,7 +29,13 @@ _STORED = {"GRU", "RNN", "LSTM", "Gather", "Einsum"}
 _HIDDEN = "KeptGemm"
 
 
-def quantize_dynamic(onnx_path: Path, out: Path, *, keep: Collection[str] = ()) -> None:
+def quantize_dynamic(
+    onnx_path: Path,
+    out: Path,
+    *,
+    keep: Collection[str] = (),
+    samples: Samples | None = None,
+) -> None:
     """Quantize MatMul, Gemm, LSTM and Attention without samples, for transformers and recurrent
     networks.
 
@@ -40,13 +47,14 @@ def quantize_dynamic(onnx_path: Path, out: Path, *, keep: Collection[str] = ()) 
         onnx_path: a float32 model.
         out: where to write.
         keep: names of nodes that stay in float.
+        samples: real inputs that the preparation is checked on; made up where None.
 
     Raises:
         InputError: the model is broken, quantized already or too old; ``keep`` names no node; there
             is nothing to quantize, or weights are not finite.
-        StageError: the file cannot be written.
+        StageError: the file cannot be written, or the prepared model does not answer as it.
     """
-    prepared = prepare_onnx(onnx_path)
+    prepared = prepare_onnx(onnx_path, samples)
     kept = prepared.named(keep)
     model = onnx.ModelProto()
     model.CopyFrom(prepared.model)

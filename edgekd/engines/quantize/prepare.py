@@ -4,16 +4,26 @@ node with a name; the answers stay what they were."""
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from edgekd.engines.onnx_file import check_onnx, read_onnx
+from edgekd.engines.batched_run import fixed_sizes, model_inputs
+from edgekd.engines.made_up_inputs import answers_of, answers_to_made_up
+from edgekd.engines.onnx_file import check_onnx, describe_onnx, read_onnx
 from edgekd.engines.onnx_graph import opset_of, subgraphs
+from edgekd.engines.optimizer_faults import (
+    OPTIMIZERS,
+    TOLERANCE,
+    changed,
+    guard_padding,
+    optimizers_to_disable,
+)
+from edgekd.engines.samples import Array, Samples
 from edgekd.engines.session import CPU_PROVIDER, first_line, open_session, session_options
 from edgekd.errors import InputError, StageError, unknown_name
 
@@ -44,6 +54,8 @@ class Prepared:
     source: Path
     origins: dict[str, str | None]
     """Names in the file to names here; None for a node that was folded into a constant."""
+    left_out: tuple[str, ...] = ()
+    """ONNX Runtime's optimizers that would have changed the answers."""
 
     def named(self, names: Collection[str], kind: str = "node") -> set[str]:
         """The names here of nodes that are named as in the file or as here.
@@ -63,7 +75,7 @@ class Prepared:
         return found
 
 
-def prepare_onnx(source: Path) -> Prepared:
+def prepare_onnx(source: Path, samples: Samples | None = None, threads: int = 1) -> Prepared:
     """Read a float model and bring it into the quantizers' form.
 
     Batch normalization is folded into the convolution before it (ONNX Runtime's basic
@@ -71,11 +83,83 @@ def prepare_onnx(source: Path) -> Prepared:
     it is lower, nodes without a name get ``<type>_<index>``. Inputs, outputs, metadata and the IR
     version are those of the file.
 
+    The result is held against the file, run without optimizations. An optimizer that changes the
+    answers is left out.
+
+    Args:
+        source: a float model.
+        samples: real inputs to compare on, two of them; made up where None. A model for which
+            none can be made up is not compared.
+        threads: of ONNX Runtime.
+
     Raises:
         InputError: as :func:`edgekd.engines.onnx_file.check_onnx`; or the model is quantized
-            already, or its opset is too old to convert.
+            already, or its opset is too old to convert; or the samples do not fit.
+        StageError: the prepared model answers differently, whatever is left out.
     """
     check_onnx(source)
+    compare = _Comparison(source, samples, threads)
+    prepared = _prepare(source, ())
+    if compare.difference(prepared.model) is None:
+        return prepared
+    disabled = optimizers_to_disable(
+        lambda names: compare.difference(_prepare(source, names).model) is None
+    )
+    prepared = _prepare(source, disabled or OPTIMIZERS)
+    found = compare.difference(prepared.model)
+    if found is not None:
+        raise StageError(
+            f"output {found[0]!r} changed by {found[1]:.3g} when the model was prepared for "
+            "quantization, also without any of ONNX Runtime's optimizations",
+            where=str(source),
+            remedy=_remedy(opset_of(prepared.model), opset_of(read_onnx(source))),
+        )
+    return replace(prepared, left_out=disabled)
+
+
+def _remedy(opset: int, own: int) -> str:
+    if own < opset:
+        return f"its opset was raised from {own} to {opset}: export it again with {opset} or later"
+    return (
+        "does it draw random numbers, or hold batch norm in training mode? Export it for inference"
+    )
+
+
+class _Comparison:
+    """A file's answers, run without optimizations, beside those of what was made of it."""
+
+    def __init__(self, source: Path, samples: Samples | None, threads: int) -> None:
+        self._source, self._threads = source, threads
+        self._inputs: dict[str, Array] | None = None
+        self._reference: dict[str, Array] = {}
+        session = open_session(source, (CPU_PROVIDER,), threads, "disabled")
+        if samples is not None:
+            rows = next(iter(fixed_sizes(session)), None)
+            batch = next(samples.batches(rows or 2))
+            self._inputs = model_inputs(session, batch, source, rows)
+            self._reference = answers_of(session, self._inputs, source)
+        else:
+            try:
+                spec = describe_onnx(source).spec
+                self._inputs, self._reference = answers_to_made_up(session, spec, source)
+            except (InputError, StageError):
+                return  # no sizes are known that the model takes
+        if changed(self._reference, answers_of(session, self._inputs, source), TOLERANCE):
+            self._inputs = None  # it draws random numbers: no two answers are the same
+
+    def difference(self, model: onnx.ModelProto) -> tuple[str, float] | None:
+        """The output that another model changes, and by how much."""
+        if self._inputs is None:
+            return None
+        with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
+            path = Path(folder, "prepared.onnx")
+            save_onnx(model, path)
+            session = open_session(path, (CPU_PROVIDER,), self._threads, "disabled")
+            answers = answers_of(session, self._inputs, self._source)
+        return changed(self._reference, answers, TOLERANCE)
+
+
+def _prepare(source: Path, disabled: Sequence[str]) -> Prepared:
     model = onnx.load(str(source))
     refuse_quantized(model, source)
     original = read_onnx(source)
@@ -88,7 +172,8 @@ def prepare_onnx(source: Path) -> Prepared:
         model = _raise_opset(model, source)
         name_nodes(model.graph)
     domains = {node.domain for node in all_nodes(model.graph.node)}
-    folded = _optimize(model, source, "basic")
+    guard_padding(model)
+    folded = _optimize(model, source, "basic", disabled)
     # A runtime's own operators would not run elsewhere.
     if {node.domain for node in all_nodes(folded.graph.node)} - domains:
         folded = _optimize(model, source, "disabled")
@@ -203,14 +288,16 @@ def _raise_opset(model: onnx.ModelProto, source: Path) -> onnx.ModelProto:
         ) from error
 
 
-def _optimize(model: onnx.ModelProto, source: Path, level: str) -> onnx.ModelProto:
+def _optimize(
+    model: onnx.ModelProto, source: Path, level: str, disabled: Sequence[str] = ()
+) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
         before, after = Path(folder, "before.onnx"), Path(folder, "after.onnx")
         save_onnx(model, before)
         options = session_options(1, "basic" if level == "basic" else "disabled")
         options.optimized_model_filepath = str(after)
         try:
-            open_session(before, (CPU_PROVIDER,), 1, "basic", options)
+            open_session(before, (CPU_PROVIDER,), 1, "basic", options, disabled_optimizers=disabled)
         except InputError as error:
             # The scratch file's path says nothing to the user.
             what = error.what.replace(f"Load model from {before} failed:", "")

@@ -14,6 +14,7 @@ import numpy as np
 from edgekd.engines.batched_run import run_samples
 from edgekd.engines.error_sums import ErrorSums
 from edgekd.engines.onnx_file import read_onnx
+from edgekd.engines.output_parts import Part, find_parts
 from edgekd.engines.quantize.decision import Decision, NodeSensitivity
 from edgekd.engines.samples import Array, ArraySamples, Samples
 from edgekd.errors import InputError, StageError
@@ -204,26 +205,33 @@ class _Noise:
 
     def __init__(self, search: _Search, samples: Samples) -> None:
         self._search, self._samples = search, _spread(samples, RANKING_SAMPLES)
-        answers = run_samples(search.quantizer.prepared, self._samples)
+        prepared = search.quantizer.prepared
+        answers = run_samples(prepared, self._samples, optimization="disabled")
         self._reference = {
             name: values
             for name, values in answers.items()
             if values.dtype.kind == "f" and bool(values.any())
         }
+        self._parts = find_parts(prepared, self._samples, self._reference)
         self.possible = bool(self._reference)
         """Whether there is an output to see noise at: an answer that is only a label has none."""
         self.runs = 0
         self._known: dict[frozenset[str], float] = {}
 
     def __call__(self, kept: frozenset[str]) -> float:
-        """Σ over outputs of Σ(o − p)² / Σp²; infinite where not finite or nothing is in INT8."""
+        """Σ over outputs' parts of Σ(o − p)² / Σp²; infinite where not finite or nothing is in
+        INT8."""
         if kept not in self._known:
             path = self._search.write(kept)
             power = math.inf
             if path is not None:
                 self.runs += 1
                 answers = run_samples(path, self._samples)
-                power = sum(_power(p, answers[name]) for name, p in self._reference.items())
+                power = sum(
+                    _power(p, answers[name], part)
+                    for name, p in self._reference.items()
+                    for part in self._parts[name]
+                )
             self._known[kept] = power
         return self._known[kept]
 
@@ -259,9 +267,14 @@ def _put_back(search: _Search, units: Sequence[frozenset[str]]) -> None:
                 search.holds(search.best - unit)
 
 
-def _power(reference: Array, candidate: Array) -> float:
+def _power(reference: Array, candidate: Array, part: Part) -> float:
     sums = ErrorSums()
-    sums.add(reference.reshape(1, -1), candidate.reshape(1, -1))
+    p, o = (values.reshape(len(values), -1) for values in (reference, candidate))
+    if part.positions is not None:
+        p, o = p[:, part.positions], o[:, part.positions]
+        if not p.any() and not o.any():
+            return 0.0
+    sums.add(p.reshape(1, -1), o.reshape(1, -1))
     return math.inf if sums.relative is None else sums.relative**2
 
 

@@ -14,9 +14,10 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.quant_utils import add_infer_metadata
 
 from edgekd.engines.onnx_file import check_onnx
-from edgekd.engines.quantize.calibration import Calibration, calibrate, feeds
+from edgekd.engines.quantize.calibration import Calibration, calibrate
 from edgekd.engines.quantize.candidates import Candidates, Runtime, masked_tensors
 from edgekd.engines.quantize.float_islands import copy_shared_weights, free_float_values
+from edgekd.engines.quantize.mixed_ranges import MixedRange, mixed_joins, mixed_outputs
 from edgekd.engines.quantize.nothing_to_quantize import nothing_to_quantize
 from edgekd.engines.quantize.prepare import (
     drop_unused,
@@ -27,15 +28,6 @@ from edgekd.engines.quantize.prepare import (
 from edgekd.engines.quantize.saturation import saturates
 from edgekd.engines.quantize.spatial_mean import pool_spatial_means
 from edgekd.engines.samples import Samples
-from edgekd.engines.session import CPU_PROVIDER, open_session
-from edgekd.errors import StageError
-
-# Folding batch norm into weights rounds anew; a wrong rewrite is off by far more.
-_SAME = 1e-3
-_PREPARED_WRONG = (
-    "ONNX Runtime's basic optimizations change this model: export it again without batch norm in "
-    "training mode, or simplify it; --method dynamic and weights-only prepare it in the same way"
-)
 
 
 class StaticQuantizer:
@@ -74,7 +66,7 @@ class StaticQuantizer:
         reduce_range: bool | None = None,
     ) -> None:
         self._source = onnx_path
-        self._prepared = prepare_onnx(onnx_path)
+        self._prepared = prepare_onnx(onnx_path, samples, threads)
         graph = self._prepared.model.graph
         kept = self.kept = self._prepared.named(keep)
         """The nodes of ``keep``, by their names in what is written."""
@@ -101,7 +93,7 @@ class StaticQuantizer:
         save_onnx(self._prepared.model, self.prepared)
         found = calibrate(
             self.prepared,
-            self._candidates.tensors,
+            self._candidates.tensors | _joined(graph),
             samples,
             scratch,
             calibration=calibration,
@@ -112,9 +104,8 @@ class StaticQuantizer:
         self.ranges = found.ranges
         """(lowest, highest) value covered, by activation."""
         wanted = self._candidates
-        self._candidates = Candidates(
-            graph, runtime, kept, found.without, masked_tensors(graph, found.ranges)
-        )
+        self._without, self._masked = found.without, masked_tensors(graph, found.ranges)
+        self._candidates = self._among(kept)
         reasons = {name: self._candidates.reason(name) for name in wanted.nodes}
         self.left_in_float = {
             name: reason
@@ -130,7 +121,31 @@ class StaticQuantizer:
                 kept,
                 self.left_in_float,
             )
-        self._check_same_answers(samples, threads)
+        self.mixed: tuple[MixedRange, ...] = ()
+        """Nodes that stay in float because 8 bits of one scale would lose a part of them."""
+        self._leave_mixed_in_float(samples, kept)
+
+    def _among(self, kept: Collection[str]) -> Candidates:
+        """What can be in 8 bits when ``kept`` stays in float."""
+        graph = self._prepared.model.graph
+        return Candidates(graph, self._runtime, kept, self._without, self._masked)
+
+    def _leave_mixed_in_float(self, samples: Samples, kept: Collection[str]) -> None:
+        graph, before = self._prepared.model.graph, self._candidates
+        found = mixed_joins(graph, self.ranges, before.weighted)
+        if self._runtime == "cpu":
+            found += mixed_outputs(self.prepared, samples)
+        found = tuple(mixed for mixed in found if before.all & set(mixed.floats))
+        floats = {name for mixed in found for name in mixed.floats}
+        after = self._among({*kept, *floats})
+        # A model of which nothing is left is quantized all the same; the comparison tells.
+        if found and after.all:
+            self._candidates, self.mixed = after, found
+
+    @property
+    def mixed_nodes(self) -> tuple[str, ...]:
+        """Names of all nodes that stay in float for :attr:`mixed`."""
+        return tuple(dict.fromkeys(name for mixed in self.mixed for name in mixed.floats))
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -218,22 +233,6 @@ class StaticQuantizer:
             },
         )
 
-    def _check_same_answers(self, samples: Samples, threads: int) -> None:
-        feed = next(feeds(self.prepared, samples, 2, self._source))
-        before = open_session(self._source, (CPU_PROVIDER,), threads, "disabled").run(None, feed)
-        after = open_session(self.prepared, (CPU_PROVIDER,), threads, "disabled").run(None, feed)
-        for output, old, new in zip(self._prepared.model.graph.output, before, after, strict=True):
-            if old.dtype.kind != "f":
-                continue
-            # A NaN among the answers, which may be the model's own, says nothing of their size.
-            largest = float(np.abs(old[np.isfinite(old)]).max(initial=0.0))
-            if not np.allclose(new, old, rtol=0, atol=_SAME * max(largest, 1e-6), equal_nan=True):
-                raise StageError(
-                    f"output {output.name!r} changed when the model was prepared for quantization",
-                    where=str(self._source),
-                    remedy=_PREPARED_WRONG,
-                )
-
 
 def _one_scale_each(
     graph: onnx.GraphProto, nodes: Collection[onnx.NodeProto]
@@ -243,3 +242,12 @@ def _one_scale_each(
     ranks = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
     names = {name for node in nodes if node.op_type == "MatMul" for name in node.input}
     return {n: [{"quant_type": QuantType.QInt8}] for n in sorted(names) if ranks.get(n, 0) > 2}
+
+
+def _joined(graph: onnx.GraphProto) -> set[str]:
+    """The activations that Concats join, whose ranges say whether one scale holds them all."""
+    weights = {tensor.name for tensor in graph.initializer}
+    values = [*graph.value_info, *graph.input, *graph.output]
+    floats = {v.name for v in values if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+    joined = {name for n in graph.node if n.op_type == "Concat" for name in n.input}
+    return joined & floats - weights

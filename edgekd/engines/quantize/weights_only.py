@@ -19,6 +19,7 @@ from edgekd.engines.quantize.prepare import (
     restore_identity,
     save_onnx,
 )
+from edgekd.engines.samples import Samples
 from edgekd.errors import InputError
 
 _LARGEST = 127
@@ -62,7 +63,13 @@ _WEIGHTS: dict[str, tuple[tuple[int, ...], Axis]] = {
 }
 
 
-def quantize_weights(onnx_path: Path, out: Path, *, keep: Collection[str] = ()) -> None:
+def quantize_weights(
+    onnx_path: Path,
+    out: Path,
+    *,
+    keep: Collection[str] = (),
+    samples: Samples | None = None,
+) -> None:
     """Store the weights of Conv, ConvTranspose, Gemm, MatMul, Einsum, LSTM, GRU, RNN and embedding
     tables as int8 with a scale per output channel (tables: per row); biases stay float32.
 
@@ -75,13 +82,14 @@ def quantize_weights(onnx_path: Path, out: Path, *, keep: Collection[str] = ()) 
         onnx_path: a float32 model.
         out: where to write.
         keep: names of nodes that are not touched.
+        samples: real inputs that the preparation is checked on; made up where None.
 
     Raises:
         InputError: the model is broken, quantized already or too old; ``keep`` names no node;
             there are no weights to quantize, or they are not finite.
-        StageError: the file cannot be written.
+        StageError: the file cannot be written, or the prepared model does not answer as it.
     """
-    prepared = prepare_onnx(onnx_path)
+    prepared = prepare_onnx(onnx_path, samples)
     model = onnx.ModelProto()
     model.CopyFrom(prepared.model)
     kept = prepared.named(keep)
