@@ -16,6 +16,7 @@ from edgekd.figure import Figure
 from edgekd.release.figure_text import full_text
 
 LAYERS_SHOWN = 15
+NODES_SHOWN = 8
 
 
 def print_quantized(console: Console, record: Mapping[str, Any]) -> None:
@@ -26,6 +27,7 @@ def print_quantized(console: Console, record: Mapping[str, Any]) -> None:
         if record.get("float_inputs"):
             _print_float_inputs(console, record["float_inputs"])
         _print_size(console, record)
+        _print_float_nodes(console, record)
     if record.get("mixed"):
         console.print(
             "  in float32, as 8 bits of one scale would lose the smaller part: "
@@ -56,6 +58,8 @@ def print_quantized(console: Console, record: Mapping[str, Any]) -> None:
                 markup=False,
             )
         console.print(_errors(record["errors"], record["compared_on"]))
+        for name, note in record["compared_on"].get("outputs", {}).items():
+            console.print(f"  {name}: {note}", highlight=False, markup=False)
         if record["compared_on"]["calibrated_on"]:
             console.print("  other samples are a better test: --validation DATA.npz")
     for warning in record["warnings"]:
@@ -73,6 +77,32 @@ def _print_size(console: Console, record: Mapping[str, Any]) -> None:
     console.print(f"  size: {size:,} bytes, {change} ({before:,})", highlight=False)
     if size >= before:
         console.print("  [yellow]not smaller than float32[/]")
+
+
+def _print_float_nodes(console: Console, record: Mapping[str, Any]) -> None:
+    """Say which nodes stay in float32, those with most weights first."""
+    from edgekd.engines.quantize.nothing_to_quantize import STORED_IN_8_BITS
+
+    rows = sorted(record.get("float32_nodes", ()), key=lambda row: -row["bytes"])
+    if not rows:
+        return
+    total = sum(row["bytes"] for row in rows)
+    stay = "node stays" if len(rows) == 1 else "nodes stay"
+    weights = f", with {total:,} bytes of weights" if total else ""
+    console.print(f"  {len(rows)} {stay} in float32{weights}", highlight=False)
+    for row in rows[:NODES_SHOWN]:
+        weights = f", {row['bytes']:,} bytes" if row["bytes"] else ""
+        said = f"    {row['node']} ({row['op']}{weights}): {row['reason']}"
+        console.print(said, highlight=False, markup=False)
+    if len(rows) > NODES_SHOWN:
+        console.print(f"    and {len(rows) - NODES_SHOWN} more (--json)", highlight=False)
+    others = {row["op"] for row in rows if row["bytes"]} & STORED_IN_8_BITS
+    if others and record["method"] == "static":
+        console.print(
+            f"  --method dynamic or weights-only stores the weights of {', '.join(sorted(others))} "
+            "in 8 bits",
+            highlight=False,
+        )
 
 
 def _print_float_inputs(console: Console, tried: Mapping[str, Any]) -> None:

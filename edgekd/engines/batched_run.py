@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import onnxruntime
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
+from edgekd.engines.batch_layout import OutputAxes, ragged, session_layout, to_model
 from edgekd.engines.samples import Array, Samples
 from edgekd.engines.session import CPU_PROVIDER, Optimization, first_line, open_session
 from edgekd.errors import InputError, StageError
@@ -24,10 +26,12 @@ class BatchedModel:
 
     At most ``batch`` samples are run at a time, fewer where they are large
     (:data:`INPUT_BYTES`). A model whose batch dimension is fixed is run in batches of that size,
-    the last one filled up with its last sample.
+    the last one filled up with its last sample. A model with an output whose size depends on the
+    data, or that has no axis for the samples, is run one sample at a time.
 
     Raises:
         InputError: there are no samples; the file cannot be opened.
+        StageError: the model fails on the first samples.
     """
 
     def __init__(
@@ -45,21 +49,38 @@ class BatchedModel:
         self._names = [output.name for output in self._session.get_outputs()]
         self.size = batch_size(self._session, samples, batch, path)
         """How many samples are run at a time."""
-        self._rows = self.size if fixed_sizes(self._session) else None
+        layout = session_layout(self._session)
+        self._rows = layout.size
+        self._shared = {name for name, axis in layout.axes.items() if axis is None}
+        self.outputs = OutputAxes.of(
+            self._session, layout, lambda count: self._first(samples, count)
+        )
+        """Where its outputs count samples."""
+        if self.outputs.one_by_one and self._rows is None:
+            self.size = 1
 
     def answer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """The answers to samples (n, …) by input name: (n, …) by output name.
+        """The answers to samples (n, …) by input name: (n, …) by output name, whichever axis
+        counts samples in the model; an output whose size depends on the data as
+        :func:`edgekd.engines.batch_layout.ragged`.
 
         Raises:
             InputError: the samples lack an input or have another type or shape than the model
-                takes; an output is not one row per sample.
+                takes; no axis of an output counts the samples.
             StageError: the model fails while it runs.
         """
         count = len(next(iter(inputs.values())))
-        parts = [
-            self._run({name: array[start : start + self.size] for name, array in inputs.items()})
-            for start in range(0, count, self.size)
-        ]
+        parts = []
+        start = 0
+        while start < count:
+            end = min(start + self.size, count)
+            # Samples that differ in what a query takes only once are not run together.
+            for name in self._shared & inputs.keys():
+                first = inputs[name][start]
+                rest = range(start + 1, end)
+                end = next((i for i in rest if not np.array_equal(inputs[name][i], first)), end)
+            parts.append(self._run({name: array[start:end] for name, array in inputs.items()}))
+            start = end
         if len(parts) == 1:
             return parts[0]
         return {name: np.concatenate([part[name] for part in parts]) for name in self._names}
@@ -71,16 +92,43 @@ class BatchedModel:
         found: dict[str, Array] = {}
         answers = run_batch(self._session, self._names, taken, self.path)
         for name, values in zip(self._names, answers, strict=True):
-            if not isinstance(values, np.ndarray) or values.shape[:1] != (ran,):
+            axis = self.outputs.axes[name]
+            if name in self.outputs.ragged and isinstance(values, np.ndarray) and ran == 1:
+                found[name] = ragged([values])
+                continue
+            if axis is None and isinstance(values, np.ndarray) and ran == 1:
+                found[name] = values[None]
+                continue
+            size = values.shape[axis or 0 :][:1] if isinstance(values, np.ndarray) else None
+            if size != (ran,):
                 shape = getattr(values, "shape", type(values).__name__)
                 raise InputError(
-                    f"output {name!r} is {shape} for {ran} samples, not one row per sample",
+                    f"output {name!r} is {shape} for {ran} samples: no axis of it counts them",
                     where=str(self.path),
-                    remedy="export the model with the batch as first dimension of every output",
+                    remedy="export the model with an open batch, and tensors as outputs",
                 )
+            values = np.moveaxis(values, axis or 0, 0)
             # A copy, so that the filled-up rows are not kept in memory.
             found[name] = values[:real].copy() if real < ran else values
         return found
+
+    def _first(self, samples: Samples, count: int) -> list[Any]:
+        """The outputs on the first samples, which are repeated where there are fewer."""
+        parts = []
+        for part in samples.batches(count):
+            parts.append(part)
+            if sum(len(next(iter(p.values()))) for p in parts) >= count:
+                break
+        batch = {
+            name: np.resize(array[:1] if name in self._shared else array, (count, *array.shape[1:]))
+            for name, array in _joined(parts).items()
+        }
+        inputs = model_inputs(self._session, batch, self.path, None)
+        return run_batch(self._session, self._names, inputs, self.path)
+
+
+def _joined(parts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def answer_batches(
@@ -125,7 +173,7 @@ def run_samples(
 
     Raises:
         InputError: there are no samples, they lack an input or have another type or shape than
-            the model takes; the file cannot be opened; an output is not one row per sample.
+            the model takes; the file cannot be opened; no axis of an output counts the samples.
         StageError: the model fails while it runs.
     """
     parts: dict[str, list[Array]] = {}
@@ -168,25 +216,20 @@ def batch_size(
     """How many samples to run at a time: the model's fixed number, else ``batch`` or fewer.
 
     Raises:
-        InputError: there are no samples, or the model's inputs have different fixed sizes.
+        InputError: there are no samples.
     """
     first = next(samples.batches(1), None) if samples.count else None
     if first is None:
         raise InputError("there are no samples", where=str(path), remedy="give at least one")
-    sizes = fixed_sizes(session)
-    if len(sizes) > 1:
-        raise InputError(
-            f"the inputs have different fixed first dimensions: {sorted(sizes)}",
-            where=str(path),
-            remedy="export the model with the batch as first dimension of every input",
-        )
     one = sum(array.nbytes for array in first.values())
-    return next(iter(sizes), min(batch, max(1, INPUT_BYTES // max(one, 1))))
+    fixed = session_layout(session).size
+    return fixed or min(batch, max(1, INPUT_BYTES // max(one, 1)))
 
 
 def fixed_sizes(session: onnxruntime.InferenceSession) -> set[int]:
-    """The first dimensions of the model's inputs that are numbers."""
-    return {v.shape[0] for v in session.get_inputs() if v.shape and isinstance(v.shape[0], int)}
+    """The batch size that the model fixes; none where it is open."""
+    size = session_layout(session).size
+    return set() if size is None else {size}
 
 
 def model_inputs(
@@ -194,14 +237,15 @@ def model_inputs(
 ) -> dict[str, Array]:
     """The model's own inputs of a batch, filled up to ``rows`` with its last sample.
 
-    Floats of another width are converted: a model may take its inputs in 16 bits.
+    The batch is (n, …) by name; a state gets its samples on the axis that the model counts them
+    on. Floats of another width are converted: a model may take its inputs in 16 bits.
     """
     inputs = {v.name: _as_taken(v, batch, path) for v in session.get_inputs()}
     for name, array in inputs.items():
         if rows is not None and len(array) < rows:
             last = np.repeat(array[-1:], rows - len(array), axis=0)
             inputs[name] = np.concatenate([array, last])
-    return inputs
+    return to_model(session_layout(session), inputs)
 
 
 def run_batch(
@@ -219,8 +263,21 @@ def run_batch(
         if isinstance(error, InvalidArgument):
             remedy = "give samples of the type and shape that the model takes"
             raise InputError(what, where=str(path), remedy=remedy) from error
-        remedy = "'edgekd check' shows what the model needs; free memory if that is short"
+        remedy = _remedy(str(error))
         raise StageError(what, where=str(path), remedy=remedy) from error
+
+
+_OUT_OF_MEMORY = re.compile(r"bad_alloc|allocat|out of memory|not enough memory", re.IGNORECASE)
+_NODE = re.compile(r"Name: ?'([^']+)'")
+
+
+def _remedy(message: str) -> str:
+    """What to do about a model that failed while it ran."""
+    if _OUT_OF_MEMORY.search(message):
+        return "free memory, or give smaller samples; 'edgekd check' shows what the model needs"
+    node = _NODE.search(message)
+    named = f"node {node[1]!r}: look at what it takes there" if node else "the message says where"
+    return f"the graph cannot compute this, {named}; or export the model again"
 
 
 def _as_taken(value: Any, batch: Mapping[str, Array], path: Path) -> Array:

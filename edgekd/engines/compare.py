@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from edgekd.engines.batch_layout import comparable
 from edgekd.engines.batched_run import BatchedModel, numbered_batches, run_samples
 from edgekd.engines.error_sums import ErrorSums, cosines
 from edgekd.engines.output_parts import Part, find_parts
@@ -124,7 +125,7 @@ class Reference:
         self._known_size = 0
         self.first = self._model.answer(next(samples.batches(self._model.size)))
         """The answers to the first batch."""
-        self.parts = find_parts(path, samples, self.first)
+        self.parts = find_parts(path, samples, self.first, self._model.outputs.axes)
         """The parts of each output, by its name."""
 
     def _opened(self, path: Path, optimization: Optimization, batch: int) -> BatchedModel:
@@ -178,7 +179,7 @@ class Reference:
         errors = AnswerErrors(classes, self.parts)
         scores: tuple[list[Array], list[Array]] = ([], [])
         for rows, inputs, expected in self.answers(max(self._model.size, model.size)):
-            answers = model.answer(inputs)
+            expected, answers = comparable(expected, model.answer(inputs))
             errors.add(expected, answers)
             if score is not None:
                 scores[0].append(score(expected, expected, rows))

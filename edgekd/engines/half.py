@@ -194,7 +194,9 @@ def _kept(
 
 def _ranges(model: ir.Model, flat: onnx.ModelProto, samples: Samples) -> dict[str, float]:
     values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
-    names = [str(v.name) for v in values if v.name and v.dtype == FLOAT]
+    # A sequence of tensors has their type, too.
+    tensors = [v for v in values if isinstance(v.type, ir.TensorType)]
+    names = [str(v.name) for v in tensors if v.name and v.dtype == FLOAT]
     return measure_ranges(flat, names, samples)
 
 

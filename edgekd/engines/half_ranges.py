@@ -13,6 +13,7 @@ import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
+from edgekd.engines.batch_layout import session_layout, to_model
 from edgekd.engines.half_rules import FLOAT, LowType, low_inputs, low_outputs
 from edgekd.engines.samples import Samples
 from edgekd.engines.session import CPU_PROVIDER, first_line, open_session
@@ -120,8 +121,11 @@ def measure_ranges(
             )
     largest = np.zeros(len(chosen))
     for answers in run_proto(probe, samples):
-        extremes = np.abs(np.array(answers, dtype=np.float64)).reshape(len(chosen), 2).max(axis=1)
+        ends = np.array(answers, dtype=np.float64).reshape(len(chosen), 2)
+        extremes = np.abs(ends).max(axis=1)
         extremes[~np.isfinite(extremes)] = np.inf
+        # The least of no elements is beyond their largest.
+        extremes[ends[:, 0] > ends[:, 1]] = 0
         largest = np.maximum(largest, extremes)
     return dict(zip(chosen, largest.tolist(), strict=True))
 
@@ -129,8 +133,8 @@ def measure_ranges(
 def run_proto(model: onnx.ModelProto, samples: Samples) -> Iterator[list[Array]]:
     """All outputs of a model for each batch of samples, on the CPU without optimizations.
 
-    A model with a fixed batch size gets batches of that size; a rest that does not fill one is
-    left out.
+    A model with a fixed batch size gets batches of that size; one that is not full is filled up
+    with its own samples again.
 
     Raises:
         InputError: the samples do not fit the model, or there are none.
@@ -139,9 +143,20 @@ def run_proto(model: onnx.ModelProto, samples: Samples) -> Iterator[list[Array]]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         path.write_bytes(model.SerializeToString())
-        session = open_session(path, (CPU_PROVIDER,), 1, "disabled")
+        try:
+            session = open_session(path, (CPU_PROVIDER,), 1, "disabled")
+        except InputError as error:
+            # The scratch file's path says nothing to the user.
+            what = error.what.replace(f"Load model from {path} failed:", "")
+            raise StageError(
+                what.replace(str(path), "it"),
+                where="the graph of the 16-bit conversion",
+                remedy="convert it without samples, or keep the node that the message names in "
+                "float32",
+            ) from error
     inputs = session.get_inputs()
-    fixed = next((i.shape[0] for i in inputs if i.shape and isinstance(i.shape[0], int)), None)
+    layout = session_layout(session)
+    fixed = layout.size
     ran = False
     for batch in samples.batches(fixed or BATCH):
         missing = [i.name for i in inputs if i.name not in batch]
@@ -157,10 +172,10 @@ def run_proto(model: onnx.ModelProto, samples: Samples) -> Iterator[list[Array]]
             else batch[i.name]
             for i in inputs
         }
-        if fixed is not None and any(len(array) < fixed for array in feeds.values()):
-            continue
+        if fixed is not None:
+            feeds = {n: np.resize(array, (fixed, *array.shape[1:])) for n, array in feeds.items()}
         try:
-            answers = session.run(None, feeds)
+            answers = session.run(None, to_model(layout, feeds))
         except Exception as error:  # the runtime's own exception classes have no public base
             raise StageError(
                 f"ONNX Runtime cannot run the model on the samples: {first_line(error)}",
@@ -171,7 +186,7 @@ def run_proto(model: onnx.ModelProto, samples: Samples) -> Iterator[list[Array]]
         yield [np.asarray(answer) for answer in answers]
     if not ran:
         raise InputError(
-            "there is not one whole batch of samples",
+            "there are no samples",
             where="samples for the 16-bit conversion",
-            remedy=f"give at least {fixed or 1} of them",
+            remedy="give at least one",
         )

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 from edgekd.engines.session import CPU_PROVIDER, first_line, open_session
 from edgekd.errors import InputError
 from edgekd.spec import Dimension, ModelSpec, TensorSpec
+from edgerun.model import dimension_name
 
 UNKNOWN_RANK = "..."
 """The only dimension of a tensor whose number of dimensions the file does not say."""
@@ -193,14 +194,11 @@ def _tensor_spec(value: onnx.ValueInfoProto, path: Path) -> TensorSpec:
         return TensorSpec(value.name, (UNKNOWN_RANK,), dtype)
     shape: list[Dimension] = []
     for axis, dimension in enumerate(tensor.shape.dim):
-        symbol = dimension.dim_param
+        symbol = dimension_name(dimension.dim_param)
         if dimension.dim_value > 0:
             shape.append(int(dimension.dim_value))
-        # Some exporters name every unknown dimension "?" or "-1": those are not one dimension.
-        elif symbol and symbol != "?" and not symbol.lstrip("-").isdigit():
-            shape.append(symbol)
         else:
-            shape.append(f"{value.name}.{axis}")
+            shape.append(symbol or f"{value.name}.{axis}")
     return TensorSpec(value.name, tuple(shape), dtype)
 
 

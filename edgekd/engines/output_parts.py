@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
+from edgekd.engines.batch_layout import is_ragged
 from edgekd.engines.batched_run import fixed_sizes, model_inputs, run_batch
 from edgekd.engines.onnx_file import read_onnx
 from edgekd.engines.onnx_graph import tensor_types
@@ -73,15 +75,20 @@ class Part:
         positions: which values of one sample, flattened, (size,) int64; None is all.
         kind: ``values`` have an error relative to their size; ``scores`` lie in [0, 1] and also
             decide by a threshold; ``decisions`` (classes, indices, flags) are the same or not.
+        sets: each sample has a set of its own size; what neither model has counts as nothing.
     """
 
     name: str
     positions: Array | None
     kind: Kind
+    sets: bool = False
 
 
 def find_parts(
-    path: Path, samples: Samples, answers: Mapping[str, Array]
+    path: Path,
+    samples: Samples,
+    answers: Mapping[str, Array],
+    output_axes: Mapping[str, int | None] = MappingProxyType({}),
 ) -> dict[str, tuple[Part, ...]]:
     """The parts of each output of a float model; an output of one piece has one part.
 
@@ -89,6 +96,7 @@ def find_parts(
         path: the float model.
         samples: its real inputs; the first ones are run once more where a Concat makes an output.
         answers: the model's to the first samples, (n, …) by output name.
+        output_axes: where an output counts samples in the model, if not on the first axis.
 
     Raises:
         InputError, StageError: the model does not run on the samples.
@@ -96,11 +104,15 @@ def find_parts(
     graph = _Makers(read_onnx(path))
     found: dict[str, tuple[Part, ...]] = {}
     for name, values in answers.items():
+        if is_ragged(values):
+            numbers = values[0].dtype.kind == "f"
+            found[name] = (Part("", None, "values" if numbers else "decisions", sets=True),)
+            continue
         if values.dtype.kind != "f" or graph.from_integers(name):
             kind: Kind = "decisions" if graph.decides(name) else "values"
             found[name] = (Part("", None, kind),)
             continue
-        parts = _by_concat(path, graph, samples, name, values)
+        parts = _by_concat(path, graph, samples, name, values, output_axes)
         # Of all that is joined, an output may hold one piece.
         unit = graph.unit(name) or (len(parts) == 1 and graph.unit(parts[0].name))
         if len(parts) < 2:
@@ -210,13 +222,18 @@ class _Makers:
 
 
 def _by_concat(
-    path: Path, graph: _Makers, samples: Samples, name: str, values: Array
+    path: Path,
+    graph: _Makers,
+    samples: Samples,
+    name: str,
+    values: Array,
+    output_axes: Mapping[str, int | None],
 ) -> list[Part]:
     """One part for each input of the Concats that make an output."""
     sources = [s for s in graph.sources(name) if s not in graph.constants]
     if not 2 <= len(sources) <= MOST_PARTS or values.ndim < 2:
         return []
-    labels = _traced(path, graph, samples, name, sources)
+    labels = _traced(path, graph, samples, name, sources, output_axes)
     if labels is None or labels.shape != values.shape[1:]:
         return []
     flat = labels.reshape(-1)
@@ -239,7 +256,12 @@ def _like_scores(part: Array, whole: Array) -> bool:
 
 
 def _traced(
-    path: Path, graph: _Makers, samples: Samples, name: str, sources: Sequence[str]
+    path: Path,
+    graph: _Makers,
+    samples: Samples,
+    name: str,
+    sources: Sequence[str],
+    output_axes: Mapping[str, int | None],
 ) -> Array | None:
     """Where the values of one sample come from: the source's number from 1 on, in the output's
     shape; None where it cannot be told.
@@ -293,7 +315,9 @@ def _traced(
     except Exception:  # the runtime's own exception classes have no public base
         # A tail that does not run by itself; the output's scales then say what its parts are.
         return None
-    labels: Array = np.rint(answer[0]).astype(np.int64)
+    axis = output_axes.get(name, 0)
+    sample = answer[0] if axis is None or answer.ndim == 0 else np.moveaxis(answer, axis, 0)[0]
+    labels: Array = np.rint(sample).astype(np.int64)
     return labels
 
 

@@ -92,12 +92,13 @@ class PartSums:
         fine, errors = self._sums.add(p, o)
         self._broken.append(~fine)
         if self._part.kind == "decisions":
-            same = (p == o).sum(axis=1)
+            counted = ((p != 0) | (o != 0)) if self._part.sets else np.ones(p.shape, bool)
+            same, of = ((p == o) & counted).sum(axis=1), counted.sum(axis=1)
             self._both += int(same.sum())
-            self._either += p.size
-            self._errors.append(1 - same / max(p.shape[1], 1))
+            self._either += int(of.sum())
+            self._errors.append(np.where(of == 0, 0.0, 1 - same / np.maximum(of, 1)))
             return
-        self._errors.append(errors)
+        self._errors.append(errors / max(p.shape[1], 1))
         for index, values in ((0, p), (2, o)):
             finite = values[np.isfinite(values)]
             if finite.size:
@@ -120,10 +121,10 @@ class PartSums:
             floor = SCORE_FLOOR if part.kind == "scores" else 0.0
             scale = max(math.sqrt(mean_square), floor)
             if scale > _TINY:
-                losses = np.sqrt(losses / max(self._size, 1)) / scale
+                losses = np.sqrt(losses) / scale
                 relative = math.sqrt(sums.error / max(sums.values, 1)) / scale if finite else None
             else:
-                losses = np.sqrt(losses / max(self._size, 1))
+                losses = np.sqrt(losses)
             losses = np.where(broken, np.maximum(losses, 1.0), losses)
         agreement = self._both / self._either if self._either else None
         mean = float(losses.mean()) if len(losses) else 0.0

@@ -11,10 +11,12 @@ from typing import IO, Any
 
 import numpy as np
 
+from edgekd.engines.batch_layout import spec_layout
 from edgekd.engines.onnx_file import UNKNOWN_RANK
-from edgekd.engines.samples import Array, Samples
+from edgekd.engines.samples import Array, Samples, is_mask
 from edgekd.errors import InputError, nearest
-from edgekd.spec import ModelSpec, TensorSpec
+from edgekd.spec import Dimension, ModelSpec, TensorSpec
+from edgerun.shapes import BatchLayout
 
 _NPY_MAGIC = b"\x93NUMPY"
 # What zipfile and zlib raise for a file that was cut off or changed on its way.
@@ -35,22 +37,38 @@ def open_samples(path: Path, spec: ModelSpec) -> Samples:
     """The samples of a file: an .npz with one array (N, …) per input of the model under the
     input's name, or an .npy for a model of one input. Further arrays (labels) are left alone.
 
+    A state whose batch is another axis, [2, batch, 6], is (2, N, 6) or (N, 2, 6); an input without
+    a batch, such as a sampling rate, is one for all samples or (N, …). Batches are (n, …) of all.
+
     Only headers are read here; the elements are read, and checked for NaN and infinite values,
     when batches are asked for.
 
     Raises:
-        InputError: the file is missing, truncated or neither kind; it has no samples; the model
-            does not take its samples along axis 0 of every input; an input has no array, or one
-            of another shape, dtype or count; an array is in Fortran order or pickled. While
-            reading: the file is truncated or a value is NaN or infinite.
+        InputError: the file is missing, truncated or neither kind; it has no samples; an input has
+            no array, or one of another shape, dtype or count; an array is in Fortran order or
+            pickled. While reading: the file is truncated or a value is NaN or infinite, other
+            than -inf in a mask.
     """
     headers = _headers(path, spec)
-    _check_layout(path, spec)
-    counts = {}
+    layout = spec_layout(spec.inputs)
+    counts: dict[str, int] = {}
+    others: dict[str, _Arranged] = {}
     for tensor in spec.inputs:
-        _check_array(path, tensor, headers[tensor.name])
-        counts[tensor.name] = headers[tensor.name].shape[0]
-    _check_symbols(path, spec, headers)
+        header = headers[tensor.name]
+        _check_type(path, tensor, header)
+        state = _state_of_fixed_batch(tensor, layout, header.shape) if counts else None
+        if state is not None and header.shape[:1] != (max(counts.values()),):
+            others[tensor.name] = state
+        elif layout.axes[tensor.name] == 0:
+            _check_shape(path, tensor, header)
+            counts[tensor.name] = header.shape[0]
+        else:
+            others[tensor.name] = _arranged(path, tensor, layout, header.shape)
+    for name, arranged in others.items():
+        shared = arranged.count in (1, layout.size) and arranged.count not in counts.values()
+        if not (counts and shared):
+            counts[name] = arranged.count
+    _check_symbols(path, spec, headers, set(others))
     if len(set(counts.values())) > 1:
         listed = ", ".join(f"{name!r} {count}" for name, count in counts.items())
         raise InputError(
@@ -65,16 +83,43 @@ def open_samples(path: Path, spec: ModelSpec) -> Samples:
             where=str(path),
             remedy="save some hundred real inputs, preprocessed as the model takes them",
         )
-    return _FileSamples(path, spec, {t.name: headers[t.name] for t in spec.inputs}, count)
+    return _FileSamples(path, spec, {t.name: headers[t.name] for t in spec.inputs}, count, others)
+
+
+@dataclass(frozen=True)
+class _Arranged:
+    """How the array of an input that does not count samples on its first axis becomes (n, …):
+    reshaped, then one axis moved to the front. ``every`` says that a query takes one value for
+    all its samples, so that different ones must be run one at a time."""
+
+    shape: tuple[int, ...]
+    axis: int
+    every: bool
+
+    @property
+    def count(self) -> int:
+        """How many samples it holds."""
+        return self.shape[self.axis]
+
+    def apply(self, array: Array) -> Array:
+        """(n, …) of the array as it is in the file."""
+        return np.moveaxis(array.reshape(self.shape), self.axis, 0)
 
 
 class _FileSamples:
     """See :func:`open_samples`."""
 
     def __init__(
-        self, path: Path, spec: ModelSpec, headers: dict[str, _Header], count: int
+        self,
+        path: Path,
+        spec: ModelSpec,
+        headers: dict[str, _Header],
+        count: int,
+        others: dict[str, _Arranged],
     ) -> None:
         self._path, self._spec, self._headers, self._count = path, spec, headers, count
+        self._others = others
+        self._whole: dict[str, Array] | None = None
 
     @property
     def count(self) -> int:
@@ -85,12 +130,30 @@ class _FileSamples:
         """See :class:`edgekd.engines.samples.Samples`."""
         with ExitStack() as stack:
             streams = self._streams(stack)
+            if self._whole is None:
+                self._whole = {name: self._load(streams[name], name) for name in self._others}
+            if any(
+                arranged.every and not (self._whole[name] == self._whole[name][:1]).all()
+                for name, arranged in self._others.items()
+            ):
+                size = 1
             for start in range(0, self._count, size):
                 rows = min(size, self._count - start)
-                yield {
-                    tensor.name: self._read(streams[tensor.name], tensor, start, rows)
-                    for tensor in self._spec.inputs
-                }
+                batch = {}
+                for tensor in self._spec.inputs:
+                    if tensor.name in self._others:
+                        whole = self._whole[tensor.name]
+                        batch[tensor.name] = whole[np.arange(start, start + rows) % len(whole)]
+                    else:
+                        batch[tensor.name] = self._read(streams[tensor.name], tensor, start, rows)
+                yield batch
+
+    def _load(self, stream: IO[bytes], name: str) -> Array:
+        """A whole array, (n, …): states and settings are small beside the data."""
+        header = self._headers[name]
+        tensor = next(t for t in self._spec.inputs if t.name == name)
+        whole = self._read(stream, tensor, 0, None)
+        return self._others[name].apply(whole.reshape(header.shape))
 
     def _streams(self, stack: ExitStack) -> dict[str, IO[bytes]]:
         streams: dict[str, IO[bytes]] = {}
@@ -107,9 +170,10 @@ class _FileSamples:
             raise _truncated(self._path) from error
         return streams
 
-    def _read(self, stream: IO[bytes], tensor: TensorSpec, start: int, rows: int) -> Array:
+    def _read(self, stream: IO[bytes], tensor: TensorSpec, start: int, rows: int | None) -> Array:
+        """The next rows of an array, or all of it."""
         header = self._headers[tensor.name]
-        shape = (rows, *header.shape[1:])
+        shape = header.shape if rows is None else (rows, *header.shape[1:])
         wanted = int(np.prod(shape, dtype=np.int64)) * header.dtype.itemsize
         try:
             content = stream.read(wanted)
@@ -119,11 +183,11 @@ class _FileSamples:
             raise _truncated(self._path)
         array = np.frombuffer(content, header.dtype).reshape(shape)
         array = array.astype(header.dtype.newbyteorder("="), copy=False)
-        if array.dtype.kind in "fc" and not np.isfinite(array).all():
-            bad = ~np.isfinite(array).reshape(rows, -1).all(axis=1)
+        if array.dtype.kind in "fc" and not np.isfinite(array).all() and not is_mask(array):
+            bad = ~np.isfinite(array).reshape(rows or 1, -1).all(axis=1)
+            which = "" if rows is None else f" of sample {start + int(bad.argmax())}"
             raise InputError(
-                f"input {tensor.name!r} of sample {start + int(bad.argmax())} has a NaN or "
-                "infinite value",
+                f"input {tensor.name!r}{which} has a NaN or infinite value",
                 where=str(self._path),
                 remedy="leave the sample out or repair it; samples are counted from 0",
             )
@@ -196,35 +260,80 @@ def _read_header(stream: IO[bytes], member: str | None) -> _Header:
     return _Header(member, shape, dtype, fortran)
 
 
-def _check_layout(path: Path, spec: ModelSpec) -> None:
-    """A batch is cut along axis 0 of every input: refuse a model that takes it otherwise.
+def _arranged(
+    path: Path, tensor: TensorSpec, layout: BatchLayout, shape: tuple[int, ...]
+) -> _Arranged:
+    """How an array holds the samples of an input that the model does not take along axis 0.
 
-    Recurrent models do: a state [2, batch, 128] has two layers on its first axis.
+    A state [2, batch, 6] may be in the file as the model takes it, (2, N, 6), or with its samples
+    first, (N, 2, 6) and (N, 2, 1, 6); of 1 sample, or of a fixed batch, it serves all. An input
+    without a batch is one for all samples, or one for each: (N, …).
+
+    Raises:
+        InputError: the array has none of these shapes.
     """
-    shapes = {
-        tensor.name: tensor.shape for tensor in spec.inputs if tensor.shape != (UNKNOWN_RANK,)
-    }
-    firsts = [shape[0] for shape in shapes.values() if shape]
-    symbol = next((first for first in firsts if isinstance(first, str)), None)
-    for name, shape in shapes.items():
-        if not shape:
-            found = "is one number for all samples"
-        elif symbol in shape[1:] and shape[0] != symbol:
-            found = f"has its samples ({symbol!r}) along axis {shape.index(str(symbol))}"
-        elif symbol is not None and isinstance(shape[0], int) and shape[0] > 1:
-            found = f"has the fixed size {shape[0]} on axis 0, where other inputs have the samples"
-        else:
-            continue
-        raise InputError(
-            f"the model cannot be given samples from a file: input {name!r} {found}",
-            where=str(path),
-            remedy="quantize it by a method that needs none (--method dynamic, weights-only or "
-            "fp16, without --calibration), or export it with the samples along axis 0 of every "
-            f"input; it takes {_named(spec)}",
-        )
+    axis, declared = layout.axes[tensor.name], tensor.shape
+    if axis is None:
+        if _fits(shape, declared) or (not declared and shape == (1,)):
+            return _Arranged((1, *_without_scalar_axis(shape, declared)), 0, True)
+        if len(shape) == len(declared) + 1 and _fits(shape[1:], declared):
+            return _Arranged(shape, 0, True)
+        if declared and declared[0] == 1 and _fits((1, *shape[1:]), declared):
+            return _Arranged((shape[0], 1, *shape[1:]), 0, True)
+        forms = f"{_form(declared)} for all samples, or {_form(('N', *declared))}"
+    else:
+        one = (*declared[:axis], *declared[axis + 1 :])
+        opened = (*declared[:axis], "N", *declared[axis + 1 :])
+        if _fits(shape, opened):
+            return _Arranged(shape, axis, False)
+        if shape and _fits(shape[1:], one):
+            return _Arranged(shape, 0, False)
+        if shape and _fits(shape[1:], (*declared[:axis], 1, *declared[axis + 1 :])):
+            return _Arranged((shape[0], *shape[1 : axis + 1], *shape[axis + 2 :]), 0, False)
+        forms = f"{_form(opened)}, as the model takes it, or {_form(('N', *one))}"
+    raise InputError(
+        f"the array of {tensor.name!r} has shape {shape}, the model takes {tensor}",
+        where=str(path),
+        remedy=f"with N samples, give {forms}",
+    )
 
 
-def _check_array(path: Path, tensor: TensorSpec, header: _Header) -> None:
+def _state_of_fixed_batch(
+    tensor: TensorSpec, layout: BatchLayout, shape: tuple[int, ...]
+) -> _Arranged | None:
+    """A state beside the data of a model with a fixed batch: [1, 1, 5] may be that for all
+    samples, or (1, N, 5) where the second 1 is the batch."""
+    size = layout.size
+    if size is None or layout.axes[tensor.name] != 0 or len(shape) != len(tensor.shape):
+        return None
+    if _fits(shape, tensor.shape):
+        return _Arranged(shape, 0, False)
+    for axis, declared in list(enumerate(tensor.shape))[1:]:
+        opened = (*tensor.shape[:axis], "N", *tensor.shape[axis + 1 :])
+        if declared == size and _fits(shape, opened):
+            return _Arranged(shape, axis, False)
+    return None
+
+
+def _without_scalar_axis(
+    shape: tuple[int, ...], declared: tuple[Dimension, ...]
+) -> tuple[int, ...]:
+    """A shape without the dimension that a scalar was given."""
+    return shape if declared else ()
+
+
+def _fits(shape: tuple[int, ...], declared: tuple[Dimension, ...]) -> bool:
+    return len(shape) == len(declared) and all(
+        not isinstance(wanted, int) or found == wanted
+        for found, wanted in zip(shape, declared, strict=True)
+    )
+
+
+def _form(shape: tuple[Dimension, ...]) -> str:
+    return f"({', '.join(map(str, shape))})"
+
+
+def _check_type(path: Path, tensor: TensorSpec, header: _Header) -> None:
     where = str(path)
     if header.dtype.hasobject:
         raise InputError(
@@ -239,6 +348,16 @@ def _check_array(path: Path, tensor: TensorSpec, header: _Header) -> None:
             where=where,
             remedy=f"preprocess it as the model takes it, then array.astype(np.{tensor.dtype})",
         )
+    if header.fortran:
+        raise InputError(
+            f"the array of {tensor.name!r} is in Fortran order, which cannot be read in batches",
+            where=where,
+            remedy="save np.ascontiguousarray(array)",
+        )
+
+
+def _check_shape(path: Path, tensor: TensorSpec, header: _Header) -> None:
+    """Raise InputError for an array whose rows are not what the model takes."""
     if tensor.shape == (UNKNOWN_RANK,):
         wrong = None if header.shape else "it has no dimension for the samples"
     elif len(header.shape) != len(tensor.shape) or not header.shape:
@@ -256,22 +375,18 @@ def _check_array(path: Path, tensor: TensorSpec, header: _Header) -> None:
     if wrong:
         raise InputError(
             f"the array of {tensor.name!r} has shape {header.shape}: {wrong}",
-            where=where,
+            where=str(path),
             remedy=f"the model takes {tensor}; put the samples along axis 0",
         )
-    if header.fortran:
-        raise InputError(
-            f"the array of {tensor.name!r} is in Fortran order, which cannot be read in batches",
-            where=where,
-            remedy="save np.ascontiguousarray(array)",
-        )
 
 
-def _check_symbols(path: Path, spec: ModelSpec, headers: dict[str, _Header]) -> None:
-    """Dimensions of one name (sequence length) have one size in all inputs."""
+def _check_symbols(
+    path: Path, spec: ModelSpec, headers: dict[str, _Header], others: set[str]
+) -> None:
+    """Dimensions of one name (sequence length) have one size in all inputs of data."""
     sizes: dict[str, tuple[str, int]] = {}
     for tensor in spec.inputs:
-        if tensor.shape == (UNKNOWN_RANK,):
+        if tensor.shape == (UNKNOWN_RANK,) or tensor.name in others:
             continue
         shape = headers[tensor.name].shape
         for axis, wanted in list(enumerate(tensor.shape))[1:]:

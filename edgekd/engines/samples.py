@@ -45,3 +45,9 @@ class ArraySamples:
                 name: array[start : min(start + size, self.count)]
                 for name, array in self._arrays.items()
             }
+
+
+def is_mask(values: Array) -> bool:
+    """Whether floats are 0 or below, -inf among them: what is added before a softmax to leave
+    places out. Other infinities, and NaN, are broken data."""
+    return values.dtype.kind == "f" and bool((values <= 0).all())

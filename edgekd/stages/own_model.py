@@ -75,6 +75,9 @@ def quantize_model(
 ) -> dict[str, Any]:
     """Write ``out`` and say what it costs and gains: a record ``edgekd.quantize/1``.
 
+    ``float32_nodes`` of the record are those with weights in float32, and those whose numbers 8
+    bits do not hold: ``node``, ``op``, ``bytes`` of weights and ``reason``. ``compared_on`` has
+    a note on each output that is not one row per sample (``outputs``).
     ``errors`` has a row for each output with the parts that it was compared by; ``worst`` is the
     part that falls most, where that is not the metric's own output, and what it falls by.
 
@@ -126,11 +129,15 @@ def quantize_model(
         "warnings": [],
     }
     with replacing(out) as written, tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
-        record |= _write(model, written, samples, judge, settings, Path(folder), progress)
+        found = _write(model, written, samples, judge, settings, Path(folder), progress)
+        reasons = found.pop("reasons", {})
+        record |= found
         if "decision" in record and record["decision"]["chosen"] is None:
             return record
         runnable = _runnable(written, settings.method, Path(folder))
         if judge is not None and compared is not None:
+            from edgekd.engines.batched_run import BatchedModel
+
             found = judge.compare(runnable)
             warnings = found.pop("warnings")
             record["warnings"] += warnings
@@ -146,6 +153,9 @@ def quantize_model(
                 "samples": compared.count,
                 "calibrated_on": fitted,
             }
+            notes = BatchedModel(model, compared, threads=settings.threads).outputs.notes()
+            if notes:
+                record["compared_on"]["outputs"] = notes
             if settings.per_layer:
                 from edgekd.engines.layer_errors import layer_errors
 
@@ -155,6 +165,14 @@ def quantize_model(
                 written.unlink()
                 return record
         record |= {"output": str(out), "bytes": describe_onnx(written).size_bytes}
+        if settings.method not in ("fp16", "bf16"):
+            from edgekd.engines.quantize.float_weights import float_nodes
+
+            reasons |= dict.fromkeys(settings.keep, "it was asked to stay")
+            default = f"{settings.method} quantization has no 8 bits for it"
+            record["float32_nodes"] = [
+                row.to_json() for row in float_nodes(written, reasons, default)
+            ]
         if "decision" in record:
             record["decision"]["chosen"] = out.name
         if settings.timing and settings.method == "bf16":

@@ -33,10 +33,11 @@ def write_static(
     float32 too; they stay so if that is shown to be faster.
 
     Returns:
-        ``warnings``; with ``max_drop`` the ``decision`` and its ``decision_lines``; ``mixed``,
-        where nodes stay in float32 because one scale would lose a part of them; where it was
-        tried ``float_inputs``: the ``nodes``, whether that was ``taken``, and the latency with
-        them in float32 (``p50_ms``) against that with them in INT8 (``int8_p50_ms``).
+        ``warnings``; the ``reasons`` of nodes that stay in float32; with ``max_drop`` the
+        ``decision`` and its ``decision_lines``; ``mixed``, where nodes stay in float32 because
+        one scale would lose a part of them; where it was tried ``float_inputs``: the ``nodes``,
+        whether that was ``taken``, and the latency with them in float32 (``p50_ms``) against
+        that with them in INT8 (``int8_p50_ms``).
     """
     from edgekd.engines.onnx_file import describe_onnx
     from edgekd.engines.quantize import StaticQuantizer
@@ -51,6 +52,7 @@ def write_static(
         threads=settings.threads,
     )
     said: dict[str, Any] = {"warnings": remarks_on_ranges(quantizer.constant)}
+    reasons = dict.fromkeys(quantizer.kept, "it was asked to stay") | quantizer.left_in_float
     if quantizer.mixed:
         said["mixed"] = [str(mixed) for mixed in quantizer.mixed]
     decision = None
@@ -69,6 +71,7 @@ def write_static(
         )
         said["decision_lines"] = list(decision.lines())
     kept = decision.kept if decision is not None else ()
+    reasons |= dict.fromkeys(kept, "its 8 bits cost more than --max-drop allows")
     inputs = quantizer.input_layers(kept)
     if inputs and settings.timing and settings.runtime == "cpu":
         if progress is not None:
@@ -83,9 +86,11 @@ def write_static(
             decision = decision.keeping(inputs, out, drop) if taken else decision
         if taken:
             shutil.copyfile(other, out)
+            reasons |= dict.fromkeys(inputs, "it is faster so")
         said["float_inputs"] = {"nodes": list(inputs), "taken": taken, **_of_both(timing)}
     if decision is not None:
         said["decision"] = decision.to_json()
+    said["reasons"] = reasons
     return said
 
 

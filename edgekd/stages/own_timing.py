@@ -65,11 +65,13 @@ def compare_latency(
 
 def _write_queries(path: Path, spec: ModelSpec, samples: Samples) -> None:
     """A few queries of the size that the model fixes, else of one sample, as an npz file."""
-    sizes = [tensor.shape[0] for tensor in spec.inputs if tensor.shape]
-    size = next((size for size in sizes if isinstance(size, int)), 1)
+    from edgekd.engines.batch_layout import spec_layout, to_model
+
+    layout = spec_layout(spec.inputs)
+    size = layout.size or 1
     batch = next(samples.batches(QUERIES * size))
     count = len(next(iter(batch.values())))
     rows = max(size, count // size * size)
     # Fewer samples than one query takes are taken again.
     whole = {name: np.resize(array, (rows, *array.shape[1:])) for name, array in batch.items()}
-    write_npz(path, whole)
+    write_npz(path, to_model(layout, whole))

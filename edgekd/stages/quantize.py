@@ -22,6 +22,7 @@ Runtime = Literal["cpu", "tensorrt"]
 STUDENT = "student.onnx"
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 INDEX = "quantize.json"
+_NAMED = 5  # nodes in float32 that a line names
 
 
 class QuantizeStage:
@@ -239,6 +240,7 @@ class _Work:
         there refuses the file.
         """
         from edgekd.engines.half_verify import write_rounded
+        from edgekd.engines.quantize.float_weights import float_nodes
 
         file = self._out(name)
         there = _node_names(file)
@@ -261,6 +263,16 @@ class _Work:
             f"  {name}: {file.stat().st_size:,} of {self.source.stat().st_size:,} bytes, "
             f"validation {self.validation.change_text(drop)}"
         )
+        if method in ("static", "dynamic", "weights-only"):
+            rows = float_nodes(file, dict.fromkeys(kept, "kept"), f"no 8 bits in {method}")
+            entry["float32_nodes"] = [row.to_json() for row in rows]
+            if left := [row for row in rows if row.node not in kept]:
+                nodes = ", ".join(f"{row.node} ({row.op})" for row in left[:_NAMED])
+                rest = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+                total = sum(row.bytes for row in left)
+                self.context.progress.message(
+                    f"  {name}: {total:,} bytes of weights stay in float32: {nodes}{rest}"
+                )
         found = [error.to_json() for error in errors]
         for remark in remarks_on_errors(found):
             self.context.progress.message(f"  {name}: {remark}")

@@ -5,6 +5,7 @@ Needs no runtime: a device may have ONNX Runtime, or TensorRT, or both.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Mapping, Protocol, Sequence
@@ -33,6 +34,19 @@ class TensorInfo:
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtype}{written(self.shape)}"
+
+
+_NO_NAME = re.compile(r"(\?*|None|-?\d+|unk__\d+)", re.IGNORECASE)
+
+
+def dimension_name(name: Any) -> str | None:
+    """The name of a symbolic dimension; None where there is none.
+
+    Exporters write "?", "None", "-1" or "unk__12" for every dimension that they do not know:
+    two of these are not one dimension, whatever they are called.
+    """
+    text = "" if name is None else str(name).strip()
+    return None if _NO_NAME.fullmatch(text) else text
 
 
 def written(shape: Sequence[int | str | None]) -> str:

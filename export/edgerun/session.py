@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import time
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, Sequence
 
 import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
 from edgerun.errors import BadInput, EdgerunError, RunFailed
-from edgerun.model import Settings, TensorInfo, check_file, written_feed
+from edgerun.model import Settings, TensorInfo, check_file, dimension_name, written_feed
 
 if hasattr(onnxruntime, "disable_telemetry_events"):
     onnxruntime.disable_telemetry_events()
@@ -159,14 +159,18 @@ def _check_providers(settings: Settings) -> None:
 def _tensor(node: Any) -> TensorInfo:
     kind = str(node.type)
     element = kind[len("tensor(") : -1] if kind.startswith("tensor(") else kind
-    shape = tuple(_dimension(d) for d in node.shape)
-    return TensorInfo(str(node.name), DTYPES.get(element, kind), shape)
+    return TensorInfo(str(node.name), DTYPES.get(element, kind), shape_of(node.shape))
+
+
+def shape_of(declared: Sequence[Any]) -> tuple[int | str | None, ...]:
+    """A shape as ONNX Runtime gives it, with None for dimensions without a name."""
+    return tuple(_dimension(value) for value in declared)
 
 
 def _dimension(value: Any) -> int | str | None:
-    # Some exporters write "?" or a size below 1 for "not known"; neither is a name or a size.
     if isinstance(value, str):
-        return None if value in ("", "?") else value
+        return dimension_name(value)
+    # Some exporters write a size below 1 for "not known".
     return None if value is None or int(value) < 1 else int(value)
 
 

@@ -11,6 +11,7 @@ from edgerun.model import TensorInfo, written
 
 IMAGE_SIDE = 224
 CHANNELS = (1, 3, 4)
+_BATCH = re.compile(r".*batch|bs$", re.IGNORECASE)
 _SHAPE_OPTION = re.compile(r"^(?P<name>.+)=(?P<shape>\d+(?:x\d+)*|)$")
 
 
@@ -34,20 +35,39 @@ class BatchLayout:
         """Read the layout from declared shapes.
 
         An open first dimension is the batch, and so is every other dimension of the same
-        symbolic name (a recurrent state is often ``[layers, batch, units]``). Without an open
-        first dimension, the first input's size is the batch of all inputs that share it.
+        symbolic name (a recurrent state is often ``[layers, batch, units]``), and the only open
+        dimension of an input, where no other input has one of its name. A dimension that is
+        called batch is it wherever it stands (``[time, batch, features]``). Without an open
+        dimension that counts samples, the first input's size is the batch of all that have it.
         """
         open_first = [t for t in inputs if t.shape and not isinstance(t.shape[0], int)]
         names = frozenset(t.shape[0] for t in open_first if isinstance(t.shape[0], str))
+        axes: dict[str, int | None]
+        called = {d for t in inputs for d in t.shape if isinstance(d, str) and _BATCH.match(d)}
+        if called and not called & names:
+            axes = {
+                t.name: next((i for i, d in enumerate(t.shape) if d in called), None)
+                for t in inputs
+            }
+            return cls(axes, None, frozenset(called))
         if open_first:
-            axes: dict[str, int | None] = {}
+            known = {d for t in open_first for d in t.shape if isinstance(d, str)}
+            axes = {}
             for tensor in inputs:
                 named = [i for i, d in enumerate(tensor.shape) if d in names]
-                axes[tensor.name] = 0 if tensor in open_first else next(iter(named), None)
+                free = [i for i, d in enumerate(tensor.shape) if not isinstance(d, int)]
+                if tensor in open_first:
+                    axes[tensor.name] = 0
+                elif named:
+                    axes[tensor.name] = named[0]
+                else:
+                    alone = len(free) == 1 and tensor.shape[free[0]] not in known
+                    axes[tensor.name] = free[0] if alone else None
             return cls(axes, None, names)
         first = next((t.shape[0] for t in inputs if t.shape), None)
         fixed = first if isinstance(first, int) else None
-        return cls({t.name: 0 if t.shape and t.shape[0] == fixed else None for t in inputs}, fixed)
+        found = {t.name: [i for i, d in enumerate(t.shape) if d == fixed] for t in inputs}
+        return cls({name: next(iter(of), None) for name, of in found.items()}, fixed)
 
     def axis_of(self, output: TensorInfo) -> int:
         """The axis on which an output counts samples: that of the batch's name, else the first."""

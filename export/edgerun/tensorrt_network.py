@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 from edgerun.errors import BadInput
+from edgerun.model import dimension_name
 from edgerun.model_files import describe_files
 from edgerun.tensorrt_library import Library, open_library, start_builder
 
@@ -88,6 +89,7 @@ def read_network(library: Library, model: Path, strongly_typed: bool) -> Parsed:
             where=f"{model} ({model.stat().st_size} bytes)",
             remedy="the file may be truncated or of another format: export or copy it again",
         )
+    _drop_no_names(network)
     problems = tuple(_problem(error) for error in errors)
     if not whole and not problems:
         reason = library.log.last_error() or "the parser gives no reason"
@@ -126,6 +128,21 @@ def _creation_flags(library: Library, strongly_typed: bool) -> int:
         if wanted and member is not None:
             flags |= 1 << int(member)
     return flags
+
+
+def _drop_no_names(network: Any) -> None:
+    """Let dimensions that an exporter calls "?" differ: the library holds those of one name to
+    one size. The first of a name keeps it, as the parser computes with it."""
+    seen = set()
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        for axis in range(len(tuple(tensor.shape))):
+            name = tensor.get_dimension_name(axis)
+            if not name or dimension_name(name) is not None:
+                continue
+            if name in seen:
+                tensor.set_dimension_name(axis, "")
+            seen.add(name)
 
 
 def _check_weights(library: Library, errors: List[Any], model: Path) -> None:

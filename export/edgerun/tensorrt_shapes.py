@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 from edgerun.errors import BadInput
+from edgerun.model import dimension_name
 from edgerun.tensorrt_settings import Range
 
 OPEN = -1
@@ -53,7 +54,9 @@ def network_inputs(network: Any) -> Tuple[NetworkInput, ...]:
                 remedy="export the model with these sizes as constants",
             )
         shape = tuple(tensor.shape)
-        symbols = tuple(tensor.get_dimension_name(axis) or "" for axis in range(len(shape)))
+        symbols = tuple(
+            dimension_name(tensor.get_dimension_name(axis)) or "" for axis in range(len(shape))
+        )
         found.append(NetworkInput(tensor.name, shape, symbols))
     return tuple(found)
 
@@ -71,7 +74,7 @@ def named_dimensions(network: Any) -> Dict[str, List[Dict[str, Any]]]:
             {
                 "name": tensor.name,
                 "shape": [
-                    size if size >= 0 else tensor.get_dimension_name(axis) or None
+                    size if size >= 0 else dimension_name(tensor.get_dimension_name(axis))
                     for axis, size in enumerate(tuple(tensor.shape))
                 ],
             }

@@ -86,22 +86,65 @@ def test_wrong_arrays(tmp_path, arrays, message):
 
 
 @pytest.mark.parametrize(
-    ("state", "message"),
+    ("declared", "shape"),
     [
-        ((2, "batch", 6), r"'state' has its samples \('batch'\) along axis 1"),
-        ((2, "state.1", 6), "'state' has the fixed size 2 on axis 0"),
-        ((), "'state' is one number for all samples"),
+        ((2, "batch", 6), (2, 4, 6)),
+        ((2, "batch", 6), (4, 2, 6)),
+        ((2, "batch", 6), (4, 2, 1, 6)),
+        ((2, "state.1", 6), (2, 4, 6)),
+        ((6, 2, "batch"), (6, 2, 4)),
     ],
 )
-def test_a_model_whose_samples_do_not_lie_along_axis_0_is_refused(tmp_path, state, message):
-    path = tmp_path / "s.npz"
-    spec = ModelSpec((IMAGE, TensorSpec("state", state)), ())
-    # Neither layout of the file can be cut into samples without more being known.
-    for array in (image(4, 2, 6), image(2, 4, 6)):
-        np.savez(path, image=image(4, 3, 8, 8), state=array)
-        with pytest.raises(InputError, match=message) as error:
-            open_samples(path, spec)
-        assert "--method dynamic" in error.value.remedy
+def test_a_state_counts_its_samples_on_an_axis_of_its_own(tmp_path, declared, shape):
+    """In the file as the model takes it, or with the samples first: the same batches."""
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    np.savez(tmp_path / "s.npz", image=image(4, 3, 8, 8), state=values)
+    opened = open_samples(tmp_path / "s.npz", ModelSpec((IMAGE, TensorSpec("state", declared)), ()))
+    assert opened.count == 4
+    axis = 0 if shape[0] == 4 else shape.index(4)
+    expected = np.moveaxis(values, axis, 0).reshape(4, *(d for d in declared if type(d) is int))
+    for size in (1, 3):
+        read = np.concatenate([batch["state"] for batch in opened.batches(size)])
+        np.testing.assert_array_equal(read, expected)
+
+
+@pytest.mark.parametrize(
+    ("declared", "shape"), [((2, "batch", 6), (2, 1, 6)), ((2, 6), (2, 6)), ((), ()), ((), (1,))]
+)
+def test_one_state_or_scalar_serves_all_samples(tmp_path, declared, shape):
+    values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    np.savez(tmp_path / "s.npz", image=image(4, 3, 8, 8), state=values)
+    spec = ModelSpec((IMAGE, TensorSpec("state", declared)), ())
+    (batch,) = open_samples(tmp_path / "s.npz", spec).batches(4)
+    assert len(batch["state"]) == 4
+    for row in batch["state"]:
+        np.testing.assert_array_equal(row.ravel(), values.ravel())
+
+
+@pytest.mark.parametrize(("declared", "shape"), [((), (4,)), ((2, 6), (4, 2, 6)), ((1, 6), (4, 6))])
+def test_samples_that_differ_in_what_a_batch_takes_once_come_one_by_one(tmp_path, declared, shape):
+    values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    spec = ModelSpec((IMAGE, TensorSpec("state", declared)), ())
+    np.savez(tmp_path / "s.npz", image=image(4, 3, 8, 8), state=values)
+    batches = list(open_samples(tmp_path / "s.npz", spec).batches(3))
+    assert [len(batch["image"]) for batch in batches] == [1, 1, 1, 1]
+    for row, batch in zip(values, batches, strict=True):
+        np.testing.assert_array_equal(batch["state"].ravel(), row.ravel())
+    np.savez(tmp_path / "s.npz", image=image(4, 3, 8, 8), state=np.ones(shape, np.float32))
+    batches = list(open_samples(tmp_path / "s.npz", spec).batches(3))
+    assert [len(batch["image"]) for batch in batches] == [3, 1]
+
+
+def test_a_state_of_another_shape_is_refused_with_the_shapes_that_fit(tmp_path):
+    np.savez(tmp_path / "s.npz", image=image(4, 3, 8, 8), state=image(3, 4, 6))
+    spec = ModelSpec((IMAGE, TensorSpec("state", (2, "batch", 6))), ())
+    with pytest.raises(InputError, match=r"has shape \(3, 4, 6\)") as error:
+        open_samples(tmp_path / "s.npz", spec)
+    assert "(2, N, 6)" in error.value.remedy
+    assert "(N, 2, 6)" in error.value.remedy
+    np.savez(tmp_path / "s.npz", image=image(4, 3, 8, 8), state=image(2, 3, 6))
+    with pytest.raises(InputError, match="'image' 4, 'state' 3"):
+        open_samples(tmp_path / "s.npz", spec)
 
 
 @pytest.mark.parametrize("state", [("batch", 2, 6), (1, 2, 6)])

@@ -395,3 +395,12 @@ def test_building_needs_no_other_runtime(tmp_path, edgerun):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "m.engine").stat().st_size > 0
+
+
+@pytest.mark.parametrize("names", [("?", "?"), ("unk__3", "unk__3"), ("None", "?")])
+def test_sides_that_an_exporter_did_not_name_may_differ(tmp_path, names):
+    model = network(tmp_path / "m.onnx", sides=names)
+    shapes = parse_ranges(["image=1x1x48x192:1x1x48x192:1x1x48x192"])
+    settings = BuildSettings(compute_capabilities=("8.6",), shapes=shapes)
+    record = build(model, tmp_path / "m.engine", RTX, settings)
+    assert record["inputs"][0]["shape"] == ["batch", 1, None, None]

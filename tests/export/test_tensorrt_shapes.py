@@ -4,7 +4,12 @@ import pytest
 
 from edgerun.errors import BadInput
 from edgerun.tensorrt_settings import Range, parse_ranges
-from edgerun.tensorrt_shapes import NetworkInput, choose_ranges
+from edgerun.tensorrt_shapes import (
+    NetworkInput,
+    choose_ranges,
+    named_dimensions,
+    network_inputs,
+)
 
 IMAGE = NetworkInput("image", (-1, 3, -1, -1), ("batch", "", "side", "side"))
 STATE = NetworkInput("state", (2, -1, 8), ("", "batch", ""))
@@ -40,6 +45,40 @@ def test_the_batch_is_found_by_its_name_where_it_is_not_the_first_dimension():
     plain = NetworkInput("x", (-1, 4), ("batch", ""))
     ranges = choose_ranges([STATE, plain], {}, batch=8)
     assert ranges["state"] == Range((2, 1, 8), (2, 8, 8), (2, 8, 8))
+
+
+class Network:
+    """One input whose dimensions an exporter named."""
+
+    num_inputs, num_outputs = 1, 0
+
+    def __init__(self, names):
+        self.names = names
+
+    def get_input(self, index):
+        return self
+
+    name, shape, is_shape_tensor = "x", (-1, 3, -1, -1), False
+
+    def get_dimension_name(self, axis):
+        return self.names[axis]
+
+
+@pytest.mark.parametrize("none", ["?", "", None, "None", "-1", "unk__12"])
+def test_what_exporters_write_for_an_unknown_size_is_no_name(none):
+    (tensor,) = network_inputs(Network(["n", "", none, none]))
+    assert tensor.symbols == ("n", "", "", "")
+    given = {"x": Range((1, 3, 48, 192), (1, 3, 48, 192), (1, 3, 48, 192))}
+    assert choose_ranges([tensor], given) == given
+    assert named_dimensions(Network(["n", "", none, none]))["inputs"][0]["shape"] == [
+        *("n", 3, None, None)
+    ]
+
+
+def test_a_name_is_one_size_wherever_it_stands():
+    (tensor,) = network_inputs(Network(["n", "", "side", "side"]))
+    with pytest.raises(BadInput, match="of the same name is 48:48:48"):
+        choose_ranges([tensor], {"x": Range(*[(1, 3, 48, 192)] * 3)})
 
 
 @pytest.mark.parametrize(

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import onnx
 
+from edgekd.engines.batch_layout import rows_of, spec_layout, to_model
 from edgekd.engines.batched_run import run_batch
 from edgekd.engines.onnx_file import describe_onnx
-from edgekd.engines.quantize.extremes import Extremes, Ranges
+from edgekd.engines.quantize.extremes import Extremes, Ranges, under_its_own_name
 from edgekd.engines.quantize.prepare import save_onnx
 from edgekd.engines.quantize.thresholds import MagnitudeHistogram
-from edgekd.engines.samples import Array, Samples
+from edgekd.engines.samples import Array, Samples, is_mask
 from edgekd.engines.session import CPU_PROVIDER, open_session
 from edgekd.errors import InputError
 
@@ -23,6 +25,20 @@ Calibration = Literal["minmax", "entropy", "percentile"]
 LEAST_SAMPLES = 2
 _BATCH_BYTES = 32 * 1024**2
 _LARGEST_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What the samples say of the tensors of a model.
+
+    Attributes:
+        ranges: (lowest, highest) value of a tensor that 8 bits should cover.
+        without: the tensors that have no range, and why: infinite or NaN values that a later node
+            takes away again, as a softmax does with a mask, or no values at all.
+    """
+
+    ranges: Ranges
+    without: dict[str, str]
 
 
 def calibrate(
@@ -35,7 +51,7 @@ def calibrate(
     symmetric: bool,
     threads: int,
     source: Path | None = None,
-) -> Ranges:
+) -> Calibrated:
     """The (lowest, highest) value of each tensor that 8 bits should cover.
 
     ``minmax`` takes the extremes over all samples. ``entropy`` and ``percentile`` read the
@@ -52,8 +68,8 @@ def calibrate(
         source: the file that the model was prepared from, for errors; None: the model itself.
 
     Raises:
-        InputError: too few samples, an input is missing from them, or a tensor becomes NaN or
-            infinite on them.
+        InputError: too few samples, an input is missing from them, or a tensor and an answer of
+            the model become NaN or infinite on them.
     """
     source = source or model
     if samples.count < LEAST_SAMPLES:
@@ -64,20 +80,21 @@ def calibrate(
         )
     extremes = Extremes(model, tensors, scratch, threads, source)
     size = _batch_size(model, extremes, samples, source)
+    layout = spec_layout(describe_onnx(model).spec.inputs)
     start = 0
     for feed in feeds(model, samples, size, source):
         # A fixed batch's last one is filled up.
-        end = min(start + _rows(feed), samples.count)
+        end = min(start + rows_of(layout, feed), samples.count)
         on = f"samples {start} to {end - 1}" if end - start > 1 else f"sample {start}"
         _check_finite(source, feed, on)
-        extremes.add(feed, on)
+        extremes.add(feed, on, rows_of(layout, feed))
         start = end
-    ranges = extremes.ranges
-    if calibration == "minmax":
-        return ranges
-    batches = feeds(model, samples, size, source)
-    histograms = _histograms(model, ranges, batches, scratch, threads, source)
-    return {name: _cut(histograms[name], *ranges[name], calibration, symmetric) for name in ranges}
+    ranges, without = extremes.ranges, extremes.without_range
+    if calibration != "minmax":
+        batches = feeds(model, samples, size, source)
+        found = _histograms(model, ranges, batches, scratch, threads, source)
+        ranges = {n: _cut(found[n], *ranges[n], calibration, symmetric) for n in ranges}
+    return Calibrated(ranges, without)
 
 
 def feeds(model: Path, samples: Samples, size: int, source: Path) -> Iterator[dict[str, Array]]:
@@ -89,7 +106,8 @@ def feeds(model: Path, samples: Samples, size: int, source: Path) -> Iterator[di
         InputError: an input of the model is missing from the samples.
     """
     inputs = describe_onnx(model).spec.inputs
-    fixed = next((t.shape[0] for t in inputs if t.shape and isinstance(t.shape[0], int)), None)
+    layout = spec_layout(inputs)
+    fixed = layout.size
     for batch in samples.batches(fixed or size):
         missing = [tensor.name for tensor in inputs if tensor.name not in batch]
         if missing:
@@ -102,15 +120,11 @@ def feeds(model: Path, samples: Samples, size: int, source: Path) -> Iterator[di
         feed = {tensor.name: batch[tensor.name] for tensor in inputs}
         if fixed:
             feed = {name: _filled(array, fixed) for name, array in feed.items()}
-        yield feed
+        yield to_model(layout, feed)
 
 
 def _filled(array: Array, rows: int) -> Array:
     return array if len(array) == rows else np.resize(array, (rows, *array.shape[1:]))
-
-
-def _rows(feed: dict[str, Array]) -> int:
-    return len(next(iter(feed.values())))
 
 
 def _batch_size(model: Path, extremes: Extremes, samples: Samples, source: Path) -> int:
@@ -119,14 +133,16 @@ def _batch_size(model: Path, extremes: Extremes, samples: Samples, source: Path)
     Measured on one sample: the graph alone does not tell the sizes of open dimensions.
     """
     feed = next(feeds(model, samples, 1, source))
-    each = 4 * extremes.elements(feed) // _rows(feed)
+    each = (
+        4 * extremes.elements(feed) // rows_of(spec_layout(describe_onnx(model).spec.inputs), feed)
+    )
     return max(1, min(_LARGEST_BATCH, _BATCH_BYTES // max(each, 1)))
 
 
 def _check_finite(source: Path, feed: dict[str, Array], on: str) -> None:
     # Not every input is among the tensors whose extremes are taken.
     for name, array in feed.items():
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+        if array.dtype.kind == "f" and not np.isfinite(array).all() and not is_mask(array):
             raise InputError(
                 f"input {name!r} of the samples has a NaN or infinite value in {on}",
                 where=str(source),
@@ -151,7 +167,10 @@ def _histograms(
     )
     augmented = scratch / "histograms.onnx"
     save_onnx(proto, augmented)
-    session = open_session(augmented, (CPU_PROVIDER,), threads, "disabled")
+    try:
+        session = open_session(augmented, (CPU_PROVIDER,), threads, "disabled")
+    except InputError as error:
+        raise under_its_own_name(error, augmented, source) from error
     computed = [name for name in ranges if name not in inputs]
     histograms = {
         n: MagnitudeHistogram(max(abs(low), abs(high))) for n, (low, high) in ranges.items()

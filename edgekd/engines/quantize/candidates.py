@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Literal
 
+import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
@@ -36,6 +37,14 @@ _CPU_PASSED = {
     "Split",
     "Gather",
 }
+# Where a mask's values end: what is far below the others has no weight there.
+_MASKED_BY = {"Softmax", "LogSoftmax", "Hardmax", "ArgMax", "TopK"}
+_WAY_TO_SOFTMAX = {*_CPU_PASSED, "Add", "Sub", "Mul", "Div", "Where", "Cast", "Identity", "Concat"}
+# From here on a constant that is 0 elsewhere is a mask (Swin's is -100); a range, whose other end
+# is so many times nearer to 0, from where 8 bits would tell nothing else apart.
+_LEAST_MASK = 50.0
+_LEAST_MASKED_RANGE = 1000.0
+_ONE_SIDED = 20.0
 # What a graph does to an image before its first layer.
 _NORMALIZING = {"Add", "Sub", "Mul", "Div", "Cast"}
 
@@ -45,10 +54,26 @@ class Candidates:
 
     TensorRT is given Q/DQ only at the inputs of weighted layers: it moves them through pooling
     and joins by itself, and fuses a convolution with the addition after it only in between.
+
+    Args:
+        graph: with the types of its tensors.
+        runtime: whose 8 bits these are.
+        keep: names of nodes that stay in float.
+        without_range: tensors that 8 bits do not hold, and why.
+        masked: tensors with values far from the others, which nodes without weights do not
+            round, and why.
     """
 
-    def __init__(self, graph: onnx.GraphProto, runtime: Runtime, keep: Collection[str]) -> None:
+    def __init__(
+        self,
+        graph: onnx.GraphProto,
+        runtime: Runtime,
+        keep: Collection[str],
+        without_range: Mapping[str, str] | None = None,
+        masked: Mapping[str, str] | None = None,
+    ) -> None:
         self._graph, self._runtime, self._keep = graph, runtime, frozenset(keep)
+        self._without, self._masked = without_range or {}, masked or {}
         self.weighted = _CPU_WEIGHTED if runtime == "cpu" else WEIGHTED
         """The operators whose arithmetic the runtime has in 8 bits."""
         self._weights = {t.name: t for t in graph.initializer}
@@ -64,6 +89,13 @@ class Candidates:
                 self._readers.setdefault(name, []).append(node)
         self.all = self.select(())
         """Every node that can compute in 8 bits or pass them on, in graph order."""
+
+    def reason(self, name: str) -> str | None:
+        """Why a node cannot be in 8 bits for the numbers that it takes or gives."""
+        node = next(n for n in self._graph.node if n.name == name)
+        found = {**self._masked, **self._without}
+        tensor = next((t for t in (*node.output, *node.input) if t in found), None)
+        return None if tensor is None else f"{tensor!r} {found[tensor]}"
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -147,6 +179,9 @@ class Candidates:
         first, weight = node.input[0], node.input[1]
         if first in self._weights or first not in self._floats or weight not in self._floats:
             return False
+        rounded = {first, weight, *(node.output if self._runtime == "cpu" else ())}
+        if not rounded.isdisjoint(self._without):
+            return False
         if weight not in self._weights:
             return node.op_type == "MatMul"
         if node.op_type == "MatMul" and len(self._weights[weight].dims) < 2:
@@ -164,6 +199,8 @@ class Candidates:
             return False
         if any(name and name not in self._floats for name in node.output):
             return False
+        if any(name in self._without or name in self._masked for name in (*inputs, *node.output)):
+            return False
         if node.op_type in ("Relu", "Clip"):
             # ONNX Runtime's quantizer removes these and lets the 8-bit range clip instead: wrong
             # where the unclipped value is read elsewhere or the range must not reach 0.
@@ -180,3 +217,50 @@ class Candidates:
             if bound is None or sign * float(numpy_helper.to_array(bound)) > 0:
                 return False
         return True
+
+
+def masked_tensors(
+    graph: onnx.GraphProto, ranges: Mapping[str, tuple[float, float]]
+) -> dict[str, str]:
+    """Tensors that hold a mask's large numbers beside others on their way to a softmax, and why.
+
+    8 bits over the range of -1e9 to 10 would tell no two of the others apart. A tensor is masked
+    where its maker adds a constant of 0 and of -50 or less, or where its range reaches 1,000 on
+    one side and not a twentieth of it on the other.
+
+    Args:
+        graph: prepared.
+        ranges: of its tensors on real samples.
+    """
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    to_softmax: set[str] = set()
+    for node in reversed(graph.node):
+        follows = node.op_type in _WAY_TO_SOFTMAX and not to_softmax.isdisjoint(node.output)
+        if node.op_type in _MASKED_BY:
+            to_softmax.update(node.input[:1])
+        elif follows:
+            to_softmax.update(node.input)
+    masked: dict[str, str] = {}
+    for node in graph.node:
+        if node.op_type not in _WAY_TO_SOFTMAX or to_softmax.isdisjoint(node.output):
+            continue
+        low, high = ranges.get(node.output[0], (0.0, 0.0))
+        larger, other = max(abs(low), abs(high)), min(abs(low), abs(high))
+        if node.op_type == "Add" and any(_is_mask_of_zeros(weights.get(n)) for n in node.input):
+            masked[node.output[0]] = "has a mask added"
+        elif low < 0 < high and larger >= _LEAST_MASKED_RANGE and larger > _ONE_SIDED * other:
+            masked[node.output[0]] = f"ranges from {low:.3g} to {high:.3g}, as under a mask"
+        elif any(name in masked for name in node.input):
+            masked[node.output[0]] = "has a mask added"
+    return masked
+
+
+def _is_mask_of_zeros(tensor: onnx.TensorProto | None) -> bool:
+    if tensor is None or tensor.data_type != TensorProto.FLOAT:
+        return False
+    values = numpy_helper.to_array(tensor)
+    return bool(
+        values.size
+        and values.min() <= -_LEAST_MASK
+        and np.all((values == 0) | (values <= -_LEAST_MASK))
+    )

@@ -81,9 +81,11 @@ class Decision:
         total = len(self.rows)
         drop_all = "not finite" if self.drop_all is None else f"{self.drop_all:.4g}"
         if self.chosen is not None and not self.kept:
-            return (f"all {total} nodes in INT8: drop {drop_all}, budget {self.budget:.4g}",)
+            said = f"all {total} quantizable nodes in INT8: drop {drop_all}"
+            return (f"{said}, budget {self.budget:.4g}",)
         effort = f"found with {self.evaluations} evaluations"
-        whole = f"all {total} nodes in INT8: drop {drop_all}, over the budget {self.budget:.4g}"
+        whole = f"all {total} quantizable nodes in INT8: drop {drop_all}, "
+        whole += f"over the budget {self.budget:.4g}"
         if self.chosen is None:
             verdict = "no node can be in INT8 within the budget: the model stays in float32"
             return (whole, f"{verdict} ({effort})")

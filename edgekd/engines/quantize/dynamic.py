@@ -24,7 +24,7 @@ from edgekd.engines.quantize.weights_only import check_finite_weight, dequantize
 from edgekd.engines.samples import Samples
 
 # Without an 8-bit kernel for dynamic scales: their weights are stored in 8 bits.
-_STORED = {"GRU", "RNN", "LSTM", "Gather"}
+_STORED = {"GRU", "RNN", "LSTM", "Gather", "Einsum"}
 # The quantizer splits every Gemm that it recognizes, also those that are kept.
 _HIDDEN = "KeptGemm"
 
@@ -40,8 +40,8 @@ def quantize_dynamic(
     networks.
 
     int8 weights per channel; activations become uint8 with a scale of each run, in ONNX Runtime's
-    operators. GRU, RNN and embedding tables have int8 weights and compute in float. Convolutions
-    stay in float: ONNX Runtime's dynamic ones are slower than those.
+    operators. GRU, RNN, Einsum and embedding tables have int8 weights and compute in float.
+    Convolutions stay in float: ONNX Runtime's dynamic ones are slower than those.
 
     Args:
         onnx_path: a float32 model.

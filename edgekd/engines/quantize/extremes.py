@@ -1,4 +1,8 @@
-"""The extremes of tensors inside a model on real samples; a NaN or an infinity is an error."""
+"""The extremes of tensors inside a model on real samples, and which tensors have none.
+
+A mask of -inf before a softmax is right: infinite values inside a model whose answers are finite
+are no error, and the tensor has no range. Where the answers are not finite, the samples are wrong.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
@@ -13,7 +18,7 @@ from edgekd.engines.batched_run import run_batch
 from edgekd.engines.quantize.prepare import save_onnx
 from edgekd.engines.samples import Array
 from edgekd.engines.session import CPU_PROVIDER, open_session
-from edgekd.errors import InputError
+from edgekd.errors import InputError, StageError
 
 Ranges = dict[str, tuple[float, float]]
 
@@ -36,41 +41,114 @@ class Extremes:
     ) -> None:
         proto = onnx.load(str(model))
         self._source = source
+        floats = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
+        shown = {
+            value.name for value in proto.graph.output if value.type.tensor_type.elem_type in floats
+        }
         types = _float_tensors(proto.graph, tensors)
         self.tensors = tuple(types)
         self._outputs = [_add_probes(proto.graph, name, kind) for name, kind in types.items()]
         augmented = scratch / "extremes.onnx"
         save_onnx(proto, augmented)
-        self._session = open_session(augmented, (CPU_PROVIDER,), threads, "disabled")
-        self.ranges: Ranges = {}
+        try:
+            self._session = open_session(augmented, (CPU_PROVIDER,), threads, "disabled")
+        except InputError as error:
+            raise under_its_own_name(error, augmented, source) from error
+        self._answers = [
+            output.name for output in self._session.get_outputs() if output.name in shown
+        ]
+        self._found: Ranges = {}
+        self._not_finite: dict[str, str] = {}
+        """Tensor → on which samples it was not finite first."""
+        self._nan: set[str] = set()
+        self._samples = self._infinite = 0
+
+    @property
+    def ranges(self) -> Ranges:
+        """(lowest, highest) of each tensor that has values, and finite ones only."""
+        return {n: found for n, found in self._found.items() if n not in self._not_finite}
+
+    @property
+    def without_range(self) -> dict[str, str]:
+        """The other tensors, and what is the matter with each.
+
+        Raises:
+            InputError: a tensor is infinite, and so are the answers to some samples but less than
+                half of them: that is no mask.
+        """
+        if self._not_finite and 0 < 2 * self._infinite < self._samples:
+            raise self._refusal(*next(iter(self._not_finite.items())))
+        reasons = {name: "has no elements" for name in self.tensors if name not in self._found}
+        for name in self._not_finite:
+            reasons[name] = "is NaN" if name in self._nan else "is infinite"
+        return {name: f"{reason} on the samples" for name, reason in reasons.items()}
 
     def elements(self, inputs: Mapping[str, Array]) -> int:
         """How many values the tensors hold together when the model runs on these inputs."""
         return sum(int(size) for _, _, _, size in self._run(inputs))
 
-    def add(self, inputs: Mapping[str, Array], on: str) -> None:
-        """Take one batch; ``on`` says which samples it is, for an error.
+    def add(self, inputs: Mapping[str, Array], on: str, count: int) -> None:
+        """Take one batch of ``count`` samples; ``on`` says which they are, for an error.
 
         Raises:
-            InputError: a tensor becomes NaN or infinite.
+            InputError: a tensor becomes NaN or infinite, and an answer NaN or +inf.
         """
-        for name, (low, high, some_nan, _) in zip(self.tensors, self._run(inputs), strict=True):
+        self._samples += count
+        bad = []
+        for name, (low, high, some_nan, size) in zip(self.tensors, self._run(inputs), strict=True):
+            if not size:
+                continue
             # A reduction may pass over a NaN, and then says nothing of it.
             if some_nan or not (math.isfinite(low) and math.isfinite(high)):
-                raise InputError(
-                    f"tensor {name!r} of the float model becomes NaN or infinite on {on}",
-                    where=str(self._source),
-                    remedy="leave those samples out, or check their preprocessing and the float "
-                    "model first; samples are counted from 0",
-                )
-            lowest, highest = self.ranges.get(name, (math.inf, -math.inf))
-            self.ranges[name] = (min(lowest, float(low)), max(highest, float(high)))
+                bad.append(name)
+                self._not_finite.setdefault(name, on)
+                if some_nan:
+                    self._nan.add(name)
+            lowest, highest = self._found.get(name, (math.inf, -math.inf))
+            self._found[name] = (min(lowest, float(low)), max(highest, float(high)))
+        if bad:
+            self._infinite += self._infinite_answers(inputs, count, bad[0], on)
+
+    def _infinite_answers(
+        self, inputs: Mapping[str, Array], count: int, tensor: str, on: str
+    ) -> int:
+        """How many of these samples have an answer with -inf in it, as masked logits are.
+
+        Raises:
+            InputError: an answer is NaN or +inf.
+        """
+        infinite = np.zeros(count, bool)
+        for values in run_batch(self._session, self._answers, inputs, self._source):
+            if np.isnan(values).any() or np.isposinf(values).any():
+                raise self._refusal(tensor, on)
+            places = np.isneginf(values)
+            if values.ndim and len(values) == count:
+                infinite |= places.reshape(count, -1).any(axis=1)
+            else:
+                infinite |= places.any()
+        return int(infinite.sum())
+
+    def _refusal(self, tensor: str, on: str) -> InputError:
+        return InputError(
+            f"tensor {tensor!r} of the float model becomes NaN or infinite on {on}, and its "
+            "answers with it",
+            where=str(self._source),
+            remedy="leave those samples out, or check their preprocessing and the float model "
+            "first; samples are counted from 0",
+        )
 
     def _run(self, inputs: Mapping[str, Array]) -> list[list[Array]]:
         """(lowest, highest, whether any is NaN, number of values) of each tensor."""
         names = [name for four in self._outputs for name in four]
         values = run_batch(self._session, names, inputs, self._source)
         return [values[i : i + 4] for i in range(0, len(values), 4)]
+
+
+def under_its_own_name(error: InputError | StageError, scratch: Path, source: Path) -> InputError:
+    """An error about a scratch file as one about the file that it was made from."""
+    what = error.what.replace(f"Load model from {scratch} failed:", "")
+    what = what.replace(str(scratch), str(source))
+    return InputError(what, where=str(source), remedy=error.remedy)
 
 
 def _float_tensors(graph: onnx.GraphProto, tensors: Collection[str]) -> dict[str, int]:

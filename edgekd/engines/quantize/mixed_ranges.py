@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from edgekd.engines.batch_layout import is_ragged
 from edgekd.engines.batched_run import BatchedModel
 from edgekd.engines.output_parts import APART, find_parts
 from edgekd.engines.quantize.extremes import Ranges
@@ -86,11 +87,15 @@ def mixed_outputs(prepared: Path, samples: Samples) -> tuple[MixedRange, ...]:
         InputError, StageError: as :class:`edgekd.engines.batched_run.BatchedModel`.
     """
     model = BatchedModel(prepared, samples, optimization="disabled", batch=_LOOKED_AT)
-    answers = model.answer(next(samples.batches(model.size)))
+    answers = {
+        name: values
+        for name, values in model.answer(next(samples.batches(model.size))).items()
+        if not is_ragged(values)
+    }
     graph = onnx.load(str(prepared), load_external_data=False).graph
     makers = {name: node for node in graph.node for name in node.output}
     found = []
-    for name, parts in find_parts(prepared, samples, answers).items():
+    for name, parts in find_parts(prepared, samples, answers, model.outputs.axes).items():
         flat = np.abs(answers[name].reshape(len(answers[name]), -1))
         peaks = [_peak(flat[:, part.positions]) for part in parts if part.positions is not None]
         peaks = [peak for peak in peaks if peak > 0]

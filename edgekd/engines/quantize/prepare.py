@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from edgekd.engines.batched_run import fixed_sizes, model_inputs
 from edgekd.engines.made_up_inputs import answers_of, answers_to_made_up
@@ -179,6 +179,8 @@ def _prepare(source: Path, disabled: Sequence[str]) -> Prepared:
         folded = _optimize(model, source, "disabled")
     name_nodes(folded.graph)
     _plain_bias(folded.graph)
+    _separate_additions(folded.graph, model.graph)
+    _drop_leading_ones(folded.graph)
     least = _IR_OF_LEAST_OPSET if raised else _LEAST_IR
     restore_identity(folded, original, least)
     return Prepared(folded, source, _origins(named, consumers, folded.graph))
@@ -298,7 +300,9 @@ def _optimize(
             open_session(before, (CPU_PROVIDER,), 1, "basic", options, disabled_optimizers=disabled)
         except InputError as error:
             # The scratch file's path says nothing to the user.
-            raise InputError(error.what, where=str(source), remedy=error.remedy) from error
+            what = error.what.replace(f"Load model from {before} failed:", "")
+            what = what.replace(str(before), str(source))
+            raise InputError(what, where=str(source), remedy=error.remedy) from error
         # Types by path: in memory it takes no model above 2 GB.
         onnx.shape_inference.infer_shapes_path(str(after), str(before))
         return onnx.load(str(before))
@@ -330,6 +334,108 @@ def _plain_bias(graph: onnx.GraphProto) -> None:
         del node.attribute[:]
         node.attribute.extend(kept)
     drop_unused(graph)
+
+
+def _separate_additions(graph: onnx.GraphProto, before: onnx.GraphProto) -> None:
+    """Gemm(A, B, C) whose C is not one constant number per column as a product and an Add, which
+    compute in 8 bits: ONNX Runtime fuses MatMul + Add(shortcut) into such a Gemm.
+
+    A fused product and its sum get their names from before the fusion back.
+
+    Args:
+        graph: in place.
+        before: the same, not optimized.
+    """
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    makers = {name: node for node in before.node for name in node.output}
+    types = {value.name: value.type.tensor_type.elem_type for value in _values(graph)}
+    taken = {name for node in graph.node for name in (node.name, *node.input, *node.output)}
+    taken |= {tensor.name for tensor in graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        added = node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 else ""
+        beta = next((a.f for a in node.attribute if a.name == "beta"), 1.0)
+        constant = added in weights and len(weights[added].dims) == 1
+        floats = types.get(node.output[0], TensorProto.FLOAT) == TensorProto.FLOAT
+        if not added or constant or not floats or node.domain not in ("", "ai.onnx"):
+            nodes.append(node)
+            continue
+        addition = makers.get(node.output[0])
+        name, output, sum_name = node.name, "", ""
+        if addition is not None and addition.op_type == "Add":
+            product = next((makers[n] for n in addition.input if n != added and n in makers), None)
+            fused = product is not None and product.op_type == "MatMul"
+            if product is not None and fused and product.output[0] not in taken:
+                name, output, sum_name = product.name, product.output[0], addition.name
+        if not output:
+            output = _free(f"{node.output[0]}.product", taken)
+            sum_name = _free(f"{node.name}.add", taken)
+        kept = [a for a in node.attribute if a.name in ("alpha", "transA", "transB")]
+        plain = not any(a.i if a.name.startswith("trans") else a.f != 1.0 for a in kept)
+        separate = onnx.helper.make_node(
+            "MatMul" if plain else "Gemm", list(node.input[:2]), [output], name=name
+        )
+        if not plain:
+            separate.attribute.extend(kept)
+        nodes.append(separate)
+        made = [output]
+        if beta != 1.0:
+            scaled = _free(f"{node.output[0]}.scaled", taken)
+            factor = _free(f"{node.name}.beta", taken)
+            graph.initializer.append(numpy_helper.from_array(np.float32(beta), factor))
+            scale_name = _free(f"{node.name}.scale", taken)
+            nodes.append(onnx.helper.make_node("Mul", [added, factor], [scaled], name=scale_name))
+            added = scaled
+            made.append(scaled)
+        nodes.append(onnx.helper.make_node("Add", [output, added], [node.output[0]], name=sum_name))
+        taken |= {name, output, sum_name}
+        graph.value_info.extend(
+            onnx.helper.make_tensor_value_info(each, TensorProto.FLOAT, None) for each in made
+        )
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _drop_leading_ones(graph: onnx.GraphProto) -> None:
+    """MatMul's constant (1, K, N) as (K, N) where the other factor has as many dimensions: the
+    same product, and a scale for each column is possible."""
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    ranks = _ranks(graph)
+    for node in graph.node:
+        if node.op_type != "MatMul" or node.domain not in ("", "ai.onnx"):
+            continue
+        weight = weights.get(node.input[1])
+        if weight is None or len(weight.dims) < 3 or any(size != 1 for size in weight.dims[:-2]):
+            continue
+        if ranks.get(node.input[0], 0) < len(weight.dims):
+            continue
+        name = f"{weight.name}.matrix"
+        if name not in weights:
+            values = numpy_helper.to_array(weight)
+            weights[name] = numpy_helper.from_array(values.reshape(values.shape[-2:]), name)
+            graph.initializer.append(weights[name])
+        node.input[1] = name
+    drop_unused(graph)
+
+
+def _values(graph: onnx.GraphProto) -> Iterator[onnx.ValueInfoProto]:
+    yield from (*graph.value_info, *graph.input, *graph.output)
+
+
+def _ranks(graph: onnx.GraphProto) -> dict[str, int]:
+    """The number of dimensions of each tensor that has a shape."""
+    return {
+        value.name: len(value.type.tensor_type.shape.dim)
+        for value in _values(graph)
+        if value.type.tensor_type.HasField("shape")
+    }
+
+
+def _free(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
 
 
 def drop_unused(graph: onnx.GraphProto) -> None:

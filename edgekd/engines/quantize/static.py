@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ from onnxruntime.quantization.quant_utils import add_infer_metadata
 
 from edgekd.engines.onnx_file import check_onnx
 from edgekd.engines.quantize.calibration import Calibration, calibrate
-from edgekd.engines.quantize.candidates import Candidates, Runtime
+from edgekd.engines.quantize.candidates import Candidates, Runtime, masked_tensors
 from edgekd.engines.quantize.float_islands import copy_shared_weights, free_float_values
 from edgekd.engines.quantize.mixed_ranges import MixedRange, mixed_joins, mixed_outputs
 from edgekd.engines.quantize.nothing_to_quantize import nothing_to_quantize
@@ -67,7 +68,8 @@ class StaticQuantizer:
         self._source = onnx_path
         self._prepared = prepare_onnx(onnx_path, samples, threads)
         graph = self._prepared.model.graph
-        kept = self._prepared.named(keep)
+        kept = self.kept = self._prepared.named(keep)
+        """The nodes of ``keep``, by their names in what is written."""
         if runtime == "cpu":
             plain = Candidates(graph, runtime, kept)
             pool_spatial_means(
@@ -89,7 +91,7 @@ class StaticQuantizer:
         """The float model that is quantized: same answers as the file, batch norm folded."""
         scratch.mkdir(parents=True, exist_ok=True)
         save_onnx(self._prepared.model, self.prepared)
-        self.ranges = calibrate(
+        found = calibrate(
             self.prepared,
             self._candidates.tensors | _joined(graph),
             samples,
@@ -99,10 +101,34 @@ class StaticQuantizer:
             threads=threads,
             source=onnx_path,
         )
+        self.ranges = found.ranges
         """(lowest, highest) value covered, by activation."""
+        wanted = self._candidates
+        self._without, self._masked = found.without, masked_tensors(graph, found.ranges)
+        self._candidates = self._among(kept)
+        reasons = {name: self._candidates.reason(name) for name in wanted.nodes}
+        self.left_in_float = {
+            name: reason
+            for name, reason in reasons.items()
+            if reason is not None and name not in self._candidates.all
+        }
+        """Nodes that could be in 8 bits but for the numbers that they take or give, and why."""
+        if not self._candidates.all:
+            raise nothing_to_quantize(
+                self._prepared.model,
+                onnx_path,
+                self._candidates.weighted,
+                kept,
+                self.left_in_float,
+            )
         self.mixed: tuple[MixedRange, ...] = ()
         """Nodes that stay in float because 8 bits of one scale would lose a part of them."""
         self._leave_mixed_in_float(samples, kept)
+
+    def _among(self, kept: Collection[str]) -> Candidates:
+        """What can be in 8 bits when ``kept`` stays in float."""
+        graph = self._prepared.model.graph
+        return Candidates(graph, self._runtime, kept, self._without, self._masked)
 
     def _leave_mixed_in_float(self, samples: Samples, kept: Collection[str]) -> None:
         graph, before = self._prepared.model.graph, self._candidates
@@ -111,7 +137,7 @@ class StaticQuantizer:
             found += mixed_outputs(self.prepared, samples)
         found = tuple(mixed for mixed in found if before.all & set(mixed.floats))
         floats = {name for mixed in found for name in mixed.floats}
-        after = Candidates(graph, self._runtime, {*kept, *floats})
+        after = self._among({*kept, *floats})
         # A model of which nothing is left is quantized all the same; the comparison tells.
         if found and after.all:
             self._candidates, self.mixed = after, found
@@ -164,7 +190,8 @@ class StaticQuantizer:
         copy_shared_weights(model.graph, chosen)
         # Tells ONNX Runtime that the types are inferred: preparation did that.
         add_infer_metadata(model)
-        types = {node.op_type for node in model.graph.node if node.name in chosen}
+        nodes = [node for node in model.graph.node if node.name in chosen]
+        types = {node.op_type for node in nodes}
         cpu = self._runtime == "cpu"
         quantizer = QDQQuantizer(
             model,
@@ -182,6 +209,7 @@ class StaticQuantizer:
                 "QuantizeBias": cpu,
                 "OpTypesToExcludeOutputQuantization": [] if cpu else sorted(types),
                 "QDQOpTypePerChannelSupportToAxis": {"MatMul": -1},
+                "TensorQuantOverrides": _one_scale_each(model.graph, nodes),
             },
         )
         quantizer.quantize_model()
@@ -204,6 +232,16 @@ class StaticQuantizer:
                 for name, (low, high) in self.ranges.items()
             },
         )
+
+
+def _one_scale_each(
+    graph: onnx.GraphProto, nodes: Collection[onnx.NodeProto]
+) -> dict[str, list[dict[str, Any]]]:
+    """The weights of MatMul with more than two dimensions: no runtime has a product of a stack of
+    matrices with a scale for each column."""
+    ranks = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
+    names = {name for node in nodes if node.op_type == "MatMul" for name in node.input}
+    return {n: [{"quant_type": QuantType.QInt8}] for n in sorted(names) if ranks.get(n, 0) > 2}
 
 
 def _joined(graph: onnx.GraphProto) -> set[str]:

@@ -33,6 +33,16 @@ def _matmul_axis(node: onnx.NodeProto, rank: int) -> int:
     return rank - 1
 
 
+def _einsum_axis(node: onnx.NodeProto, index: int, rank: int) -> int:
+    """An axis of an Einsum's factor that its result has too: one that is not summed over."""
+    equation = next((a.s.decode() for a in node.attribute if a.name == "equation"), "")
+    factors, _, result = equation.replace(" ", "").partition("->")
+    letters = factors.split(",")[index] if index < len(factors.split(",")) else ""
+    if len(letters) != rank or "." in letters:
+        return 0
+    return max((i for i, letter in enumerate(letters) if letter in result), default=0)
+
+
 def _gemm_axis(node: onnx.NodeProto, rank: int) -> int:
     settings = {a.name: a.i for a in node.attribute}
     return 0 if settings.get("transB") else 1
@@ -46,6 +56,9 @@ _WEIGHTS: dict[str, tuple[tuple[int, ...], Axis]] = {
     "Gemm": ((1,), _gemm_axis),
     "Gather": ((0,), lambda node, rank: 0),
     "Attention": ((1,), _matmul_axis),
+    "FusedMatMul": ((1,), _matmul_axis),
+    "FusedConv": ((1,), lambda node, rank: 0),
+    "Einsum": ((0, 1), _matmul_axis),
     **dict.fromkeys(_RECURRENT, ((1, 2), lambda node, rank: 1)),
 }
 
@@ -57,8 +70,8 @@ def quantize_weights(
     keep: Collection[str] = (),
     samples: Samples | None = None,
 ) -> None:
-    """Store the weights of Conv, ConvTranspose, Gemm, MatMul, LSTM, GRU, RNN and embedding tables
-    as int8 with a scale per output channel (tables: per row); biases stay float32.
+    """Store the weights of Conv, ConvTranspose, Gemm, MatMul, Einsum, LSTM, GRU, RNN and embedding
+    tables as int8 with a scale per output channel (tables: per row); biases stay float32.
 
     DequantizeLinear gives the weights back at run time, standard ONNX since opset 13. A model
     becomes about four times smaller, not faster. The arithmetic stays in float32 in the sessions
@@ -115,11 +128,14 @@ def dequantize_weights(
             inputs = ()
         after: list[onnx.NodeProto] = []
         for index in inputs:
-            tensor = weights.get(node.input[index])
+            tensor = weights.get(node.input[index]) if index < len(node.input) else None
             if tensor is None or not _is_large(tensor):
                 continue
             check_finite_weight(tensor, source)
-            axis = axis_of(node, len(tensor.dims))
+            rank = len(tensor.dims)
+            axis = axis_of(node, rank)
+            if node.op_type == "Einsum":
+                axis = _einsum_axis(node, index, rank)
             if node.op_type == "Gather":
                 if len(tensor.dims) != 2 or _gather_axis(node) != 0:
                     continue

@@ -57,7 +57,7 @@ def ranges(prepared, samples, scratch, calibration="minmax", symmetric=False):
         calibration=calibration,
         symmetric=symmetric,
         threads=1,
-    )
+    ).ranges
 
 
 def test_minmax_is_the_extremes_of_what_the_model_computes(prepared, images, tmp_path):
@@ -170,7 +170,7 @@ def test_values_whose_sum_leaves_float32_are_no_infinity(logarithm, tmp_path):
         calibration="entropy",
         symmetric=False,
         threads=1,
-    )
+    ).ranges
     assert found["x"] == (np.float32(3e38), np.float32(3e38))
 
 
