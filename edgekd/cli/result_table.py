@@ -13,6 +13,7 @@ from edgekd.release.gate import read_gate
 from edgekd.release.report_tables import (
     constant_caution,
     distillation_effect,
+    headline,
     thread_caution,
 )
 from edgekd.release.result import ModelResult, Result, read_result
@@ -21,6 +22,10 @@ from edgekd.release.verdict import passed
 _ROLES = {"teacher": "teacher", "baseline": "student alone", "student": "student distilled"}
 _COMPARISONS = (
     *("gap_closed", "drop", "relative_drop", "gain_over_constant", "speedup", "size_ratio"),
+)
+NEXT = (
+    "next: 'edgekd init mine.yaml' writes a pipeline to edit for your own data (data) and teacher "
+    "(teacher); the bundle's README.md says how to run it on the device"
 )
 _STATUS = {"pass": "green", "fail": "red", "not shown": "yellow"}
 
@@ -36,11 +41,9 @@ def print_result(console: Console, outcome: RunOutcome) -> None:
     gap = result.comparison.get("gap_closed")
     if gap is not None and gap.value is None:
         console.print(f"  gap closed: not defined: {gap.note}", highlight=False, soft_wrap=True)
-    effect = distillation_effect(result)
     for line in constant_caution(result) + thread_caution(result):
         console.print(f"  [bold red]{line}[/]", highlight=False, soft_wrap=True)
     if "gate" not in outcome.artifacts:
-        _print_effect(console, effect)
         return
     verdicts = read_gate(outcome.folder("gate"))
     for verdict in verdicts:
@@ -49,14 +52,17 @@ def print_result(console: Console, outcome: RunOutcome) -> None:
         console.print(verdict.reason, markup=False, highlight=False, soft_wrap=True)
     verdict_text = "[bold green]passed" if passed(verdicts) else "[bold red]not passed"
     console.print(f"gate: {verdict_text}[/]", highlight=False)
-    _print_effect(console, effect)
 
 
-def _print_effect(console: Console, effect: str) -> None:
-    if effect:
-        harmed = effect.startswith("distillation harmed")
-        style = "bold red" if harmed else None
-        console.print(effect, style=style, markup=False, highlight=False, soft_wrap=True)
+def print_headline(console: Console, outcome: RunOutcome) -> None:
+    """Print what was gained in one sentence, and after a gate that passed what to do next."""
+    file = outcome.folder("benchmark") / "result.json"
+    result = Result.from_json(read_result(file), str(file))
+    harmed = distillation_effect(result).startswith("distillation harmed")
+    style = "bold red" if harmed else "bold"
+    console.print(headline(result), style=style, markup=False, highlight=False, soft_wrap=True)
+    if "bundle" in outcome.artifacts and outcome.failure is None:
+        console.print(NEXT, markup=False, highlight=False, soft_wrap=True)
 
 
 def _models(result: Result) -> Table:

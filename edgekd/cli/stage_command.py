@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 
 from edgekd.api import execute, open_job, run_folder
-from edgekd.cli.result_table import print_result
+from edgekd.cli.result_table import print_headline, print_result
 from edgekd.pipeline.runner import RunOutcome
 from edgekd.pipeline.team import joined
 
@@ -69,6 +69,8 @@ def run_pipeline_until(
         for name, place in (("report", "report/report.html"), ("bundle", archive)):
             if name in outcome.artifacts:
                 console.print(f"{name + ':':8}{folder / place}", highlight=False, soft_wrap=True)
+        if "benchmark" in outcome.artifacts:
+            print_headline(console, outcome)
         if outcome.failure is not None:
             raise outcome.failure
         return outcome

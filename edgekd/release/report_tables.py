@@ -61,11 +61,16 @@ def cell(figure: Figure | None, with_n: bool = False) -> Cell:
 
 
 def headline(result: Result) -> str:
-    """One sentence: what the student costs and what it is worth against the teacher."""
+    """One sentence: what the student costs and is worth against the teacher and against itself
+    without the teacher; a second one where distillation is not shown to have gained anything."""
     against, student = result.comparison, result.student
     speedup, size, drop = against.get("speedup"), against.get("size_ratio"), against.get("drop")
     parts = [text for text in (_times_faster(speedup), _times_smaller(size)) if text]
     text = f"The student reaches {value_text(student.metric)} {result.metric}"
+    effect, gain = distillation_effect(result), against.get("baseline_gain")
+    if gain is not None and effect.startswith("distillation gained"):
+        text += f", {full_text(gain)} better than the same student without the teacher"
+        effect = ""
     if drop and drop.value is not None:
         worse = "below" if drop.value >= 0 else "above"
         if not result.higher_is_better:
@@ -74,7 +79,6 @@ def headline(result: Result) -> str:
         text += f", {value_text(size_of)} {worse} the teacher"
     if parts:
         text += f", and is {' and '.join(parts)}"
-    effect = distillation_effect(result)
     return f"{text}. {effect[:1].upper()}{effect[1:]}." if effect else text + "."
 
 

@@ -67,6 +67,10 @@ def test_second_run_does_nothing_and_says_so(digits_run: Path) -> None:
     done = call("run", "digits.yaml", cwd=folder)
     assert done.returncode == 0
     assert "Nothing to do" in done.stdout
+    *_, headline, following = done.stdout.splitlines()
+    assert headline.startswith("The student reaches ")
+    assert "the same student without the teacher" in headline or "istillation" in headline
+    assert "edgekd init" in following
     assert sorted(digits_run.glob("artifacts/*/*")) == before
 
 

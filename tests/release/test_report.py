@@ -134,7 +134,11 @@ def test_log_axes_hold_their_values(low, ratio):
         (-0.344, (-0.3817, -0.3054), "istillation harmed by 34.40 points (30.54 to 38.17)"),
         (-0.004, (-0.011, 0.003), "not shown: −0.40 points (−1.10 to 0.30)"),
         (0.004, (-0.003, 0.011), "not shown: +0.40 points (−0.30 to 1.10)"),
-        (0.02, (0.01, 0.03), "istillation gained 2.00 points (1.00 to 3.00)"),
+        (
+            0.02,
+            (0.01, 0.03),
+            "2.00 points (1.00 to 3.00) better than the same student without the teacher",
+        ),
     ],
 )
 def test_what_distillation_did_is_said(
