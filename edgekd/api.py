@@ -18,6 +18,8 @@ from edgekd.pipeline.runner import Runner, RunOutcome, stages_until
 from edgekd.pipeline.stage import Job
 from edgekd.pipeline.store import Store
 from edgekd.pipeline.team import Team, joined
+from edgekd.stages import STAGES
+from edgekd.stages.preflight import preflight
 
 if TYPE_CHECKING:
     from edgekd.release.gate import Verdict
@@ -70,14 +72,15 @@ def execute(
     # Read when torch loads its thread pool. Its default of spinning for milliseconds makes two
     # threads many times slower than one as soon as anything else wants the processor.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    stages_until(until)  # A misspelt stage is refused before the folder is made.
+    stages_until(until, STAGES)  # A misspelt stage is refused before the folder is made.
     store = Store(folder)
     store.acquire()
     try:
         log = EventLog(folder / "log.jsonl")
         try:
             with ConsoleProgress(console or Console(), log, quiet=console is None) as progress:
-                return Runner(job, store, progress, log, team=team).run(until)
+                runner = Runner(job, store, progress, STAGES, log, team, preflight)
+                return runner.run(until)
         finally:
             log.close()
     finally:
@@ -110,7 +113,7 @@ def run(
     """
     with joined() as team:
         if team is not None and not team.leads:
-            team.follow()
+            team.follow(STAGES)
             return RunOutcome()
         job = open_job(pipeline, overrides)
         outcome = execute(job, run_folder(job, output), until, console, team)

@@ -1,11 +1,14 @@
 """The profiles, pipelines and device-side code that the package ships.
 
-An installed wheel carries them inside the package; a source checkout has them at its top.
+An installed wheel carries profiles and pipelines inside the package; a source checkout has them at
+its top. The device-side package ``edgerun`` is installed beside ``edgekd``.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+
+import edgerun
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -27,4 +30,4 @@ def pipelines_folder() -> Path:
 
 def edgerun_folder() -> Path:
     """The device-side package ``edgerun``, to be copied to or started on a device."""
-    return _shipped("edgerun", "export/edgerun")
+    return Path(edgerun.__file__).resolve().parent

@@ -10,6 +10,7 @@ from rich.console import Console
 from edgekd.api import open_job, run_folder
 from edgekd.cli.stage_command import pipeline_options, run_pipeline_until
 from edgekd.pipeline.runner import plan as plan_run
+from edgekd.stages import STAGES
 
 
 @click.command()
@@ -30,7 +31,7 @@ def run(
 def plan(pipeline: Path, overrides: tuple[str, ...], output: Path | None, quiet: bool) -> None:
     """Show which stages of PIPELINE would run, and why; nothing is run."""
     job = open_job(pipeline, overrides)
-    rows = plan_run(job, run_folder(job, output))
+    rows = plan_run(job, run_folder(job, output), STAGES)
     console = Console()
     for row in rows:
         if not quiet or row.action == "run":

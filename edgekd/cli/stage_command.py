@@ -13,6 +13,7 @@ from edgekd.api import execute, open_job, run_folder
 from edgekd.cli.result_table import print_headline, print_result
 from edgekd.pipeline.runner import RunOutcome
 from edgekd.pipeline.team import joined
+from edgekd.stages import STAGES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -55,7 +56,7 @@ def run_pipeline_until(
     """
     with joined() as team:
         if team is not None and not team.leads:
-            team.follow()
+            team.follow(STAGES)
             return RunOutcome()
         job = open_job(pipeline, overrides)
         folder = run_folder(job, output)

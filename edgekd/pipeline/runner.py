@@ -6,7 +6,7 @@ import errno
 import shutil
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +24,6 @@ from edgekd.pipeline.progress import EventLog
 from edgekd.pipeline.stage import Context, Job, Stage
 from edgekd.pipeline.store import Artifact, Store
 from edgekd.pipeline.team import Team
-from edgekd.stages import STAGES
-from edgekd.stages.preflight import preflight
 
 _LINKED = ("benchmark", "report", "bundle")
 
@@ -54,7 +52,7 @@ class RunOutcome:
         return self.artifacts[stage].folder
 
 
-def stages_until(name: str | None, stages: tuple[Stage, ...] = STAGES) -> tuple[Stage, ...]:
+def stages_until(name: str | None, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
     """The stages up to and including ``name``; all of them for None.
 
     Raises:
@@ -69,7 +67,7 @@ def stages_until(name: str | None, stages: tuple[Stage, ...] = STAGES) -> tuple[
 
 
 def plan(
-    job: Job, folder: Path, until: str | None = None, stages: tuple[Stage, ...] = STAGES
+    job: Job, folder: Path, stages: tuple[Stage, ...], until: str | None = None
 ) -> list[PlanRow]:
     """What :class:`Runner` would do, without doing it."""
     store = Store(folder)
@@ -93,16 +91,23 @@ def plan(
 
 
 class Runner:
-    """Brings the stages of one job up to date in one run folder, whose lock the caller holds."""
+    """Brings the stages of one job up to date in one run folder, whose lock the caller holds.
+
+    Args:
+        stages: in the order in which they run; this class knows none by name.
+        preflight: called once with the job, and whether it is gated, before the first stage runs;
+            it raises InputError where a name in the pipeline cannot be resolved.
+    """
 
     def __init__(
         self,
         job: Job,
         store: Store,
         progress: Progress,
+        stages: tuple[Stage, ...],
         log: EventLog | None = None,
-        stages: tuple[Stage, ...] = STAGES,
         team: Team | None = None,
+        preflight: Callable[[Job, bool], None] | None = None,
     ) -> None:
         self.job = job
         self.store = store
@@ -110,6 +115,7 @@ class Runner:
         self.log = log
         self.stages = stages
         self.team = team
+        self.preflight = preflight
         self.outcome = RunOutcome()
 
     def run(self, until: str | None = None) -> RunOutcome:
@@ -139,7 +145,8 @@ class Runner:
                 else:
                     if not checked:
                         # Every name is looked up before the first minute goes into training.
-                        preflight(self.job, gated="gate" in names)
+                        if self.preflight is not None:
+                            self.preflight(self.job, "gate" in names)
                         checked = True
                     reason = _why(material, self.store.latest(stage.name))
                     self.progress.message(f"{stage.name}: {reason}")

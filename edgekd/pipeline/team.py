@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -114,17 +114,18 @@ class Team:
             raise own
         raise cause.error from RuntimeError(f"in process {cause.rank}:\n{cause.trace}")
 
-    def follow(self) -> None:
+    def follow(self, stages: Sequence[Stage]) -> None:
         """Do what the first process orders until it ends.
+
+        Args:
+            stages: those that the first process runs.
 
         Raises:
             SystemExit: it ended with an exit code other than 0.
             StageError: it is gone.
         """
-        from edgekd.stages import STAGES
-
         while (order := self._tell(None)).stage is not None:
-            stage = next(stage for stage in STAGES if stage.name == order.stage)
+            stage = next(stage for stage in stages if stage.name == order.stage)
             self._together(partial(_take_part, stage, order))
         if order.exit_code:
             # Launchers end all processes when one fails, and the first has not yet spoken.

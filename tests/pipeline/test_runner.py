@@ -13,10 +13,10 @@ import pytest
 from edgekd.config.pipeline import PipelineConfig
 from edgekd.config.profile import load_profile
 from edgekd.errors import InputError, StageError
-from edgekd.pipeline import runner as runner_module
 from edgekd.pipeline.runner import Runner, is_disk_full, plan, stages_until
 from edgekd.pipeline.stage import Context, Job
 from edgekd.pipeline.store import Store
+from edgekd.stages import STAGES
 
 
 class Silent:
@@ -58,11 +58,6 @@ def job(tmp_path: Path, **changes: Any) -> Job:
     }
     config = PipelineConfig.model_validate(values | changes)
     return Job(config, tmp_path, load_profile("host"))
-
-
-@pytest.fixture(autouse=True)
-def no_preflight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner_module, "preflight", lambda job, gated: None)
 
 
 @pytest.fixture
@@ -142,4 +137,4 @@ def test_disk_full_is_found_behind_a_library_error(tmp_path: Path) -> None:
 
 def test_misspelt_stage_is_suggested() -> None:
     with pytest.raises(InputError, match="did you mean 'distill'"):
-        stages_until("distil")
+        stages_until("distil", STAGES)
