@@ -118,6 +118,9 @@ def table(rows: list[dict[str, Any]]) -> bool:
         ]
         compared = []
         for name, scale in (("baseline_gain", 100), ("speedup", 1)):
+            if row["comparison"].get(name, {}).get("value") is None:
+                compared.append("–")
+                continue
             value, low, high = (scale * end for end in ends(row["comparison"][name]))
             compared.append(f"{value:.1f} ({low:.1f} to {high:.1f})")
         core = "busy" if busy else "idle"
@@ -140,7 +143,8 @@ def table(rows: list[dict[str, Any]]) -> bool:
             distance = f"{(budget / end) ** sign:.2f}×"
         print(f"| {rule} | {value:.4g} ({low:.4g} to {high:.4g}) | {budget:g} | {distance} |")
     passed = sum(row["exit"] == 0 for row in rows)
-    shown = sum(ends(row["comparison"]["baseline_gain"])[1] > 0 for row in rows)
+    gains = [row["comparison"].get("baseline_gain") for row in rows]
+    shown = sum(gain is not None and ends(gain)[1] > 0 for gain in gains)
     print(f"\n{passed} of {len(rows)} passed; distilled shown above alone in {shown}")
     return passed == len(rows)
 
