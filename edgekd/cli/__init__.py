@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from typing import Any
 
 import click
 
@@ -29,8 +31,22 @@ _COMMANDS = {
 }
 
 
+_OPENING_MODELS = ("build", "check", "quantize")
+"""Commands that open any ONNX file, whatever it holds; a pipeline's are the project's own."""
+
+
 class LazyGroup(click.Group):
     """Commands imported on use; every error of the project becomes a message and an exit code."""
+
+    def main(self, args: Any = None, *rest: Any, **extra: Any) -> Any:
+        """Parse and run, as :meth:`click.Group.main`; a program's own command line supervised."""
+        words = sys.argv[1:]
+        pipeline = any(word.lower().endswith((".yaml", ".yml")) for word in words)
+        if args is None and words[:1] and words[0] in _OPENING_MODELS and not pipeline:
+            from edgekd.supervision import supervise
+
+            supervise()
+        return super().main(args, *rest, **extra)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The commands in the order in which a user meets them."""
@@ -67,6 +83,10 @@ class LazyGroup(click.Group):
             click.secho("error: ", nl=False, err=True, fg="red", bold=True)
             click.echo(str(error), err=True)
             ctx.exit(error.exit_code)
+        except MemoryError as error:
+            click.secho("error: ", nl=False, err=True, fg="red", bold=True)
+            click.echo(f"the memory ran out: {error}\n  to do: free some, or give less", err=True)
+            ctx.exit(3)
         except KeyboardInterrupt:
             click.echo("\ninterrupted: what was finished is kept; run again to go on", err=True)
             ctx.exit(130)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 FILE = click.Path(path_type=Path)
 COMPARED_BYTES = 64 << 20
 """A model file of no more is run once more, to see whether its optimized answers are its own."""
+LEVELS = ("all", "extended", "basic", "disabled")
 
 
 @click.command()
@@ -30,6 +31,10 @@ COMPARED_BYTES = 64 << 20
 @click.option("--inputs", type=FILE, metavar="DATA.npz", help="[default: random inputs]")
 @click.option("--shape", "shapes", multiple=True, metavar="NAME=1x3x224x224")
 @click.option("--providers", metavar="A,B", help="[default: the profile's, or the CPU]")
+@click.option(
+    "--optimization", type=click.Choice(LEVELS), default="all", help="ONNX Runtime's level of "
+    "graph optimization.  [default: all]",
+)  # fmt: skip
 @click.option("--batch", type=click.IntRange(min=1), help="Samples of one query.  [default: 1]")
 @click.option("--min-queries", type=click.IntRange(min=1), default=1000, show_default=True)
 @click.option("--max-seconds", type=click.FloatRange(0, min_open=True), default=60.0)
@@ -42,6 +47,7 @@ def benchmark(
     inputs: Path | None,
     shapes: tuple[str, ...],
     providers: str | None,
+    optimization: str,
     batch: int | None,
     min_queries: int,
     max_seconds: float,
@@ -85,6 +91,7 @@ def benchmark(
             providers=chosen,
             provider_options=_options(model, chosen, threads),
             against_options=None if against is None else _options(against, chosen, threads),
+            optimization=optimization,
             min_queries=min_queries,
             max_seconds=max_seconds,
         )

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 from edgekd.engines.session import CPU_PROVIDER, first_line, open_session
 from edgekd.errors import InputError
 from edgekd.spec import Dimension, ModelSpec, TensorSpec
+from edgekd.supervision import note_step
 
 UNKNOWN_RANK = "..."
 """The only dimension of a tensor whose number of dimensions the file does not say."""
@@ -64,6 +65,7 @@ def check_onnx(path: Path) -> None:
             is missing, too short or outside the model's folder.
     """
     read_onnx(path)
+    note_step("checked", path)
     try:
         # By path: the checker then also takes models above protobuf's 2 GB.
         onnx.checker.check_model(str(path))
