@@ -121,7 +121,7 @@ def test_a_killed_build_leaves_the_old_file_and_no_temporary_one(tmp_path):
     if done.returncode == 0:
         pytest.skip("this processor has a result")
     assert done.returncode == 3
-    assert "killed by signal 8 (SIGFPE) while it ran out.onnx" in done.stderr
+    assert "killed by signal 8 (SIGFPE) while it ran m.onnx" in done.stderr
     assert (tmp_path / "out.onnx").read_bytes() == b"from before"
     assert {path.name for path in tmp_path.iterdir()} == {model.name, "out.onnx", "tmp"}
     assert not any((tmp_path / "tmp").iterdir())
