@@ -74,8 +74,7 @@ def supervise() -> None:
     child = os.fork()
     if child == 0:
         _end_with_parent()
-        # What a killed command leaves there goes with the folder.
-        tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
+        _use_temporary(folder)
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # It reaches the child by itself.
     for number in _FORWARDED:
@@ -83,6 +82,7 @@ def supervise() -> None:
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     try:
         if code < 0:
+            _use_temporary(folder)
             code = _report(-code, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -99,6 +99,11 @@ def _note(**fields: Any) -> None:
     content = json.dumps(_noted).encode()
     if len(content) < _BYTES:
         _shared[: len(content) + 1] = content + b"\0"
+
+
+def _use_temporary(folder: Path) -> None:
+    """Put temporary files there, the runtimes' own too: what a killed one leaves goes with it."""
+    tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
 
 
 def _end_with_parent() -> None:
