@@ -45,6 +45,12 @@ def note_model(model: Path) -> None:
     _note(model=str(model))
 
 
+def noted_file() -> str | None:
+    """The file that native code was last given, by the name that a user knows."""
+    step = _noted["step"]
+    return _named(step[1] if step else None, Path(tempfile.gettempdir()) / "edgekd-")
+
+
 @contextmanager
 def writing(partial: Path, final: Path) -> Iterator[None]:
     """Note that ``partial`` is being written in the place of ``final``, and is to be removed."""
@@ -93,9 +99,9 @@ def supervise() -> None:
 
 
 def _note(**fields: Any) -> None:
+    _noted.update(fields)
     if _shared is None:
         return
-    _noted.update(fields)
     content = json.dumps(_noted).encode()
     if len(content) < _BYTES:
         _shared[: len(content) + 1] = content + b"\0"
@@ -182,6 +188,7 @@ def _named(file: str | None, folder: Path) -> str | None:
     for partial, final in _noted["writing"]:
         if file == partial:
             return f"{final}, which is made of {model} and was not written"
-    if Path(file).resolve().is_relative_to(folder.resolve()) and model is not None:
+    temporary = str(Path(file).resolve()).startswith(str(folder.resolve()))
+    if temporary and model is not None:
         return f"{model}, in the form that is made of it here"
     return file

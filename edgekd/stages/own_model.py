@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from edgekd.errors import InputError
 from edgekd.stages.judge import BATCH, Judge
-from edgekd.stages.own_timing import compare_latency
+from edgekd.stages.own_timing import compare_latency, opener
 from edgekd.stages.sample_labels import read_labels
 
 if TYPE_CHECKING:
@@ -126,7 +126,9 @@ def quantize_model(
         "warnings": [],
     }
     with replacing(out) as written, tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
-        record |= _write(model, written, samples, judge, settings, Path(folder), progress)
+        record |= _write(
+            model, info.spec, written, samples, judge, settings, Path(folder), progress
+        )
         if "decision" in record and record["decision"]["chosen"] is None:
             return record
         runnable = _runnable(written, settings.method, Path(folder))
@@ -192,6 +194,7 @@ def largest_drop(record: Mapping[str, Any]) -> float:
 
 def _write(
     model: Path,
+    spec: ModelSpec,
     out: Path,
     samples: Samples | None,
     judge: Judge | None,
@@ -209,7 +212,16 @@ def _write(
     if settings.method == "fp16" or settings.method == "bf16":
         from edgekd.engines.half import convert_half
 
-        info = convert_half(model, out, settings.method, samples=samples, keep=settings.keep)
+        # The CPU computes nothing in bfloat16, so that no session here can say anything of it.
+        opens = opener(scratch, spec, samples, settings.threads)
+        info = convert_half(
+            model,
+            out,
+            settings.method,
+            samples=samples,
+            keep=settings.keep,
+            opens=opens if settings.method == "fp16" else None,
+        )
         return {"half": info.to_json()}
     from edgekd.stages.own_static import write_static
 

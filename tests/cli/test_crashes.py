@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from edgekd.engines.half import convert_half
 from edgekd.errors import CrashError
 from edgekd.targets import LocalTarget
 from tests.integration.commandline import call
@@ -140,3 +143,56 @@ def test_a_division_by_zero_asks_for_real_inputs(tmp_path):
         assert error.where == str(model)
     else:
         pytest.skip("this processor has a result")
+
+
+@pytest.mark.parametrize("samples", [False, True])
+def test_fp16_keeps_what_kills_the_runtime_in_float32(crashing, tmp_path, samples):
+    transposed_product(tmp_path / "m.onnx", TensorProto.FLOAT)
+    x = np.random.default_rng(1).standard_normal((4, 3, 16)).astype(np.float32)
+    np.savez(tmp_path / "d.npz", x=x)
+    given = ("--calibration", "d.npz") if samples else ()
+    quick = ("--method", "fp16", "--no-timing", "--json", "q.json")
+    done = call("quantize", "m.onnx", "-o", "q.onnx", *quick, *given, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    half = json.loads((tmp_path / "q.json").read_text())["half"]
+    assert len(half["kept"]) == len(half["low"]) == 1
+    assert "in float16, ONNX Runtime was killed by signal 11 (SIGSEGV)" in done.stdout
+    # A default session opens it, in this process.
+    answers = [
+        onnxruntime.InferenceSession(tmp_path / name).run(None, {"x": x})[0]
+        for name in ("m.onnx", "q.onnx")
+    ]
+    np.testing.assert_allclose(answers[0], answers[1], atol=0.05)
+    assert {path.name for path in tmp_path.iterdir()} == {"m.onnx", "d.npz", "q.onnx", "q.json"}
+
+
+def test_every_kind_of_node_that_kills_the_runtime_is_found(tmp_path):
+    """Whatever nodes they are: here files with a Tanh or an Add in float16 are refused."""
+    rank = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy"]
+    ops = ("Tanh", "Relu", "Add", "Neg", "Tanh", "Abs")
+    nodes = [
+        helper.make_node(op, [f"t{i}"] * (2 if op == "Add" else 1), [f"t{i + 1}"], f"{op}{i}")
+        for i, op in enumerate(ops)
+    ]
+    nodes[0].input[0], nodes[-1].output[0] = "x", "y"
+    model = saved(tmp_path / "m.onnx", nodes, rank[:1], rank[1:])
+
+    def opens(path):
+        typed = onnx.shape_inference.infer_shapes(onnx.load(path))
+        types = {v.name: v.type.tensor_type.elem_type for v in typed.graph.value_info}
+        for node in typed.graph.node:
+            if node.op_type in ("Tanh", "Add") and types.get(node.output[0]) == TensorProto.FLOAT16:
+                raise CrashError("it was killed while it opened this", signal=11)
+
+    info = convert_half(model, tmp_path / "q.onnx", "fp16", opens=opens)
+    assert set(info.kept) >= {"Tanh0", "Add2", "Tanh4"}
+    opens(tmp_path / "q.onnx")
+
+    def never(path):
+        if path != model:
+            raise CrashError("it was killed while it opened this", signal=11)
+
+    (tmp_path / "q.onnx").unlink()
+    with pytest.raises(CrashError, match="was killed"):
+        convert_half(model, tmp_path / "q.onnx", "fp16", opens=never)
+    assert not (tmp_path / "q.onnx").exists()

@@ -4,7 +4,7 @@ node with a name; the answers stay what they were."""
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -224,6 +224,32 @@ def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
         yield node
         for graph in subgraphs(node):
             yield from all_nodes(graph.node)
+
+
+def set_aside_outputs(graph: onnx.GraphProto) -> Callable[[onnx.GraphProto], None]:
+    """Take out the outputs that no node makes: inputs and constants handed on as they are.
+
+    ONNX Runtime's quantizers give the tensor before an output a new name, which these cannot have.
+
+    Returns:
+        what puts them back, with their constants, into the graph that was made of this one.
+    """
+    made = {name for node in graph.node for name in node.output}
+    outputs = [onnx.ValueInfoProto.FromString(v.SerializeToString()) for v in graph.output]
+    names = {value.name for value in outputs} - made
+    constants = [tensor for tensor in graph.initializer if tensor.name in names]
+    constants = [onnx.TensorProto.FromString(t.SerializeToString()) for t in constants]
+    kept = [value for value in outputs if value.name in made]
+    del graph.output[:]
+    graph.output.extend(kept)
+
+    def put_back(changed: onnx.GraphProto) -> None:
+        del changed.output[:]
+        changed.output.extend(outputs)
+        there = {tensor.name for tensor in changed.initializer}
+        changed.initializer.extend(t for t in constants if t.name not in there)
+
+    return put_back
 
 
 def inner_names(graph: onnx.GraphProto) -> set[str]:
