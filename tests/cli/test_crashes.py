@@ -148,7 +148,7 @@ def test_a_division_by_zero_asks_for_real_inputs(tmp_path):
 @pytest.mark.parametrize("samples", [False, True])
 def test_fp16_keeps_what_kills_the_runtime_in_float32(crashing, tmp_path, samples):
     transposed_product(tmp_path / "m.onnx", TensorProto.FLOAT)
-    x = np.random.default_rng(1).standard_normal((4, 3, 16)).astype(np.float32)
+    x = np.random.default_rng(1).standard_normal((4, 4, 16)).astype(np.float32)
     np.savez(tmp_path / "d.npz", x=x)
     given = ("--calibration", "d.npz") if samples else ()
     quick = ("--method", "fp16", "--no-timing", "--json", "q.json")
