@@ -95,6 +95,9 @@ def benchmark(
             min_queries=min_queries,
             max_seconds=max_seconds,
         )
+    if inputs is None:
+        for measured, path in zip(record["models"], (model, against), strict=False):
+            measured["fed"]["decides_work"] = decided_by_inputs(path)
     name = loaded.name if loaded else "host"
     evidence = evidence_of(name, target.name)
     record.update(profile=name, target=target.name, evidence=evidence, providers_left_out=left_out)
@@ -125,6 +128,17 @@ def _optimizer_faults(models: list[Path]) -> dict[str, str]:
         if fault is not None:
             found[str(model)] = f"{fault}; {fault.remedy}"
     return found
+
+
+def decided_by_inputs(model: Path | None) -> dict[str, str]:
+    """Inputs of a model whose made-up values decide how much it computes, and what of it; none of
+    an engine."""
+    from edgekd.engines.made_up_inputs import deciding_inputs
+    from edgekd.engines.onnx_file import ENGINE_SUFFIXES, read_onnx
+
+    if model is None or model.suffix.lower() in ENGINE_SUFFIXES:
+        return {}
+    return deciding_inputs(read_onnx(model))
 
 
 def _load_profile(name: str | None) -> Profile | None:

@@ -95,7 +95,8 @@ def quantize_model(
             these files.
         StageError: the file cannot be written or does not run.
     """
-    from edgekd.engines.onnx_file import check_onnx, describe_onnx
+    from edgekd.engines.made_up_inputs import deciding_inputs
+    from edgekd.engines.onnx_file import check_onnx, describe_onnx, read_onnx
     from edgekd.engines.output_file import check_output
     from edgekd.engines.replacing import replacing
     from edgekd.engines.sample_files import open_samples
@@ -165,6 +166,13 @@ def quantize_model(
             record["timing"] = compare_latency(
                 written, model, info.spec, compared, settings.threads
             )
+            if compared is None and (decides := deciding_inputs(read_onnx(model))):
+                told = "; ".join(f"{name} decides {what}" for name, what in decides.items())
+                record["warnings"].append(
+                    f"the times are those of made-up inputs, which decide how much is computed "
+                    f"({told}): --calibration DATA.npz, or 'edgekd benchmark --inputs', gives real "
+                    "ones"
+                )
     return record
 
 
