@@ -153,10 +153,12 @@ def _report(number: int, folder: Path) -> int:
 def _crash(number: int, folder: Path) -> CrashError:
     from edgekd.targets.local import LocalTarget, named_signal
 
+    step: str | None
+    file: str | None
     step, file, level = _noted["step"] or (None, None, "disabled")
     where = _named(file, folder)
     what = f"edgekd was killed by signal {named_signal(number)}"
-    if step is None:
+    if step is None or file is None:
         return CrashError(what, signal=number, where=where, remedy=_MEMORY.get(number))
     remedy = _MEMORY.get(number)
     if number != signal.SIGKILL and Path(file).is_file() and step in ("opened", "ran"):

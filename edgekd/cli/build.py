@@ -89,7 +89,9 @@ def build(model: Path, output: Path | None, **options: Any) -> None:
             model, output, profile, options["threads"], options["optimization"]
         )
     else:
-        refuse_options(typed_options() & {"threads", "optimization"}, "ONNX Runtime, not for TensorRT")
+        refuse_options(
+            typed_options() & {"threads", "optimization"}, "ONNX Runtime, not for TensorRT"
+        )
         record = _build_tensorrt(model, output, engine, profile, options)
     if options["out"] is not None:
         write_record(options["out"], record)

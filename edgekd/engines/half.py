@@ -53,7 +53,7 @@ from edgekd.engines.half_rules import (
     touches_float,
 )
 from edgekd.engines.half_verify import largest_difference
-from edgekd.engines.onnx_file import check_onnx
+from edgekd.engines.onnx_file import check_fits_one_file, check_onnx
 from edgekd.engines.optimizer_faults import guard_padding
 from edgekd.engines.samples import Samples
 from edgekd.engines.session import first_line
@@ -120,6 +120,7 @@ def convert_half(
     """
     where = str(onnx_path)
     low = LOW_TYPES[kind]
+    check_fits_one_file(onnx_path)
     check_onnx(onnx_path)
     proto = onnx.load(str(onnx_path))
     _refuse_16_bits(proto, where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -106,8 +107,8 @@ DECIDES: Mapping[str, Mapping[int, str]] = {
     "NonMaxSuppression": {2: "the number of boxes"},
     "DFT": {1: "the length"},
     "STFT": {1: "the step", 3: "the length"},
-    **dict.fromkeys(("HannWindow", "HammingWindow", "BlackmanWindow"), {0: "the length"}),
-    **dict.fromkeys(("LSTM", "GRU", "RNN"), {4: "the number of steps"}),
+    **{name: {0: "the length"} for name in ("HannWindow", "HammingWindow", "BlackmanWindow")},
+    **{name: {4: "the number of steps"} for name in ("LSTM", "GRU", "RNN")},
     "NonZero": {0: "how many there are"},
     "Compress": {1: "how many there are"},
     "Unique": {0: "how many there are"},
@@ -115,11 +116,17 @@ DECIDES: Mapping[str, Mapping[int, str]] = {
 """What the value of an input of an operator decides about how much is computed, by position."""
 
 _CARRIES = frozenset(
-    "Cast Identity Squeeze Unsqueeze Reshape Flatten Transpose Gather GatherElements Concat Slice "
-    "Split Expand Tile Add Sub Mul Div Mod Neg Abs Min Max Floor Ceil Round Clip Where Sum Sign "
-    "ReduceMax ReduceMin ReduceSum ReduceProd CumSum Equal Less Greater LessOrEqual GreaterOrEqual "
-    "And Or Not Xor OneHot SequenceConstruct SequenceAt ConcatFromSequence Pow Sqrt Range "
-    "ConstantOfShape".split()
+    (
+        *("Cast", "Identity", "Squeeze", "Unsqueeze", "Reshape", "Flatten"),
+        *("Transpose", "Gather", "GatherElements", "Concat", "Slice", "Split"),
+        *("Expand", "Tile", "Add", "Sub", "Mul", "Div"),
+        *("Mod", "Neg", "Abs", "Min", "Max", "Floor"),
+        *("Ceil", "Round", "Clip", "Where", "Sum", "Sign"),
+        *("ReduceMax", "ReduceMin", "ReduceSum", "ReduceProd", "CumSum", "Equal"),
+        *("Less", "Greater", "LessOrEqual", "GreaterOrEqual", "And", "Or"),
+        *("Not", "Xor", "OneHot", "SequenceConstruct", "SequenceAt", "ConcatFromSequence"),
+        *("Pow", "Sqrt", "Range", "ConstantOfShape"),
+    )
 )
 """Operators whose result is a number made of their inputs' numbers, and no feature of them."""
 
@@ -131,10 +138,9 @@ def deciding_inputs(model: onnx.ModelProto) -> dict[str, str]:
     followed through arithmetic into :data:`DECIDES`, into the bodies of If, Loop and Scan too:
     a time that was measured with made-up values says little of such a model.
     """
-    try:
+    # A function that cannot be put in its place is looked at from the outside only.
+    with suppress(RuntimeError, ValueError):
         model = onnx.inliner.inline_local_functions(model) if model.functions else model
-    except (RuntimeError, ValueError):
-        pass  # A function that cannot be put in its place is looked at from the outside only.
     filled = {tensor.name for tensor in model.graph.initializer}
     sources: dict[str, frozenset[str]] = {}
     for value in model.graph.input:
@@ -152,7 +158,11 @@ def deciding_inputs(model: onnx.ModelProto) -> dict[str, str]:
 _WHOLE = frozenset(
     (
         onnx.TensorProto.BOOL,
-        *(getattr(onnx.TensorProto, f"{kind}INT{n}") for kind in ("", "U") for n in (8, 16, 32, 64)),
+        *(
+            getattr(onnx.TensorProto, f"{kind}INT{n}")
+            for kind in ("", "U")
+            for n in (8, 16, 32, 64)
+        ),
     )
 )
 

@@ -18,6 +18,9 @@ from edgekd.supervision import note_step
 UNKNOWN_RANK = "..."
 """The only dimension of a tensor whose number of dimensions the file does not say."""
 
+LARGEST = 2**31
+"""Bytes that one protobuf message stays below."""
+
 ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
 """Of TensorRT's engines; edgerun, which stands alone, has its own list."""
 
@@ -122,6 +125,15 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     if not path.is_file():
         what = "this is a folder, not an ONNX file" if path.is_dir() else "the file does not exist"
         raise InputError(what, where=where, remedy="give the path of an .onnx file")
+    if path.stat().st_size >= LARGEST:
+        # Not read at all: protobuf would refuse it after gigabytes.
+        raise InputError(
+            f"the file has {path.stat().st_size / 1e9:.2f} GB, and one ONNX file holds less than "
+            f"{LARGEST / 1e9:.2f}",
+            where=where,
+            remedy="save the model with its weights in a file beside it: onnx.save(model, FILE, "
+            "save_as_external_data=True)",
+        )
     try:
         model = onnx.load(str(path), load_external_data=False)
     except OSError as error:
@@ -158,6 +170,22 @@ def files_of_onnx(path: Path) -> list[Path]:
         InputError: as :func:`read_onnx`.
     """
     return [path, *_external(read_onnx(path), path)]
+
+
+def check_fits_one_file(path: Path) -> None:
+    """Refuse a model that cannot be rewritten as one file, before its weights are read.
+
+    Raises:
+        InputError: it is too large with its external data; or as :func:`read_onnx`.
+    """
+    size = sum(file.stat().st_size for file in files_of_onnx(path))
+    if size >= LARGEST:
+        raise InputError(
+            f"the model has {size / 1e9:.2f} GB with its weights, and it is written as one ONNX "
+            f"file, which holds less than {LARGEST / 1e9:.2f}",
+            where=str(path),
+            remedy="give a smaller model, or leave this one as it is",
+        )
 
 
 def count_onnx_parameters(model: onnx.ModelProto) -> int:

@@ -83,7 +83,7 @@ class OnnxRuntimeBuilder:
         self.engine, self.cache, self.samples = engine, context.cache, samples
         self.chain = provider_chain(runtime.providers, engine.providers, engine.fallback)
         self.threads = engine.threads or runtime.threads or 1
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "providers": self.chain.providers,
             "threads": self.threads,
         }

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgekd.errors import CrashError
 from edgekd.npz import write_npz
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.building import Builder, Precision, TensorRTBuilder, common_level, open_builder

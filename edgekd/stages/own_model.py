@@ -96,11 +96,17 @@ def quantize_model(
         StageError: the file cannot be written or does not run.
     """
     from edgekd.engines.made_up_inputs import deciding_inputs
-    from edgekd.engines.onnx_file import check_onnx, describe_onnx, read_onnx
+    from edgekd.engines.onnx_file import (
+        check_fits_one_file,
+        check_onnx,
+        describe_onnx,
+        read_onnx,
+    )
     from edgekd.engines.output_file import check_output
     from edgekd.engines.replacing import replacing
     from edgekd.engines.sample_files import open_samples
 
+    check_fits_one_file(model)
     check_onnx(model)
     info = describe_onnx(model)
     validation = None if settings.validation is None else Path(settings.validation)

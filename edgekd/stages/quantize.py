@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from edgekd.config.engines import OnnxRuntimeConfig, QuantizeConfig, TensorRTConfig
 from edgekd.config.pipeline import PipelineConfig
@@ -294,7 +294,6 @@ class _Work:
         for remark in remarks_on_errors(found):
             self.context.progress.message(f"  {name}: {remark}")
         return entry | {"drop": drop, "errors": found}
-
 
     def _crash(self, file: Path) -> CrashError | None:
         try:

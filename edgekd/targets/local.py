@@ -429,9 +429,7 @@ def _edgerun(
         raise _error(command, done, Path(words[-1]).name if runs_model else None)
 
 
-def _error(
-    command: str, done: subprocess.CompletedProcess[str], model: str | None
-) -> EdgekdError:
+def _error(command: str, done: subprocess.CompletedProcess[str], model: str | None) -> EdgekdError:
     """The error that a failed edgerun reported, or what it last wrote when it crashed."""
     code = done.returncode
     what, where, remedy = _reported(done.stderr)

@@ -88,7 +88,9 @@ class Drawn:
         return self.input(kind, shape)
 
     def input(self, kind: int, shape: tuple[int, ...]) -> tuple[str, int, tuple[int, ...]]:
-        if self.random.random() < (0.3 if self.batch is None else 0.05):
+        # One number for all samples cannot come from a file of samples.
+        constant = 0.3 if self.batch is None else 1 if not shape else 0.05
+        if self.random.random() < constant:
             value = (self.weight(kind, shape), kind, shape)
         else:
             value = (self.name("in"), kind, shape)
@@ -226,7 +228,7 @@ def _concat(g: Drawn) -> None:
 
 
 def _cast(g: Drawn) -> None:
-    name, kind, shape = g.pick((*FLOATS, T.INT64, T.INT32, T.BOOL, T.UINT8))
+    name, _, shape = g.pick((*FLOATS, T.INT64, T.INT32, T.BOOL, T.UINT8))
     to = g.random.choice((*FLOATS, T.INT64, T.INT32, T.BOOL))
     g.add("Cast", [name], to, shape, to=to)
 
@@ -371,7 +373,21 @@ def _top_k(g: Drawn) -> None:
 
 
 OPERATIONS = (
-    *(_unary, _binary, _conv, _conv, _product, _product, _transpose, _reshape, _flatten, _reduce),
+    *(
+        _conv,
+        _conv,
+        _product,
+        _product,
+        _product,
+        _unary,
+        _binary,
+        _conv,
+        _product,
+        _transpose,
+        _reshape,
+        _flatten,
+        _reduce,
+    ),
     *(_softmax, _pool, _concat, _cast, _shape_of, _gather, _compare, _arg_max, _recurrent),
     *(_normalize, _if, _loop, _sequence, _strings, _function, _quantized, _expand, _where, _top_k),
 )
@@ -384,6 +400,8 @@ def random_graph(random: Random) -> tuple[onnx.ModelProto, dict[str, np.ndarray]
         for _ in range(random.choice((0, 1, 2, 2, 3))):
             kind = random.choice(FLOATS + FLOATS + OTHERS)
             drawn.input(kind, drawn.shape())
+        if random.random() < 0.6:
+            random.choice((_conv, _product))(drawn)
         for _ in range(random.choice((0, 1, 2, 3, 4, 6, 9))):
             random.choice(OPERATIONS)(drawn)
         model = _model(drawn)

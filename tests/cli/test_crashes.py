@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 
@@ -135,14 +136,12 @@ def test_a_division_by_zero_asks_for_real_inputs(tmp_path):
     np.savez(tmp_path / "zeros.npz", n=np.zeros(4, np.int64))
     np.savez(tmp_path / "ones.npz", n=np.ones(4, np.int64))
     assert LocalTarget().probe(model, inputs=tmp_path / "ones.npz")["ran"]
-    try:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("other processors have a result")
+    with pytest.raises(CrashError, match=r"signal 8 \(SIGFPE\) while it ran m.onnx") as caught:
         LocalTarget().probe(model, inputs=tmp_path / "zeros.npz")
-    except CrashError as error:
-        assert "signal 8 (SIGFPE) while it ran m.onnx" in error.what
-        assert "give real inputs (--inputs DATA.npz)" in error.remedy
-        assert error.where == str(model)
-    else:
-        pytest.skip("this processor has a result")
+    assert "give real inputs (--inputs DATA.npz)" in caught.value.remedy
+    assert caught.value.where == str(model)
 
 
 @pytest.mark.parametrize("samples", [False, True])

@@ -9,6 +9,7 @@ from random import Random
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
@@ -123,10 +124,35 @@ def test_an_input_that_is_an_output_stays_one_when_the_layers_are_in_int8(tmp_pa
     x = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
     quantize_by_every_method(tmp_path, {"x": x})
     for method in ("static", "dynamic"):
-        import onnxruntime
-
         session = onnxruntime.InferenceSession(tmp_path / f"{method}.onnx")
         same, y = session.run(None, {"x": x})
         np.testing.assert_array_equal(same, x)
         wanted = x @ onnx.numpy_helper.to_array(weight(4, 4))
         np.testing.assert_allclose(y, wanted, atol=0.1)
+
+
+def test_a_model_above_two_gigabytes_is_refused_before_it_is_read(tmp_path):
+    """Its weights are a sparse file, which takes no space."""
+    count = 24_000
+    large = onnx.TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[count, count])
+    large.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": "w.data", "offset": 0, "length": 4 * count**2}.items():
+        large.external_data.add(key=key, value=str(value))
+    shape = ("b", count)
+    graph = helper.make_graph([PRODUCT], "g", [info("x", shape)], [info("y", shape)], [large])
+    opsets = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "m.onnx")
+    with (tmp_path / "w.data").open("wb") as file:
+        file.truncate(4 * count**2)
+    np.savez(tmp_path / "d.npz", x=np.zeros((4, count), np.float32))
+    for method in METHODS:
+        done = run(tmp_path, "quantize", "m.onnx", "-o", "q.onnx", "--method", method,
+                   "--calibration", "d.npz")  # fmt: skip
+        assert done.exit_code == 2
+        assert "the model has 2.30 GB with its weights" in done.output
+    with (tmp_path / "whole.onnx").open("wb") as file:
+        file.truncate(2**31 + 1)
+    for words in (("check",), ("build", "-o", "b.onnx"), ("quantize", "-o", "b.onnx")):
+        done = run(tmp_path, words[0], "whole.onnx", *words[1:])
+        assert done.exit_code == 2
+        assert "save the model with its weights in a file beside it" in done.output
