@@ -31,7 +31,7 @@ _COMMANDS = {
 }
 
 
-_OPENING_MODELS = ("build", "check", "quantize")
+_OPENING_MODELS = ("benchmark", "build", "check", "quantize")
 """Commands that open any ONNX file, whatever it holds; a pipeline's are the project's own."""
 
 
