@@ -53,6 +53,20 @@ class StageError(EdgekdError):
     exit_code = 3
 
 
+class CrashError(StageError):
+    """A runtime's own code ended the process that it ran in.
+
+    Args:
+        signal: the number of the signal that ended it.
+    """
+
+    def __init__(
+        self, what: str, *, signal: int, where: str | None = None, remedy: str | None = None
+    ) -> None:
+        self.signal = signal
+        super().__init__(what, where=where, remedy=remedy)
+
+
 class TargetError(EdgekdError):
     """The machine to measure on could not be reached or could not run the model."""
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from typing import Any
 
 import click
 
-from edgekd.errors import EdgekdError, nearest
+from edgekd.errors import EdgekdError, StageError, nearest
 
 _COMMANDS = {
     "init": ("edgekd.cli.init:init", "Write an example pipeline to start from."),
@@ -29,8 +31,25 @@ _COMMANDS = {
 }
 
 
+_OPENING_MODELS = ("benchmark", "build", "check", "quantize")
+"""Commands that open any ONNX file, whatever it holds; a pipeline's are the project's own."""
+
+
+_LIBRARIES = ("onnxruntime.", "onnx.", "google.protobuf.")
+
+
 class LazyGroup(click.Group):
     """Commands imported on use; every error of the project becomes a message and an exit code."""
+
+    def main(self, args: Any = None, *rest: Any, **extra: Any) -> Any:
+        """Parse and run, as :meth:`click.Group.main`; a program's own command line supervised."""
+        words = sys.argv[1:]
+        pipeline = any(word.lower().endswith((".yaml", ".yml")) for word in words)
+        if args is None and words[:1] and words[0] in _OPENING_MODELS and not pipeline:
+            from edgekd.supervision import supervise
+
+            supervise()
+        return super().main(args, *rest, **extra)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """The commands in the order in which a user meets them."""
@@ -64,12 +83,34 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except EdgekdError as error:
-            click.secho("error: ", nl=False, err=True, fg="red", bold=True)
-            click.echo(str(error), err=True)
+            _print_error(str(error))
             ctx.exit(error.exit_code)
+        except MemoryError as error:
+            _print_error(f"the memory ran out: {error}\n  to do: free some, or give less")
+            ctx.exit(StageError.exit_code)
+        except Exception as error:
+            # What the runtimes raise has no base of its own; a mistake of the project's is shown
+            # with its traceback.
+            if not type(error).__module__.startswith(_LIBRARIES):
+                raise
+            from edgekd.supervision import noted_file
+
+            failed = StageError(
+                f"{type(error).__module__.partition('.')[0]} fails: {' '.join(str(error).split())}",
+                where=noted_file(),
+                remedy="'edgekd check' shows what the model needs; export it again, in another "
+                "opset or with another exporter",
+            )
+            _print_error(str(failed))
+            ctx.exit(failed.exit_code)
         except KeyboardInterrupt:
             click.echo("\ninterrupted: what was finished is kept; run again to go on", err=True)
             ctx.exit(130)
+
+
+def _print_error(text: str) -> None:
+    click.secho("error: ", nl=False, err=True, fg="red", bold=True)
+    click.echo(text, err=True)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

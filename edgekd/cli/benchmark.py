@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 FILE = click.Path(path_type=Path)
 COMPARED_BYTES = 64 << 20
 """A model file of no more is run once more, to see whether its optimized answers are its own."""
+LEVELS = ("all", "extended", "basic", "disabled")
 
 
 @click.command()
@@ -30,6 +31,10 @@ COMPARED_BYTES = 64 << 20
 @click.option("--inputs", type=FILE, metavar="DATA.npz", help="[default: random inputs]")
 @click.option("--shape", "shapes", multiple=True, metavar="NAME=1x3x224x224")
 @click.option("--providers", metavar="A,B", help="[default: the profile's, or the CPU]")
+@click.option(
+    "--optimization", type=click.Choice(LEVELS), default="all", help="ONNX Runtime's level of "
+    "graph optimization.  [default: all]",
+)  # fmt: skip
 @click.option("--batch", type=click.IntRange(min=1), help="Samples of one query.  [default: 1]")
 @click.option("--min-queries", type=click.IntRange(min=1), default=1000, show_default=True)
 @click.option("--max-seconds", type=click.FloatRange(0, min_open=True), default=60.0)
@@ -42,6 +47,7 @@ def benchmark(
     inputs: Path | None,
     shapes: tuple[str, ...],
     providers: str | None,
+    optimization: str,
     batch: int | None,
     min_queries: int,
     max_seconds: float,
@@ -65,8 +71,10 @@ def benchmark(
     from edgekd.cli.benchmark_table import print_benchmark
     from edgekd.engines.output_file import check_output
     from edgekd.release.assemble import evidence_of
+    from edgekd.supervision import note_model
     from edgekd.targets import LocalTarget, open_target
 
+    note_model(model)
     if out is not None:
         check_output(out, "--json", inputs=[path for path in (model, against) if path], stream=True)
     loaded = _load_profile(profile)
@@ -85,13 +93,19 @@ def benchmark(
             providers=chosen,
             provider_options=_options(model, chosen, threads),
             against_options=None if against is None else _options(against, chosen, threads),
+            optimization=optimization,
             min_queries=min_queries,
             max_seconds=max_seconds,
         )
+    if inputs is None:
+        for measured, path in zip(record["models"], (model, against), strict=False):
+            measured["fed"]["decides_work"] = decided_by_inputs(path)
     name = loaded.name if loaded else "host"
     evidence = evidence_of(name, target.name)
     record.update(profile=name, target=target.name, evidence=evidence, providers_left_out=left_out)
-    record["optimizer_faults"] = _optimizer_faults([model, *([against] if against else [])])
+    # A lower level is asked for where the highest is not to be used.
+    timed = [model, *([against] if against else [])] if optimization == "all" else []
+    record["optimizer_faults"] = _optimizer_faults(timed)
     if out is not None:
         write_record(out, record)
     print_benchmark(console, record)
@@ -118,6 +132,17 @@ def _optimizer_faults(models: list[Path]) -> dict[str, str]:
         if fault is not None:
             found[str(model)] = f"{fault}; {fault.remedy}"
     return found
+
+
+def decided_by_inputs(model: Path | None) -> dict[str, str]:
+    """Inputs of a model whose made-up values decide how much it computes, and what of it; none of
+    an engine."""
+    from edgekd.engines.made_up_inputs import deciding_inputs
+    from edgekd.engines.onnx_file import ENGINE_SUFFIXES, read_onnx
+
+    if model is None or model.suffix.lower() in ENGINE_SUFFIXES:
+        return {}
+    return deciding_inputs(read_onnx(model))
 
 
 def _load_profile(name: str | None) -> Profile | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,23 @@ def _print_inputs(console: Console, model: dict[str, Any]) -> None:
         note = f"  ({given['note']})" if given["note"] not in ("", "declared") else ""
         line = f"  {name}: {given['dtype']} {shape}{note}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if fed.get("decides_work"):
+        console.print(
+            decided_text(fed["decides_work"]),
+            style="yellow",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def decided_text(decides: Mapping[str, str]) -> str:
+    """That made-up values decide how much was computed, and what to do."""
+    told = "; ".join(f"{name} decides {what}" for name, what in decides.items())
+    return (
+        f"  made-up values decide how much is computed, so that these times are of no real query: "
+        f"{told}. Give real ones: --inputs DATA.npz"
+    )
 
 
 def _print_comparison(console: Console, record: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from edgekd.cli.benchmark import write_record
+from edgekd.cli.benchmark import LEVELS, write_record
 from edgekd.cli.typed_options import (
     PIPELINE_SUFFIXES,
     refuse_options,
@@ -19,11 +19,14 @@ from edgekd.errors import InputError
 
 if TYPE_CHECKING:
     from edgekd.config.profile import Profile
+    from edgekd.engines.session import Optimization
 
 FILE = click.Path(path_type=Path)
 ENGINES = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 FOR_PIPELINE = frozenset({"model", "output", "overrides", "quiet"})
-FOR_ONNXRUNTIME = frozenset({"model", "output", "engine", "profile", "threads", "out"})
+FOR_ONNXRUNTIME = frozenset(
+    {"model", "output", "engine", "profile", "threads", "optimization", "out"}
+)
 NOT_FOR_MODEL = frozenset({"overrides", "quiet"})
 
 
@@ -33,6 +36,10 @@ NOT_FOR_MODEL = frozenset({"overrides", "quiet"})
 @click.option("--engine", type=click.Choice(ENGINES), help="[default: the profile's]")
 @click.option("--profile", metavar="NAME", help="Memory, GPU and threads of this device profile.")
 @click.option("--threads", type=click.IntRange(min=1), help="ONNX Runtime's.  [default: 1]")
+@click.option(
+    "--optimization", type=click.Choice(LEVELS), default="all", help="ONNX Runtime's level to run "
+    "at.  [default: all]",
+)  # fmt: skip
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8"]))
 @click.option("--keep", multiple=True, metavar="NODE", help="May stay in a wider precision.")
 @click.option("--shape", "shapes", multiple=True, metavar="NAME=MIN:USUAL:MAX")
@@ -67,7 +74,9 @@ def build(model: Path, output: Path | None, **options: Any) -> None:
     from edgekd.config.profile import load_profile
     from edgekd.engines.onnx_file import read_onnx
     from edgekd.engines.output_file import check_output
+    from edgekd.supervision import note_model
 
+    note_model(model)
     profile = None if options["profile"] is None else load_profile(options["profile"])
     engine = options["engine"] or (profile.runtime.engine if profile else "onnxruntime")
     check_output(output, "-o", inputs=[model])
@@ -76,16 +85,24 @@ def build(model: Path, output: Path | None, **options: Any) -> None:
     read_onnx(model)
     if engine == "onnxruntime":
         refuse_options(typed_options() - FOR_ONNXRUNTIME, "TensorRT, not for ONNX Runtime")
-        record = _build_onnxruntime(model, output, profile, options["threads"])
+        record = _build_onnxruntime(
+            model, output, profile, options["threads"], options["optimization"]
+        )
     else:
-        refuse_options(typed_options() & {"threads"}, "ONNX Runtime, not for TensorRT")
+        refuse_options(
+            typed_options() & {"threads", "optimization"}, "ONNX Runtime, not for TensorRT"
+        )
         record = _build_tensorrt(model, output, engine, profile, options)
     if options["out"] is not None:
         write_record(options["out"], record)
 
 
 def _build_onnxruntime(
-    model: Path, output: Path, profile: Profile | None, threads: int | None
+    model: Path,
+    output: Path,
+    profile: Profile | None,
+    threads: int | None,
+    optimization: Optimization,
 ) -> dict[str, Any]:
     from edgekd.config.host import local_providers
     from edgekd.engines.onnxruntime import build_engine, providers_for
@@ -95,7 +112,7 @@ def _build_onnxruntime(
     # A profile may be another device's: the file is then optimized with what is here.
     chosen = tuple(name for name in wanted if name in here) or ("CPUExecutionProvider",)
     threads = threads or (profile.runtime.threads if profile else None) or 1
-    info = build_engine(model, output, providers_for(chosen, None), threads)
+    info = build_engine(model, output, providers_for(chosen, None), threads, optimization)
     click.echo(f"{output}  {info.size_bytes / 1e6:.3f} MB  ONNX Runtime, {threads} thread(s)")
     nodes = ", ".join(f"{count} on {name}" for name, count in info.nodes.items())
     click.echo(f"  nodes: {nodes}; largest difference {info.max_difference:.2g}")

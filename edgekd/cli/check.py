@@ -60,6 +60,7 @@ def check(
     from edgekd.config.profile import load_profile
     from edgekd.engines.check import check_model
     from edgekd.engines.output_file import check_output
+    from edgekd.supervision import note_model
     from edgekd.targets import LocalTarget, open_target
 
     if model.suffix.lower() in PIPELINE_SUFFIXES:
@@ -69,12 +70,15 @@ def check(
             remedy="give one that it exported (artifacts/export in its run folder), or build it: "
             f"edgekd build {model}",
         )
+    note_model(model)
     if out is not None:
         check_output(out, "--json", inputs=[model], stream=True)
+    target = open_target(LocalTarget.name)
     with Console(stderr=True).status("asking the runtimes"):
         report = check_model(
             model,
-            open_target(LocalTarget.name).parse,
+            target.parse,
+            lambda path: target.probe(path, threads=1, run=False),
             engines=engines,
             profile=load_profile(profile) if profile else None,
             providers=[name.strip() for name in (providers or "").split(",") if name.strip()],

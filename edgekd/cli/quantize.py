@@ -126,7 +126,9 @@ def quantize(
     from edgekd.cli.quantize_table import print_quantized
     from edgekd.engines.output_file import check_output
     from edgekd.stages.own_model import QuantizeSettings, files_read, quantize_model
+    from edgekd.supervision import note_model
 
+    note_model(model)
     if record_to is not None:
         read = files_read(model, calibration, validation)
         check_output(record_to, "--json", inputs=[*read, out], stream=True)

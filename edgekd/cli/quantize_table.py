@@ -124,10 +124,16 @@ def _print_timing(console: Console, timing: Mapping[str, Any]) -> None:
     low, high = timing["interval"] or (None, None)
     shown = "" if low is None else f" ({low:.2f} to {high:.2f})"
     console.print(
-        f"  p50 here, {timing['threads']} thread(s): {timing['p50_ms']:.4f} ms, float32 "
-        f"{timing['float_p50_ms']:.4f} ms: {timing['speedup']:.2f}×{shown}",
+        f"  p50 here, {timing['threads']} thread(s): {_milliseconds(timing['p50_ms'])}, float32 "
+        f"{_milliseconds(timing['float_p50_ms'])}: {timing['speedup']:.2f}×{shown}",
         highlight=False,
     )
+    if timing["p50_ms"] is None or timing["float_p50_ms"] is None:
+        console.print(
+            "  a query takes so long that too few were timed for a median; "
+            "'edgekd benchmark --against' takes the time that you give it",
+            highlight=False,
+        )
     if low is None or low <= 1:
         slower = high is not None and high < 1
         said = "slower than float32" if slower else "not shown to be faster than float32"
@@ -202,6 +208,10 @@ def _layers(rows: list[Mapping[str, Any]]) -> Table:
     ]:
         table.add_row(row["node"], row["op"], _decibels(row["sqnr_db"]), _number(row["own"]))
     return table
+
+
+def _milliseconds(value: float | None) -> str:
+    return "n too small" if value is None else f"{value:.4f} ms"
 
 
 def _number(value: float | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,7 @@ class CheckReport:
 def check_model(
     path: Path,
     parse: Parse,
+    opens: Callable[[Path], object] | None = None,
     *,
     engines: Sequence[str] = (),
     profile: Profile | None = None,
@@ -83,6 +84,9 @@ def check_model(
         path: the ONNX file.
         parse: TensorRT's parser; called only for a library that is installed. Where it fails,
             that is told and no more: who did not ask for TensorRT needs none.
+        opens: opens the model in another process, as
+            :meth:`edgekd.targets.LocalTarget.probe` does; where that raises an error, ONNX Runtime
+            is not asked here, as it would end this process.
         engines: what must take it: tensorrt, tensorrt-rtx, onnxruntime; none is the profile's,
             else ONNX Runtime.
         profile: the device: its engine, providers, TensorRT version and budgets.
@@ -103,7 +107,7 @@ def check_model(
     chain = tuple(providers) or (profile.runtime.providers if profile else ()) or (CPU_PROVIDER,)
     _known_providers(chain)
     findings = [*_format(model, info), *_dynamic(info, profile), *_size(info, path, profile)]
-    coverage, found = _onnxruntime(path, model, chain, "onnxruntime" in asked)
+    coverage, found = _onnxruntime(path, model, chain, "onnxruntime" in asked, opens)
     findings += found
     verdict, found = tensorrt_verdict(path, model, parse, asked, profile)
     findings += found
@@ -169,11 +173,22 @@ def _size(info: OnnxInfo, path: Path, profile: Profile | None) -> list[Finding]:
 
 
 def _onnxruntime(
-    path: Path, model: onnx.ModelProto, chain: Sequence[str], asked: bool
+    path: Path,
+    model: onnx.ModelProto,
+    chain: Sequence[str],
+    asked: bool,
+    opens: Callable[[Path], object] | None,
 ) -> tuple[tuple[ProviderCoverage, ...], list[Finding]]:
     subject = f"ONNX Runtime {onnxruntime.__version__}"
     bad: Status = "fails" if asked else "note"
     here = [name for name in chain if name in onnxruntime.get_available_providers()]
+    try:
+        if opens is not None:
+            opens(path)
+    except StageError as error:
+        return (), [Finding(subject, bad, error.what, error.remedy or "")]
+    except InputError:
+        pass  # Told below, in the words that name its nodes.
     try:
         rows = provider_coverage(path, chain if here else [*chain, CPU_PROVIDER])
     except InputError as error:

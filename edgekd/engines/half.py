@@ -31,7 +31,8 @@ optimizer quantizes a float16 bias by a scale that float16 does not hold, and an
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import tempfile
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,14 @@ from edgekd.engines.half_rules import (
     touches_float,
 )
 from edgekd.engines.half_verify import largest_difference
-from edgekd.engines.onnx_file import check_onnx
+from edgekd.engines.onnx_file import check_fits_one_file, check_onnx
 from edgekd.engines.optimizer_faults import guard_padding
 from edgekd.engines.samples import Samples
 from edgekd.engines.session import first_line
-from edgekd.errors import InputError, StageError, unknown_name
+from edgekd.errors import EdgekdError, InputError, StageError, unknown_name
+
+_HARMFUL_KINDS = 8
+"""So many kinds of nodes that a runtime dies of are left in float32 before it is given up."""
 
 __all__ = ["HalfInfo", "Kind", "convert_half"]
 
@@ -91,6 +95,7 @@ def convert_half(
     keep_io: bool = True,
     samples: Samples | None = None,
     keep: Collection[str] = (),
+    opens: Callable[[Path], object] | None = None,
 ) -> HalfInfo:
     """Write a model in 16 bits, as one file, with the same names, metadata and dynamic dimensions.
 
@@ -101,8 +106,12 @@ def convert_half(
         keep_io: inputs and outputs stay float32.
         samples: real inputs; they find what overflows, and the result is verified on them.
         keep: names of nodes that stay in float32.
+        opens: opens and runs a file in another process, as
+            :meth:`edgekd.targets.LocalTarget.probe` does; where that raises an error for the
+            result and none for ``onnx_path``, the nodes that cause it stay in float32 as well.
 
     Raises:
+        CrashError: ONNX Runtime dies of the result whatever nodes stay in float32.
         InputError: the file is no whole ONNX model, is in 16 bits already or in float64, or too
             large for one file; ``keep`` names no node; the samples do not fit; nothing can be
             converted.
@@ -111,6 +120,7 @@ def convert_half(
     """
     where = str(onnx_path)
     low = LOW_TYPES[kind]
+    check_fits_one_file(onnx_path)
     check_onnx(onnx_path)
     proto = onnx.load(str(onnx_path))
     _refuse_16_bits(proto, where)
@@ -134,9 +144,20 @@ def convert_half(
             remedy="; ".join(f"{n.name}: {why}" for n, why in list(kept.items())[:5])
             or "it has no floating-point node",
         )
+    reasons = {str(node.name): kept[node] for node in model.graph if node in kept}
+    chosen_names = [str(node.name) for node in chosen]
+    opset = opset_of(model)
     lower(model, chosen, low, keep_io=keep_io)
     converted = _checked(ir.to_proto(model), where)
     guard_padding(converted)
+    if opens is not None:
+        trials = _Trials(flat, low, keep_io, opens, onnx_path)
+        harmful = trials.harmful(converted, chosen_names)
+        if harmful:
+            reasons |= harmful
+            reasons = {name: reasons[name] for name in names if name in reasons}
+            chosen_names = [name for name in chosen_names if name not in harmful]
+            converted = trials.convert(chosen_names)
     difference = None
     if samples is not None:
         difference = largest_difference(flat, converted, low, samples, names)
@@ -152,13 +173,88 @@ def convert_half(
     check_onnx(out)
     return HalfInfo(
         kind=kind,
-        low=tuple(str(node.name) for node in chosen),
-        kept={str(node.name): kept[node] for node in model.graph if node in kept},
+        low=tuple(chosen_names),
+        kept=reasons,
         max_difference=difference,
-        opset=opset_of(model),
+        opset=opset,
         size_bytes=len(content),
         float_bytes=float_bytes,
     )
+
+
+class _Trials:
+    """Files that a default session is opened with, in another process, to see which it takes."""
+
+    def __init__(
+        self,
+        flat: onnx.ModelProto,
+        low: LowType,
+        keep_io: bool,
+        opens: Callable[[Path], object],
+        source: Path,
+    ) -> None:
+        self._flat, self._low, self._keep_io = flat, low, keep_io
+        self._opens, self._source = opens, source
+
+    def convert(self, chosen: Collection[str]) -> onnx.ModelProto:
+        """The float model with these nodes in 16 bits."""
+        model = ir.from_proto(self._flat)
+        lower(model, [n for n in model.graph if n.name in chosen], self._low, keep_io=self._keep_io)
+        converted = _checked(ir.to_proto(model), str(self._source))
+        guard_padding(converted)
+        return converted
+
+    def harmful(self, converted: onnx.ModelProto, chosen: Sequence[str]) -> dict[str, str]:
+        """Nodes that must not be in 16 bits, each with the reason; of those ``chosen``.
+
+        The last node of the shortest prefix that fails, found by bisection, and those that are
+        like it (the same operation on results of the same ones), until the rest is taken.
+        """
+        failure = self._failure(converted)
+        if failure is None:
+            return {}
+        try:
+            self._opens(self._source)
+        except EdgekdError:
+            return {}  # It says nothing against 16 bits.
+        found: dict[str, str] = {}
+        first = failure
+        for _ in range(_HARMFUL_KINDS):
+            rest = [name for name in chosen if name not in found]
+            low, high = 0, len(rest)
+            while high - low > 1:
+                middle = (low + high) // 2
+                fails = self._failure(self.convert(rest[:middle]))
+                low, high = (low, middle) if fails else (middle, high)
+            kinds = self._kinds()
+            alike = [name for name in rest if kinds[name] == kinds[rest[high - 1]]]
+            reason = f"in {self._low.name}, {failure.what.partition(' while ')[0]}"
+            found |= dict.fromkeys(alike, reason)
+            if len(found) == len(chosen):
+                break
+            failure = self._failure(self.convert([n for n in chosen if n not in found]))
+            if failure is None:
+                return found
+        raise first
+
+    def _failure(self, converted: onnx.ModelProto) -> EdgekdError | None:
+        with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
+            path = Path(folder) / self._source.name
+            path.write_bytes(_serialized(converted, str(self._source)))
+            try:
+                self._opens(path)
+            except EdgekdError as error:
+                error.where = str(self._source)
+                return error
+        return None
+
+    def _kinds(self) -> dict[str, tuple[str, ...]]:
+        """Each node's operation and those that make its inputs."""
+        makers = {name: node.op_type for node in self._flat.graph.node for name in node.output}
+        return {
+            node.name: (node.op_type, *(makers.get(name, "") for name in node.input))
+            for node in self._flat.graph.node
+        }
 
 
 def _kept(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx.inliner
 import onnxruntime
 
 from edgekd.engines.onnx_file import UNKNOWN_RANK
@@ -81,3 +84,122 @@ def answers_of(
             where=str(path),
             remedy="give samples of the shapes that the model takes",
         ) from error
+
+
+DECIDES: Mapping[str, Mapping[int, str]] = {
+    "Loop": {0: "the number of rounds", 1: "whether there are any rounds"},
+    "If": {0: "the branch"},
+    "Range": dict.fromkeys(range(3), "the length"),
+    "ConstantOfShape": {0: "the shape"},
+    "Expand": {1: "the shape"},
+    "Reshape": {1: "the shape"},
+    "Tile": {1: "the repeats", 2: "the repeats"},
+    "TopK": {1: "k"},
+    "Slice": dict.fromkeys(range(1, 5), "what is cut out"),
+    "Split": {1: "the sizes"},
+    "Pad": {1: "the padding", 3: "the padding"},
+    "Resize": dict.fromkeys(range(1, 4), "the size"),
+    "Upsample": {1: "the size"},
+    "OneHot": {1: "the number of classes"},
+    "CenterCropPad": {1: "the shape"},
+    "AffineGrid": {1: "the size"},
+    "MaxUnpool": {2: "the shape"},
+    "NonMaxSuppression": {2: "the number of boxes"},
+    "DFT": {1: "the length"},
+    "STFT": {1: "the step", 3: "the length"},
+    **{name: {0: "the length"} for name in ("HannWindow", "HammingWindow", "BlackmanWindow")},
+    **{name: {4: "the number of steps"} for name in ("LSTM", "GRU", "RNN")},
+    "NonZero": {0: "how many there are"},
+    "Compress": {1: "how many there are"},
+    "Unique": {0: "how many there are"},
+}
+"""What the value of an input of an operator decides about how much is computed, by position."""
+
+_CARRIES = frozenset(
+    (
+        *("Cast", "Identity", "Squeeze", "Unsqueeze", "Reshape", "Flatten"),
+        *("Transpose", "Gather", "GatherElements", "Concat", "Slice", "Split"),
+        *("Expand", "Tile", "Add", "Sub", "Mul", "Div"),
+        *("Mod", "Neg", "Abs", "Min", "Max", "Floor"),
+        *("Ceil", "Round", "Clip", "Where", "Sum", "Sign"),
+        *("ReduceMax", "ReduceMin", "ReduceSum", "ReduceProd", "CumSum", "Equal"),
+        *("Less", "Greater", "LessOrEqual", "GreaterOrEqual", "And", "Or"),
+        *("Not", "Xor", "OneHot", "SequenceConstruct", "SequenceAt", "ConcatFromSequence"),
+        *("Pow", "Sqrt", "Range", "ConstantOfShape"),
+    )
+)
+"""Operators whose result is a number made of their inputs' numbers, and no feature of them."""
+
+
+def deciding_inputs(model: onnx.ModelProto) -> dict[str, str]:
+    """Inputs whose values decide how much a model computes, and what each of them decides.
+
+    Whole numbers and truth values of any shape, and other numbers of at most one dimension,
+    followed through arithmetic into :data:`DECIDES`, into the bodies of If, Loop and Scan too:
+    a time that was measured with made-up values says little of such a model.
+    """
+    # A function that cannot be put in its place is looked at from the outside only.
+    with suppress(RuntimeError, ValueError):
+        model = onnx.inliner.inline_local_functions(model) if model.functions else model
+    filled = {tensor.name for tensor in model.graph.initializer}
+    sources: dict[str, frozenset[str]] = {}
+    for value in model.graph.input:
+        tensor = value.type.tensor_type
+        whole = tensor.elem_type in _WHOLE
+        few = tensor.HasField("shape") and len(tensor.shape.dim) <= 1
+        if value.name not in filled and (whole or few):
+            sources[value.name] = frozenset([value.name])
+    found: dict[str, str] = {}
+    if sources:
+        _follow(model.graph, sources, found)
+    return {name: found[name] for name in sources if name in found}
+
+
+_WHOLE = frozenset(
+    (
+        onnx.TensorProto.BOOL,
+        *(
+            getattr(onnx.TensorProto, f"{kind}INT{n}")
+            for kind in ("", "U")
+            for n in (8, 16, 32, 64)
+        ),
+    )
+)
+
+
+def _follow(
+    graph: onnx.GraphProto, sources: Mapping[str, frozenset[str]], found: dict[str, str]
+) -> dict[str, frozenset[str]]:
+    """Which of the model's inputs each tensor's value is made of; ``found`` is added to."""
+    made = dict(sources)
+    nothing: frozenset[str] = frozenset()
+    for node in graph.node:
+        reads = [made.get(name, nothing) for name in node.input]
+        for position, what in DECIDES.get(node.op_type, {}).items():
+            for name in reads[position] if position < len(reads) else ():
+                found.setdefault(name, f"{what} of {_label(node)}")
+        given = nothing.union(*reads) if node.op_type in _CARRIES else nothing
+        results = [given] * len(node.output)
+        for attribute in node.attribute:
+            if not attribute.HasField("g"):
+                continue
+            body = attribute.g
+            # Only Loop's and Scan's bodies have inputs: the state goes in as it comes out.
+            state = {"Loop": reads[2:], "Scan": reads}.get(node.op_type, [])
+            first = 2 if node.op_type == "Loop" else 0
+            inner = dict(made)
+            for value, read in zip(body.input[first:], state, strict=False):
+                inner[value.name] = read
+            inside = _follow(body, inner, found)
+            ends = [inside.get(value.name, nothing) for value in body.output]
+            if node.op_type == "Loop":
+                for name in ends[0] if ends else ():
+                    found.setdefault(name, f"the number of rounds of {_label(node)}")
+                ends = ends[1:]
+            results = [one | end for one, end in zip(results, ends, strict=False)]
+        made.update(zip(node.output, results, strict=False))
+    return made
+
+
+def _label(node: onnx.NodeProto) -> str:
+    return node.op_type + (f" {node.name!r}" if node.name else "")

@@ -13,10 +13,14 @@ from google.protobuf.message import DecodeError
 from edgekd.engines.session import CPU_PROVIDER, first_line, open_session
 from edgekd.errors import InputError
 from edgekd.spec import Dimension, ModelSpec, TensorSpec
+from edgekd.supervision import note_step
 from edgerun.model import dimension_name
 
 UNKNOWN_RANK = "..."
 """The only dimension of a tensor whose number of dimensions the file does not say."""
+
+LARGEST = 2**31
+"""Bytes that one protobuf message stays below."""
 
 ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
 """Of TensorRT's engines; edgerun, which stands alone, has its own list."""
@@ -65,6 +69,7 @@ def check_onnx(path: Path) -> None:
             is missing, too short or outside the model's folder.
     """
     read_onnx(path)
+    note_step("checked", path)
     try:
         # By path: the checker then also takes models above protobuf's 2 GB.
         onnx.checker.check_model(str(path))
@@ -121,6 +126,15 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     if not path.is_file():
         what = "this is a folder, not an ONNX file" if path.is_dir() else "the file does not exist"
         raise InputError(what, where=where, remedy="give the path of an .onnx file")
+    if path.stat().st_size >= LARGEST:
+        # Not read at all: protobuf would refuse it after gigabytes.
+        raise InputError(
+            f"the file has {path.stat().st_size / 1e9:.2f} GB, and one ONNX file holds less than "
+            f"{LARGEST / 1e9:.2f}",
+            where=where,
+            remedy="save the model with its weights in a file beside it: onnx.save(model, FILE, "
+            "save_as_external_data=True)",
+        )
     try:
         model = onnx.load(str(path), load_external_data=False)
     except OSError as error:
@@ -157,6 +171,22 @@ def files_of_onnx(path: Path) -> list[Path]:
         InputError: as :func:`read_onnx`.
     """
     return [path, *_external(read_onnx(path), path)]
+
+
+def check_fits_one_file(path: Path) -> None:
+    """Refuse a model that cannot be rewritten as one file, before its weights are read.
+
+    Raises:
+        InputError: it is too large with its external data; or as :func:`read_onnx`.
+    """
+    size = sum(file.stat().st_size for file in files_of_onnx(path))
+    if size >= LARGEST:
+        raise InputError(
+            f"the model has {size / 1e9:.2f} GB with its weights, and it is written as one ONNX "
+            f"file, which holds less than {LARGEST / 1e9:.2f}",
+            where=str(path),
+            remedy="give a smaller model, or leave this one as it is",
+        )
 
 
 def count_onnx_parameters(model: onnx.ModelProto) -> int:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edgekd.errors import EdgekdError, StageError
+from edgekd.supervision import writing
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -32,7 +33,8 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise _unwritable(path, error) from error
     try:
-        yield partial
+        with writing(partial, path):
+            yield partial
         if partial.is_file() and partial.stat().st_size:
             try:
                 os.replace(partial, final)  # noqa: PTH105 - os.replace says that it is atomic

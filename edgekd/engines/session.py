@@ -6,11 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import onnxruntime
 
 from edgekd.errors import InputError, unknown_name
+from edgekd.supervision import note_step
 
 CPU_PROVIDER = "CPUExecutionProvider"
 Optimization = Literal["disabled", "basic", "extended", "all"]
@@ -184,6 +185,18 @@ def default_options(
     return {name: options[name] for name in providers if name in options}
 
 
+class Session(onnxruntime.InferenceSession):  # type: ignore[misc]  # it has no types
+    """A session that notes when it is run; see :mod:`edgekd.supervision`."""
+
+    file: Path
+    level: Optimization
+
+    def run(self, *arguments: Any, **settings: Any) -> Any:
+        """As ``onnxruntime.InferenceSession.run``."""
+        note_step("ran", self.file, self.level)
+        return super().run(*arguments, **settings)
+
+
 def open_session(
     path: Path,
     providers: Sequence[str],
@@ -219,8 +232,9 @@ def open_session(
     # A pair only where there is something to say: names alone are what every build takes.
     named = [(name, dict(chosen[name])) if chosen.get(name) else name for name in providers]
     less = {"disabled_optimizers": list(disabled_optimizers)} if disabled_optimizers else {}
+    note_step("opened", path, optimization)
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=named, **less)
+        session = Session(str(path), options, providers=named, **less)
     except Exception as error:  # the runtime's own exception classes have no public base
         if match := _SHAPE_IN_FILE.search(str(error)):
             tensor = f" (here {match['tensor']!r})" if match["tensor"] else ""
@@ -236,6 +250,7 @@ def open_session(
             where=str(path),
             remedy="'edgekd doctor' shows the runtime's version; export the model for its opset",
         ) from error
+    session.file, session.level = path, optimization
     missing = [name for name in providers if name not in session.get_providers()]
     if missing and fallback == "error":
         raise InputError(

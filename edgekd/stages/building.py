@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from edgekd.config.engines import OnnxRuntimeConfig, TensorRTConfig
+from edgekd.errors import CrashError, EdgekdError
+from edgekd.npz import write_npz
 from edgekd.pipeline.stage import Context
 
 if TYPE_CHECKING:
@@ -80,7 +83,7 @@ class OnnxRuntimeBuilder:
         self.engine, self.cache, self.samples = engine, context.cache, samples
         self.chain = provider_chain(runtime.providers, engine.providers, engine.fallback)
         self.threads = engine.threads or runtime.threads or 1
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "providers": self.chain.providers,
             "threads": self.threads,
         }
@@ -88,9 +91,14 @@ class OnnxRuntimeBuilder:
     def build(
         self, source: Path, out: Path, precision: Precision, keep: tuple[str, ...] = ()
     ) -> dict[str, Any]:
-        """See :class:`Builder`."""
+        """See :class:`Builder`.
+
+        Raises:
+            CrashError: ONNX Runtime dies of the file.
+        """
         from edgekd.engines.onnxruntime import build_engine
 
+        self._probe(source)
         info = build_engine(
             source,
             out,
@@ -113,6 +121,20 @@ class OnnxRuntimeBuilder:
                 "run_level": "disabled" if info.disabled_optimizers else info.run_level,
             }
         return info.to_json()
+
+    def _probe(self, source: Path) -> None:
+        """Open and run the file in another process, before it is done in this one."""
+        from edgekd.targets import LocalTarget
+
+        with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
+            inputs = Path(folder) / "samples.npz"
+            write_npz(inputs, self.samples)
+            try:
+                LocalTarget().probe(source, inputs=inputs, **self.settings)
+            except CrashError:
+                raise
+            except EdgekdError:
+                pass  # What does not end a process is told by build_engine.
 
     def describe(self) -> str:
         """See :class:`Builder`."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgekd.errors import CrashError
 from edgekd.npz import write_npz
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.building import Builder, Precision, TensorRTBuilder, common_level, open_builder
@@ -150,10 +151,17 @@ class _Work:
         folder.mkdir()
         ways = ways_of(self.inputs, self.runtime)
         rows, files = {}, {}
+        crashed: dict[str, str] = {}
         for way in ways:
             files[way.name] = folder / f"student-{way.name}{self.builder.suffix}"
-            rows[way.name] = self.build(way.file, files[way.name], way.precision, way.kept)
-        choice = self._choose(ways, files, rows)
+            try:
+                rows[way.name] = self.build(way.file, files[way.name], way.precision, way.kept)
+            except CrashError as error:
+                if way.name == FLOAT:
+                    raise
+                crashed[way.name] = error.what
+        ways = [way for way in ways if way.name not in crashed]
+        choice = self._choose(ways, files, rows, crashed)
         place = self.context.out / f"student{self.builder.suffix}"
         for left in files[choice.chosen].parent.glob(f"{files[choice.chosen].name}*"):
             # An engine's record lies beside it under its name.
@@ -175,12 +183,16 @@ class _Work:
         )
 
     def _choose(
-        self, ways: list[Way], files: Mapping[str, Path], rows: Mapping[str, Mapping[str, Any]]
+        self,
+        ways: list[Way],
+        files: Mapping[str, Path],
+        rows: Mapping[str, Mapping[str, Any]],
+        crashed: Mapping[str, str],
     ) -> Choice:
         from edgekd.engines.choice import FLOAT, Budgets, Candidate, choose
 
         config = self.context.job.config
-        refused = refused_ways(self.inputs, self.runtime)
+        refused = {**refused_ways(self.inputs, self.runtime), **crashed}
         allowed = config.quantize.max_drop if config.quantize is not None else 0.0
         budgets = Budgets.of(config.gate, self.context.job.profile)
         select = config.quantize.select if config.quantize is not None else "measured"

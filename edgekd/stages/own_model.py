@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from edgekd.errors import InputError
 from edgekd.stages.judge import BATCH, Judge
-from edgekd.stages.own_timing import compare_latency
+from edgekd.stages.own_timing import compare_latency, opener
 from edgekd.stages.sample_labels import read_labels
 
 if TYPE_CHECKING:
@@ -98,11 +98,18 @@ def quantize_model(
             these files.
         StageError: the file cannot be written or does not run.
     """
-    from edgekd.engines.onnx_file import check_onnx, describe_onnx
+    from edgekd.engines.made_up_inputs import deciding_inputs
+    from edgekd.engines.onnx_file import (
+        check_fits_one_file,
+        check_onnx,
+        describe_onnx,
+        read_onnx,
+    )
     from edgekd.engines.output_file import check_output
     from edgekd.engines.replacing import replacing
     from edgekd.engines.sample_files import open_samples
 
+    check_fits_one_file(model)
     check_onnx(model)
     info = describe_onnx(model)
     validation = None if settings.validation is None else Path(settings.validation)
@@ -129,7 +136,7 @@ def quantize_model(
         "warnings": [],
     }
     with replacing(out) as written, tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
-        found = _write(model, written, samples, judge, settings, Path(folder), progress)
+        found = _write(model, info.spec, written, samples, judge, settings, Path(folder), progress)
         reasons = found.pop("reasons", {})
         record |= found
         if "decision" in record and record["decision"]["chosen"] is None:
@@ -181,6 +188,13 @@ def quantize_model(
             record["timing"] = compare_latency(
                 written, model, info.spec, compared, settings.threads
             )
+            if compared is None and (decides := deciding_inputs(read_onnx(model))):
+                told = "; ".join(f"{name} decides {what}" for name, what in decides.items())
+                record["warnings"].append(
+                    f"the times are those of made-up inputs, which decide how much is computed "
+                    f"({told}): --calibration DATA.npz, or 'edgekd benchmark --inputs', gives real "
+                    "ones"
+                )
     return record
 
 
@@ -210,6 +224,7 @@ def largest_drop(record: Mapping[str, Any]) -> float:
 
 def _write(
     model: Path,
+    spec: ModelSpec,
     out: Path,
     samples: Samples | None,
     judge: Judge | None,
@@ -227,7 +242,16 @@ def _write(
     if settings.method == "fp16" or settings.method == "bf16":
         from edgekd.engines.half import convert_half
 
-        info = convert_half(model, out, settings.method, samples=samples, keep=settings.keep)
+        # The CPU computes nothing in bfloat16, so that no session here can say anything of it.
+        opens = opener(scratch, spec, samples, settings.threads)
+        info = convert_half(
+            model,
+            out,
+            settings.method,
+            samples=samples,
+            keep=settings.keep,
+            opens=opens if settings.method == "fp16" else None,
+        )
         return {"half": info.to_json()}
     from edgekd.stages.own_static import write_static
 

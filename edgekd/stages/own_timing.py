@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgekd.errors import InputError, TargetError
+from edgekd.errors import CrashError, InputError, StageError, TargetError
 from edgekd.npz import write_npz
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from edgekd.engines.samples import Samples
     from edgekd.spec import ModelSpec
 
@@ -26,7 +29,7 @@ def compare_latency(
     """p50 of both in alternation, in a fresh process: ``p50_ms``, ``float_p50_ms``, ``speedup``
     with its ``interval``, ``threads``.
 
-    The files are there whatever comes out: where they could not be timed, ``failed`` says why.
+    Where they could not be timed, ``failed`` says why.
 
     Args:
         model: the file that was made.
@@ -34,6 +37,9 @@ def compare_latency(
         spec: its inputs.
         samples: None takes random inputs.
         threads: of ONNX Runtime.
+
+    Raises:
+        CrashError: ONNX Runtime dies of one of the files.
     """
     from edgekd.targets import LocalTarget
 
@@ -41,7 +47,7 @@ def compare_latency(
         inputs = None
         if samples is not None:
             inputs = Path(folder) / "samples.npz"
-            _write_queries(inputs, spec, samples)
+            write_queries(inputs, spec, samples)
         try:
             record = LocalTarget().bench(
                 model,
@@ -51,7 +57,11 @@ def compare_latency(
                 max_seconds=MAX_SECONDS,
                 memory=False,
             )
-        except (InputError, TargetError) as error:
+        except CrashError as error:
+            if error.signal != signal.SIGKILL:
+                raise  # The file is at fault, and not the machine.
+            return {"failed": error.what, "threads": threads}
+        except (InputError, StageError, TargetError) as error:
             return {"failed": error.what, "threads": threads}
     ratio = record["comparison"]["interval"]
     return {
@@ -63,7 +73,28 @@ def compare_latency(
     }
 
 
-def _write_queries(path: Path, spec: ModelSpec, samples: Samples) -> None:
+def opener(
+    folder: Path, spec: ModelSpec, samples: Samples | None, threads: int = 1
+) -> Callable[[Path], object]:
+    """What opens a file in another process and runs it once; raises an error as
+    :meth:`edgekd.targets.LocalTarget.probe` does.
+
+    Args:
+        folder: outlives it.
+        spec: the inputs of the files.
+        samples: None takes random inputs.
+        threads: of ONNX Runtime.
+    """
+    from edgekd.targets import LocalTarget
+
+    inputs = None
+    if samples is not None and samples.count:
+        inputs = folder / "probe.npz"
+        write_queries(inputs, spec, samples)
+    return lambda path: LocalTarget().probe(path, inputs=inputs, threads=threads)
+
+
+def write_queries(path: Path, spec: ModelSpec, samples: Samples) -> None:
     """A few queries of the size that the model fixes, else of one sample, as an npz file."""
     from edgekd.engines.batch_layout import spec_layout, to_model
 

@@ -3,20 +3,17 @@ decided where they are measured, in the engines stage."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from edgekd.config.engines import OnnxRuntimeConfig, QuantizeConfig, TensorRTConfig
 from edgekd.config.pipeline import PipelineConfig
-from edgekd.errors import InputError
+from edgekd.errors import CrashError, EdgekdError, InputError
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.fitting import EVALUATION_BATCH, Ground, open_ground, write_json
 from edgekd.stages.own_remarks import remarks_on_errors
 from edgekd.stages.validation import Validation, ValidationSamples
-
-if TYPE_CHECKING:
-    pass
 
 Runtime = Literal["cpu", "tensorrt"]
 STUDENT = "student.onnx"
@@ -104,6 +101,7 @@ class _Work:
         self.source = inputs["export"] / STUDENT
         self.validation = Validation(ground, self.source)
         self.calibration = ValidationSamples(ground, wanted.samples)
+        self._opener: Callable[[Path], object] | None = None
         if wanted.int8 in ("static", "qat") and self.calibration.count < 2:
             raise InputError(
                 f"calibration needs at least 2 samples; the validation split has "
@@ -111,6 +109,21 @@ class _Work:
                 where="quantize.int8",
                 remedy="give more data or a larger data.validation",
             )
+
+    def opens(self, file: Path) -> None:
+        """Open and run a file in another process.
+
+        Raises:
+            CrashError: ONNX Runtime dies of it.
+        """
+        from edgekd.engines.onnx_file import describe_onnx
+        from edgekd.stages.own_timing import opener
+
+        if self._opener is None:
+            spec = describe_onnx(self.source).spec
+            self.context.scratch.mkdir(parents=True, exist_ok=True)
+            self._opener = opener(self.context.scratch, spec, self.calibration)
+        self._opener(file)
 
     def int8(self, runtime: Runtime) -> dict[str, Any]:
         """The INT8 candidates for one runtime, by name."""
@@ -132,15 +145,19 @@ class _Work:
         """The half precision candidate, by name."""
         from edgekd.engines.half import convert_half
 
-        info = convert_half(
-            self.source,
-            self._out(kind),
-            kind,
-            samples=self.calibration,
-            keep=self.wanted.keep,
-        )
         # ONNX Runtime's CPU provider has no bfloat16 kernels.
         runtime: Runtime | None = "tensorrt" if kind == "bf16" else None
+        try:
+            info = convert_half(
+                self.source,
+                self._out(kind),
+                kind,
+                samples=self.calibration,
+                keep=self.wanted.keep,
+                opens=self.opens if kind == "fp16" else None,
+            )
+        except CrashError as error:
+            return {kind: self._refused(kind, kind, runtime, error)}
         kept = (*self.wanted.keep, *info.kept)
         return {kind: self._entry(kind, kind, runtime, kept, half=info.to_json())}
 
@@ -160,6 +177,10 @@ class _Work:
             keep=self.wanted.keep,
             reduce_range=reduce_range(self.context.job),
         )
+        # The search opens many files like this one in this process.
+        quantizer.write(folder / "all.onnx")
+        if crash := self._crash(folder / "all.onnx"):
+            return {name: self._refused(name, "static", runtime, crash)}
         self._say_unit()
         decision = keep_accurate(
             quantizer,
@@ -256,6 +277,9 @@ class _Work:
             # ONNX Runtime's CPU provider has no such kernels: the same rounding, in float32.
             runnable = self.context.scratch / f"{name}-rounded.onnx"
             write_rounded(file, runnable, "bf16")
+        if crash := self._crash(runnable):
+            file.unlink()
+            return self._refused(name, method, runtime, crash)
         # Dynamic ranges are those of a whole batch: one by one is what a device answers.
         batch = 1 if method == "dynamic" else EVALUATION_BATCH
         drop, errors = self.validation.compare(runnable, batch)
@@ -277,6 +301,22 @@ class _Work:
         for remark in remarks_on_errors(found):
             self.context.progress.message(f"  {name}: {remark}")
         return entry | {"drop": drop, "drop_unit": self.validation.drop_unit, "errors": found}
+
+    def _crash(self, file: Path) -> CrashError | None:
+        try:
+            self.opens(file)
+        except CrashError as error:
+            return error
+        except EdgekdError:
+            pass  # What does not end a process is told by it, where the file is compared.
+        return None
+
+    def _refused(
+        self, name: str, method: str, runtime: Runtime | None, error: CrashError
+    ) -> dict[str, Any]:
+        """What the index says of a candidate that a runtime dies of."""
+        self.context.progress.message(f"  {name}: {error.what}; it is no candidate")
+        return {"method": method, "runtime": runtime, "refused": error.what}
 
 
 def _node_names(file: Path) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edgekd.errors import InputError, StageError, TargetError
+from edgekd.errors import CrashError, EdgekdError, InputError, StageError, TargetError
 from edgekd.resources import edgerun_folder
 
 THREAD_VARIABLES = (
@@ -21,15 +22,20 @@ THREAD_VARIABLES = (
     "NUMEXPR_NUM_THREADS",
 )
 STDERR_LINES = 10
-CANNOT_WRITE = 5
-"""The code with which edgerun ends where a file cannot be written."""
+RUN_FAILED, CANNOT_WRITE = 3, 5
+"""The codes with which edgerun ends where the runtime fails, and where a file cannot be written."""
+PROBE_SECONDS = 300.0
+LEVELS = ("all", "extended", "basic", "disabled")
+"""ONNX Runtime's levels of graph optimization, the highest first."""
 
 
 class LocalTarget:
     """Runs ``python -m edgerun`` with this interpreter, one fresh process for each call.
 
     All methods raise InputError when edgerun finds the input wrong, StageError when it cannot
-    write a file, and TargetError when it fails, finds no GPU for an engine, crashes or is killed.
+    write a file, and TargetError when it cannot be started or finds no GPU for an engine. Where a
+    runtime fails on a model, :meth:`bench`, :meth:`run` and :meth:`probe` raise StageError, and
+    CrashError where it ends the process; the others raise TargetError then.
     """
 
     name = "local"
@@ -88,7 +94,24 @@ class LocalTarget:
             words += [f"--shape={shape}"]
         if not memory:
             words += ["--no-memory"]
-        return _edgerun_json("bench", [*words, "--", _absolute(model)], threads)
+        try:
+            return _edgerun_json("bench", [*words, "--", _absolute(model)], threads)
+        except CrashError as crash:
+            options = (provider_options, against_options or provider_options)
+            for path, own in zip((model, against), options, strict=True):
+                if path is not None:
+                    self._explain(
+                        path,
+                        inputs=inputs,
+                        shapes=shapes,
+                        batch=batch,
+                        threads=threads,
+                        providers=providers,
+                        provider_options=own,
+                        optimization=optimization,
+                    )
+            crash.where = crash.where or str(model)
+            raise
 
     def run(
         self,
@@ -124,7 +147,78 @@ class LocalTarget:
             words += ["--manifest", _absolute(manifest)]
         if raw:
             words += ["--raw"]
-        _edgerun("run", [*words, "--", _absolute(model)], threads)
+        try:
+            _edgerun("run", [*words, "--", _absolute(model)], threads)
+        except CrashError as crash:
+            self._explain(
+                model,
+                inputs=inputs,
+                batch=batch,
+                threads=threads,
+                providers=providers,
+                provider_options=provider_options,
+                optimization=optimization,
+            )
+            crash.where = crash.where or str(model)
+            raise
+
+    def probe(
+        self,
+        model: Path,
+        *,
+        inputs: Path | None = None,
+        shapes: Sequence[str] = (),
+        batch: int | None = None,
+        threads: int | None = None,
+        providers: Sequence[str] = (),
+        provider_options: Mapping[str, Mapping[str, str]] | None = None,
+        optimization: str = "all",
+        run: bool = True,
+        max_seconds: float = PROBE_SECONDS,
+    ) -> dict[str, Any]:
+        """Open a model and run it once: a record ``edgerun.probe/1``.
+
+        Args:
+            model: an ONNX file.
+            inputs: as in :meth:`bench`; where random ones do not fit the model, it is only opened.
+            shapes: as in :meth:`bench`.
+            batch: as in :meth:`bench`.
+            threads: as in :meth:`bench`.
+            providers: as in :meth:`bench`.
+            provider_options: as in :meth:`bench`.
+            optimization: as in :meth:`bench`.
+            run: whether to run it at all.
+            max_seconds: how long that may take.
+
+        Raises:
+            CrashError: the runtime ends the process. Where it does so at a high level of graph
+                optimization, lower ones were tried and the remedy names the one that works.
+            StageError: it takes longer than ``max_seconds``.
+        """
+        settings: dict[str, Any] = {
+            "inputs": inputs,
+            "shapes": shapes,
+            "batch": batch,
+            "threads": threads,
+            "providers": providers,
+            "provider_options": provider_options,
+            "run": run,
+            "max_seconds": max_seconds,
+        }
+        try:
+            return _probe(model, optimization=optimization, **settings)
+        except CrashError as crash:
+            crash.remedy = _remedy(crash, model, optimization, settings)
+            raise
+
+    def _explain(self, model: Path, **settings: Any) -> None:
+        """Raise the error that names the model and the step, if a probe is ended as well."""
+        try:
+            self.probe(model, **settings)
+        except CrashError:
+            raise
+        except EdgekdError:
+            return  # That is not what ended the process.
 
     def build(
         self,
@@ -228,11 +322,65 @@ def _json(provider_options: Mapping[str, Mapping[str, str]]) -> str:
     return json.dumps({name: dict(options) for name, options in provider_options.items()})
 
 
-def _edgerun_json(command: str, words: Sequence[str], threads: int | None) -> dict[str, Any]:
+def _probe(
+    model: Path,
+    *,
+    inputs: Path | None,
+    shapes: Sequence[str],
+    batch: int | None,
+    threads: int | None,
+    providers: Sequence[str],
+    provider_options: Mapping[str, Mapping[str, str]] | None,
+    optimization: str,
+    run: bool,
+    max_seconds: float,
+) -> dict[str, Any]:
+    words = _settings(batch, threads, providers, provider_options, optimization)
+    if inputs is not None:
+        words += ["--inputs", _absolute(inputs)]
+    words += [f"--shape={shape}" for shape in shapes]
+    if not run:
+        words += ["--no-run"]
+    try:
+        return _edgerun_json("probe", [*words, "--", _absolute(model)], threads, max_seconds)
+    except CrashError as crash:
+        crash.where = str(model)
+        raise
+
+
+def _remedy(crash: CrashError, model: Path, level: str, settings: dict[str, Any]) -> str:
+    """What to do about a model that ends the process; lower levels of optimization are tried."""
+    if crash.signal == signal.SIGKILL:
+        return "it is often the system that ends a process so, for memory: free some"
+    for lower in LEVELS[LEVELS.index(level) + 1 :]:
+        try:
+            ran = _probe(model, optimization=lower, **settings)["ran"]
+        except EdgekdError:
+            continue
+        return (
+            f"at graph optimization level {lower!r} it {'opens and runs' if ran else 'opens'} "
+            f"(tried here): give 'edgekd build' or 'benchmark' --optimization {lower}, in a "
+            f"pipeline engines: [{{kind: onnxruntime, optimization: {lower}}}], and a program of "
+            "your own SessionOptions.graph_optimization_level"
+        )
+    if crash.signal == signal.SIGFPE:
+        return (
+            "that is a division of whole numbers without a result (by 0, or of the smallest by "
+            "-1): give real inputs (--inputs DATA.npz)"
+        )
+    return (
+        "no lower level of graph optimization helps (tried here); another release of ONNX "
+        "Runtime may, or an export in another opset"
+    )
+
+
+def _edgerun_json(
+    command: str, words: Sequence[str], threads: int | None, max_seconds: float | None = None
+) -> dict[str, Any]:
     """Run edgerun with ``--json`` and read what it wrote."""
     with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
         path = Path(folder) / "answer.json"
-        _edgerun(command, ["--json", str(path), *words], threads)
+        _edgerun(command, ["--json", str(path), *words], threads, max_seconds)
         try:
             answer: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -244,44 +392,77 @@ def _edgerun_json(command: str, words: Sequence[str], threads: int | None) -> di
     return answer
 
 
-def _edgerun(command: str, words: Sequence[str], threads: int | None) -> None:
+def _edgerun(
+    command: str, words: Sequence[str], threads: int | None, max_seconds: float | None = None
+) -> None:
     # An empty working folder: 'python -m' would prefer a numpy.py that happens to lie here.
     with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "edgerun", command, *words],
-                env=clean_environment(threads),
+                # What a crash leaves in its temporary folder goes with ours.
+                env=clean_environment(threads) | {"TMPDIR": folder},
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
                 errors="replace",
                 check=False,
+                timeout=max_seconds,
             )
+        except subprocess.TimeoutExpired as error:
+            raise StageError(
+                f"the model was not opened and run once within {max_seconds:g} s",
+                where=words[-1],
+                remedy="give smaller inputs, or a smaller model",
+            ) from error
         except OSError as error:
             raise TargetError(
                 f"{sys.executable} could not be started: {error}", where=LocalTarget.name
             ) from error
     if done.returncode != 0:
-        raise _error(command, done.returncode, done.stderr)
+        from edgekd.engines.onnx_file import ENGINE_SUFFIXES
+
+        # An engine fails for what the machine lacks, an ONNX model by itself.
+        runs_model = command in ("bench", "run", "probe")
+        runs_model = runs_model and not words[-1].lower().endswith(ENGINE_SUFFIXES)
+        raise _error(command, done, Path(words[-1]).name if runs_model else None)
 
 
-def _error(command: str, code: int, stderr: str) -> InputError | StageError | TargetError:
+def _error(command: str, done: subprocess.CompletedProcess[str], model: str | None) -> EdgekdError:
     """The error that a failed edgerun reported, or what it last wrote when it crashed."""
-    what, where, remedy = _reported(stderr)
+    code = done.returncode
+    what, where, remedy = _reported(done.stderr)
     if what is not None and code == InputError.exit_code:
         return InputError(what, where=where, remedy=remedy)
-    if what is not None and code == CANNOT_WRITE:
+    if what is not None and (code == CANNOT_WRITE or (model is not None and code == RUN_FAILED)):
         return StageError(what, where=where, remedy=remedy)
     if what is not None:
         return TargetError(what, where=where or LocalTarget.name, remedy=remedy)
+    last = "\n".join(f"    {line}" for line in done.stderr.strip().splitlines()[-STDERR_LINES:])
+    wrote = f"; it last wrote:\n{last}" if last else ""
+    if code < 0 and model is not None:
+        steps = {"opens": f"while it opened {model}", "runs": f"while it ran {model}"}
+        step = steps.get((done.stdout.strip().splitlines() or [""])[-1], f"in edgerun {command}")
+        return CrashError(
+            f"ONNX Runtime was killed by signal {named_signal(-code)} {step}{wrote}",
+            signal=-code,
+            remedy="signal 9 often means that the memory ran out" if code == -9 else None,
+        )
     ending = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-    last = "\n".join(f"    {line}" for line in stderr.strip().splitlines()[-STDERR_LINES:])
     return TargetError(
-        f"edgerun {command} {ending}" + (f"; it last wrote:\n{last}" if last else ""),
+        f"edgerun {command} {ending}{wrote}",
         where=LocalTarget.name,
         remedy="signal 9 often means that the memory ran out" if code == -9 else None,
     )
+
+
+def named_signal(number: int) -> str:
+    """``11`` → ``11 (SIGSEGV)``; a number without a name stays one."""
+    try:
+        return f"{number} ({signal.Signals(number).name})"
+    except ValueError:
+        return str(number)
 
 
 def _reported(stderr: str) -> tuple[str | None, str | None, str | None]:

@@ -56,6 +56,23 @@ class Target(Protocol):
         """Write the model's answers for every sample of an npz file to another one."""
         ...
 
+    def probe(
+        self,
+        model: Path,
+        *,
+        inputs: Path | None = None,
+        shapes: Sequence[str] = (),
+        batch: int | None = None,
+        threads: int | None = None,
+        providers: Sequence[str] = (),
+        provider_options: Mapping[str, Mapping[str, str]] | None = None,
+        optimization: str = "all",
+        run: bool = True,
+        max_seconds: float = 300.0,
+    ) -> dict[str, Any]:
+        """Open a model and run it once: a record ``edgerun.probe/1``."""
+        ...
+
     def build(
         self,
         model: Path,

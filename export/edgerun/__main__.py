@@ -127,6 +127,25 @@ def _info(options: argparse.Namespace) -> int:
     return 0
 
 
+def _probe(options: argparse.Namespace) -> int:
+    from edgerun.probe import probe
+    from edgerun.shapes import parse_shapes
+
+    record = probe(
+        options.model,
+        model_settings(options),
+        inputs=options.inputs,
+        shapes=parse_shapes(options.shape),
+        batch=options.batch,
+        run=not options.no_run,
+        # At once: what follows may end this process.
+        tell=lambda step: print(step, flush=True),
+    )
+    if options.json is not None:
+        _write_json(options.json, record)
+    return 0
+
+
 def _build(options: argparse.Namespace) -> int:
     from edgerun.tensorrt_build import build
     from edgerun.tensorrt_settings import BuildSettings, parse_ranges
@@ -177,6 +196,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "bench": _bench,
     "verify": _verify,
     "info": _info,
+    "probe": _probe,
     "build": _build,
     "parse": _parse,
 }

@@ -57,6 +57,14 @@ def command_parser() -> argparse.ArgumentParser:
     info.add_argument("model", type=Path, nargs="?", metavar="MODEL.onnx")
     info.add_argument("--json", type=Path, metavar="OUT")
 
+    probe = commands.add_parser("probe", help="whether a model opens and runs once")
+    probe.add_argument("model", type=Path, metavar="MODEL.onnx")
+    probe.add_argument("--inputs", type=Path, metavar="DATA.npz", help="default: random inputs")
+    probe.add_argument("--shape", action="append", default=[], metavar="NAME=1x3x224x224")
+    probe.add_argument("--no-run", action="store_true", help="open it only")
+    probe.add_argument("--json", type=Path, metavar="OUT", help="write the record here")
+    _add_settings(probe)
+
     build = commands.add_parser("build", help="a TensorRT engine for this device")
     build.add_argument("model", type=Path, metavar="MODEL.onnx")
     build.add_argument("--engine", type=Path, required=True, metavar="OUT")

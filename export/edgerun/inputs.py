@@ -13,12 +13,14 @@ import numpy as np
 from edgerun.errors import BadInput
 from edgerun.manifest import Manifest
 from edgerun.model import TensorInfo, written
-from edgerun.shapes import BatchLayout, check_shape, choose_shapes
+from edgerun.shapes import BatchLayout, ChosenShape, check_shape, choose_shapes
 
 Feed = Dict[str, "np.ndarray[Any, Any]"]
 """Input name → contiguous array, ready for the runtime."""
 
 FEEDS = 8
+FEW = 8
+"""Whole numbers of an input that may be a count, a length or a shape."""
 FEED_BYTES = 4_000_000
 """Several feeds, so that no query sees the very bytes of the one before; few enough that they
 do not flush the caches, because an application's input was prepared just before."""
@@ -73,8 +75,18 @@ def make_feeds(
     for index in range(count):
         generator = np.random.default_rng([seed, index])
         feeds.append({t.name: _random(t, chosen[t.name].shape, generator) for t in inputs})
-    notes = {name: choice.note for name, choice in chosen.items()}
+    notes = {t.name: _note(t, chosen[t.name]) for t in inputs}
     return Feeds(tuple(feeds), f"random, seed {seed}", notes)
+
+
+def _note(tensor: TensorInfo, choice: ChosenShape) -> str:
+    """What was chosen, and that few whole numbers are often a count or a size."""
+    kind = np.dtype(tensor.dtype)
+    few = len(choice.shape) <= 1 and int(np.prod(choice.shape)) <= FEW
+    if kind.kind not in "iu" or kind.itemsize == 1 or not few:
+        return choice.note
+    shape = "" if choice.note == "declared" else f"{choice.note}; "
+    return f"{shape}0 or 1 at random: a count or a size needs a real one, see --inputs"
 
 
 def check_dtypes(inputs: Sequence[TensorInfo]) -> None:

@@ -109,3 +109,48 @@ def test_torch_is_never_imported(model):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def counted(path):
+    """y = tanh(… tanh(x)), as many times as the input ``steps`` says."""
+    scalars = {"i": TensorProto.INT64, "go": TensorProto.BOOL, "acc": TensorProto.FLOAT}
+    nodes = [
+        helper.make_node("Identity", ["go"], ["again"]),
+        helper.make_node("Tanh", ["acc"], ["next"]),
+    ]
+    body = helper.make_graph(
+        nodes,
+        "body",
+        [helper.make_tensor_value_info(name, kind, []) for name, kind in scalars.items()],
+        [
+            helper.make_tensor_value_info("again", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, []),
+        ],
+    )
+    node = helper.make_node("Loop", ["steps", "", "x"], ["y"], "rounds", body=body)
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, []),
+        helper.make_tensor_value_info("steps", TensorProto.INT64, []),
+    ]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [])
+    graph = helper.make_graph([node], "g", inputs, [output])
+    opsets = [helper.make_opsetid("", 18)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
+    return path
+
+
+def test_made_up_values_that_decide_the_work_are_named_and_real_ones_are_not(tmp_path):
+    model, out = counted(tmp_path / "m.onnx"), tmp_path / "out.json"
+    quick = ("--min-queries", 11, "--max-seconds", 1, "--json", out)
+    done = invoke(model, *quick)
+    assert done.exit_code == 0, done.output
+    told = "steps decides the number of rounds of Loop 'rounds'. Give real ones: --inputs DATA.npz"
+    assert told in done.output
+    fed = json.loads(out.read_text())["models"][0]["fed"]
+    assert fed["decides_work"] == {"steps": "the number of rounds of Loop 'rounds'"}
+    assert "a count or a size needs a real one" in fed["inputs"]["steps"]["note"]
+    np.savez(tmp_path / "d.npz", x=np.float32(1), steps=np.int64(200))
+    done = invoke(model, "--inputs", tmp_path / "d.npz", *quick)
+    assert done.exit_code == 0, done.output
+    assert "made-up values" not in done.output
+    assert "decides_work" not in json.loads(out.read_text())["models"][0]["fed"]

@@ -170,6 +170,20 @@ def test_an_npy_file_with_fewer_samples_than_the_fixed_batch_can_be_timed(tmp_pa
     assert json.loads(to.read_text())["timing"].keys() >= {"p50_ms", "float_p50_ms", "speedup"}
 
 
+def test_a_model_too_slow_for_a_median_is_shown_without_one(model, data, tmp_path, monkeypatch):
+    def slow(self, *args, **settings):
+        none = {"latency": {"p50": {"value": None, "interval": None, "n": 6, "note": "few"}}}
+        return {"models": [none, none], "comparison": {"ratio": 1.5, "interval": None}}
+
+    monkeypatch.setattr(LocalTarget, "bench", slow)
+    out, to = tmp_path / "o.onnx", tmp_path / "r.json"
+    done = quantize(model, "-o", out, "--calibration", data, "--max-drop", "1", "--json", to)
+    assert done.exit_code == 0, done.output
+    assert "n too small, float32 n too small: 1.50×" in done.output
+    assert "too few were timed for a median" in done.output
+    assert json.loads(to.read_text())["timing"]["p50_ms"] is None
+
+
 def test_a_failed_timing_is_a_remark(model, data, tmp_path, monkeypatch):
     def fails(self, *args, **settings):
         raise TargetError("the process was killed: [9]")

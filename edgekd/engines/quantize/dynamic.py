@@ -18,6 +18,7 @@ from edgekd.engines.quantize.prepare import (
     prepare_onnx,
     restore_identity,
     save_onnx,
+    set_aside_outputs,
 )
 from edgekd.engines.quantize.saturation import saturates
 from edgekd.engines.quantize.weights_only import check_finite_weight, dequantize_weights
@@ -67,6 +68,7 @@ def quantize_dynamic(
         names, types = [n.name for n in chosen], sorted({n.op_type for n in chosen})
         add_infer_metadata(model)
         _rename_type(model.graph, "Gemm", _HIDDEN)
+        put_outputs_back = set_aside_outputs(model.graph)
         quantizer = ONNXQuantizer(
             model,
             True,
@@ -82,6 +84,7 @@ def quantize_dynamic(
             {"MatMulConstBOnly": True},
         )
         model = quantizer.quantize_model()
+        put_outputs_back(model.graph)
         quantizer.model.topological_sort()
         _rename_type(model.graph, _HIDDEN, "Gemm")
         drop_unused(model.graph)

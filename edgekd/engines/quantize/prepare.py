@@ -4,17 +4,18 @@ node with a name; the answers stay what they were."""
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import onnx
+from google.protobuf.message import EncodeError
 from onnx import TensorProto, numpy_helper
 
 from edgekd.engines.batched_run import fixed_sizes, model_inputs
 from edgekd.engines.made_up_inputs import answers_of, answers_to_made_up
-from edgekd.engines.onnx_file import check_onnx, describe_onnx, read_onnx
+from edgekd.engines.onnx_file import check_fits_one_file, check_onnx, describe_onnx, read_onnx
 from edgekd.engines.onnx_graph import opset_of, subgraphs
 from edgekd.engines.optimizer_faults import (
     OPTIMIZERS,
@@ -97,6 +98,7 @@ def prepare_onnx(source: Path, samples: Samples | None = None, threads: int = 1)
             already, or its opset is too old to convert; or the samples do not fit.
         StageError: the prepared model answers differently, whatever is left out.
     """
+    check_fits_one_file(source)
     check_onnx(source)
     compare = _Comparison(source, samples, threads)
     prepared = _prepare(source, ())
@@ -190,10 +192,18 @@ def save_onnx(model: onnx.ModelProto, out: Path) -> None:
     """Write a model as one file.
 
     Raises:
+        InputError: it does not fit into one file.
         StageError: the file cannot be written.
     """
     try:
         onnx.save(model, str(out))
+    except (EncodeError, ValueError) as error:
+        raise InputError(
+            f"the model does not fit into one ONNX file, which holds less than 2.15 GB: "
+            f"{first_line(error)}",
+            where=out.name,
+            remedy="quantize a smaller model",
+        ) from error
     except OSError as error:
         raise StageError(
             f"the ONNX file cannot be written: {error.strerror}",
@@ -226,6 +236,32 @@ def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
         yield node
         for graph in subgraphs(node):
             yield from all_nodes(graph.node)
+
+
+def set_aside_outputs(graph: onnx.GraphProto) -> Callable[[onnx.GraphProto], None]:
+    """Take out the outputs that no node makes: inputs and constants handed on as they are.
+
+    ONNX Runtime's quantizers give the tensor before an output a new name, which these cannot have.
+
+    Returns:
+        what puts them back, with their constants, into the graph that was made of this one.
+    """
+    made = {name for node in graph.node for name in node.output}
+    outputs = [onnx.ValueInfoProto.FromString(v.SerializeToString()) for v in graph.output]
+    names = {value.name for value in outputs} - made
+    constants = [tensor for tensor in graph.initializer if tensor.name in names]
+    constants = [onnx.TensorProto.FromString(t.SerializeToString()) for t in constants]
+    kept = [value for value in outputs if value.name in made]
+    del graph.output[:]
+    graph.output.extend(kept)
+
+    def put_back(changed: onnx.GraphProto) -> None:
+        del changed.output[:]
+        changed.output.extend(outputs)
+        there = {tensor.name for tensor in changed.initializer}
+        changed.initializer.extend(t for t in constants if t.name not in there)
+
+    return put_back
 
 
 def inner_names(graph: onnx.GraphProto) -> set[str]:
@@ -293,7 +329,10 @@ def _optimize(
 ) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
         before, after = Path(folder, "before.onnx"), Path(folder, "after.onnx")
-        save_onnx(model, before)
+        try:
+            save_onnx(model, before)
+        except InputError as error:
+            raise InputError(error.what, where=str(source), remedy=error.remedy) from error
         options = session_options(1, "basic" if level == "basic" else "disabled")
         options.optimized_model_filepath = str(after)
         try:

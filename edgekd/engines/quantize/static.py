@@ -24,6 +24,7 @@ from edgekd.engines.quantize.prepare import (
     prepare_onnx,
     restore_identity,
     save_onnx,
+    set_aside_outputs,
 )
 from edgekd.engines.quantize.saturation import saturates
 from edgekd.engines.quantize.spatial_mean import pool_spatial_means
@@ -188,6 +189,7 @@ class StaticQuantizer:
         model = onnx.ModelProto()
         model.CopyFrom(self._prepared.model)
         copy_shared_weights(model.graph, chosen)
+        put_outputs_back = set_aside_outputs(model.graph)
         # Tells ONNX Runtime that the types are inferred: preparation did that.
         add_infer_metadata(model)
         nodes = [node for node in model.graph.node if node.name in chosen]
@@ -214,6 +216,7 @@ class StaticQuantizer:
         )
         quantizer.quantize_model()
         written = quantizer.model.model
+        put_outputs_back(written.graph)
         free_float_values(written.graph, self._prepared.model.graph, chosen)
         quantizer.model.topological_sort()
         drop_unused(written.graph)

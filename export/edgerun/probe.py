@@ -1,0 +1,68 @@
+"""Does a model open and run? Asked in a process of its own, which a runtime's crash may end.
+
+What is done next is told on standard output beforehand, so that whoever started the process
+knows what ended it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Callable, Mapping
+
+from edgerun.errors import EdgerunError
+from edgerun.inputs import Feed, feeds_from, make_feeds
+from edgerun.manifest import manifest_beside
+from edgerun.model import LoadedModel, Settings, open_model
+
+SCHEMA = "edgerun.probe/1"
+OPENS, RUNS = "opens", "runs"
+
+
+def probe(
+    path: Path,
+    settings: Settings,
+    inputs: Path | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    batch: int | None = None,
+    run: bool = True,
+    tell: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Open a model and run it once: a record ``edgerun.probe/1``.
+
+    ``ran`` is False where the model was only opened, and ``reason`` then says what kept it from
+    running: made-up inputs may be none that it takes.
+
+    Args:
+        inputs: an npz file, its first sample is run; None makes random inputs.
+        run: whether to run it at all.
+        tell: told ``opens`` and ``runs`` before that is done.
+
+    Raises:
+        BadInput: the file is no model.
+        RunFailed: the runtime cannot load it, or does not run it on ``inputs``.
+    """
+    tell(OPENS)
+    model = open_model(path, settings)
+    found: dict[str, Any] = {"schema": SCHEMA, "ran": False, "reason": None}
+    if not run:
+        return found
+    try:
+        feed = _feed(model, inputs, shapes or {}, batch)
+        tell(RUNS)
+        model.run(feed)
+    except EdgerunError as error:
+        if inputs is not None:
+            raise
+        return {**found, "reason": error.what}
+    return {**found, "ran": True}
+
+
+def _feed(
+    model: LoadedModel,
+    inputs: Path | None,
+    shapes: Mapping[str, tuple[int, ...]],
+    batch: int | None,
+) -> Feed:
+    if inputs is not None:
+        return feeds_from(inputs, model.inputs, batch, manifest_beside(model.path)).feeds[0]
+    return make_feeds(model.inputs, shapes, batch).feeds[0]
