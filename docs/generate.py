@@ -212,8 +212,8 @@ def _command(command: click.Command, name: str, parent: click.Context, level: st
 
 def losses() -> str:
     """Every built-in loss with its equation, source and arguments, by module."""
+    from edgekd.distill.loss_term import TENSORS
     from edgekd.distill.losses import LOSSES
-    from edgekd.distill.named_loss import TENSORS
 
     parts = [
         NOTE,

@@ -13,11 +13,11 @@ from edgekd.config.budgets import GateConfig
 from edgekd.config.loader import load_pipeline, load_section
 from edgekd.config.profile import Profile, load_profile
 from edgekd.errors import InputError
-from edgekd.pipeline.progress import ConsoleProgress, EventLog
 from edgekd.pipeline.runner import Runner, RunOutcome, stages_until
 from edgekd.pipeline.stage import Job
 from edgekd.pipeline.store import Store
-from edgekd.pipeline.team import Team, joined
+from edgekd.pipeline.workers import Workers, join_workers
+from edgekd.progress import ConsoleProgress, EventLog
 from edgekd.stages import STAGES
 from edgekd.stages.preflight import preflight
 
@@ -57,11 +57,11 @@ def execute(
     folder: Path,
     until: str | None = None,
     console: Console | None = None,
-    team: Team | None = None,
+    workers: Workers | None = None,
 ) -> RunOutcome:
     """Run a job with progress on ``console`` (None: silently) and a log in its run folder.
 
-    ``team``: the processes that train together, of which this is the first; None: this is alone.
+    ``workers``: the processes that train together, of which this is the first; None: this is alone.
 
     Returns:
         What was done. ``outcome.failure`` is set when the gate did not pass.
@@ -79,7 +79,7 @@ def execute(
         log = EventLog(folder / "log.jsonl")
         try:
             with ConsoleProgress(console or Console(), log, quiet=console is None) as progress:
-                runner = Runner(job, store, progress, STAGES, log, team, preflight)
+                runner = Runner(job, store, progress, STAGES, log, workers, preflight)
                 return runner.run(until)
         finally:
             log.close()
@@ -111,12 +111,12 @@ def run(
         GateFailed: the gate did not pass; the report is written all the same.
         EdgekdError: a stage failed or the input is wrong.
     """
-    with joined() as team:
-        if team is not None and not team.leads:
-            team.follow(STAGES)
+    with join_workers() as workers:
+        if workers is not None and not workers.is_main:
+            workers.serve(STAGES)
             return RunOutcome()
         job = open_job(pipeline, overrides)
-        outcome = execute(job, run_folder(job, output), until, console, team)
+        outcome = execute(job, run_folder(job, output), until, console, workers)
         if outcome.failure is not None:
             raise outcome.failure
         return outcome
@@ -140,15 +140,16 @@ def quantize(
 ) -> dict[str, Any]:
     """Write an ONNX model in fewer bits, and say what that gains and costs.
 
-    The settings are those of :class:`edgekd.stages.own_model.QuantizeSettings`; the samples are
-    an npz file of real inputs by name.
+    The settings are those of :class:`edgekd.quantization.settings.QuantizeSettings`; the samples
+    are an npz file of real inputs by name.
 
     Raises:
         InputError: the model, the samples or a setting do not fit.
         StageError: the file cannot be written or does not run.
     """
-    from edgekd.arguments import check_arguments
-    from edgekd.stages.own_model import QuantizeSettings, quantize_model
+    from edgekd.extension import check_arguments
+    from edgekd.quantization.settings import QuantizeSettings
+    from edgekd.stages.quantize_onnx import quantize_model
 
     given = check_arguments(QuantizeSettings, settings, name="quantize", where="settings")
     samples = None if calibration is None else Path(calibration)

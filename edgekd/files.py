@@ -1,13 +1,44 @@
-"""Files by their content: hashes of files and folders, with links followed."""
+"""Files: written whole or not at all, npz archives, and what the package ships.
+
+An installed wheel carries profiles and pipelines inside the package; a source checkout has them at
+its top. The device-side package ``edgerun`` is installed beside ``edgekd``.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import itertools
+import json
 import os
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from edgekd.errors import InputError
+import numpy as np
+from numpy.typing import NDArray
+
+import edgerun
+from edgekd.crash_notes import writing
+from edgekd.errors import EdgekdError, InputError, StageError
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def json_sha256(value: Any) -> str:
+    """The SHA-256 of a JSON value, independent of the order of its keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
 
 _LITTER = ("thumbs.db", "desktop.ini", "__macosx")
 
@@ -88,3 +119,138 @@ def hash_path(path: Path, litter: bool = True) -> str:
         # repr() escapes a newline in a path, so that no two folders give the same lines.
         digest.update(f"{file.relative_to(path).as_posix()!r} {content}\n".encode())
     return digest.hexdigest()
+
+
+def write_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write arrays by name, uncompressed, as ``numpy.load`` reads them.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: an array holds Python objects.
+    """
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
+
+
+def check_output(
+    path: Path, option: str, *, inputs: Collection[Path] = (), stream: bool = False
+) -> None:
+    """Check that a file may stand at a path; nothing is written, and a file there is no trouble.
+
+    Args:
+        path: the file to write, or a link to it.
+        option: that names it, such as ``-o``, for the message.
+        inputs: files that must not be overwritten, such as the model; they need not exist.
+        stream: whether it is written to and not replaced: a device or a pipe (``/dev/stdout``)
+            is then taken.
+
+    Raises:
+        InputError: it is a folder, a device or a pipe, lies in a folder that does not exist, or
+            is one of ``inputs``.
+        StageError: its folder cannot be looked into, or its name is too long.
+    """
+    final = Path(os.path.realpath(path))  # not resolve(), which raises for a loop of links
+    try:
+        if final.is_dir():
+            what = "this is a folder, not a file to write"
+        elif final.exists() and not final.is_file() and not stream:
+            what = "this is a device or a pipe, which a file would replace"
+        elif not final.parent.is_dir():
+            what = "the file to write lies in a folder that does not exist"
+        elif final in [Path(os.path.realpath(given)) for given in inputs]:
+            what = "the file to write would overwrite another file of this command"
+        else:
+            return
+    except OSError as error:
+        raise StageError(
+            f"the file cannot be written: {error.strerror}",
+            where=str(path),
+            remedy="choose another folder or a shorter name",
+        ) from error
+    raise InputError(
+        what, where=str(path), remedy=f"give {option} another file, in a folder that exists"
+    )
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` to write to; what is there at the end takes the place of ``path``.
+
+    Where the body fails, or writes nothing, ``path`` stays as it was: absent, or the file from
+    before. The name is in the same folder, so that a model's external data is found from it.
+
+    Raises:
+        StageError: the folder cannot be written, or the disk fills up in the body.
+        EdgekdError: the body's own, which then names ``path``.
+    """
+    final = path.resolve()  # where a link points to
+    try:
+        # Opened first, so that a folder that cannot be written is told from all that may follow.
+        partial = _new_file(final)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    try:
+        with writing(partial, path):
+            yield partial
+        if partial.is_file() and partial.stat().st_size:
+            try:
+                os.replace(partial, final)  # noqa: PTH105 - os.replace says that it is atomic
+            except OSError as error:
+                raise _unwritable(path, error) from error
+    except EdgekdError as error:
+        error.what = error.what.replace(str(partial), str(path)).replace(partial.name, path.name)
+        if error.where is not None:
+            error.where = error.where.replace(str(partial), str(path))
+        raise
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise _unwritable(path, error) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def _new_file(final: Path) -> Path:
+    """An empty file beside ``final``; no file that is there already, which may be a user's."""
+    for number in itertools.count():
+        partial = final.with_name(f"{final.stem}.partial{number or ''}{final.suffix}")
+        with suppress(FileExistsError), partial.open("xb"):
+            return partial
+    raise AssertionError("unreachable")
+
+
+def _unwritable(path: Path, error: OSError) -> StageError:
+    return StageError(
+        f"the model cannot be written: {error.strerror}",
+        where=str(path),
+        remedy="free space or choose another folder",
+    )
+
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def _shipped(name: str, in_checkout: str) -> Path:
+    inside = _PACKAGE / "shipped" / name
+    return inside if inside.is_dir() else _PACKAGE.parent / in_checkout
+
+
+def profiles_folder() -> Path:
+    """The folder of the shipped device profiles."""
+    return _shipped("profiles", "profiles")
+
+
+def pipelines_folder() -> Path:
+    """The folder of the shipped pipelines."""
+    return _shipped("pipelines", "pipelines")
+
+
+def edgerun_folder() -> Path:
+    """The device-side package ``edgerun``, to be copied to or started on a device."""
+    return Path(edgerun.__file__).resolve().parent

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from edgekd.config.data import DataConfig
+from edgekd.config.pipeline import DataConfig
 from edgekd.data import source_fingerprint
 from edgekd.extension import searching, source_files
 

@@ -1,11 +1,20 @@
+"""Arrays of any name in an npz file, by edgekd and by edgerun on a device."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from edgekd.config.data import DataConfig
+from edgekd.config.pipeline import DataConfig
 from edgekd.data import load_dataset, source_fingerprint
-from edgekd.errors import InputError
-from edgekd.files import files_in, hash_path
+from edgekd.errors import InputError, StageError
+from edgekd.files import check_output, files_in, hash_path, write_npz
+from edgerun.inputs import write_npz as write_npz_on_device
 
 
 def put(folder, count, value=0):
@@ -96,3 +105,71 @@ def test_two_folders_of_the_same_bytes_under_other_names_differ(tmp_path):
     (tmp_path / "a" / "x").write_text("1")
     (tmp_path / "b" / "y").write_text("1")
     assert hash_path(tmp_path / "a") != hash_path(tmp_path / "b")
+
+
+ARRAYS = {
+    "file": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "allow_pickle": np.array(True),
+    "block/0:out": np.arange(4, dtype=np.uint8)[::2],
+    "fortran": np.asfortranarray(np.eye(3)),
+    "label": np.array(["cat", "dog"]),
+}
+
+
+@pytest.mark.parametrize("where", ["workstation", "device"])
+def test_numpy_reads_them_back(tmp_path, where):
+    path = tmp_path / "a.npz"
+    if where == "workstation":
+        write_npz(path, ARRAYS)
+    else:
+        content = io.BytesIO()
+        write_npz_on_device(content, ARRAYS)
+        path.write_bytes(content.getvalue())
+    with np.load(path) as archive:
+        assert archive.files == list(ARRAYS)
+        for name, array in ARRAYS.items():
+            np.testing.assert_array_equal(archive[name], array)
+            assert archive[name].dtype == array.dtype
+
+
+def test_the_same_arrays_give_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        write_npz(tmp_path / name, ARRAYS)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_new_file_one_from_before_and_a_link_to_one_are_taken_and_left_alone(tmp_path):
+    old, link, dangling = tmp_path / "old", tmp_path / "link", tmp_path / "dangling"
+    old.write_bytes(b"content")
+    link.symlink_to(old)
+    dangling.symlink_to(tmp_path / "later")
+    for path in (tmp_path / "new", old, link, dangling):
+        check_output(path, "-o", inputs=[tmp_path / "model.onnx"])
+    assert old.read_bytes() == b"content"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "link", "old"]
+
+
+def test_folders_devices_pipes_and_the_model_itself_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "model.onnx").write_bytes(b"model")
+    (tmp_path / "link").symlink_to(tmp_path / "model.onnx")
+    (tmp_path / "away").symlink_to(tmp_path / "none" / "file")
+    bad = ["/dev/full", tmp_path, *(tmp_path / n for n in ("pipe", "none/m", "link", "away"))]
+    for path in bad:
+        with pytest.raises(InputError) as caught:
+            check_output(Path(path), "--output", inputs=[tmp_path / "model.onnx"])
+        assert caught.value.where == str(path)
+        assert "--output" in caught.value.remedy
+
+
+def test_what_is_only_written_to_may_be_a_device_or_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    check_output(tmp_path / "pipe", "--json", stream=True)
+    check_output(Path("/dev/null"), "--json", stream=True)
+    with pytest.raises(InputError):
+        check_output(tmp_path, "--json", stream=True)
+
+
+def test_a_name_that_no_folder_takes_is_no_traceback(tmp_path):
+    with pytest.raises(StageError, match="too long"):
+        check_output(tmp_path / ("a" * 300), "-o")

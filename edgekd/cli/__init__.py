@@ -46,7 +46,7 @@ class LazyGroup(click.Group):
         words = sys.argv[1:]
         pipeline = any(word.lower().endswith((".yaml", ".yml")) for word in words)
         if args is None and words[:1] and words[0] in _OPENING_MODELS and not pipeline:
-            from edgekd.supervision import supervise
+            from edgekd.cli.supervision import supervise
 
             supervise()
         return super().main(args, *rest, **extra)
@@ -93,7 +93,7 @@ class LazyGroup(click.Group):
             # with its traceback.
             if not type(error).__module__.startswith(_LIBRARIES):
                 raise
-            from edgekd.supervision import noted_file
+            from edgekd.crash_notes import noted_file
 
             failed = StageError(
                 f"{type(error).__module__.partition('.')[0]} fails: {' '.join(str(error).split())}",

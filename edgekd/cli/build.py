@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from edgekd.cli.benchmark import LEVELS, write_record
-from edgekd.cli.typed_options import (
+from edgekd.cli.options import (
     PIPELINE_SUFFIXES,
     refuse_options,
     refuse_options_of_a_model,
@@ -19,7 +19,7 @@ from edgekd.errors import InputError
 
 if TYPE_CHECKING:
     from edgekd.config.profile import Profile
-    from edgekd.engines.session import Optimization
+    from edgekd.onnx.session import Optimization
 
 FILE = click.Path(path_type=Path)
 ENGINES = ("onnxruntime", "tensorrt", "tensorrt-rtx")
@@ -64,7 +64,7 @@ def build(model: Path, output: Path | None, **options: Any) -> None:
     """
     if model.suffix.lower() in PIPELINE_SUFFIXES:
         refuse_options_of_a_model(FOR_PIPELINE)
-        from edgekd.cli.stage_command import run_pipeline_until
+        from edgekd.cli.run import run_pipeline_until
 
         run_pipeline_until(model, "engines", options["overrides"], output, options["quiet"])
         return
@@ -72,9 +72,9 @@ def build(model: Path, output: Path | None, **options: Any) -> None:
     if output is None:
         raise InputError("no file to write is given", where="edgekd build", remedy="add -o OUT")
     from edgekd.config.profile import load_profile
-    from edgekd.engines.onnx_file import read_onnx
-    from edgekd.engines.output_file import check_output
-    from edgekd.supervision import note_model
+    from edgekd.crash_notes import note_model
+    from edgekd.files import check_output
+    from edgekd.onnx.file import read_onnx
 
     note_model(model)
     profile = None if options["profile"] is None else load_profile(options["profile"])

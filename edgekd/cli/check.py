@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgekd.cli.benchmark import write_record
-from edgekd.cli.typed_options import PIPELINE_SUFFIXES
+from edgekd.cli.options import PIPELINE_SUFFIXES
 from edgekd.errors import GateFailed, InputError
 
 if TYPE_CHECKING:
@@ -58,9 +58,9 @@ def check(
     from rich.console import Console
 
     from edgekd.config.profile import load_profile
+    from edgekd.crash_notes import note_model
     from edgekd.engines.check import check_model
-    from edgekd.engines.output_file import check_output
-    from edgekd.supervision import note_model
+    from edgekd.files import check_output
     from edgekd.targets import LocalTarget, open_target
 
     if model.suffix.lower() in PIPELINE_SUFFIXES:

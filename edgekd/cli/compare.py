@@ -11,7 +11,7 @@ from rich.table import Table
 
 from edgekd.errors import InputError
 from edgekd.release.compare import Comparison, SeedMeans, compare_files
-from edgekd.release.figure_text import full_text, interval_text, value_text
+from edgekd.release.formatting import full_text, interval_text, value_text
 
 
 @click.command()

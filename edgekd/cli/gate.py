@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from edgekd.errors import GateFailed, InputError
-from edgekd.release.figure_text import full_text
-from edgekd.release.verdict import Verdict, passed, summary_line
+from edgekd.release.formatting import full_text
+from edgekd.release.rules import Verdict, passed, summary_line
 
 if TYPE_CHECKING:
     from edgekd.config.profile import Profile
@@ -58,7 +58,7 @@ def gate(
                 where=str(result),
                 remedy="a pipeline names its profile, and its gate stage writes both files",
             )
-        from edgekd.cli.stage_command import run_pipeline_until
+        from edgekd.cli.run import run_pipeline_until
         from edgekd.release.gate import read_gate
 
         # The run prints its result and the verdicts itself.
@@ -86,7 +86,6 @@ def _evaluate(
 ) -> list[Verdict]:
     from edgekd.config.budgets import GateConfig
     from edgekd.config.profile import load_profile
-    from edgekd.release.budget_file import load_budgets
     from edgekd.release.compare import find_result
     from edgekd.release.device_bench import (
         evidence_of_bench,
@@ -94,9 +93,9 @@ def _evaluate(
         result_of_bench,
         with_bench,
     )
-    from edgekd.release.gate import evaluate, write_gate_json
-    from edgekd.release.junit import write_junit
+    from edgekd.release.gate import evaluate, write_gate_json, write_junit
     from edgekd.release.result import read_result
+    from edgekd.release.rules import load_budgets
 
     budgets = GateConfig() if budget is None else load_budgets(budget)
     limits = load_profile(profile) if profile else None

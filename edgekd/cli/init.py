@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from edgekd.errors import InputError
-from edgekd.resources import pipelines_folder
+from edgekd.files import pipelines_folder
 
 
 @click.command()

@@ -1,7 +1,8 @@
-"""``edgekd layers``: the module paths by which a loss names what it compares."""
+"""``edgekd layers``: list the layers that a loss can name, with their shapes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,67 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from edgekd.config.networks import ModelConfig
 from edgekd.errors import InputError
+from edgekd.spec import TensorSpec
+from edgekd.stages.task_data import TaskData
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgekd.distill.features import Layer
+    from edgekd.models.dict_model import DictModel
+
+
+def layers_of_pipeline(task_data: TaskData) -> Mapping[str, list[Layer]]:
+    """The layers of the student and of the teacher, unless that is an ONNX file.
+
+    A student that will be pruned is listed as it is before: it keeps its layers and their names.
+    """
+    from edgekd.stages.student import build_student
+    from edgekd.stages.teacher import build_teacher
+
+    role = "student" if task_data.config.student.prune is None else "student, before it is pruned"
+    networks = {role: build_student(task_data, None)}
+    if task_data.config.teacher.model is not None:
+        networks["teacher"] = build_teacher(task_data)
+    return {role: _listed(network) for role, network in networks.items()}
+
+
+def layers_of_model(
+    config: ModelConfig, inputs: Mapping[str, tuple[int, ...]], classes: int
+) -> list[Layer]:
+    """The layers of a network by its name.
+
+    Args:
+        config: the model and its arguments.
+        inputs: the shape of one sample of each input, by name.
+        classes: the size of its output.
+
+    Raises:
+        InputError: there is no such model, or it cannot take these shapes.
+    """
+    from edgekd.models.build import build_model, find_model
+
+    if config.model is not None:
+        find_model(config.model)
+    if not inputs:
+        raise InputError(
+            "the shapes of a network's layers depend on its inputs, and none is given",
+            where="--shape",
+            remedy="give e.g. --shape image=1x28x28, or a pipeline file",
+        )
+    taken = [TensorSpec(name, ("batch", *shape)) for name, shape in inputs.items()]
+    given = [TensorSpec("logits", ("batch", classes))]
+    return _listed(build_model(config, taken, given))
+
+
+def _listed(model: DictModel) -> list[Layer]:
+    from edgekd.distill.features import list_layers
+    from edgekd.models.build import example_batch
+
+    return list_layers(model, example_batch(model.spec.inputs))
+
 
 _PIPELINE_SUFFIXES = (".yaml", ".yml")
 
@@ -39,8 +95,7 @@ def layers(model: str, shapes: tuple[str, ...], classes: int, output: Path | Non
     if model.endswith(_PIPELINE_SUFFIXES):
         from edgekd.api import execute, open_job, run_folder
         from edgekd.extension import searching
-        from edgekd.stages.fitting import open_ground
-        from edgekd.stages.listing import layers_of_pipeline
+        from edgekd.stages.task_data import open_task_data
 
         if shapes:
             raise InputError(
@@ -49,14 +104,13 @@ def layers(model: str, shapes: tuple[str, ...], classes: int, output: Path | Non
         job = open_job(model)
         outcome = execute(job, run_folder(job, output), "data")
         with searching(job.base):
-            found = layers_of_pipeline(open_ground(outcome.folder("data"), job.config))
+            found = layers_of_pipeline(open_task_data(outcome.folder("data"), job.config))
         for role, rows in found.items():
             console.print(_table(role, rows))
         if "teacher" not in found:
             console.print("the teacher is an ONNX file and shows no layers")
         return
     from edgekd.config.networks import ModelConfig
-    from edgekd.stages.listing import layers_of_model
 
     with_here = dict(map(_shape, shapes))
     console.print(_table(model, layers_of_model(ModelConfig(model=model), with_here, classes)))

@@ -12,7 +12,7 @@ from edgekd.config.profile import (
     PowerMode,
     Profile,
     Quantity,
-    Stated,
+    SourcedValue,
     Text,
     list_profiles,
     load_profile,
@@ -106,7 +106,7 @@ def _verdict(name: str, profile: Profile) -> str:
     return "\n".join(lines)
 
 
-def shown(stated: Stated) -> str:
+def shown(stated: SourcedValue) -> str:
     """The value of a statement as text."""
     if isinstance(stated, Quantity):
         return f"{stated.value:g}" if stated.value < 1e5 else f"{stated.value:.0f}"

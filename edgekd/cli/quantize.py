@@ -1,21 +1,28 @@
-"""``edgekd quantize``: fewer bits for any ONNX model, or for a pipeline's student."""
+"""``edgekd quantize``: make an ONNX model INT8 or FP16, compare and print."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from edgekd.cli.benchmark import FILE, write_record
-from edgekd.cli.typed_options import (
+from edgekd.cli.options import (
     PIPELINE_SUFFIXES,
     refuse_options,
     refuse_options_of_a_model,
     typed_options,
 )
 from edgekd.errors import GateFailed, InputError
+from edgekd.measurement import Measurement
+from edgekd.onnx.part_errors import SCORE_THRESHOLD
+from edgekd.release.formatting import full_text
 
 FOR_PIPELINE = frozenset({"model", "out", "overrides", "quiet"})
 
@@ -110,7 +117,7 @@ def quantize(
     """
     if model.suffix.lower() in PIPELINE_SUFFIXES:
         refuse_options_of_a_model(FOR_PIPELINE)
-        from edgekd.cli.stage_command import run_pipeline_until
+        from edgekd.cli.run import run_pipeline_until
 
         run_pipeline_until(model, "quantize", overrides, out, quiet)
         return
@@ -123,10 +130,10 @@ def quantize(
     from rich.console import Console
     from rich.markup import escape
 
-    from edgekd.cli.quantize_table import print_quantized
-    from edgekd.engines.output_file import check_output
-    from edgekd.stages.own_model import QuantizeSettings, files_read, quantize_model
-    from edgekd.supervision import note_model
+    from edgekd.crash_notes import note_model
+    from edgekd.files import check_output
+    from edgekd.quantization.settings import QuantizeSettings
+    from edgekd.stages.quantize_onnx import files_read, quantize_model
 
     note_model(model)
     if record_to is not None:
@@ -184,3 +191,207 @@ def _not_met(record: Mapping[str, Any], max_drop: float) -> GateFailed:
         remedy="allow more, keep the layers that --per-layer shows in float32 (--keep NODE)"
         + (f", or try --method {other}" if other else ""),
     )
+
+
+LAYERS_SHOWN = 15
+
+NODES_SHOWN = 8
+
+
+def print_quantized(console: Console, record: Mapping[str, Any]) -> None:
+    """Print size, metric, errors, latency and the layers of a record ``edgekd.quantize/1``."""
+    for line in record.get("decision_lines", ()):
+        console.print(f"  {line}", highlight=False, markup=False)
+    if record["output"] is not None:
+        if record.get("float_inputs"):
+            _print_float_inputs(console, record["float_inputs"])
+        _print_size(console, record)
+        _print_float_nodes(console, record)
+    if record.get("mixed"):
+        console.print(
+            "  in float32, as 8 bits of one scale would lose the smaller part: "
+            f"{', '.join(record['mixed'])}",
+            highlight=False,
+            markup=False,
+        )
+    half = record.get("half")
+    if half:
+        total = len(half["kept"]) + len(half["low"])
+        console.print(f"  {len(half['kept'])} of {total} nodes stay in float32", highlight=False)
+        for name, reason in half["kept"].items():
+            console.print(f"    {name}: {reason}", highlight=False, markup=False)
+    if "metric" in record:
+        drop = Measurement.from_json(record["drop"])
+        worst = record["worst"]
+        of = f" of {worst['part']}" if worst and worst["metric"] == record["metric"] else ""
+        console.print(
+            f"  {record['metric']}{of}: {full_text(Measurement.from_json(record['score']))}, "
+            f"drop {full_text(drop)}",
+            highlight=False,
+            markup=False,
+        )
+        if worst and not of:
+            console.print(
+                f"  {worst['metric']} of {worst['part']}: drop {worst['drop']:.4g}",
+                highlight=False,
+                markup=False,
+            )
+        console.print(_errors(record["errors"], record["compared_on"]))
+        for name, note in record["compared_on"].get("outputs", {}).items():
+            console.print(f"  {name}: {note}", highlight=False, markup=False)
+        if record["compared_on"]["calibrated_on"]:
+            console.print("  other samples are a better test: --validation DATA.npz")
+    for warning in record["warnings"]:
+        console.print(f"  {warning}", style="yellow", highlight=False, markup=False)
+    if "timing" in record:
+        _print_timing(console, record["timing"])
+    if record.get("layers"):
+        console.print(_layers(record["layers"]))
+
+
+def _print_size(console: Console, record: Mapping[str, Any]) -> None:
+    console.print(f"{record['output']}", highlight=False, markup=False)
+    size, before = record["bytes"], record["float_bytes"]
+    change = f"{before / size:.2f}× smaller" if size <= before else f"{size / before:.2f}× larger"
+    console.print(f"  size: {size:,} bytes, {change} ({before:,})", highlight=False)
+    if size >= before:
+        console.print("  [yellow]not smaller than float32[/]")
+
+
+def _print_float_nodes(console: Console, record: Mapping[str, Any]) -> None:
+    """Say which nodes stay in float32, those with most weights first."""
+    from edgekd.quantization.node_selection import STORED_IN_8_BITS
+
+    rows = sorted(record.get("float32_nodes", ()), key=lambda row: -row["bytes"])
+    if not rows:
+        return
+    total = sum(row["bytes"] for row in rows)
+    stay = "node stays" if len(rows) == 1 else "nodes stay"
+    weights = f", with {total:,} bytes of weights" if total else ""
+    console.print(f"  {len(rows)} {stay} in float32{weights}", highlight=False)
+    for row in rows[:NODES_SHOWN]:
+        weights = f", {row['bytes']:,} bytes" if row["bytes"] else ""
+        said = f"    {row['node']} ({row['op']}{weights}): {row['reason']}"
+        console.print(said, highlight=False, markup=False)
+    if len(rows) > NODES_SHOWN:
+        console.print(f"    and {len(rows) - NODES_SHOWN} more (--json)", highlight=False)
+    others = {row["op"] for row in rows if row["bytes"]} & STORED_IN_8_BITS
+    if others and record["method"] == "static":
+        console.print(
+            f"  --method dynamic or weights-only stores the weights of {', '.join(sorted(others))} "
+            "in 8 bits",
+            highlight=False,
+        )
+
+
+def _print_float_inputs(console: Console, tried: Mapping[str, Any]) -> None:
+    if tried["taken"]:
+        stay = "stays" if len(tried["nodes"]) == 1 else "stay"
+        console.print(
+            f"  {', '.join(tried['nodes'])} at the input {stay} in float32: "
+            f"{tried['speedup']:.2f}× faster so",
+            highlight=False,
+            markup=False,
+        )
+
+
+def _print_timing(console: Console, timing: Mapping[str, Any]) -> None:
+    if "failed" in timing:
+        said = f"  latency not compared: {timing['failed']}"
+        console.print(said, style="yellow", highlight=False, markup=False)
+        return
+    low, high = timing["interval"] or (None, None)
+    shown = "" if low is None else f" ({low:.2f} to {high:.2f})"
+    console.print(
+        f"  p50 here, {timing['threads']} thread(s): {_milliseconds(timing['p50_ms'])}, float32 "
+        f"{_milliseconds(timing['float_p50_ms'])}: {timing['speedup']:.2f}×{shown}",
+        highlight=False,
+    )
+    if timing["p50_ms"] is None or timing["float_p50_ms"] is None:
+        console.print(
+            "  a query takes so long that too few were timed for a median; "
+            "'edgekd benchmark --against' takes the time that you give it",
+            highlight=False,
+        )
+    if low is None or low <= 1:
+        slower = high is not None and high < 1
+        said = "slower than float32" if slower else "not shown to be faster than float32"
+        console.print(f"  [yellow]{said} on this machine[/]")
+
+
+def _errors(rows: list[Mapping[str, Any]], on: Mapping[str, Any]) -> Table:
+    which = f"{on['samples']:,} samples of {Path(on['file']).name}"
+    if on["calibrated_on"] == on["samples"]:
+        which = f"{on['samples']:,} calibration samples"
+    elif on["calibrated_on"]:
+        which += f", {on['calibrated_on']:,} of them calibrated on"
+    table = Table(title=Text(f"against float32, on the {which}"))
+    headings = ("output", "max |Δ|", "rmse", "SQNR", "cosine", "same")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "output" else "right")
+    for row in rows:
+        parts = row["parts"]
+        same = row["argmax_agreement"]
+        if len(parts) == 1:
+            same = parts[0]["agreement"]
+        chosen = "–" if same is None else f"{same:.2%}"
+        if [part["kind"] for part in parts] == ["decisions"]:
+            # The distance between two classes is none.
+            table.add_row(row["name"], "–", "–", "–", "–", chosen)
+            continue
+        table.add_row(
+            row["name"],
+            _number(row["max_absolute"]),
+            _number(row["rmse"]),
+            _decibels(row["sqnr_db"]),
+            _number(row["cosine"]),
+            chosen,
+        )
+        for part in parts if len(parts) > 1 else ():
+            table.add_row(
+                Text(f"  {part['part']}"),
+                _number(part["max_absolute"]),
+                _number(part["rmse"]),
+                _decibels(part["sqnr_db"]),
+                "",
+                "–" if part["agreement"] is None else f"{part['agreement']:.2%}",
+            )
+    table.caption = _caption(rows)
+    return table
+
+
+def _caption(rows: list[Mapping[str, Any]]) -> str | None:
+    """What "same" is the same of."""
+    kinds = {p["kind"] for row in rows for p in row["parts"] if p["agreement"] is not None}
+    said = []
+    if any(row["argmax_agreement"] is not None for row in rows):
+        said.append("samples of the same class")
+    if "decisions" in kinds:
+        said.append("values that are equal")
+    if "scores" in kinds:
+        said.append(f"scores over {SCORE_THRESHOLD:g} on either side that are so on both")
+    return f"same: {'; '.join(said)}" if said else None
+
+
+def _decibels(value: float | None) -> str:
+    # Rounded first: no "-0.0".
+    return "–" if value is None else f"{round(value, 1) + 0.0:.1f} dB"
+
+
+def _layers(rows: list[Mapping[str, Any]]) -> Table:
+    table = Table(title="layers, the noisiest of their own first")
+    for heading in ("node", "operation", "SQNR", "own error"):
+        table.add_column(heading, justify="left" if heading in ("node", "operation") else "right")
+    for row in sorted(rows, key=lambda row: -(math.inf if row["own"] is None else row["own"]))[
+        :LAYERS_SHOWN
+    ]:
+        table.add_row(row["node"], row["op"], _decibels(row["sqnr_db"]), _number(row["own"]))
+    return table
+
+
+def _milliseconds(value: float | None) -> str:
+    return "n too small" if value is None else f"{value:.4f} ms"
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"

@@ -1,16 +1,162 @@
-"""``edgekd run`` and the commands that stop after one of its stages."""
+"""The commands that run a pipeline, whole or up to a stage, and its result as a table."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 from rich.console import Console
+from rich.table import Table
 
-from edgekd.api import open_job, run_folder
-from edgekd.cli.stage_command import pipeline_options, run_pipeline_until
+from edgekd.api import execute, open_job, run_folder
+from edgekd.pipeline.runner import RunOutcome
 from edgekd.pipeline.runner import plan as plan_run
+from edgekd.pipeline.workers import join_workers
+from edgekd.release.formatting import full_text, value_text
+from edgekd.release.gate import read_gate
+from edgekd.release.report_tables import (
+    constant_caution,
+    distillation_effect,
+    headline,
+    thread_caution,
+)
+from edgekd.release.result import ModelResult, Result, read_result
+from edgekd.release.rules import passed
 from edgekd.stages import STAGES
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def pipeline_options(command: Command) -> Command:
+    """The argument and options of every command that takes a pipeline file."""
+    for decorate in (
+        click.option("-q", "--quiet", is_flag=True, help="Print only errors and the result."),
+        click.option(
+            "-o",
+            "--output",
+            type=click.Path(path_type=Path, file_okay=True),
+            help="The run folder.  [default: runs/<name>]",
+        ),
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Change a key for this run, e.g. --set distill.epochs=5.",
+        ),
+        click.argument("pipeline", type=click.Path(path_type=Path)),
+    ):
+        command = decorate(command)
+    return command
+
+
+def run_pipeline_until(
+    pipeline: Path,
+    until: str | None,
+    overrides: Sequence[str] = (),
+    output: Path | None = None,
+    quiet: bool = False,
+) -> RunOutcome:
+    """Run a pipeline up to a stage, with progress on the terminal; print what came out.
+
+    Raises:
+        EdgekdError: as the stages raise; :class:`edgekd.errors.GateFailed` when the gate did
+            not pass, after the result was printed.
+    """
+    with join_workers() as workers:
+        if workers is not None and not workers.is_main:
+            workers.serve(STAGES)
+            return RunOutcome()
+        job = open_job(pipeline, overrides)
+        folder = run_folder(job, output)
+        console = Console()
+        outcome = execute(job, folder, until, None if quiet else console, workers)
+        if not quiet and not outcome.ran and outcome.failure is None:
+            console.print("Nothing to do: every stage is up to date.")
+        if "benchmark" in outcome.artifacts:
+            print_result(console, outcome)
+        archive = f"bundle/{job.config.name}.tar.gz"
+        for name, place in (("report", "report/report.html"), ("bundle", archive)):
+            if name in outcome.artifacts:
+                console.print(f"{name + ':':8}{folder / place}", highlight=False, soft_wrap=True)
+        if "benchmark" in outcome.artifacts:
+            print_headline(console, outcome)
+        if outcome.failure is not None:
+            raise outcome.failure
+        return outcome
+
+
+_ROLES = {"teacher": "teacher", "baseline": "student alone", "student": "student distilled"}
+
+_COMPARISONS = (
+    *("gap_closed", "drop", "relative_drop", "gain_over_constant", "speedup", "size_ratio"),
+)
+
+NEXT = (
+    "next: 'edgekd init mine.yaml' writes a pipeline to edit for your own data (data) and teacher "
+    "(teacher); the bundle's README.md says how to run it on the device"
+)
+
+_STATUS = {"pass": "green", "fail": "red", "not shown": "yellow"}
+
+
+def print_result(console: Console, outcome: RunOutcome) -> None:
+    """Print the models side by side, and the gate's verdicts when it was reached."""
+    file = outcome.folder("benchmark") / "result.json"
+    result = Result.from_json(read_result(file), str(file))
+    console.print(_models(result))
+    for name, figure in result.comparison.items():
+        if name in _COMPARISONS and figure.value is not None:
+            console.print(f"  {name.replace('_', ' ')}: {full_text(figure)}", highlight=False)
+    gap = result.comparison.get("gap_closed")
+    if gap is not None and gap.value is None:
+        console.print(f"  gap closed: not defined: {gap.note}", highlight=False, soft_wrap=True)
+    for line in constant_caution(result) + thread_caution(result):
+        console.print(f"  [bold red]{line}[/]", highlight=False, soft_wrap=True)
+    if "gate" not in outcome.artifacts:
+        return
+    verdicts = read_gate(outcome.folder("gate"))
+    for verdict in verdicts:
+        color = _STATUS[verdict.status]
+        console.print(f"  [{color}]{verdict.status:9}[/] {verdict.rule}: ", end="", highlight=False)
+        console.print(verdict.reason, markup=False, highlight=False, soft_wrap=True)
+    verdict_text = "[bold green]passed" if passed(verdicts) else "[bold red]not passed"
+    console.print(f"gate: {verdict_text}[/]", highlight=False)
+
+
+def print_headline(console: Console, outcome: RunOutcome) -> None:
+    """Print what was gained in one sentence, and after a gate that passed what to do next."""
+    file = outcome.folder("benchmark") / "result.json"
+    result = Result.from_json(read_result(file), str(file))
+    harmed = distillation_effect(result).startswith("distillation harmed")
+    style = "bold red" if harmed else "bold"
+    console.print(headline(result), style=style, markup=False, highlight=False, soft_wrap=True)
+    if "bundle" in outcome.artifacts and outcome.failure is None:
+        console.print(NEXT, markup=False, highlight=False, soft_wrap=True)
+
+
+def _models(result: Result) -> Table:
+    """One column per model: three models fit on a terminal, six figures beside them do not."""
+    shown = [
+        (title, result.models[role]) for role, title in _ROLES.items() if role in result.models
+    ]
+    table = Table(title=f"{result.name} on {result.profile} ({result.evidence})")
+    table.add_column("")
+    for title, _ in shown:
+        table.add_column(title, justify="right")
+    rows: dict[str, Callable[[ModelResult], str]] = {
+        result.metric: lambda model: full_text(model.metric),
+        "parameters": lambda model: value_text(model.parameters),
+        "size": lambda model: value_text(model.size_mb),
+        "p50": lambda model: full_text(model.latency.get("p50_ms")),
+        "p95": lambda model: full_text(model.latency.get("p95_ms")),
+        "peak memory": lambda model: value_text(model.peak_memory_mb),
+    }
+    for name, text in rows.items():
+        table.add_row(name, *(text(model) for _, model in shown))
+    return table
 
 
 @click.command()
@@ -56,6 +202,9 @@ def _until(stage: str, help_text: str) -> click.Command:
 
 
 distill = _until("distill", "Run PIPELINE up to the distilled student.")
+
 export = _until("export", "Run PIPELINE up to the ONNX files, checked against PyTorch.")
+
 report = _until("report", "Run PIPELINE up to its report.")
+
 bundle = _until("bundle", "Run PIPELINE up to the bundle; withheld when the gate fails.")

@@ -6,11 +6,11 @@ from itertools import pairwise
 
 from pydantic import model_validator
 
-from edgekd.config.section import Count, Positive, Section
-from edgekd.figure import Evidence
+from edgekd.config.base import ConfigModel, PositiveFloat, PositiveInt
+from edgekd.measurement import Evidence
 
 
-class AccuracyBudget(Section):
+class AccuracyBudget(ConfigModel):
     """Section ``gate.accuracy``: the primary metric.
 
     Of an accuracy, drops and gains are differences (0.01 is one point). Of an error such as mae,
@@ -34,36 +34,36 @@ class AccuracyBudget(Section):
     """
 
 
-class SizeBudget(Section):
+class SizeBudget(ConfigModel):
     """Section ``gate.size``: the shipped file, in MB of 10⁶ bytes."""
 
-    max_mb: Positive | None = None
+    max_mb: PositiveFloat | None = None
     """Largest size of the file."""
-    min_ratio: Positive | None = None
+    min_ratio: PositiveFloat | None = None
     """How many times smaller than the teacher's file it must be."""
 
 
-class ParameterBudget(Section):
+class ParameterBudget(ConfigModel):
     """Section ``gate.parameters``: parameters of the shipped model."""
 
-    max: Count | None = None
+    max: PositiveInt | None = None
     """Largest number of parameters."""
-    max_ratio: Positive | None = None
+    max_ratio: PositiveFloat | None = None
     """Largest share of the teacher's number."""
 
 
-class LatencyBudget(Section):
+class LatencyBudget(ConfigModel):
     """Section ``gate.latency``: percentiles of one query at the benchmark's batch size."""
 
-    p50_ms: Positive | None = None
+    p50_ms: PositiveFloat | None = None
     """Median, in ms."""
-    p90_ms: Positive | None = None
+    p90_ms: PositiveFloat | None = None
     """90th percentile, in ms."""
-    p95_ms: Positive | None = None
+    p95_ms: PositiveFloat | None = None
     """95th percentile, in ms."""
-    p99_ms: Positive | None = None
+    p99_ms: PositiveFloat | None = None
     """99th percentile, in ms; needs at least 662 queries to be stated."""
-    min_speedup: Positive | None = None
+    min_speedup: PositiveFloat | None = None
     """How many times faster than the teacher, measured in interleaved rounds."""
 
     @model_validator(mode="after")
@@ -82,14 +82,14 @@ class LatencyBudget(Section):
         return self
 
 
-class MemoryBudget(Section):
+class MemoryBudget(ConfigModel):
     """Section ``gate.memory``."""
 
-    peak_mb: Positive | None = None
+    peak_mb: PositiveFloat | None = None
     """Peak resident memory of the running process above an empty one, in MB of 10⁶ bytes."""
 
 
-class GateConfig(Section):
+class GateConfig(ConfigModel):
     """Section ``gate``: the budgets. A section left out is not gated, except for what the profile
     itself demands.
     """

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from edgekd.config.section import Count, Fraction, Positive, Section
+from edgekd.config.base import ConfigModel, Fraction, PositiveFloat, PositiveInt
 from edgekd.config.training import LossTerm, TrainConfig
 
 
-class ExportConfig(Section):
+class ExportConfig(ConfigModel):
     """Section ``export``: the ONNX file and the parity check against PyTorch, which is a hard gate
     at batch sizes 1, 2 and 7.
     """
 
     opset: Annotated[int, Field(ge=17, le=23)] = 18
     """ONNX opset."""
-    absolute_tolerance: Positive = 1e-3
+    absolute_tolerance: PositiveFloat = 1e-3
     """Largest absolute difference of an output."""
-    relative_tolerance: Positive = 1e-3
+    relative_tolerance: PositiveFloat = 1e-3
     """Largest difference relative to the output's size."""
     argmax_agreement: Fraction = 1.0
     """Share of samples that must get the same class (classification only)."""
-    samples: Count = 256
+    samples: PositiveInt = 256
     """Number of validation samples compared."""
 
 
@@ -32,9 +33,9 @@ class QatConfig(TrainConfig):
     All keys of a training, with these defaults.
     """
 
-    epochs: Count = 3
+    epochs: PositiveInt = 3
     """Passes over the training split."""
-    learning_rate: Positive = 1e-3
+    learning_rate: PositiveFloat = 1e-3
     """Peak learning rate."""
     losses: tuple[LossTerm, ...] | None = Field(default=None, min_length=1)
     """Loss terms. Left out: those of ``distill`` that compare outputs; the layers that others
@@ -42,16 +43,18 @@ class QatConfig(TrainConfig):
     """
 
 
-class QuantizeConfig(Section):
+class QuantizeConfig(ConfigModel):
     """Section ``quantize``: what is tried in addition to the float32 student. The engines stage
     measures every candidate and selects one.
     """
+
+    renamed: ClassVar[Mapping[str, str]] = {"half": "precision", "keep": "exclude_nodes"}
 
     int8: Literal["static", "dynamic", "weights-only", "qat"] | None = None
     """``static`` (calibrated), ``dynamic``, ``weights-only``, or ``qat`` (quantization-aware
     distillation; the extra ``qat``).
     """
-    half: Literal["fp16", "bf16"] | None = None
+    precision: Literal["fp16", "bf16"] | None = None
     """The same network in 16 bits: ``fp16`` or ``bf16``."""
     runtime: Literal["cpu", "tensorrt"] | None = None
     """Decides the scheme: asymmetric uint8 activations for ``cpu``, symmetric int8 with biases in
@@ -66,22 +69,22 @@ class QuantizeConfig(Section):
     accuracies, or of an error (mae) a share of the error that the best constant answer has. Layers
     are kept in float32 until it holds.
     """
-    keep: tuple[str, ...] = ()
+    exclude_nodes: tuple[str, ...] = ()
     """Names of nodes that are never quantized."""
     select: Literal["measured", "smallest", "int8", "half", "float32"] = "measured"
     """Which of the files within the drop is shipped: ``measured`` is the one that serves the
-    budgets best where it is timed; ``int8``, ``half`` and ``float32`` insist on a kind (what this
-    machine times says little about another processor), ``smallest`` on the smallest file.
+    budgets best where it is timed; ``int8``, ``precision`` and ``float32`` insist on a kind (what
+    this machine times says little about another processor), ``smallest`` on the smallest file.
     """
     qat: QatConfig = QatConfig()
     """The training of ``int8: qat``."""
 
     @model_validator(mode="after")
     def _something(self) -> QuantizeConfig:
-        if self.int8 is None and self.half is None:
+        if self.int8 is None and self.precision is None:
             raise ValueError(
-                "it asks for nothing: add int8: static, dynamic, weights-only or qat, or half: "
-                "fp16 or bf16; or remove the section"
+                "it asks for nothing: add int8: static, dynamic, weights-only or qat, or "
+                "precision: fp16 or bf16; or remove the section"
             )
         if self.select in ("int8", "half") and getattr(self, self.select) is None:
             raise ValueError(
@@ -90,7 +93,7 @@ class QuantizeConfig(Section):
         return self
 
 
-class OnnxRuntimeConfig(Section):
+class OnnxRuntimeConfig(ConfigModel):
     """An engine of kind ``onnxruntime``."""
 
     kind: Literal["onnxruntime"] = "onnxruntime"
@@ -101,26 +104,26 @@ class OnnxRuntimeConfig(Section):
     """What happens when a node runs on another provider than the preferred one: ``error`` or
     ``allow``.
     """
-    threads: Count | None = None
+    threads: PositiveInt | None = None
     """Threads within an operator. Left out: the profile's."""
     optimization: Literal["disabled", "basic", "extended", "all"] = "all"
     """Level of ONNX Runtime's graph optimizations."""
 
 
-class TensorRTConfig(Section):
+class TensorRTConfig(ConfigModel):
     """An engine of kind ``tensorrt`` or ``tensorrt-rtx`` (the extra ``rtx``)."""
 
     kind: Literal["tensorrt", "tensorrt-rtx"]
     """``tensorrt`` builds on the device it runs on; ``tensorrt-rtx`` also builds without a GPU."""
     compute_capabilities: tuple[Annotated[str, Field(pattern=r"^\d+\.\d$")], ...] = ()
     """GPUs to build for, such as ``"8.6"`` (``tensorrt-rtx``)."""
-    shapes: dict[str, tuple[tuple[Count, ...], tuple[Count, ...], tuple[Count, ...]]] = Field(
-        default_factory=dict
-    )
+    shapes: dict[
+        str, tuple[tuple[PositiveInt, ...], tuple[PositiveInt, ...], tuple[PositiveInt, ...]]
+    ] = Field(default_factory=dict)
     """Symbolic dimensions of an input as three shapes: smallest, usual, largest. Without it they
     go from 1 over ``benchmark.batch_size`` to the larger of both.
     """
-    workspace_mb: Positive | None = None
+    workspace_mb: PositiveFloat | None = None
     """Memory that the builder may use. Left out: the profile's ``budget.memory_mb``."""
     version_compatible: bool = False
     """Whether the engine also loads in later releases."""

@@ -1,4 +1,4 @@
-"""What this machine has: cores, memory, processor, and where ONNX Runtime can run a model."""
+"""This machine: processor, memory, GPU, execution providers, launcher."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from pathlib import Path
 import psutil
 
 CPU_PROVIDER = "CPUExecutionProvider"
+
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+
 TEGRA_RELEASE = Path("/etc/nv_tegra_release")
 
 # Preferred first. Not TensorRT, which needs libraries of its own and minutes to build an engine:
@@ -87,3 +89,31 @@ def local_providers() -> tuple[str, ...]:
     if not has_nvidia_gpu():
         built_in.discard("CUDAExecutionProvider")
     return tuple(name for name in LOCAL_PROVIDERS if name in built_in)
+
+
+_X86 = {"x86_64", "amd64", "i386", "i686", "x86"}
+
+# Dot-product instructions that add four 8-bit products in 32 bits. VNNI is avx_vnni or
+# avx512_vnni; AMX has its own.
+_WIDE = ("avx_vnni", "avx512_vnni", "amx_int8")
+
+
+def saturates(machine: str | None = None, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """True where uint8 x int8 products are summed in pairs in 16 bits and may overflow.
+
+    That is x86 before VNNI (``vpmaddubsw``): 255 x 127 x 2 exceeds 32767. Weights of 7 bits fit.
+    ARM and newer x86 sum in 32 bits. Where an x86 does not say what it has, it counts as old:
+    one bit of the weights costs less than a wrong sum.
+    """
+    if (machine or platform.machine()).lower() not in _X86:
+        return False
+    try:
+        flags = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return True
+    return not any(name in flags for name in _WIDE)
+
+
+def world_size() -> int:
+    """How many processes ``torchrun``, or a launcher that sets the same variables, started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1

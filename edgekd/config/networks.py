@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from edgekd.config.section import Count, Positive, Section
+from edgekd.config.base import ConfigModel, PositiveFloat, PositiveInt
 from edgekd.config.training import TrainConfig
 
 OutputForm = Literal["logits", "probabilities", "log_probabilities", "sigmoid"]
@@ -14,7 +14,7 @@ OutputForm = Literal["logits", "probabilities", "log_probabilities", "sigmoid"]
 sigmoid of each."""
 
 
-class ModelConfig(Section):
+class ModelConfig(ConfigModel):
     """A network and its arguments."""
 
     model: str | None = None
@@ -26,7 +26,7 @@ class ModelConfig(Section):
     """Arguments of the network's constructor."""
 
 
-class PreprocessConfig(Section):
+class PreprocessConfig(ConfigModel):
     """How a teacher was given its images, where that differs from the student's batch.
 
     The student's batch is first turned back into pixel values: 0 to 1 for 8-bit images, the
@@ -39,15 +39,15 @@ class PreprocessConfig(Section):
     """Grey is repeated three times; colour becomes its luma."""
     channel_order: Literal["rgb", "bgr"] = "rgb"
     """The order of the colour channels."""
-    image_size: tuple[Count, Count] | None = None
+    image_size: tuple[PositiveInt, PositiveInt] | None = None
     """Height and width in pixels."""
     interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
     """How images are resized."""
-    scale: Positive | None = None
+    scale: PositiveFloat | None = None
     """What pixel values are multiplied by: 255 for a teacher of values from 0 to 255."""
     mean: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
     """One number for all channels, or one for each in the teacher's order."""
-    std: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
+    std: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] | None = None
     """Likewise."""
     layout: Literal["nchw", "nhwc"] = "nchw"
     """The order of the axes: N samples, C channels, height, width."""
@@ -125,7 +125,7 @@ class TeacherConfig(ModelConfig):
         return self
 
 
-class PruneConfig(Section):
+class PruneConfig(ConfigModel):
     """Section ``student.prune``: structured pruning; complete channels and neurons are removed
     along the network's dependency graph (the extra ``prune``).
     """
@@ -136,7 +136,7 @@ class PruneConfig(Section):
     """How channels are ranked."""
     scope: Literal["layer", "global"] = "layer"
     """``layer``: the share of each layer; ``global``: of all layers together."""
-    round_to: Count = 1
+    round_to: PositiveInt = 1
     """Widths stay a multiple of this."""
     keep: tuple[str, ...] = ()
     """Names of layers that are not pruned."""

@@ -1,4 +1,4 @@
-"""The pipeline file: what a person writes for ``edgekd run``."""
+"""A pipeline: the whole YAML file, its data and its benchmark section."""
 
 from __future__ import annotations
 
@@ -6,28 +6,80 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from edgekd.config.base import ConfigModel, PositiveFloat, PositiveInt
 from edgekd.config.budgets import GateConfig
-from edgekd.config.data import DataConfig
 from edgekd.config.engines import EngineConfig, ExportConfig, OnnxRuntimeConfig, QuantizeConfig
 from edgekd.config.networks import StudentConfig, TeacherConfig
-from edgekd.config.section import Count, Positive, Section
 from edgekd.config.training import DistillConfig, LossTerm
 
 
-class BenchmarkConfig(Section):
+class DataConfig(ConfigModel):
+    """Section ``data``: where samples come from and how they are split.
+
+    The test split is never used to choose anything.
+    """
+
+    source: str
+    """``digits``, ``fashion-mnist``, ``npz``, ``image-folder`` (one folder per class), or
+    ``package.module:name``: a function that returns ``{"train": {"image": …, "label": …}, "test":
+    {…}}``.
+    """
+    path: str | None = None
+    """File or folder of the source, relative to the pipeline file."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the source, and ``normalize: false``, which leaves floats as they are;
+    ``layout``, which says what the axes of the inputs are where it is not plain: ``nchw`` or
+    ``nhwc`` (images), ``nhw`` (grey images), ``nct`` or ``ntc`` (signals: channels, time), ``nt``
+    (one channel), ``nf`` (features), or a mapping by input name. ``image-folder`` takes ``mode:
+    L`` (grey) and ``splits``: the folder of each split, or false when the folders are classes.
+    """
+    targets: tuple[str, ...] | None = None
+    """Names of the arrays to be learnt, where they are not the task's usual ones."""
+    classes: Literal["observed"] | tuple[int | str, ...] | dict[int | str, str] | None = None
+    """The values that the labels have, numbers or text, in the order of the classes; a mapping
+    ``{1: cat, 2: dog}`` names them. ``observed`` takes all that occur, in order.
+    """
+    label_format: Literal["index", "one-hot", "probabilities"] | None = None
+    """In which form the labels come where it is not plain: ``index`` (each number is a class),
+    ``one-hot``, or ``probabilities`` (the largest of each row is the class).
+    """
+    unlabelled: int | str = -1
+    """The label of samples that have none."""
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Fraction cut from the training split for validation, stratified where there are labels;
+    unused when the source has a validation split.
+    """
+    test: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Fraction cut off as test split when the source has none."""
+    labelled: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the training and validation labels that is kept; the other samples are taught by
+    the teacher alone. A label of −1, or no label at all, is unlabelled too.
+    """
+    image_size: tuple[PositiveInt, PositiveInt] | None = None
+    """Height and width to which images of a folder are resized."""
+    augment: tuple[str | dict[str, dict[str, Any]], ...] = ()
+    """Augmentations in order: ``flip``, ``shift``, ``erase``, ``crop``, ``colour``, and last
+    ``mixup`` or ``cutmix``; or own functions ``package.module:name``. A name, or ``{name:
+    {arguments}}``.
+    """
+    download: bool = False
+    """Whether a source may download its files."""
+
+
+class BenchmarkConfig(ConfigModel):
     """Section ``benchmark``: how long to measure, and against what."""
 
     against: Literal["teacher", "none"] = "teacher"
     """``teacher``: measured in interleaved rounds with the student; ``none``: the student alone."""
-    batch_size: Count = 1
+    batch_size: PositiveInt = 1
     """Samples of one query."""
-    min_queries: Count = 1000
+    min_queries: PositiveInt = 1000
     """Timed queries of each model, unless ``max_seconds`` are over before."""
-    max_seconds: Positive = 60.0
+    max_seconds: PositiveFloat = 60.0
     """Limit of the time for all queries."""
 
 
-class PipelineConfig(Section):
+class PipelineConfig(ConfigModel):
     """A pipeline file."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
@@ -75,8 +127,8 @@ class PipelineConfig(Section):
             return self.distill.losses
         if self.task in ("regression", "policy"):
             kind = {"kind": self.task_args.get("loss", "mse")}
-            hard = LossTerm(name="hard_targets", args=kind, weight=0.1)
-            soft = LossTerm(name="regression", args=kind)
+            hard = LossTerm(name="target_regression", args=kind, weight=0.1)
+            soft = LossTerm(name="output_regression", args=kind)
         else:
             hard = LossTerm(name="hard_labels", weight=0.1)
             soft = LossTerm(name="soft_labels", args={"temperature": 4.0})

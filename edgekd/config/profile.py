@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, StringConstraints, model_validator
 
+from edgekd.config.base import ConfigModel, PositiveInt
 from edgekd.config.host import local_providers, this_machine
 from edgekd.config.loader import load_section
-from edgekd.config.section import Count, Section
 from edgekd.errors import InputError, unknown_name
-from edgekd.resources import profiles_folder
+from edgekd.files import profiles_folder
 
 Source = Literal[
     "nvidia-documentation",
@@ -42,7 +42,7 @@ HOST_USABLE = 0.8
 """The share of this machine's memory that counts as usable for models."""
 
 
-class Stated(Section):
+class SourcedValue(ConfigModel):
     """What every statement in a profile carries: its source, and whether it was looked up."""
 
     source: Source
@@ -62,27 +62,27 @@ class Stated(Section):
         )
 
     @model_validator(mode="after")
-    def _recalled_is_unverified(self) -> Stated:
+    def _recalled_is_unverified(self) -> SourcedValue:
         if self.source == "recalled" and self.verified:
             raise ValueError("a recalled figure was not looked up: add 'verified: false'")
         return self
 
 
-class Quantity(Stated):
+class Quantity(SourcedValue):
     """A number; its unit is in the name of its key (``total_mb``, ``bandwidth_gb_s``)."""
 
     value: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     """The number."""
 
 
-class Text(Stated):
+class Text(SourcedValue):
     """A name or a version. Versions are quoted in YAML, or 6.10 would become 6.1."""
 
     value: Annotated[str, StringConstraints(strict=True, min_length=1)]
     """The text."""
 
 
-class Memory(Section):
+class Memory(ConfigModel):
     """Memory in MB. On a Jetson GPU and CPU share it; on a desktop it is the GPU's own."""
 
     total_mb: Quantity
@@ -99,7 +99,7 @@ class Memory(Section):
         return self
 
 
-class Compute(Section):
+class Compute(ConfigModel):
     """Peak rates. Dense and sparse figures have separate keys and are never mixed."""
 
     fp32_tflops: Quantity | None = None
@@ -128,7 +128,7 @@ class Compute(Section):
         return self
 
 
-class Cpu(Section):
+class Cpu(ConfigModel):
     """The processor: how many cores a program can use, and what they are."""
 
     cores: Quantity
@@ -137,14 +137,14 @@ class Cpu(Section):
     """Name of the processor."""
 
 
-class Gpu(Section):
+class Gpu(ConfigModel):
     """The GPU; the compute capability is written ``"8.7"``."""
 
     compute_capability: Text
     """Such as ``"8.7"``, in quotes."""
 
 
-class PowerMode(Stated):
+class PowerMode(SourcedValue):
     """A power mode and its watts; ``watts`` is left out of a mode without a limit (MAXN)."""
 
     name: str
@@ -153,7 +153,7 @@ class PowerMode(Stated):
     """Its limit; left out of a mode without one (MAXN)."""
 
 
-class Runtime(Section):
+class Runtime(ConfigModel):
     """How models are run there."""
 
     engine: Literal["onnxruntime", "tensorrt"]
@@ -162,7 +162,7 @@ class Runtime(Section):
     """ONNX Runtime's execution providers, the preferred first, for when ONNX Runtime runs the
     model. Only ``host`` leaves them out.
     """
-    threads: Count | None = None
+    threads: PositiveInt | None = None
     """Left out, the runtime chooses."""
     jetpack: Text | None = None
     """JetPack version."""
@@ -172,7 +172,7 @@ class Runtime(Section):
     """CUDA version."""
 
 
-class Budget(Section):
+class Budget(ConfigModel):
     """What one model may cost there when the pipeline says nothing else."""
 
     latency_ms: Quantity | None = None
@@ -183,7 +183,7 @@ class Budget(Section):
     """The shipped files."""
 
 
-class Profile(Section):
+class Profile(ConfigModel):
     """One device. Only ``host`` has no ``memory`` and ``cpu`` in its file: they are read here."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
@@ -229,20 +229,20 @@ class Profile(Section):
                 )
         return self
 
-    def statements(self) -> Iterator[tuple[str, Stated]]:
+    def statements(self) -> Iterator[tuple[str, SourcedValue]]:
         """Every figure and version with its dotted key, in the order of the file."""
         yield from _statements(self, "")
 
-    def unverified(self) -> list[tuple[str, Stated]]:
+    def unverified(self) -> list[tuple[str, SourcedValue]]:
         """The statements that nobody looked up yet."""
         return [(key, stated) for key, stated in self.statements() if not stated.verified]
 
 
-def _statements(section: BaseModel, prefix: str) -> Iterator[tuple[str, Stated]]:
+def _statements(section: BaseModel, prefix: str) -> Iterator[tuple[str, SourcedValue]]:
     for key in type(section).model_fields:
         value = getattr(section, key)
         name = f"{prefix}{key}"
-        if isinstance(value, Stated):
+        if isinstance(value, SourcedValue):
             yield name, value
         elif isinstance(value, BaseModel):
             yield from _statements(value, f"{name}.")

@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from edgekd.config.section import Count, Positive, Section
+from edgekd.config.base import ConfigModel, PositiveFloat, PositiveInt
+from edgekd.config.renamed import current_loss
 
 
-class Schedule(Section):
+class Schedule(ConfigModel):
     """A number that changes from ``start`` to ``end`` and then stays: ``{start: 0, end: 8, over:
     0.1}`` is a warm-up over the first tenth of the training.
     """
@@ -32,16 +33,16 @@ class Schedule(Section):
         return self.start + (self.end - self.start) * share
 
 
-class TrainConfig(Section):
+class TrainConfig(ConfigModel):
     """How a network is trained; the same keys for teacher, student and distillation."""
 
-    epochs: Count = 10
+    epochs: PositiveInt = 10
     """Passes over the training split."""
-    batch_size: Count = 128
+    batch_size: PositiveInt = 128
     """Samples of a batch."""
     optimizer: Literal["sgd", "adamw"] = "adamw"
     """``sgd`` (with Nesterov momentum) or ``adamw``."""
-    learning_rate: Positive = 2e-3
+    learning_rate: PositiveFloat = 2e-3
     """Peak learning rate."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Momentum of ``sgd``."""
@@ -53,19 +54,19 @@ class TrainConfig(Section):
     """Share of the steps over which the learning rate rises from almost 0, for ``constant`` and
     ``cosine``; ``one-cycle`` has its own.
     """
-    clip_norm: Positive | None = None
+    clip_norm: PositiveFloat | None = None
     """Largest norm of the gradient. Left out: not clipped."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay per step of an exponential moving average of the weights, which is then what is
     validated and kept. Left out: no average.
     """
-    accumulate: Count = 1
+    accumulate: PositiveInt = 1
     """Batches that make one optimizer step."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of forward and backward passes (automatic mixed precision)."""
     compile: bool = False
     """Whether ``torch.compile`` is used."""
-    patience: Count | None = None
+    patience: PositiveInt | None = None
     """Stop after this many epochs without a better validation. Left out: never early."""
     channels_last: bool = True
     """Whether images are held in channels-last memory format, which is faster for convolutions."""
@@ -87,7 +88,7 @@ def _one_name(value: Any, kind: str, example: str, beside: tuple[str, ...] = ())
     return {"name": names[0], "args": value[names[0]] or {}, **rest}
 
 
-class LossTerm(Section):
+class LossTerm(ConfigModel):
     """One term of the objective: ``{soft_labels: {temperature: 4}, weight: 0.9}``.
 
     The arguments ``student`` and ``teacher`` name the layers it compares (a list of them for
@@ -113,10 +114,10 @@ class LossTerm(Section):
     @classmethod
     def _from_yaml(cls, value: Any) -> Any:
         example = "{soft_labels: {temperature: 4}, weight: 0.9}"
-        return _one_name(value, "a loss term", example, ("weight",))
+        return current_loss(_one_name(value, "a loss term", example, ("weight",)))
 
 
-class SchemeConfig(Section):
+class SchemeConfig(ConfigModel):
     """Section ``distill.scheme``: who teaches whom; ``offline``, or ``{online: {peers: 2}}``."""
 
     name: str = "offline"
@@ -131,14 +132,14 @@ class SchemeConfig(Section):
         return _one_name(value, "a scheme", "{online: {peers: 2}}")
 
 
-class CacheConfig(Section):
+class CacheConfig(ConfigModel):
     """Section ``distill.cache``: the teacher's outputs on disk, so that it is run once per view of
     a sample.
     """
 
-    views: Count = 8
+    views: PositiveInt = 8
     """Number of different augmentations of each sample, used in turn."""
-    top: Count = 10
+    top: PositiveInt = 10
     """Number of logits kept of each output, with the logsumexp of the rest; all of them when there
     are no more classes.
     """
@@ -161,7 +162,7 @@ class DistillConfig(TrainConfig):
     """
     augment: tuple[str | dict[str, dict[str, Any]], ...] | None = None
     """The student's augmentation. Left out: that of ``data``, with which the teacher is trained."""
-    epochs: Count = 20
+    epochs: PositiveInt = 20
     """Passes over the training split."""
     baseline: bool = True
     """Whether the same student is also trained without the teacher, from the same initial weights

@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from edgekd.data.draws import Draws
+from edgekd.data.sample_rng import SampleRng
 from edgekd.errors import InputError
 
 _LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in grey: ITU-R BT.601."""
 
 
-def flip(images: Tensor, draws: Draws, p: float = 0.5) -> Tensor:
+def flip(images: Tensor, draws: SampleRng, p: float = 0.5) -> Tensor:
     """Mirror each image left to right with probability ``p``."""
     check_within("p", p, 0, 1)
     chosen = (draws.uniform() < p).nonzero()[:, 0]
     return images.index_copy(0, chosen, images[chosen].flip(-1))
 
 
-def shift(images: Tensor, draws: Draws, pixels: int = 2) -> Tensor:
+def shift(images: Tensor, draws: SampleRng, pixels: int = 2) -> Tensor:
     """Shift each image by up to ``pixels`` up or down and left or right; zeros move in."""
     check_within("pixels", pixels, 0, min(images.shape[-2:]) - 1)
     if pixels == 0:
@@ -42,7 +42,7 @@ def shift(images: Tensor, draws: Draws, pixels: int = 2) -> Tensor:
     return windows[torch.arange(count), :, down, right]
 
 
-def erase(images: Tensor, draws: Draws, p: float = 0.5, size: float = 0.3) -> Tensor:
+def erase(images: Tensor, draws: SampleRng, p: float = 0.5, size: float = 0.3) -> Tensor:
     """Set a rectangle to zero with probability ``p``: Cutout, DeVries and Taylor (2017).
 
     Its sides are ``size`` times the image's; its place is uniform, wholly inside the image.
@@ -60,7 +60,7 @@ def erase(images: Tensor, draws: Draws, p: float = 0.5, size: float = 0.3) -> Te
 
 def crop(
     images: Tensor,
-    draws: Draws,
+    draws: SampleRng,
     scale: tuple[float, float] = (0.5, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Tensor:
@@ -96,7 +96,7 @@ def crop(
 
 def colour(
     images: Tensor,
-    draws: Draws,
+    draws: SampleRng,
     brightness: float = 0.2,
     contrast: float = 0.2,
     saturation: float = 0.2,
@@ -163,13 +163,13 @@ def _bounds(name: str, value: Any, low: float, high: float) -> tuple[float, floa
     return value[0], value[1]
 
 
-def _run(length: int, size: float, draws: Draws) -> Tensor:
+def _run(length: int, size: float, draws: SampleRng) -> Tensor:
     """(N, run): neighbouring places, as many as ``size * length``, inside 0…length - 1."""
     run = round(size * length)
     return draws.integers(length - run + 1)[:, None] + torch.arange(run)
 
 
-def _positions(part: Tensor, length: int, draws: Draws) -> Tensor:
+def _positions(part: Tensor, length: int, draws: SampleRng) -> Tensor:
     """(N, length): where the pixels of a part (N,) lie, from -1 to 1 over the whole image.
 
     ``part`` is its length relative to the image's; its place is drawn.
@@ -179,7 +179,7 @@ def _positions(part: Tensor, length: int, draws: Draws) -> Tensor:
     return (start[:, None] + part[:, None] * centres) * 2 - 1
 
 
-def _factor(amount: float, draws: Draws) -> Tensor:
+def _factor(amount: float, draws: SampleRng) -> Tensor:
     """(N, 1, 1, 1), uniform in 1 ± ``amount``."""
     return (1 + amount * (2 * draws.uniform() - 1))[:, None, None, None]
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from edgekd.data.dataset import Array
-from edgekd.data.memory import chunks
+from edgekd.data.dataset import Array, chunks
 from edgekd.errors import InputError
 
 

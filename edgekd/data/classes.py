@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.config.data import DataConfig
+from edgekd.config.pipeline import DataConfig
 from edgekd.data.dataset import Array
 from edgekd.errors import InputError
 from edgekd.spec import UNLABELLED

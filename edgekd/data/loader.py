@@ -12,9 +12,16 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from edgekd.data.dataset import Array, Dataset, Preprocess, Split, is_image
-from edgekd.data.draws import Draws
-from edgekd.data.mixing import check_mixing, mixed_classes, mixed_values, partner_rows
-from edgekd.data.transforms import augmentations, mixing, probe
+from edgekd.data.sample_rng import SampleRng
+from edgekd.data.transforms import (
+    augmentations,
+    check_mixing,
+    mixed_classes,
+    mixed_values,
+    mixing,
+    partner_rows,
+    probe,
+)
 from edgekd.errors import InputError
 from edgekd.spec import SAMPLE, VIEW
 
@@ -95,7 +102,7 @@ class Loader:
         if self._mixing is not None:
             self._classes = check_mixing(dataset, arrays, classes)
             rows_probed = np.arange(len(images))
-            self._mixing(images, images, Draws(0, rows_probed, rows_probed))
+            self._mixing(images, images, SampleRng(0, rows_probed, rows_probed))
 
     @property
     def samples(self) -> int:
@@ -173,7 +180,7 @@ class Loader:
     ) -> dict[str, Tensor]:
         batch = self._raw(rows)
         if self.augmented:
-            draws = Draws(seed + (self._seed << 32), rows, views)
+            draws = SampleRng(seed + (self._seed << 32), rows, views)
             for name in self._images:
                 batch[name] = self._augment(batch[name], draws)
             if self._mixing is not None:
@@ -183,12 +190,12 @@ class Loader:
         batch[SAMPLE], batch[VIEW] = torch.tensor(rows), torch.from_numpy(views)
         return batch
 
-    def _augment(self, images: Tensor, draws: Draws) -> Tensor:
+    def _augment(self, images: Tensor, draws: SampleRng) -> Tensor:
         for augmentation in self._augmentations:
             images = augmentation(images, draws)
         return images
 
-    def _mix(self, batch: dict[str, Tensor], rows: NDArray[np.int64], draws: Draws) -> None:
+    def _mix(self, batch: dict[str, Tensor], rows: NDArray[np.int64], draws: SampleRng) -> None:
         """Mix the batch's images and targets with their partners', in place."""
         assert self._mixing is not None
         arrays = self.split.arrays

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgekd.data.dataset import Array, Preprocess, is_image
+from edgekd.data.dataset import Array, Preprocess, chunks, is_image
 from edgekd.data.layout import Layout
-from edgekd.data.memory import chunks
 
 CONSTANT_RELATIVE_STD = 1e-6
 """A float32 feature that varies less than this, relative to its mean, varies by rounding only."""

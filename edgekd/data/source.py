@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgekd.config.data import DataConfig
+from edgekd.config.pipeline import DataConfig
 from edgekd.data.dataset import Array
 from edgekd.data.layout import Layout
 from edgekd.errors import InputError, unknown_name
@@ -105,7 +105,7 @@ class Request:
 
 
 SHARED_ARGUMENTS = ("normalize", "layout")
-"""Arguments in ``data.args`` that every source takes; see :mod:`edgekd.data.assemble`."""
+"""Arguments in ``data.args`` that every source takes; see :mod:`edgekd.data.build_dataset`."""
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgekd.distill.answer_records import AnswerLayout, Records
-from edgekd.distill.cache_file import SCHEMA, AnswerFile
-from edgekd.distill.progress import Progress
+from edgekd.distill.cache_store import SCHEMA, CacheStore
+from edgekd.distill.logit_codec import LogitCodec, Records
 from edgekd.distill.teacher import Teacher
 from edgekd.errors import InputError, StageError
+from edgekd.progress import Progress
 from edgekd.spec import SAMPLE, VIEW, TensorSpec
 
 BLOCK_SAMPLES = 4096
@@ -75,7 +75,7 @@ def fill_cache(
         outputs: what is kept of an answer, batch dimension first.
         logits: the names of the outputs that are class logits, and may be shortened.
         views: how many augmentations of each sample.
-        top: of class logits as many of the largest are kept; see :class:`AnswerLayout`.
+        top: of class logits as many of the largest are kept; see :class:`LogitCodec`.
         seed: of the augmentations.
         data: the training data's fingerprint.
         augment: the augmentations' configuration, as JSON.
@@ -90,7 +90,7 @@ def fill_cache(
         InputError: an output is missing or of another shape; the folder holds something else.
         StageError: an answer is NaN or infinite; the disk is too small or cannot be written.
     """
-    layout = AnswerLayout(outputs, logits, top)
+    layout = LogitCodec(outputs, logits, top)
     parts = {
         "teacher": teacher.digest,
         "data": data,
@@ -104,7 +104,7 @@ def fill_cache(
     }
     key = cache_key(parts)
     folder = root.resolve() / key[:16]
-    file = AnswerFile(folder, key, layout.dtype.itemsize, loader.samples, block_samples)
+    file = CacheStore(folder, key, layout.dtype.itemsize, loader.samples, block_samples)
     asked = _Asked(teacher, loader, layout, file, seed)
     if not file.header_fits() or file.missing(views):
         with file.writing(progress.message):
@@ -225,8 +225,8 @@ class _Asked:
         self,
         teacher: Teacher,
         loader: ViewSource,
-        layout: AnswerLayout,
-        file: AnswerFile,
+        layout: LogitCodec,
+        file: CacheStore,
         seed: int,
     ) -> None:
         self.teacher = teacher
@@ -271,7 +271,7 @@ class _Asked:
         )
 
 
-def _check_room(file: AnswerFile, blocks: Sequence[int]) -> None:
+def _check_room(file: CacheStore, blocks: Sequence[int]) -> None:
     needed = sum(map(file.length, blocks)) * file.record_bytes
     free = disk_usage(file.folder).free
     if needed > free:

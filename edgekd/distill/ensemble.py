@@ -14,7 +14,7 @@ from edgekd.distill.features import layer_key
 from edgekd.distill.losses.response import log_probabilities
 from edgekd.distill.teacher import Teacher
 from edgekd.errors import InputError
-from edgekd.tasks.hard import at_least_float32
+from edgekd.tasks.losses import at_least_float32
 
 Combine = Literal["mean", "confidence"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from edgekd.errors import InputError, unknown_name
-from edgekd.models.named import NamedModel
+from edgekd.models.dict_model import DictModel
 
 Hook = Callable[[nn.Module, Any, Any], None]
 
@@ -34,11 +34,11 @@ class Layer:
     shape: tuple[int, ...] | None
 
 
-class Capture:
+class FeatureExtractor:
     """Keeps the outputs of named layers in each forward pass, with their graph.
 
     Args:
-        model: the network; a :class:`NamedModel` is looked into.
+        model: the network; a :class:`DictModel` is looked into.
         layers: module paths (``features.layers.2``); ``path[1]`` is the second tensor of a layer
             that gives several. A mapping says for each where it is named, for errors.
         where: whose layers they are (``student``, ``teacher``), for errors without a mapping.
@@ -149,7 +149,7 @@ def list_layers(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Layer]:
 
 
 def _network(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, NamedModel) else model
+    return model.module if isinstance(model, DictModel) else model
 
 
 def _split(layer: str) -> tuple[str, int | None]:

@@ -8,9 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from edgekd.distill.imitation import has_classes
-from edgekd.distill.named_loss import NamedLoss
-from edgekd.distill.objective import Objective
+from edgekd.distill.loss_term import ConfiguredLoss
+from edgekd.distill.objective import Objective, has_classes
 from edgekd.distill.term import Named
 from edgekd.errors import InputError
 
@@ -44,7 +43,7 @@ def check_gradients(
     Raises:
         InputError: a term has no gradient.
     """
-    silent = [t for t in objective.terms if isinstance(t, NamedLoss) and t.ever_weighs]
+    silent = [t for t in objective.terms if isinstance(t, ConfiguredLoss) and t.ever_weighs]
     tried = dict.fromkeys((term.label for term in silent), 0)
     student: Named = {}
     for number, (student, teacher, batch) in enumerate(batches, start=1):
@@ -70,7 +69,9 @@ def check_gradients(
             )
 
 
-def _has_gradient(term: NamedLoss, student: Named, teacher: Named | None, batch: Named) -> bool:
+def _has_gradient(
+    term: ConfiguredLoss, student: Named, teacher: Named | None, batch: Named
+) -> bool:
     # Modules have weights in float32, and may remember what they are called with.
     own = copy.deepcopy(term) if term.needs_shapes else term
     dtype = torch.float32 if term.needs_shapes else torch.float64

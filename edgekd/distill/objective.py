@@ -1,21 +1,55 @@
-"""What a student is trained for: a weighted sum of loss terms."""
+"""The objective of a training: the task's loss and weighted loss terms."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from operator import add
 
 from torch import Tensor, nn
 
 from edgekd.config.training import LossTerm
-from edgekd.distill.named_loss import NamedLoss, unit_identity
-from edgekd.distill.term import Named, OwnTerm, Term
+from edgekd.distill.loss_term import ConfiguredLoss, unit_identity
+from edgekd.distill.losses.response import output_regression, soft_labels
+from edgekd.distill.term import BuiltinTerm, Named, Term
 from edgekd.errors import InputError
 from edgekd.tasks import Task
+from edgekd.tasks.continuous import ContinuousTask
 
 
-class HardLoss(OwnTerm):
+def has_classes(task: Task) -> bool:
+    """Whether the primary output is logits; else it is numbers."""
+    return not isinstance(task, ContinuousTask)
+
+
+def output_loss(
+    task: Task,
+    student: Mapping[str, Tensor],
+    teacher: Mapping[str, Tensor],
+    batch: Mapping[str, Tensor],
+    temperature: float = 1.0,
+) -> Tensor:
+    """``soft_labels`` where the task has classes, else ``output_regression`` by the task's own
+    distance.
+
+    Args:
+        task: names the output that is compared.
+        student: outputs by name, with their graph.
+        teacher: outputs by name; no gradient flows into them.
+        batch: holds the mask of a continuous task, if there is one.
+        temperature: T of the soft labels.
+
+    Returns:
+        A scalar.
+    """
+    own, answer = student[task.output], teacher[task.output].detach()
+    if isinstance(task, ContinuousTask):
+        unit = task.unit
+        return output_regression(own / unit, answer / unit, task.loss, batch.get(task.mask))
+    return soft_labels(own, answer, temperature)
+
+
+class TaskLoss(BuiltinTerm):
     """The task's own loss against the data's targets."""
 
     def __init__(self, task: Task, label_smoothing: float) -> None:
@@ -58,13 +92,13 @@ class Objective(nn.Module):
     ) -> None:
         super().__init__()
         labels: list[str] = []
-        built: list[NamedLoss] = []
+        built: list[ConfiguredLoss] = []
         for index, term in enumerate(terms):
             label = term.name.rpartition(":")[2]
             seen = sum(name == label or name.startswith(f"{label} ") for name in labels)
             labels.append(f"{label} {seen + 1}" if seen else label)
             position = f"{where}[{index}].{term.name}"
-            built.append(NamedLoss(term, labels[-1], task, label_smoothing, position))
+            built.append(ConfiguredLoss(term, labels[-1], task, label_smoothing, position))
         if not any(term.ever_weighs for term in built):
             raise InputError(
                 "no loss term has a weight above zero",
@@ -76,7 +110,7 @@ class Objective(nn.Module):
     @classmethod
     def supervised(cls, task: Task, label_smoothing: float = 0.0) -> Objective:
         """The task's own hard loss alone: how a teacher, or a student alone, is trained."""
-        return cls.of([HardLoss(task, label_smoothing)])
+        return cls.of([TaskLoss(task, label_smoothing)])
 
     @classmethod
     def of(cls, terms: Sequence[Term]) -> Objective:
@@ -106,14 +140,14 @@ class Objective(nn.Module):
         return any(term.needs_teacher for term in self.terms)
 
     @property
-    def reads_all_logits(self) -> tuple[str, ...]:
+    def needs_full_logits(self) -> tuple[str, ...]:
         """The labels of the terms that a teacher's largest logits alone would mislead."""
-        return tuple(term.label for term in self.terms if term.reads_all_logits)
+        return tuple(term.label for term in self.terms if term.needs_full_logits)
 
     @property
-    def reads_one_class(self) -> tuple[str, ...]:
+    def needs_hard_label(self) -> tuple[str, ...]:
         """The labels of the terms that need one class per sample, and no mixture."""
-        return tuple(term.label for term in self.terms if term.reads_one_class)
+        return tuple(term.label for term in self.terms if term.needs_hard_label)
 
     @property
     def needs_shapes(self) -> bool:

@@ -1,4 +1,4 @@
-"""How weights are stepped: the optimizer, and its learning rate at each step."""
+"""Optimizer, learning-rate schedule, and the exponential moving average of weights (EMA)."""
 
 from __future__ import annotations
 
@@ -6,14 +6,50 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from edgekd.config.training import TrainConfig
 from edgekd.errors import InputError
 
+
+class EMA(AveragedModel):
+    """A copy of a network that follows it: ``a ← d · a + (1 − d) · w`` after each step.
+
+    ``d = min(decay, (1 + t) / (10 + t))`` at the t-th update, so that the first weights do not
+    count for long; the very first update takes the weights as they are. Buffers of floats (the
+    statistics of batch norms) are averaged alike, for they belong to the weights they were
+    measured with; integer ones are copied.
+
+    Args:
+        model: the network, copied.
+        decay: between 0 and 1.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        def follow(
+            average: tuple[Tensor, ...] | list[Tensor],
+            now: tuple[Tensor, ...] | list[Tensor],
+            updates: Tensor | int,
+        ) -> None:
+            if average[0].is_floating_point():
+                torch._foreach_lerp_(average, now, 1 - decay_at(int(updates), decay))
+            else:
+                torch._foreach_copy_(average, now)
+
+        super().__init__(model, multi_avg_fn=follow, use_buffers=True)
+
+
+def decay_at(update: int, decay: float) -> float:
+    """The decay of an update, counted from 0."""
+    return min(decay, (1 + update) / (10 + update))
+
+
 WARM_UP = 0.2
 """The part of a one-cycle training in which the rate rises."""
+
 _START = 1 / 25
+
 _END = 1e-6
 
 

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.config.training import TrainConfig
-from edgekd.distill.averaging import WeightAverage
-from edgekd.distill.features import Capture
+from edgekd.distill.distributed import ProcessGroup
+from edgekd.distill.features import FeatureExtractor
 from edgekd.distill.objective import Objective
-from edgekd.distill.optimizer import build_optimizer
-from edgekd.distill.runtime import Processes
+from edgekd.distill.optimizer import EMA, build_optimizer
 from edgekd.errors import InputError, StageError
 
 _HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,12 +36,12 @@ class Step:
     def __init__(
         self,
         model: nn.Module,
-        average: WeightAverage | None,
+        average: EMA | None,
         objective: Objective,
         config: TrainConfig,
-        capture: Capture,
+        capture: FeatureExtractor,
         device: torch.device,
-        processes: Processes | None,
+        processes: ProcessGroup | None,
     ) -> None:
         self.model, self.average, self.objective = model, average, objective
         self.capture, self.device, self.processes = capture, device, processes
@@ -117,8 +116,8 @@ class Step:
         if self.processes is None:
             return self._network(batch)
         with self.processes.own_draws(seed):
-            mine = self._network(self.processes.share(batch, size))
-        return self.processes.gathered(mine, size)
+            mine = self._network(self.processes.shard(batch, size))
+        return self.processes.all_gather(mine, size)
 
     def _network(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         answers: dict[str, Tensor]
@@ -176,7 +175,7 @@ def _compiled(model: nn.Module) -> Callable[[Mapping[str, Tensor]], dict[str, Te
 
 
 def check_step(
-    config: TrainConfig, objective: Objective, device: torch.device, processes: Processes | None
+    config: TrainConfig, objective: Objective, device: torch.device, processes: ProcessGroup | None
 ) -> None:
     """Refuse now what would go wrong, or silently not be done, later.
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.distill.evaluate import device_of, prepared
-from edgekd.distill.features import Capture
-from edgekd.engines.optimizer_faults import guarded
+from edgekd.distill.features import FeatureExtractor
 from edgekd.errors import InputError
 from edgekd.models.adapted import Adaptation, AdaptedModel
-from edgekd.models.named import NamedModel
+from edgekd.models.dict_model import DictModel
 from edgekd.models.weights import output_scaling
+from edgekd.onnx.optimizer_faults import guarded
 from edgekd.spec import ModelSpec, TensorSpec
 
 _DTYPES = {
@@ -61,7 +61,7 @@ class ModuleTeacher:
     """A torch model, in evaluation mode and frozen.
 
     Args:
-        model: called with the batch, gives outputs by name (a ``NamedModel``). It is put in
+        model: called with the batch, gives outputs by name (a ``DictModel``). It is put in
             evaluation mode and its parameters no longer require gradients.
         channels_last: also lay out its weights for channels-last images, faster on CPUs.
     """
@@ -71,7 +71,7 @@ class ModuleTeacher:
         self.digest = weights_digest(model)
         self._channels_last = channels_last
         self._device = device_of(model)
-        self._capture = Capture(model, (), "teacher")
+        self._capture = FeatureExtractor(model, (), "teacher")
         if channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -85,7 +85,7 @@ class ModuleTeacher:
     def watch(self, layers: Collection[str]) -> None:
         """See :class:`Teacher`."""
         self._capture.remove()
-        self._capture = Capture(self.model, layers, "teacher")
+        self._capture = FeatureExtractor(self.model, layers, "teacher")
 
 
 def adaptation_of_teacher(teacher: Teacher) -> Adaptation:
@@ -122,7 +122,7 @@ def _may_draw(node: onnx.NodeProto) -> bool:
 
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 of a network's class, its named weights and buffers, and what adapts it."""
-    network = model.module if isinstance(model, NamedModel) else model
+    network = model.module if isinstance(model, DictModel) else model
     digest = hashlib.sha256(f"{type(network).__qualname__} {network}".encode())
     if isinstance(model, AdaptedModel):
         digest.update(repr(model.adaptation).encode())

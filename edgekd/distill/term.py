@@ -30,12 +30,12 @@ class Term(Protocol):
         ...
 
     @property
-    def reads_all_logits(self) -> bool:
+    def needs_full_logits(self) -> bool:
         """Whether it needs each of the teacher's logits, and not only their largest."""
         ...
 
     @property
-    def reads_one_class(self) -> bool:
+    def needs_hard_label(self) -> bool:
         """Whether it needs one class per sample, and no mixture of two."""
         ...
 
@@ -71,7 +71,7 @@ class Term(Protocol):
         ...
 
 
-class OwnTerm(nn.Module):
+class BuiltinTerm(nn.Module):
     """What terms that are not named in a pipeline have in common: a scheme's, and the hard loss.
 
     Args:
@@ -81,8 +81,8 @@ class OwnTerm(nn.Module):
     """
 
     needs_teacher = False
-    reads_all_logits = False
-    reads_one_class = False
+    needs_full_logits = False
+    needs_hard_label = False
     needs_shapes = False
     teacher_layers: tuple[str, ...] = ()
 

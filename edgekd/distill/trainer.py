@@ -13,29 +13,33 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from edgekd.config.host import world_size
 from edgekd.config.training import TrainConfig
-from edgekd.distill.averaging import WeightAverage
 from edgekd.distill.checkpoint import (
+    Epoch,
+    History,
     TrainingState,
     load_checkpoint,
     save_checkpoint,
     training_identity,
 )
+from edgekd.distill.distributed import (
+    ProcessGroup,
+    open_process_group,
+    synced_batch_norms,
+    training_device,
+)
 from edgekd.distill.evaluate import BatchSource, Loaders, device_of, prepared, score
-from edgekd.distill.features import Capture
+from edgekd.distill.features import FeatureExtractor
 from edgekd.distill.gradient_check import check_gradients
-from edgekd.distill.history import Epoch, History
-from edgekd.distill.named_loss import NamedLoss
+from edgekd.distill.loss_term import ConfiguredLoss
 from edgekd.distill.objective import Objective
-from edgekd.distill.optimizer import learning_rate
-from edgekd.distill.progress import Progress
-from edgekd.distill.runtime import Processes, open_processes, training_device
+from edgekd.distill.optimizer import EMA, learning_rate
 from edgekd.distill.step import Step, check_step, read_values
-from edgekd.distill.synced_batch_norm import synced_batch_norms
 from edgekd.distill.teacher import Teacher
 from edgekd.distill.term import Named
-from edgekd.distill.world import world_size
 from edgekd.errors import InputError
+from edgekd.progress import Progress
 from edgekd.tasks import Task
 
 __all__ = ["BatchSource", "Loaders", "Progress", "score", "train"]
@@ -94,7 +98,7 @@ def train(
         raise InputError("there are no training batches", remedy="give more data")
     came_from = device_of(model)
     device = training_device() if came_from.type == "cpu" else came_from
-    processes = open_processes() if world_size() > 1 else None
+    processes = open_process_group() if world_size() > 1 else None
     check_step(config, objective, device, processes)
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
@@ -166,7 +170,7 @@ class _Run:
         teacher: Teacher | None,
         progress: Progress,
         device: torch.device,
-        processes: Processes | None,
+        processes: ProcessGroup | None,
     ) -> None:
         self.model, self.objective, self.loaders, self.task = model, objective, loaders, task
         self.config, self.seed, self.teacher, self.progress = config, seed, teacher, progress
@@ -174,11 +178,11 @@ class _Run:
         self.together = 1 if processes is None else processes.count
         self.devices_to_fork = [self.device] if self.device.type == "cuda" else []
         if processes is not None:
-            processes.spread(model)
+            processes.broadcast_module(model)
         # Copied before any hook is on the model: the copy must not fill the capture too.
-        self.average = WeightAverage(model, config.ema) if config.ema is not None else None
+        self.average = EMA(model, config.ema) if config.ema is not None else None
         self.kept = model if self.average is None else self.average.module
-        self.capture = Capture(model, objective.student_layers, "student")
+        self.capture = FeatureExtractor(model, objective.student_layers, "student")
         self.check_every = 1 if self.device.type == "cpu" else _STEPS_BETWEEN_CHECKS_ON_GPU
         self.labels = objective.labels
 
@@ -192,7 +196,7 @@ class _Run:
                 student = self.model(batch) | self.capture.take()
                 self.objective.prepare(student, self._ask(batch), self.loaders.train.samples)
             if self.processes is not None:
-                self.processes.spread(self.objective)
+                self.processes.broadcast_module(self.objective)
         self.step = Step(
             *(self.model, self.average, self.objective, self.config),
             *(self.capture, self.device, self.processes),
@@ -204,7 +208,7 @@ class _Run:
         Raises:
             InputError: a term of the pipeline has no gradient on the first batches.
         """
-        if not any(isinstance(term, NamedLoss) for term in self.objective.terms):
+        if not any(isinstance(term, ConfiguredLoss) for term in self.objective.terms):
             return
 
         def answered() -> Iterator[tuple[Named, Named | None, Named]]:
@@ -235,7 +239,7 @@ class _Run:
             batch = self._prepared(batch)
             if step == 0 and callable(check := getattr(self.model, "check_batch", None)):
                 check(batch)
-            if callable(told := getattr(self.model, "training_reached", None)):
+            if callable(told := getattr(self.model, "on_progress", None)):
                 told(at / of)
             sizes.append(len(batch[self.task.target]))
             pending.append(
@@ -276,7 +280,7 @@ class _Run:
         """What the first process found; several must not go on from different states."""
         if self.processes is None:
             return load()
-        return self.processes.told(load() if self.processes.rank == 0 else None)
+        return self.processes.broadcast_object(load() if self.processes.rank == 0 else None)
 
     def _prepared(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return prepared(batch, self.device, self.config.channels_last)
@@ -287,11 +291,11 @@ class _Run:
         size = len(batch[self.task.target])
         shared_by = None if size < self.together else self.processes
         if shared_by is not None:
-            batch = shared_by.share(batch, size)
+            batch = shared_by.shard(batch, size)
         outputs: dict[str, Tensor] = self.kept(batch)
         if self.average is None:
             self.capture.take()
-        return outputs if shared_by is None else shared_by.gathered(outputs, size)
+        return outputs if shared_by is None else shared_by.all_gather(outputs, size)
 
     def _ask(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """The teacher's answers, when the objective compares with them."""
@@ -300,10 +304,10 @@ class _Run:
         if self.processes is None and self.device.type == "cpu":
             return self.teacher.answer(batch)
         size = len(batch[self.task.target])
-        asked = batch if self.processes is None else self.processes.share(batch, size)
+        asked = batch if self.processes is None else self.processes.shard(batch, size)
         # The teacher may be on another device.
         answers = {name: t.to(self.device) for name, t in self.teacher.answer(asked).items()}
-        return answers if self.processes is None else self.processes.gathered(answers, size)
+        return answers if self.processes is None else self.processes.all_gather(answers, size)
 
 
 def _copied(model: nn.Module) -> dict[str, Tensor]:

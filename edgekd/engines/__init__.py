@@ -1,1 +1,1 @@
-"""Engines: the exported file, its parity with PyTorch, and what a runtime makes of it."""
+"""Engines: ONNX Runtime and TensorRT; whether a model will run; which candidate is chosen."""

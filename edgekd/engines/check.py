@@ -12,21 +12,20 @@ import onnx
 import onnxruntime
 
 from edgekd.config.profile import Profile
-from edgekd.engines.coverage import (
+from edgekd.engines.provider_assignment import (
     ProviderCoverage,
     count_by_provider,
     fallen_back,
     listed,
     provider_coverage,
 )
-from edgekd.engines.finding import Finding, Status
-from edgekd.engines.liveness import MemoryEstimate, estimate_memory
-from edgekd.engines.onnx_file import OnnxInfo, describe_onnx, files_of_onnx, read_onnx
-from edgekd.engines.onnx_graph import node_label, precisions_of
-from edgekd.engines.optimizer_faults import find_fault_on_random_inputs
-from edgekd.engines.session import CPU_PROVIDER
-from edgekd.engines.tensorrt_verdict import OTHERWISE, Parse, tensorrt_verdict
+from edgekd.engines.tensorrt_support import OTHERWISE, Diagnostic, Parse, Status, tensorrt_verdict
 from edgekd.errors import InputError, StageError, unknown_name
+from edgekd.onnx.file import OnnxInfo, describe_onnx, files_of_onnx, read_onnx
+from edgekd.onnx.graph import node_label, precisions_of
+from edgekd.onnx.memory_estimate import MemoryEstimate, estimate_memory
+from edgekd.onnx.optimizer_faults import find_fault_on_random_inputs
+from edgekd.onnx.session import CPU_PROVIDER
 
 _COMPARED_BYTES = 256 << 20
 """A model that needs no more is run, to compare its answers with and without optimization."""
@@ -40,7 +39,7 @@ class CheckReport:
     model: str
     engines: tuple[str, ...]
     profile: str | None
-    findings: tuple[Finding, ...]
+    findings: tuple[Diagnostic, ...]
     onnx: OnnxInfo
     coverage: tuple[ProviderCoverage, ...]
     tensorrt: dict[str, Any] | None
@@ -134,36 +133,36 @@ def _known_providers(chain: Sequence[str]) -> None:
             raise unknown_name("execution provider", name, known, "--providers")
 
 
-def _format(model: onnx.ModelProto, info: OnnxInfo) -> list[Finding]:
+def _format(model: onnx.ModelProto, info: OnnxInfo) -> list[Diagnostic]:
     domains = [o for o in model.opset_import if o.domain not in ("", "ai.onnx")]
     also = f"; also {', '.join(f'{o.domain} {o.version}' for o in domains)}" if domains else ""
     detail = f"opset {info.opset}, IR version {model.ir_version}{also}"
-    return [Finding("format", "note", detail)]
+    return [Diagnostic("format", "note", detail)]
 
 
-def _dynamic(info: OnnxInfo, profile: Profile | None) -> list[Finding]:
+def _dynamic(info: OnnxInfo, profile: Profile | None) -> list[Diagnostic]:
     open_inputs = [t for t in info.spec.inputs if any(isinstance(d, str) for d in t.shape)]
     if not open_inputs:
-        return [Finding("dynamic dimensions", "note", "none, every size is fixed")]
-    found = [Finding("dynamic dimensions", "note", "; ".join(map(str, open_inputs)))]
+        return [Diagnostic("dynamic dimensions", "note", "none, every size is fixed")]
+    found = [Diagnostic("dynamic dimensions", "note", "; ".join(map(str, open_inputs)))]
     if profile and profile.runtime.engine == "tensorrt" and profile.compute.dla_int8_dense_tops:
         detail = "it takes fixed sizes only, and no operation whose shape depends on values"
         remedy = "for the DLA, build with one size (shapes: …); gpu_fallback runs the rest"
-        found.append(Finding("DLA", "note", detail, remedy))
+        found.append(Diagnostic("DLA", "note", detail, remedy))
     return found
 
 
-def _size(info: OnnxInfo, path: Path, profile: Profile | None) -> list[Finding]:
+def _size(info: OnnxInfo, path: Path, profile: Profile | None) -> list[Diagnostic]:
     data = files_of_onnx(path)[1:]
     detail = f"{info.parameters:,} parameters, {info.size_bytes / 1e6:.3f} MB"
     if data:
         detail += f", of it external: {', '.join(file.name for file in data)}"
     budget = profile.budget.storage_mb if profile else None
     if budget is None:
-        return [Finding("size", "note", detail)]
+        return [Diagnostic("size", "note", detail)]
     fits = info.size_bytes <= budget.value * 1e6
     return [
-        Finding(
+        Diagnostic(
             "size",
             "ok" if fits else "fails",
             f"{detail}; budget {budget.value:g} MB",
@@ -178,7 +177,7 @@ def _onnxruntime(
     chain: Sequence[str],
     asked: bool,
     opens: Callable[[Path], object] | None,
-) -> tuple[tuple[ProviderCoverage, ...], list[Finding]]:
+) -> tuple[tuple[ProviderCoverage, ...], list[Diagnostic]]:
     subject = f"ONNX Runtime {onnxruntime.__version__}"
     bad: Status = "fails" if asked else "note"
     here = [name for name in chain if name in onnxruntime.get_available_providers()]
@@ -186,7 +185,7 @@ def _onnxruntime(
         if opens is not None:
             opens(path)
     except StageError as error:
-        return (), [Finding(subject, bad, error.what, error.remedy or "")]
+        return (), [Diagnostic(subject, bad, error.what, error.remedy or "")]
     except InputError:
         pass  # Told below, in the words that name its nodes.
     try:
@@ -195,51 +194,55 @@ def _onnxruntime(
         ops = {op for match in _NO_KERNEL.finditer(error.what) for op in match.groups() if op}
         nodes = tuple(node_label(node) for node in model.graph.node if node.op_type in ops)
         remedy = OTHERWISE.partition(", or")[0] if nodes else error.remedy or ""
-        return (), [Finding(subject, bad, error.what, remedy, nodes)]
+        return (), [Diagnostic(subject, bad, error.what, remedy, nodes)]
     found = [
         _provider(row, rows, chain[0], asked) for row in rows if row.provider in chain or row.nodes
     ]
     return rows, found
 
 
-def _optimized(path: Path, memory: MemoryEstimate, asked: bool) -> list[Finding]:
+def _optimized(path: Path, memory: MemoryEstimate, asked: bool) -> list[Diagnostic]:
     """Whether ONNX Runtime's optimization leaves the answers as they are."""
     subject = "optimized answers"
     if memory.total_bytes > _COMPARED_BYTES:
-        return [Finding(subject, "note", "not compared, the model is large: 'edgekd build' does")]
+        return [
+            Diagnostic(subject, "note", "not compared, the model is large: 'edgekd build' does")
+        ]
     if any(precisions_of(path).values()):
         detail = "not compared: a model in fewer bits is rounded in other places when optimized"
-        return [Finding(subject, "note", detail)]
+        return [Diagnostic(subject, "note", detail)]
     try:
         fault = find_fault_on_random_inputs(path)
     except (InputError, StageError) as error:
-        return [Finding(subject, "note", f"not compared: {error.what}")]
+        return [Diagnostic(subject, "note", f"not compared: {error.what}")]
     if fault is None:
         same = "those of the model as it is written, on random inputs"
-        return [Finding(subject, "ok" if asked else "note", same)]
+        return [Diagnostic(subject, "ok" if asked else "note", same)]
     remedy = f"{fault.remedy}; 'edgekd build' writes a file that is right"
-    return [Finding(subject, "fails" if asked else "note", str(fault), remedy)]
+    return [Diagnostic(subject, "fails" if asked else "note", str(fault), remedy)]
 
 
 def _provider(
     row: ProviderCoverage, rows: Sequence[ProviderCoverage], preferred: str, asked: bool
-) -> Finding:
+) -> Diagnostic:
     name = row.provider.removesuffix("ExecutionProvider")
     if not row.here:
         needed = asked and row.provider == preferred
         detail = f"not in this ONNX Runtime: {row.install}"
-        return Finding(name, "not shown" if needed else "note", detail, row.install * needed)
+        return Diagnostic(name, "not shown" if needed else "note", detail, row.install * needed)
     if row.nodes is None:
-        return Finding(name, "note", "takes the model; this ONNX Runtime does not say which nodes")
+        return Diagnostic(
+            name, "note", "takes the model; this ONNX Runtime does not say which nodes"
+        )
     placed = [node for other in rows for node in other.nodes or ()]
     runs = f"runs {len(row.nodes)} of {len(placed)} nodes"
     if row.provider != preferred:
-        return Finding(name, "note", runs, nodes=tuple(map(str, row.nodes)))
+        return Diagnostic(name, "note", runs, nodes=tuple(map(str, row.nodes)))
     fell = fallen_back(placed, preferred)
     if not fell:
-        return Finding(name, "ok" if asked else "note", runs)
+        return Diagnostic(name, "ok" if asked else "note", runs)
     counts = ", ".join(f"{other} {count}" for other, count in count_by_provider(fell).items())
-    return Finding(
+    return Diagnostic(
         name,
         "fails" if asked else "note",
         f"{runs}; not {listed(fell)} ({counts})",
@@ -248,7 +251,7 @@ def _provider(
     )
 
 
-def _memory(memory: MemoryEstimate, info: OnnxInfo, profile: Profile | None) -> Finding:
+def _memory(memory: MemoryEstimate, info: OnnxInfo, profile: Profile | None) -> Diagnostic:
     mb = memory.total_bytes / 1e6
     sizes = ", ".join(f"{name} = {size}" for name, size in memory.dimensions.items())
     at = f" at {sizes}" if sizes else ""
@@ -266,8 +269,8 @@ def _memory(memory: MemoryEstimate, info: OnnxInfo, profile: Profile | None) -> 
             remedy = "give open sizes: --shape NAME=1x3x224x224"
     budget = profile.budget.memory_mb if profile else None
     if budget is None:
-        return Finding("memory", "note", detail, remedy)
+        return Diagnostic("memory", "note", detail, remedy)
     detail += f"; budget {budget.value:g} MB"
     if mb > budget.value:
-        return Finding("memory", "fails", detail, "a smaller batch or input, or a smaller model")
-    return Finding("memory", "not shown" if memory.unknown else "ok", detail, remedy)
+        return Diagnostic("memory", "fails", detail, "a smaller batch or input, or a smaller model")
+    return Diagnostic("memory", "not shown" if memory.unknown else "ok", detail, remedy)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from edgekd.engines.coverage import (
+from edgekd.engines.provider_assignment import (
     PlacedNode,
     assigned_nodes,
     check_fallback,
@@ -21,13 +21,13 @@ from edgekd.engines.coverage import (
     fallen_back,
     nodes_in_trace,
 )
-from edgekd.engines.made_up_inputs import answers_of, answers_to_made_up
-from edgekd.engines.onnx_file import check_onnx, describe_onnx
-from edgekd.engines.onnx_graph import precisions_of
-from edgekd.engines.optimizer_faults import guarded, optimizers_to_disable
-from edgekd.engines.replacing import replacing
-from edgekd.engines.samples import Array
-from edgekd.engines.session import (
+from edgekd.errors import StageError
+from edgekd.files import atomic_write
+from edgekd.onnx.file import check_onnx, describe_onnx
+from edgekd.onnx.graph import precisions_of
+from edgekd.onnx.optimizer_faults import guarded, optimizers_to_disable
+from edgekd.onnx.samples import Array, answers_of, outputs_of_random_inputs
+from edgekd.onnx.session import (
     CPU_PROVIDER,
     RECORD_ASSIGNMENT,
     Fallback,
@@ -39,7 +39,6 @@ from edgekd.engines.session import (
     providers_for,
     session_options,
 )
-from edgekd.errors import StageError
 
 __all__ = [
     "EngineInfo",
@@ -61,7 +60,8 @@ class EngineInfo:
     not here or did not start. ``nodes`` is how many kernels of the optimized graph each really
     ran, ``placement`` the names of its nodes by provider (a subgraph compiled into one kernel
     lists its nodes), ``fell_back`` those of them that the preferred provider should have run and
-    ``shape_arithmetic`` those that belong on the CPU; see :mod:`edgekd.engines.coverage`.
+    ``shape_arithmetic`` those that belong on the CPU; see
+    :mod:`edgekd.engines.provider_assignment`.
     ``saved_level`` is the optimization inside the file, ``run_level`` the one to open it with;
     ``disabled_optimizers`` are those of ONNX Runtime that would have changed the answers and were
     left out. Where the runtime would apply them when it opens the file, ``run_level`` is
@@ -128,7 +128,7 @@ def build_engine(
         fallback: whether nodes may run on another provider than the first of ``providers``, and
             a provider may fail to start.
         left_out: providers wanted that are not here, for the record; see
-            :func:`edgekd.engines.session.provider_chain`.
+            :func:`edgekd.onnx.session.provider_chain`.
         cache: the folder where providers that compile keep what they made.
 
     Raises:
@@ -148,13 +148,13 @@ def build_engine(
     )
     if samples is None:
         spec = describe_onnx(onnx_path).spec
-        inputs, reference = answers_to_made_up(exported, spec, onnx_path)
+        inputs, reference = outputs_of_random_inputs(exported, spec, onnx_path)
     else:
         inputs, reference = dict(samples), answers_of(exported, samples, onnx_path)
     del exported
     disabled: tuple[str, ...] = ()
     run_level = optimization
-    with replacing(out_path) as partial, guarded(onnx_path) as source:
+    with atomic_write(out_path) as partial, guarded(onnx_path) as source:
 
         def save(without: Sequence[str]) -> None:
             _save_optimized(source, partial, saving, threads, saved, fallback, without)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from edgekd.config.engines import TensorRTConfig
 from edgekd.config.profile import Profile
 from edgekd.errors import InputError
-from edgekd.resources import edgerun_folder
+from edgekd.files import edgerun_folder
 
 Library = Literal["tensorrt", "tensorrt-rtx"]
 BuildPrecision = Literal["fp32", "fp16", "bf16", "int8"]

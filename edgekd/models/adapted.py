@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from edgekd.config.networks import OutputForm, PreprocessConfig
 from edgekd.errors import InputError
-from edgekd.models.named import NamedModel
+from edgekd.models.dict_model import DictModel
 from edgekd.spec import Dimension, ModelSpec, TensorSpec
 
 _LUMA = (0.299, 0.587, 0.114)
@@ -135,7 +135,7 @@ class Adaptation:
         return {**answers, self.output: values}
 
 
-class AdaptedModel(NamedModel):
+class AdaptedModel(DictModel):
     """A network behind an :class:`Adaptation`; its weights and layers are the network's own.
 
     Args:
@@ -144,16 +144,16 @@ class AdaptedModel(NamedModel):
         adaptation: what lies between the two.
     """
 
-    def __init__(self, model: NamedModel, spec: ModelSpec, adaptation: Adaptation) -> None:
+    def __init__(self, model: DictModel, spec: ModelSpec, adaptation: Adaptation) -> None:
         super().__init__(model.module, spec)
         self.adaptation = adaptation
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See :class:`edgekd.models.named.NamedModel`."""
+        """See :class:`edgekd.models.dict_model.DictModel`."""
         return self.adaptation.finish(super().forward(self.adaptation.prepare(batch)))
 
 
-def adapt(model: NamedModel, spec: ModelSpec, adaptation: Adaptation) -> NamedModel:
+def adapt(model: DictModel, spec: ModelSpec, adaptation: Adaptation) -> DictModel:
     """The network behind an adaptation; itself where there is nothing to adapt."""
     return model if adaptation.is_identity else AdaptedModel(model, spec, adaptation)
 

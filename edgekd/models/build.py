@@ -10,15 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgekd.arguments import check_arguments, parameters_of
 from edgekd.config.networks import ModelConfig
 from edgekd.errors import EdgekdError, InputError
-from edgekd.extension import resolve
-from edgekd.models.convnet import ConvNet
+from edgekd.extension import check_arguments, parameters_of, resolve
+from edgekd.models.dict_model import DictModel, fits
 from edgekd.models.hub import HUBS
-from edgekd.models.mlp import Mlp
-from edgekd.models.named import NamedModel, fits
-from edgekd.models.policy import Policy
+from edgekd.models.networks import ConvNet, Mlp, Policy
 from edgekd.spec import ModelSpec, TensorSpec
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -60,7 +57,7 @@ def build_model(
     outputs: Sequence[TensorSpec],
     where: str = "model",
     remedy: str = "",
-) -> NamedModel:
+) -> DictModel:
     """Build a network for given inputs and outputs, and try it once.
 
     Args:
@@ -111,14 +108,14 @@ def build_model(
             remedy="name a subclass of torch.nn.Module, or a function that returns one",
         )
     try:
-        model = NamedModel(module, spec)
+        model = DictModel(module, spec)
         probe(model, name, remedy)
     except EdgekdError as error:
         raise InputError(error.what, where=error.where or position, remedy=error.remedy) from error
     return model
 
 
-def probe(model: NamedModel, name: str = "the model", remedy: str = "") -> None:
+def probe(model: DictModel, name: str = "the model", remedy: str = "") -> None:
     """Try a network on two empty samples; it and the random numbers stay as they are.
 
     Raises:

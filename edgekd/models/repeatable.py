@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.errors import InputError
-from edgekd.models.named import NamedModel
+from edgekd.models.dict_model import DictModel
 
 _CALLS = 3
 _ROUNDING = 1e-4
 """Share of the largest answer by which two calls may differ: parallel sums are not in one order."""
 
 
-def check_repeatable(model: NamedModel, batch: Mapping[str, Tensor], where: str) -> None:
+def check_repeatable(model: DictModel, batch: Mapping[str, Tensor], where: str) -> None:
     """Call a network several times with one batch, as it will be called for every figure.
 
     The network, its mode, its buffers and the random numbers stay as they were.
@@ -79,7 +79,7 @@ class _Call(NamedTuple):
     seen: list[tuple[str, str, Any, Any]]
 
 
-def _call(model: NamedModel, batch: Mapping[str, Tensor]) -> _Call:
+def _call(model: DictModel, batch: Mapping[str, Tensor]) -> _Call:
     seen: list[tuple[str, str, Any, Any]] = []
     handles = []
 

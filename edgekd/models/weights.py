@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from edgekd.errors import InputError, StageError
 from edgekd.models.class_order import ClassNames, class_names_in, class_names_in_metadata
-from edgekd.models.named import NamedModel
+from edgekd.models.dict_model import DictModel
 from edgekd.models.state_dicts import find_state
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar", ".th")
@@ -38,7 +38,7 @@ _SCALING = ("@output_scale", "@output_offset")
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write the weights and buffers as safetensors, at once or not at all.
 
-    The keys are those of the network itself: a :class:`NamedModel` is looked into. How it scales
+    The keys are those of the network itself: a :class:`DictModel` is looked into. How it scales
     its output, if it does, is beside them under keys that no network has.
 
     Raises:
@@ -125,7 +125,7 @@ def load_weights(
     """Fill a network from a file; see :func:`edgekd.models.state_dicts.find_state`.
 
     Args:
-        model: the network; a :class:`NamedModel` is looked into.
+        model: the network; a :class:`DictModel` is looked into.
         path: the file, or what was read from it.
         allow_pickle: also run the code that a pickle contains. Only for files you trust.
         where: the YAML key, for errors.
@@ -155,21 +155,21 @@ def load_weights(
                 remedy="give a checkpoint from before the training diverged",
             )
     network.load_state_dict(state, strict=False)
-    if isinstance(model, NamedModel):
+    if isinstance(model, DictModel):
         model.scale_output(*(scaling.get(name) for name in _SCALING))
     return notes
 
 
 def output_scaling(model: nn.Module) -> dict[str, Tensor]:
-    """How a :class:`NamedModel` scales its output, by the keys of a file; empty: it does not."""
-    if not isinstance(model, NamedModel):
+    """How a :class:`DictModel` scales its output, by the keys of a file; empty: it does not."""
+    if not isinstance(model, DictModel):
         return {}
     values = zip(_SCALING, (model.output_scale, model.output_offset), strict=True)
     return {key: tensor for key, tensor in values if tensor is not None}
 
 
 def _inner(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, NamedModel) else model
+    return model.module if isinstance(model, DictModel) else model
 
 
 def _read_safetensors(path: Path, place: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,42 +1,274 @@
-"""When is a stage's result still good: hashes of configuration, inputs, code and libraries."""
+"""When a stage's result is valid: hashes of configuration, inputs, imported code, libraries.
+
+Nothing is imported for it. From a stage's module on, each name that is used is followed to the
+module that defines it, through the imports of modules and of functions alike, and there to what
+that definition uses. So ``from edgekd.stages.training import read_json`` brings the file that
+defines ``read_json``, and not what the other functions of that file import. A file counts whole.
+"""
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from edgekd.extension import is_reference, source_files
-from edgekd.pipeline.dependencies import ROOTS, code_of, files_of
+from edgekd.extension import is_reference, parse, source_files
+from edgekd.files import edgerun_folder, file_sha256
+
+PLUMBING = ("edgekd.pipeline", "edgekd.errors", "edgekd.extension", "edgekd.progress")
+"""Packages and modules that no result depends on, so that they are not followed.
+
+``pipeline`` hands a stage its settings and inputs, which are in the fingerprint by their values;
+``errors`` words what failed; ``extension`` finds the user's own code, which is in the fingerprint
+by its content; ``progress`` is what is shown.
+"""
+
+ROOTS = {"edgekd": Path(__file__).resolve().parents[1], "edgerun": edgerun_folder()}
+"""The folders of the two packages."""
+
+_EVERYTHING, _FILE = "*", ""
+"""In place of a name: all that a module defines; the file alone, without what it imports."""
 
 
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class _Module:
+    """What a source file defines, uses and imports.
+
+    Attributes:
+        uses: by each name defined at its top, the names that its definition mentions.
+        always: names mentioned by statements that run whenever the file is imported.
+        imports: what a local name stands for: a module, and the name in it (None: the module).
+        texts: texts that may name a module, by definition; ``python -m`` and lazy imports do.
+        dynamic: whether it imports the modules of its own folder, which it finds there.
+        files: other files in its folder that its texts name, such as a template.
+    """
+
+    uses: dict[str, frozenset[str]] = field(default_factory=dict)
+    always: frozenset[str] = frozenset()
+    imports: dict[str, tuple[tuple[str, str | None], ...]] = field(default_factory=dict)
+    texts: dict[str, frozenset[str]] = field(default_factory=dict)
+    dynamic: bool = False
+    files: frozenset[Path] = frozenset()
 
 
-def json_sha256(value: Any) -> str:
-    """The SHA-256 of a JSON value, independent of the order of its keys."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+def code_of(modules: Iterable[str]) -> tuple[str, ...]:
+    """The modules of edgekd and edgerun that these modules' code depends on, themselves included.
+
+    Args:
+        modules: dotted names, such as ``edgekd.stages.data``; others than edgekd's are left out.
+    """
+    return tuple(sorted(_reached(tuple(sorted(modules)))))
+
+
+def files_of(module: str) -> list[Path]:
+    """A module's source, and the templates and the like beside it that it names.
+
+    Raises:
+        KeyError: there is no such module.
+    """
+    file = module_file(module)
+    if file is None:
+        raise KeyError(module)
+    return [file, *sorted(_read(module).files)]
+
+
+@lru_cache
+def _reached(modules: tuple[str, ...]) -> frozenset[str]:
+    waiting = [(module, _EVERYTHING) for module in modules if module_file(module)]
+    seen: set[tuple[str, str]] = set()
+    while waiting:
+        module, name = waiting.pop()
+        if (module, name) in seen or _is_plumbing(module):
+            continue
+        seen.add((module, name))
+        if name == _FILE:
+            continue
+        waiting += _next(module, name)
+    return frozenset(module for module, _ in seen)
+
+
+def _next(module: str, name: str) -> Iterator[tuple[str, str]]:
+    """What one definition of a module uses: definitions here and elsewhere."""
+    source = _read(module)
+    if module == "edgekd.files" and name == "edgerun_folder":
+        # The device-side package is run as a program of its own, and copied whole.
+        yield from ((device, _FILE) for device in _inside("edgerun"))
+    if source.dynamic:
+        yield from ((inner, _EVERYTHING) for inner in _inside(module))
+    names = source.uses if name == _EVERYTHING else (name,)
+    mentioned = set(source.always)
+    for own in names:
+        mentioned |= source.uses.get(own, frozenset())
+        for text in source.texts.get(own, ()):
+            yield text, _EVERYTHING
+        if own not in source.uses and own not in source.imports:
+            inner = f"{module}.{own}"
+            if module_file(inner):
+                yield inner, _EVERYTHING
+        mentioned.add(own)
+    for used in mentioned:
+        if used in source.uses and used != name:
+            yield module, used
+        for origin, original in source.imports.get(used, ()):
+            if original is None:
+                yield origin, _EVERYTHING
+            elif module_file(f"{origin}.{original}"):
+                yield f"{origin}.{original}", _EVERYTHING
+            else:
+                yield origin, original
+
+
+def _is_plumbing(module: str) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in PLUMBING)
+
+
+@lru_cache
+def module_file(module: str) -> Path | None:
+    """The source of a module of edgekd or edgerun; None when there is none."""
+    top, *rest = module.split(".")
+    if top not in ROOTS:
+        return None
+    stem = ROOTS[top].joinpath(*rest)
+    package = stem / "__init__.py"
+    if package.is_file():
+        return package
+    file = stem.with_suffix(".py")
+    return file if rest and file.is_file() else None
+
+
+def _inside(package: str) -> list[str]:
+    """The modules of a package, those of its packages too."""
+    file = module_file(package)
+    if file is None or file.name != "__init__.py":
+        return []
+    paths = (p.relative_to(file.parent).with_suffix("") for p in sorted(file.parent.rglob("*.py")))
+    return [".".join([package, *(part for part in p.parts if part != "__init__")]) for p in paths]
+
+
+@lru_cache
+def _read(module: str) -> _Module:
+    file = module_file(module)
+    tree = parse(file) if file is not None else None
+    if file is None or tree is None:
+        return _Module()
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    imports: dict[str, list[tuple[str, str | None]]] = {}
+    uses: dict[str, set[str]] = {}
+    texts: dict[str, set[str]] = {}
+    always: set[str] = set()
+    files: set[Path] = set()
+    dynamic = False
+    for statement in tree.body:
+        mentioned: set[str] = set()
+        modules: set[str] = set()
+        for node in _executed(statement):
+            if isinstance(node, ast.Name):
+                mentioned.add(node.id)
+            elif isinstance(node, str):
+                if module_file(node.partition(":")[0]):
+                    modules.add(node.partition(":")[0])
+                elif "/" not in node and (file.parent / node).is_file():
+                    files.add(file.parent / node)
+            else:
+                for local, origin in _imported(node, package):
+                    mentioned.add(local)
+                    dynamic |= local == "pkgutil"
+                    if module_file(origin[0]) or module_file(f"{origin[0]}.{origin[1]}"):
+                        imports.setdefault(local, []).append(origin)
+        defined = _defined(statement)
+        if defined is None:
+            always |= mentioned
+        for name in defined or ():
+            uses.setdefault(name, set()).update(mentioned)
+            texts.setdefault(name, set()).update(modules)
+    return _Module(
+        {name: frozenset(names) for name, names in uses.items()},
+        frozenset(always),
+        {name: tuple(origins) for name, origins in imports.items()},
+        {name: frozenset(names) for name, names in texts.items()},
+        dynamic,
+        frozenset(files),
+    )
+
+
+def _executed(statement: ast.stmt) -> list[ast.Name | ast.Import | ast.ImportFrom | str]:
+    """The names, imports and texts with a dot in a statement, but for what is never run.
+
+    That is type checking, and the annotations of functions.
+    """
+    found: list[ast.Name | ast.Import | ast.ImportFrom | str] = []
+    waiting: list[ast.AST] = [statement]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, (ast.Name, ast.Import, ast.ImportFrom)):
+            found.append(node)
+        elif isinstance(node, ast.Constant):
+            if isinstance(node.value, str) and "." in node.value and "\n" not in node.value:
+                found.append(node.value)
+        elif not (isinstance(node, ast.If) and _is_type_checking(node)):
+            skipped = () if isinstance(node, ast.AnnAssign) else ("returns", "annotation")
+            for name in node._fields:
+                if name not in skipped:
+                    value = getattr(node, name)
+                    parts = value if isinstance(value, list) else (value,)
+                    waiting += [part for part in parts if isinstance(part, ast.AST)]
+    return found
+
+
+def _imported(
+    node: ast.Import | ast.ImportFrom, package: str
+) -> Iterator[tuple[str, tuple[str, str | None]]]:
+    """Each local name of an import, and the module and name that it stands for."""
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            yield alias.asname or alias.name.partition(".")[0], (alias.name, None)
+        return
+    parents = package.split(".")
+    stem = parents[: len(parents) - node.level + 1] if node.level else []
+    origin = ".".join([*stem, *([node.module] if node.module else [])])
+    for alias in node.names:
+        yield alias.asname or alias.name, (origin, alias.name)
+
+
+def _defined(statement: ast.stmt) -> list[str] | None:
+    """The names that a statement at the top of a file defines; None when it does something."""
+    match statement:
+        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+            return [statement.name]
+        case ast.Assign():
+            parts = [part for target in statement.targets for part in ast.walk(target)]
+            if any(isinstance(part, (ast.Attribute, ast.Subscript)) for part in parts):
+                return None
+            return [part.id for part in parts if isinstance(part, ast.Name)]
+        case ast.AnnAssign():
+            return [statement.target.id] if isinstance(statement.target, ast.Name) else None
+        case ast.Import() | ast.ImportFrom():
+            return []
+        case ast.Expr(value=ast.Constant()):
+            return []
+        case ast.If() if _is_type_checking(statement):
+            return []
+    return None
+
+
+def _is_type_checking(node: ast.If) -> bool:
+    return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 @lru_cache
 def code_sha256(modules: tuple[str, ...]) -> str:
     """The SHA-256 over the source of these modules and of all code that theirs depends on.
 
-    Which that is, :func:`~edgekd.pipeline.dependencies.code_of` reads from their imports. To read
+    Which that is, :func:`~edgekd.pipeline.fingerprint.code_of` reads from their imports. To read
     all of it takes a second, so the result is cached for as long as no file has changed.
     """
     name = " ".join(modules)

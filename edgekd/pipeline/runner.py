@@ -11,19 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from edgekd.distill.progress import Progress
 from edgekd.errors import EdgekdError, GateFailed, StageError, unknown_name
 from edgekd.extension import searching
-from edgekd.pipeline.fingerprint import (
-    code_sha256,
-    json_sha256,
-    library_versions,
-    references_sha256,
-)
-from edgekd.pipeline.progress import EventLog
+from edgekd.files import json_sha256
+from edgekd.pipeline.fingerprint import code_sha256, library_versions, references_sha256
 from edgekd.pipeline.stage import Context, Job, Stage
 from edgekd.pipeline.store import Artifact, Store
-from edgekd.pipeline.team import Team
+from edgekd.pipeline.workers import Workers
+from edgekd.progress import EventLog, Progress
 
 _LINKED = ("benchmark", "report", "bundle")
 
@@ -79,7 +74,7 @@ def plan(
             if waiting:
                 rows.append(PlanRow(stage.name, "run", f"after {', '.join(waiting)}"))
                 continue
-            material = _material(stage, job, done)
+            material = fingerprint_inputs(stage, job, done)
             artifact = store.find(stage.name, json_sha256(material))
             if artifact is None:
                 reason = _why(material, store.latest(stage.name))
@@ -106,7 +101,7 @@ class Runner:
         progress: Progress,
         stages: tuple[Stage, ...],
         log: EventLog | None = None,
-        team: Team | None = None,
+        workers: Workers | None = None,
         preflight: Callable[[Job, bool], None] | None = None,
     ) -> None:
         self.job = job
@@ -114,7 +109,7 @@ class Runner:
         self.progress = progress
         self.log = log
         self.stages = stages
-        self.team = team
+        self.workers = workers
         self.preflight = preflight
         self.outcome = RunOutcome()
 
@@ -137,7 +132,7 @@ class Runner:
         names = [stage.name for stage in stages]
         with searching(self.job.base):
             for stage in stages:
-                material = _material(stage, self.job, self.outcome.artifacts)
+                material = fingerprint_inputs(stage, self.job, self.outcome.artifacts)
                 fingerprint = json_sha256(material)
                 artifact = self.store.find(stage.name, fingerprint)
                 if artifact is not None:
@@ -170,10 +165,10 @@ class Runner:
             cache = self.store.folder / "cache"
             context = Context(self.job, temporary, scratch, cache, self.progress, fingerprints)
             inputs = {name: done[name].folder for name in stage.inputs}
-            if self.team is None:
+            if self.workers is None:
                 stage.run(context, inputs)
             else:
-                self.team.run(stage, context, inputs)
+                self.workers.run(stage, context, inputs)
             artifact = self.store.commit(stage.name, fingerprint, temporary, material)
         except Exception as error:
             self._record("stage-failed", stage=stage.name, traceback=traceback.format_exc())
@@ -225,7 +220,7 @@ def is_disk_full(error: BaseException | None, folder: Path) -> bool:
     return False
 
 
-def _material(stage: Stage, job: Job, done: Mapping[str, Artifact]) -> dict[str, Any]:
+def fingerprint_inputs(stage: Stage, job: Job, done: Mapping[str, Artifact]) -> dict[str, Any]:
     """Everything that a stage's result depends on."""
     chosen = stage.config_slice(job)
     return {

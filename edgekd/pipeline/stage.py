@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from edgekd.config.pipeline import PipelineConfig
 from edgekd.config.profile import Profile
-from edgekd.distill.progress import Progress
+from edgekd.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Stage(Protocol):
 
     A stage is run again when its fingerprint changes: that of :meth:`config_slice`, of its
     inputs' contents, of the versions of ``libraries``, and of the code that its own module imports
-    (:mod:`edgekd.pipeline.dependencies`).
+    (:mod:`edgekd.pipeline.fingerprint`).
     """
 
     @property

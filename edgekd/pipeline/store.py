@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from edgekd.errors import InputError
-from edgekd.pipeline.fingerprint import file_sha256, json_sha256
+from edgekd.files import file_sha256, json_sha256
 
 _RECORD = "artifact.json"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.errors import InputError
-from edgekd.figure import EVIDENCE_STRENGTH, Evidence, Figure
+from edgekd.measurement import EVIDENCE_STRENGTH, Evidence, Measurement
 from edgekd.release.result import Result, read_result
 from edgekd.release.statistics import mean
 
@@ -23,7 +23,7 @@ class Row:
     """One figure of every result, in the order of the results; None where it is absent."""
 
     label: str
-    figures: tuple[Figure | None, ...]
+    figures: tuple[Measurement | None, ...]
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _rows(results: Sequence[Result]) -> Iterator[Row]:
         yield Row(label, tuple(table.get(label) for table in tables))
 
 
-def _figures(result: Result) -> Iterator[tuple[str, Figure]]:
+def _figures(result: Result) -> Iterator[tuple[str, Measurement]]:
     models, student, against = result.models, result.student, result.comparison
     for role, label in (("teacher", "teacher"), ("baseline", "student alone")):
         if role in models:
@@ -185,7 +185,7 @@ def _mean_row(row: Row, seeds: int) -> Row | None:
     figure = estimate.figure(known[0].unit, weakest)
     if len(known) < seeds:
         note = f"{seeds - len(known)} of {seeds} seeds have no value"
-        figure = Figure(**{**figure.__dict__, "note": note})
+        figure = Measurement(**{**figure.__dict__, "note": note})
     return Row(row.label, (figure,))
 
 

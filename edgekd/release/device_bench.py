@@ -9,8 +9,8 @@ from typing import Any
 
 from edgekd.config.profile import Profile
 from edgekd.errors import InputError
-from edgekd.figure import Evidence, Figure
-from edgekd.release.assemble import MB, speedup_figure, timing_row
+from edgekd.measurement import Evidence, Measurement
+from edgekd.release.build_result import MB, speedup_figure, timing_row
 from edgekd.release.result import SCHEMA, Result
 
 BENCH_SCHEMA = "edgerun.bench/1"
@@ -160,8 +160,8 @@ def with_bench(
 def _row(timed: Mapping[str, Any], evidence: Evidence) -> dict[str, Any]:
     return {
         "file": timed["path"],
-        "metric": Figure(None, "", 0, evidence=evidence, note=_NOT_SCORED).to_json(),
-        "size_mb": Figure(timed["size_bytes"] / MB, "MB", evidence=evidence).to_json(),
+        "metric": Measurement(None, "", 0, evidence=evidence, note=_NOT_SCORED).to_json(),
+        "size_mb": Measurement(timed["size_bytes"] / MB, "MB", evidence=evidence).to_json(),
         **timing_row(timed, evidence),
     }
 

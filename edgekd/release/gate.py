@@ -1,4 +1,4 @@
-"""The gate: each budget against its figure, with a verdict that never guesses.
+"""The gate: a result against its budgets, as JSON and JUnit XML.
 
 A rule passes only when the whole interval of its figure is on the good side of the budget. When
 the interval holds the budget, or the figure rests on weaker evidence than required, or was not
@@ -8,25 +8,67 @@ measured, the rule is *not shown*, and what is not shown does not pass.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from edgekd.config.budgets import GateConfig
 from edgekd.errors import InputError
-from edgekd.figure import EVIDENCE_STRENGTH, Evidence, Figure
-from edgekd.release.budget_rules import (
+from edgekd.measurement import EVIDENCE_STRENGTH, Evidence, Measurement
+from edgekd.release.formatting import bound_text, full_text
+from edgekd.release.result import Result
+from edgekd.release.rules import (
     DeviceProfile,
     Rule,
+    Status,
+    Verdict,
     check_direction,
     example_budget,
+    passed,
     rules_of,
+    summary_line,
 )
-from edgekd.release.figure_text import bound_text, full_text
-from edgekd.release.junit import write_junit
-from edgekd.release.result import Result
 from edgekd.release.statistics import samples_to_show
-from edgekd.release.verdict import Status, Verdict, passed, summary_line
+
+_NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def write_junit(path: Path, name: str, verdicts: Sequence[Verdict]) -> None:
+    """Write one test case per rule; *fail* and *not shown* are failures, told apart by type.
+
+    Args:
+        path: the XML file.
+        name: of the result, the suite's name.
+        verdicts: of :func:`edgekd.release.gate.evaluate`.
+    """
+    failures = sum(verdict.status != "pass" for verdict in verdicts)
+    counts = {"tests": str(len(verdicts)), "failures": str(failures), "errors": "0"}
+    root = ElementTree.Element("testsuites", {"name": "edgekd gate", **counts})
+    suite = ElementTree.SubElement(
+        root, "testsuite", {"name": _text(name), "skipped": "0", **counts}
+    )
+    for verdict in verdicts:
+        case = ElementTree.SubElement(
+            suite, "testcase", classname=f"edgekd.gate.{_text(name)}", name=verdict.rule, time="0"
+        )
+        message = f"{verdict.rule} ({verdict.budget_text}, {verdict.origin}): {verdict.reason}"
+        if verdict.status == "pass":
+            ElementTree.SubElement(case, "system-out").text = _text(message)
+        else:
+            ElementTree.SubElement(
+                case, "failure", type=verdict.status, message=_text(message)
+            ).text = _text(message)
+    tree = ElementTree.ElementTree(root)
+    ElementTree.indent(tree)
+    tree.write(path, encoding="utf-8", xml_declaration=True)
+
+
+def _text(text: str) -> str:
+    """Without the characters that XML 1.0 cannot hold, not even escaped."""
+    return _NOT_XML.sub("�", text)
+
 
 __all__ = [
     "Verdict",
@@ -113,14 +155,14 @@ def read_gate(folder: Path) -> list[Verdict]:
 
 
 def _judge(rule: Rule, required: Evidence) -> Verdict:
-    figure = rule.figure or Figure(None, _unit_of(rule.key), 0, note="it was not measured")
+    figure = rule.figure or Measurement(None, _unit_of(rule.key), 0, note="it was not measured")
     status, reason = _status(rule, figure, required)
     if status != "pass" and rule.remark:
         reason = f"{reason}; {rule.remark}"
     return Verdict(rule.key, status, figure, rule.budget, reason, rule.side, rule.origin)
 
 
-def _status(rule: Rule, figure: Figure, required: Evidence) -> tuple[Status, str]:
+def _status(rule: Rule, figure: Measurement, required: Evidence) -> tuple[Status, str]:
     if figure.value is None:
         return "not shown", figure.note or "there are too few samples to state it"
     if rule.performance and EVIDENCE_STRENGTH[figure.evidence] < EVIDENCE_STRENGTH[required]:
@@ -144,7 +186,7 @@ def _status(rule: Rule, figure: Figure, required: Evidence) -> tuple[Status, str
     return "not shown", f"{text} does not exclude {budget}{_more(rule.key, figure, rule.budget)}"
 
 
-def _more(rule: str, figure: Figure, budget: float) -> str:
+def _more(rule: str, figure: Measurement, budget: float) -> str:
     """How many samples would show it, for a figure whose interval holds the budget."""
     if figure.value is None or figure.interval is None:
         return ""

@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML page, the same figures as JSON, and a Markdown summary."""
+"""The report: HTML, Markdown summary, tables of engines."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any
 import jinja2
 import yaml
 
-from edgekd.release.engine_tables import candidate_rows
+from edgekd.measurement import Measurement
+from edgekd.release.formatting import ABSENT, drop_unit, full_text, value_text
 from edgekd.release.report_charts import charts_of
 from edgekd.release.report_tables import (
+    Cell,
     cautions,
     comparison_rows,
     flat_rows,
@@ -22,12 +24,140 @@ from edgekd.release.report_tables import (
     parity_rows,
     result_table,
     run_rows,
+    verdict_word,
 )
 from edgekd.release.result import Result
-from edgekd.release.summary import summary_markdown
-from edgekd.release.verdict import Verdict, passed, summary_line
+from edgekd.release.rules import Verdict, passed, summary_line
+
+MOST_SENSITIVE = 5
+"""Layers that are listed by their sensitivity to INT8."""
+
+
+def candidate_rows(choice: Mapping[str, Any], metric: str) -> list[dict[str, str]]:
+    """One row per engine of the student that was measured; none when there was no choice.
+
+    Args:
+        choice: the content of ``choice.json``, or empty.
+        metric: the metric that the drop is one of.
+    """
+    rows = choice.get("candidates", ())
+    refused = choice.get("refused", {})
+    if len(rows) < 2 and not refused:
+        return []
+    unit = choice.get("drop_unit") or drop_unit(metric)
+    found = []
+    for row in rows:
+        is_float = row["speedup"] is None and row["name"] == choice["candidates"][0]["name"]
+        drop = Measurement(row["drop"], unit, interval=_ends(row["drop_interval"]))
+        speedup = Measurement(row["speedup"], "×", interval=_ends(row["speedup_interval"]))
+        told = [f"misses {miss}" for miss in row["misses"]] + row["against"] + row["notes"]
+        taken = ["taken"] if row["name"] == choice["chosen"] else []
+        found.append(
+            {
+                "name": row["name"],
+                "size": value_text(Measurement(row["size_bytes"] / 1e6, "MB")),
+                "drop": ABSENT if is_float else full_text(drop),
+                "p50": value_text(Measurement(row["latency_ms"].get("p50"), "ms")),
+                "speedup": full_text(speedup) if row["speedup"] is not None else ABSENT,
+                "found": "; ".join(taken + told),
+            }
+        )
+    blank = dict.fromkeys(("size", "drop", "p50", "speedup"), ABSENT)
+    found += [{"name": name, **blank, "found": reason} for name, reason in refused.items()]
+    return found
+
+
+def quantized_rows(index: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the quantize stage says of each way it tried, for the report, by title."""
+    return {f"Quantized: {name}": _quantized(entry) for name, entry in index.items()}
+
+
+def _quantized(entry: Mapping[str, Any]) -> dict[str, Any]:
+    decision = entry.get("decision")
+    found: dict[str, Any] = {"method": entry["method"]}
+    if "drop" in entry:
+        unit = entry.get("drop_unit")
+        dropped = round(entry["drop"], 5)
+        found["drop on validation against float32"] = (
+            dropped if unit in (None, "points") else value_text(Measurement(entry["drop"], unit))
+        )
+    if entry.get("kept"):
+        found["layers in float32"] = ", ".join(entry["kept"])
+    if decision is not None:
+        whole = decision["drop_all"]
+        found["drop with every layer in INT8"] = "not finite" if whole is None else round(whole, 5)
+        found["drop allowed"] = decision["budget"]
+        found["files measured"] = decision["evaluations"]
+        ranked = [row for row in decision["rows"] if row["sensitivity"] is not None]
+        for row in sorted(ranked, key=lambda row: -row["sensitivity"])[:MOST_SENSITIVE]:
+            stays = " (float32)" if row["kept"] else ""
+            key = f"sensitivity of {row['node']}{stays}, {decision['measure']}"
+            found[key] = f"{row['sensitivity']:.4g}"
+    for error in entry.get("errors", ()):
+        parts = [f"SQNR {error['sqnr_db']:.1f} dB"] if error["sqnr_db"] is not None else []
+        if error["cosine"] is not None:
+            parts.append(f"cosine {error['cosine']:.5f}")
+        if error["argmax_agreement"] is not None:
+            parts.append(f"same class {error['argmax_agreement']:.2%}")
+        found[f"output {error['name']}"] = ", ".join(parts) or "not finite"
+    if "refused" in entry:
+        found["refused"] = entry["refused"]
+    return found
+
+
+def _ends(interval: Sequence[float] | None) -> tuple[float, float] | None:
+    return (interval[0], interval[1]) if interval else None
+
+
+_MARKS = {"pass": "✅ pass", "fail": "❌ fail", "not shown": "⚠️ not shown"}
+
+
+def summary_markdown(result: Result, verdicts: Sequence[Verdict]) -> str:
+    """Verdict, gate table, result table and comparisons as GitHub-flavoured Markdown."""
+    line = summary_line(verdicts) if verdicts else "nothing was gated"
+    parts = [
+        f"## {_plain(result.name)}: {verdict_word(verdicts)}",
+        "",
+        _plain(headline(result)),
+        "",
+        f"Gate: {line}. Profile {_plain(result.profile)}, target {_plain(result.target)}, "
+        f"evidence {result.evidence}.",
+        "",
+    ]
+    parts += [f"> {_plain(caution)}" for caution in cautions(result)]
+    if verdicts:
+        parts += ["", "| rule | verdict | figure | budget | why |", "|---|---|---|---|---|"]
+        for rule in gate_rows(verdicts):
+            budget = rule["budget"] + (f" ({rule['origin']})" if rule["origin"] else "")
+            status = _MARKS[rule["status"]]
+            parts.append(_line((rule["rule"], status, rule["figure"], budget, rule["reason"])))
+    headings, rows = result_table(result)
+    parts += ["", _line(["", *headings]), "|---|" + "---:|" * len(headings)]
+    parts += [_line([row.label, *(_cell(cell) for cell in row.cells)]) for row in rows]
+    compared = comparison_rows(result)
+    if compared:
+        parts += ["", "| compared | value (95 % interval) | n |", "|---|---:|---:|"]
+        for row in compared:
+            parts.append(_line((row.label, _cell(row.cells[0]), row.cells[0].n)))
+    return "\n".join(parts) + "\n"
+
+
+def _cell(cell: Cell) -> str:
+    return f"{cell.value} ({cell.detail})" if cell.detail else cell.value
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(_plain(cell) for cell in cells) + " |"
+
+
+def _plain(text: str) -> str:
+    """Text that stays in its table cell and is not taken for markup."""
+    escaped = text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+    return escaped.replace("<", "&lt;").replace("_", "\\_").replace("*", "\\*").replace("`", "\\`")
+
 
 SCHEMA = "edgekd.report/1"
+
 _TEMPLATE = "report.html.jinja"
 
 

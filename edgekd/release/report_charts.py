@@ -8,11 +8,9 @@ from typing import Any, Literal
 
 from markupsafe import Markup
 
-from edgekd.figure import Figure
-from edgekd.release.charts.curves import Line, curves
-from edgekd.release.charts.distribution import latency_histogram
-from edgekd.release.charts.scatter import Point, scatter
-from edgekd.release.figure_text import display_scale, display_unit
+from edgekd.measurement import Measurement
+from edgekd.release.charts import Line, Point, curves, latency_histogram, scatter
+from edgekd.release.formatting import display_scale, display_unit
 from edgekd.release.report_tables import ROLES, warmup_text
 from edgekd.release.result import Result
 
@@ -113,7 +111,7 @@ def _latency(result: Result) -> Iterator[Markup]:
         model = result.models.get(role)
         if model is None or len(model.samples_ms) < 2:
             continue
-        percentiles: dict[str, Figure] = {
+        percentiles: dict[str, Measurement] = {
             key.removesuffix("_ms"): figure for key, figure in model.latency.items()
         }
         warmup = warmup_text(model)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edgekd.figure import Figure
-from edgekd.release.figure_text import (
+from edgekd.measurement import Measurement
+from edgekd.release.formatting import (
     ABSENT,
     full_text,
     interval_text,
@@ -17,7 +17,7 @@ from edgekd.release.figure_text import (
     value_text,
 )
 from edgekd.release.result import ModelResult, Result
-from edgekd.release.verdict import Verdict, passed
+from edgekd.release.rules import Verdict, passed
 
 ROLES = {"teacher": "teacher", "baseline": "student alone", "student": "student distilled"}
 _PERCENTILES = {"p50_ms": "p50", "p90_ms": "p90", "p95_ms": "p95", "p99_ms": "p99"}
@@ -51,7 +51,7 @@ class KeyFigure:
     detail: str
 
 
-def cell(figure: Figure | None, with_n: bool = False) -> Cell:
+def cell(figure: Measurement | None, with_n: bool = False) -> Cell:
     """The cell of a figure."""
     if figure is None:
         return Cell(ABSENT)
@@ -75,7 +75,7 @@ def headline(result: Result) -> str:
         worse = "below" if drop.value >= 0 else "above"
         if not result.higher_is_better:
             worse = "worse than" if drop.value >= 0 else "better than"
-        size_of = Figure(abs(drop.value), drop.unit)
+        size_of = Measurement(abs(drop.value), drop.unit)
         text += f", {value_text(size_of)} {worse} the teacher"
     if parts:
         text += f", and is {' and '.join(parts)}"
@@ -323,7 +323,7 @@ def warmup_text(model: ModelResult) -> str:
     return f"{state} {model.warmup.get('queries', '?')} warm-up queries"
 
 
-def _row(label: str, figures: Sequence[Figure | None], note: str = "") -> TableRow:
+def _row(label: str, figures: Sequence[Measurement | None], note: str = "") -> TableRow:
     return TableRow(label, tuple(cell(figure) for figure in figures), note)
 
 
@@ -332,22 +332,22 @@ def _versus(result: Result, key: str) -> str:
     if figure is None or figure.value is None:
         return ""
     if key == "drop":
-        change = Figure(metric_change(figure.value, result.higher_is_better), figure.unit)
+        change = Measurement(metric_change(figure.value, result.higher_is_better), figure.unit)
         return f"{value_text(change, signed=True)} to the teacher"
     text = _times_faster(figure) if key == "speedup" else _times_smaller(figure)
     return f"{text} than the teacher" if text else ""
 
 
-def _times_faster(speedup: Figure | None) -> str:
+def _times_faster(speedup: Measurement | None) -> str:
     """``9.6× faster`` or ``1.3× slower``."""
     return _times(speedup, "faster", "slower")
 
 
-def _times_smaller(ratio: Figure | None) -> str:
+def _times_smaller(ratio: Measurement | None) -> str:
     return _times(ratio, "smaller", "larger")
 
 
-def _times(ratio: Figure | None, above: str, below: str) -> str:
+def _times(ratio: Measurement | None, above: str, below: str) -> str:
     if ratio is None or not ratio.value or ratio.value <= 0:
         return ""
     if ratio.value >= 1:
@@ -355,7 +355,7 @@ def _times(ratio: Figure | None, above: str, below: str) -> str:
     return f"{number(1 / ratio.value, 3)}× {below}"
 
 
-def _gap_key(gap: Figure | None) -> KeyFigure:
+def _gap_key(gap: Measurement | None) -> KeyFigure:
     if gap is None or gap.value is None:
         return KeyFigure("gap closed", ABSENT, "")
     shown = replace(gap, unit="accuracy")

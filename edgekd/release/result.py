@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.errors import InputError
-from edgekd.figure import EVIDENCE_STRENGTH, Figure
+from edgekd.measurement import EVIDENCE_STRENGTH, Measurement
 
 SCHEMA = "edgekd.result/1"
 PERCENTILES = ("p50_ms", "p90_ms", "p95_ms", "p99_ms")
@@ -32,11 +32,11 @@ class ModelResult:
     """What was measured of one model. A figure that was not measured is None."""
 
     file: str
-    metric: Figure
-    size_mb: Figure | None = None
-    parameters: Figure | None = None
-    latency: Mapping[str, Figure] = field(default_factory=dict)
-    peak_memory_mb: Figure | None = None
+    metric: Measurement
+    size_mb: Measurement | None = None
+    parameters: Measurement | None = None
+    latency: Mapping[str, Measurement] = field(default_factory=dict)
+    peak_memory_mb: Measurement | None = None
     samples_ms: tuple[float, ...] = ()
     warmup: Mapping[str, Any] = field(default_factory=dict)
     runtime: Mapping[str, Any] = field(default_factory=dict)
@@ -55,14 +55,14 @@ class Result:
     metric: str
     higher_is_better: bool
     models: Mapping[str, ModelResult]
-    comparison: Mapping[str, Figure]
+    comparison: Mapping[str, Measurement]
     environment: Mapping[str, Any]
     versions: Mapping[str, str]
     fingerprints: Mapping[str, str]
     seed: int | None = None
     recipe: str | None = None
     """:func:`recipe_sha256` of the pipeline: the same for all seeds of one pipeline."""
-    constant: Figure | None = None
+    constant: Measurement | None = None
     """The metric of the best constant answer, known from all samples but the test split."""
 
     @property
@@ -208,13 +208,13 @@ class _Part:
             raise self._wrong(f"{self._at(key)} is {value!r}, not true or false")
         return value
 
-    def optional_figure(self, key: str) -> Figure | None:
+    def optional_figure(self, key: str) -> Measurement | None:
         return self.figure(key) if self.value.get(key) is not None else None
 
-    def figure(self, key: str) -> Figure:
+    def figure(self, key: str) -> Measurement:
         part = self.mapping(key)
         try:
-            figure = Figure.from_json(dict(part.value))
+            figure = Measurement.from_json(dict(part.value))
         except TypeError as error:
             raise self._wrong(f"{part.key} is not a figure ({error})") from error
         numbers = [*(figure.interval or ()), *([] if figure.value is None else [figure.value])]

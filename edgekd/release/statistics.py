@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgekd.errors import InputError
-from edgekd.figure import Evidence, Figure
+from edgekd.measurement import Evidence, Measurement
 
 Scores = NDArray[np.float64]
 Interval = tuple[float, float]
@@ -35,9 +35,11 @@ class Estimate:
     confidence: float = 0.95
     note: str = ""
 
-    def figure(self, unit: str, evidence: Evidence) -> Figure:
+    def figure(self, unit: str, evidence: Evidence) -> Measurement:
         """The same as a figure of a result file."""
-        return Figure(self.value, unit, self.n, self.interval, self.confidence, evidence, self.note)
+        return Measurement(
+            self.value, unit, self.n, self.interval, self.confidence, evidence, self.note
+        )
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> Estimate:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgekd.npz import write_npz
+from edgekd.files import write_npz
 from edgekd.pipeline.stage import Context, Job
-from edgekd.stages.building import common_level
-from edgekd.stages.fitting import Ground, open_ground, read_json, write_json
+from edgekd.stages.engine_builders import common_level
+from edgekd.stages.task_data import TaskData, open_task_data, read_json, write_json
 
 if TYPE_CHECKING:
-    from edgekd.engines.samples import Array
+    from edgekd.onnx.samples import Array
 
 ROLES = ("teacher", "student", "baseline")
 """The teacher first: where there are no labels, its answers stand for them."""
@@ -58,18 +58,20 @@ class BenchmarkStage:
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """See :class:`edgekd.pipeline.stage.Stage`."""
         from edgekd.pipeline.fingerprint import library_versions
-        from edgekd.release.assemble import Measured, Origin, assemble_result, evidence_of
+        from edgekd.release.build_result import Measured, RunInfo, build_result, evidence_of
         from edgekd.release.report_tables import thread_remark
         from edgekd.release.result import recipe_sha256
         from edgekd.targets import open_target
-        from edgekd.tasks import against_teacher
+        from edgekd.tasks import agreement_task
 
         config, profile = context.job.config, context.job.profile
-        ground = open_ground(inputs["data"], config)
-        test = ground.dataset.splits["test"]
+        task_data = open_task_data(inputs["data"], config)
+        test = task_data.dataset.splits["test"]
         samples = context.scratch / "test.npz"
-        write_npz(samples, ground.dataset.model_inputs("test", 0, len(test)))
-        answers = {name: np.asarray(test.arrays[name]) for name in _names(ground.dataset.targets)}
+        write_npz(samples, task_data.dataset.model_inputs("test", 0, len(test)))
+        answers = {
+            name: np.asarray(test.arrays[name]) for name in _names(task_data.dataset.targets)
+        }
 
         engines = read_json(inputs["engines"] / "engines.json")
         target = open_target(config.target)
@@ -96,10 +98,10 @@ class BenchmarkStage:
         )
         if remark := thread_remark(settings["threads"], bench["environment"].get("cpus_usable")):
             context.progress.message(f"  {remark}")
-        task, labelled = ground.task, ground.task.labelled(answers)
+        task, labelled = task_data.task, task_data.task.labelled(answers)
         by_teacher = not labelled.any() and "teacher" in files
         if by_teacher:
-            task, labelled = against_teacher(task), np.ones(len(test), bool)
+            task, labelled = agreement_task(task), np.ones(len(test), bool)
             context.progress.message(f"  no test sample has a label: the metric is {task.metric}")
         elif not labelled.all():
             context.progress.message(
@@ -121,12 +123,12 @@ class BenchmarkStage:
             with np.load(outputs) as archive:
                 given = {name: archive[name] for name in archive}
             if by_teacher and role == "teacher":
-                answers |= task.targets_from(given)
+                answers |= task.pseudo_targets(given)
             scores = task.scores(given, answers)[labelled]
             measured[role] = Measured(file, engines[role]["parameters"], scores)
             outputs.unlink()
         samples.unlink()
-        origin = Origin(
+        origin = RunInfo(
             name=config.name,
             seed=config.seed,
             recipe=recipe_sha256(config.model_dump(mode="json", include=RECIPE)),
@@ -136,8 +138,8 @@ class BenchmarkStage:
             versions=library_versions(("edgekd", "torch", "onnx", "onnxruntime", "numpy")),
             fingerprints=context.fingerprints,
         )
-        constant = None if by_teacher else _constant_scores(ground, answers)
-        result = assemble_result(
+        constant = None if by_teacher else _constant_scores(task_data, answers)
+        result = build_result(
             origin, task, measured, bench, None if constant is None else constant[labelled]
         )
         write_json(context.out / "result.json", result)
@@ -149,17 +151,17 @@ def _names(specs: Any) -> list[str]:
     return [spec.name for spec in specs]
 
 
-def _constant_scores(ground: Ground, answers: Mapping[str, Array]) -> Array | None:
+def _constant_scores(task_data: TaskData, answers: Mapping[str, Array]) -> Array | None:
     """(N,) what the best constant for training and validation scores on the test samples.
 
     None where no sample of them has a target. Of many samples an even part is taken.
     """
     from edgekd.tasks import constant_outputs
 
-    task, parts = ground.task, []
+    task, parts = task_data.task, []
     for split in ("train", "validation"):
-        arrays = ground.dataset.splits[split].arrays
-        rows = ground.labelled_rows(split)
+        arrays = task_data.dataset.splits[split].arrays
+        rows = task_data.labelled_rows(split)
         size = max(1, int(np.prod(arrays[task.target].shape[1:])))
         wanted = min(len(rows), max(1, _CONSTANT_VALUES // size))
         rows = rows[np.linspace(0, len(rows) - 1, wanted).astype(int)] if len(rows) else rows

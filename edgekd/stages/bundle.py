@@ -10,9 +10,9 @@ import numpy as np
 
 from edgekd.errors import GateFailed
 from edgekd.pipeline.stage import Context, Job
-from edgekd.stages.fitting import open_ground, read_json
-from edgekd.stages.further import FURTHER
+from edgekd.stages.engine_builders import FURTHER
 from edgekd.stages.quantize import STUDENT
+from edgekd.stages.task_data import open_task_data, read_json
 
 EXAMPLE_SAMPLES = 8
 
@@ -34,11 +34,11 @@ class BundleStage:
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """See :class:`edgekd.pipeline.stage.Stage`."""
-        from edgekd.engines.onnx import describe_onnx
+        from edgekd.files import edgerun_folder
+        from edgekd.onnx.export import describe_onnx
         from edgekd.release.bundle import write_bundle
         from edgekd.release.gate import read_gate
-        from edgekd.release.verdict import passed
-        from edgekd.resources import edgerun_folder
+        from edgekd.release.rules import passed
 
         config = context.job.config
         verdicts = read_gate(inputs["gate"])
@@ -50,8 +50,8 @@ class BundleStage:
                 where=f"gate of {config.name}",
                 remedy="see the report; the bundle is withheld until every rule passes",
             )
-        ground = open_ground(inputs["data"], config)
-        dataset = ground.dataset
+        task_data = open_task_data(inputs["data"], config)
+        dataset = task_data.dataset
         test = dataset.splits["test"]
         prepared = dataset.model_inputs("test", 0, min(EXAMPLE_SAMPLES, len(test)))
         engine = read_json(inputs["engines"] / "engines.json")["student"]
@@ -65,7 +65,7 @@ class BundleStage:
             spec=describe_onnx(model).spec,
             preprocess={name: entry.to_json() for name, entry in dataset.preprocess.items()},
             labels=dataset.labels,
-            task={"name": ground.task.name, "output": ground.task.output},
+            task={"name": task_data.task.name, "output": task_data.task.output},
             runtime={
                 "providers": engine["providers_requested"],
                 "threads": engine["threads"],

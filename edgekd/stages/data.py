@@ -33,8 +33,8 @@ class DataStage:
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """See :class:`edgekd.pipeline.stage.Stage`."""
         from edgekd.data.classes import ClassTarget
+        from edgekd.data.dataset import save_dataset
         from edgekd.data.sources import load_dataset
-        from edgekd.data.store import save_dataset
         from edgekd.tasks import Classification, get_task
 
         config = context.job.config

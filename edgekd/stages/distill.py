@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.pipeline.stage import Context, Job
-from edgekd.stages.classroom import files_of_scheme, open_classroom
-from edgekd.stages.fitting import fit, open_ground, write_json
+from edgekd.stages.scheme_context import files_of_scheme, open_scheme_context
 from edgekd.stages.student import FIRST_WEIGHTS, build_student
+from edgekd.stages.task_data import open_task_data, write_json
+from edgekd.stages.training import fit
 
 STUDENT, BASELINE = "student.safetensors", "baseline.safetensors"
 
@@ -42,19 +43,19 @@ class DistillStage:
         from edgekd.distill.schemes import find_scheme
         from edgekd.models.weights import load_weights, save_weights
 
-        ground = open_ground(inputs["data"], context.job.config)
+        task_data = open_task_data(inputs["data"], context.job.config)
         config = context.job.config.distill
-        room = open_classroom(ground, context, inputs)
-        histories = dict(find_scheme(config.scheme)(room))
-        save_weights(room.student, context.out / STUDENT)
-        lacking = ground.lacks_labels()
+        scheme_context = open_scheme_context(task_data, context, inputs)
+        histories = dict(find_scheme(config.scheme)(scheme_context))
+        save_weights(scheme_context.student, context.out / STUDENT)
+        lacking = task_data.lacks_labels()
         if config.baseline and lacking:
             context.progress.message(f"  the student alone is not trained: {lacking}")
         elif config.baseline:
-            alone = Objective.supervised(ground.task, config.label_smoothing)
-            model = build_student(ground, inputs["student"])
+            alone = Objective.supervised(task_data.task, config.label_smoothing)
+            model = build_student(task_data, inputs["student"])
             load_weights(model, inputs["student"] / FIRST_WEIGHTS, where="student")
-            histories["baseline"] = fit(ground, model, alone, config, "student alone", context)
+            histories["baseline"] = fit(task_data, model, alone, config, "student alone", context)
             save_weights(model, context.out / BASELINE)
         for label, history in histories.items():
             name = f"{label.replace(' ', '-')}-history.json"

@@ -15,17 +15,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd.errors import CrashError
-from edgekd.npz import write_npz
+from edgekd.files import write_npz
 from edgekd.pipeline.stage import Context, Job
-from edgekd.stages.building import Builder, Precision, TensorRTBuilder, common_level, open_builder
-from edgekd.stages.fitting import open_ground, write_json
-from edgekd.stages.further import write_further
+from edgekd.stages.engine_builders import (
+    Builder,
+    Precision,
+    StudentVariant,
+    TensorRTBuilder,
+    common_level,
+    lowest_precision,
+    open_builder,
+    refused_variants,
+    variants_of,
+    write_further,
+)
 from edgekd.stages.quantize import STUDENT, Runtime, runtime_of
-from edgekd.stages.validation import Validation
-from edgekd.stages.ways import Way, narrowest, refused_ways, ways_of
+from edgekd.stages.task_data import Validation, open_task_data, write_json
 
 if TYPE_CHECKING:
-    from edgekd.engines.choice import Candidate, Choice
+    from edgekd.engines.selection import Candidate, Choice
     from edgekd.targets import Target
 
 TIMED_QUERIES, TIMED_SECONDS = 1000, 10.0
@@ -72,15 +80,15 @@ class EnginesStage:
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """See :class:`edgekd.pipeline.stage.Stage`."""
-        from edgekd.release.assemble import evidence_of
-        from edgekd.release.figure_text import OF_CONSTANT, drop_unit
+        from edgekd.release.build_result import evidence_of
+        from edgekd.release.formatting import OF_CONSTANT, drop_unit
 
         first, *further = context.job.config.engines
-        ground = open_ground(inputs["data"], context.job.config)
-        count = min(COMPARED, len(ground.dataset.splits["validation"]))
-        samples = ground.dataset.model_inputs("validation", 0, count)
+        task_data = open_task_data(inputs["data"], context.job.config)
+        count = min(COMPARED, len(task_data.dataset.splits["validation"]))
+        samples = task_data.dataset.model_inputs("validation", 0, count)
         builder = open_builder(context, first, samples)
-        work = _Work(context, inputs, builder, runtime_of(context.job, first))
+        work = _CandidateBuilder(context, inputs, builder, runtime_of(context.job, first))
         rows = {}
         for exported in sorted(inputs["export"].glob("*.onnx")):
             if exported.name != STUDENT:
@@ -90,10 +98,10 @@ class EnginesStage:
         if isinstance(builder, TensorRTBuilder):
             write_further(context, first, chosen, builder, rows["student"])
         for engine in further:
-            way = narrowest(context, ways_of(inputs, runtime_of(context.job, engine)))
+            way = lowest_precision(context, variants_of(inputs, runtime_of(context.job, engine)))
             write_further(context, engine, way, open_builder(context, engine, samples), None)
         write_json(context.out / "engines.json", rows)
-        unit = drop_unit(ground.task.metric) if ground.task.higher_is_better else OF_CONSTANT
+        unit = drop_unit(task_data.task.metric) if task_data.task.higher_is_better else OF_CONSTANT
         write_json(context.out / "choice.json", choice.to_json() | {"drop_unit": unit})
         if len(choice.rows) > 1 or choice.refused:
             context.progress.message(f"  {choice.chosen} is taken: {choice.reason}")
@@ -124,7 +132,7 @@ def _tensorrt_versions(kinds: Collection[str]) -> dict[str, str | None]:
     return {kind: version_of(packages[kind]) for kind in sorted(set(kinds) & set(packages))}
 
 
-class _Work:
+class _CandidateBuilder:
     """Builds engines for the runtime that is measured, and finds the best of the student's."""
 
     def __init__(
@@ -137,19 +145,19 @@ class _Work:
         self, source: Path, out: Path, precision: Precision, keep: tuple[str, ...] = ()
     ) -> dict[str, Any]:
         """Build one engine; the row of ``engines.json`` that says how."""
-        from edgekd.engines.onnx import describe_onnx
+        from edgekd.onnx.export import describe_onnx
 
         row = self.builder.build(source, out, precision, keep)
         # Counted before optimization, which folds and fuses parameters away.
         return row | {"file": out.name, "parameters": describe_onnx(source).parameters}
 
-    def student(self) -> tuple[Choice, Way, dict[str, Any]]:
+    def student(self) -> tuple[Choice, StudentVariant, dict[str, Any]]:
         """Build every candidate, choose one, and put it in its place."""
-        from edgekd.engines.choice import FLOAT
+        from edgekd.engines.selection import FLOAT
 
         folder = self.context.out / "others"
         folder.mkdir()
-        ways = ways_of(self.inputs, self.runtime)
+        ways = variants_of(self.inputs, self.runtime)
         rows, files = {}, {}
         crashed: dict[str, str] = {}
         for way in ways:
@@ -184,15 +192,15 @@ class _Work:
 
     def _choose(
         self,
-        ways: list[Way],
+        ways: list[StudentVariant],
         files: Mapping[str, Path],
         rows: Mapping[str, Mapping[str, Any]],
         crashed: Mapping[str, str],
     ) -> Choice:
-        from edgekd.engines.choice import FLOAT, Budgets, Candidate, choose
+        from edgekd.engines.selection import FLOAT, Budgets, Candidate, choose
 
         config = self.context.job.config
-        refused = {**refused_ways(self.inputs, self.runtime), **crashed}
+        refused = {**refused_variants(self.inputs, self.runtime), **crashed}
         allowed = config.quantize.max_drop if config.quantize is not None else 0.0
         budgets = Budgets.of(config.gate, self.context.job.profile)
         select = config.quantize.select if config.quantize is not None else "measured"
@@ -200,7 +208,9 @@ class _Work:
             # Nothing to choose between, so nothing is measured.
             alone = Candidate(FLOAT, files[FLOAT].stat().st_size, 0.0, None, {})
             return choose([alone], budgets, allowed, refused=refused, select=select)
-        measured = _Measured(self, files, {files[name]: row for name, row in rows.items()})
+        measured = _CandidateBenchmark(
+            self, files, {files[name]: row for name, row in rows.items()}
+        )
         teacher = self.context.out / f"teacher{self.builder.suffix}"
         has_teacher = teacher.is_file()
         return choose(
@@ -216,29 +226,32 @@ class _Work:
         )
 
 
-class _Measured:
+class _CandidateBenchmark:
     """Accuracy and latency of the built candidates on the target."""
 
     def __init__(
-        self, work: _Work, files: Mapping[str, Path], rows: Mapping[Path, Mapping[str, Any]]
+        self,
+        work: _CandidateBuilder,
+        files: Mapping[str, Path],
+        rows: Mapping[Path, Mapping[str, Any]],
     ) -> None:
-        from edgekd.engines.choice import FLOAT
+        from edgekd.engines.selection import FLOAT
         from edgekd.targets import open_target
 
         context = work.context
         self.context, self.files, self.settings = context, files, work.builder.settings
         self.rows = rows
         self.target: Target = open_target(context.job.config.target)
-        ground = open_ground(work.inputs["data"], context.job.config)
-        self.validation = Validation(ground, work.inputs["export"] / STUDENT)
+        task_data = open_task_data(work.inputs["data"], context.job.config)
+        self.validation = Validation(task_data, work.inputs["export"] / STUDENT)
         self.samples = context.scratch / "validation.npz"
         count = self.validation.samples.count
-        write_npz(self.samples, ground.dataset.model_inputs("validation", 0, count))
+        write_npz(self.samples, task_data.dataset.model_inputs("validation", 0, count))
         self.scores = self._scores(files[FLOAT])
 
-    def candidate(self, way: Way) -> Candidate:
+    def candidate(self, way: StudentVariant) -> Candidate:
         """What one engine loses and costs against float32's."""
-        from edgekd.engines.choice import FLOAT, Candidate
+        from edgekd.engines.selection import FLOAT, Candidate
         from edgekd.release.statistics import paired_difference
 
         file = self.files[way.name]
@@ -265,7 +278,7 @@ class _Measured:
 
     def speedup_over(self, teacher: Path) -> float:
         """The teacher's p50 over float32's."""
-        from edgekd.engines.choice import FLOAT
+        from edgekd.engines.selection import FLOAT
 
         ratio: float = self._time(self.files[FLOAT], teacher)["comparison"]["ratio"]
         return ratio

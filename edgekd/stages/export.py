@@ -13,13 +13,13 @@ import numpy as np
 from edgekd.pipeline.stage import Context, Job
 from edgekd.spec import ModelSpec
 from edgekd.stages.distill import BASELINE, STUDENT
-from edgekd.stages.fitting import Ground, open_ground, write_json
 from edgekd.stages.student import build_student
+from edgekd.stages.task_data import TaskData, open_task_data, write_json
 from edgekd.stages.teacher import BLACK_BOX, WEIGHTS, open_network
 from edgekd.stages.teacher_adaptation import read_adaptation
 
 if TYPE_CHECKING:
-    from edgekd.models.named import NamedModel
+    from edgekd.models.dict_model import DictModel
 
 
 class ExportStage:
@@ -44,15 +44,15 @@ class ExportStage:
         """See :class:`edgekd.pipeline.stage.Stage`."""
         import torch
 
-        from edgekd.engines.onnx import export_onnx
-        from edgekd.engines.onnx_adopt import adapt_onnx
-        from edgekd.engines.parity import BATCH_SIZES, check_parity, parity
-        from edgekd.models.named import fold_output_scale
+        from edgekd.models.dict_model import fold_output_scale
         from edgekd.models.weights import load_weights
+        from edgekd.onnx.export import export_onnx
+        from edgekd.onnx.import_onnx import adapt_onnx
+        from edgekd.onnx.parity import BATCH_SIZES, check_parity, parity
 
         config = context.job.config
-        ground = open_ground(inputs["data"], config)
-        dataset, task = ground.dataset, ground.task
+        task_data = open_task_data(inputs["data"], config)
+        dataset, task = task_data.dataset, task_data.task
         count = min(config.export.samples, len(dataset.splits["validation"]))
         # A validation split below the largest batch is gone through more than once.
         again = np.arange(max(count, max(BATCH_SIZES))) % count
@@ -63,7 +63,7 @@ class ExportStage:
 
         student = partial(build_student, folder=inputs["student"])
         teacher = partial(open_network, inputs["teacher"])
-        sources: dict[str, tuple[Callable[[Ground], NamedModel], Path]] = {
+        sources: dict[str, tuple[Callable[[TaskData], DictModel], Path]] = {
             "student": (student, inputs["distill"] / STUDENT),
             "baseline": (student, inputs["distill"] / BASELINE),
             "teacher": (teacher, inputs["teacher"] / WEIGHTS),
@@ -72,12 +72,12 @@ class ExportStage:
         for role, (build, weights) in sources.items():
             if not weights.is_file():
                 continue
-            model = build(ground)
+            model = build(task_data)
             load_weights(model, weights, where=role)
             model.eval()
             fold_output_scale(model, {name: torch.from_numpy(a) for name, a in samples.items()})
             path = context.out / f"{role}.onnx"
-            export_onnx(model, path, config.export.opset, metadata_of(ground, role))
+            export_onnx(model, path, config.export.opset, metadata_of(task_data, role))
             report = parity(
                 model,
                 path,
@@ -96,18 +96,18 @@ class ExportStage:
             # The file is given the pipeline's samples and is asked for the data's classes.
             adapt_onnx(
                 context.out / BLACK_BOX,
-                read_adaptation(inputs["teacher"], ground),
+                read_adaptation(inputs["teacher"], task_data),
                 ModelSpec(dataset.inputs, task.outputs(dataset)),
             )
         write_json(context.out / "parity.json", reports)
 
 
-def metadata_of(ground: Ground, role: str) -> dict[str, str]:
+def metadata_of(task_data: TaskData, role: str) -> dict[str, str]:
     """What an ONNX file says of itself: whose it is, and its class names one to a line."""
-    labels = ground.dataset.labels
+    labels = task_data.dataset.labels
     return {
-        "edgekd.pipeline": ground.config.name,
+        "edgekd.pipeline": task_data.config.name,
         "edgekd.role": role,
-        "edgekd.task": ground.task.name,
+        "edgekd.task": task_data.task.name,
         **({"labels": "\n".join(labels)} if labels else {}),
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.pipeline.stage import Context, Job
-from edgekd.stages.fitting import read_json
+from edgekd.stages.task_data import read_json
 
 
 class GateStage:

@@ -28,15 +28,15 @@ def preflight(job: Job, gated: bool = True) -> None:
     """
     from edgekd.data.sources import find_source
     from edgekd.data.transforms import check_augmentations, mixing
+    from edgekd.distill.distributed import training_device
     from edgekd.distill.objective import Objective
-    from edgekd.distill.runtime import training_device
     from edgekd.distill.schemes import find_scheme
     from edgekd.distill.step import check_step
     from edgekd.engines.onnxruntime import provider_chain
     from edgekd.models.build import find_model
-    from edgekd.release.budget_rules import check_any_rule, check_direction
+    from edgekd.release.rules import check_any_rule, check_direction
     from edgekd.stages.student import student_network
-    from edgekd.students.structure import torch_pruning
+    from edgekd.students.pruning_plan import torch_pruning
     from edgekd.targets import open_target
     from edgekd.tasks import Classification, get_task
 
@@ -58,9 +58,9 @@ def preflight(job: Job, gated: bool = True) -> None:
     check_step(config.distill, objective, device, None)
     mixed = mixing(config.data.augment if config.distill.augment is None
                    else config.distill.augment)  # fmt: skip
-    if mixed is not None and objective.reads_one_class:
+    if mixed is not None and objective.needs_hard_label:
         raise InputError(
-            f"{', '.join(objective.reads_one_class)} needs one class per sample, and the images "
+            f"{', '.join(objective.needs_hard_label)} needs one class per sample, and the images "
             "and labels of two are mixed",
             where="distill.losses",
             remedy="leave mixup or cutmix out (distill.augment), or use soft_labels",
@@ -104,10 +104,10 @@ def _check_quantization(job: Job, task: Task) -> None:
                 where="quantize.max_drop",
                 remedy="write 0.01 for one hundredth",
             )
-        if "tensorrt" not in kinds and wanted.half == "bf16":
+        if "tensorrt" not in kinds and wanted.precision == "bf16":
             raise InputError(
                 "no engine of the pipeline computes in bfloat16",
-                where="quantize.half",
+                where="quantize.precision",
                 remedy="use fp16, or add an engine: {kind: tensorrt-rtx}",
             )
         if "cpu" not in kinds and wanted.int8 in ("dynamic", "weights-only"):
@@ -117,8 +117,8 @@ def _check_quantization(job: Job, task: Task) -> None:
                 remedy="use static or qat",
             )
     if wanted is not None and wanted.int8 == "qat":
-        from edgekd.distill.fake_quantize_spec import check_torchao
-        from edgekd.distill.quantization_aware import check_training, terms_of_outputs
+        from edgekd.distill.qat import check_training, terms_of_outputs
+        from edgekd.distill.qat_quantizer import check_torchao
 
         check_torchao()
         check_training(wanted.qat)

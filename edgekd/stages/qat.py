@@ -8,22 +8,39 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgekd.config.engines import ExportConfig, QatConfig
+from edgekd.config.engines import (
+    ExportConfig,
+    QatConfig,
+)
 from edgekd.config.training import TrainConfig
 from edgekd.errors import StageError
-from edgekd.pipeline.stage import Context
+from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.distill import STUDENT
 from edgekd.stages.export import metadata_of
-from edgekd.stages.fitting import Ground, fit
 from edgekd.stages.student import build_student
+from edgekd.stages.task_data import (
+    TaskData,
+)
 from edgekd.stages.teacher import open_teacher
+from edgekd.stages.training import fit
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from edgekd.distill.fake_quantize_spec import Runtime
-    from edgekd.distill.history import History
-    from edgekd.models.named import NamedModel
+    from edgekd.distill.checkpoint import History
+    from edgekd.distill.qat_quantizer import QatRuntime
+    from edgekd.models.dict_model import DictModel
+
+
+def reduce_range(job: Job) -> bool:
+    """Whether INT8 weights for a CPU have 7 bits: only x86 processors of some age need that.
+
+    Of a board with another processor this machine says nothing; those are ARM.
+    """
+    from edgekd.config.host import saturates
+
+    return job.profile.kind not in ("cpu-board", "jetson") and saturates()
+
 
 _FAR = 0.25
 """A difference from PyTorch, as a share of the output's largest value, that rounding does not
@@ -32,10 +49,10 @@ wrong gives something else altogether."""
 
 
 def train_quantized(
-    ground: Ground,
+    task_data: TaskData,
     context: Context,
     inputs: Mapping[str, Path],
-    runtime: Runtime,
+    runtime: QatRuntime,
     config: QatConfig,
     out: Path,
 ) -> History:
@@ -45,7 +62,7 @@ def train_quantized(
     objective is that of its terms that compare outputs, or ``config.losses``.
 
     Args:
-        ground: the data and the task.
+        task_data: the data and the task.
         context: of the stage; a stopped training is gone on with from its scratch folder.
         inputs: the artifacts of the stages ``teacher``, ``student`` and ``distill``.
         runtime: decides how activations are rounded.
@@ -58,17 +75,12 @@ def train_quantized(
         StageError: the network cannot be traced, the training diverged, or the file does not
             give PyTorch's answers.
     """
-    from edgekd.distill.fake_quantize_spec import check_torchao
     from edgekd.distill.objective import Objective
-    from edgekd.distill.prepared_student import computed_weights
-    from edgekd.distill.quantization_aware import (
-        check_training,
-        quantization_aware,
-        terms_of_outputs,
-    )
-    from edgekd.engines.onnx import export_onnx
+    from edgekd.distill.qat import check_training, quantization_aware, terms_of_outputs
+    from edgekd.distill.qat_model import computed_weights
+    from edgekd.distill.qat_quantizer import check_torchao
     from edgekd.models.weights import load_weights
-    from edgekd.stages.quantize import reduce_range
+    from edgekd.onnx.export import export_onnx
 
     check_torchao()
     check_training(config)
@@ -80,31 +92,31 @@ def train_quantized(
             "the graph that is trained"
         )
     where = "distill.losses" if config.losses is None else "quantize.qat.losses"
-    objective = Objective(terms, ground.task, config.label_smoothing, where)
+    objective = Objective(terms, task_data.task, config.label_smoothing, where)
     # The cache and the augmentation are the distillation's, so that the teacher is not asked anew.
     training = pipeline.distill.model_copy(
         update={name: getattr(config, name) for name in TrainConfig.model_fields}
     )
-    student = build_student(ground, inputs["student"])
+    student = build_student(task_data, inputs["student"])
     load_weights(student, inputs["distill"] / STUDENT, where="student")
     if computed := computed_weights(student):
         context.progress.message(
             f"  {label}: {', '.join(computed)} {'is' if len(computed) == 1 else 'are'} trained on "
             "as plain weights: what computes them is no part of what is shipped"
         )
-    teacher = open_teacher(inputs["teacher"], ground) if objective.needs_teacher else None
+    teacher = open_teacher(inputs["teacher"], task_data) if objective.needs_teacher else None
 
     def train(model: nn.Module) -> History:
-        return fit(ground, model, objective, training, label, context, teacher)
+        return fit(task_data, model, objective, training, label, context, teacher)
 
     narrow = runtime == "cpu" and reduce_range(context.job)
     result = quantization_aware(student, runtime, train, narrow)
-    export_onnx(result.model, out, pipeline.export.opset, metadata_of(ground, "student"))
-    context.progress.message(f"  {label}: {_check_answers(result.model, out, ground)}")
+    export_onnx(result.model, out, pipeline.export.opset, metadata_of(task_data, "student"))
+    context.progress.message(f"  {label}: {_check_answers(result.model, out, task_data)}")
     return result.history
 
 
-def _check_answers(model: NamedModel, path: Path, ground: Ground) -> str:
+def _check_answers(model: DictModel, path: Path, task_data: TaskData) -> str:
     """Compare the file with the converted network over validation samples.
 
     Returns:
@@ -115,12 +127,12 @@ def _check_answers(model: NamedModel, path: Path, ground: Ground) -> str:
     """
     import torch
 
-    from edgekd.engines.parity import BATCH_SIZES, parity
+    from edgekd.onnx.parity import BATCH_SIZES, parity
 
-    config = ground.config.export
-    count = min(config.samples, len(ground.dataset.splits["validation"]))
+    config = task_data.config.export
+    count = min(config.samples, len(task_data.dataset.splits["validation"]))
     again = np.arange(max(count, max(BATCH_SIZES))) % count
-    arrays = ground.dataset.model_inputs("validation", 0, count)
+    arrays = task_data.dataset.model_inputs("validation", 0, count)
     samples = {name: array[again] for name, array in arrays.items()}
     with torch.inference_mode():
         answers = model({name: torch.from_numpy(array) for name, array in samples.items()})
@@ -129,9 +141,9 @@ def _check_answers(model: NamedModel, path: Path, ground: Ground) -> str:
         model,
         path,
         samples,
-        ground.task.output,
+        task_data.task.output,
         ExportConfig(samples=config.samples),
-        classification=ground.task.name == "classification",
+        classification=task_data.task.name == "classification",
     )
     shares: dict[str, float] = {}
     for row in report.rows:

@@ -11,14 +11,25 @@ from edgekd.config.engines import OnnxRuntimeConfig, QuantizeConfig, TensorRTCon
 from edgekd.config.pipeline import PipelineConfig
 from edgekd.errors import CrashError, EdgekdError, InputError
 from edgekd.pipeline.stage import Context, Job
-from edgekd.stages.fitting import EVALUATION_BATCH, Ground, open_ground, write_json
-from edgekd.stages.own_remarks import remarks_on_errors
-from edgekd.stages.validation import Validation, ValidationSamples
+from edgekd.stages.evaluator import remarks_on_errors
+from edgekd.stages.qat import reduce_range
+from edgekd.stages.task_data import (
+    EVALUATION_BATCH,
+    TaskData,
+    Validation,
+    ValidationSamples,
+    open_task_data,
+    write_json,
+)
 
 Runtime = Literal["cpu", "tensorrt"]
+
 STUDENT = "student.onnx"
+
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
 INDEX = "quantize.json"
+
 _NAMED = 5  # nodes in float32 that a line names
 
 
@@ -52,12 +63,12 @@ class QuantizeStage:
         wanted = context.job.config.quantize
         index: dict[str, Any] = {}
         if wanted is not None:
-            ground = open_ground(inputs["data"], context.job.config)
-            work = _Work(ground, context, inputs, wanted)
+            task_data = open_task_data(inputs["data"], context.job.config)
+            work = _CandidateBuilder(task_data, context, inputs, wanted)
             for runtime in runtimes_of(context.job) if wanted.int8 else ():
                 index.update(work.int8(runtime))
-            if wanted.half:
-                index.update(work.half(wanted.half))
+            if wanted.precision:
+                index.update(work.half(wanted.precision))
         write_json(context.out / INDEX, index)
 
 
@@ -77,30 +88,20 @@ def runtimes_of(job: Job) -> list[Runtime]:
     return list(dict.fromkeys(runtime_of(job, engine) for engine in job.config.engines))
 
 
-def reduce_range(job: Job) -> bool:
-    """Whether INT8 weights for a CPU have 7 bits: only x86 processors of some age need that.
-
-    Of a board with another processor this machine says nothing; those are ARM.
-    """
-    from edgekd.engines.quantize.saturation import saturates
-
-    return job.profile.kind not in ("cpu-board", "jetson") and saturates()
-
-
-class _Work:
+class _CandidateBuilder:
     """What every candidate needs; float32's answers are computed once."""
 
     def __init__(
         self,
-        ground: Ground,
+        task_data: TaskData,
         context: Context,
         inputs: Mapping[str, Path],
         wanted: QuantizeConfig,
     ) -> None:
-        self.ground, self.context, self.inputs, self.wanted = ground, context, inputs, wanted
+        self.task_data, self.context, self.inputs, self.wanted = task_data, context, inputs, wanted
         self.source = inputs["export"] / STUDENT
-        self.validation = Validation(ground, self.source)
-        self.calibration = ValidationSamples(ground, wanted.samples)
+        self.validation = Validation(task_data, self.source)
+        self.calibration = ValidationSamples(task_data, wanted.samples)
         self._opener: Callable[[Path], object] | None = None
         if wanted.int8 in ("static", "qat") and self.calibration.count < 2:
             raise InputError(
@@ -116,8 +117,8 @@ class _Work:
         Raises:
             CrashError: ONNX Runtime dies of it.
         """
-        from edgekd.engines.onnx_file import describe_onnx
-        from edgekd.stages.own_timing import opener
+        from edgekd.onnx.file import describe_onnx
+        from edgekd.stages.quantize_onnx_static import opener
 
         if self._opener is None:
             spec = describe_onnx(self.source).spec
@@ -127,15 +128,21 @@ class _Work:
 
     def int8(self, runtime: Runtime) -> dict[str, Any]:
         """The INT8 candidates for one runtime, by name."""
-        from edgekd.engines.quantize import quantize_dynamic, quantize_weights
+        from edgekd.quantization.dynamic import quantize_dynamic
+        from edgekd.quantization.weights_only import quantize_weights
 
         kind = self.wanted.int8
         if kind == "dynamic" or kind == "weights-only":
             name = f"int8-{kind}"
             write = quantize_dynamic if kind == "dynamic" else quantize_weights
-            write(self.source, self._out(name), keep=self.wanted.keep, samples=self.calibration)
+            write(
+                self.source,
+                self._out(name),
+                keep=self.wanted.exclude_nodes,
+                samples=self.calibration,
+            )
             # TensorRT's parser takes no DynamicQuantizeLinear, and weights alone gain it nothing.
-            return {name: self._entry(name, kind, "cpu", self.wanted.keep)}
+            return {name: self._entry(name, kind, "cpu", self.wanted.exclude_nodes)}
         found = self._static(runtime)
         if kind == "qat":
             found |= self._qat(runtime)
@@ -143,27 +150,27 @@ class _Work:
 
     def half(self, kind: Literal["fp16", "bf16"]) -> dict[str, Any]:
         """The half precision candidate, by name."""
-        from edgekd.engines.half import convert_half
+        from edgekd.quantization.mixed_precision import convert_mixed_precision
 
         # ONNX Runtime's CPU provider has no bfloat16 kernels.
         runtime: Runtime | None = "tensorrt" if kind == "bf16" else None
         try:
-            info = convert_half(
+            info = convert_mixed_precision(
                 self.source,
                 self._out(kind),
                 kind,
                 samples=self.calibration,
-                keep=self.wanted.keep,
+                keep=self.wanted.exclude_nodes,
                 opens=self.opens if kind == "fp16" else None,
             )
         except CrashError as error:
             return {kind: self._refused(kind, kind, runtime, error)}
-        kept = (*self.wanted.keep, *info.kept)
+        kept = (*self.wanted.exclude_nodes, *info.kept)
         return {kind: self._entry(kind, kind, runtime, kept, half=info.to_json())}
 
     def _static(self, runtime: Runtime) -> dict[str, Any]:
-        from edgekd.engines.quantize import StaticQuantizer
-        from edgekd.engines.quantize.sensitivity import keep_accurate
+        from edgekd.quantization.mixed_precision_search import search_float_layers
+        from edgekd.quantization.static import StaticQuantizer
 
         name = f"int8-{runtime}"
         folder = self.context.scratch / name
@@ -174,7 +181,7 @@ class _Work:
             folder,
             runtime=runtime,
             calibration=self.wanted.calibration,
-            keep=self.wanted.keep,
+            keep=self.wanted.exclude_nodes,
             reduce_range=reduce_range(self.context.job),
         )
         # The search opens many files like this one in this process.
@@ -182,7 +189,7 @@ class _Work:
         if crash := self._crash(folder / "all.onnx"):
             return {name: self._refused(name, "static", runtime, crash)}
         self._say_unit()
-        decision = keep_accurate(
+        decision = search_float_layers(
             quantizer,
             self._out(name),
             self._drop_of,
@@ -207,7 +214,7 @@ class _Work:
             self.context.progress.message(
                 f"  {name}: {mixed} stays in float32, as 8 bits of one scale would lose a part"
             )
-        kept = (*self.wanted.keep, *quantizer.mixed_nodes, *decision.kept)
+        kept = (*self.wanted.exclude_nodes, *quantizer.mixed_nodes, *decision.kept)
         found = {name: self._entry(name, "static", runtime, kept, decision=decision.to_json())}
         if runtime == "cpu" and (first := quantizer.input_layers(decision.kept)):
             # Which of the two is faster is for the target to say.
@@ -235,7 +242,7 @@ class _Work:
 
         name = f"int8-{runtime}-qat"
         history = train_quantized(
-            self.ground, self.context, self.inputs, runtime, self.wanted.qat, self._out(name)
+            self.task_data, self.context, self.inputs, runtime, self.wanted.qat, self._out(name)
         )
         write_json(self.context.out / f"{name}-history.json", history.to_json())
         # What torchao does not round (transposed and one-dimensional convolutions) stays as it is.
@@ -260,8 +267,8 @@ class _Work:
         ``kept`` are the layers that are in float32 on purpose; a builder that finds another one
         there refuses the file.
         """
-        from edgekd.engines.half_verify import write_rounded
-        from edgekd.engines.quantize.float_weights import float_nodes
+        from edgekd.quantization.float_weights import float_nodes
+        from edgekd.quantization.mixed_precision_verify import write_rounded
 
         file = self._out(name)
         there = _node_names(file)
@@ -320,14 +327,14 @@ class _Work:
 
 
 def _node_names(file: Path) -> set[str]:
-    from edgekd.engines.onnx_file import read_onnx
+    from edgekd.onnx.file import read_onnx
 
     return {node.name for node in read_onnx(file).graph.node}
 
 
 def _float_layers(file: Path) -> list[str]:
     """Layers of a Q/DQ file whose weights were left in float32."""
-    from edgekd.engines.onnx_file import read_onnx
+    from edgekd.onnx.file import read_onnx
 
     nodes = read_onnx(file).graph.node
     given = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.pipeline.stage import Context, Job
-from edgekd.stages.fitting import read_json
 from edgekd.stages.quantize import INDEX
+from edgekd.stages.task_data import read_json
 
 
 class ReportStage:
@@ -24,9 +24,8 @@ class ReportStage:
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """See :class:`edgekd.pipeline.stage.Stage`."""
-        from edgekd.release.engine_tables import quantized_rows
         from edgekd.release.gate import read_gate
-        from edgekd.release.report import write_report
+        from edgekd.release.report import quantized_rows, write_report
 
         histories = {
             "teacher": inputs["teacher"] / "history.json",

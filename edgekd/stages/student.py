@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 from edgekd.config.networks import TEACHERS_OWN, ModelConfig, TeacherConfig
 from edgekd.config.pipeline import PipelineConfig
 from edgekd.errors import InputError
-from edgekd.pipeline.fingerprint import file_sha256, library_versions
+from edgekd.files import file_sha256
+from edgekd.pipeline.fingerprint import library_versions
 from edgekd.pipeline.stage import Context, Job
 from edgekd.spec import ModelSpec
-from edgekd.stages.fitting import Ground, hub_identity, open_ground, scale_output, write_json
+from edgekd.stages.task_data import TaskData, open_task_data, write_json
 from edgekd.stages.teacher import WEIGHTS, some_samples
 from edgekd.stages.teacher_adaptation import plan_adaptation, read_adaptation, write_adaptation
+from edgekd.stages.training import hub_fingerprint, scale_output
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from edgekd.models.named import NamedModel
+    from edgekd.models.dict_model import DictModel
     from edgekd.students import Pruned
 
 FIRST_WEIGHTS, STRUCTURE = "first.safetensors", "structure.json"
@@ -54,27 +56,27 @@ class StudentStage:
             "seed": job.config.seed,
             "task": [job.config.task, job.config.task_args],
             **files,
-            **hub_identity(network.model),
+            **hub_fingerprint(network.model),
             **(_pruning_library() if student.prune is not None else {}),
         }
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """See :class:`edgekd.pipeline.stage.Stage`."""
-        from edgekd.models.named import count_parameters
+        from edgekd.models.dict_model import count_parameters
         from edgekd.models.repeatable import check_repeatable
         from edgekd.models.weights import load_weights, save_weights
 
         job = context.job
-        ground = open_ground(inputs["data"], job.config)
+        task_data = open_task_data(inputs["data"], job.config)
         student = job.config.student
         student_network(job.config)
         if student.model == TEACHERS_OWN:
-            write_adaptation(read_adaptation(inputs["teacher"], ground), context.out)
-            model = build_student(ground, context.out)
+            write_adaptation(read_adaptation(inputs["teacher"], task_data), context.out)
+            model = build_student(task_data, context.out)
             load_weights(model, inputs["teacher"] / WEIGHTS, where="student")
         else:
-            model = build_student(ground, None)
-            if student.checkpoint is None and (scaled := scale_output(ground, model)):
+            model = build_student(task_data, None)
+            if student.checkpoint is None and (scaled := scale_output(task_data, model)):
                 context.progress.message(f"  student: {scaled}")
         if student.checkpoint is not None:
             notes = load_weights(
@@ -86,12 +88,12 @@ class StudentStage:
             )
             for note in notes:
                 context.progress.message(f"  student: {note}")
-        batch = some_samples(ground)
+        batch = some_samples(task_data)
         check_repeatable(model, batch, "student.model")
-        check_logits(model, batch, ground, "student.model")
+        check_logits(model, batch, task_data, "student.model")
         described: dict[str, Any] = {}
         if student.prune is not None:
-            pruned = _pruned(ground, model, context)
+            pruned = _pruned(task_data, model, context)
             model, described = pruned.model, {"pruned": pruned.to_json()}
         save_weights(model, context.out / FIRST_WEIGHTS)
         spec = model.spec.to_json() | {"parameters": count_parameters(model)}
@@ -99,11 +101,11 @@ class StudentStage:
         context.progress.message(f"  student: {count_parameters(model):,} parameters")
 
 
-def build_student(ground: Ground, folder: Path | None, index: int = 0) -> NamedModel:
+def build_student(task_data: TaskData, folder: Path | None, index: int = 0) -> DictModel:
     """The student's network with fresh weights drawn from the pipeline's seed.
 
     Args:
-        ground: the data and the task.
+        task_data: the data and the task.
         folder: the student stage's artifact, which says what was pruned; None: the network before
             anything is.
         index: 0 for the student; another one draws other weights, for a scheme's further ones.
@@ -116,16 +118,16 @@ def build_student(ground: Ground, folder: Path | None, index: int = 0) -> NamedM
     from edgekd.models.adapted import Adaptation, adapt
     from edgekd.models.build import build_model
 
-    torch.manual_seed(ground.config.seed + index * 1_000_003)
-    spec = ModelSpec(ground.dataset.inputs, ground.task.outputs(ground.dataset))
-    network = student_network(ground.config)
-    adaptation = Adaptation(ground.task.output)
+    torch.manual_seed(task_data.config.seed + index * 1_000_003)
+    spec = ModelSpec(task_data.dataset.inputs, task_data.task.outputs(task_data.dataset))
+    network = student_network(task_data.config)
+    adaptation = Adaptation(task_data.task.output)
     if isinstance(network, TeacherConfig):
         # The teacher's own network answers for the data in the same way.
         adaptation = (
-            read_adaptation(folder, ground)
+            read_adaptation(folder, task_data)
             if folder is not None
-            else plan_adaptation(ground, network, "teacher", None, lambda text: None)
+            else plan_adaptation(task_data, network, "teacher", None, lambda text: None)
         )
     own = adaptation.network_spec(spec)
     model = adapt(build_model(network, own.inputs, own.outputs, where="student"), spec, adaptation)
@@ -137,7 +139,7 @@ def build_student(ground: Ground, folder: Path | None, index: int = 0) -> NamedM
 
 
 def check_logits(
-    model: NamedModel, batch: Mapping[str, Tensor], ground: Ground, where: str
+    model: DictModel, batch: Mapping[str, Tensor], task_data: TaskData, where: str
 ) -> None:
     """Refuse a network to be trained that ends in a softmax, which the losses apply once more.
 
@@ -148,10 +150,10 @@ def check_logits(
 
     from edgekd.models.adapted import recognized_form
 
-    if ground.task.name != "classification":
+    if task_data.task.name != "classification":
         return
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        answers = model.eval()(batch)[ground.task.output]
+        answers = model.eval()(batch)[task_data.task.output]
     if recognized_form(answers) == "probabilities":
         raise InputError(
             "the network's outputs are probabilities, which sum to 1, and the losses take logits: "
@@ -180,15 +182,15 @@ def student_network(config: PipelineConfig) -> ModelConfig:
     return config.teacher
 
 
-def _pruned(ground: Ground, model: NamedModel, context: Context) -> Pruned:
+def _pruned(task_data: TaskData, model: DictModel, context: Context) -> Pruned:
     """Prune the student as the pipeline says, and write its structure down."""
     from edgekd.students import prune, write_cuts
 
-    config = ground.config.student.prune
+    config = task_data.config.student.prune
     assert config is not None
     if config.importance == "taylor":
-        _add_gradients(ground, model)
-    pruned = prune(model, config, ground.config.seed)
+        _add_gradients(task_data, model)
+    pruned = prune(model, config, task_data.config.seed)
     write_cuts(pruned.cuts, context.out / STRUCTURE)
     context.progress.message(f"  pruned: {pruned.summary()}")
     if pruned.left:
@@ -197,7 +199,7 @@ def _pruned(ground: Ground, model: NamedModel, context: Context) -> Pruned:
     return pruned
 
 
-def _add_gradients(ground: Ground, model: NamedModel) -> None:
+def _add_gradients(task_data: TaskData, model: DictModel) -> None:
     """Give every parameter the gradient of the task's loss on labelled training samples.
 
     Raises:
@@ -207,7 +209,7 @@ def _add_gradients(ground: Ground, model: NamedModel) -> None:
 
     from edgekd.data.loader import Loader
 
-    rows = ground.labelled_rows("train")
+    rows = task_data.labelled_rows("train")
     if len(rows) == 0:
         raise InputError(
             "the importance 'taylor' needs labels, and no training sample has one",
@@ -215,11 +217,11 @@ def _add_gradients(ground: Ground, model: NamedModel) -> None:
             remedy="use magnitude or lamp",
         )
     model.eval()
-    loader = Loader("train", ground.dataset, min(_GRADIENT_BATCH, len(rows)), rows=rows)
+    loader = Loader("train", task_data.dataset, min(_GRADIENT_BATCH, len(rows)), rows=rows)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    for number, batch in enumerate(loader.epoch(ground.config.seed, 1), start=1):
-        torch.autograd.backward(ground.task.hard_loss(model(batch), batch))
+    for number, batch in enumerate(loader.epoch(task_data.config.seed, 1), start=1):
+        torch.autograd.backward(task_data.task.hard_loss(model(batch), batch))
         if number * _GRADIENT_BATCH >= _GRADIENT_SAMPLES:
             break
 

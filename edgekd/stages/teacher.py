@@ -8,16 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from edgekd.config.networks import TeacherConfig
 from edgekd.errors import InputError
-from edgekd.pipeline.fingerprint import file_sha256
+from edgekd.files import file_sha256
 from edgekd.pipeline.stage import Context, Job
-from edgekd.stages.fitting import (
-    Ground,
-    fit,
-    hub_identity,
-    open_ground,
-    scale_output,
-    write_json,
-)
+from edgekd.stages.task_data import TaskData, open_task_data, write_json
 from edgekd.stages.teacher_adaptation import (
     check_order,
     plan_adaptation,
@@ -25,16 +18,17 @@ from edgekd.stages.teacher_adaptation import (
     with_form,
     write_adaptation,
 )
+from edgekd.stages.training import fit, hub_fingerprint, scale_output
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from edgekd.distill.history import History
+    from edgekd.distill.checkpoint import History
     from edgekd.distill.teacher import OnnxTeacher, Teacher
     from edgekd.models.adapted import Adaptation
-    from edgekd.models.named import NamedModel
+    from edgekd.models.dict_model import DictModel
     from edgekd.tasks import Task
 
 WEIGHTS, BLACK_BOX = "teacher.safetensors", "teacher.onnx"
@@ -54,12 +48,12 @@ class TeacherStage:
         """See :class:`edgekd.pipeline.stage.Stage`."""
         teacher = job.config.teacher
         chosen = teacher.model_dump(mode="json", exclude={"checkpoint", "onnx"})
-        files = hub_identity(teacher.model)
+        files = hub_fingerprint(teacher.model)
         if teacher.checkpoint is not None:
             path = _existing(job, "teacher.checkpoint", teacher.checkpoint)
             files["checkpoint"] = file_sha256(path)
         if teacher.onnx is not None:
-            from edgekd.engines.onnx import files_of_onnx
+            from edgekd.onnx.export import files_of_onnx
 
             parts = files_of_onnx(_existing(job, "teacher.onnx", teacher.onnx))
             files["onnx"] = " ".join(map(file_sha256, parts))
@@ -70,38 +64,38 @@ class TeacherStage:
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """See :class:`edgekd.pipeline.stage.Stage`."""
         from edgekd.distill.teacher import ModuleTeacher
-        from edgekd.engines.onnx_adopt import pack_onnx, rename_onnx
         from edgekd.models.weights import save_weights
+        from edgekd.onnx.import_onnx import pack_onnx, rename_onnx
 
         job = context.job
         config = job.config.teacher
-        ground = open_ground(inputs["data"], job.config)
+        task_data = open_task_data(inputs["data"], job.config)
         if config.onnx is not None:
             packed = context.out / BLACK_BOX
             pack_onnx(_existing(job, "teacher.onnx", config.onnx), packed)
-            black_box = _black_box(ground, config, packed, "teacher", context)
+            black_box = _black_box(task_data, config, packed, "teacher", context)
             # Student and teacher are timed on the same samples, so they share their names.
             rename_onnx(packed, black_box.names)
             write_adaptation(black_box.adaptation, context.out)
-            teacher = open_teacher(context.out, ground)
+            teacher = open_teacher(context.out, task_data)
         else:
-            model, history = _trained_or_loaded(ground, config, context, "teacher")
+            model, history = _trained_or_loaded(task_data, config, context, "teacher")
             if history is not None:
                 write_json(context.out / "history.json", history.to_json())
             save_weights(model, context.out / WEIGHTS)
             write_adaptation(adaptation_of(model), context.out)
             teacher = ModuleTeacher(model)
-        write_json(context.out / "validation.json", check_teacher(teacher, ground, context))
+        write_json(context.out / "validation.json", check_teacher(teacher, task_data, context))
 
 
 def _trained_or_loaded(
-    ground: Ground, config: TeacherConfig, context: Context, where: str
-) -> tuple[NamedModel, History | None]:
+    task_data: TaskData, config: TeacherConfig, context: Context, where: str
+) -> tuple[DictModel, History | None]:
     """A teacher network with its weights, and its history when it was trained here."""
     from edgekd.distill.objective import Objective
     from edgekd.models.adapted import adapt
     from edgekd.models.class_order import class_names_in
-    from edgekd.models.named import NamedModel
+    from edgekd.models.dict_model import DictModel
     from edgekd.models.repeatable import check_repeatable
     from edgekd.models.weights import load_weights, read_checkpoint
 
@@ -112,96 +106,98 @@ def _trained_or_loaded(
         path = _existing(context.job, at, config.checkpoint)
         read = read_checkpoint(path, config.allow_pickle, at)
     named = read.class_names() if read is not None else None
-    planned = plan_adaptation(ground, config, where, named, say)
-    model = build_teacher(ground, config, where, planned)
+    planned = plan_adaptation(task_data, config, where, named, say)
+    model = build_teacher(task_data, config, where, planned)
     if read is not None:
         for note in load_weights(model, read, key=config.checkpoint_key, prefix=config.prefix):
             say(f"  {where}: {note}")
     hub = getattr(model.module, "config", None)
     if named is None and (named := class_names_in(getattr(hub, "__dict__", None))) is not None:
-        planned = plan_adaptation(ground, config, where, named, say)
-    batch = some_samples(ground)
+        planned = plan_adaptation(task_data, config, where, named, say)
+    batch = some_samples(task_data)
     check_repeatable(model, batch, where)
-    if ground.task.name == "classification":
+    if task_data.task.name == "classification":
         import torch
 
-        network = NamedModel(model.module, planned.network_spec(model.spec)).eval()
+        network = DictModel(model.module, planned.network_spec(model.spec)).eval()
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            answers = network(planned.prepare(batch))[ground.task.output]
+            answers = network(planned.prepare(batch))[task_data.task.output]
         planned = with_form(planned, answers, config, where, say)
     spec, scale, offset = model.spec, model.output_scale, model.output_offset
-    model = adapt(NamedModel(model.module, planned.network_spec(spec)), spec, planned)
+    model = adapt(DictModel(model.module, planned.network_spec(spec)), spec, planned)
     model.scale_output(scale, offset)
     if config.train is None:
         return model, None
-    if scaled := scale_output(ground, model):
+    if scaled := scale_output(task_data, model):
         say(f"  {where}: {scaled}")
-    objective = Objective.supervised(ground.task, config.train.label_smoothing)
-    return model, fit(ground, model, objective, config.train, where, context)
+    objective = Objective.supervised(task_data.task, config.train.label_smoothing)
+    return model, fit(task_data, model, objective, config.train, where, context)
 
 
 def _black_box(
-    ground: Ground, config: TeacherConfig, path: Path, where: str, context: Context
+    task_data: TaskData, config: TeacherConfig, path: Path, where: str, context: Context
 ) -> OnnxTeacher:
     """An ONNX file as a teacher, with what lies between it and the data."""
     from edgekd.distill.teacher import OnnxTeacher, check_repeatable_answers
-    from edgekd.engines.onnx_file import describe_onnx
     from edgekd.models.class_order import class_names_in_metadata
+    from edgekd.onnx.file import describe_onnx
 
-    say, outputs = context.progress.message, ground.task.outputs(ground.dataset)
+    say, outputs = context.progress.message, task_data.task.outputs(task_data.dataset)
     named = class_names_in_metadata(describe_onnx(path).metadata)
-    planned = plan_adaptation(ground, config, where, named, say)
-    teacher = OnnxTeacher(path, ground.dataset.inputs, outputs, adaptation=planned)
-    batch = some_samples(ground)
+    planned = plan_adaptation(task_data, config, where, named, say)
+    teacher = OnnxTeacher(path, task_data.dataset.inputs, outputs, adaptation=planned)
+    batch = some_samples(task_data)
     check_repeatable_answers(teacher, batch, where)
-    if ground.task.name == "classification":
-        answers = teacher.raw_answer(batch)[ground.task.output]
+    if task_data.task.name == "classification":
+        answers = teacher.raw_answer(batch)[task_data.task.output]
         teacher.adaptation = with_form(planned, answers, config, where, say)
     return teacher
 
 
-def some_samples(ground: Ground) -> dict[str, Tensor]:
+def some_samples(task_data: TaskData) -> dict[str, Tensor]:
     """Some inputs of the validation split, spread over it, as tensors of their own."""
     import numpy as np
     import torch
 
-    total = len(ground.dataset.splits["validation"])
+    total = len(task_data.dataset.splits["validation"])
     rows = np.unique(np.linspace(0, total - 1, min(_TRIED_SAMPLES, total)).astype(int))
-    each = [ground.dataset.model_inputs("validation", int(r), int(r) + 1) for r in rows]
+    each = [task_data.dataset.model_inputs("validation", int(r), int(r) + 1) for r in rows]
     return {name: torch.from_numpy(np.concatenate([one[name] for one in each])) for name in each[0]}
 
 
-def adaptation_of(model: NamedModel) -> Adaptation:
+def adaptation_of(model: DictModel) -> Adaptation:
     """What lies between the data and a network."""
     from edgekd.models.adapted import Adaptation, AdaptedModel
 
     return model.adaptation if isinstance(model, AdaptedModel) else Adaptation()
 
 
-def load_teacher(ground: Ground, config: TeacherConfig, context: Context, where: str) -> Teacher:
+def load_teacher(
+    task_data: TaskData, config: TeacherConfig, context: Context, where: str
+) -> Teacher:
     """A teacher beside the pipeline's own, such as a member of an ensemble.
 
     Args:
-        ground: the data and the task.
+        task_data: the data and the task.
         config: its section.
         context: of the stage that needs it; a training leaves its checkpoints there.
         where: its YAML position, for errors and as the label of its training.
     """
-    from edgekd.distill.runtime import training_device
+    from edgekd.distill.distributed import training_device
     from edgekd.distill.teacher import ModuleTeacher
 
     if config.onnx is not None:
         path = _existing(context.job, f"{where}.onnx", config.onnx)
-        teacher: Teacher = _black_box(ground, config, path, where, context)
+        teacher: Teacher = _black_box(task_data, config, path, where, context)
     else:
-        model, _ = _trained_or_loaded(ground, config, context, where)
+        model, _ = _trained_or_loaded(task_data, config, context, where)
         teacher = ModuleTeacher(model.to(training_device()))
-    check_teacher(teacher, ground, context, where)
+    check_teacher(teacher, task_data, context, where)
     return teacher
 
 
 def check_teacher(
-    teacher: Teacher, ground: Ground, context: Context, where: str = "teacher"
+    teacher: Teacher, task_data: TaskData, context: Context, where: str = "teacher"
 ) -> dict[str, Any]:
     """Show a teacher's metric on validation beside chance, and refuse one that is no better.
 
@@ -220,17 +216,17 @@ def check_teacher(
     from edgekd.distill.teacher import adaptation_of_teacher
     from edgekd.release.statistics import paired_difference
 
-    task = ground.task
-    rows = ground.labelled_rows("validation")
+    task = task_data.task
+    rows = task_data.labelled_rows("validation")
     if len(rows) == 0:
         context.progress.message(
             f"  {where}: no validation sample has a label, so what it knows is not checked"
         )
         return {task.metric: None, "chance": None, "labelled": 0}
-    arrays = ground.dataset.splits["validation"].arrays
-    targets = {s.name: arrays[s.name][rows] for s in ground.dataset.targets}
+    arrays = task_data.dataset.splits["validation"].arrays
+    targets = {s.name: arrays[s.name][rows] for s in task_data.dataset.targets}
     seen = _Decisions(teacher, task)
-    scores = score(seen.answer, ground.validation_loader(), task)
+    scores = score(seen.answer, task_data.validation_loader(), task)
     by_chance = task.scores(task.constant(targets), targets)
     metric, chance = float(scores.mean()), float(by_chance.mean())
     context.progress.message(
@@ -239,7 +235,7 @@ def check_teacher(
     )
     if task.name == "classification":
         figures = f"{task.metric} {metric:.4f}"
-        check_order(ground, adaptation_of_teacher(teacher), *seen.labelled(), figures, where)
+        check_order(task_data, adaptation_of_teacher(teacher), *seen.labelled(), figures, where)
     if len(rows) >= ENOUGH_LABELS:
         sign = 1 if task.higher_is_better else -1
         # The lower end of a two-sided 90 % interval is a one-sided 95 % bound.
@@ -282,15 +278,15 @@ class _Decisions:
 
 
 def build_teacher(
-    ground: Ground,
+    task_data: TaskData,
     config: TeacherConfig | None = None,
     where: str = "teacher",
     adaptation: Adaptation | None = None,
-) -> NamedModel:
+) -> DictModel:
     """The teacher's network with fresh weights drawn from the pipeline's seed.
 
     Args:
-        ground: the data and the task.
+        task_data: the data and the task.
         config: its section; None: the pipeline's.
         where: its YAML position, for errors.
         adaptation: what lies between it and the data; None: what the section alone says.
@@ -301,44 +297,44 @@ def build_teacher(
     from edgekd.models.build import build_model
     from edgekd.spec import ModelSpec
 
-    config = config or ground.config.teacher
+    config = config or task_data.config.teacher
     if adaptation is None:
-        adaptation = plan_adaptation(ground, config, where, None, lambda text: None)
-    torch.manual_seed(ground.config.seed)
-    spec = ModelSpec(ground.dataset.inputs, ground.task.outputs(ground.dataset))
+        adaptation = plan_adaptation(task_data, config, where, None, lambda text: None)
+    torch.manual_seed(task_data.config.seed)
+    spec = ModelSpec(task_data.dataset.inputs, task_data.task.outputs(task_data.dataset))
     own = adaptation.network_spec(spec)
     remedy = (
         "give its last layer that size; or, if it was trained with other classes beside these, "
         f"name all of its outputs in their order under {where}: 'classes: […]'"
-        if ground.task.name == "classification" and config.train is None
+        if task_data.task.name == "classification" and config.train is None
         else ""
     )
     network = build_model(config, own.inputs, own.outputs, where=where, remedy=remedy)
     return adapt(network, spec, adaptation)
 
 
-def open_network(folder: Path, ground: Ground) -> NamedModel:
+def open_network(folder: Path, task_data: TaskData) -> DictModel:
     """The network of a finished teacher stage with its weights, and what adapts it to the data."""
     from edgekd.models.weights import load_weights
 
-    model = build_teacher(ground, adaptation=read_adaptation(folder, ground))
+    model = build_teacher(task_data, adaptation=read_adaptation(folder, task_data))
     load_weights(model, folder / WEIGHTS, where="teacher")
     return model
 
 
-def open_teacher(folder: Path, ground: Ground) -> Teacher:
+def open_teacher(folder: Path, task_data: TaskData) -> Teacher:
     """The teacher of a finished teacher stage, ready to answer."""
-    from edgekd.distill.runtime import training_device
+    from edgekd.distill.distributed import training_device
     from edgekd.distill.teacher import ModuleTeacher, OnnxTeacher
 
     if (folder / BLACK_BOX).is_file():
         return OnnxTeacher(
             folder / BLACK_BOX,
-            ground.dataset.inputs,
-            ground.task.outputs(ground.dataset),
-            adaptation=read_adaptation(folder, ground),
+            task_data.dataset.inputs,
+            task_data.task.outputs(task_data.dataset),
+            adaptation=read_adaptation(folder, task_data),
         )
-    return ModuleTeacher(open_network(folder, ground).to(training_device()))
+    return ModuleTeacher(open_network(folder, task_data).to(training_device()))
 
 
 def _existing(job: Job, where: str, name: str) -> Path:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgekd.config.networks import TeacherConfig
 from edgekd.errors import InputError
-from edgekd.stages.fitting import Ground, read_json, write_json
+from edgekd.stages.task_data import TaskData, read_json, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,12 +23,12 @@ Say = Callable[[str], None]
 
 
 def plan_adaptation(
-    ground: Ground, config: TeacherConfig, where: str, found: ClassNames | None, say: Say
+    task_data: TaskData, config: TeacherConfig, where: str, found: ClassNames | None, say: Say
 ) -> Adaptation:
     """The preprocessing and the order of the outputs, from the section and from the file.
 
     Args:
-        ground: the data and the task.
+        task_data: the data and the task.
         config: the teacher's section; its ``classes`` go before the file's.
         where: its YAML position, for errors.
         found: the class names that its file holds.
@@ -40,7 +40,7 @@ def plan_adaptation(
     from edgekd.models.adapted import Adaptation, input_adaptation
     from edgekd.models.class_order import ClassNames, output_order
 
-    dataset, task = ground.dataset, ground.task
+    dataset, task = task_data.dataset, task_data.task
     own = input_adaptation(
         config.preprocess, dataset.inputs, dataset.preprocess, f"{where}.preprocess"
     )
@@ -54,7 +54,7 @@ def plan_adaptation(
                     remedy=f"remove {key}",
                 )
         return planned
-    labels = class_labels(ground)
+    labels = class_labels(task_data)
     names = found
     if config.classes is not None:
         names = ClassNames(config.classes, f"{where}.classes")
@@ -113,17 +113,17 @@ def with_form(
     return replace(planned, form=form)
 
 
-def class_labels(ground: Ground) -> tuple[str, ...]:
+def class_labels(task_data: TaskData) -> tuple[str, ...]:
     """The data's class names, or their numbers where they have none."""
-    if ground.dataset.labels is not None:
-        return ground.dataset.labels
-    size = ground.task.outputs(ground.dataset)[0].shape[-1]
+    if task_data.dataset.labels is not None:
+        return task_data.dataset.labels
+    size = task_data.task.outputs(task_data.dataset)[0].shape[-1]
     assert isinstance(size, int)
     return tuple(map(str, range(size)))
 
 
 def check_order(
-    ground: Ground,
+    task_data: TaskData,
     adaptation: Adaptation,
     labels: Any,
     predictions: Any,
@@ -133,7 +133,7 @@ def check_order(
     """Refuse a teacher whose outputs, in another order, fit the labels far better.
 
     Args:
-        ground: the data and the task.
+        task_data: the data and the task.
         adaptation: the teacher's.
         labels: (N,) classes of labelled validation samples.
         predictions: (N,) what the teacher takes them for.
@@ -145,7 +145,7 @@ def check_order(
     """
     from edgekd.models.class_order import class_list, fitting_permutation
 
-    names = class_labels(ground)
+    names = class_labels(task_data)
     better = fitting_permutation(labels, predictions, len(names))
     if better is None:
         return
@@ -173,14 +173,17 @@ def write_adaptation(adaptation: Adaptation, folder: Path) -> None:
     write_json(folder / ADAPTATION, known)
 
 
-def read_adaptation(folder: Path, ground: Ground) -> Adaptation:
+def read_adaptation(folder: Path, task_data: TaskData) -> Adaptation:
     """The inverse of :func:`write_adaptation`; the preprocessing is the section's."""
     from edgekd.models.adapted import Adaptation, input_adaptation
 
     known: Mapping[str, Any] = read_json(folder / ADAPTATION)
-    dataset = ground.dataset
+    dataset = task_data.dataset
     own = input_adaptation(
-        ground.config.teacher.preprocess, dataset.inputs, dataset.preprocess, "teacher.preprocess"
+        task_data.config.teacher.preprocess,
+        dataset.inputs,
+        dataset.preprocess,
+        "teacher.preprocess",
     )
     order = None if known["order"] is None else tuple(known["order"])
-    return Adaptation(ground.task.output, order, known["outputs"], known["form"], own)
+    return Adaptation(task_data.task.output, order, known["outputs"], known["form"], own)

@@ -15,9 +15,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from edgekd.config.networks import PruneConfig
 from edgekd.errors import InputError, unknown_name
 from edgekd.models.build import example_batch, probe
-from edgekd.models.named import NamedModel, count_parameters
-from edgekd.students.structure import Cut, Graph, apply_cuts, torch_pruning, traced
-from edgekd.students.tracking import follows, loses_only_its_inputs
+from edgekd.models.dict_model import DictModel, count_parameters
+from edgekd.students.pruning_plan import (
+    ChannelCut,
+    Graph,
+    apply_cuts,
+    channel_dependencies,
+    loses_only_its_inputs,
+    torch_pruning,
+    traced,
+)
 
 _PRUNED_KINDS = (nn.modules.conv._ConvNd, nn.Linear)
 _WHERE = "student.prune"
@@ -40,8 +47,8 @@ class Width:
 class Pruned:
     """A pruned network, and what was done to it."""
 
-    model: NamedModel
-    cuts: tuple[Cut, ...]
+    model: DictModel
+    cuts: tuple[ChannelCut, ...]
     ratio: float
     """As it was asked for; rounding, and what stays whole, make it another one."""
     layers: tuple[Width, ...]
@@ -113,12 +120,12 @@ class _Group:
         kept = max(self.step, math.floor(wanted / self.step + 0.5) * self.step)
         self.removed = self.least_first[: max(0, self.units - kept)]
 
-    def cut(self) -> Cut:
+    def cut(self) -> ChannelCut:
         channels = [i + r * self.units for i in self.removed for r in range(self.repeats)]
-        return Cut(self.name, tuple(sorted(channels)))
+        return ChannelCut(self.name, tuple(sorted(channels)))
 
 
-def prune(model: NamedModel, config: PruneConfig, seed: int = 0) -> Pruned:
+def prune(model: DictModel, config: PruneConfig, seed: int = 0) -> Pruned:
     """A narrower copy of a network, which itself stays as it is.
 
     The layers that give the outputs keep their width, and so does what ``keep`` names (its output
@@ -174,7 +181,7 @@ def prune(model: NamedModel, config: PruneConfig, seed: int = 0) -> Pruned:
     )
 
 
-def count_macs(model: NamedModel) -> int:
+def count_macs(model: DictModel) -> int:
     """Multiply-adds of convolutions and matrix products for one sample."""
     batch = {name: tensor[:1] for name, tensor in example_batch(model.spec.inputs).items()}
     training = model.training
@@ -186,7 +193,7 @@ def count_macs(model: NamedModel) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def _kept(model: NamedModel, names: Sequence[str]) -> set[nn.Module]:
+def _kept(model: DictModel, names: Sequence[str]) -> set[nn.Module]:
     """The layers that ``keep`` names, with all inside them."""
     modules = dict(model.module.named_modules())
     for name in names:
@@ -216,7 +223,7 @@ def _importance(kind: str) -> Any:
 
 
 def _groups(
-    model: NamedModel, graph: Graph, config: PruneConfig, kept: set[nn.Module]
+    model: DictModel, graph: Graph, config: PruneConfig, kept: set[nn.Module]
 ) -> tuple[list[_Group], dict[str, str]]:
     """The groups of channels that may go, and why the others stay, by their first layer."""
     groups: list[_Group] = []
@@ -251,7 +258,7 @@ def _groups(
     return groups, dict(sorted(left.items(), key=lambda entry: order[entry[0]]))
 
 
-def _reason_to_stay(model: NamedModel, graph: Graph, group: Any, kept: set[nn.Module]) -> str:
+def _reason_to_stay(model: DictModel, graph: Graph, group: Any, kept: set[nn.Module]) -> str:
     """Why a group's channels cannot go; empty when they may."""
     is_out = graph.dependencies.is_out_channel_pruning_fn
     targets = [dep.target for dep, _ in group if is_out(dep.handler)]
@@ -259,7 +266,7 @@ def _reason_to_stay(model: NamedModel, graph: Graph, group: Any, kept: set[nn.Mo
         return "it gives an output"
     if any(target.module in kept for target in targets):
         return "keep"
-    if not follows(model, graph, group):
+    if not channel_dependencies(model, graph, group):
         return _UNCERTAIN
     return ""
 
@@ -357,13 +364,13 @@ def _choose_in_all(groups: Sequence[_Group], ratio: float) -> None:
         group.keep_about(group.units - taken[group.name])
 
 
-def _fitting(model: NamedModel, group: _Group) -> Cut | None:
+def _fitting(model: DictModel, group: _Group) -> ChannelCut | None:
     """What a group alone can lose so that the network follows; None: nothing."""
     tried = [group, *(parts for n in _PARTS if (parts := group.in_parts(n)) is not None)]
     return next((g.cut() for g in tried if _checked(model, [g.cut()]) is not None), None)
 
 
-def _checked(model: NamedModel, cuts: Sequence[Cut]) -> NamedModel | None:
+def _checked(model: DictModel, cuts: Sequence[ChannelCut]) -> DictModel | None:
     """A copy without these channels; None when it does not run, or lost something else."""
     pruned = _with_cuts(model, cuts)
     if pruned is None or not cuts:
@@ -372,7 +379,7 @@ def _checked(model: NamedModel, cuts: Sequence[Cut]) -> NamedModel | None:
         return pruned if loses_only_its_inputs(model, graph, cuts, pruned) else None
 
 
-def _with_cuts(model: NamedModel, cuts: Sequence[Cut]) -> NamedModel | None:
+def _with_cuts(model: DictModel, cuts: Sequence[ChannelCut]) -> DictModel | None:
     """A copy without these channels; None when it does not run."""
     pruned = copy.deepcopy(model)
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.errors import CrashError, EdgekdError, InputError, StageError, TargetError
-from edgekd.resources import edgerun_folder
+from edgekd.files import edgerun_folder
 
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -421,7 +421,7 @@ def _edgerun(
                 f"{sys.executable} could not be started: {error}", where=LocalTarget.name
             ) from error
     if done.returncode != 0:
-        from edgekd.engines.onnx_file import ENGINE_SUFFIXES
+        from edgekd.onnx.file import ENGINE_SUFFIXES
 
         # An engine fails for what the machine lacks, an ONNX model by itself.
         runs_model = command in ("bench", "run", "probe")

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from edgekd.arguments import check_arguments
 from edgekd.errors import InputError
-from edgekd.extension import resolve
+from edgekd.extension import check_arguments, resolve
 from edgekd.tasks.classification import Classification
-from edgekd.tasks.policy import Policy
-from edgekd.tasks.regression import Regression
-from edgekd.tasks.task import DatasetLike, Task, against_teacher, constant_outputs
+from edgekd.tasks.continuous import Policy, Regression
+from edgekd.tasks.task import DatasetLike, Task, agreement_task, constant_outputs
 
 __all__ = [
     "TASKS",
@@ -20,7 +18,7 @@ __all__ = [
     "Policy",
     "Regression",
     "Task",
-    "against_teacher",
+    "agreement_task",
     "constant_outputs",
     "get_task",
 ]
@@ -34,7 +32,7 @@ TASKS: dict[str, Callable[..., Task]] = {
 
 _MEMBERS = (
     *("output", "target", "metric", "higher_is_better"),
-    *("check", "outputs", "hard_loss", "scores", "labelled", "targets_from", "constant"),
+    *("check", "outputs", "hard_loss", "scores", "labelled", "pseudo_targets", "constant"),
 )
 
 

@@ -10,14 +10,15 @@ from pydantic import Field
 
 from edgekd.errors import InputError
 from edgekd.spec import UNLABELLED, Dimension, TensorSpec
-from edgekd.tasks.checks import (
+from edgekd.tasks.task import (
+    Arrays,
+    DatasetLike,
     check_finite,
     check_inputs,
     check_outputs_finite,
     required,
     target_arrays,
 )
-from edgekd.tasks.task import Arrays, DatasetLike
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +83,7 @@ class Classification:
         label_smoothing: float = 0.0,
     ) -> Tensor:
         """Cross-entropy, mean over the batch."""
-        from edgekd.tasks.hard import cross_entropy
+        from edgekd.tasks.losses import cross_entropy
 
         return cross_entropy(outputs[self.output], batch[self.target], label_smoothing)
 
@@ -112,7 +113,7 @@ class Classification:
         known = (labels > UNLABELLED).reshape(len(labels), -1)
         return np.asarray(known.any(axis=1))
 
-    def targets_from(self, outputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+    def pseudo_targets(self, outputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """The class of the largest logit, int64; see :class:`Task`."""
         return {self.target: required(outputs, self.output, "output").argmax(axis=-1)}
 

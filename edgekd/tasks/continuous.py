@@ -1,4 +1,4 @@
-"""What regression and policy share: continuous targets, an error per element, an optional mask."""
+"""Regression and policies: continuous targets, masked, per step of an action chunk."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy as np
 
 from edgekd.errors import InputError
 from edgekd.spec import TensorSpec
-from edgekd.tasks.checks import (
+from edgekd.tasks.task import (
+    Arrays,
+    DatasetLike,
     check_finite,
     check_inputs,
     check_outputs_finite,
     required,
     target_arrays,
 )
-from edgekd.tasks.task import Arrays, DatasetLike
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from edgekd.tasks.hard import Distance
-
+    from edgekd.tasks.losses import Distance
 
 _NARROWEST, _WIDEST = 0.1, 3.0
 """Deviations, and means, of targets that a network's first answers are near enough to."""
@@ -133,7 +133,7 @@ class ContinuousTask:
     ) -> Tensor:
         """The distance to the target over the elements that the mask keeps, in units of
         :attr:`unit`."""
-        from edgekd.tasks.hard import distance
+        from edgekd.tasks.losses import distance
 
         if label_smoothing:
             raise InputError(
@@ -176,7 +176,7 @@ class ContinuousTask:
         """Every sample has a target; see :class:`edgekd.tasks.task.Task`."""
         return np.ones(len(required(targets, self.target, "target")), bool)
 
-    def targets_from(self, outputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+    def pseudo_targets(self, outputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
         """The outputs themselves, float32; see :class:`edgekd.tasks.task.Task`."""
         predicted = required(outputs, self.output, "output")
         return {self.target: predicted.astype(np.float32, copy=False)}
@@ -236,3 +236,53 @@ def _expand(mask: np.ndarray[Any, Any], shape: tuple[int, ...]) -> np.ndarray[An
     """A mask over the leading dimensions as a boolean mask over every element."""
     trailing = (1,) * (len(shape) - mask.ndim)
     return np.broadcast_to((mask != 0).reshape(*mask.shape, *trailing), shape)
+
+
+class Regression(ContinuousTask):
+    """A prediction (B, ...) against a target of the same shape; see :class:`ContinuousTask`.
+
+    Args:
+        target: the name of the target array.
+        output: the name of the model's prediction.
+        loss: the hard loss.
+        metric: the mean absolute or the mean squared error.
+        standardize: train in units of the targets' deviation, from their mean: ``auto`` where
+            their range asks for it. What a network answers is always in the user's units.
+    """
+
+    name = "regression"
+
+    def __init__(
+        self,
+        target: str = "target",
+        output: str = "prediction",
+        loss: Literal["mse", "mae", "huber"] = "mse",
+        metric: Literal["mae", "mse"] = "mae",
+        standardize: bool | Literal["auto"] = "auto",
+    ) -> None:
+        super().__init__(target, output, loss, metric, standardize)
+
+
+class Policy(ContinuousTask):
+    """Actions (B, A), or a chunk (B, T, A), imitating recorded ones; see :class:`ContinuousTask`.
+
+    Args:
+        target: the name of the recorded actions; their mask is ``<target>_mask``.
+        output: the name of the model's actions.
+        loss: the hard loss. ``mae`` is less drawn to rare, large actions than ``mse``.
+        metric: the mean absolute or the mean squared error.
+        standardize: train in units of the targets' deviation, from their mean: ``auto`` where
+            their range asks for it. What a network answers is always in the user's units.
+    """
+
+    name = "policy"
+
+    def __init__(
+        self,
+        target: str = "action",
+        output: str = "action",
+        loss: Literal["mse", "mae", "huber"] = "mse",
+        metric: Literal["mae", "mse"] = "mae",
+        standardize: bool | Literal["auto"] = "auto",
+    ) -> None:
+        super().__init__(target, output, loss, metric, standardize)

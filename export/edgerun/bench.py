@@ -6,16 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-from edgerun.environment import describe_environment
 from edgerun.errors import BadInput
+from edgerun.files import describe_files, is_engine
 from edgerun.inputs import Feeds, feeds_from, make_feeds
 from edgerun.manifest import manifest_beside
 from edgerun.memory import empty_memory, model_memory, runtime_of
-from edgerun.model import LoadedModel, Settings, open_model
-from edgerun.model_files import describe_files, is_engine
+from edgerun.model import LoadedModel, Settings
+from edgerun.model_loading import open_model
+from edgerun.node_assignment import engine_precisions, provider_nodes
 from edgerun.percentiles import summarize
-from edgerun.placement import engine_precisions, provider_nodes
 from edgerun.sensors import read_conditions
+from edgerun.system import describe_environment
 from edgerun.timing import Stopwatch, WarmUp, compare, device_times, timed_rounds
 
 SCHEMA = "edgerun.bench/1"
@@ -26,7 +27,7 @@ that times an engine's queries on the GPU alone."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchmarkConfig:
     """What to measure and for how long.
 
     Attributes:
@@ -57,7 +58,7 @@ class Plan:
         return self.settings if index == 0 else self.against_settings or self.settings
 
 
-def bench(plan: Plan) -> dict[str, Any]:
+def bench(plan: BenchmarkConfig) -> dict[str, Any]:
     """Measure and return the record of schema ``edgerun.bench/1``; times in ms, memory in MB.
 
     Everything that would disturb the timing (hashing, memory, profiling) comes after it.
@@ -94,7 +95,7 @@ def bench(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _feeds(plan: Plan, models: Sequence[LoadedModel]) -> list[Feeds]:
+def _feeds(plan: BenchmarkConfig, models: Sequence[LoadedModel]) -> list[Feeds]:
     if plan.inputs is not None:
         if plan.shapes:
             raise BadInput(
@@ -119,7 +120,7 @@ def _feeds(plan: Plan, models: Sequence[LoadedModel]) -> list[Feeds]:
 
 
 def _record(
-    plan: Plan,
+    plan: BenchmarkConfig,
     settings: Settings,
     watch: Stopwatch,
     warm_up: WarmUp,

@@ -1,4 +1,4 @@
-"""Feeds: what a model is given, made from its declared inputs or read from an npz file."""
+"""Inputs of a model: from files or made at random, as it declares them; npz archives."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Mapping, Sequence
+from typing import IO, Any, Dict, Mapping, Sequence
 
 import numpy as np
 
@@ -15,12 +15,27 @@ from edgerun.manifest import Manifest
 from edgerun.model import TensorInfo, written
 from edgerun.shapes import BatchLayout, ChosenShape, check_shape, choose_shapes
 
+
+def write_npz(file: IO[bytes], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    """Write arrays by name, uncompressed, as ``numpy.load`` reads them.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asanyarray(array))
+
+
 Feed = Dict[str, "np.ndarray[Any, Any]"]
 """Input name → contiguous array, ready for the runtime."""
 
 FEEDS = 8
+
 FEW = 8
 """Whole numbers of an input that may be a count, a length or a shape."""
+
 FEED_BYTES = 4_000_000
 """Several feeds, so that no query sees the very bytes of the one before; few enough that they
 do not flush the caches, because an application's input was prepared just before."""

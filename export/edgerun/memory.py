@@ -20,12 +20,13 @@ from typing import Any, Sequence
 import numpy as np
 
 from edgerun.cuda_runtime import load_cuda_runtime
-from edgerun.device_memory import MemoryWatch, Unread, open_nvml
 from edgerun.errors import EdgerunError, RunFailed
+from edgerun.files import is_engine
 from edgerun.inputs import Feed
-from edgerun.model import LoadedModel, Settings, open_model
-from edgerun.model_files import is_engine
-from edgerun.tensorrt_library import MODULES
+from edgerun.model import LoadedModel, Settings
+from edgerun.model_loading import open_model
+from edgerun.nvml import MemoryWatch, Unread, open_nvml
+from edgerun.tensorrt.library import MODULES
 
 MB = 1e6
 PROCESSES = 3
@@ -59,8 +60,8 @@ def peak_mb() -> float | None:
 def runtime_of(model: LoadedModel) -> tuple[str, ...]:
     """The modules that opening a model imports, its runtime among them."""
     if is_engine(model.path):
-        return ("edgerun.engine_opening", MODULES[model.providers[0]])
-    return ("edgerun.session",)
+        return ("edgerun.tensorrt.runner", MODULES[model.providers[0]])
+    return ("edgerun.onnx_session",)
 
 
 def empty_memory(runtime: Sequence[str]) -> float | None:

@@ -13,7 +13,6 @@ from typing import Any, Callable, Mapping, Protocol, Sequence
 import numpy as np
 
 from edgerun.errors import BadInput
-from edgerun.model_files import is_engine
 
 
 @dataclass(frozen=True)
@@ -110,23 +109,6 @@ class LoadedModel(Protocol):
             BadInput: the feed does not fit what the model declares.
             RunFailed: the runtime fails.
         """
-
-
-def open_model(path: Path, settings: Settings) -> LoadedModel:
-    """Open an ONNX file with ONNX Runtime, or a TensorRT engine with its library.
-
-    Raises:
-        BadInput: the file is missing or not whole, or an engine was built for something else.
-        NoDevice: there is no GPU for an engine.
-        RunFailed: the runtime cannot load it.
-    """
-    if is_engine(path):
-        from edgerun.engine_opening import open_engine
-
-        return open_engine(path)
-    from edgerun.session import Model
-
-    return Model(path, settings)
 
 
 def check_file(path: Path) -> None:

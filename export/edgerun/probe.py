@@ -12,7 +12,8 @@ from typing import Any, Callable, Mapping
 from edgerun.errors import EdgerunError
 from edgerun.inputs import Feed, feeds_from, make_feeds
 from edgerun.manifest import manifest_beside
-from edgerun.model import LoadedModel, Settings, open_model
+from edgerun.model import LoadedModel, Settings
+from edgerun.model_loading import open_model
 
 SCHEMA = "edgerun.probe/1"
 OPENS, RUNS = "opens", "runs"

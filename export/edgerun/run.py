@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 
 from edgerun.errors import BadInput, RunFailed
-from edgerun.inputs import Samples, load_arrays
+from edgerun.inputs import Samples, load_arrays, write_npz
 from edgerun.manifest import Manifest
 from edgerun.model import LoadedModel
-from edgerun.npz import write_npz
 
 BATCH = 64
 """Samples of one call, for a model of open batch size."""

@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from edgerun.device_memory import read_gpus
+from edgerun.nvml import read_gpus
 
 ROOT = Path("/")
 

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edgerun.errors import BadInput
-from edgerun.model_files import sha256
+from edgerun.files import sha256
 
 MANIFEST = "manifest.json"
 

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from edgekd.engines.onnx_file import describe_onnx
-from edgekd.engines.quantize import StaticQuantizer
-from edgekd.engines.sample_files import open_samples
+from edgekd.onnx.file import describe_onnx
+from edgekd.onnx.sample_files import open_samples
+from edgekd.quantization.static import StaticQuantizer
 
 
 def main() -> None:

@@ -42,8 +42,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import edgekd
-from edgekd.config.data import DataConfig
 from edgekd.config.networks import ModelConfig
+from edgekd.config.pipeline import DataConfig
 from edgekd.config.training import CacheConfig, LossTerm, TrainConfig
 from edgekd.data import Split, load_dataset, open_dataset, save_dataset
 from edgekd.data.loader import Loader
@@ -51,7 +51,7 @@ from edgekd.distill.cache import fill_cache
 from edgekd.distill.objective import Objective
 from edgekd.distill.teacher import ModuleTeacher, Teacher
 from edgekd.distill.trainer import train
-from edgekd.models import NamedModel, build_model, count_parameters
+from edgekd.models import DictModel, build_model, count_parameters
 from edgekd.tasks import get_task
 
 BATCH = 128
@@ -89,7 +89,7 @@ class ClockedLoader(Loader):
 class Tensors(nn.Module):
     """A network as other loops call it: images in, logits out."""
 
-    def __init__(self, network: NamedModel) -> None:
+    def __init__(self, network: DictModel) -> None:
         super().__init__()
         self.network = network.module
 
@@ -110,13 +110,13 @@ class Bench:
         self.teacher = self._network(options.teacher, seed=1)
         self.student = self._network(options.student, seed=0)
 
-    def _network(self, name: str, seed: int) -> NamedModel:
+    def _network(self, name: str, seed: int) -> DictModel:
         torch.manual_seed(seed)
         config = NETWORKS.get(name, ModelConfig(model=name))
         return build_model(config, self.dataset.inputs, self.outputs)
 
     def loader(self, laps: Laps) -> ClockedLoader:
-        """Training batches, as ``edgekd.stages.fitting.fit`` makes them."""
+        """Training batches, as ``edgekd.stages.training.fit`` makes them."""
         views = min(CacheConfig().views, self.options.epochs) if self.options.augment else 1
         loader = ClockedLoader(
             "train",

@@ -20,7 +20,7 @@ from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image
 from skimage import data
 
-from edgekd.engines.onnx import export_onnx
+from edgekd.onnx.export import export_onnx
 from edgekd.spec import ModelSpec, TensorSpec
 
 SIDE = 224

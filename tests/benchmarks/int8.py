@@ -21,9 +21,9 @@ import numpy as np
 import onnx
 
 from edgekd.api import quantize
-from edgekd.engines.batched_run import run_samples
-from edgekd.engines.onnx_file import describe_onnx
-from edgekd.engines.sample_files import open_samples
+from edgekd.onnx.batch_inference import run_samples
+from edgekd.onnx.file import describe_onnx
+from edgekd.onnx.sample_files import open_samples
 from edgekd.targets import LocalTarget
 
 Way = Callable[[Path, Path, Path, Path], None]

@@ -33,14 +33,16 @@ METHODS: dict[str, list[str]] = {
     "soft labels": [f"distill.losses=[{SOFT}]"],
     "soft labels only, T=1": ["distill.losses=[{soft_labels: {temperature: 1}}]"],
     "soft labels only, T=4": ["distill.losses=[{soft_labels: {temperature: 4}}]"],
-    "logit regression": [f"distill.losses=[{HARD}, {{regression: {{kind: mse}}, weight: 0.1}}]"],
-    "teacher's labels": ["distill.losses=[hard_labels, teacher_labels]"],
+    "logit regression": [
+        f"distill.losses=[{HARD}, {{output_regression: {{kind: mse}}, weight: 0.1}}]"
+    ],
+    "teacher's labels": ["distill.losses=[hard_labels, hard_distillation]"],
     "DKD": [
         f"distill.losses=[{HARD}, {{dkd: {{beta: 2}}, weight: {{start: 0, end: 1, over: 0.1}}}}]"
     ],
     "DIST": [f"distill.losses=[{HARD}, {{dist: {{}}, weight: 2}}]"],
     "logit standardization": [
-        "distill.losses=[{hard_labels: {}, weight: 0.1}, {standardized: {}, weight: 9}]"
+        "distill.losses=[{hard_labels: {}, weight: 0.1}, {logit_standardization: {}, weight: 9}]"
     ],
     "MLKD": [f"distill.losses=[{HARD}, {{mlkd: {{}}, weight: 0.02}}]"],
     "WSLD": [f"distill.losses=[{HARD}, {{wsld: {{}}, weight: 2.5}}]"],
@@ -49,10 +51,10 @@ METHODS: dict[str, list[str]] = {
         "{dkd: {beta: 2}, weight: {start: 0, end: 0.5, over: 0.1}}]"
     ],
     "JSD": [f"distill.losses=[{HARD}, {{jsd: {{}}, weight: 4}}]"],
-    "virtual teacher": ["distill.losses=[hard_labels, {virtual_teacher: {}, weight: 0.1}]"],
+    "virtual teacher": ["distill.losses=[hard_labels, {tf_kd: {}, weight: 0.1}]"],
     "RKD of logits": [f"distill.losses=[{SOFT}, {{rkd: {{}}, weight: 0.02}}]"],
     "RKD": [f"distill.losses=[{SOFT}, {{rkd: {POOLED}, weight: 0.02}}]"],
-    "SP": [f"distill.losses=[{SOFT}, {{similarity: {POOLED}, weight: 3000}}]"],
+    "SP": [f"distill.losses=[{SOFT}, {{sp: {POOLED}, weight: 3000}}]"],
     "PKT": [f"distill.losses=[{SOFT}, {{pkt: {POOLED}, weight: 30000}}]"],
     "FitNets": [f"distill.losses=[{SOFT}, {{fitnets: {LAST}, weight: 10}}]"],
     "AT": [f"distill.losses=[{SOFT}, {{attention: {{{STAGES}}}, weight: 1000}}]"],
@@ -78,11 +80,11 @@ def run(pipeline: Path, folder: Path, method: str, seed: int, overrides: list[st
     from edgekd.distill.evaluate import score
     from edgekd.distill.teacher import ModuleTeacher
     from edgekd.models.weights import load_weights
-    from edgekd.stages.fitting import open_ground, read_json
     from edgekd.stages.student import build_student
+    from edgekd.stages.task_data import open_task_data, read_json
     from edgekd.stages.teacher import open_teacher
 
-    ground = open_ground(outcome.folder("data"), job.config)
+    ground = open_task_data(outcome.folder("data"), job.config)
     student = build_student(ground, outcome.folder("student"))
     load_weights(student, outcome.folder("distill") / "student.safetensors")
     test = Loader("test", ground.dataset, 500)

@@ -6,7 +6,7 @@ import numpy as np
 from click.testing import CliRunner
 
 from edgekd.cli import main
-from tests.engines.quantize.graphs import Graph
+from tests.onnx_builders import Graph
 
 CLASSES = 5
 

@@ -193,9 +193,7 @@ def test_options_of_a_model_are_refused_for_a_pipeline(tmp_path):
 
 def test_a_pipeline_is_run_up_to_its_engines(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        "edgekd.cli.stage_command.run_pipeline_until", lambda *words: asked.append(words)
-    )
+    monkeypatch.setattr("edgekd.cli.run.run_pipeline_until", lambda *words: asked.append(words))
     done = invoke(tmp_path / "p.yaml", "-o", tmp_path / "run", "--set", "seed=1", "-q")
     assert done.exit_code == 0, done.output
     assert asked == [(tmp_path / "p.yaml", "engines", ("seed=1",), tmp_path / "run", True)]

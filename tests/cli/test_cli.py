@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from edgekd.cli import _COMMANDS, main
-from edgekd.resources import pipelines_folder
+from edgekd.files import pipelines_folder
 
 
 def invoke(*arguments: str):

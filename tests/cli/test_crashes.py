@@ -14,8 +14,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekd.engines.half import convert_half
 from edgekd.errors import CrashError
+from edgekd.quantization.mixed_precision import convert_mixed_precision
 from edgekd.targets import LocalTarget
 from tests.integration.commandline import call
 
@@ -183,7 +183,7 @@ def test_every_kind_of_node_that_kills_the_runtime_is_found(tmp_path):
             if node.op_type in ("Tanh", "Add") and types.get(node.output[0]) == TensorProto.FLOAT16:
                 raise CrashError("it was killed while it opened this", signal=11)
 
-    info = convert_half(model, tmp_path / "q.onnx", "fp16", opens=opens)
+    info = convert_mixed_precision(model, tmp_path / "q.onnx", "fp16", opens=opens)
     assert set(info.kept) >= {"Tanh0", "Add2", "Tanh4"}
     opens(tmp_path / "q.onnx")
 
@@ -193,5 +193,5 @@ def test_every_kind_of_node_that_kills_the_runtime_is_found(tmp_path):
 
     (tmp_path / "q.onnx").unlink()
     with pytest.raises(CrashError, match="was killed"):
-        convert_half(model, tmp_path / "q.onnx", "fp16", opens=never)
+        convert_mixed_precision(model, tmp_path / "q.onnx", "fp16", opens=never)
     assert not (tmp_path / "q.onnx").exists()

@@ -10,11 +10,12 @@ import onnx
 import pytest
 
 from edgekd.errors import StageError, TargetError
-from edgekd.stages.judge import Judge
-from edgekd.stages.own_model import QuantizeSettings, quantize_model
+from edgekd.quantization.settings import QuantizeSettings
+from edgekd.stages.evaluator import Evaluator
+from edgekd.stages.quantize_onnx import quantize_model
 from edgekd.targets import LocalTarget
 from tests.cli.quantizing import quantize
-from tests.engines.quantize.graphs import Graph, run
+from tests.onnx_builders import Graph, run
 
 
 @pytest.fixture
@@ -56,8 +57,8 @@ def test_the_other_methods_write_too(written, method):
 
 def test_labels_make_the_metric_accuracy(written, data, model):
     _, record, _ = written("--labels", "label")
-    from edgekd.engines.compare import run_samples
-    from edgekd.engines.samples import ArraySamples
+    from edgekd.onnx.compare import run_samples
+    from edgekd.onnx.samples import ArraySamples
 
     with np.load(data) as archive:
         answers = run_samples(model, ArraySamples({"image": archive["image"]}))["logits"]
@@ -79,7 +80,7 @@ def test_a_drop_that_cannot_be_met_writes_nothing_and_exits_1(
     written, tmp_path, monkeypatch, before
 ):
     # Whatever is quantized is then off, as in a network that no 8 bits can carry.
-    monkeypatch.setattr(Judge, "drop_of", lambda self, path: 1.0)
+    monkeypatch.setattr(Evaluator, "drop_of", lambda self, path: 1.0)
     out = tmp_path / "out.onnx"
     if before is not None:
         out.write_bytes(before)
@@ -99,7 +100,7 @@ def test_a_failure_after_the_file_was_made_leaves_what_was_there(
         assert path.stat().st_size > 1000
         raise StageError("the model does not run", where=str(path))
 
-    monkeypatch.setattr(Judge, "compare", fails)
+    monkeypatch.setattr(Evaluator, "compare", fails)
     out = tmp_path / "out.onnx"
     if before is not None:
         out.write_bytes(before)

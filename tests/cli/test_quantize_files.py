@@ -35,7 +35,7 @@ def test_a_file_that_would_be_lost_is_refused_before_the_work(
     def work(*args, **settings):
         raise AssertionError("work was begun")
 
-    monkeypatch.setattr("edgekd.engines.quantize.StaticQuantizer", work)
+    monkeypatch.setattr("edgekd.quantization.static.StaticQuantizer", work)
     own, other, link = tmp_path / "data.npz", tmp_path / "other.npz", tmp_path / "link.json"
     own.write_bytes(data.read_bytes())
     other.write_bytes(data.read_bytes())

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 
 from tests.cli.quantizing import quantize
-from tests.engines.quantize.graphs import Graph
+from tests.onnx_builders import Graph
 
 
 def saved(path, graph, inputs, outputs, **arrays):

@@ -20,7 +20,7 @@ distill:
   losses:
     - {hard_labels: {}, weight: 0.1}
     - {soft_labels: {temperature: 4}, weight: 0.9}
-    - teacher_labels
+    - hard_distillation
 engines: [onnxruntime]
 """
 
@@ -41,7 +41,7 @@ def test_short_forms_are_understood(write) -> None:
     assert names == [
         ("hard_labels", {}, 0.1),
         ("soft_labels", {"temperature": 4}, 0.9),
-        ("teacher_labels", {}, 1.0),
+        ("hard_distillation", {}, 1.0),
     ]
     assert config.engines[0].kind == "onnxruntime"
     assert config.teacher.train is not None

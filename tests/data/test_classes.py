@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from edgekd.config.data import DataConfig
-from edgekd.data.assemble import assemble
+from edgekd.config.pipeline import DataConfig
+from edgekd.data.build_dataset import build_dataset
 from edgekd.data.classes import ClassTarget
 from edgekd.data.source import RawData
 from edgekd.errors import InputError
@@ -17,7 +17,7 @@ LABELS = np.random.default_rng(1).permutation(np.arange(60) % 5)
 def make(label, *, name="label", names=None, count=None, splits=None, **config):
     splits = splits or {"all": {"state": STATE[: len(label)], name: label}}
     raw = RawData(splits, "here", "a test", labels=names)
-    dataset = assemble(raw, DataConfig(source="npz", **config), ClassTarget("label", count))
+    dataset = build_dataset(raw, DataConfig(source="npz", **config), ClassTarget("label", count))
     task = Classification(classes=count)
     task.check(dataset)
     return dataset, task.outputs(dataset)[0].shape
@@ -224,16 +224,16 @@ def test_the_only_sample_of_a_class_is_trained_on():
 
 def test_quantities_stay_quantities():
     raw = RawData({"all": {"state": STATE, "y": np.eye(5)[LABELS] * 2.5}}, "here", "a test")
-    assert assemble(raw, DataConfig(source="npz")).targets[0].shape == ("batch", 5)
+    assert build_dataset(raw, DataConfig(source="npz")).targets[0].shape == ("batch", 5)
     whole = RawData({"all": {"state": STATE, "y": LABELS.astype(float)}}, "here", "a test")
-    (target,) = assemble(whole, DataConfig(source="npz"), classes=None).targets
+    (target,) = build_dataset(whole, DataConfig(source="npz"), classes=None).targets
     assert (target.name, target.dtype) == ("target", "float32")
 
 
 def test_keys_for_classes_without_classes_are_refused():
     raw = RawData({"all": {"state": STATE, "y": STATE}}, "here", "a test")
     with pytest.raises(InputError, match=r"data\.classes is given"):
-        assemble(raw, DataConfig(source="npz", classes=[1, 2]), classes=None)
+        build_dataset(raw, DataConfig(source="npz", classes=[1, 2]), classes=None)
 
 
 def test_a_split_without_labels_goes_with_named_ones():

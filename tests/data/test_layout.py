@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from edgekd.config.data import DataConfig
-from edgekd.data.assemble import assemble
+from edgekd.config.pipeline import DataConfig
+from edgekd.data.build_dataset import build_dataset
 from edgekd.data.loader import preprocess
 from edgekd.data.source import RawData
 from edgekd.errors import InputError
@@ -19,7 +19,7 @@ SIGNAL = RANDOM.normal(size=(60, 3, 32)) * [[0.05], [300], [500]] + [[300], [101
 
 def make(name, array, **args):
     raw = RawData({"all": {name: array, "label": LABELS}}, "here", "a test")
-    return assemble(raw, DataConfig(source="npz", args=args))
+    return build_dataset(raw, DataConfig(source="npz", args=args))
 
 
 def values(dataset):
@@ -115,7 +115,7 @@ def test_what_cannot_be_told_is_asked_for(array, args, said):
 def test_one_layout_serves_the_inputs_that_have_its_axes():
     arrays = {"image": RANDOM.random((60, 6, 5, 3)), "state": SIGNAL[:, :, 0], "label": LABELS}
     raw = RawData({"all": arrays}, "here", "a test")
-    dataset = assemble(raw, DataConfig(source="npz", args={"layout": "nhwc"}))
+    dataset = build_dataset(raw, DataConfig(source="npz", args={"layout": "nhwc"}))
     assert [spec.shape for spec in dataset.inputs] == [("batch", 3, 6, 5), ("batch", 3)]
 
 

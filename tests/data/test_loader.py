@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from edgekd.config.data import DataConfig
+from edgekd.config.pipeline import DataConfig
 from edgekd.data import open_dataset, save_dataset
-from edgekd.data.assemble import assemble
-from edgekd.data.draws import Draws
+from edgekd.data.build_dataset import build_dataset
 from edgekd.data.loader import Loader
-from edgekd.data.mixing import cutmix, mixup, partner_rows
+from edgekd.data.sample_rng import SampleRng
 from edgekd.data.source import RawData
+from edgekd.data.transforms import cutmix, mixup, partner_rows
 from edgekd.errors import InputError
 from edgekd.spec import SAMPLE, VIEW
 from edgekd.tasks import Classification
@@ -28,7 +28,7 @@ def dataset(tmp_path_factory):
         "action": random.normal(size=(100, 2)),
     }
     splits = {"train": arrays, "validation": arrays, "test": arrays}
-    made = assemble(RawData(splits, "here", "a test"), DataConfig(source="npz"))
+    made = build_dataset(RawData(splits, "here", "a test"), DataConfig(source="npz"))
     folder = tmp_path_factory.mktemp("data")
     save_dataset(made, folder)
     return open_dataset(folder)
@@ -123,7 +123,7 @@ def test_augmentation_needs_an_image_that_it_fits(dataset):
     with pytest.raises(InputError, match="pixels is 9"):
         Loader("train", dataset, 10, augment=[{"shift": {"pixels": 9}}])
     splits = {"all": {"state": np.random.default_rng(0).normal(size=(20, 2)), "y": np.arange(20)}}
-    vectors = assemble(RawData(splits, "here", "a test"), DataConfig(source="npz"))
+    vectors = build_dataset(RawData(splits, "here", "a test"), DataConfig(source="npz"))
     with pytest.raises(InputError, match="no input is an image"):
         Loader("train", vectors, 4, augment=["flip"])
 
@@ -145,7 +145,7 @@ def image_dataset(kind=np.uint8, count=60, **targets):
         **targets,
     }
     splits = {"train": arrays, "validation": arrays, "test": arrays}
-    return assemble(RawData(splits, "here", "a test"), DataConfig(source="npz"))
+    return build_dataset(RawData(splits, "here", "a test"), DataConfig(source="npz"))
 
 
 def by_sample(batches):
@@ -268,7 +268,7 @@ def test_a_mixed_batch_by_hand(name):
     (batch,) = Loader("train", data, 60, augment=[{name: {"alpha": 0.7}}]).view(4, 2)
     raw = data.splits["train"].arrays
     rows = np.arange(60)
-    again = Draws(4, rows, np.full(60, 2))
+    again = SampleRng(4, rows, np.full(60, 2))
     partners = partner_rows(rows, again, 60)
     again.branch()
     own, others = (torch.from_numpy(raw["image"][at]) for at in (rows, partners))
@@ -295,7 +295,7 @@ def test_partners_have_an_augmentation_of_their_own():
     (batch,) = loader.view(0, 0)
     plain = next(Loader("train", data, 60).ordered())["image"]
     rows = np.arange(60)
-    again = Draws(0, rows, rows * 0)
+    again = SampleRng(0, rows, rows * 0)
     own_flips = again.uniform() < 0.5
     partners = torch.from_numpy(partner_rows(rows, again, 60))
     straight = (batch["image"] == plain[partners]).flatten(1).all(1)
@@ -316,10 +316,10 @@ def test_labels_without_a_value_pass_through():
 def test_class_names_say_how_many_classes_there_are():
     arrays = {"image": np.ones((20, 1, 4, 4), np.uint8), "label": np.arange(20) % 3}
     raw = RawData({"train": arrays, "test": arrays}, "here", "a test", labels=tuple("abcdefg"))
-    data = assemble(raw, DataConfig(source="npz"))
+    data = build_dataset(raw, DataConfig(source="npz"))
     assert next(Loader("train", data, 4, augment=["mixup"]).view(0, 0))["label"].shape == (4, 7)
     raw = RawData({"train": arrays, "test": arrays}, "here", "a test", labels=("a", "b"))
-    data = assemble(raw, DataConfig(source="npz"), classes=None)
+    data = build_dataset(raw, DataConfig(source="npz"), classes=None)
     with pytest.raises(InputError, match="the label 2, but there are 2 classes"):
         Loader("train", data, 4, augment=["mixup"])
 
@@ -329,7 +329,7 @@ def test_the_task_may_know_of_more_classes_than_the_data(names):
     """A mixed target has as many classes as the logits it is compared with."""
     arrays = {"image": np.ones((20, 1, 4, 4), np.uint8), "label": np.arange(20) % 3}
     raw = RawData({"train": arrays, "test": arrays}, "here", "a test", labels=names)
-    data, task = assemble(raw, DataConfig(source="npz")), Classification(classes=7)
+    data, task = build_dataset(raw, DataConfig(source="npz")), Classification(classes=7)
     counts = {"label": task.outputs(data)[0].shape[-1]}
     batch = next(Loader("train", data, 4, augment=["mixup"], classes=counts).view(0, 0))
     logits = torch.zeros(4, 7)
@@ -344,7 +344,7 @@ def test_what_cannot_be_mixed(dataset):
     with pytest.raises(InputError, match="only input; here: image, state, speed, tokens"):
         Loader("train", dataset, 10, augment=["mixup"])
     splits = {"all": {"state": np.random.default_rng(0).normal(size=(20, 2)), "y": np.arange(20)}}
-    vectors = assemble(RawData(splits, "here", "a test"), DataConfig(source="npz"))
+    vectors = build_dataset(RawData(splits, "here", "a test"), DataConfig(source="npz"))
     with pytest.raises(InputError, match="no input is an image"):
         Loader("train", vectors, 4, augment=["cutmix"])
     with pytest.raises(InputError, match="alpha is 0"):

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from edgekd.data.draws import Draws
-from edgekd.data.mixing import cutmix, mixed_classes, mixed_values, mixup, partner_rows
+from edgekd.data.sample_rng import SampleRng
+from edgekd.data.transforms import cutmix, mixed_classes, mixed_values, mixup, partner_rows
 from edgekd.errors import InputError
 
 COUNT = 300
 
 
 def draws(count=COUNT):
-    return Draws(0, np.arange(count), np.zeros(count, int))
+    return SampleRng(0, np.arange(count), np.zeros(count, int))
 
 
 @pytest.fixture(params=[torch.uint8, torch.float32])
@@ -70,7 +70,7 @@ def test_cutmix_takes_sides_of_the_root_of_the_part_it_replaces():
 
 def test_the_partner_is_any_other_row_and_equally_likely():
     samples = np.full(30_000, 3)
-    partners = partner_rows(samples, Draws(0, samples, np.arange(30_000)), 7)
+    partners = partner_rows(samples, SampleRng(0, samples, np.arange(30_000)), 7)
     counts = np.bincount(partners, minlength=7)
     assert counts[3] == 0
     # Binomial: 5000 expected, with a standard deviation of 65.

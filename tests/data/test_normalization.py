@@ -1,14 +1,14 @@
 import numpy as np
 import pytest
 
-from edgekd.data import memory
+from edgekd.data import dataset
 from edgekd.data.normalization import fit_preprocess
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     # So that the merging of chunks is what is tested.
-    monkeypatch.setattr(memory, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(dataset, "CHUNK_BYTES", 1000)
 
 
 @pytest.mark.parametrize("shape", [(101, 3, 5, 7), (101, 4), (101, 6, 4), (101,)])

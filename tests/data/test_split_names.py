@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgekd.config.data import DataConfig
+from edgekd.config.pipeline import DataConfig
 from edgekd.data import load_dataset
 from edgekd.data.split_names import looks_like_split, split_and_name, split_of
 from edgekd.errors import InputError

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from edgekd.config.data import DataConfig
+from edgekd.config.pipeline import DataConfig
 from edgekd.data import open_dataset, save_dataset
-from edgekd.data.assemble import assemble
+from edgekd.data.build_dataset import build_dataset
 from edgekd.data.source import RawData
 from edgekd.errors import InputError, StageError
 
@@ -17,7 +17,7 @@ def dataset():
         "label": np.arange(30) % 3,
     }
     raw = RawData({"all": arrays}, "here", "größe", ("a", "b", "ü"))
-    return assemble(raw, DataConfig(source="npz"))
+    return build_dataset(raw, DataConfig(source="npz"))
 
 
 def test_round_trip_is_exact_and_memory_mapped(dataset, tmp_path):

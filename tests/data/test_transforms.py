@@ -3,14 +3,13 @@ import pytest
 import torch
 
 from edgekd.data.augment import AUGMENTATIONS, colour, crop, erase, flip, shift
-from edgekd.data.draws import Draws
-from edgekd.data.mixing import MIXINGS
-from edgekd.data.transforms import augmentations, check_augmentations, mixing, probe
+from edgekd.data.sample_rng import SampleRng
+from edgekd.data.transforms import MIXINGS, augmentations, check_augmentations, mixing, probe
 from edgekd.errors import InputError
 
 
 def draws(count=200, view=0):
-    return Draws(0, np.arange(count), np.full(count, view))
+    return SampleRng(0, np.arange(count), np.full(count, view))
 
 
 @pytest.fixture(params=[torch.uint8, torch.float32])
@@ -39,7 +38,7 @@ def test_an_image_becomes_the_same_in_any_batch(name, size, channels):
         whole = AUGMENTATIONS[name](images, draws(65))
         rows = np.arange(65)
         for part in (slice(1), slice(1, 4), slice(4, 20), slice(20, None)):
-            alone = AUGMENTATIONS[name](images[part], Draws(0, rows[part], rows[part] * 0))
+            alone = AUGMENTATIONS[name](images[part], SampleRng(0, rows[part], rows[part] * 0))
             assert torch.equal(whole[part], alone)
 
 

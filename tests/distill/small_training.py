@@ -6,7 +6,7 @@ from torch import nn
 from edgekd.config.training import LossTerm, TrainConfig
 from edgekd.distill.objective import Objective
 from edgekd.distill.trainer import train
-from edgekd.models import NamedModel
+from edgekd.models import DictModel
 from edgekd.spec import ModelSpec, TensorSpec
 from edgekd.tasks import Classification
 
@@ -82,7 +82,7 @@ def network(seed=0):
         nn.Flatten(),
         nn.Linear(128, 3),
     )
-    return NamedModel(module, SPEC)
+    return DictModel(module, SPEC)
 
 
 DISTILL = [

@@ -139,7 +139,7 @@ def test_a_cache_that_vanishes_while_training_is_made_again_where_it_is_needed(t
 def test_a_disk_that_loses_what_it_is_given(tmp_path, monkeypatch):
     cached = fill(tmp_path)
     (cached.folder / "answers.bin").write_bytes(b"")
-    monkeypatch.setattr("edgekd.distill.cache_file._write", lambda *a, **k: None)
+    monkeypatch.setattr("edgekd.distill.cache_store._write", lambda *a, **k: None)
     with pytest.raises(StageError, match=r"block 0 .* does not read as it was written"):
         cached.answer({SAMPLE: torch.tensor([0]), VIEW: torch.tensor([0])})
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from edgekd.distill.features import Capture, layer_key, list_layers
+from edgekd.distill.features import FeatureExtractor, layer_key, list_layers
 from edgekd.errors import InputError
-from edgekd.models import NamedModel
+from edgekd.models import DictModel
 from edgekd.spec import ModelSpec, TensorSpec
 
 SPEC = ModelSpec((TensorSpec("x", ("batch", 4)),), (TensorSpec("logits", ("batch", 3)),))
@@ -15,7 +15,7 @@ BATCH = {"x": torch.randn(5, 4, generator=torch.Generator().manual_seed(0))}
 
 def named(*modules):
     torch.manual_seed(0)
-    return NamedModel(nn.Sequential(*modules), SPEC)
+    return DictModel(nn.Sequential(*modules), SPEC)
 
 
 class Two(nn.Module):
@@ -32,7 +32,7 @@ class First(nn.Module):
 
 def test_the_layers_own_output_with_its_graph():
     model = named(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
-    capture = Capture(model, ["1", "0", "1"])
+    capture = FeatureExtractor(model, ["1", "0", "1"])
     logits = model(BATCH)["logits"]
     features = capture.take()
     assert list(features) == [layer_key("1"), layer_key("0")]
@@ -45,14 +45,14 @@ def test_the_layers_own_output_with_its_graph():
 
 def test_an_in_place_activation_after_the_layer_is_an_error():
     model = named(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3))
-    capture = Capture(model, ["0"], "teacher")
+    capture = FeatureExtractor(model, ["0"], "teacher")
     with torch.no_grad():
         model(BATCH)
     with pytest.raises(InputError, match=r"'0' is changed in place[\s\S]*teacher[\s\S]*inplace"):
         capture.take()
     # The activation itself is what is compared further on, and is right.
     capture.remove()
-    after = Capture(model, ["1"])
+    after = FeatureExtractor(model, ["1"])
     model(BATCH)
     assert (after.take()[layer_key("1")] >= 0).all()
 
@@ -68,8 +68,8 @@ def test_a_residual_sum_in_place_is_detected_too():
             y += 1
             return y
 
-    model = NamedModel(Block(), SPEC)
-    capture = Capture(model, ["inner"])
+    model = DictModel(Block(), SPEC)
+    capture = FeatureExtractor(model, ["inner"])
     model(BATCH)
     with pytest.raises(InputError, match="in place"):
         capture.take()
@@ -77,12 +77,12 @@ def test_a_residual_sum_in_place_is_detected_too():
 
 def test_an_element_of_several():
     model = named(Two(), First(), nn.Linear(4, 3))
-    capture = Capture(model, ["0[2]"])
+    capture = FeatureExtractor(model, ["0[2]"])
     model(BATCH)
     assert torch.equal(capture.take()[layer_key("0[2]")], 2 * BATCH["x"])
     capture.remove()
     for layer in ("0", "0[1]", "0[9]"):
-        capture = Capture(model, [layer])
+        capture = FeatureExtractor(model, [layer])
         with pytest.raises(InputError, match="gives 3 values"):
             model(BATCH)
         capture.remove()
@@ -90,15 +90,15 @@ def test_an_element_of_several():
 
 def test_a_misspelt_layer_suggests_the_nearest():
     with pytest.raises(InputError, match=r"no layer named 'encodr'[\s\S]*'encoder'"):
-        Capture(nn.ModuleDict({"encoder": nn.ReLU()}), ["encodr"])
+        FeatureExtractor(nn.ModuleDict({"encoder": nn.ReLU()}), ["encodr"])
 
 
 def test_an_error_says_where_the_layer_was_named():
     model = named(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3))
     with pytest.raises(InputError, match=r"named '22'[\s\S]*where: the second[\s\S]*mean '2'"):
-        Capture(model, {"0": "the first", "22": "the second"})
+        FeatureExtractor(model, {"0": "the first", "22": "the second"})
     model = named(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3))
-    capture = Capture(model, {"2": "the first", "0": "the second"})
+    capture = FeatureExtractor(model, {"2": "the first", "0": "the second"})
     model(BATCH)
     with pytest.raises(InputError, match=r"changed in place[\s\S]*where: the second"):
         capture.take()
@@ -107,18 +107,18 @@ def test_an_error_says_where_the_layer_was_named():
 def test_a_layer_that_is_not_run_or_run_twice():
     relu = nn.ReLU()
     model = named(nn.Linear(4, 4), relu, nn.Linear(4, 4), relu, nn.Linear(4, 3))
-    capture = Capture(model, ["1"])
+    capture = FeatureExtractor(model, ["1"])
     with pytest.raises(InputError, match="more than once"):
         model(BATCH)
     capture.remove()
-    capture = Capture(model, ["0"])
+    capture = FeatureExtractor(model, ["0"])
     with pytest.raises(InputError, match="took no part"):
         capture.take()
 
 
 def test_taken_off_it_leaves_nothing():
     model = named(nn.Linear(4, 3))
-    capture = Capture(model, ["0"])
+    capture = FeatureExtractor(model, ["0"])
     capture.remove()
     assert not model.module[0]._forward_hooks
 

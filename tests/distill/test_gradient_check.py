@@ -9,7 +9,7 @@ from edgekd.distill.objective import Objective
 from edgekd.distill.teacher import ModuleTeacher
 from edgekd.distill.trainer import train
 from edgekd.errors import InputError
-from edgekd.models import NamedModel
+from edgekd.models import DictModel
 from edgekd.spec import ModelSpec, TensorSpec
 from edgekd.tasks import Classification
 from tests.distill.small_training import SPEC, TASK, Silent, Source, fit, network
@@ -26,7 +26,7 @@ class Binary(Source):
 def binary(seed):
     torch.manual_seed(seed)
     spec = ModelSpec(SPEC.inputs, (TensorSpec("logits", ("batch", 2)),))
-    return NamedModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), spec)
+    return DictModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), spec)
 
 
 def train_binary(folder, losses, progress, batch=16):
@@ -47,7 +47,7 @@ def train_binary(folder, losses, progress, batch=16):
 @pytest.mark.parametrize(
     "loss",
     [
-        {"standardized": {}},
+        {"logit_standardization": {}},
         {"dkd": {"alpha": 0, "beta": 8}},
         {"dkd": {"alpha": 0, "beta": 0}},
         {"dist": {"gamma": 0}},
@@ -63,7 +63,7 @@ def test_losses_without_a_gradient_for_two_classes_are_refused(tmp_path, loss):
 
 
 @pytest.mark.parametrize(
-    "loss", ["dkd", "dist", "wsld", "mlkd", "jsd", "soft_labels", "rkd", "similarity", "pkt"]
+    "loss", ["dkd", "dist", "wsld", "mlkd", "jsd", "soft_labels", "rkd", "sp", "pkt"]
 )
 def test_losses_that_teach_two_classes_are_trained_with(tmp_path, loss):
     history = train_binary(tmp_path, [loss], Silent())

@@ -88,7 +88,7 @@ def test_wrong_temperatures(value):
 
 def test_misspelt_choice():
     with pytest.raises(InputError, match="did you mean 'huber'"):
-        Objective(terms({"hard_targets": {"kind": "hubert"}}), Policy())
+        Objective(terms({"target_regression": {"kind": "hubert"}}), Policy())
 
 
 def test_tensors_cannot_come_from_yaml():
@@ -97,9 +97,9 @@ def test_tensors_cannot_come_from_yaml():
 
 
 def test_class_losses_in_a_task_without_classes():
-    with pytest.raises(InputError, match="use hard_targets"):
+    with pytest.raises(InputError, match="use target_regression"):
         Objective(terms("hard_labels"), Policy())
-    with pytest.raises(InputError, match="use regression"):
+    with pytest.raises(InputError, match="use output_regression"):
         Objective(terms("soft_labels"), Policy())
 
 
@@ -146,7 +146,7 @@ def test_shapes_that_differ_point_at_the_term():
 
 
 def test_a_policy_mask_reaches_the_losses():
-    objective = Objective(terms("regression", "hard_targets"), Policy())
+    objective = Objective(terms("output_regression", "target_regression"), Policy())
     batch = {"action": torch.tensor([[1.0], [9.0]]), "action_mask": torch.tensor([1.0, 0.0])}
     total, _ = objective({"action": torch.zeros(2, 1)}, {"action": torch.ones(2, 1)}, batch)
     assert total.item() == 2.0

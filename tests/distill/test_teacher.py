@@ -10,7 +10,7 @@ from torch import nn
 from edgekd.distill.losses.response import soft_labels
 from edgekd.distill.teacher import ModuleTeacher, OnnxTeacher
 from edgekd.errors import InputError
-from edgekd.models import NamedModel
+from edgekd.models import DictModel
 from edgekd.models.adapted import Adaptation, recognized_form
 from edgekd.spec import ModelSpec, TensorSpec
 
@@ -122,7 +122,7 @@ def test_a_missing_file(tmp_path):
 
 def test_a_module_teacher_answers_frozen_and_in_evaluation_mode(batch):
     module = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.9))
-    teacher = ModuleTeacher(NamedModel(module, ModelSpec((X,), (LOGITS,))))
+    teacher = ModuleTeacher(DictModel(module, ModelSpec((X,), (LOGITS,))))
     first, second = (teacher.answer(batch)["logits"] for _ in range(2))
     assert torch.equal(first, second)
     assert not first.requires_grad

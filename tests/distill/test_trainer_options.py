@@ -13,14 +13,14 @@ from edgekd.distill.objective import Objective
 from edgekd.distill.teacher import ModuleTeacher
 from edgekd.distill.trainer import score, train
 from edgekd.errors import InputError
-from edgekd.models import NamedModel
+from edgekd.models import DictModel
 from tests.distill.small_training import SPEC, TASK, Silent, Source, fit, network, same
 
 
 def plain_network(seed=0):
     """Without dropout and batch norm: a batch's gradient is the mean of its parts'."""
     torch.manual_seed(seed)
-    return NamedModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), SPEC).double()
+    return DictModel(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), SPEC).double()
 
 
 class Ordered(Source):

@@ -9,16 +9,16 @@ import pytest
 from onnx import TensorProto, helper
 
 from edgekd.engines import onnxruntime as engine
-from edgekd.engines.made_up_inputs import made_up_inputs
-from edgekd.engines.onnx import describe_onnx
 from edgekd.engines.onnxruntime import (
     build_engine,
     open_session,
     provider_chain,
     providers_for,
 )
-from edgekd.engines.session import default_options, first_line
 from edgekd.errors import InputError, StageError
+from edgekd.onnx.export import describe_onnx
+from edgekd.onnx.samples import random_inputs
+from edgekd.onnx.session import default_options, first_line
 from edgekd.spec import ModelSpec, TensorSpec
 
 CPU = ("CPUExecutionProvider",)
@@ -288,7 +288,7 @@ def test_inputs_are_made_up_for_every_dtype_with_batch_one():
         ),
         (),
     )
-    inputs = made_up_inputs(spec, 16)
+    inputs = random_inputs(spec, 16)
     assert {k: (v.shape, v.dtype.name) for k, v in inputs.items()} == {
         "audio": ((1, 16), "float32"),
         "state": ((2, 1, 1), "float16"),
@@ -296,7 +296,7 @@ def test_inputs_are_made_up_for_every_dtype_with_batch_one():
         "mask": ((1, 16), "bool"),
     }
     with pytest.raises(InputError, match="no input can be made up"):
-        made_up_inputs(ModelSpec((TensorSpec("text", ("n",), "string"),), ()))
+        random_inputs(ModelSpec((TensorSpec("text", ("n",), "string"),), ()))
 
 
 def test_a_size_that_the_model_can_run_is_searched(tmp_path):

@@ -15,10 +15,10 @@ from edgekd.engines.tensorrt import (
     where_built,
 )
 from edgekd.errors import InputError
-from edgerun import tensorrt_library
-from edgerun.arguments import command_parser
+from edgerun.cli import command_parser
 from edgerun.cuda_runtime import load_cuda_runtime
 from edgerun.errors import NoDevice
+from edgerun.tensorrt import library
 
 JETSON = "jetson-orin-nano-8gb"
 
@@ -118,4 +118,4 @@ def test_a_jetsons_engine_is_not_built_on_another_machine(monkeypatch, tmp_path,
 
 
 def test_both_worlds_mean_the_same_libraries():
-    assert tensorrt.MODULES == tensorrt_library.MODULES
+    assert tensorrt.MODULES == library.MODULES

@@ -10,7 +10,7 @@ import pytest
 from edgerun import cuda_runtime
 from edgerun.cuda_runtime import CudaRuntime, DeviceBuffers, load_cuda_runtime
 from edgerun.errors import NoDevice, RunFailed
-from edgerun.tensorrt_device import find_gpu
+from edgerun.tensorrt.library import find_gpu
 
 
 def load(name):

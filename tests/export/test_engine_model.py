@@ -12,18 +12,17 @@ import numpy as np
 import pytest
 
 import edgerun as edgerun_package
-from edgerun.bench import Plan, bench
+from edgerun.bench import BenchmarkConfig, bench
 from edgerun.cuda_runtime import CudaRuntime
-from edgerun.engine_loading import LoadedEngine
-from edgerun.engine_model import EngineModel
-from edgerun.engine_opening import open_engine
 from edgerun.errors import BadInput, NoDevice, RunFailed
 from edgerun.inputs import make_feeds
-from edgerun.model import Settings, TensorInfo, open_model
-from edgerun.placement import engine_precisions, provider_nodes
+from edgerun.model import Settings, TensorInfo
+from edgerun.model_loading import open_model
+from edgerun.node_assignment import engine_precisions, provider_nodes
 from edgerun.run import run
-from edgerun.tensorrt_device import find_gpu
-from edgerun.tensorrt_library import open_library
+from edgerun.tensorrt.library import find_gpu, open_library
+from edgerun.tensorrt.loading import LoadedEngine
+from edgerun.tensorrt.runner import EngineModel, open_engine
 from edgerun.timing import Stopwatch, device_times
 
 trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx: pip install tensorrt_rtx")
@@ -310,7 +309,9 @@ def test_the_record_of_an_engine_has_the_gpu_s_time_beside_the_latency(
     model.path = tmp_path / "m.engine"
     model.path.write_bytes(b"engine")
     monkeypatch.setattr("edgerun.bench.open_model", lambda path, settings: model)
-    record = bench(Plan((model.path,), Settings(), min_queries=70, max_seconds=0.4, memory=False))
+    record = bench(
+        BenchmarkConfig((model.path,), Settings(), min_queries=70, max_seconds=0.4, memory=False)
+    )
     (timed,) = record["models"]
     assert timed["device_ms"]["mean_ms"] == 0.25
     assert timed["device_ms"]["copies"] is False
@@ -331,9 +332,9 @@ def test_an_engine_opens_where_onnx_runtime_is_not(engine):
     script = (
         "import sys; sys.modules['onnxruntime'] = None\n"
         "from pathlib import Path\n"
-        "from edgerun.environment import describe_environment\n"
+        "from edgerun.system import describe_environment\n"
         "from edgerun.errors import EdgerunError\n"
-        "from edgerun.model import Settings, open_model\n"
+        "from edgerun.model import Settings; from edgerun.model_loading import open_model\n"
         "assert describe_environment()['providers_available'] == []\n"
         "try:\n"
         f"    print(open_model(Path({str(engine)!r}), Settings()).inputs)\n"
@@ -429,9 +430,9 @@ def test_a_library_that_misses_only_the_gpu_finds_nothing_wrong_with_the_file(
     def load(path, library):
         raise BadInput("another library's") if library == "tensorrt" else NoDevice("no GPU")
 
-    monkeypatch.setattr("edgerun.engine_opening.find_spec", lambda name: True)
-    monkeypatch.setattr("edgerun.engine_opening.open_library", lambda name: name)
-    monkeypatch.setattr("edgerun.engine_opening.load_engine", load)
+    monkeypatch.setattr("edgerun.tensorrt.runner.find_spec", lambda name: True)
+    monkeypatch.setattr("edgerun.tensorrt.runner.open_library", lambda name: name)
+    monkeypatch.setattr("edgerun.tensorrt.runner.load_engine", load)
     with pytest.raises(NoDevice, match="tensorrt-rtx: no GPU"):
         open_engine(tmp_path / "m.engine")
 
@@ -485,7 +486,7 @@ def test_an_engine_of_a_library_that_is_absent_says_what_to_install(edgerun, eng
 
 def test_a_machine_without_any_tensorrt_says_what_to_install(monkeypatch, engine):
     engine.with_name("m.engine.json").unlink()
-    monkeypatch.setattr("edgerun.engine_opening.find_spec", lambda name: None)
+    monkeypatch.setattr("edgerun.tensorrt.runner.find_spec", lambda name: None)
     with pytest.raises(BadInput, match="no TensorRT is installed") as caught:
         open_engine(engine)
     assert "tensorrt-rtx" in caught.value.remedy

@@ -6,7 +6,7 @@ import pytest
 from edgerun.errors import BadInput
 from edgerun.inputs import Samples, feeds_from, load_arrays, make_feeds
 from edgerun.model import Settings, TensorInfo
-from edgerun.session import Model
+from edgerun.onnx_session import OrtSession
 from edgerun.shapes import BatchLayout, choose_shapes, parse_shapes
 
 
@@ -55,7 +55,7 @@ def test_shape_options():
 
 
 def test_random_feeds_are_of_the_declared_type_in_a_sane_range(models, tmp_path):
-    model = Model(models.every_dtype(tmp_path / "m.onnx"), Settings(1))
+    model = OrtSession(models.every_dtype(tmp_path / "m.onnx"), Settings(1))
     feeds = make_feeds(model.inputs, {}, batch=64)
     for feed in feeds.feeds:
         for declared in model.inputs:
@@ -73,13 +73,13 @@ def test_random_feeds_are_of_the_declared_type_in_a_sane_range(models, tmp_path)
 
 
 def test_string_inputs_are_refused_by_name(models, tmp_path):
-    model = Model(models.of_strings(tmp_path / "m.onnx"), Settings(1))
+    model = OrtSession(models.of_strings(tmp_path / "m.onnx"), Settings(1))
     with pytest.raises(BadInput, match=r"'text' is of type tensor\(string\)"):
         make_feeds(model.inputs, {})
 
 
 def test_a_state_and_a_scalar_of_a_file_come_with_every_sample(models, tmp_path):
-    model = Model(models.stateful_if(tmp_path / "m.onnx"), Settings(1))
+    model = OrtSession(models.stateful_if(tmp_path / "m.onnx"), Settings(1))
     data = tmp_path / "d.npz"
     x = np.arange(12, dtype=np.float32).reshape(4, 3)
     np.savez(data, input=x, state=np.ones((1, 4, 3), np.float32), rate=np.int64(16000))
@@ -105,7 +105,7 @@ def test_a_state_and_a_scalar_of_a_file_come_with_every_sample(models, tmp_path)
     ],
 )
 def test_a_file_that_does_not_fit_says_what_is_wrong(models, tmp_path, arrays, message):
-    model = Model(models.linear(tmp_path / "m.onnx"), Settings(1))
+    model = OrtSession(models.linear(tmp_path / "m.onnx"), Settings(1))
     np.savez(tmp_path / "d.npz", **arrays)
     with pytest.raises(BadInput, match=message):
         Samples.of(load_arrays(tmp_path / "d.npz", model.inputs), model.inputs, "d.npz")

@@ -11,7 +11,9 @@ PACKAGE = Path(__file__).resolve().parents[2] / "export" / "edgerun"
 ALLOWED = {"numpy", "onnxruntime", "edgerun"}
 
 
-@pytest.mark.parametrize("file", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "file", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
 def test_each_file_is_python_3_8_and_imports_only_what_a_device_has(file):
     tree = ast.parse(file.read_text(), feature_version=(3, 8))
     imported = set()
@@ -28,7 +30,7 @@ def test_verify_works_where_neither_numpy_nor_a_runtime_is(tmp_path):
     (tmp_path / "manifest.json").write_text('{"files": {}}')
     script = (
         "import sys; sys.modules['numpy'] = sys.modules['onnxruntime'] = None\n"
-        "from edgerun.__main__ import main\n"
+        "from edgerun.cli import main\n"
         f"sys.exit(main(['verify', {str(tmp_path)!r}]))"
     )
     done = subprocess.run(
@@ -45,7 +47,7 @@ def test_a_missing_runtime_is_said_in_one_message(tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"a model")
     script = (
         "import sys; sys.modules['onnxruntime'] = None\n"
-        "from edgerun.__main__ import main\n"
+        "from edgerun.cli import main\n"
         "sys.exit(main(['info', 'm.onnx']))"
     )
     done = subprocess.run(

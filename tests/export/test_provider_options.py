@@ -11,8 +11,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from edgerun import memory, session
-from edgerun.bench import Plan, bench
+from edgerun import memory, onnx_session
+from edgerun.bench import BenchmarkConfig, bench
 from edgerun.model import Settings
 
 CPU = "CPUExecutionProvider"
@@ -29,7 +29,7 @@ def opened(monkeypatch):
         seen.append(providers)
         return real(*words, providers=providers, **settings)
 
-    monkeypatch.setattr(session.onnxruntime, "InferenceSession", spy)
+    monkeypatch.setattr(onnx_session.onnxruntime, "InferenceSession", spy)
     return seen
 
 
@@ -42,7 +42,7 @@ def test_every_session_of_a_benchmark_has_the_options(models, opened, tmp_path, 
     monkeypatch.setattr(memory, "_child", child)
     path = models.linear(tmp_path / "m.onnx")
     settings = Settings(1, (CPU,), "all", OPTIONS)
-    record = bench(Plan((path,), settings, min_queries=70, max_seconds=0.4))
+    record = bench(BenchmarkConfig((path,), settings, min_queries=70, max_seconds=0.4))
     # The timed one, the profiled one, and one in each process that measures memory.
     assert opened == [[(CPU, OPTIONS[CPU])]] * (2 + memory.PROCESSES)
     assert record["models"][0]["providers"]["options"] == OPTIONS
@@ -51,7 +51,7 @@ def test_every_session_of_a_benchmark_has_the_options(models, opened, tmp_path, 
 def test_two_models_are_each_opened_with_their_own(models, opened, tmp_path):
     path = models.linear(tmp_path / "m.onnx")
     other = {CPU: {"arena_extend_strategy": "kNextPowerOfTwo"}}
-    plan = Plan(
+    plan = BenchmarkConfig(
         (path, path),
         Settings(1, (CPU,), "all", OPTIONS),
         min_queries=70,
@@ -67,7 +67,7 @@ def test_two_models_are_each_opened_with_their_own(models, opened, tmp_path):
 
 
 def test_a_provider_without_options_is_named_alone(models, opened, tmp_path):
-    session.Model(models.linear(tmp_path / "m.onnx"), Settings(1))
+    onnx_session.OrtSession(models.linear(tmp_path / "m.onnx"), Settings(1))
     assert opened == [[CPU]]
 
 
@@ -125,6 +125,6 @@ def test_weights_in_8_bits_leave_the_activations_in_float(tmp_path, models):
     )
     x = random.standard_normal((4, 128)).astype(np.float32)
     expected = x.astype(np.float64) @ (steps * scales.astype(np.float64))
-    (answer,) = session.Model(path, Settings(1)).run({"x": x})
+    (answer,) = onnx_session.OrtSession(path, Settings(1)).run({"x": x})
     # Sums of 128 float32 products of up to 8.
     np.testing.assert_allclose(answer, expected, atol=1e-4)

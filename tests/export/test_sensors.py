@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from edgerun.environment import describe_environment
 from edgerun.sensors import read_conditions, read_power
+from edgerun.system import describe_environment
 
 
 @pytest.fixture

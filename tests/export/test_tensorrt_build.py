@@ -14,11 +14,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgerun.errors import BadInput, CannotWrite, RunFailed
-from edgerun.tensorrt_build import build
-from edgerun.tensorrt_check import check_engine
-from edgerun.tensorrt_device import find_gpu
-from edgerun.tensorrt_network import judge
-from edgerun.tensorrt_settings import BuildSettings, parse_ranges
+from edgerun.tensorrt.build import build
+from edgerun.tensorrt.check import check_engine
+from edgerun.tensorrt.library import find_gpu
+from edgerun.tensorrt.network import judge
+from edgerun.tensorrt.settings import BuildSettings, parse_ranges
 
 pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
 
@@ -354,7 +354,7 @@ def test_the_commands_end_with_the_right_codes(edgerun, tmp_path):
 def test_a_name_too_long_for_what_lies_beside_it_is_told_before_the_work(
     tmp_path, monkeypatch, length
 ):
-    monkeypatch.setattr("edgerun.tensorrt_build.open_library", lambda name: 1 / 0)
+    monkeypatch.setattr("edgerun.tensorrt.build.open_library", lambda name: 1 / 0)
     with pytest.raises(CannotWrite, match="File name too long"):
         build(tmp_path / "m.onnx", tmp_path / ("e" * length), RTX, BuildSettings())
 
@@ -378,7 +378,7 @@ def test_a_file_that_cannot_stand_there_is_told_before_the_work(
     (tmp_path / "folder").mkdir()
     os.mkfifo("pipe")
     paths = {"engine": Path("m.engine"), "cache": None, option: Path(name)}
-    monkeypatch.setattr("edgerun.tensorrt_build.open_library", lambda name: 1 / 0)
+    monkeypatch.setattr("edgerun.tensorrt.build.open_library", lambda name: 1 / 0)
     with pytest.raises(BadInput, match=r"device or a pipe|a folder") as caught:
         build(Path("m.onnx"), paths["engine"], RTX, BuildSettings(timing_cache=paths["cache"]))
     assert caught.value.where == name

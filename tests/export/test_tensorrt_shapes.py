@@ -3,12 +3,13 @@ from __future__ import annotations
 import pytest
 
 from edgerun.errors import BadInput
-from edgerun.tensorrt_settings import Range, parse_ranges
-from edgerun.tensorrt_shapes import (
+from edgerun.tensorrt.settings import (
     NetworkInput,
+    Range,
     choose_ranges,
     named_dimensions,
     network_inputs,
+    parse_ranges,
 )
 
 IMAGE = NetworkInput("image", (-1, 3, -1, -1), ("batch", "", "side", "side"))

@@ -24,7 +24,7 @@ from edgekd.config.training import LossTerm, TrainConfig
 from edgekd.distill.objective import Objective
 from edgekd.distill.teacher import ModuleTeacher
 from edgekd.distill.trainer import train
-from edgekd.models import NamedModel
+from edgekd.models import DictModel
 from edgekd.spec import SAMPLE, ModelSpec, TensorSpec
 from edgekd.tasks import Classification
 
@@ -56,7 +56,7 @@ class Source:
 
 def network(seed):
     torch.manual_seed(seed)
-    return NamedModel(nn.Sequential(
+    return DictModel(nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
         nn.Flatten(), nn.Linear(144, 8), nn.BatchNorm1d(8, momentum=None), nn.Linear(8, 4),
     ), SPEC).double()

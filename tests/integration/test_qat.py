@@ -14,12 +14,12 @@ from commandline import DIGITS
 from edgekd import api
 from edgekd.config.engines import QatConfig
 from edgekd.config.training import LossTerm
-from edgekd.engines import onnx as engine
-from edgekd.engines.onnx import describe_onnx
 from edgekd.errors import InputError, StageError
+from edgekd.onnx import export as engine
+from edgekd.onnx.export import describe_onnx
 from edgekd.pipeline.stage import Context
-from edgekd.stages.fitting import open_ground
 from edgekd.stages.qat import train_quantized
+from edgekd.stages.task_data import open_task_data
 
 pytest.importorskip("torchao", reason="quantization-aware training needs the extra qat")
 
@@ -72,7 +72,7 @@ def call(run, tmp_path):
 
     def train(runtime="cpu", losses=None, job=job, **qat):
         context = Context(job, tmp_path, tmp_path / "scratch", folder / "cache", told, {})
-        ground = open_ground(artifacts["data"], job.config)
+        ground = open_task_data(artifacts["data"], job.config)
         config = QatConfig(**{"epochs": 2, "batch_size": 64, **qat}, losses=losses)
         path = tmp_path / "int8.onnx"
         return train_quantized(ground, context, artifacts, runtime, config, path), path, ground

@@ -17,7 +17,7 @@ data: {source: digits}
 teacher: {model: convnet-m, train: {epochs: 6, batch_size: 64, learning_rate: 3e-3}}
 student: {model: convnet-s}
 distill: {epochs: 3, batch_size: 64, learning_rate: 1e-2, baseline: false}
-quantize: {int8: static, half: fp16, samples: 100, max_drop: 0.02}
+quantize: {int8: static, precision: fp16, samples: 100, max_drop: 0.02}
 engines:
   - onnxruntime
   - {kind: tensorrt-rtx, compute_capabilities: ["8.6"]}
@@ -148,7 +148,7 @@ def test_layers_kept_on_purpose_do_not_stop_tensorrt_and_nothing_asked_for_is_lo
 ) -> None:
     exported = onnx.load(artifact(run, "export") / "student.onnx").graph.node
     kept = next(node.name for node in exported if node.op_type == "Conv")
-    changes = [f"quantize.keep=[{kept}]", "quantize.half=bf16", "gate.size.max_mb=1"]
+    changes = [f"quantize.exclude_nodes=[{kept}]", "quantize.precision=bf16", "gate.size.max_mb=1"]
     words = [word for change in changes for word in ("--set", change)]
     done = call("build", "small.yaml", *words, cwd=run.parent.parent)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -167,7 +167,7 @@ def test_layers_kept_on_purpose_do_not_stop_tensorrt_and_nothing_asked_for_is_lo
     ("changes", "says"),
     [
         (["quantize={}"], "asks for nothing"),
-        (["quantize={half: bf16}", "engines=[onnxruntime]"], "computes in bfloat16"),
+        (["quantize={precision: bf16}", "engines=[onnxruntime]"], "computes in bfloat16"),
         (["quantize.runtime=tensorrt", "quantize.int8=dynamic"], "TensorRT has no dynamic"),
         (["quantize.int8=statik"], "static"),
         (["engines=[tensorrt-rtx]"], "the first engine is what is measured"),
@@ -194,7 +194,7 @@ def test_what_decides_a_file_is_in_its_fingerprint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from edgekd.api import open_job
-    from edgekd.engines.quantize import saturation
+    from edgekd.config import host
     from edgekd.stages.benchmark import RECIPE
     from edgekd.stages.engines import EnginesStage
     from edgekd.stages.quantize import QuantizeStage
@@ -205,7 +205,7 @@ def test_what_decides_a_file_is_in_its_fingerprint(
         return open_job(tmp_path / "small.yaml", changes)
 
     # On a processor that overflows, the host's weights have 7 bits and the board's 8.
-    monkeypatch.setattr(saturation, "saturates", lambda: True)
+    monkeypatch.setattr(host, "saturates", lambda: True)
     here, board = (
         QuantizeStage().config_slice(job(f"profile={name}")) for name in ("host", "raspberry-pi-5")
     )

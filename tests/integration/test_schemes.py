@@ -42,10 +42,10 @@ OWN = """\
 from edgekd.config.networks import TeacherConfig
 
 
-def other(room, train: dict):
-    teacher = room.open_teacher(TeacherConfig(model="convnet-s", train=train), "mine")
-    assert teacher.digest != room.teacher.digest, "the pipeline's teacher once more"
-    return {"student": room.fit(room.student, room.new_objective(), "student", teacher)}
+def other(context, train: dict):
+    teacher = context.open_teacher(TeacherConfig(model="convnet-s", train=train), "mine")
+    assert teacher.digest != context.teacher.digest, "the pipeline's teacher once more"
+    return {"student": context.fit(context.student, context.new_objective(), "student", teacher)}
 """
 
 

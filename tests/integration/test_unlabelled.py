@@ -15,20 +15,19 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from edgekd.cli import main
-from edgekd.config.data import DataConfig
-from edgekd.config.pipeline import PipelineConfig
+from edgekd.config.pipeline import DataConfig, PipelineConfig
 from edgekd.config.training import LossTerm, TrainConfig
-from edgekd.data.assemble import assemble
+from edgekd.data.build_dataset import build_dataset
 from edgekd.data.source import RawData
-from edgekd.distill.objective import HardLoss, Objective
+from edgekd.distill.objective import Objective, TaskLoss
 from edgekd.distill.teacher import ModuleTeacher
 from edgekd.errors import InputError
-from edgekd.models.named import NamedModel
+from edgekd.models.dict_model import DictModel
 from edgekd.spec import ModelSpec
-from edgekd.stages.answers import answered_validation
 from edgekd.stages.benchmark import BenchmarkStage
-from edgekd.stages.fitting import Ground, fit
+from edgekd.stages.task_data import TaskData
 from edgekd.stages.teacher import check_teacher
+from edgekd.stages.training import fit, pseudo_labelled_validation
 from edgekd.tasks import get_task
 
 PIPELINE = """\
@@ -147,7 +146,9 @@ def test_a_teacher_that_does_not_know_the_task_is_refused(work: Path, wrong: str
 COUNT = 260
 
 
-def ground(label: np.ndarray, task: str = "classification", name: str = "label", **data) -> Ground:
+def task_data(
+    label: np.ndarray, task: str = "classification", name: str = "label", **data
+) -> TaskData:
     """Images whose first pixel is their row, and their targets."""
     image = np.random.default_rng(0).random((COUNT, 1, 4, 4), np.float32)
     image[:, 0, 0, 0] = np.arange(COUNT)
@@ -163,7 +164,7 @@ def ground(label: np.ndarray, task: str = "classification", name: str = "label",
     )
     raw = RawData(splits={"all": arrays}, where="here", description="a test")
     unscaled = config.data.model_copy(update={"args": {"normalize": False}})
-    return Ground(assemble(raw, DataConfig(**dict(unscaled))), "d", get_task(task), config)
+    return TaskData(build_dataset(raw, DataConfig(**dict(unscaled))), "d", get_task(task), config)
 
 
 class Watched(nn.Module):
@@ -190,7 +191,7 @@ class Silent(SimpleNamespace):
         self.messages.append(text)
 
 
-class Noting(HardLoss):
+class Noting(TaskLoss):
     """The supervised loss, which notes how much of a class each sample was taught."""
 
     def forward(self, student, teacher, batch, part):
@@ -200,10 +201,10 @@ class Noting(HardLoss):
         return super().forward(student, teacher, batch, part)
 
 
-def trained(on: Ground, folder: Path, terms=None, teacher=None):
+def trained(on: TaskData, folder: Path, terms=None, teacher=None):
     torch.manual_seed(0)
     spec = ModelSpec(on.dataset.inputs, on.task.outputs(on.dataset))
-    model = NamedModel(Watched(3), spec)
+    model = DictModel(Watched(3), spec)
     noting = Noting(on.task, 0.0)
     objective = Objective(terms, on.task) if terms else Objective.of([noting])
     context = SimpleNamespace(scratch=folder, cache=folder, progress=Silent(), job=None)
@@ -216,7 +217,7 @@ def trained(on: Ground, folder: Path, terms=None, teacher=None):
 
 @pytest.mark.parametrize("augment", [[], ["mixup"]])
 def test_a_supervised_training_never_sees_an_unlabelled_row(tmp_path: Path, augment) -> None:
-    whole, few = (ground(np.arange(COUNT) % 3, augment=augment, labelled=s) for s in (1.0, 0.1))
+    whole, few = (task_data(np.arange(COUNT) % 3, augment=augment, labelled=s) for s in (1.0, 0.1))
     images = few.dataset.splits["train"].arrays["image"][:, 0, 0, 0]
     allowed = set(np.round(images[few.labelled_rows("train")]).astype(int).tolist())
     seen, _ = trained(few, tmp_path / "few")
@@ -227,9 +228,9 @@ def test_a_supervised_training_never_sees_an_unlabelled_row(tmp_path: Path, augm
 
 
 def test_a_distillation_sees_the_unlabelled_rows_too(tmp_path: Path) -> None:
-    few = ground(np.arange(COUNT) % 3, labelled=0.1)
+    few = task_data(np.arange(COUNT) % 3, labelled=0.1)
     spec = ModelSpec(few.dataset.inputs, few.task.outputs(few.dataset))
-    teacher = ModuleTeacher(NamedModel(Watched(3), spec))
+    teacher = ModuleTeacher(DictModel(Watched(3), spec))
     terms = [LossTerm(name="hard_labels"), LossTerm(name="soft_labels")]
     seen, history = trained(few, tmp_path, terms, teacher)
     assert len({row for batch in seen for row in batch}) > 130
@@ -237,7 +238,7 @@ def test_a_distillation_sees_the_unlabelled_rows_too(tmp_path: Path) -> None:
 
 
 def test_the_student_has_its_share_of_the_labels_and_the_teacher_all(tmp_path: Path) -> None:
-    on = ground(np.arange(COUNT) % 3)
+    on = task_data(np.arange(COUNT) % 3)
     few = on.keep_labels(0.1)
     assert few.keep_labels(1) is few
     allowed = set(few.labelled_rows("train").tolist())
@@ -250,7 +251,7 @@ def test_the_student_has_its_share_of_the_labels_and_the_teacher_all(tmp_path: P
     assert {row for batch in seen for row in batch} == {int(images[row]) for row in allowed}
     # A teacher's training has a TrainConfig, which knows no share.
     spec = ModelSpec(on.dataset.inputs, on.task.outputs(on.dataset))
-    model = NamedModel(Watched(3), spec)
+    model = DictModel(Watched(3), spec)
     config = TrainConfig(epochs=1, batch_size=16)
     context = SimpleNamespace(
         scratch=tmp_path / "teacher", cache=tmp_path, progress=Silent(), job=None
@@ -262,20 +263,20 @@ def test_the_student_has_its_share_of_the_labels_and_the_teacher_all(tmp_path: P
 def test_a_share_of_the_labels_needs_one_class_per_sample() -> None:
     values = np.random.default_rng(0).random(COUNT).astype(np.float32)
     with pytest.raises(InputError, match="one class per sample") as error:
-        ground(values, "regression", "target").keep_labels(0.5)
+        task_data(values, "regression", "target").keep_labels(0.5)
     assert error.value.where == "distill.labelled"
 
 
 def test_the_teacher_answers_for_validation_samples_without_a_label_only() -> None:
-    few = ground(np.arange(COUNT) % 3, labelled=0.5)
+    few = task_data(np.arange(COUNT) % 3, labelled=0.5)
     spec = ModelSpec(few.dataset.inputs, few.task.outputs(few.dataset))
 
     class Two(nn.Module):
         def forward(self, image: torch.Tensor) -> torch.Tensor:
             return torch.tensor([[0.0, 0.0, 9.0]]).expand(len(image), 3)
 
-    teacher = ModuleTeacher(NamedModel(Two(), spec))
-    loader, task = answered_validation(few, teacher, False, "student")
+    teacher = ModuleTeacher(DictModel(Two(), spec))
+    loader, task = pseudo_labelled_validation(few, teacher, False, "student")
     given = np.asarray(few.dataset.splits["validation"].arrays["label"])
     filled = loader.split.arrays["label"]
     assert 0 < (given == -1).sum() < len(given)
@@ -285,7 +286,7 @@ def test_the_teacher_answers_for_validation_samples_without_a_label_only() -> No
 
 
 def test_unlabelled_validation_is_scored_by_the_teachers_answers(tmp_path: Path) -> None:
-    bare = ground(np.where(np.arange(COUNT) < 3, np.arange(COUNT), -1))
+    bare = task_data(np.where(np.arange(COUNT) < 3, np.arange(COUNT), -1))
     arrays = bare.dataset.splits["validation"].arrays
     arrays["label"][:] = -1
     spec = ModelSpec(bare.dataset.inputs, bare.task.outputs(bare.dataset))
@@ -294,7 +295,7 @@ def test_unlabelled_validation_is_scored_by_the_teachers_answers(tmp_path: Path)
         def forward(self, image: torch.Tensor) -> torch.Tensor:
             return nn.functional.one_hot(image[:, 0, 0, 0].long() % 3, 3) * 9.0
 
-    teacher = ModuleTeacher(NamedModel(Third(), spec))
+    teacher = ModuleTeacher(DictModel(Third(), spec))
     terms = [LossTerm(name="soft_labels", weight=1)]
     _, history = trained(bare, tmp_path, terms, teacher)
     assert history.metric == "agreement"
@@ -312,14 +313,14 @@ class Answers:
         return {self.name: self.function(batch["image"][:, 0, 0, 0].round().long())}
 
 
-def checked(on: Ground, answer) -> dict:
+def checked(on: TaskData, answer) -> dict:
     context = SimpleNamespace(progress=Silent())
     return check_teacher(Answers(on.task.output, answer), on, context)
 
 
 def test_chance_in_regression_is_the_best_constant() -> None:
     target = np.random.default_rng(0).gamma(1.0, 1.0, COUNT).astype(np.float32)
-    on = ground(target, "regression", "target")
+    on = task_data(target, "regression", "target")
     noise = torch.tensor(np.random.default_rng(1).normal(0, 0.3, COUNT), dtype=torch.float32)
     found = checked(on, lambda rows: (torch.tensor(target) + noise)[rows][:, None])
     assert found["mae"] < found["chance"]
@@ -329,7 +330,7 @@ def test_chance_in_regression_is_the_best_constant() -> None:
 
 def test_a_frequent_class_is_no_knowledge_and_a_little_above_it_is() -> None:
     label = (np.arange(COUNT) % 10 == 0).astype(np.int64)
-    on = ground(label)
+    on = task_data(label)
 
     def frequent(rows: torch.Tensor) -> torch.Tensor:
         return torch.tensor([[1.0, 0.0]]).repeat(len(rows), 1)
@@ -341,7 +342,7 @@ def test_a_frequent_class_is_no_knowledge_and_a_little_above_it_is() -> None:
 
 
 def test_few_labels_are_shown_and_not_judged() -> None:
-    on = ground(np.arange(COUNT) % 3, labelled=0.1)
+    on = task_data(np.arange(COUNT) % 3, labelled=0.1)
     found = checked(on, lambda rows: torch.zeros(len(rows), 3))
     assert 3 <= found["labelled"] < 20
     assert found["accuracy"] <= found["chance"] + 1e-9
@@ -366,13 +367,13 @@ class Machine:
 def test_the_benchmark_scores_what_is_labelled_or_else_agreement(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labelled: int
 ) -> None:
-    on = ground(np.arange(COUNT) % 3)
+    on = task_data(np.arange(COUNT) % 3)
     label = on.dataset.splits["test"].arrays["label"]
     label[labelled:] = -1
     count = len(label)
     rng = np.random.default_rng(0)
     logits = {role: rng.random((count, 3)) for role in ("teacher", "student", "baseline")}
-    monkeypatch.setattr("edgekd.stages.benchmark.open_ground", lambda *_: on)
+    monkeypatch.setattr("edgekd.stages.benchmark.open_task_data", lambda *_: on)
     monkeypatch.setattr("edgekd.targets.open_target", lambda _: Machine(logits))
     settings = {"providers_requested": [], "threads": 1, "run_level": "all", "parameters": 5}
     rows = {role: settings | {"file": f"{role}.onnx"} for role in logits}

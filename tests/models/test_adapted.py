@@ -10,8 +10,6 @@ from torch.nn import functional as F
 
 from edgekd.config.networks import PreprocessConfig
 from edgekd.data.dataset import Preprocess
-from edgekd.engines.onnx import export_onnx
-from edgekd.engines.onnx_adopt import adapt_onnx
 from edgekd.errors import InputError
 from edgekd.models.adapted import (
     Adaptation,
@@ -22,7 +20,9 @@ from edgekd.models.adapted import (
     input_adaptation,
     recognized_form,
 )
-from edgekd.models.named import NamedModel
+from edgekd.models.dict_model import DictModel
+from edgekd.onnx.export import export_onnx
+from edgekd.onnx.import_onnx import adapt_onnx
 from edgekd.spec import ModelSpec, TensorSpec
 
 NORMALIZATION = Preprocess(1 / 255, (0.4, 0.5, 0.6), (0.2, 0.3, 0.1))
@@ -106,7 +106,7 @@ class Pooled(nn.Module):
 def test_a_teacher_is_given_what_it_was_trained_on(tmp_path, channels, keys):
     own = adaptation(order=(2, 0, 4, 1), outputs=5, given=channels, **keys)
     inner = own.network_spec(spec(channels))
-    network = NamedModel(Pooled(inner.inputs[0].shape[1:], 5), inner).eval()
+    network = DictModel(Pooled(inner.inputs[0].shape[1:], 5), inner).eval()
     wanted = network.module(by_hand(pixels(channels), keys))[:, [2, 0, 4, 1]]
     model = adapt(network, spec(channels), own).eval()
     batch = {"image": normalized(pixels(channels))}
@@ -176,7 +176,7 @@ def test_a_form_that_cannot_be_is_an_error():
 
 
 def test_an_adapted_network_has_the_networks_own_weights_and_layers():
-    network = NamedModel(Pooled((3, 8, 8), 4), spec())
+    network = DictModel(Pooled((3, 8, 8), 4), spec())
     model = adapt(network, spec(), adaptation(form="probabilities"))
     assert isinstance(model, AdaptedModel)
     assert model.state_dict().keys() == network.state_dict().keys()

@@ -12,7 +12,7 @@ from edgekd.config.networks import ModelConfig
 from edgekd.errors import InputError
 from edgekd.models import build_model, load_weights, save_weights
 from edgekd.spec import TensorSpec
-from edgekd.stages.fitting import hub_identity
+from edgekd.stages.training import hub_fingerprint
 
 IMAGE = TensorSpec("image", ("batch", 3, 16, 16))
 TOKENS = [
@@ -82,16 +82,21 @@ def test_timm_names_are_looked_up_and_only_one_image_fits(timm):
 def test_a_folder_beside_the_pipeline_is_part_of_the_fingerprint(tmp_path, monkeypatch):
     transformers = types.ModuleType("transformers")
     monkeypatch.setitem(sys.modules, "transformers", transformers)
-    monkeypatch.setattr("edgekd.stages.fitting.library_versions", lambda names: {names[0]: "1"})
+    monkeypatch.setattr("edgekd.stages.training.library_versions", lambda names: {names[0]: "1"})
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.json").write_text("{}")
-    before = hub_identity("transformers:mine")
+    before = hub_fingerprint("transformers:mine")
     (tmp_path / "mine" / "model.safetensors").write_bytes(b"other weights")
     assert before.keys() == {"transformers", "folder"}
-    assert hub_identity("transformers:mine")["folder"] != before["folder"]
-    assert hub_identity("transformers:some/name") == {"transformers": "1"}
-    assert hub_identity("convnet-s") == hub_identity("mine:network") == hub_identity(None) == {}
+    assert hub_fingerprint("transformers:mine")["folder"] != before["folder"]
+    assert hub_fingerprint("transformers:some/name") == {"transformers": "1"}
+    assert (
+        hub_fingerprint("convnet-s")
+        == hub_fingerprint("mine:network")
+        == hub_fingerprint(None)
+        == {}
+    )
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgekd.models.named import NamedModel, fold_output_scale
+from edgekd.models.dict_model import DictModel, fold_output_scale
 from edgekd.models.weights import load_weights, save_weights
 from edgekd.spec import ModelSpec, TensorSpec
 
@@ -54,7 +54,7 @@ class Tied(nn.Module):
 
 def scaled(module, offset=(150_000.0, -3.0)):
     torch.manual_seed(0)
-    model = NamedModel(module, SPEC).eval()
+    model = DictModel(module, SPEC).eval()
     model.scale_output(torch.tensor(77_000.0), torch.tensor(offset))
     return model
 
@@ -68,11 +68,11 @@ def test_the_first_output_is_scaled_and_the_network_is_not():
 
 
 def test_the_scale_goes_with_the_weights(tmp_path):
-    model, other = scaled(Net()), NamedModel(Net(), SPEC).eval()
+    model, other = scaled(Net()), DictModel(Net(), SPEC).eval()
     save_weights(model, tmp_path / "w.safetensors")
     load_weights(other, tmp_path / "w.safetensors")
     assert torch.equal(model(BATCH)["prediction"], other(BATCH)["prediction"])
-    plain = NamedModel(Net(), SPEC).eval()
+    plain = DictModel(Net(), SPEC).eval()
     save_weights(plain, tmp_path / "plain.safetensors")
     load_weights(other, tmp_path / "plain.safetensors")
     assert other.output_scale is None
@@ -99,4 +99,4 @@ def test_what_cannot_be_folded_stays_as_it_is(module):
 
 
 def test_a_network_without_a_scale_has_nothing_to_fold():
-    assert not fold_output_scale(NamedModel(Net(), SPEC).eval(), BATCH)
+    assert not fold_output_scale(DictModel(Net(), SPEC).eval(), BATCH)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from edgekd.errors import InputError
-from edgekd.models.named import NamedModel
+from edgekd.models.dict_model import DictModel
 from edgekd.models.repeatable import check_repeatable
 from edgekd.spec import ModelSpec, TensorSpec
 
@@ -43,7 +43,7 @@ class StaysInTraining(nn.BatchNorm1d):
 
 def network(layer):
     torch.manual_seed(0)
-    return NamedModel(nn.Sequential(nn.Linear(6, 6), nn.Sequential(layer), nn.Linear(6, 3)), SPEC)
+    return DictModel(nn.Sequential(nn.Linear(6, 6), nn.Sequential(layer), nn.Linear(6, 3)), SPEC)
 
 
 def batch():
@@ -77,7 +77,7 @@ def test_the_forward_itself_is_named_when_no_layer_is_at_fault():
             return self.fc(x + torch.randn_like(x))
 
     with pytest.raises(InputError, match="forward of Noise itself"):
-        check_repeatable(NamedModel(Noise(), SPEC), batch(), "teacher")
+        check_repeatable(DictModel(Noise(), SPEC), batch(), "teacher")
 
 
 @pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.BatchNorm1d(6), nn.ReLU(inplace=True)])

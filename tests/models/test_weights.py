@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from edgekd.errors import InputError, StageError
-from edgekd.models import NamedModel, load_weights, save_weights
+from edgekd.models import DictModel, load_weights, save_weights
 from edgekd.models.weights import read_checkpoint
 from edgekd.spec import ModelSpec, TensorSpec
 
@@ -18,7 +18,7 @@ def network(classes=3):
 
 def named(module):
     spec = ModelSpec((TensorSpec("x", ("batch", 4)),), (TensorSpec("logits", ("batch", 3)),))
-    return NamedModel(module, spec)
+    return DictModel(module, spec)
 
 
 def same(a, b):

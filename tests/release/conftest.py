@@ -8,12 +8,12 @@ import math
 import numpy as np
 import pytest
 
-from edgekd.figure import Figure
+from edgekd.measurement import Measurement
 from edgekd.release.result import SCHEMA
 
 
 def figure(value, unit, n=1, interval=None, evidence="measured-on-target", note=""):
-    return Figure(value, unit, n, interval, 0.95, evidence, note).to_json()
+    return Measurement(value, unit, n, interval, 0.95, evidence, note).to_json()
 
 
 def latency(samples):

@@ -13,9 +13,9 @@ import pytest
 from onnx import TensorProto, helper
 
 from edgekd.errors import InputError, StageError
+from edgekd.files import edgerun_folder
 from edgekd.release.bundle import write_archive, write_bundle
 from edgekd.release.bundle_verify import verify_bundle
-from edgekd.resources import edgerun_folder
 from edgekd.spec import ModelSpec, TensorSpec
 
 SPEC = ModelSpec((TensorSpec("image", ("batch", 1, 2, 2)),), (TensorSpec("logits", ("batch", 3)),))

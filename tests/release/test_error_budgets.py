@@ -7,12 +7,12 @@ import pytest
 
 from edgekd.config.budgets import GateConfig
 from edgekd.errors import InputError
-from edgekd.release.assemble import Measured, Origin, assemble_result
-from edgekd.release.budget_rules import check_any_rule, check_direction
-from edgekd.release.figure_text import metric_change
+from edgekd.release.build_result import Measured, RunInfo, build_result
+from edgekd.release.formatting import metric_change
 from edgekd.release.gate import evaluate
 from edgekd.release.report_tables import cautions
 from edgekd.release.result import Result
+from edgekd.release.rules import check_any_rule, check_direction
 
 MAE = SimpleNamespace(name="regression", metric="mae", higher_is_better=False)
 ACCURACY = SimpleNamespace(name="classification", metric="accuracy", higher_is_better=True)
@@ -35,7 +35,7 @@ BENCH = {
 
 def made(tmp_path, task, constant, **scores):
     """A result whose models have these scores per sample."""
-    origin = Origin(
+    origin = RunInfo(
         name="x",
         seed=0,
         recipe="a",
@@ -48,7 +48,7 @@ def made(tmp_path, task, constant, **scores):
     file = tmp_path / "model.onnx"
     file.write_bytes(b"1" * 1000)
     measured = {role: Measured(file, 10, values) for role, values in scores.items()}
-    return assemble_result(origin, task, measured, BENCH, constant)
+    return build_result(origin, task, measured, BENCH, constant)
 
 
 def judged(result, **accuracy):

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgekd.config.budgets import GateConfig
-from edgekd.release.charts.axis import linear_axis, log_axis
 from edgekd.release.gate import evaluate
+from edgekd.release.plot import linear_axis, log_axis
 from edgekd.release.report import write_report
 
 BUDGETS = GateConfig.model_validate({"accuracy": {"max_drop": 0.02}, "size": {"max_mb": 0.01}})

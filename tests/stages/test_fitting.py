@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from edgekd.data.dataset import Split
-from edgekd.models.named import NamedModel
+from edgekd.models.dict_model import DictModel
 from edgekd.spec import ModelSpec, TensorSpec
-from edgekd.stages.fitting import scale_output
+from edgekd.stages.training import scale_output
 from edgekd.tasks import Classification, Regression
 
 SPEC = ModelSpec((TensorSpec("x", ("batch", 4)),), (TensorSpec("prediction", ("batch", 1)),))
@@ -26,7 +26,7 @@ class Net(nn.Module):
         return self.layer(x) * self.times + self.plus
 
 
-def ground(task, values):
+def task_data(task, values):
     rng = np.random.default_rng(0)
     inputs = {"x": rng.normal(size=(len(values), 4)).astype(np.float32)}
     split = Split({"target": values})
@@ -45,8 +45,8 @@ def prices(count=200):
 
 def test_a_network_of_ones_gets_the_unit_of_its_targets():
     values = prices()
-    on, inputs = ground(Regression(), values)
-    model = NamedModel(Net(), SPEC)
+    on, inputs = task_data(Regression(), values)
+    model = DictModel(Net(), SPEC)
     assert "standardize: false" in scale_output(on, model)
     answers = model({"x": torch.from_numpy(inputs["x"])})["prediction"]
     assert abs(float(answers.detach().mean()) - values.mean()) < values.std()
@@ -63,14 +63,14 @@ def test_a_network_of_ones_gets_the_unit_of_its_targets():
     ],
 )
 def test_others_are_left_as_they_are(task, network, values):
-    on, _ = ground(task, values)
-    model = NamedModel(network, SPEC)
+    on, _ = task_data(task, values)
+    model = DictModel(network, SPEC)
     assert scale_output(on, model) == ""
     assert model.output_scale is None
 
 
 def test_who_insists_gets_it():
-    on, _ = ground(Regression(standardize=True), prices() / 1e5 - 1.5)
-    model = NamedModel(Net(), SPEC)
+    on, _ = task_data(Regression(standardize=True), prices() / 1e5 - 1.5)
+    model = DictModel(Net(), SPEC)
     assert scale_output(on, model)
     assert model.output_scale is not None

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 
 from edgekd.errors import InputError
 from edgekd.spec import TensorSpec
-from edgekd.stages.validation import Validation
+from edgekd.stages.task_data import Validation
 from edgekd.tasks import Regression
 
 
@@ -52,8 +52,8 @@ class Data:
 
 
 def validation(tmp_path, values, off=0.0):
-    ground = SimpleNamespace(dataset=Data(values), task=Regression())
-    return Validation(ground, add_constant(tmp_path / "float.onnx", off))
+    task_data = SimpleNamespace(dataset=Data(values), task=Regression())
+    return Validation(task_data, add_constant(tmp_path / "float.onnx", off))
 
 
 @pytest.mark.parametrize("unit", [1.0, 1e5])

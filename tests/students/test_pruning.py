@@ -10,7 +10,7 @@ from torch import nn
 
 from edgekd.config.networks import ModelConfig, PruneConfig
 from edgekd.errors import InputError
-from edgekd.models import NamedModel, build_model, count_parameters
+from edgekd.models import DictModel, build_model, count_parameters
 from edgekd.spec import ModelSpec, TensorSpec
 from edgekd.students import apply_cuts, prune, read_cuts, write_cuts
 
@@ -31,7 +31,7 @@ ROUNDING = 1e-5
 """Sums of other lengths are summed in another order; answers are of the order of 1."""
 
 
-def network(name: str, seed: int = 0) -> NamedModel:
+def network(name: str, seed: int = 0) -> DictModel:
     """A built-in network in which no two channels are alike, batch norms included."""
     torch.manual_seed(seed)
     model = build_model(ModelConfig(model=name), *NETWORKS[name])
@@ -44,16 +44,16 @@ def network(name: str, seed: int = 0) -> NamedModel:
     return model
 
 
-def of(module: nn.Module, *inputs: TensorSpec, output: TensorSpec = LOGITS) -> NamedModel:
-    return NamedModel(module, ModelSpec(inputs or (VECTOR,), (output,)))
+def of(module: nn.Module, *inputs: TensorSpec, output: TensorSpec = LOGITS) -> DictModel:
+    return DictModel(module, ModelSpec(inputs or (VECTOR,), (output,)))
 
 
-def batch_for(model: NamedModel) -> dict[str, torch.Tensor]:
+def batch_for(model: DictModel) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return {s.name: torch.randn(6, *s.shape[1:], generator=generator) for s in model.spec.inputs}
 
 
-def answers(model: NamedModel) -> dict[str, torch.Tensor]:
+def answers(model: DictModel) -> dict[str, torch.Tensor]:
     model.eval()
     with torch.no_grad():
         return model(batch_for(model))
@@ -65,7 +65,7 @@ def removed_channels(before: nn.Module, after: nn.Module) -> list[int]:
     return [i for i, value in enumerate(values[0]) if not bool((values[1] == value).any())]
 
 
-def silenced(model: NamedModel, pruned: NamedModel) -> dict[str, torch.Tensor]:
+def silenced(model: DictModel, pruned: DictModel) -> dict[str, torch.Tensor]:
     """The whole network's answers, with 0 for what the pruned one's layers do not give."""
 
     def silence(channels: list[int]):

@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from edgekd.errors import InputError, StageError, TargetError
-from edgekd.resources import edgerun_folder
+from edgekd.files import edgerun_folder
 from edgekd.targets import LocalTarget, local, open_target
 from edgekd.targets.local import clean_environment
 from edgerun.errors import CannotWrite

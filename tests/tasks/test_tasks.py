@@ -12,7 +12,7 @@ from edgekd.tasks import (
     Classification,
     Policy,
     Regression,
-    against_teacher,
+    agreement_task,
     constant_outputs,
     get_task,
 )
@@ -162,7 +162,7 @@ def test_positions_without_a_label_do_not_count():
     ],
 )
 def test_a_model_is_right_about_its_own_answers(task, outputs):
-    targets = task.targets_from(outputs)
+    targets = task.pseudo_targets(outputs)
     assert task.labelled(targets).all()
     assert (task.scores(outputs, targets) == (1.0 if task.higher_is_better else 0.0)).all()
 
@@ -207,9 +207,9 @@ def test_a_constant_that_knows_other_samples_answers_as_many_as_are_asked_for():
 
 def test_the_task_against_the_teacher_is_named_so_and_leaves_the_other_alone():
     task = Classification(target="digit")
-    agreeing = against_teacher(task)
+    agreeing = agreement_task(task)
     assert (agreeing.metric, agreeing.target, task.metric) == ("agreement", "digit", "accuracy")
-    assert against_teacher(Policy()).metric == "mae to the teacher"
+    assert agreement_task(Policy()).metric == "mae to the teacher"
 
 
 def test_answers_that_are_nan_are_no_score():

@@ -5,20 +5,51 @@ Adding a source is one file with a :class:`~edgekd.data.source.Source`, and its 
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from edgekd.config.data import DataConfig
-from edgekd.data.assemble import assemble
+import numpy as np
+
+from edgekd.config.pipeline import DataConfig
+from edgekd.data.build_dataset import build_dataset
 from edgekd.data.classes import LABEL_CLASSES, ClassTarget
 from edgekd.data.dataset import Dataset
-from edgekd.data.source import Request, Source
-from edgekd.data.sources.digits import DIGITS
+from edgekd.data.source import UNSPLIT, RawData, Request, Source
 from edgekd.data.sources.fashion_mnist import FASHION_MNIST
 from edgekd.data.sources.function import fingerprint_function, read_function
 from edgekd.data.sources.image_folder import IMAGE_FOLDER
 from edgekd.data.sources.npz import NPZ
 from edgekd.extension import is_reference, resolve, searching
+
+TEST_FRACTION = 0.25
+
+
+def read_digits(request: Request) -> RawData:
+    """``image`` uint8 (1797, 1, 8, 8) and ``label`` int64; a quarter is cut off as test."""
+    from sklearn.datasets import load_digits
+
+    request.refuse("path", "download")
+    request.arguments(())
+    digits = load_digits()
+    image = digits.images.astype(np.uint8)[:, None]
+    return RawData(
+        splits={UNSPLIT: {"image": image, "label": digits.target.astype(np.int64)}},
+        where="scikit-learn's load_digits",
+        description=f"scikit-learn {version('scikit-learn')} load_digits",
+        labels=tuple(str(digit) for digit in range(10)),
+        layout="nchw",
+        image_scale=1 / 16,
+        test_fraction=TEST_FRACTION,
+    )
+
+
+def fingerprint_digits(request: Request) -> dict[str, str]:
+    """The version of the package that bundles the scans."""
+    return {"scikit-learn": version("scikit-learn")}
+
+
+DIGITS = Source(read_digits, fingerprint_digits)
 
 SOURCES: dict[str, Source] = {
     "digits": DIGITS,
@@ -47,9 +78,9 @@ def load_dataset(
     with searching(base):
         source = find_source(config.source)
         if isinstance(source, Source):
-            return assemble(source.read(request), config, classes)
+            return build_dataset(source.read(request), config, classes)
         result = read_function(source, request, seed)
-    return result if isinstance(result, Dataset) else assemble(result, config, classes)
+    return result if isinstance(result, Dataset) else build_dataset(result, config, classes)
 
 
 def source_fingerprint(config: DataConfig, base: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Fashion-MNIST (Xiao, Rasul and Vollgraf 2017): 60,000 + 10,000 grey images of 28×28 pixels.
+"""Fashion-MNIST: from a package's folder, a cache, or a mirror; IDX files.
 
 It is read from ``data.path``, else from the folder of the Debian package, else from the user's
 cache, which ``data.download: true`` fills from the authors' repository.
@@ -6,24 +6,93 @@ cache, which ``data.download: true`` fills from the authors' repository.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import http.client
+import math
 import os
 import urllib.error
 import urllib.request
+import zlib
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edgekd.data.dataset import Array
 from edgekd.data.source import RawData, Request, Source
-from edgekd.data.sources.idx import parse_idx, read_bytes
 from edgekd.errors import InputError
 from edgekd.files import hash_file
 
+_UNSIGNED_BYTE = 0x08
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file, decompressed when its name ends in ``.gz``.
+
+    Raises:
+        InputError: the file cannot be read, or the gzip stream is corrupt or cut off.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"the file cannot be read: {error.strerror}", where=str(path), remedy="check it"
+        ) from error
+    if path.suffix != ".gz":
+        return content
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(
+            f"the gzip file is corrupt or cut off after {len(content)} bytes: {error}",
+            where=str(path),
+            remedy="get the file again",
+        ) from error
+
+
+def parse_idx(content: bytes, dimensions: int, where: str) -> NDArray[np.uint8]:
+    """The array of an IDX file of unsigned bytes.
+
+    Args:
+        content: the decompressed file.
+        dimensions: how many axes there must be: 3 for images (N, H, W), 1 for labels (N,).
+        where: the file, for the error.
+
+    Raises:
+        InputError: no IDX file of bytes, another number of axes, or not as long as it says.
+    """
+    header = 4 + 4 * dimensions
+    magic = bytes([0, 0, _UNSIGNED_BYTE, dimensions])
+    if content[:4] != magic:
+        raise InputError(
+            f"this is no IDX file of bytes with {dimensions} axes: it starts with "
+            f"{content[:4].hex() or 'nothing'}, not {magic.hex()}",
+            where=where,
+            remedy="check that images and labels are not exchanged, or get the file again",
+        )
+    shape = tuple(int(n) for n in np.frombuffer(content[4:header], ">u4", min(
+        dimensions, max(0, len(content) - 4) // 4)))  # fmt: skip
+    expected = header + math.prod(shape)
+    if len(shape) < dimensions or len(content) != expected:
+        size = " x ".join(map(str, shape))
+        raise InputError(
+            f"the IDX file holds {len(content)} bytes, but "
+            + (f"{size} values need {expected}" if len(shape) == dimensions else
+               f"its header alone needs {header}"),
+            where=where,
+            remedy="get the file again: it is cut off or damaged",
+        )  # fmt: skip
+    return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
+
+
 PACKAGE = "dataset-fashion-mnist"
+
 PACKAGE_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 """Where the Debian package of the same name installs the files."""
 
 URL = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"
+
 URL_VARIABLE = "EDGEKD_FASHION_MNIST_URL"
 """Names another address that serves the four files, for a mirror."""
 
@@ -49,6 +118,7 @@ SHA256 = {
 }
 
 _TRAIN_LABELS = "train-labels-idx1-ubyte"
+
 _TIMEOUT_SECONDS = 60
 
 

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from edgekd.data.dataset import Array
-from edgekd.data.memory import allocate
+from edgekd.data.dataset import Array, allocate
 from edgekd.data.source import SPLITS, UNSPLIT, RawData, Request, Source
 from edgekd.data.split_names import looks_like_split, recognized
 from edgekd.errors import InputError, unknown_name

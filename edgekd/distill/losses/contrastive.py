@@ -12,7 +12,7 @@ from torch.nn.functional import softplus
 
 from edgekd.distill.losses.relation import Width, pooled, pooled_width, unit
 from edgekd.errors import InputError
-from edgekd.tasks.hard import at_least_float32
+from edgekd.tasks.losses import at_least_float32
 
 Count = Annotated[int, Field(ge=1)]
 Rows = Annotated[int, Field(ge=2)]

@@ -28,7 +28,7 @@ from edgekd.distill.adapters import (
 )
 from edgekd.distill.losses.response import Temperature
 from edgekd.errors import InputError
-from edgekd.tasks.hard import at_least_float32
+from edgekd.tasks.losses import at_least_float32
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -169,13 +169,13 @@ def vid(student: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
     return 0.5 * (error / variance + variance.log()).mean()
 
 
-class ChannelWise(nn.Module):
-    """:func:`channel_wise` of the adapted student, resized bilinearly to the teacher's size.
+class Cwd(nn.Module):
+    """:func:`cwd` of the adapted student, resized bilinearly to the teacher's size.
 
     Args:
         student: the captured shape.
         teacher: the captured shape.
-        temperature: see :func:`channel_wise`.
+        temperature: see :func:`cwd`.
     """
 
     def __init__(self, student: Shape, teacher: Shape, temperature: Temperature = 1.0) -> None:
@@ -187,10 +187,10 @@ class ChannelWise(nn.Module):
         """The loss, a scalar."""
         check_maps(student, teacher)
         adapted = resize(self.adapter(at_least_float32(student)), teacher)
-        return channel_wise(adapted, teacher, self.temperature)
+        return cwd(adapted, teacher, self.temperature)
 
 
-def channel_wise(student: Tensor, teacher: Tensor, temperature: Temperature = 1.0) -> Tensor:
+def cwd(student: Tensor, teacher: Tensor, temperature: Temperature = 1.0) -> Tensor:
     """``T²/C · Σ_c KL(softmax_i(f_t / T) ‖ softmax_i(f_s / T))`` (CWD, Shu et al. 2021).
 
     The softmax is over a channel's positions i, the mean over samples and channels.

@@ -3,6 +3,9 @@
 Each takes tensors and gives a scalar. Shapes: logits (B, C) or (B, T, C); numbers (B, ...).
 Sums run over classes, means over everything else, so that a weight means the same for every
 batch size and sequence length. Half precision is widened before any exponential.
+
+Logits (B, C), or (B, T, C) taken as B·T samples. The value of a sample depends on the others in
+its batch, so that a loss of half a batch is not half the loss.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from torch.linalg import vector_norm
 from torch.nn.functional import log_softmax
 
 from edgekd.distill.adapters import SAME_CLASSES, check_same_shape
-from edgekd.tasks.hard import Distance, at_least_float32, cross_entropy, distance
+from edgekd.tasks.losses import Distance, at_least_float32, cross_entropy, distance
 
 Temperature = Annotated[float, Field(ge=1)]
 """From 1 upward: below 1 it would sharpen what it is there to soften."""
@@ -58,7 +61,7 @@ def soft_labels(student: Tensor, teacher: Tensor, temperature: Temperature = 4.0
     return total * (temperature**2 / rows)
 
 
-def teacher_labels(student: Tensor, teacher: Tensor) -> Tensor:
+def hard_distillation(student: Tensor, teacher: Tensor) -> Tensor:
     """``CE(z_s, argmax z_t)``: the teacher's decision as a label (DeiT, Touvron et al. 2021).
 
     Args:
@@ -69,7 +72,7 @@ def teacher_labels(student: Tensor, teacher: Tensor) -> Tensor:
     return cross_entropy(student, teacher.argmax(dim=-1))
 
 
-def regression(
+def output_regression(
     student: Tensor, teacher: Tensor, kind: Distance = "mse", mask: Tensor | None = None
 ) -> Tensor:
     """``d(student, teacher)``: the teacher's numbers imitated, or its logits matched.
@@ -83,14 +86,16 @@ def regression(
     return distance(student, teacher, kind, mask)
 
 
-def hard_targets(
+def target_regression(
     student: Tensor, target: Tensor, kind: Distance = "mse", mask: Tensor | None = None
 ) -> Tensor:
-    """``d(student, y)``: the data's own continuous targets; arguments as :func:`regression`."""
+    """``d(student, y)``: the data's continuous targets; arguments as :func:`output_regression`."""
     return distance(student, target, kind, mask)
 
 
-def standardized(student: Tensor, teacher: Tensor, temperature: Temperature = 2.0) -> Tensor:
+def logit_standardization(
+    student: Tensor, teacher: Tensor, temperature: Temperature = 2.0
+) -> Tensor:
     """``T² · KL(softmax(Z(z_t) / T) ‖ softmax(Z(z_s) / T))`` (logit standardization, Sun et al.
     2024, algorithms 1 and 2): the student need not reach the size of the teacher's logits.
 
@@ -189,3 +194,81 @@ def unit_deviation(values: Tensor) -> Tensor:
     size = vector_norm(deviation, dim=-1, keepdim=True)
     varies = size > rounding * (vector_norm(values, dim=-1, keepdim=True) + rounding)
     return torch.where(varies, deviation, 0) / torch.where(varies, size, 1)
+
+
+Share = Annotated[float, Field(ge=0)]
+
+
+def dist(
+    student: Tensor,
+    teacher: Tensor,
+    beta: Share = 1.0,
+    gamma: Share = 1.0,
+    temperature: Temperature = 1.0,
+) -> Tensor:
+    """``T² · [β · (1 − ρ(rows)) + γ · (1 − ρ(columns))]``: DIST (Huang et al. 2022), ρ
+    being Pearson's correlation of the probabilities softmax(z / T).
+
+    A row is a sample's probabilities over the classes, a column a class's over the samples; the
+    loss is the mean over them. A row or column that is constant correlates with nothing: ρ = 0.
+    One sample alone therefore always pays γ for its columns.
+
+    Args:
+        student: logits.
+        teacher: logits of the same shape.
+        beta: β, the weight of the relation between classes, within each sample.
+        gamma: γ, the weight of the relation between samples, within each class.
+        temperature: T, at least 1; the authors take 1 for ImageNet and 4 for CIFAR.
+    """
+    check_same_shape(student, teacher, SAME_CLASSES)
+    p = _probabilities(teacher, temperature)
+    q = _probabilities(student, temperature)
+    return temperature**2 * (beta * _inter_class(q, p) + gamma * _intra_class(q, p))
+
+
+def mlkd(
+    student: Tensor,
+    teacher: Tensor,
+    temperatures: Annotated[tuple[Temperature, ...], Field(min_length=1)] = (2, 3, 4, 5, 6),
+) -> Tensor:
+    """``Σ_T [T² · KL + ‖P_tᵀP_t − P_sᵀP_s‖² / C + ‖P_tP_tᵀ − P_sP_sᵀ‖² / B]``: multi-level logit
+    distillation (Jin et al. 2023), P being the probabilities softmax(z / T), one row a sample.
+
+    The levels are the sample (KL as in :func:`~edgekd.distill.losses.response.soft_labels`), the
+    relation of the classes over the batch, and that of the samples. It is summed over T, so that
+    a weight is for this number of temperatures; the class level grows with B², as published.
+    One view of the data only: the authors' second, strongly augmented view, and their choice of
+    the less confident half, are left out. Takes memory for a matrix (B·T, B·T).
+
+    Args:
+        student: logits.
+        teacher: logits of the same shape.
+        temperatures: at least one, each at least 1.
+    """
+    check_same_shape(student, teacher, SAME_CLASSES)
+    return torch.stack([_levels(student, teacher, each) for each in temperatures]).sum()
+
+
+def _levels(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    p = _probabilities(teacher, temperature)
+    q = _probabilities(student, temperature)
+    sample_level = soft_labels(student, teacher, temperature)
+    return sample_level + _gram_difference(q.T, p.T) + _gram_difference(q, p)
+
+
+def _probabilities(logits: Tensor, temperature: float) -> Tensor:
+    return log_probabilities(logits, temperature).exp().reshape(-1, logits.shape[-1])
+
+
+def _inter_class(q: Tensor, p: Tensor) -> Tensor:
+    """``1 − ρ``, mean over rows."""
+    return 1 - (unit_deviation(q) * unit_deviation(p)).sum(dim=-1).mean()
+
+
+def _intra_class(q: Tensor, p: Tensor) -> Tensor:
+    return _inter_class(q.T, p.T)
+
+
+def _gram_difference(q: Tensor, p: Tensor) -> Tensor:
+    """``‖ppᵀ − qqᵀ‖² / rows``."""
+    return (p @ p.T - q @ q.T).square().sum() / len(p)

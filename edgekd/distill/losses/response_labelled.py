@@ -21,7 +21,7 @@ from edgekd.distill.losses.response import (
     log_probabilities,
 )
 from edgekd.errors import InputError
-from edgekd.tasks.hard import class_numbers
+from edgekd.tasks.losses import class_numbers
 
 Share = Annotated[float, Field(ge=0)]
 
@@ -87,7 +87,7 @@ def wsld(
     return temperature**2 * _labelled_mean(weight * cross_entropies, classes)
 
 
-def virtual_teacher(
+def tf_kd(
     student: Tensor,
     target: Tensor,
     correct: Annotated[float, Field(gt=0, lt=1)] = 0.99,
@@ -109,7 +109,7 @@ def virtual_teacher(
     Raises:
         InputError: shapes that do not fit; targets that are probabilities.
     """
-    classes = _one_class_each("virtual_teacher", student, target)
+    classes = _one_class_each("tf_kd", student, target)
     log_q = log_probabilities(student, temperature)
     others = log_q.shape[-1] - 1
     teacher = torch.full_like(log_q, math.log((1 - correct) / others), requires_grad=False)

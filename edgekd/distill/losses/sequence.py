@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from edgekd.distill.adapters import adapter, check_same_shape
 from edgekd.distill.losses.relation import unit
 from edgekd.errors import InputError
-from edgekd.tasks.hard import at_least_float32, expand_mask
+from edgekd.tasks.losses import at_least_float32, expand_mask
 
 
 class HiddenStates(nn.Module):

@@ -1,6 +1,6 @@
 """Who teaches whom, and when.
 
-Every public function of this package's modules whose first parameter is ``room`` is a scheme,
+Every public function of this package's modules whose first parameter is ``context`` is a scheme,
 under its own name (without an underscore at its end); there is nothing to register.
 """
 
@@ -13,13 +13,12 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from edgekd.arguments import check_arguments, parameters_of
 from edgekd.config.training import SchemeConfig
-from edgekd.distill.schemes.scheme import Classroom, Scheme
+from edgekd.distill.schemes.scheme import Scheme, SchemeContext
 from edgekd.errors import InputError
-from edgekd.extension import resolve
+from edgekd.extension import check_arguments, parameters_of, resolve
 
-__all__ = ["SCHEMES", "Classroom", "Scheme", "find_scheme"]
+__all__ = ["SCHEMES", "Scheme", "SchemeContext", "find_scheme"]
 
 
 def _schemes() -> dict[str, Scheme]:
@@ -29,7 +28,7 @@ def _schemes() -> dict[str, Scheme]:
         for name, function in inspect.getmembers(module, inspect.isfunction):
             if name.startswith("_") or function.__module__ != module.__name__:
                 continue
-            if next(iter(inspect.signature(function).parameters), None) == "room":
+            if next(iter(inspect.signature(function).parameters), None) == "context":
                 found[name.rstrip("_")] = function
     return found
 
@@ -42,17 +41,17 @@ def find_scheme(config: SchemeConfig, where: str = "distill.scheme") -> Scheme:
     """The scheme a pipeline names, with its arguments bound and checked.
 
     Raises:
-        InputError: there is no such scheme, it takes no classroom, or an argument is wrong.
+        InputError: there is no such scheme, it takes no context, or an argument is wrong.
     """
     scheme: Any = resolve(config.name, SCHEMES, "scheme", where)
-    if "room" not in parameters_of(scheme, where):
+    if "context" not in parameters_of(scheme, where):
         raise InputError(
-            f"{config.name!r} is no scheme: it has no parameter 'room'",
+            f"{config.name!r} is no scheme: it has no parameter 'context'",
             where=where,
-            remedy="write it as def name(room, …), which trains room.student",
+            remedy="write it as def name(context, …), which trains context.student",
         )
     position = f"{where}.{config.name}"
     name = f"scheme {config.name!r}"
-    args = check_arguments(scheme, config.args, supplied=("room",), name=name, where=position)
+    args = check_arguments(scheme, config.args, supplied=("context",), name=name, where=position)
     bound: Scheme = partial(scheme, **args)
     return bound

@@ -8,19 +8,18 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor, nn
 
-from edgekd.distill.history import History
-from edgekd.distill.imitation import imitation
+from edgekd.distill.checkpoint import History
 from edgekd.distill.losses.response import Temperature
-from edgekd.distill.objective import Objective
-from edgekd.distill.schemes.scheme import Classroom, Network
-from edgekd.distill.term import Named, OwnTerm
+from edgekd.distill.objective import Objective, output_loss
+from edgekd.distill.schemes.scheme import Network, SchemeContext
+from edgekd.distill.term import BuiltinTerm, Named
 from edgekd.errors import InputError
-from edgekd.models.named import NamedModel
+from edgekd.models.dict_model import DictModel
 from edgekd.tasks import Task
 
 
 def online(
-    room: Classroom,
+    context: SchemeContext,
     peers: Annotated[int, Field(ge=2)] | None = None,
     models: tuple[Network, ...] = (),
     temperature: Temperature = 1.0,
@@ -34,7 +33,7 @@ def online(
     pipeline's teacher nor its loss terms are used; ``clip_norm`` bounds all peers together.
 
     Args:
-        room: what is worked with.
+        context: what is worked with.
         peers: how many, the student among them. Left out: one more than ``models``, or 2.
         models: the other peers' networks; without them they are the student's, each with first
             weights of its own.
@@ -51,14 +50,16 @@ def online(
             where="distill.scheme.online",
             remedy=f"write peers: {len(models) + 1}, or leave it out",
         )
-    room.say("  online: the peers learn from each other; no teacher and no distill.losses")
-    members = [room.student]
+    context.say("  online: the peers learn from each other; no teacher and no distill.losses")
+    members = [context.student]
     if models:
-        members += [room.build(config, index) for index, config in enumerate(models, start=1)]
+        members += [context.build(config, index) for index, config in enumerate(models, start=1)]
     else:
-        members += [room.new_student(index) for index in range(1, others + 1)]
-    objective = mutual_objective(len(members), room.task, temperature, weight, room.label_smoothing)
-    return {"student": room.fit(Peers(members), objective, "student")}
+        members += [context.new_student(index) for index in range(1, others + 1)]
+    objective = mutual_objective(
+        len(members), context.task, temperature, weight, context.label_smoothing
+    )
+    return {"student": context.fit(Peers(members), objective, "student")}
 
 
 class Peers(nn.Module):
@@ -68,7 +69,7 @@ class Peers(nn.Module):
     evaluation mode the first's alone.
     """
 
-    def __init__(self, members: Sequence[NamedModel]) -> None:
+    def __init__(self, members: Sequence[DictModel]) -> None:
         super().__init__()
         self.members = nn.ModuleList(members)
 
@@ -83,9 +84,9 @@ class Peers(nn.Module):
         return outputs
 
     def check_batch(self, batch: Mapping[str, Tensor]) -> None:
-        """See :meth:`edgekd.models.named.NamedModel.check_batch`."""
+        """See :meth:`edgekd.models.dict_model.DictModel.check_batch`."""
         for member in self.members:
-            assert isinstance(member, NamedModel)
+            assert isinstance(member, DictModel)
             member.check_batch(batch)
 
 
@@ -105,14 +106,14 @@ def mutual_objective(
     peers: int, task: Task, temperature: float, weight: float, label_smoothing: float = 0.0
 ) -> Objective:
     """The terms of all peers of a :class:`Peers`; see :func:`online`."""
-    terms: list[OwnTerm] = []
+    terms: list[BuiltinTerm] = []
     for number in range(peers):
         terms.append(_PeerHard(number, task, label_smoothing))
         terms.append(_PeerMutual(number, peers, task, temperature, weight))
     return Objective.of(terms)
 
 
-class _PeerHard(OwnTerm):
+class _PeerHard(BuiltinTerm):
     """A peer's loss against the data's targets."""
 
     def __init__(self, number: int, task: Task, label_smoothing: float) -> None:
@@ -127,7 +128,7 @@ class _PeerHard(OwnTerm):
         return self._task.hard_loss(outputs_of(self._number, student), batch, self._label_smoothing)
 
 
-class _PeerMutual(OwnTerm):
+class _PeerMutual(BuiltinTerm):
     """How far a peer is from each of the others, on average; only it gets a gradient."""
 
     def __init__(
@@ -144,7 +145,7 @@ class _PeerMutual(OwnTerm):
     def forward(self, student: Named, teacher: Named | None, batch: Named, part: float) -> Tensor:
         own = outputs_of(self._number, student)
         distances = [
-            imitation(self._task, own, outputs_of(other, student), batch, self._temperature)
+            output_loss(self._task, own, outputs_of(other, student), batch, self._temperature)
             for other in self._others
         ]
         return sum(distances[1:], start=distances[0]) / len(distances)

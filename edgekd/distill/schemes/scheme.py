@@ -10,11 +10,11 @@ from pydantic import AfterValidator, BeforeValidator
 from torch import nn
 
 from edgekd.config.networks import ModelConfig, TeacherConfig
-from edgekd.distill.history import History
+from edgekd.distill.checkpoint import History
 from edgekd.distill.objective import Objective
 from edgekd.distill.teacher import Teacher
 from edgekd.models.build import find_model
-from edgekd.models.named import NamedModel
+from edgekd.models.dict_model import DictModel
 from edgekd.tasks import Task
 
 
@@ -36,7 +36,7 @@ class Fit(Protocol):
 
 
 @dataclass(frozen=True)
-class Classroom:
+class SchemeContext:
     """What a scheme works with.
 
     Attributes:
@@ -55,21 +55,21 @@ class Classroom:
         say: tells the person who watches.
     """
 
-    student: NamedModel
+    student: DictModel
     teacher: Teacher
     task: Task
     label_smoothing: float
     fit: Fit
     new_objective: Callable[[], Objective]
-    new_student: Callable[[int], NamedModel]
-    build: Callable[[ModelConfig, int], NamedModel]
+    new_student: Callable[[int], DictModel]
+    build: Callable[[ModelConfig, int], DictModel]
     open_teacher: Callable[[TeacherConfig, str], Teacher]
     say: Callable[[str], None]
 
 
 Scheme = Callable[..., Mapping[str, History]]
-"""A function ``(room, **arguments)`` that trains ``room.student`` and returns the history of each
-training by its label; the student's own has the label ``student``."""
+"""A function ``(context, **arguments)`` that trains ``context.student`` and returns the history of
+each training by its label; the student's own has the label ``student``."""
 
 
 def _section(value: Any) -> Any:

@@ -1,26 +1,157 @@
-"""A student without another teacher: born again under itself, or under its own deepest answer."""
+"""Self-distillation: a network's deepest exit teaches its early exits.
+
+Zhang et al. 2019, "Be your own teacher". The exits are trained with the network and are no part
+of it, so that the exported student has none.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
+import torch
 from pydantic import Field
+from torch import Tensor, nn
 
-from edgekd.distill.features import Capture
-from edgekd.distill.history import History
+from edgekd.config.training import LossTerm
+from edgekd.distill.checkpoint import History
+from edgekd.distill.distributed import training_device
+from edgekd.distill.features import FeatureExtractor, layer_key
+from edgekd.distill.loss_term import ConfiguredLoss
 from edgekd.distill.losses.response import Temperature
-from edgekd.distill.objective import Objective
-from edgekd.distill.runtime import training_device
-from edgekd.distill.schemes.exits import exit_terms
-from edgekd.distill.schemes.scheme import Classroom
+from edgekd.distill.objective import Objective, output_loss
+from edgekd.distill.schemes.scheme import SchemeContext
 from edgekd.distill.teacher import ModuleTeacher, Teacher
+from edgekd.distill.term import BuiltinTerm, Named
 from edgekd.errors import InputError
+from edgekd.tasks import Task
+
+_EXITS = "distill.scheme.self"
+
+
+class Exit(BuiltinTerm):
+    """``(1 − α) · hard + α · soft labels of the deepest answer`` at one layer (equation 6).
+
+    A mean over positions and a linear layer make the layer's feature an answer. No gradient flows
+    into the deepest answer from here.
+
+    Args:
+        layer: the module path.
+        task: says what an answer is.
+        temperature: T of the soft labels.
+        share: α, from 0 to 1.
+        label_smoothing: for the labels.
+    """
+
+    needs_shapes = True
+
+    def __init__(
+        self, layer: str, task: Task, temperature: float, share: float, label_smoothing: float
+    ) -> None:
+        super().__init__(f"exit {layer}", layers=(layer,))
+        self._key = layer_key(layer)
+        self._task, self._temperature, self._share = task, temperature, share
+        self._label_smoothing = label_smoothing
+        self.head: nn.Linear | None = None
+
+    @property
+    def identity(self) -> str:
+        """See :class:`edgekd.distill.term.Term`."""
+        return f"{super().identity} {self._temperature} {self._share} {self._label_smoothing}"
+
+    def prepare(self, student: Named, teacher: Named | None, samples: int) -> None:
+        """Make the head for the layer's channels and the answer's size.
+
+        Raises:
+            InputError: the layer gives no map, sequence or vector.
+        """
+        if self.head is None:
+            feature, answer = pooled(student[self._key], self._key[1:]), student[self._task.output]
+            self.head = nn.Linear(feature.shape[1], answer[0].numel()).to(feature.device)
+
+    def forward(self, student: Named, teacher: Named | None, batch: Named, part: float) -> Tensor:
+        """The loss, a scalar."""
+        assert self.head is not None
+        deepest = student[self._task.output]
+        answer = self.head(pooled(student[self._key], self._key[1:])).reshape(deepest.shape)
+        own = {self._task.output: answer}
+        hard = self._task.hard_loss(own, batch, self._label_smoothing)
+        soft = output_loss(self._task, own, student, batch, self._temperature)
+        return (1 - self._share) * hard + self._share * soft
+
+
+class OwnHint(BuiltinTerm):
+    """A feature loss of a shallow layer, with the same network's deepest one as the teacher.
+
+    Args:
+        layer: the module path of the shallow layer.
+        deepest: that of the deepest one, which gets no gradient from here.
+        task: as in :class:`edgekd.distill.loss_term.ConfiguredLoss`.
+        weight: the paper's λ.
+    """
+
+    needs_shapes = True
+
+    def __init__(self, layer: str, deepest: str, task: Task, weight: float) -> None:
+        super().__init__(f"hint {layer}", weight, (layer, deepest))
+        term = LossTerm(name="fitnets", args={"student": layer, "teacher": deepest})
+        self.loss = ConfiguredLoss(term, self.label, task, 0.0, f"{_EXITS}.hint")
+
+    def prepare(self, student: Named, teacher: Named | None, samples: int) -> None:
+        """Make the adapter."""
+        self.loss.prepare(student, student, samples)
+
+    def forward(self, student: Named, teacher: Named | None, batch: Named, part: float) -> Tensor:
+        """The loss, a scalar."""
+        own = {key: value.detach() for key, value in student.items()}
+        value: Tensor = self.loss(student, own, batch, part)
+        return value
+
+
+def exit_terms(
+    layers: Sequence[str],
+    task: Task,
+    *,
+    temperature: float,
+    share: float,
+    hint: float,
+    deepest: str | None,
+    label_smoothing: float,
+) -> list[BuiltinTerm]:
+    """An :class:`Exit` at each layer, and with ``deepest`` an :class:`OwnHint`."""
+    terms: list[BuiltinTerm] = []
+    for layer in layers:
+        terms.append(Exit(layer, task, temperature, share, label_smoothing))
+        if deepest is not None:
+            terms.append(OwnHint(layer, deepest, task, hint))
+    return terms
+
+
+def pooled(feature: Tensor, layer: str) -> Tensor:
+    """A feature's mean over its positions: a map or a sequence to a vector (B, C).
+
+    Raises:
+        InputError: it is neither of them, nor a vector.
+    """
+    if feature.ndim == 4:
+        return feature.mean((2, 3))
+    if feature.ndim == 3:
+        return feature.mean(1)
+    if feature.ndim == 2 and torch.is_floating_point(feature):
+        return feature
+    raise InputError(
+        f"the layer {layer!r} gives {list(feature.shape)}, and an exit takes a map (B, C, H, W), "
+        "a sequence (B, T, F) or a vector (B, F)",
+        where=f"{_EXITS}.exits",
+        remedy="name another layer; 'edgekd layers' lists them with their shapes",
+    )
+
 
 _WHERE = "distill.scheme.self"
 
 
 def self_(
-    room: Classroom,
+    context: SchemeContext,
     generations: Annotated[int, Field(ge=0)] | None = None,
     exits: tuple[str, ...] = (),
     temperature: Temperature = 3.0,
@@ -35,7 +166,7 @@ def self_(
     from the deepest answer, in every generation. The pipeline's teacher is not asked.
 
     Args:
-        room: what is worked with.
+        context: what is worked with.
         generations: how many after generation 0. Left out: 1, or 0 with exits.
         exits: module paths of the student's layers, each of which gets a classifier of its own.
         temperature: T of what the deepest answer teaches the exits.
@@ -47,36 +178,36 @@ def self_(
         InputError: nothing teaches the student, or a layer does not exist.
     """
     count = (0 if exits else 1) if generations is None else generations
-    _check(room, count, exits, deepest)
+    _check(context, count, exits, deepest)
     histories: dict[str, History] = {}
     teacher: Teacher | None = None
     for number in range(count + 1):
         last = number == count
         label = "student" if last else f"generation {number}"
-        model = room.student if last else room.new_student(number + 1)
+        model = context.student if last else context.new_student(number + 1)
         objective = (
-            Objective.supervised(room.task, room.label_smoothing)
+            Objective.supervised(context.task, context.label_smoothing)
             if teacher is None
-            else room.new_objective()
+            else context.new_objective()
         )
         if exits:
             shallow = exit_terms(
                 exits,
-                room.task,
+                context.task,
                 temperature=temperature,
                 share=share,
                 hint=hint,
                 deepest=deepest,
-                label_smoothing=room.label_smoothing,
+                label_smoothing=context.label_smoothing,
             )
             objective = Objective.of([*objective.terms, *shallow])
-        histories[label] = room.fit(model, objective, label, teacher)
+        histories[label] = context.fit(model, objective, label, teacher)
         if not last:
             teacher = ModuleTeacher(model.to(training_device()))
     return histories
 
 
-def _check(room: Classroom, count: int, exits: tuple[str, ...], deepest: str | None) -> None:
+def _check(context: SchemeContext, count: int, exits: tuple[str, ...], deepest: str | None) -> None:
     """Find now what would else be found when generation 0 has been trained."""
     if not count and not exits:
         raise InputError(
@@ -91,10 +222,10 @@ def _check(room: Classroom, count: int, exits: tuple[str, ...], deepest: str | N
             remedy="name layers as exits, or remove 'deepest'",
         )
     named = [*exits, *([deepest] if deepest is not None else [])]
-    Capture(room.student, named, _WHERE).remove()
+    FeatureExtractor(context.student, named, _WHERE).remove()
     if not count:
         return
-    objective = room.new_objective()
+    objective = context.new_objective()
     if not objective.needs_teacher:
         raise InputError(
             "no loss term compares with a teacher: a generation would learn nothing from the one "
@@ -103,4 +234,4 @@ def _check(room: Classroom, count: int, exits: tuple[str, ...], deepest: str | N
             remedy="add soft_labels to distill.losses",
         )
     # Teacher and student are the same network, and so are their layers' paths.
-    Capture(room.student, objective.teacher_layers | objective.student_layers).remove()
+    FeatureExtractor(context.student, objective.teacher_layers | objective.student_layers).remove()

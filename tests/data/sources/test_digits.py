@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgekd.config.data import DataConfig
+from edgekd.config.pipeline import DataConfig
 from edgekd.data import load_dataset, source_fingerprint
 from edgekd.errors import InputError
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgekd.config.data import DataConfig
+from edgekd.config.pipeline import DataConfig
 from edgekd.data import load_dataset, source_fingerprint
 from edgekd.data.sources import fashion_mnist
-from edgekd.data.sources.idx import parse_idx, read_bytes
+from edgekd.data.sources.fashion_mnist import parse_idx, read_bytes
 from edgekd.errors import InputError
 
 BASE = Path()

@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 
-from edgekd.config.data import DataConfig
+from edgekd.config.pipeline import DataConfig
 from edgekd.data import load_dataset, source_fingerprint
 from edgekd.errors import InputError
 
@@ -31,10 +31,10 @@ def lists():
     return {"state": [[1.0, 2.0]] * 20, "label": [0, 1] * 10}
 
 def dataset():
-    from edgekd.data.assemble import assemble
-    from edgekd.config.data import DataConfig
+    from edgekd.data.build_dataset import build_dataset
+    from edgekd.config.pipeline import DataConfig
     from edgekd.data.source import RawData
-    return assemble(RawData({"all": arrays(20)}, "mine", "mine"), DataConfig(source="npz"))
+    return build_dataset(RawData({"all": arrays(20)}, "mine", "mine"), DataConfig(source="npz"))
 
 def ragged(): return {"state": [[1.0], [1.0, 2.0]], "label": [0, 1]}
 def mixed(): return {"train": arrays(20), "extra": np.ones(3)}
@@ -126,7 +126,7 @@ def test_the_fingerprint_follows_the_module_and_the_path(folder):
 def test_reading_data_does_not_import_torch(tmp_path):
     code = (
         "import sys, pathlib\n"
-        "from edgekd.config.data import DataConfig\n"
+        "from edgekd.config.pipeline import DataConfig\n"
         "from edgekd.data import load_dataset, save_dataset, open_dataset\n"
         "here = pathlib.Path(sys.argv[1])\n"
         "save_dataset(load_dataset(DataConfig(source='digits'), here, 0), here / 'd')\n"

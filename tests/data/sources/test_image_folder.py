@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgekd.config.data import DataConfig
-from edgekd.data import load_dataset, memory, source_fingerprint
+from edgekd.config.pipeline import DataConfig
+from edgekd.data import dataset as memory
+from edgekd.data import load_dataset, source_fingerprint
 from edgekd.errors import InputError
 
 

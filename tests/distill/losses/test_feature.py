@@ -7,7 +7,7 @@ import torch
 from edgekd.distill.losses import LOSSES
 from edgekd.distill.losses.feature import (
     attention,
-    channel_wise,
+    cwd,
     fitnets,
     nst,
     pkd,
@@ -22,8 +22,8 @@ def with_variance(student, teacher):
     return vid(student, teacher, torch.linspace(0.5, 2, teacher.shape[1]).to(teacher))
 
 
-PURE = [fitnets, attention, nst, with_variance, channel_wise, pkd]
-AT_LEAST_0 = [fitnets, attention, nst, channel_wise, pkd]
+PURE = [fitnets, attention, nst, with_variance, cwd, pkd]
+AT_LEAST_0 = [fitnets, attention, nst, cwd, pkd]
 ANY_CHANNELS = [attention, nst]
 
 
@@ -34,7 +34,7 @@ def features(student=MAPS, teacher=MAPS, seed=0, scale=1.0):
 
 
 def test_the_registry_has_the_trained_class_where_there_is_one():
-    for name in ("fitnets", "vid", "channel_wise", "pkd"):
+    for name in ("fitnets", "vid", "cwd", "pkd"):
         assert isinstance(LOSSES[name], type), name
     assert LOSSES["attention"] is attention
     assert LOSSES["nst"] is nst
@@ -117,7 +117,7 @@ def test_channel_wise_is_the_published_formula(temperature):
             p, q = p / p.sum(), q / q.sum()
             total += (p * np.log(p / q)).sum()
     expected = temperature**2 * total / (MAPS[0] * MAPS[1])
-    assert channel_wise(student, teacher, temperature).item() == pytest.approx(expected, rel=1e-10)
+    assert cwd(student, teacher, temperature).item() == pytest.approx(expected, rel=1e-10)
 
 
 def test_pkd_is_one_minus_the_pearson_correlation_of_each_channel():
@@ -146,8 +146,8 @@ def test_only_where_a_feature_is_large_matters_and_not_how_large(loss):
 def test_channel_wise_ignores_a_shift_of_a_channel():
     student, teacher = features()
     shift = torch.arange(4, dtype=torch.float64)[:, None, None] * 10
-    before = channel_wise(student, teacher)
-    torch.testing.assert_close(channel_wise(student + shift, teacher), before, rtol=1e-10, atol=0)
+    before = cwd(student, teacher)
+    torch.testing.assert_close(cwd(student + shift, teacher), before, rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("loss", ANY_CHANNELS)
@@ -231,7 +231,7 @@ def test_features_that_are_all_zero_have_a_finite_gradient(loss):
     assert student.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("loss", [fitnets, with_variance, channel_wise, pkd])
+@pytest.mark.parametrize("loss", [fitnets, with_variance, cwd, pkd])
 @pytest.mark.parametrize("teacher", [(3, 1, 5, 6), (1, 4, 5, 6), (3, 4, 5, 1)])
 def test_shapes_that_would_broadcast_are_refused_and_named(loss, teacher):
     with pytest.raises(InputError) as error:
@@ -240,7 +240,7 @@ def test_shapes_that_would_broadcast_are_refused_and_named(loss, teacher):
     assert str(list(teacher)) in error.value.what
 
 
-@pytest.mark.parametrize("loss", [attention, nst, channel_wise, pkd])
+@pytest.mark.parametrize("loss", [attention, nst, cwd, pkd])
 @pytest.mark.parametrize("teacher", [(3, 4), (3, 4, 5), (2, 4, 5, 6)])
 def test_only_maps_of_the_same_samples_are_taken(loss, teacher):
     with pytest.raises(InputError) as error:

@@ -5,13 +5,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from edgekd.arguments import check_arguments
 from edgekd.distill.losses import LOSSES
-from edgekd.distill.losses.feature import ChannelWise, Fitnets, Pkd, Vid, nst
-from edgekd.distill.losses.layers import Fsp, Ofd, Review
+from edgekd.distill.losses.feature import Cwd, Fitnets, Pkd, Vid, nst
+from edgekd.distill.losses.multi_layer import Fsp, Ofd, Review
 from edgekd.errors import InputError
+from edgekd.extension import check_arguments
 
-ONE = [Fitnets, Vid, ChannelWise, Pkd]
+ONE = [Fitnets, Vid, Cwd, Pkd]
 MANY = [Fsp, Ofd, Review]
 STUDENT = [(4, 3, 8, 8), (4, 4, 4, 4), (4, 6, 2, 2)]
 TEACHER = [(4, 5, 8, 8), (4, 7, 4, 4), (4, 8, 2, 2)]
@@ -214,7 +214,7 @@ def test_nst_never_makes_all_pairs_of_channels_at_all_positions():
         ("fitnets", {"relu": False}),
         ("attention", {"power": 2}),
         ("vid", {"initial_variance": 5, "eps": 1e-5}),
-        ("channel_wise", {"temperature": 4}),
+        ("cwd", {"temperature": 4}),
         ("review", {"width": 64}),
         ("fsp", {}),
         ("ofd", {}),
@@ -234,7 +234,7 @@ def test_hyper_parameters_come_from_yaml(name, args):
         ("attention", {"power": 0.5}),
         ("vid", {"initial_variance": -1.0}),
         ("vid", {"initial_variance": float("inf")}),
-        ("channel_wise", {"temperature": 0.5}),
+        ("cwd", {"temperature": 0.5}),
         ("review", {"width": 0}),
         ("review", {"widht": 64}),
     ],

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from edgekd.distill.losses import LOSSES
-from edgekd.distill.losses.relation import Correlation, correlation, pkt, pooled, rkd, similarity
+from edgekd.distill.losses.relation import Correlation, correlation, pkt, pooled, rkd, sp
 from edgekd.errors import InputError
 
-ALL = [rkd, similarity, pkt, correlation]
-ANY_WIDTH = [rkd, similarity, pkt]
+ALL = [rkd, sp, pkt, correlation]
+ANY_WIDTH = [rkd, sp, pkt]
 LAYOUTS = {
     "vectors": ((6, 5), (6, 9)),
     "tokens": ((4, 3, 5), (4, 7, 6)),
@@ -98,7 +98,7 @@ def test_rkd_is_the_published_formula(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_similarity_is_the_published_formula(layout):
     s, t = features(LAYOUTS[layout])
-    assert similarity(s, t).item() == pytest.approx(similarity_in_loops(s, t), rel=1e-10)
+    assert sp(s, t).item() == pytest.approx(similarity_in_loops(s, t), rel=1e-10)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -179,7 +179,7 @@ def test_pkt_ignores_a_scale_per_sample_and_similarity_does_not():
     s, t = features(LAYOUTS["vectors"])
     scales = torch.tensor([0.1, 1, 2, 5, 10, 100], dtype=torch.float64)[:, None]
     torch.testing.assert_close(pkt(s * scales, t), pkt(s, t), rtol=1e-10, atol=0)
-    assert not torch.isclose(similarity(s * scales, t), similarity(s, t), rtol=1e-2)
+    assert not torch.isclose(sp(s * scales, t), sp(s, t), rtol=1e-2)
 
 
 @pytest.mark.parametrize("loss", ALL)

@@ -8,14 +8,14 @@ import torch
 
 from edgekd.distill.losses import LOSSES
 from edgekd.distill.losses.response import (
+    hard_distillation,
     hard_labels,
-    hard_targets,
     jsd,
+    logit_standardization,
     multi_label,
-    regression,
+    output_regression,
     soft_labels,
-    standardized,
-    teacher_labels,
+    target_regression,
 )
 from edgekd.errors import InputError
 
@@ -36,8 +36,9 @@ def softmax(z):
 
 def test_registry_holds_the_losses_and_nothing_else():
     names = (
-        "hard_labels soft_labels teacher_labels regression hard_targets standardized jsd "
-        "multi_label dkd wsld virtual_teacher dist mlkd"
+        "hard_labels soft_labels hard_distillation output_regression target_regression "
+        "logit_standardization jsd "
+        "multi_label dkd wsld tf_kd dist mlkd"
     )
     assert set(names.split()) <= LOSSES.keys()
     shared = {"check_same_shape", "kl_divergence", "log_probabilities", "unit_deviation"}
@@ -122,7 +123,7 @@ def test_regression_gradient_with_a_mask(kind):
     student, teacher = logits((3, 4, 2))
     student.requires_grad_()
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 1]])
-    assert torch.autograd.gradcheck(lambda z: regression(z, teacher, kind, mask), student)
+    assert torch.autograd.gradcheck(lambda z: output_regression(z, teacher, kind, mask), student)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -136,8 +137,8 @@ def test_half_precision_is_finite_at_its_extremes(dtype, temperature):
     loss = (
         soft_labels(student, teacher, temperature)
         + hard_labels(student, target)
-        + teacher_labels(student, teacher)
-        + regression(student, teacher)
+        + hard_distillation(student, teacher)
+        + output_regression(student, teacher)
     )
     loss.backward()
     assert loss.isfinite()
@@ -172,7 +173,7 @@ def test_teacher_labels_are_hard_labels_of_its_decision(shape):
     chosen = np.argmax(teacher.numpy(), -1)
     probabilities = np.take_along_axis(softmax(student.numpy()), chosen[..., None], -1)
     expected = -np.log(probabilities).mean()
-    assert teacher_labels(student, teacher).item() == pytest.approx(expected, rel=1e-10)
+    assert hard_distillation(student, teacher).item() == pytest.approx(expected, rel=1e-10)
 
 
 def test_distances_are_their_formulas():
@@ -182,10 +183,10 @@ def test_distances_are_their_formulas():
     huber = np.where(size < 1, 0.5 * difference**2, size - 0.5)
     kinds = (("mse", difference**2), ("mae", size), ("l1", size), ("huber", huber))
     for kind, expected in kinds:
-        assert regression(student, teacher, kind).item() == pytest.approx(
+        assert output_regression(student, teacher, kind).item() == pytest.approx(
             expected.mean(), rel=1e-12
         )
-        assert hard_targets(student, teacher, kind).item() == pytest.approx(
+        assert target_regression(student, teacher, kind).item() == pytest.approx(
             expected.mean(), rel=1e-12
         )
 
@@ -194,17 +195,18 @@ def test_a_mask_takes_the_mean_over_what_it_keeps():
     student, teacher = logits((3, 4, 2))
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 1]])
     difference = (student - teacher).numpy()[mask.numpy() == 1]
-    assert regression(student, teacher, mask=mask).item() == pytest.approx(
+    assert output_regression(student, teacher, mask=mask).item() == pytest.approx(
         (difference**2).mean(), rel=1e-12
     )
-    assert regression(student, teacher, mask=torch.ones(3)).item() == pytest.approx(
-        regression(student, teacher).item(), rel=1e-12
+    assert output_regression(student, teacher, mask=torch.ones(3)).item() == pytest.approx(
+        output_regression(student, teacher).item(), rel=1e-12
     )
-    assert regression(student, teacher, mask=torch.zeros(3)).item() == 0.0
+    assert output_regression(student, teacher, mask=torch.zeros(3)).item() == 0.0
 
 
 @pytest.mark.parametrize(
-    "loss", [soft_labels, teacher_labels, regression, standardized, jsd, multi_label]
+    "loss",
+    [soft_labels, hard_distillation, output_regression, logit_standardization, jsd, multi_label],
 )
 def test_shapes_that_would_broadcast_are_refused(loss):
     with pytest.raises(InputError, match=r"\[4, 3\].*\[4, 2\]|\[4, 3\].*\[1, 3\]"):
@@ -266,7 +268,7 @@ def test_standardized_is_the_published_formula(shape, temperature):
         p, q = (softmax((z - z.mean()) / z.std(ddof=0) / temperature) for z in (z_t, z_s))
         rows.append(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
     expected = temperature**2 * sum(rows) / len(rows)
-    assert standardized(student, teacher, temperature).item() == pytest.approx(
+    assert logit_standardization(student, teacher, temperature).item() == pytest.approx(
         expected, rel=1e-10, abs=1e-13
     )
 
@@ -280,15 +282,19 @@ def test_standardized_with_the_sample_deviation_is_another_temperature():
         for z in (student, teacher)
     )
     expected = wider**2 * soft_labels(z_student, z_teacher, 2.0)
-    assert torch.isclose(standardized(student, teacher, 2.0 * wider), expected, rtol=1e-10)
+    assert torch.isclose(logit_standardization(student, teacher, 2.0 * wider), expected, rtol=1e-10)
 
 
 def test_standardized_knows_no_scale_and_no_shift():
     student, teacher = logits((5, 7))
     scale = torch.tensor([[0.01], [1.0], [3.0], [50.0], [1e4]], dtype=torch.float64)
-    before = standardized(student, teacher)
-    assert torch.isclose(before, standardized(student * scale + 5, teacher / scale), rtol=1e-9)
-    assert torch.isclose(standardized(teacher * scale, teacher), before.new_zeros(()), atol=1e-12)
+    before = logit_standardization(student, teacher)
+    assert torch.isclose(
+        before, logit_standardization(student * scale + 5, teacher / scale), rtol=1e-9
+    )
+    assert torch.isclose(
+        logit_standardization(teacher * scale, teacher), before.new_zeros(()), atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -296,7 +302,7 @@ def test_standardized_of_a_head_that_starts_at_zero_does_not_explode(dtype):
     """Equal logits have no scale: dividing by a small number would give a gradient of 1e7."""
     _, teacher = logits((4, 10))
     student = torch.full((4, 10), 0.1, dtype=dtype, requires_grad=True)
-    loss = standardized(student, teacher.to(dtype))
+    loss = logit_standardization(student, teacher.to(dtype))
     loss.backward()
     assert loss > 0
     assert student.grad.abs().max() < 1

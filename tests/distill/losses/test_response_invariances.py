@@ -6,20 +6,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgekd.distill.losses.response import (
+    dist,
+    hard_distillation,
     hard_labels,
     jsd,
+    logit_standardization,
+    mlkd,
     multi_label,
-    regression,
+    output_regression,
     soft_labels,
-    standardized,
-    teacher_labels,
 )
-from edgekd.distill.losses.response_labelled import dkd, virtual_teacher, wsld
-from edgekd.distill.losses.response_relation import dist, mlkd
+from edgekd.distill.losses.response_labelled import dkd, tf_kd, wsld
 
 DIVERGENCES = {
     "soft_labels": lambda s, t, y: soft_labels(s, t),
-    "standardized": lambda s, t, y: standardized(s, t),
+    "logit_standardization": lambda s, t, y: logit_standardization(s, t),
     "jsd": lambda s, t, y: jsd(s, t),
     "jsd forward": lambda s, t, y: jsd(s, t, 0.0),
     "jsd near forward": lambda s, t, y: jsd(s, t, 0.01),
@@ -28,17 +29,17 @@ DIVERGENCES = {
     "dkd": lambda s, t, y: dkd(s, t, y),
     "dist": lambda s, t, y: dist(s, t),
     "mlkd": lambda s, t, y: mlkd(s, t),
-    "mse": lambda s, t, y: regression(s, t, "mse"),
-    "l1": lambda s, t, y: regression(s, t, "l1"),
-    "huber": lambda s, t, y: regression(s, t, "huber"),
+    "mse": lambda s, t, y: output_regression(s, t, "mse"),
+    "l1": lambda s, t, y: output_regression(s, t, "l1"),
+    "huber": lambda s, t, y: output_regression(s, t, "huber"),
 }
 """Never below 0, and 0 for equal logits."""
 
 ALL = DIVERGENCES | {
     "wsld": lambda s, t, y: wsld(s, t, y),
-    "virtual_teacher": lambda s, t, y: virtual_teacher(s, y),
+    "tf_kd": lambda s, t, y: tf_kd(s, y),
     "hard_labels": lambda s, t, y: hard_labels(s, y, 0.1),
-    "teacher_labels": lambda s, t, y: teacher_labels(s, t),
+    "hard_distillation": lambda s, t, y: hard_distillation(s, t),
 }
 
 OF_EACH_NUMBER = ("multi_label", "mse", "l1", "huber")
@@ -46,12 +47,12 @@ OF_EACH_NUMBER = ("multi_label", "mse", "l1", "huber")
 
 WITH_TEMPERATURE = {
     "soft_labels": soft_labels,
-    "standardized": standardized,
+    "logit_standardization": logit_standardization,
     "jsd": lambda s, t, tau: jsd(s, t, temperature=tau),
     "multi_label": multi_label,
     "dkd": lambda s, t, tau: dkd(s, t, s.argmin(-1), temperature=tau),
     "wsld": lambda s, t, tau: wsld(s, t, s.argmin(-1), temperature=tau),
-    "virtual_teacher": lambda s, t, tau: virtual_teacher(s, t.argmin(-1), temperature=tau),
+    "tf_kd": lambda s, t, tau: tf_kd(s, t.argmin(-1), temperature=tau),
     "dist": lambda s, t, tau: dist(s, t, temperature=tau),
     "mlkd": lambda s, t, tau: mlkd(s, t, (tau,)),
 }
@@ -128,7 +129,7 @@ def test_a_student_as_sure_as_the_virtual_teacher_pays_nothing():
     target = torch.tensor([2, 0, 1])
     probabilities = torch.full((3, 3), 0.05, dtype=torch.float64).scatter(1, target[:, None], 0.9)
     student = probabilities.log().requires_grad_()
-    loss = virtual_teacher(student, target, correct=0.9, temperature=4.0)
+    loss = tf_kd(student, target, correct=0.9, temperature=4.0)
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-14)
     assert student.grad.abs().max() < 1e-14
@@ -157,7 +158,7 @@ def test_divergences_are_never_below_0(seed, rows, classes, scale):
 def test_gradients_are_those_of_the_loss(loss, shape):
     student, teacher, target = drawn(shape, scale=1.0)
     student.requires_grad_()
-    if shape[-1] == 2 and loss is ALL["standardized"]:
+    if shape[-1] == 2 and loss is ALL["logit_standardization"]:
         # The z-score of two classes is ±1, a constant.
         loss(student, teacher, target).backward()
         assert student.grad.abs().max() < 1e-12

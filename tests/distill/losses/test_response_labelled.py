@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import one_hot
 
 from edgekd.distill.losses.response import soft_labels
-from edgekd.distill.losses.response_labelled import dkd, virtual_teacher, wsld
+from edgekd.distill.losses.response_labelled import dkd, tf_kd, wsld
 from edgekd.errors import InputError
 
 SHAPES = [(5, 7), (3, 4, 6), (4, 2), (2, 1000)]
@@ -147,7 +147,7 @@ def test_virtual_teacher_is_softened_and_always_right(shape, temperature):
         softened = [a ** (1 / temperature) for a in p]
         softened = [a / sum(softened) for a in softened]
         rows.append(kl(softened, softmax(z_s, temperature)))
-    value = virtual_teacher(student, target, correct, temperature).item()
+    value = tf_kd(student, target, correct, temperature).item()
     assert value == pytest.approx(temperature**2 * mean(rows), rel=1e-10)
 
 
@@ -156,7 +156,7 @@ def test_virtual_teacher_at_temperature_1_is_label_smoothing():
     student, _, target = drawn((5, 4))
     student.requires_grad_()
     smoothing = 0.2
-    (one,) = torch.autograd.grad(virtual_teacher(student, target, 0.85, 1.0), student)
+    (one,) = torch.autograd.grad(tf_kd(student, target, 0.85, 1.0), student)
     smoothed = torch.nn.functional.cross_entropy(student, target, label_smoothing=smoothing)
     (other,) = torch.autograd.grad(smoothed, student)
     torch.testing.assert_close(one, other)
@@ -165,7 +165,7 @@ def test_virtual_teacher_at_temperature_1_is_label_smoothing():
 LOSSES = {
     "dkd": dkd,
     "wsld": wsld,
-    "virtual_teacher": lambda s, t, y: virtual_teacher(s, y),
+    "tf_kd": lambda s, t, y: tf_kd(s, y),
 }
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from edgekd.arguments import check_arguments
-from edgekd.distill.losses.response_relation import dist, mlkd
+from edgekd.distill.losses.response import dist, mlkd
 from edgekd.errors import InputError
+from edgekd.extension import check_arguments
 
 SHAPES = [(5, 7), (3, 4, 6), (4, 2), (3, 1000)]
 

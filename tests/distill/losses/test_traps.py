@@ -6,17 +6,18 @@ import math
 import pytest
 import torch
 
-from edgekd.arguments import check_arguments
 from edgekd.distill.losses import LOSSES
 from edgekd.distill.losses.response import (
+    dist,
     jsd,
+    logit_standardization,
+    mlkd,
     multi_label,
     soft_labels,
-    standardized,
 )
-from edgekd.distill.losses.response_labelled import dkd, virtual_teacher, wsld
-from edgekd.distill.losses.response_relation import dist, mlkd
+from edgekd.distill.losses.response_labelled import dkd, tf_kd, wsld
 from edgekd.errors import InputError
+from edgekd.extension import check_arguments
 
 SUPPLIED = ("student", "teacher", "target", "mask", "sample")
 
@@ -48,9 +49,9 @@ def test_classes_are_summed_over_and_not_averaged(loss):
 
 
 OVER_SAMPLES = OVER_CLASSES | {
-    "standardized": lambda s, t, y: standardized(s, t),
+    "logit_standardization": lambda s, t, y: logit_standardization(s, t),
     "multi_label": lambda s, t, y: multi_label(s, t),
-    "virtual_teacher": lambda s, t, y: virtual_teacher(s, y),
+    "tf_kd": lambda s, t, y: tf_kd(s, y),
     "dist": lambda s, t, y: dist(s, t),
 }
 
@@ -64,7 +65,7 @@ def test_samples_are_averaged_over_and_not_summed(loss):
 
 AT_TEMPERATURE = {
     "soft_labels": soft_labels,
-    "standardized": standardized,
+    "logit_standardization": logit_standardization,
     "jsd": lambda s, t, tau: jsd(s, t, temperature=tau),
     "jsd forward": lambda s, t, tau: jsd(s, t, 0.0, tau),
     "multi_label": multi_label,
@@ -72,7 +73,7 @@ AT_TEMPERATURE = {
     "dkd, target alone": lambda s, t, tau: dkd(s, t, t.argmax(-1), 1.0, 0.0, tau),
     "dkd, others alone": lambda s, t, tau: dkd(s, t, t.argmax(-1), 0.0, 1.0, tau),
     "wsld": lambda s, t, tau: wsld(s, t, t.argmax(-1), tau),
-    "virtual_teacher": lambda s, t, tau: virtual_teacher(s, t.argmax(-1), temperature=tau),
+    "tf_kd": lambda s, t, tau: tf_kd(s, t.argmax(-1), temperature=tau),
 }
 
 
@@ -144,8 +145,8 @@ def test_a_temperature_that_sharpens_is_refused(name, temperature):
 
 
 def test_every_loss_with_a_softmax_has_a_temperature():
-    names = {"soft_labels", "standardized", "jsd", "multi_label", "dkd", "wsld", "dist"}
-    assert set(SOFTENED) == names | {"virtual_teacher"}
+    names = {"soft_labels", "logit_standardization", "jsd", "multi_label", "dkd", "wsld", "dist"}
+    assert set(SOFTENED) == names | {"tf_kd"}
     assert "temperatures" in inspect.signature(mlkd).parameters
 
 

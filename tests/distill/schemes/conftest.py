@@ -10,7 +10,7 @@ import torch
 from edgekd.config.networks import ModelConfig
 from edgekd.config.training import LossTerm, TrainConfig
 from edgekd.distill.objective import Objective
-from edgekd.distill.schemes import Classroom
+from edgekd.distill.schemes import SchemeContext
 from edgekd.distill.teacher import ModuleTeacher
 from edgekd.distill.trainer import train
 from edgekd.models.build import build_model
@@ -71,8 +71,8 @@ def source():
 
 
 @pytest.fixture
-def make_room(tmp_path, source):
-    """Makes a classroom; ``room.fits`` are its trainings and ``room.said`` its messages."""
+def make_context(tmp_path, source):
+    """Makes a classroom; ``context.fits`` are its trainings and ``context.said`` its messages."""
 
     def make(terms=SOFT, student="mlp", student_args=None, teacher=None, task=None, epochs=1):
         task = task or Classification()
@@ -98,7 +98,7 @@ def make_room(tmp_path, source):
                 label=label,
             )
 
-        room = Classroom(
+        context = SchemeContext(
             student=build(network, 0),
             teacher=ModuleTeacher(teacher or build(ModelConfig(model="convnet-s"), 99)),
             task=task,
@@ -110,8 +110,8 @@ def make_room(tmp_path, source):
             open_teacher=lambda config, where: ModuleTeacher(build(config, len(where))),
             say=said.append,
         )
-        object.__setattr__(room, "fits", fits)
-        object.__setattr__(room, "said", said)
-        return room
+        object.__setattr__(context, "fits", fits)
+        object.__setattr__(context, "said", said)
+        return context
 
     return make

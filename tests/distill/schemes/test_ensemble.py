@@ -8,7 +8,7 @@ from edgekd.config.networks import TeacherConfig
 from edgekd.config.training import SchemeConfig
 from edgekd.distill.ensemble import EnsembleTeacher
 from edgekd.distill.schemes import find_scheme
-from edgekd.distill.schemes.ensemble import ensemble
+from edgekd.distill.schemes.offline import ensemble
 from edgekd.errors import InputError
 from edgekd.tasks import Regression
 
@@ -158,37 +158,37 @@ def test_wrong_combinations(logits, keys, what):
 SECTION = TeacherConfig(model="mlp", checkpoint="other.safetensors")
 
 
-def test_the_scheme_teaches_with_all_of_them(make_room):
-    room = make_room()
+def test_the_scheme_teaches_with_all_of_them(make_context):
+    context = make_context()
     first_said = []
-    opened = room.open_teacher
+    opened = context.open_teacher
     object.__setattr__(
-        room,
+        context,
         "open_teacher",
         lambda config, where: first_said.append(where) or opened(config, where),
     )
-    ensemble(room, teachers=(SECTION, SECTION), weights=(2.0, 1.0, 1.0))
-    (fit,) = room.fits
-    assert fit.teacher.members[0] is room.teacher
+    ensemble(context, teachers=(SECTION, SECTION), weights=(2.0, 1.0, 1.0))
+    (fit,) = context.fits
+    assert fit.teacher.members[0] is context.teacher
     assert len(fit.teacher.members) == 3
     assert first_said == [f"distill.scheme.ensemble.teachers[{index}]" for index in (0, 1)]
-    assert fit.model is room.student
+    assert fit.model is context.student
 
 
-def test_what_is_wrong_is_found_before_a_teacher_is_opened(make_room):
-    room = make_room()
+def test_what_is_wrong_is_found_before_a_teacher_is_opened(make_context):
+    context = make_context()
 
     def never(config, where):
         raise AssertionError
 
-    object.__setattr__(room, "open_teacher", never)
+    object.__setattr__(context, "open_teacher", never)
     with pytest.raises(InputError, match="3 weights for 2 teachers"):
-        ensemble(room, teachers=(SECTION,), weights=(1.0, 1.0, 1.0))
-    object.__setattr__(room, "task", Regression())
+        ensemble(context, teachers=(SECTION,), weights=(1.0, 1.0, 1.0))
+    object.__setattr__(context, "task", Regression())
     with pytest.raises(InputError, match="no confidence in numbers"):
-        ensemble(room, teachers=(SECTION,), combine="confidence")
+        ensemble(context, teachers=(SECTION,), combine="confidence")
     with pytest.raises(InputError, match="the ensemble would never be asked"):
-        ensemble(make_room(terms=("hard_labels",)), teachers=(SECTION,))
+        ensemble(make_context(terms=("hard_labels",)), teachers=(SECTION,))
 
 
 @pytest.mark.parametrize(

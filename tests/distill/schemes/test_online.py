@@ -75,10 +75,10 @@ def test_numbers_are_drawn_together_by_the_tasks_distance_where_the_mask_keeps_t
     np.testing.assert_allclose(values["peer 1 mutual"].item(), wanted, rtol=1e-12)
 
 
-def test_one_forward_of_each_peer_per_step_and_the_student_alone_is_scored(make_room, source):
-    room = make_room()
+def test_one_forward_of_each_peer_per_step_and_the_student_alone_is_scored(make_context, source):
+    context = make_context()
     asked = {}
-    make = room.new_student
+    make = context.new_student
 
     def counted(name, model):
         asked[name] = {True: 0, False: 0}
@@ -89,9 +89,9 @@ def test_one_forward_of_each_peer_per_step_and_the_student_alone_is_scored(make_
         model.register_forward_hook(hook)
         return model
 
-    counted("student", room.student)
-    object.__setattr__(room, "new_student", lambda index: counted(f"peer {index}", make(index)))
-    histories = online(room, peers=3)
+    counted("student", context.student)
+    object.__setattr__(context, "new_student", lambda index: counted(f"peer {index}", make(index)))
+    histories = online(context, peers=3)
     steps, scored = len(source), 3
     assert asked == {
         "student": {True: steps, False: scored},
@@ -102,25 +102,25 @@ def test_one_forward_of_each_peer_per_step_and_the_student_alone_is_scored(make_
     assert list(histories["student"].epochs[0].terms)[:2] == ["peer 0 hard", "peer 0 mutual"]
 
 
-def test_every_peer_learns_from_first_weights_of_its_own(make_room):
-    room = make_room()
-    online(room)
-    (fit,) = room.fits
+def test_every_peer_learns_from_first_weights_of_its_own(make_context):
+    context = make_context()
+    online(context)
+    (fit,) = context.fits
     assert fit.teacher is None
     student, other = fit.model.members
-    assert student is room.student
+    assert student is context.student
     key = "module.head.linear.0.weight"
     first, second = fit.before[f"members.0.{key}"], fit.before[f"members.1.{key}"]
     assert not torch.equal(first, second)
     assert not torch.equal(student.state_dict()[key], first)
     assert not torch.equal(other.state_dict()[key], second)
     # What is shipped are the student's own keys.
-    assert list(room.student.state_dict()) == list(room.new_student(0).state_dict())
+    assert list(context.student.state_dict()) == list(context.new_student(0).state_dict())
 
 
-def test_without_weight_a_peer_learns_as_if_it_were_alone(make_room):
+def test_without_weight_a_peer_learns_as_if_it_were_alone(make_context):
     """The joint step is no other than the peers' own: nothing flows between them but the term."""
-    together, alone = make_room(), make_room()
+    together, alone = make_context(), make_context()
     online(together, weight=0.0)
     single = Peers([alone.student])
     alone.fit(single, mutual_objective(2, TASK, 1.0, 0.0).of([
@@ -130,10 +130,10 @@ def test_without_weight_a_peer_learns_as_if_it_were_alone(make_room):
         torch.testing.assert_close(a, b)
 
 
-def test_peers_of_other_networks(make_room):
-    room = make_room()
-    online(room, models=(ModelConfig(model="convnet-xs"),))
-    kinds = [type(member.module).__name__ for member in room.fits[0].model.members]
+def test_peers_of_other_networks(make_context):
+    context = make_context()
+    online(context, models=(ModelConfig(model="convnet-xs"),))
+    kinds = [type(member.module).__name__ for member in context.fits[0].model.members]
     assert kinds == ["Mlp", "ConvNet"]
 
 
@@ -153,6 +153,6 @@ def test_wrong_arguments_are_found_before_anything_runs(args, what):
         find_scheme(SchemeConfig(name="online", args=args))
 
 
-def test_peers_and_models_must_agree(make_room):
+def test_peers_and_models_must_agree(make_context):
     with pytest.raises(InputError, match=r"1 models for 2 peers(.|\n)*write peers: 2"):
-        online(make_room(), peers=3, models=(ModelConfig(model="mlp"),))
+        online(make_context(), peers=3, models=(ModelConfig(model="mlp"),))

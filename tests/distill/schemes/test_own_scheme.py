@@ -1,4 +1,4 @@
-"""A user's own scheme by its name: a function of a room, nothing registered."""
+"""A user's own scheme by its name: a function of a context, nothing registered."""
 
 import pytest
 
@@ -11,19 +11,21 @@ def test_the_built_in_ones():
     assert set(SCHEMES) == {"offline", "online", "self", "assistant", "ensemble"}
 
 
-def test_a_scheme_of_ones_own_trains_the_student(users_code, make_room):
-    def twice(room, rounds: int = 2):
+def test_a_scheme_of_ones_own_trains_the_student(users_code, make_context):
+    def twice(context, rounds: int = 2):
         histories = {}
         for number in range(rounds):
             label = "student" if number == rounds - 1 else f"round {number}"
-            histories[label] = room.fit(room.student, room.new_objective(), label, room.teacher)
+            histories[label] = context.fit(
+                context.student, context.new_objective(), label, context.teacher
+            )
         return histories
 
     users_code.twice = twice
-    room = make_room()
+    context = make_context()
     scheme = find_scheme(SchemeConfig.model_validate({"users_code:twice": {"rounds": 3}}))
-    assert list(scheme(room)) == ["round 0", "round 1", "student"]
-    assert [fit.model for fit in room.fits] == [room.student] * 3
+    assert list(scheme(context)) == ["round 0", "round 1", "student"]
+    assert [fit.model for fit in context.fits] == [context.student] * 3
 
     with pytest.raises(InputError, match=r"no argument 'round'(.|\n)*did you mean 'rounds'"):
         find_scheme(SchemeConfig.model_validate({"users_code:twice": {"round": 3}}))
@@ -31,7 +33,7 @@ def test_a_scheme_of_ones_own_trains_the_student(users_code, make_room):
 
 def test_a_function_without_a_room_is_no_scheme(users_code):
     users_code.loss = lambda student, teacher: 0
-    with pytest.raises(InputError, match="no parameter 'room'"):
+    with pytest.raises(InputError, match="no parameter 'context'"):
         find_scheme(SchemeConfig(name="users_code:loss"))
 
 

@@ -7,8 +7,7 @@ import torch
 from edgekd.config.training import SchemeConfig
 from edgekd.distill.features import layer_key
 from edgekd.distill.schemes import find_scheme
-from edgekd.distill.schemes.exits import Exit, OwnHint, pooled
-from edgekd.distill.schemes.self_distillation import self_
+from edgekd.distill.schemes.self_distillation import Exit, OwnHint, pooled, self_
 from edgekd.distill.teacher import weights_digest
 from edgekd.errors import InputError
 from edgekd.tasks import Classification
@@ -16,26 +15,26 @@ from edgekd.tasks import Classification
 TASK = Classification()
 
 
-def test_each_generation_is_taught_by_the_one_before(make_room):
-    room = make_room()
-    histories = self_(room, generations=2)
+def test_each_generation_is_taught_by_the_one_before(make_context):
+    context = make_context()
+    histories = self_(context, generations=2)
     assert list(histories) == ["generation 0", "generation 1", "student"]
-    labels, first, second = room.fits
+    labels, first, second = context.fits
     assert labels.teacher is None
     assert not labels.objective.needs_teacher
     assert first.teacher.digest == weights_digest(labels.model)
     assert second.teacher.digest == weights_digest(first.model)
-    assert len({first.teacher.digest, second.teacher.digest, room.teacher.digest}) == 3
-    assert second.model is room.student
-    assert all(parameter.requires_grad for parameter in room.student.parameters())
+    assert len({first.teacher.digest, second.teacher.digest, context.teacher.digest}) == 3
+    assert second.model is context.student
+    assert all(parameter.requires_grad for parameter in context.student.parameters())
 
 
-def test_generations_start_from_weights_of_their_own(make_room):
-    room = make_room()
-    self_(room, generations=1)
-    before, student = (fit.before["module.head.linear.0.weight"] for fit in room.fits)
+def test_generations_start_from_weights_of_their_own(make_context):
+    context = make_context()
+    self_(context, generations=1)
+    before, student = (fit.before["module.head.linear.0.weight"] for fit in context.fits)
     assert not torch.equal(before, student)
-    first = room.new_student(0).state_dict()["module.head.linear.0.weight"]
+    first = context.new_student(0).state_dict()["module.head.linear.0.weight"]
     assert torch.equal(student, first)
 
 
@@ -43,12 +42,12 @@ def test_generations_start_from_weights_of_their_own(make_room):
     ("student", "teacher"), [("layers.9", "layers.0"), ("layers.0", "layer.0")]
 )
 def test_a_layer_that_does_not_exist_is_found_before_the_first_training(
-    make_room, student, teacher
+    make_context, student, teacher
 ):
-    room = make_room(({"fitnets": {"student": student, "teacher": teacher}},))
+    context = make_context(({"fitnets": {"student": student, "teacher": teacher}},))
     with pytest.raises(InputError, match=r"no layer named 'layer(s\.9|\.0)'"):
-        self_(room)
-    assert room.fits == []
+        self_(context)
+    assert context.fits == []
 
 
 def test_an_exit_by_hand():
@@ -97,27 +96,27 @@ def test_a_hint_draws_the_shallow_feature_only():
     assert all(parameter.grad is not None for parameter in term.parameters())
 
 
-def test_the_student_alone_is_trained_and_keeps_no_exits(make_room):
+def test_the_student_alone_is_trained_and_keeps_no_exits(make_context):
     exits = ("features.layers.0", "features.layers.1")
-    room = make_room(student="convnet-xs")
-    histories = self_(room, exits=exits, deepest="features.layers.2")
+    context = make_context(student="convnet-xs")
+    histories = self_(context, exits=exits, deepest="features.layers.2")
     assert list(histories) == ["student"]
-    (fit,) = room.fits
+    (fit,) = context.fits
     assert fit.teacher is None
-    fresh = room.new_student(0).state_dict()
-    trained = room.student.state_dict()
+    fresh = context.new_student(0).state_dict()
+    trained = context.student.state_dict()
     assert {k: v.shape for k, v in trained.items()} == {k: v.shape for k, v in fresh.items()}
     head = "module.head.linear.0.weight"
     assert not torch.equal(trained[head], fresh[head])
-    assert not any(module._forward_hooks for module in room.student.modules())
+    assert not any(module._forward_hooks for module in context.student.modules())
     assert list(histories["student"].epochs[0].terms) == [
         "hard",
         *(f"{kind} {layer}" for layer in exits for kind in ("exit", "hint")),
     ]
 
 
-def test_the_exits_heads_are_trained(make_room):
-    room = make_room(student="convnet-xs")
+def test_the_exits_heads_are_trained(make_context):
+    context = make_context(student="convnet-xs")
     made = {}
     prepare = Exit.prepare
 
@@ -127,17 +126,17 @@ def test_the_exits_heads_are_trained(make_room):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Exit, "prepare", watched)
-        self_(room, exits=("features.layers.0",))
+        self_(context, exits=("features.layers.0",))
     ((term, first),) = made.items()
     assert not torch.equal(term.head.weight, first)
 
 
-def test_generations_with_exits(make_room):
-    room = make_room(student="convnet-xs")
-    self_(room, generations=1, exits=("features.layers.0",))
-    for fit in room.fits:
+def test_generations_with_exits(make_context):
+    context = make_context(student="convnet-xs")
+    self_(context, generations=1, exits=("features.layers.0",))
+    for fit in context.fits:
         assert "exit features.layers.0" in fit.objective.labels
-    assert "soft_labels" in room.fits[1].objective.labels
+    assert "soft_labels" in context.fits[1].objective.labels
 
 
 @pytest.mark.parametrize(
@@ -149,16 +148,16 @@ def test_generations_with_exits(make_room):
         ({"deepest": "features.layers.2"}, "for exits, and there are none"),
     ],
 )
-def test_wrong_arguments(make_room, keys, what):
-    room = make_room(student="convnet-xs")
+def test_wrong_arguments(make_context, keys, what):
+    context = make_context(student="convnet-xs")
     with pytest.raises(InputError, match=what):
-        self_(room, **keys)
-    assert room.fits == []
+        self_(context, **keys)
+    assert context.fits == []
 
 
-def test_generations_need_a_term_that_compares_with_a_teacher(make_room):
+def test_generations_need_a_term_that_compares_with_a_teacher(make_context):
     with pytest.raises(InputError, match="no loss term compares with a teacher"):
-        self_(make_room(terms=("hard_labels",)))
+        self_(make_context(terms=("hard_labels",)))
 
 
 @pytest.mark.parametrize("args", [{"generations": -1}, {"share": 1.1}, {"hint": 0}])

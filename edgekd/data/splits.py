@@ -1,0 +1,167 @@
+"""Splits of samples, and the share of their labels that is used.
+
+The choice depends on the samples only, never on the training seed: runs with several seeds are
+compared on the same test samples, and choose their best epoch on the same validation samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgekd.data.dataset import Array
+from edgekd.errors import InputError
+from edgekd.spec import UNLABELLED
+
+Indices = NDArray[np.int64]
+
+
+def cut(
+    count: int, fraction: float, labels: Array | None, what: str, where: str
+) -> tuple[Indices, Indices]:
+    """Choose ``round(count * fraction)`` samples, stratified by ``labels`` when there are any.
+
+    Args:
+        count: the samples there are.
+        fraction: how many of them to cut off, in (0, 1).
+        labels: (count,) integers, or None for a plain random choice.
+        what: "test" or "validation": the two choices are independent of each other.
+        where: the key or file, for the error.
+
+    Returns:
+        The indices that are kept and those cut off, each in ascending order. Every class gives
+        its share to within one sample, and its only sample last of all.
+
+    Raises:
+        InputError: one of the two parts would be empty.
+    """
+    size = round(count * fraction)
+    if not 0 < size < count:
+        raise InputError(
+            f"{fraction:g} of {count} samples as {what} leaves "
+            f"{'no sample to train on' if size else f'no {what} sample'}",
+            where=where,
+            remedy=f"give more samples, or another fraction in data.{what}",
+        )
+    # RandomState's stream is frozen by numpy's compatibility policy, Generator's is not.
+    random = np.random.RandomState({"test": 0, "validation": 1}[what])
+    if labels is None:
+        chosen = random.permutation(count)[:size]
+    else:
+        _, classes, members = np.unique(labels, return_inverse=True, return_counts=True)
+        order = random.permutation(count)
+        grouped = order[np.argsort(classes[order], kind="stable")]
+        quota = members * fraction
+        share = np.floor(quota).astype(np.int64)
+        # Shuffled before the sort, so that ties do not always favour the first classes.
+        shuffled = random.permutation(len(members))
+        by_remainder = shuffled[np.argsort(-(quota - share)[shuffled], kind="stable")]
+        # A class keeps a sample to train on as long as the others can give one instead.
+        able = by_remainder[share[by_remainder] + 1 < members[by_remainder]]
+        unable = by_remainder[share[by_remainder] + 1 >= members[by_remainder]]
+        # round() and the floors differ by less than the number of classes.
+        share[np.concatenate([able, unable])[: size - int(share.sum())]] += 1
+        ends = np.cumsum(members)
+        starts = ends - members
+        chosen = np.concatenate(
+            [grouped[start : start + n] for start, n in zip(starts, share, strict=True)]
+        )
+    mask = np.zeros(count, bool)
+    mask[chosen] = True
+    return np.flatnonzero(~mask), np.flatnonzero(mask)
+
+
+Arrays = Mapping[str, Array]
+
+_STREAMS = {"train": 2, "validation": 3}
+"""One stream of random numbers for each split; 0 and 1 are those that the splits are cut by."""
+
+
+def fill_labels(splits: Mapping[str, Arrays], names: Collection[str]) -> dict[str, Arrays]:
+    """Give splits without any target those that the others have: integers, ``UNLABELLED``.
+
+    Args:
+        splits: arrays by name, by split.
+        names: the arrays that are targets.
+    """
+    found = {
+        name: array
+        for arrays in splits.values()
+        for name, array in arrays.items()
+        if name in names and array.ndim > 0 and array.dtype.kind in "biu"
+    }
+    return {
+        split: arrays if set(arrays) & set(names) else {**arrays, **_unlabelled(arrays, found)}
+        for split, arrays in splits.items()
+    }
+
+
+def without_labels(splits: Mapping[str, Arrays], name: str) -> dict[str, Arrays]:
+    """Give every sample of every split the label ``UNLABELLED``, int64 (N,)."""
+    like = {name: np.empty(0, np.int64)}
+    return {split: {**arrays, **_unlabelled(arrays, like)} for split, arrays in splits.items()}
+
+
+def _unlabelled(arrays: Arrays, like: Arrays) -> dict[str, Array]:
+    count = len(next(iter(arrays.values()))) if arrays else 0
+    return {
+        name: np.full((count, *array.shape[1:]), UNLABELLED, np.int64)
+        for name, array in like.items()
+    }
+
+
+def keep_share(
+    splits: Mapping[str, Arrays],
+    share: float,
+    targets: set[str],
+    where: str = "data.labelled",
+) -> dict[str, Arrays]:
+    """Put the labels of train and validation aside, but for a share of each class.
+
+    ``round(share * members)`` labels of each class stay, at least one; those of the test split
+    all do. The choice depends on the samples only: it is the same for every training seed, and a
+    smaller share is part of a larger one.
+
+    Args:
+        splits: arrays by name, by split.
+        share: how much of the labels stays, in (0, 1].
+        targets: the arrays that are targets.
+        where: the key that asks for it, for errors.
+
+    Raises:
+        InputError: a target is no class per sample.
+    """
+    if share == 1:
+        return dict(splits)
+    kept: dict[str, Arrays] = {}
+    for split, arrays in splits.items():
+        if split not in _STREAMS:
+            kept[split] = arrays
+            continue
+        for name in targets:
+            if arrays[name].ndim != 1 or arrays[name].dtype.kind != "i":
+                raise InputError(
+                    f"a share of the labels is to be kept, and {name!r} is not one class per "
+                    f"sample: {arrays[name].dtype} {arrays[name].shape}",
+                    where=where,
+                    remedy=f"remove {where}; write unlabelled positions as -1 yourself",
+                )
+        random = np.random.RandomState(_STREAMS[split])
+        order = random.permutation(len(next(iter(arrays.values()))))
+        kept[split] = {
+            name: _kept(array, order, share) if name in targets else array
+            for name, array in arrays.items()
+        }
+    return kept
+
+
+def _kept(labels: Array, order: Array, share: float) -> Array:
+    """The labels with those of each class that come last in the order put aside."""
+    kept = np.full_like(labels, UNLABELLED)
+    for label in np.unique(labels[labels != UNLABELLED]):
+        members = order[labels[order] == label]
+        stay = members[: max(1, round(share * len(members)))]
+        kept[stay] = label
+    return kept

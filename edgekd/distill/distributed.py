@@ -1,0 +1,320 @@
+"""Several processes as one: collectives, shares of a batch, synchronized batch norm.
+
+Every process goes through the same batches and takes its rows of each. What the network gives
+for them is gathered, so that the objective is that of the whole batch in every process, whatever
+it relates; the gradients are then averaged. A plain run is alone and imports none of this.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import cache
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from edgekd.config.host import world_size
+from edgekd.errors import InputError, StageError
+
+Value = TypeVar("Value")
+
+_LONGEST_STEP = timedelta(minutes=30)
+
+_LONGEST_STAGE = timedelta(days=30)
+"""How long the others wait for the first process, which alone runs all other stages."""
+
+
+def training_device() -> torch.device:
+    """A CUDA device when there is one, else the CPU; ``ACCELERATE_USE_CPU=1`` keeps to that."""
+    if world_size() > 1:
+        return open_process_group().device
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    from accelerate import PartialState
+
+    device: torch.device = PartialState().device
+    return device
+
+
+@cache
+def open_process_group() -> ProcessGroup:
+    """The processes of this run, which find each other here.
+
+    Raises:
+        StageError: they do not.
+    """
+    from accelerate import PartialState
+
+    try:
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=_LONGEST_STEP)
+        processes = ProcessGroup(state.process_index, state.num_processes, state.device)
+    except (RuntimeError, ValueError) as error:
+        raise StageError(
+            f"the {world_size()} processes did not find each other: {error}",
+            where="WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT in the environment",
+            remedy="start them with torchrun",
+        ) from error
+    # Left to the interpreter's end, the threads of a group may outlive it and abort the process.
+    # Not before: the others wait for this process's end
+    # (:meth:`edgekd.pipeline.workers.Workers.follow`).
+    atexit.register(processes.close)
+    return processes
+
+
+class ProcessGroup:
+    """Processes of equal standing in a training; the first alone speaks and writes.
+
+    Attributes:
+        rank: this one's number, from 0.
+        count: how many there are.
+        device: this one's.
+    """
+
+    def __init__(self, rank: int, count: int, device: torch.device) -> None:
+        self.rank, self.count, self.device = rank, count, device
+        # Apart: a failed training's connections are cut while the others still hear why.
+        self.training: Any = torch.distributed.new_group(timeout=_LONGEST_STEP)
+        self.control: Any = torch.distributed.new_group(backend="gloo", timeout=_LONGEST_STAGE)
+
+    def rows(self, total: int) -> slice:
+        """This process's rows of a batch of ``total``."""
+        return slice(*self._ends(total)[self.rank : self.rank + 2])
+
+    def shard(self, batch: Mapping[str, Tensor], total: int) -> dict[str, Tensor]:
+        """This process's rows of a batch.
+
+        Raises:
+            InputError: there are fewer rows than processes.
+        """
+        if total < self.count:
+            raise InputError(
+                f"a batch of {total} cannot be shared by {self.count} processes",
+                remedy="raise batch_size, or start fewer processes",
+            )
+        rows = self.rows(total)
+        return {name: tensor[rows] for name, tensor in batch.items()}
+
+    def all_gather(self, answers: Mapping[str, Tensor], total: int) -> dict[str, Tensor]:
+        """What all processes answered, (total, …) each, with its graph.
+
+        Raises:
+            InputError: an answer does not have a row per sample.
+        """
+        rows = self.rows(total)
+        for name, answer in answers.items():
+            if answer.ndim == 0 or len(answer) != rows.stop - rows.start:
+                raise InputError(
+                    f"{name!r} is {list(answer.shape)} for {rows.stop - rows.start} samples, and "
+                    "several processes need one row per sample",
+                    remedy="give the batch as the first dimension, or train in one process",
+                )
+        gather: Any = _Gathered.apply
+        return {name: gather(answer, self, total) for name, answer in answers.items()}
+
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace each gradient by its mean over the processes.
+
+        By hand and not by DistributedDataParallel, which learns from the outputs of a forward
+        which parameters take part; captured layers and adapters are none of these.
+        """
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        by_type: dict[torch.dtype, list[Tensor]] = {}
+        for gradient in gradients:
+            by_type.setdefault(gradient.dtype, []).append(gradient)
+        for group in by_type.values():
+            flat = torch.cat([gradient.reshape(-1) for gradient in group])
+            torch.distributed.all_reduce(flat, group=self.training)
+            flat /= self.count
+            pieces = torch.split(flat, [gradient.numel() for gradient in group])
+            for gradient, piece in zip(group, pieces, strict=True):
+                gradient.copy_(piece.view(gradient.shape))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes, with its graph."""
+        add: Any = _Sum.apply
+        total: Tensor = add(tensor, self)
+        return total
+
+    def broadcast_module(self, module: nn.Module) -> None:
+        """Give every process the first one's weights and buffers."""
+        for tensor in module.state_dict().values():
+            plain = tensor.detach().to(self.device, memory_format=torch.contiguous_format)
+            torch.distributed.broadcast(plain, src=0, group=self.training)
+            tensor.copy_(plain)
+
+    def broadcast_object(self, value: Value | None) -> Value:
+        """What the first process says; the others' ``value`` is not looked at."""
+        said: list[Any] = [value]
+        torch.distributed.broadcast_object_list(said, src=0, group=self.control)
+        broadcast_object: Value = said[0]
+        return broadcast_object
+
+    def all_gather_object(self, value: Value) -> list[Value]:
+        """What each process says, in their order."""
+        said: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(said, value, group=self.control)
+        return said
+
+    @contextmanager
+    def own_draws(self, seed: int) -> Iterator[None]:
+        """Dropout of its own for this process's rows; the common random numbers are kept."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed((seed + self.rank * 0x9E3779B97F4A7C15) % 2**63)
+            yield
+
+    def abort(self) -> None:
+        """Leave the trainings for good: the others' next exchange fails instead of waiting."""
+        with suppress(RuntimeError, ValueError):
+            torch.distributed.destroy_process_group(self.training)
+        # The connections close with the last reference to the group.
+        self.training = None
+        gc.collect()
+
+    def close(self) -> None:
+        """Leave the other processes altogether."""
+        with suppress(RuntimeError, ValueError):
+            torch.distributed.destroy_process_group()
+        self.training = self.control = None
+        gc.collect()
+
+    def _ends(self, total: int) -> list[int]:
+        return [rank * total // self.count for rank in range(self.count + 1)]
+
+    def all_rows(self, tensor: Tensor, total: int) -> Tensor:
+        """All processes' rows, (total, …), without a graph."""
+        ends = self._ends(total)
+        sizes = [stop - start for start, stop in pairwise(ends)]
+        # Exchanges take equal sizes: the shorter ones are filled up.
+        padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(parts, padded, group=self.training)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+class _Gathered(torch.autograd.Function):
+    """All processes' rows. Each computes the same objective from them, and so each takes its own
+    rows of the gradient, times the number of processes that the average divides by."""
+
+    @staticmethod
+    def forward(ctx: Any, mine: Tensor, processes: ProcessGroup, total: int) -> Tensor:
+        ctx.rows, ctx.count = processes.rows(total), processes.count
+        return processes.all_rows(mine.detach(), total)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0][ctx.rows] * ctx.count, None, None
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over processes; a summand counts in each process's result."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, processes: ProcessGroup) -> Tensor:
+        ctx.processes = processes
+        total = tensor.detach().clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=processes.training)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0].clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(gradient, group=ctx.processes.training)
+        return gradient, None
+
+
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class SyncedBatchNorm(_BatchNorm):
+    """A batch norm whose mean and variance are those of all processes' rows together."""
+
+    processes: ProcessGroup
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As the batch norm in one process, for (B, C) or (B, C, …).
+
+        Raises:
+            ValueError: the whole batch has a single value per channel.
+        """
+        if not self.training:
+            return super().forward(input)
+        wide = input if input.dtype == torch.float64 else input.float()
+        dims = [0, *range(2, input.ndim)]
+        count = wide.numel() // input.shape[1]
+        summed = self.processes.sum(torch.cat([wide.sum(dims), wide.new_tensor([float(count)])]))
+        total = summed[-1].detach()
+        if total < 2:
+            raise ValueError("a batch norm needs more than one value per channel")
+        shape = (1, -1, *([1] * (input.ndim - 2)))
+        mean = summed[:-1] / total
+        centred = wide - mean.reshape(shape)
+        variance = self.processes.sum(centred.square().sum(dims)) / total
+        self._remember(mean.detach(), (variance * total / (total - 1)).detach())
+        normal = centred * (variance + self.eps).rsqrt().reshape(shape)
+        if self.weight is not None:
+            normal = normal * self.weight.reshape(shape)
+        if self.bias is not None:
+            normal = normal + self.bias.reshape(shape)
+        return normal.to(input.dtype)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any: the class that stands here in one process has checked it."""
+
+    @torch.no_grad()
+    def _remember(self, mean: Tensor, variance: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None:
+            return
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        share = self.momentum
+        if share is None:  # a plain mean over all batches
+            share = 1.0 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), share)
+
+
+@contextmanager
+def synced_batch_norms(model: nn.Module, processes: ProcessGroup) -> Iterator[None]:
+    """Sync the batch norms of a model; afterwards they are as before.
+
+    Only their class is another one meanwhile, so that names, weights and hooks stay. On CUDA it
+    is torch's own :class:`torch.nn.SyncBatchNorm`.
+
+    Raises:
+        InputError: a batch norm is of a class of its own.
+    """
+    changed: list[tuple[_BatchNorm, type[_BatchNorm]]] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, _BatchNorm):
+            continue
+        if type(module) not in _PLAIN:
+            raise InputError(
+                f"{path!r} is a {type(module).__name__}, whose statistics several processes "
+                "cannot share",
+                where="student",
+                remedy="use torch's own batch norm, or train in one process",
+            )
+        changed.append((module, type(module)))
+    on_cpu = processes.device.type == "cpu"
+    try:
+        for module, _ in changed:
+            if on_cpu:
+                module.__class__ = SyncedBatchNorm
+                module.processes = processes  # type: ignore[assignment]
+            else:
+                module.__class__ = nn.SyncBatchNorm
+                module.process_group = processes.training
+        yield
+    finally:
+        for module, before in changed:
+            module.__class__ = before
+            vars(module).pop("processes" if on_cpu else "process_group", None)

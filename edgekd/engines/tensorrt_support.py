@@ -1,0 +1,175 @@
+"""What TensorRT says of a model, as diagnostics."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+
+from edgekd.config.profile import Profile
+from edgekd.engines.tensorrt import INSTALL, MODULES, is_installed, where_built
+from edgekd.errors import InputError, StageError, TargetError
+from edgekd.onnx.graph import opset_of
+
+Status = Literal["ok", "fails", "not shown", "note"]
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """One thing looked at: ``fails`` and ``not shown`` keep the model from passing.
+
+    ``note`` is for the reader, and for what nobody asked for. ``nodes`` are those concerned.
+    """
+
+    subject: str
+    status: Status
+    detail: str
+    remedy: str = ""
+    nodes: tuple[str, ...] = ()
+
+
+Parse = Callable[[Path, str], Mapping[str, Any]]
+"""(model, library) → a record ``edgerun.parse/1``: what TensorRT's parser says."""
+
+OPSETS = {(10, 0): (9, 20), (10, 15): (9, 24), (11, 0): (9, 25)}
+"""TensorRT version → the ONNX opsets that its parser takes, as its documentation states: of 10.0
+and 10.15 onnx-tensorrt's docs/operators.md, of 11.x NVIDIA's ONNX opset guide."""
+
+OTHERWISE = "replace the operation in the network and export again, or run it in ONNX Runtime"
+
+_REMEDIES = {
+    r"zero point|Int32 but must|DynamicQuantizeLinear|MatMulInteger|ConvInteger|QLinear": (
+        "quantize the float model for TensorRT (symmetric int8, biases in float): "
+        "edgekd quantize MODEL.onnx --calibration DATA -o OUT.onnx --for tensorrt"
+    ),
+    r"^(NonZero|Unique|NonMaxSuppression|Compress)\b": (
+        "the shape of its answer depends on values: select a fixed number of elements (TopK), "
+        "or leave this step to the program around the model"
+    ),
+    r"^(Loop|Scan|If|Sequence\w*)\b": "export the model without control flow and lists",
+    r"STRING|^String": "strings stay outside: turn them into numbers before the model",
+    r"[Pp]lugin not found": (
+        "the operation is not one of ONNX: export the model without it, or run it where its "
+        "plugin is installed"
+    ),
+}
+
+
+def tensorrt_verdict(
+    path: Path,
+    model: onnx.ModelProto,
+    parse: Parse,
+    asked: Collection[str],
+    profile: Profile | None,
+) -> tuple[dict[str, Any] | None, list[Diagnostic]]:
+    """The record of the parser that was asked, None without one, and what it means.
+
+    One library is asked: the one that is wanted, else one that stands in for it, TensorRT for RTX
+    before TensorRT (which needs a GPU even to parse).
+
+    Args:
+        path: the ONNX file.
+        model: what is in it.
+        parse: asks a library's parser.
+        asked: engines that must take the model; TensorRT may be none of them.
+        profile: of the device.
+    """
+    found = []
+    wanted = [name for name in MODULES if name in asked]
+    good: Status = "ok" if wanted else "note"
+    bad: Status = "fails" if wanted else "note"
+    gap: Status = "not shown" if wanted else "note"
+    version = profile.runtime.tensorrt if profile and "tensorrt" in asked else None
+    if version:
+        found.append(_opset(model, version.value))
+    chosen = next((n for n in (*wanted, *reversed(MODULES)) if is_installed(n)), None)
+    if chosen is None:
+        if wanted:
+            remedy = INSTALL["tensorrt-rtx"]
+            found.append(Diagnostic("TensorRT", gap, "not checked: no TensorRT here", remedy))
+        return None, found
+    try:
+        verdict = dict(parse(path, chosen))
+    except (InputError, StageError, TargetError) as error:
+        detail = f"its parser could not be asked: {error.what}"
+        return None, [*found, Diagnostic(chosen, gap, detail, error.remedy or "")]
+    subject = f"{verdict['library']} {verdict['version']}"
+    names = {
+        "tensorrt": f"TensorRT {version.value}" if version else "TensorRT itself",
+        "tensorrt-rtx": "TensorRT for RTX",
+    }
+    absent = " and ".join(names[name] for name in wanted if name != chosen)
+    said = f"; stands in for {absent}, which may differ" if absent else ""
+    if verdict["supported"]:
+        detail = f"its parser takes the model; not built{said}"
+        return verdict, [*found, Diagnostic(subject, good, detail, _build(path, wanted, profile))]
+    for problem in verdict["problems"]:
+        node, op, message = (str(problem.get(key) or "") for key in ("node", "op", "message"))
+        # A failed assertion without words is all that the parser gives for an unknown operation.
+        why = "it has no such operation" if message in ("", "false") else message
+        text = f"its parser refuses {node or 'the model'}{f' ({op})' if op else ''}: {why}{said}"
+        found.append(
+            Diagnostic(subject, bad, text, remedy_for(op, message), (node,) if node else ())
+        )
+    if not verdict["problems"]:
+        found.append(Diagnostic(subject, bad, f"its parser refuses the model{said}"))
+    return verdict, found
+
+
+def takes_opset(version: str, opset: int) -> bool | None:
+    """Whether a TensorRT version takes an opset.
+
+    For a version between two documented ones, only what both have in common is claimed; None
+    where nothing documented tells.
+    """
+    numbers = [int(part) for part in re.findall(r"\d+", version)[:2]]
+    ours = (numbers[0], numbers[1] if len(numbers) > 1 else 0) if numbers else (0, 0)
+    older = [span for known, span in OPSETS.items() if known <= ours]
+    newer = [span for known, span in OPSETS.items() if known >= ours]
+    if older and older[-1][0] <= opset <= older[-1][1]:
+        return True
+    if newer and opset > newer[0][1]:
+        return False
+    if older and opset < older[-1][0]:
+        return False
+    return None
+
+
+def remedy_for(op: str, message: str) -> str:
+    """What to do about a node that TensorRT's parser refuses."""
+    said = f"{op} {message}"
+    return next((remedy for key, remedy in _REMEDIES.items() if re.search(key, said)), OTHERWISE)
+
+
+def _build(path: Path, wanted: Sequence[str], profile: Profile | None) -> str:
+    """How to find out more than a parser tells; nothing where nobody asked."""
+    if not wanted:
+        return ""
+    words = ["edgekd", "build", str(path), "--engine", wanted[0]]
+    words += ["--profile", profile.name] if profile else []
+    command = shlex.join([*words, "-o", f"{path.stem}.engine"])
+    if where_built(wanted[0], profile) == "on the device":
+        return (
+            "only a build on the device shows that an engine can be made of it; what to type "
+            f"there: {command}"
+        )
+    return f"only a build shows that an engine can be made of it: {command}"
+
+
+def _opset(model: onnx.ModelProto, version: str) -> Diagnostic:
+    opset = opset_of(model)
+    takes = takes_opset(version, opset)
+    subject = f"opset in TensorRT {version}"
+    if takes is None:
+        return Diagnostic(
+            subject, "note", f"whether it takes opset {opset} is not stated anywhere here"
+        )
+    if takes:
+        return Diagnostic(subject, "ok", f"opset {opset} is one that it takes")
+    remedy = "export again, or convert it: onnx.version_converter.convert_version(model, 18)"
+    return Diagnostic(subject, "fails", f"it does not take opset {opset}", remedy)

@@ -1,0 +1,268 @@
+"""A network with named inputs and outputs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from edgekd.errors import InputError
+from edgekd.spec import ModelSpec, TensorSpec
+
+
+class DictModel(nn.Module):
+    """Any module, called with a mapping from name to tensor and answering with one.
+
+    The batch is never changed: a network that writes into its inputs (``x.sub_(mean)``, a first
+    ReLU in place) gets copies of those it writes into, and no other network pays for one.
+
+    Args:
+        module: takes its inputs by name if the parameters of its ``forward`` have the names of
+            ``spec.inputs``; the whole mapping if its only parameter is called ``batch``; else
+            by position in the order of ``spec.inputs``. It gives a tensor, a tuple or a mapping.
+        spec: the names, shapes and dtypes.
+
+    Attributes:
+        output_scale, output_offset: where they are set (:meth:`scale_output`), the first output
+            is ``module's · output_scale + output_offset``.
+
+    Raises:
+        InputError: ``forward`` cannot take that many inputs.
+    """
+
+    spec: ModelSpec
+    module: nn.Module
+    output_scale: Tensor | None
+    output_offset: Tensor | None
+
+    def __init__(self, module: nn.Module, spec: ModelSpec) -> None:
+        super().__init__()
+        self.module = module
+        self.spec = spec
+        self._input_names = tuple(s.name for s in spec.inputs)
+        self._passing = _passing(module, self._input_names)
+        self._tried: set[bool] = set()
+        self._overwritten: set[str] = set()
+        self.register_buffer("output_scale", None)
+        self.register_buffer("output_offset", None)
+
+    def scale_output(self, scale: Tensor | None, offset: Tensor | None) -> None:
+        """Let the first output be the module's times ``scale`` plus ``offset``; None: as it is.
+
+        Args:
+            scale: a number.
+            offset: in the shape of one sample of the output.
+        """
+        self.output_scale, self.output_offset = scale, offset
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs by name.
+
+        Args:
+            batch: at least the inputs of the spec; other names (targets) are not looked at.
+
+        Raises:
+            InputError: an input is missing, the module gives other outputs than the spec, or it
+                writes into an input that it did not write into when it was first called.
+        """
+        missing = [name for name in self._input_names if name not in batch]
+        if missing:
+            raise InputError(
+                f"the batch lacks the input {', '.join(map(repr, missing))}",
+                remedy=f"the batch has {', '.join(batch)}",
+            )
+        inputs = {name: batch[name] for name in self._input_names}
+        outputs = name_outputs(self._call_unchanged(inputs), self.spec.outputs)
+        if self.output_scale is not None and self.output_offset is not None:
+            primary = self.spec.outputs[0].name
+            outputs[primary] = outputs[primary] * self.output_scale + self.output_offset
+        return outputs
+
+    def _call_unchanged(self, inputs: dict[str, Tensor]) -> object:
+        """What the module gives, with the inputs as they were."""
+        if torch.compiler.is_compiling():
+            # A compiler drops a copy that nothing writes into; an exporter keeps it.
+            exporting = torch.compiler.is_exporting()
+            copied = self._overwritten if exporting else self._input_names
+            return self._call({n: t.clone() if n in copied else t for n, t in inputs.items()})
+        # Training and evaluation may differ in it, so that either is tried on copies first.
+        trial = self.training not in self._tried
+        copied = self._input_names if trial else self._overwritten
+        given = {n: t.clone() if n in copied else t for n, t in inputs.items()}
+        versions = {n: _version(t) for n, t in given.items()}
+        answer = self._call(given)
+        counted = True
+        for name, tensor in given.items():
+            if name in self._overwritten:
+                continue
+            if tensor.is_inference():
+                # Nothing counts the writes in inference mode.
+                counted = False
+                written = trial and not torch.equal(tensor, inputs[name])
+            else:
+                written = _version(tensor) != versions[name]
+            if written and not trial:
+                raise InputError(
+                    f"the network {type(self.module).__name__} writes into its input {name!r}, "
+                    "and did not when it was first called: others are given the same tensor",
+                    remedy=f"let its forward begin with {name} = {name}.clone()",
+                )
+            if written:
+                self._overwritten.add(name)
+        if trial and counted:
+            self._tried.add(self.training)
+        return answer
+
+    def _call(self, inputs: dict[str, Tensor]) -> object:
+        if self._passing == "mapping":
+            return self.module(inputs)
+        if self._passing == "name":
+            return self.module(**inputs)
+        return self.module(*inputs.values())
+
+    def check_batch(self, batch: Mapping[str, Tensor]) -> None:
+        """Raise InputError when an input does not have the shape of the spec; both are named."""
+        for spec in self.spec.inputs:
+            if spec.name in batch and not fits(batch[spec.name].shape, spec):
+                raise InputError(
+                    f"the model takes {spec}, and {spec.name!r} is {list(batch[spec.name].shape)}",
+                    remedy="resize the data (data.image_size), or build the model for this size",
+                )
+
+
+@torch.no_grad()
+def fold_output_scale(model: DictModel, batch: Mapping[str, Tensor]) -> bool:
+    """Take the scale of the first output into the last linear layer, in place, for deployment.
+
+    Only where that layer's answer is the output itself and nothing else uses the layer; the
+    answers to ``batch`` must be the same, or all stays as it was.
+
+    Args:
+        model: in evaluation mode.
+        batch: a few real samples.
+
+    Returns:
+        Whether it was folded.
+    """
+    scale, offset = model.output_scale, model.output_offset
+    if scale is None or offset is None:
+        return False
+    primary = model.spec.outputs[0].name
+    wanted = model(batch)[primary]
+    calls: list[tuple[nn.Module, Tensor]] = []
+    hooks = [
+        layer.register_forward_hook(lambda layer, _, answer: calls.append((layer, answer)))
+        for layer in model.modules()
+        if type(layer) is nn.Linear and "weight" in layer._parameters
+    ]
+    model.scale_output(None, None)
+    raw = model(batch)[primary]
+    for hook in hooks:
+        hook.remove()
+    last = [layer for layer, answer in calls if answer is raw]
+    rows = offset.reshape(-1, offset.shape[-1])
+    uses = [p for _, p in model.named_parameters(remove_duplicate=False)]
+    layer = last[0] if len(last) == 1 else None
+    if (
+        isinstance(layer, nn.Linear)
+        and [called for called, _ in calls].count(layer) == 1
+        and sum(p is layer.weight or p is layer.bias for p in uses) == 1 + (layer.bias is not None)
+        and bool((rows == rows[0]).all())
+    ):
+        before = layer.weight, layer.bias
+        bias = torch.zeros_like(layer.weight[:, 0]) if layer.bias is None else layer.bias
+        layer.weight = nn.Parameter(layer.weight * scale)
+        layer.bias = nn.Parameter(bias * scale + rows[0])
+        off = (model(batch)[primary] - wanted).abs().max()
+        if bool(off <= _SAME * wanted.abs().max()):
+            return True
+        layer.weight, layer.bias = before
+    model.scale_output(scale, offset)
+    return False
+
+
+_SAME = 1e-5
+"""How far a folded network's answers may be off, as a share of the largest: float32 rounding."""
+
+
+def fits(shape: Sequence[int], spec: TensorSpec) -> bool:
+    """Whether a tensor's shape is that of a spec, whose symbolic dimensions take any size."""
+    return len(shape) == len(spec.shape) and all(
+        isinstance(wanted, str) or wanted == size
+        for size, wanted in zip(shape, spec.shape, strict=True)
+    )
+
+
+def name_outputs(answer: object, outputs: Sequence[TensorSpec]) -> dict[str, Tensor]:
+    """What a module gave, by the names of the spec.
+
+    Raises:
+        InputError: it gave another number of outputs, other names, or no tensors.
+    """
+    names = [spec.name for spec in outputs]
+    named: dict[str, object]
+    if isinstance(answer, Mapping):
+        lacking = [name for name in names if name not in answer]
+        if lacking:
+            raise InputError(
+                f"the model gives {', '.join(map(str, answer))}, and not {', '.join(lacking)}",
+                remedy="name its outputs as the task does, or return a tensor",
+            )
+        named = {name: answer[name] for name in names}
+    else:
+        given = list(answer) if isinstance(answer, tuple | list) else [answer]
+        if len(given) != len(names):
+            raise InputError(
+                f"the model gives {len(given)} outputs, and {len(names)} are wanted: "
+                f"{', '.join(names)}",
+                remedy="return a mapping from output name to tensor",
+            )
+        named = dict(zip(names, given, strict=True))
+    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    for name, value in named.items():
+        if name not in tensors:
+            raise InputError(
+                f"the model's output {name!r} is a {type(value).__name__}, not a tensor",
+                remedy="return a tensor, a tuple of tensors or a mapping from name to tensor",
+            )
+    return tensors
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written into; not counted in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def count_parameters(model: nn.Module) -> int:
+    """How many numbers the parameters hold; buffers (batch-norm statistics) do not count."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _passing(module: nn.Module, names: Sequence[str]) -> str:
+    parameters = inspect.signature(module.forward).parameters
+    kinds = inspect.Parameter
+    by_name = {
+        key
+        for key, p in parameters.items()
+        if p.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
+    }
+    if set(names) <= by_name:
+        return "name"
+    if list(parameters) == ["batch"]:
+        return "mapping"
+    by_position = [
+        p
+        for p in parameters.values()
+        if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+    ]
+    needed = sum(p.default is kinds.empty for p in by_position)
+    unbounded = any(p.kind is kinds.VAR_POSITIONAL for p in parameters.values())
+    if needed > len(names) or (len(by_position) < len(names) and not unbounded):
+        raise InputError(
+            f"forward({', '.join(parameters)}) of {type(module).__name__} cannot take the "
+            f"{len(names)} inputs {', '.join(names)}",
+            remedy="name its parameters as the inputs are named",
+        )
+    return "position"

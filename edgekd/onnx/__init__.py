@@ -1,0 +1,1 @@
+"""An ONNX model and its numbers: export, file, graph, inference, comparison."""

@@ -1,0 +1,182 @@
+"""ONNX files: written from a named model, checked, described.
+
+Reading needs no torch; it is imported when a model is exported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx
+
+from edgekd.errors import StageError
+from edgekd.onnx.file import (
+    OnnxInfo,
+    check_onnx,
+    count_onnx_parameters,
+    describe_onnx,
+    files_of_onnx,
+)
+from edgekd.onnx.session import first_line
+from edgekd.spec import ModelSpec, TensorSpec
+
+if TYPE_CHECKING:
+    from edgekd.onnx.torch_export import SpecModule
+
+__all__ = [
+    "OnnxInfo",
+    "check_onnx",
+    "count_onnx_parameters",
+    "describe_onnx",
+    "export_onnx",
+    "files_of_onnx",
+]
+
+DEFAULT_OPSET = 18
+
+
+def export_onnx(
+    model: SpecModule,
+    path: Path,
+    opset: int = DEFAULT_OPSET,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a model as one ONNX file with its weights inside.
+
+    Inputs and outputs have the names, order and dtypes of ``model.spec``; every symbolic
+    dimension of an input (``batch``) stays dynamic under its name. The file passes ONNX's full
+    check. Nodes carry no stack traces, so the file says nothing of the machine it was made on.
+
+    Args:
+        model: a module with ``spec`` that takes and gives mappings; exported in eval mode.
+        path: where to write.
+        opset: the ONNX opset.
+        metadata: written to the file's metadata.
+
+    Raises:
+        StageError: the exporter cannot express the model, fixes the batch dimension, gives
+            another signature than the specification, or the file cannot be written.
+    """
+    from edgekd.onnx.torch_export import to_onnx_proto
+
+    where = f"export of {path.name}"
+    proto = to_onnx_proto(model, opset, where)
+    _bare(proto)
+    _rename_dimensions(proto, model.spec, where)
+    onnx.helper.set_model_props(proto, dict(metadata or {}))
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise StageError(
+            f"the exported graph breaks ONNX's rules: {first_line(error)}",
+            where=where,
+            remedy=f"try another opset (export: {{opset: …}}); this was {opset}",
+        ) from error
+    _check_opset(proto, opset, where)
+    try:
+        path.write_bytes(proto.SerializeToString())
+    except OSError as error:
+        raise StageError(
+            f"the ONNX file cannot be written: {error.strerror}",
+            where=str(path),
+            remedy="free space or choose another folder",
+        ) from error
+    except ValueError as error:
+        raise StageError(
+            f"the model does not fit in one ONNX file: {first_line(error)}",
+            where=where,
+            remedy="one file holds at most 2 GB of weights; export a smaller model",
+        ) from error
+    _check_signature(describe_onnx(path).spec, model.spec, where)
+
+
+def _bare(proto: onnx.ModelProto) -> None:
+    """Remove what the exporter notes about its own machine: stack traces, paths, class names."""
+    proto.doc_string = ""
+    graphs = [proto.graph]
+    while graphs:
+        graph = graphs.pop()
+        graph.doc_string = ""
+        del graph.metadata_props[:]
+        for node in graph.node:
+            node.doc_string = ""
+            del node.metadata_props[:]
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    graphs.append(attribute.g)
+                graphs.extend(attribute.graphs)
+        for value in (*graph.value_info, *graph.input, *graph.output):
+            value.doc_string = ""
+            del value.metadata_props[:]
+        for tensor in graph.initializer:
+            tensor.doc_string = ""
+            del tensor.metadata_props[:]
+    for function in proto.functions:
+        function.doc_string = ""
+        del function.metadata_props[:]
+        for node in function.node:
+            node.doc_string = ""
+            del node.metadata_props[:]
+
+
+def _rename_dimensions(proto: onnx.ModelProto, spec: ModelSpec, where: str) -> None:
+    """Give symbolic dimensions the specification's names; a fixed one is an error."""
+    renamed: dict[str, str] = {}
+    for values, tensors in ((proto.graph.input, spec.inputs), (proto.graph.output, spec.outputs)):
+        if len(values) != len(tensors):
+            continue  # reported with the names by _check_signature
+        for value, tensor in zip(values, tensors, strict=True):
+            dimensions = value.type.tensor_type.shape.dim
+            if len(dimensions) != len(tensor.shape):
+                continue
+            for axis, (dimension, wanted) in enumerate(zip(dimensions, tensor.shape, strict=True)):
+                if not isinstance(wanted, str):
+                    continue
+                if dimension.HasField("dim_value"):
+                    raise StageError(
+                        f"dimension {axis} ({wanted!r}) of {value.name!r} became the fixed number "
+                        f"{dimension.dim_value}",
+                        where=where,
+                        remedy="the model's forward uses a size as a Python number; take it from "
+                        "x.shape[0] where it is used, or use -1 in reshape",
+                    )
+                if dimension.dim_param and dimension.dim_param != wanted:
+                    renamed[dimension.dim_param] = wanted
+                dimension.dim_param = wanted
+    for value in proto.graph.value_info:
+        for dimension in value.type.tensor_type.shape.dim:
+            if dimension.dim_param in renamed:
+                dimension.dim_param = renamed[dimension.dim_param]
+
+
+def _check_opset(proto: onnx.ModelProto, opset: int, where: str) -> None:
+    written = next((e.version for e in proto.opset_import if e.domain in ("", "ai.onnx")), 0)
+    if written != opset:
+        raise StageError(
+            f"the exporter wrote opset {written} where {opset} was asked for",
+            where=where,
+            remedy=f"set export: {{opset: {written}}}: it has no conversion of this model",
+        )
+
+
+def _check_signature(found: ModelSpec, wanted: ModelSpec, where: str) -> None:
+    for kind, have, want in (
+        ("inputs", found.inputs, wanted.inputs),
+        ("outputs", found.outputs, wanted.outputs),
+    ):
+        if _signature(have) != _signature(want):
+            raise StageError(
+                f"the exported {kind} are {', '.join(map(str, have)) or 'none'}, "
+                f"the model's are {', '.join(map(str, want))}",
+                where=where,
+                remedy="an input that forward does not use is dropped by the exporter: use it or "
+                "leave it out of the data"
+                if kind == "inputs"
+                else "check the model's outputs",
+            )
+
+
+def _signature(tensors: tuple[TensorSpec, ...]) -> list[tuple[str, tuple[int | str, ...], str]]:
+    return [(tensor.name, tensor.shape, tensor.dtype) for tensor in tensors]

@@ -1,0 +1,309 @@
+"""Reading any ONNX file: is it whole, what does it take and give, how large is it. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from edgekd.crash_notes import note_step
+from edgekd.errors import InputError
+from edgekd.onnx.session import CPU_PROVIDER, first_line, open_session
+from edgekd.spec import Dimension, ModelSpec, TensorSpec
+from edgerun.model import dimension_name
+
+UNKNOWN_RANK = "..."
+"""The only dimension of a tensor whose number of dimensions the file does not say."""
+
+LARGEST = 2**31
+"""Bytes that one protobuf message stays below."""
+
+ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
+"""Of TensorRT's engines; edgerun, which stands alone, has its own list."""
+
+# Element types that hold shapes, axes, indices, masks and vocabularies, not weights.
+_NOT_WEIGHTS = {
+    onnx.TensorProto.INT64,
+    onnx.TensorProto.UINT64,
+    onnx.TensorProto.BOOL,
+    onnx.TensorProto.STRING,
+}
+
+
+@dataclass(frozen=True)
+class OnnxInfo:
+    """What an ONNX file says about itself.
+
+    ``parameters`` counts the elements of float, 8-bit-or-narrower and 16/32-bit integer tensors
+    among initializers and the values of Constant nodes, in the graph, its subgraphs and
+    functions; 64-bit integers, booleans and strings are shapes, axes and words, and a Constant
+    of one number is a setting. ``size_bytes`` has the external data in it.
+    """
+
+    spec: ModelSpec
+    parameters: int
+    opset: int
+    size_bytes: int
+    metadata: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain mapping for a JSON file."""
+        return {
+            "spec": self.spec.to_json(),
+            "parameters": self.parameters,
+            "opset": self.opset,
+            "size_bytes": self.size_bytes,
+            "metadata": dict(self.metadata),
+        }
+
+
+def check_onnx(path: Path) -> None:
+    """Check that a file is a whole and valid ONNX model, its external data included.
+
+    Raises:
+        InputError: it is missing, truncated, not ONNX, breaks ONNX's rules, or its external data
+            is missing, too short or outside the model's folder.
+    """
+    read_onnx(path)
+    note_step("checked", path)
+    try:
+        # By path: the checker then also takes models above protobuf's 2 GB.
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        # The checker also refuses files that every runtime takes, such as those that leave an
+        # output's shape out: the runtime has the last word.
+        try:
+            open_session(path, (CPU_PROVIDER,), 1, "disabled")
+        except InputError as refusal:
+            raise InputError(
+                f"the ONNX file breaks ONNX's rules: {first_line(error)}",
+                where=str(path),
+                remedy="export it again with a current exporter",
+            ) from refusal
+
+
+def describe_onnx(path: Path) -> OnnxInfo:
+    """Read names, shapes, parameters, opset and metadata; the weights are not loaded.
+
+    A dimension without a size or a name is called ``<tensor>.<axis>``. A tensor whose shape is
+    missing gets it from shape inference where that can tell, else ``("...",)``.
+
+    Raises:
+        InputError: as :func:`check_onnx` for the file; or an input or output is no tensor.
+    """
+    model = read_onnx(path)
+    graph = model.graph
+    # Before IR version 4 every initializer is also listed as an input.
+    filled = {tensor.name for tensor in graph.initializer}
+    inputs = [value for value in graph.input if value.name not in filled]
+    if any(not value.type.tensor_type.HasField("shape") for value in graph.output):
+        graph = _inferred(model).graph
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    return OnnxInfo(
+        spec=ModelSpec(
+            tuple(_tensor_spec(value, path) for value in inputs),
+            tuple(_tensor_spec(value, path) for value in graph.output),
+        ),
+        parameters=count_onnx_parameters(model),
+        opset=opsets.get("", opsets.get("ai.onnx", 0)),
+        size_bytes=path.stat().st_size + sum(f.stat().st_size for f in _external(model, path)),
+        metadata={entry.key: entry.value for entry in model.metadata_props},
+    )
+
+
+def read_onnx(path: Path) -> onnx.ModelProto:
+    """The model without its external data, which is only looked at.
+
+    Raises:
+        InputError: the file is missing, empty, truncated, not ONNX (an engine for example), or
+            its external data is missing, too short or outside the model's folder.
+    """
+    where = str(path)
+    if not path.is_file():
+        what = "this is a folder, not an ONNX file" if path.is_dir() else "the file does not exist"
+        raise InputError(what, where=where, remedy="give the path of an .onnx file")
+    if path.stat().st_size >= LARGEST:
+        # Not read at all: protobuf would refuse it after gigabytes.
+        raise InputError(
+            f"the file has {path.stat().st_size / 1e9:.2f} GB, and one ONNX file holds less than "
+            f"{LARGEST / 1e9:.2f}",
+            where=where,
+            remedy="save the model with its weights in a file beside it: onnx.save(model, FILE, "
+            "save_as_external_data=True)",
+        )
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except OSError as error:
+        raise InputError(
+            f"the file cannot be read: {error.strerror}", where=where, remedy="check its permission"
+        ) from error
+    except DecodeError as error:
+        raise _not_onnx(path, "the file is truncated or is not ONNX") from error
+    # Protobuf takes many other files, and one cut off between two fields, for a message.
+    if model.ir_version <= 0 or not model.graph.output or not model.opset_import:
+        raise _not_onnx(
+            path, "the file is truncated or is not ONNX: it has no graph with an output"
+        )
+    _external(model, path)
+    return model
+
+
+def _not_onnx(path: Path, what: str) -> InputError:
+    if path.suffix.lower() in ENGINE_SUFFIXES:
+        return InputError(
+            "this is a TensorRT engine, not an ONNX model",
+            where=str(path),
+            remedy="give the ONNX model that it was built from; an engine can be measured "
+            "(edgekd benchmark) and run (python -m edgerun run)",
+        )
+    remedy = f"it has {path.stat().st_size} bytes; copy or export it again"
+    return InputError(what, where=str(path), remedy=remedy)
+
+
+def files_of_onnx(path: Path) -> list[Path]:
+    """The file itself and those of its external data.
+
+    Raises:
+        InputError: as :func:`read_onnx`.
+    """
+    return [path, *_external(read_onnx(path), path)]
+
+
+def check_fits_one_file(path: Path) -> None:
+    """Refuse a model that cannot be rewritten as one file, before its weights are read.
+
+    Raises:
+        InputError: it is too large with its external data; or as :func:`read_onnx`.
+    """
+    size = sum(file.stat().st_size for file in files_of_onnx(path))
+    if size >= LARGEST:
+        raise InputError(
+            f"the model has {size / 1e9:.2f} GB with its weights, and it is written as one ONNX "
+            f"file, which holds less than {LARGEST / 1e9:.2f}",
+            where=str(path),
+            remedy="give a smaller model, or leave this one as it is",
+        )
+
+
+def count_onnx_parameters(model: onnx.ModelProto) -> int:
+    """The number of weights, by the rule of :class:`OnnxInfo`."""
+    tensors = _weights(model.graph)
+    return sum(_elements(t) for t in tensors) + sum(
+        _elements(t) for function in model.functions for t in _node_weights(function.node)
+    )
+
+
+def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
+    try:
+        return onnx.shape_inference.infer_shapes(model)
+    except (onnx.shape_inference.InferenceError, ValueError):
+        # A convenience for files that leave shapes out; those it cannot help are described
+        # as having an unknown shape, which is what the file says.
+        return model
+
+
+def _tensor_spec(value: onnx.ValueInfoProto, path: Path) -> TensorSpec:
+    kind = value.type.WhichOneof("value")
+    if kind != "tensor_type" or not value.type.tensor_type.elem_type:
+        found = (kind or "value of no type").replace("_type", "")
+        raise InputError(
+            f"{value.name!r} is a {found}, not a tensor",
+            where=str(path),
+            remedy="export the model with tensors only (for scikit-learn: without ZipMap)",
+        )
+    tensor = value.type.tensor_type
+    if tensor.elem_type == onnx.TensorProto.STRING:
+        dtype = "string"
+    else:
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    if not tensor.HasField("shape"):
+        return TensorSpec(value.name, (UNKNOWN_RANK,), dtype)
+    shape: list[Dimension] = []
+    for axis, dimension in enumerate(tensor.shape.dim):
+        symbol = dimension_name(dimension.dim_param)
+        if dimension.dim_value > 0:
+            shape.append(int(dimension.dim_value))
+        else:
+            shape.append(symbol or f"{value.name}.{axis}")
+    return TensorSpec(value.name, tuple(shape), dtype)
+
+
+def _elements(tensor: onnx.TensorProto) -> int:
+    if tensor.data_type in _NOT_WEIGHTS:
+        return 0
+    count = 1
+    for size in tensor.dims:
+        count *= size
+    return count
+
+
+def _weights(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    yield from (sparse.values for sparse in graph.sparse_initializer)
+    yield from _node_weights(graph.node)
+
+
+def _node_weights(nodes: Any) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _weights(attribute.g)
+            for graph in attribute.graphs:
+                yield from _weights(graph)
+            if node.op_type == "Constant" and attribute.name == "value" and attribute.t.dims:
+                yield attribute.t
+            elif node.op_type == "Constant" and attribute.name == "sparse_value":
+                yield attribute.sparse_tensor.values
+
+
+def _all_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    yield from _weights(model.graph)
+    for function in model.functions:
+        yield from _node_weights(function.node)
+
+
+def _external(model: onnx.ModelProto, path: Path) -> list[Path]:
+    """The files of external data, each checked to lie beside the model and to be long enough."""
+    folder = path.resolve().parent
+    needed: dict[Path, int] = {}
+    for tensor in _all_tensors(model):
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        entry = {item.key: item.value for item in tensor.external_data}
+        location = entry.get("location", "")
+        file = (folder / location).resolve()
+        # A model may name any file of this machine as its data; only its own folder is read.
+        if not location or Path(location).is_absolute() or not file.is_relative_to(folder):
+            raise InputError(
+                f"the weights of {tensor.name!r} lie outside the model's folder: {location!r}",
+                where=str(path),
+                remedy="put the data file beside the model and save the model again",
+            )
+        try:
+            end = int(entry.get("offset") or 0) + int(entry.get("length") or 0)
+        except ValueError as error:
+            raise InputError(
+                f"the external data of {tensor.name!r} has no valid offset and length",
+                where=str(path),
+                remedy="save the model again",
+            ) from error
+        needed[file] = max(needed.get(file, 0), end)
+    for file, length in needed.items():
+        if not file.is_file():
+            raise InputError(
+                f"the model's weights are in {file.name!r}, which is missing",
+                where=str(path),
+                remedy="copy it into the model's folder, or save the model with its weights inside",
+            )
+        if file.stat().st_size < length:
+            raise InputError(
+                f"the weights file {file.name!r} is truncated: {file.stat().st_size} bytes, "
+                f"the model needs {length}",
+                where=str(path),
+                remedy="copy it again",
+            )
+    return sorted(needed)

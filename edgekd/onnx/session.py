@@ -1,0 +1,292 @@
+"""Opening a model in ONNX Runtime: execution providers and every session option, explicit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnxruntime
+
+from edgekd.crash_notes import note_step
+from edgekd.errors import InputError, unknown_name
+
+CPU_PROVIDER = "CPUExecutionProvider"
+Optimization = Literal["disabled", "basic", "extended", "all"]
+Fallback = Literal["error", "allow"]
+"""What happens when something else than the preferred provider runs a node, or one is absent."""
+
+LEVELS = {
+    "disabled": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+_FATAL_ONLY = 4  # ONNX Runtime's log severity; errors are raised as well as logged
+RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
+CONFIGURATION = {"session.qdq_matmulnbits_accuracy_level": "1"}
+"""Entries of every session's configuration, here and in edgerun.
+
+A MatMul of weights stored in 8 bits is fused into MatMulNBits at level 4 where nothing is said,
+which rounds the activations to 8 bits as well; level 1 computes in float32.
+"""
+
+PACKAGES = {
+    "CUDAExecutionProvider": "pip install onnxruntime-gpu (on a Jetson: NVIDIA's own build)",
+    "TensorrtExecutionProvider": "pip install onnxruntime-gpu (on a Jetson: NVIDIA's own build)",
+    "NvTensorRTRTXExecutionProvider": "a build of ONNX Runtime with TensorRT for RTX",
+    "OpenVINOExecutionProvider": "pip install onnxruntime-openvino",
+    "DmlExecutionProvider": "pip install onnxruntime-directml (Windows)",
+    "QNNExecutionProvider": "pip install onnxruntime-qnn",
+    "MIGraphXExecutionProvider": "a build of ONNX Runtime with ROCm",
+    "CoreMLExecutionProvider": "pip install onnxruntime on macOS",
+    "XnnpackExecutionProvider": "a build of ONNX Runtime with XNNPACK",
+}
+"""What brings a provider that the installed ONNX Runtime was not built with."""
+
+
+@dataclass(frozen=True)
+class ProviderChain:
+    """Execution providers in the order of preference, and those wanted that are not here."""
+
+    providers: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
+
+
+def providers_for(
+    profile_providers: Sequence[str], requested: Sequence[str] | None
+) -> tuple[str, ...]:
+    """The execution providers to use: those asked for, else the profile's.
+
+    Raises:
+        InputError: one is unknown, or this ONNX Runtime was not built with it. Nothing is left
+            out silently: a model measured on the CPU is not a model measured on a GPU.
+    """
+    return provider_chain(profile_providers, requested).providers
+
+
+def provider_chain(
+    profile_providers: Sequence[str],
+    requested: Sequence[str] | None,
+    fallback: Fallback = "error",
+) -> ProviderChain:
+    """The providers to use, and with ``fallback`` ``allow`` those that had to be left out.
+
+    Raises:
+        InputError: one is unknown; one is absent and no fallback is allowed; or all are absent.
+    """
+    wanted = tuple(requested if requested is not None else profile_providers)
+    where = "engines: providers" if requested is not None else "the profile's runtime.providers"
+    if not wanted:
+        raise InputError(
+            "no execution provider is given", where=where, remedy="add CPUExecutionProvider"
+        )
+    available = onnxruntime.get_available_providers()
+    known = {*onnxruntime.get_all_providers(), *available}
+    for name in wanted:
+        if name not in known:
+            raise unknown_name("execution provider", name, known, where)
+    absent = tuple(name for name in wanted if name not in available)
+    present = tuple(name for name in wanted if name in available)
+    if absent and (fallback == "error" or not present):
+        allow = ", or fallback: allow" if present else ""
+        raise InputError(
+            f"this ONNX Runtime ({onnxruntime.__version__}) has no {absent[0]}; "
+            f"it has {', '.join(available)}",
+            where=where,
+            remedy=f"{source_of(absent[0])}; or choose another: "
+            f"engines: [{{kind: onnxruntime, providers: [CPUExecutionProvider]}}]{allow}",
+        )
+    return ProviderChain(present, absent)
+
+
+def source_of(provider: str) -> str:
+    """What to install for a provider."""
+    return PACKAGES.get(provider, "a build of ONNX Runtime with it")
+
+
+def session_options(threads: int, optimization: Optimization) -> onnxruntime.SessionOptions:
+    """Every option that changes latency or memory, set and not left to a default.
+
+    Sequential execution, as one query at a time is what an edge device answers.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = LEVELS[optimization]
+    options.log_severity_level = _FATAL_ONLY
+    for key, value in CONFIGURATION.items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
+def options_record(threads: int, optimization: Optimization) -> dict[str, str | int]:
+    """What :func:`session_options` sets, for a record."""
+    return {
+        "intra_op_num_threads": threads,
+        "inter_op_num_threads": 1,
+        "execution_mode": "sequential",
+        "graph_optimization_level": optimization,
+        **CONFIGURATION,
+    }
+
+
+def default_options(
+    providers: Sequence[str], threads: int, *, half: bool, int8: bool, cache: Path | None = None
+) -> dict[str, dict[str, str]]:
+    """Options of the providers, for one query at a time; those without any are left out.
+
+    Precision is that of the file: TensorRT may use float16 where the model holds float16 weights
+    (``half``) and INT8 where it holds Q/DQ (``int8``), and nowhere else.
+
+    Args:
+        providers: the chain.
+        threads: of the providers that compute on the CPU.
+        half: the model has float16 weights.
+        int8: the model is quantized.
+        cache: a folder for compiled engines and measured timings, which take minutes to make;
+            None keeps nothing.
+    """
+    # Whoever opens the model may work in another folder.
+    kept = str(cache.resolve()) if cache else None
+    options = {
+        # Grown by what is asked for: doubling takes memory that a Jetson's CPU needs as well.
+        # Shapes do not change from query to query, so that an exhaustive search pays off.
+        "CUDAExecutionProvider": {
+            "arena_extend_strategy": "kSameAsRequested",
+            "cudnn_conv_algo_search": "EXHAUSTIVE",
+        },
+        "TensorrtExecutionProvider": {
+            "trt_fp16_enable": str(half),
+            "trt_int8_enable": str(int8),
+            **(
+                {
+                    "trt_engine_cache_enable": "True",
+                    "trt_engine_cache_path": kept,
+                    "trt_timing_cache_enable": "True",
+                    "trt_timing_cache_path": kept,
+                }
+                if kept
+                else {}
+            ),
+        },
+        "OpenVINOExecutionProvider": {
+            "device_type": "CPU",
+            "num_of_threads": str(threads),
+            "num_streams": "1",
+            **({"cache_dir": kept} if kept else {}),
+        },
+        "XnnpackExecutionProvider": {"intra_op_num_threads": str(threads)},
+        "CoreMLExecutionProvider": {"ModelFormat": "MLProgram", "MLComputeUnits": "ALL"},
+    }
+    return {name: options[name] for name in providers if name in options}
+
+
+class Session(onnxruntime.InferenceSession):  # type: ignore[misc]  # it has no types
+    """A session that notes when it is run; see :mod:`edgekd.crash_notes`."""
+
+    file: Path
+    level: Optimization
+
+    def run(self, *arguments: Any, **settings: Any) -> Any:
+        """As ``onnxruntime.InferenceSession.run``."""
+        note_step("ran", self.file, self.level)
+        return super().run(*arguments, **settings)
+
+
+def open_session(
+    path: Path,
+    providers: Sequence[str],
+    threads: int,
+    optimization: Optimization,
+    options: onnxruntime.SessionOptions | None = None,
+    *,
+    provider_options: Mapping[str, Mapping[str, str]] | None = None,
+    fallback: Fallback = "error",
+    disabled_optimizers: Sequence[str] = (),
+) -> onnxruntime.InferenceSession:
+    """Open a model on exactly the given providers.
+
+    Args:
+        path: the model.
+        providers: the preferred one first.
+        threads: intra-op threads.
+        optimization: the level.
+        options: instead of those of :func:`session_options`.
+        provider_options: by provider; none for one that is not in it.
+        fallback: ``allow`` takes a session in which a provider did not start.
+        disabled_optimizers: of ONNX Runtime's, by name; see
+            :mod:`edgekd.onnx.optimizer_faults`.
+
+    Raises:
+        InputError: ONNX Runtime refuses the file, or a provider does not start on this machine
+            (ONNX Runtime alone would go on with the CPU and say so in its log only).
+    """
+    # It would otherwise write an identifier of this machine to disk.
+    onnxruntime.disable_telemetry_events()
+    options = options or session_options(threads, optimization)
+    chosen = provider_options or {}
+    # A pair only where there is something to say: names alone are what every build takes.
+    named = [(name, dict(chosen[name])) if chosen.get(name) else name for name in providers]
+    less = {"disabled_optimizers": list(disabled_optimizers)} if disabled_optimizers else {}
+    note_step("opened", path, optimization)
+    try:
+        session = Session(str(path), options, providers=named, **less)
+    except Exception as error:  # the runtime's own exception classes have no public base
+        if match := _SHAPE_IN_FILE.search(str(error)):
+            tensor = f" (here {match['tensor']!r})" if match["tensor"] else ""
+            raise InputError(
+                "ONNX Runtime reads weights from an external file, but no constants that shapes "
+                f"and axes depend on{tensor}",
+                where=str(path),
+                remedy="save the model with its small tensors inside: onnx.save(model, FILE, "
+                "save_as_external_data=True, size_threshold=1024)",
+            ) from error
+        raise InputError(
+            f"ONNX Runtime cannot open the model: {first_line(error)}",
+            where=str(path),
+            remedy="'edgekd doctor' shows the runtime's version; export the model for its opset",
+        ) from error
+    session.file, session.level = path, optimization
+    missing = [name for name in providers if name not in session.get_providers()]
+    if missing and fallback == "error":
+        raise InputError(
+            f"{', '.join(missing)} did not start; ONNX Runtime would run the model on "
+            f"{', '.join(session.get_providers())}",
+            where=str(path),
+            remedy="install the provider's driver and libraries ('edgekd doctor'), "
+            "or choose another provider",
+        )
+    return session
+
+
+_SHAPE_IN_FILE = re.compile(r"external tensors(?:.*for tensor: *(?P<tensor>\S+))?", re.DOTALL)
+_SOURCE_PLACE = re.compile(r"/\S+:\d+ [^()]*")
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """The first line of an error that says something, shortened.
+
+    ONNX Runtime's place in its own source, and the C++ function there, say nothing to a user.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    if place := _SOURCE_PLACE.search(text):
+        end = place.end()
+        while text[end : end + 1] == "(":
+            end = _closing(text, end) + 1
+        text = text[: place.start()] + (text[end:].strip() or text[place.start() :])
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _closing(text: str, opening: int) -> int:
+    """Where the bracket at ``opening`` is closed; the end of the text where it is not."""
+    depth = 0
+    for index in range(opening, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[index], 0)
+        if depth == 0:
+            return index
+    return len(text)

@@ -1,0 +1,197 @@
+"""Several processes of one run: the first does what a single one does, the others train with it.
+
+``torchrun --nproc-per-node 2 -m edgekd run …``: the first process runs the stages, writes the
+store and speaks. The others wait for its orders and take part in the trainings, with an output
+folder that is thrown away. All must see the same files.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgekd.config.host import world_size
+from edgekd.errors import EdgekdError, StageError
+from edgekd.extension import searching
+from edgekd.pipeline.stage import Context, Stage
+
+if TYPE_CHECKING:
+    from edgekd.distill.distributed import ProcessGroup
+
+_TRAINING = ("teacher", "distill")
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the first process wants of the others: part in a stage, or (without one) their end."""
+
+    stage: str | None
+    context: Context | None = None
+    inputs: Mapping[str, Path] | None = None
+    exit_code: int = 0
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """How a process failed; the first to fail is the cause, the others only miss it."""
+
+    at: float
+    rank: int
+    error: EdgekdError
+    trace: str
+
+
+class _Silent:
+    """The progress of a process that does not speak."""
+
+    def start(self, label: str, total: int, unit: str) -> None: ...
+    def advance(self, n: int = 1, **figures: float) -> None: ...
+    def message(self, text: str) -> None: ...
+    def finish(self) -> None: ...
+
+
+@contextmanager
+def join_workers() -> Iterator[Workers | None]:
+    """The processes of this run; None when it is alone.
+
+    When the first process leaves, by an error too, the others end with its exit code.
+
+    Raises:
+        StageError: the processes did not find each other.
+    """
+    if world_size() == 1:
+        yield None
+        return
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in edgekd.api.execute
+    from edgekd.distill.distributed import open_process_group
+
+    workers = Workers(open_process_group())
+    if not workers.is_main:
+        yield workers
+        return
+    try:
+        yield workers
+    except BaseException as error:
+        workers.end(_exit_code(error))
+        raise
+    workers.end(0)
+
+
+class Workers:
+    """The processes of a run, seen by one of them."""
+
+    def __init__(self, processes: ProcessGroup) -> None:
+        self._processes = processes
+        self.is_main = processes.rank == 0
+
+    def run(self, stage: Stage, context: Context, inputs: Mapping[str, Path]) -> None:
+        """Run a stage here, in the first process, and with all when it trains.
+
+        Raises:
+            Exception: that of the process that failed first.
+        """
+        if stage.name not in _TRAINING:
+            stage.run(context, inputs)
+            return
+        context.progress.message(f"  {stage.name}: {self._processes.count} processes train")
+        sent = replace(context, progress=_Silent(), fingerprints=dict(context.fingerprints))
+        self._tell(Command(stage.name, sent, dict(inputs)))
+        own, failures = self._together(partial(stage.run, context, inputs))
+        if own is not None and not isinstance(own, Exception):
+            raise own
+        cause = min(failures, key=lambda failure: failure.at, default=None)
+        if cause is None:
+            return
+        if own is not None and cause.rank == 0:
+            raise own
+        raise cause.error from RuntimeError(f"in process {cause.rank}:\n{cause.trace}")
+
+    def serve(self, stages: Sequence[Stage]) -> None:
+        """Do what the first process orders until it ends.
+
+        Args:
+            stages: those that the first process runs.
+
+        Raises:
+            SystemExit: it ended with an exit code other than 0.
+            StageError: it is gone.
+        """
+        while (order := self._tell(None)).stage is not None:
+            stage = next(stage for stage in stages if stage.name == order.stage)
+            self._together(partial(_take_part, stage, order))
+        if order.exit_code:
+            # Launchers end all processes when one fails, and the first has not yet spoken.
+            with suppress(EdgekdError, KeyboardInterrupt):
+                self._tell(None)
+            raise SystemExit(order.exit_code)
+
+    def end(self, exit_code: int) -> None:
+        """Let the others go."""
+        with suppress(EdgekdError):
+            self._tell(Command(None, exit_code=exit_code))
+
+    def _tell(self, order: Command | None) -> Command:
+        """What the first process orders; only its own ``order`` counts."""
+        try:
+            return self._processes.broadcast_object(order)
+        except RuntimeError as error:
+            raise _lost() from error
+
+    def _together(
+        self, work: Callable[[], None]
+    ) -> tuple[BaseException | None, tuple[_Failure, ...]]:
+        """How this process's part of a training failed, and how each of them did."""
+        own: BaseException | None = None
+        failure: _Failure | None = None
+        rank = self._processes.rank
+        try:
+            work()
+        except BaseException as error:
+            own = error
+            failure = _Failure(time.time(), rank, _told(error, rank), traceback.format_exc())
+            self._processes.abort()
+        try:
+            failures = self._processes.all_gather_object(failure)
+        except RuntimeError as error:
+            if own is not None and not isinstance(own, RuntimeError):
+                raise own from error
+            raise _lost() from error
+        return own, tuple(found for found in failures if found is not None)
+
+
+def _take_part(stage: Stage, order: Command) -> None:
+    assert order.context is not None
+    assert order.inputs is not None
+    with tempfile.TemporaryDirectory(prefix="edgekd-") as folder, searching(order.context.job.base):
+        stage.run(replace(order.context, out=Path(folder)), order.inputs)
+
+
+def _told(error: BaseException, rank: int) -> EdgekdError:
+    """An error in a form that goes from one process to another."""
+    if isinstance(error, EdgekdError):
+        return error
+    return StageError(
+        f"process {rank} failed: {type(error).__name__}: {error}",
+        remedy="the whole traceback is in the run folder's log.jsonl",
+    )
+
+
+def _lost() -> StageError:
+    return StageError(
+        f"one of the {world_size()} processes of this run is gone",
+        remedy="see what ended it (memory, a signal); the next run goes on from the last epoch",
+    )
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, EdgekdError):
+        return error.exit_code
+    return 130 if isinstance(error, KeyboardInterrupt) else 1

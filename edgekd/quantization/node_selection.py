@@ -1,0 +1,360 @@
+"""Which nodes a runtime computes in INT8, and why a model has none."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnx
+from onnx import TensorProto, numpy_helper
+
+from edgekd.errors import InputError
+from edgekd.onnx.graph import subgraphs
+from edgekd.quantization.prepare import all_nodes, inner_names
+
+QuantizationRuntime = Literal["cpu", "tensorrt"]
+
+WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+"""Operators whose arithmetic is worth 8 bits by itself."""
+
+# Those with an 8-bit kernel in ONNX Runtime's CPU provider. ConvTranspose, normalizations and
+# TopK have none; Softmax has one, which is coarse where probabilities are small.
+_CPU_WEIGHTED = {"Conv", "Gemm", "MatMul"}
+
+_CPU_JOINED = {"Add", "Mul", "Concat", "GlobalAveragePool", "LeakyRelu", "Sigmoid"}
+
+# These pass on 8 bits with the scale of their input, and do nothing to a float one.
+_CPU_PASSED = {
+    "Relu",
+    "Clip",
+    "Reshape",
+    "Transpose",
+    "Squeeze",
+    "Unsqueeze",
+    "Flatten",
+    "MaxPool",
+    "AveragePool",
+    "Slice",
+    "Resize",
+    "Pad",
+    "Split",
+    "Gather",
+}
+
+# Where a mask's values end: what is far below the others has no weight there.
+_MASKED_BY = {"Softmax", "LogSoftmax", "Hardmax", "ArgMax", "TopK"}
+
+_WAY_TO_SOFTMAX = {*_CPU_PASSED, "Add", "Sub", "Mul", "Div", "Where", "Cast", "Identity", "Concat"}
+
+# From here on a constant that is 0 elsewhere is a mask (Swin's is -100); a range, whose other end
+# is so many times nearer to 0, from where 8 bits would tell nothing else apart.
+_LEAST_MASK = 50.0
+
+_LEAST_MASKED_RANGE = 1000.0
+
+_ONE_SIDED = 20.0
+
+# What a graph does to an image before its first layer.
+_NORMALIZING = {"Add", "Sub", "Mul", "Div", "Cast"}
+
+
+class Candidates:
+    """The nodes of a prepared graph that a runtime computes in 8 bits.
+
+    TensorRT is given Q/DQ only at the inputs of weighted layers: it moves them through pooling
+    and joins by itself, and fuses a convolution with the addition after it only in between.
+
+    Args:
+        graph: with the types of its tensors.
+        runtime: whose 8 bits these are.
+        keep: names of nodes that stay in float.
+        without_range: tensors that 8 bits do not hold, and why.
+        masked: tensors with values far from the others, which nodes without weights do not
+            round, and why.
+    """
+
+    def __init__(
+        self,
+        graph: onnx.GraphProto,
+        runtime: QuantizationRuntime,
+        keep: Collection[str],
+        without_range: Mapping[str, str] | None = None,
+        masked: Mapping[str, str] | None = None,
+    ) -> None:
+        self._graph, self._runtime, self._keep = graph, runtime, frozenset(keep)
+        self._without, self._masked = without_range or {}, masked or {}
+        self.weighted = _CPU_WEIGHTED if runtime == "cpu" else WEIGHTED
+        """The operators whose arithmetic the runtime has in 8 bits."""
+        self._weights = {t.name: t for t in graph.initializer}
+        values = [*graph.value_info, *graph.input, *graph.output]
+        self._floats = {
+            v.name for v in values if v.type.tensor_type.elem_type == TensorProto.FLOAT
+        } | {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT}
+        # Their values leave the graph as they are before a following Relu or Clip.
+        self._seen = inner_names(graph) | {value.name for value in graph.output}
+        self._readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in graph.node:
+            for name in node.input:
+                self._readers.setdefault(name, []).append(node)
+        self.all = self.select(())
+        """Every node that can compute in 8 bits or pass them on, in graph order."""
+
+    def reason(self, name: str) -> str | None:
+        """Why a node cannot be in 8 bits for the numbers that it takes or gives."""
+        node = next(n for n in self._graph.node if n.name == name)
+        found = {**self._masked, **self._without}
+        tensor = next((t for t in (*node.output, *node.input) if t in found), None)
+        return None if tensor is None else f"{tensor!r} {found[tensor]}"
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Those that are worth a choice: all but the ones that only pass 8 bits on."""
+        passed = _CPU_PASSED
+        return tuple(
+            n.name for n in self._graph.node if n.name in self.all and n.op_type not in passed
+        )
+
+    def input_layers(self, float_nodes: Collection[str]) -> tuple[str, ...]:
+        """The convolutions in 8 bits that see the model's inputs, when some nodes stay in float;
+        none where nothing else would be in 8 bits."""
+        seen = {value.name for value in self._graph.input}
+        for node in self._graph.node:
+            given = [name for name in node.input if name and name not in self._weights]
+            if node.op_type in _CPU_PASSED | _NORMALIZING and given and seen.issuperset(given):
+                seen.update(node.output)
+        chosen = self.select(float_nodes)
+        first = [
+            node.name
+            for node in self._graph.node
+            if node.op_type == "Conv" and node.name in chosen and node.input[0] in seen
+        ]
+        return tuple(first) if self.select({*float_nodes, *first}) else ()
+
+    def feeds_layers(self, name: str, chosen: Collection[str]) -> bool:
+        """Whether all readers of a tensor are weighted nodes in 8 bits, directly or behind nodes
+        that pass it on: they round it to 8 bits themselves."""
+        readers = self._readers.get(name, ())
+        return (
+            bool(readers)
+            and name not in self._seen
+            and all(
+                (reader.name in chosen and self._is_weighted(reader))
+                or (reader.op_type in _CPU_PASSED and self.feeds_layers(reader.output[0], chosen))
+                for reader in readers
+            )
+        )
+
+    @property
+    def tensors(self) -> set[str]:
+        """The activations whose ranges any choice of nodes may need."""
+        names = {
+            name
+            for node in self._graph.node
+            if node.name in self.all
+            for name in (*node.input, *node.output)
+        }
+        return {n for n in names if n in self._floats and n not in self._weights}
+
+    def select(self, float_nodes: Collection[str]) -> frozenset[str]:
+        """The nodes in 8 bits when some stay in float: weighted ones, and those between them.
+
+        A join (Add, Concat) or a pass (Relu, pooling) is in 8 bits only where one of its inputs
+        is: between float layers it would cost time and precision for nothing.
+        """
+        chosen: set[str] = set()
+        quantized: set[str] = set()
+        fixed = {*self._keep, *float_nodes}
+        weighted = [n for n in self._graph.node if n.name not in fixed and self._is_weighted(n)]
+        for node in weighted:
+            chosen.add(node.name)
+            quantized.update(node.input, node.output if self._runtime == "cpu" else ())
+        if self._runtime == "cpu":
+            for node in self._graph.node:
+                if node.name in fixed or not self._follows(node, quantized):
+                    continue
+                # A mean of many numbers is finer than 8 bits: it is rounded where it is anyway.
+                pools = node.op_type == "GlobalAveragePool"
+                if pools and not self.feeds_layers(node.output[0], chosen):
+                    continue
+                chosen.add(node.name)
+                quantized.update(node.output)
+        return frozenset(chosen)
+
+    def _is_weighted(self, node: onnx.NodeProto) -> bool:
+        if node.op_type not in self.weighted:
+            return False
+        if node.domain not in ("", "ai.onnx") or node.output[0] not in self._floats:
+            return False
+        first, weight = node.input[0], node.input[1]
+        if first in self._weights or first not in self._floats or weight not in self._floats:
+            return False
+        rounded = {first, weight, *(node.output if self._runtime == "cpu" else ())}
+        if not rounded.isdisjoint(self._without):
+            return False
+        if weight not in self._weights:
+            return node.op_type == "MatMul"
+        if node.op_type == "MatMul" and len(self._weights[weight].dims) < 2:
+            return False
+        if node.op_type == "Gemm" and len(node.input) > 2 and node.input[2]:
+            bias = self._weights.get(node.input[2])
+            return bias is not None and len(bias.dims) == 1
+        return True
+
+    def _follows(self, node: onnx.NodeProto, quantized: set[str]) -> bool:
+        if node.domain not in ("", "ai.onnx") or not node.input:
+            return False
+        inputs = node.input[:1] if node.op_type in _CPU_PASSED else node.input
+        if node.op_type not in _CPU_PASSED | _CPU_JOINED or not any(n in quantized for n in inputs):
+            return False
+        if any(name and name not in self._floats for name in node.output):
+            return False
+        if any(name in self._without or name in self._masked for name in (*inputs, *node.output)):
+            return False
+        if node.op_type in ("Relu", "Clip"):
+            # ONNX Runtime's quantizer removes these and lets the 8-bit range clip instead: wrong
+            # where the unclipped value is read elsewhere or the range must not reach 0.
+            return node.input[0] not in self._seen and self._spans_zero(node)
+        return True
+
+    def _spans_zero(self, node: onnx.NodeProto) -> bool:
+        if node.op_type == "Relu":
+            return True
+        for index, sign in ((1, 1), (2, -1)):
+            if len(node.input) <= index or not node.input[index]:
+                continue
+            bound = self._weights.get(node.input[index])
+            if bound is None or sign * float(numpy_helper.to_array(bound)) > 0:
+                return False
+        return True
+
+
+def masked_tensors(
+    graph: onnx.GraphProto, ranges: Mapping[str, tuple[float, float]]
+) -> dict[str, str]:
+    """Tensors that hold a mask's large numbers beside others on their way to a softmax, and why.
+
+    8 bits over the range of -1e9 to 10 would tell no two of the others apart. A tensor is masked
+    where its maker adds a constant of 0 and of -50 or less, or where its range reaches 1,000 on
+    one side and not a twentieth of it on the other.
+
+    Args:
+        graph: prepared.
+        ranges: of its tensors on real samples.
+    """
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    to_softmax: set[str] = set()
+    for node in reversed(graph.node):
+        follows = node.op_type in _WAY_TO_SOFTMAX and not to_softmax.isdisjoint(node.output)
+        if node.op_type in _MASKED_BY:
+            to_softmax.update(node.input[:1])
+        elif follows:
+            to_softmax.update(node.input)
+    masked: dict[str, str] = {}
+    for node in graph.node:
+        if node.op_type not in _WAY_TO_SOFTMAX or to_softmax.isdisjoint(node.output):
+            continue
+        low, high = ranges.get(node.output[0], (0.0, 0.0))
+        larger, other = max(abs(low), abs(high)), min(abs(low), abs(high))
+        if node.op_type == "Add" and any(_is_mask_of_zeros(weights.get(n)) for n in node.input):
+            masked[node.output[0]] = "has a mask added"
+        elif low < 0 < high and larger >= _LEAST_MASKED_RANGE and larger > _ONE_SIDED * other:
+            masked[node.output[0]] = f"ranges from {low:.3g} to {high:.3g}, as under a mask"
+        elif any(name in masked for name in node.input):
+            masked[node.output[0]] = "has a mask added"
+    return masked
+
+
+def _is_mask_of_zeros(tensor: onnx.TensorProto | None) -> bool:
+    if tensor is None or tensor.data_type != TensorProto.FLOAT:
+        return False
+    values = numpy_helper.to_array(tensor)
+    return bool(
+        values.size
+        and values.min() <= -_LEAST_MASK
+        and np.all((values == 0) | (values <= -_LEAST_MASK))
+    )
+
+
+_OTHER_FLOATS = {onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.DOUBLE: "float64"}
+
+STORED_IN_8_BITS = {"GRU", "RNN", "LSTM", "Gather", "Einsum"}
+"""Operators whose weights the other methods store in 8 bits, if they do not compute in them."""
+
+_NAMED = 3  # nodes, and reasons, that an error spells out
+
+
+def nothing_to_quantize(
+    model: onnx.ModelProto,
+    source: Path,
+    wanted: Collection[str],
+    kept: Collection[str] = (),
+    left: Mapping[str, str] | None = None,
+) -> InputError:
+    """The error for a model without a single node that the method can quantize.
+
+    Args:
+        model: the prepared model.
+        source: the file that it was made from.
+        wanted: the operators that the method quantizes.
+        kept: names of nodes that were asked to stay in float.
+        left: names of nodes whose numbers 8 bits do not hold, and why.
+    """
+    types = sorted({node.op_type for node in all_nodes(model.graph.node)})
+    stored = {tensor.data_type for tensor in model.graph.initializer}
+    hint = "leave the model in float"
+    if others := sorted(STORED_IN_8_BITS.intersection(types) - set(wanted)):
+        hint = (
+            f"--method dynamic or weights-only stores the weights of {', '.join(others)} in 8 bits"
+        )
+    for kind, name in _OTHER_FLOATS.items():
+        if kind in stored:
+            hint = f"its weights are {name}: give the float32 model"
+    reasons = _why_not(model.graph, wanted, kept, left or {})
+    return InputError(
+        f"nothing in this model can be quantized: {', '.join(sorted(wanted))} with constant "
+        "float32 weights that are not kept in float are needed, "
+        + (f"and of those it has {reasons}" if reasons else f"it has {', '.join(types) or 'none'}"),
+        where=str(source),
+        remedy=hint,
+    )
+
+
+def _why_not(
+    graph: onnx.GraphProto,
+    wanted: Collection[str],
+    kept: Collection[str],
+    left: Mapping[str, str],
+) -> str:
+    """The nodes of the wanted kinds, with the reason why they do not count."""
+    weights = {tensor.name: tensor for tensor in graph.initializer}
+    makers = {name: node.op_type for node in graph.node for name in node.output}
+    reasons: dict[str, list[str]] = {}
+    for node in graph.node:
+        for body in subgraphs(node):
+            for inner in all_nodes(body.node):
+                if inner.op_type in wanted:
+                    why = f"in a body of {node.op_type} {node.name!r}, which stays as it is"
+                    reasons.setdefault(why, []).append(f"{inner.op_type} {inner.name!r}")
+        if node.op_type not in wanted or not node.input:
+            continue
+        name = node.input[0 if node.op_type == "Gather" else 1]
+        if node.name in kept:
+            why = "kept in float"
+        elif node.name in left:
+            why = f"where {left[node.name]}"
+        elif name not in weights:
+            made = f"the result of {makers[name]}" if name in makers else "an input of the model"
+            why = f"whose weights {name!r} are {made}, not a constant"
+        elif weights[name].data_type != onnx.TensorProto.FLOAT:
+            kind = onnx.TensorProto.DataType.Name(weights[name].data_type).lower()
+            why = f"whose weights {name!r} are {kind}"
+        else:
+            shape = tuple(weights[name].dims)
+            why = f"whose weights {name!r} {shape} or settings the method does not take"
+        reasons.setdefault(why, []).append(f"{node.op_type} {node.name!r}")
+    return "; ".join(
+        ", ".join(nodes[:_NAMED]) + (" and others " if len(nodes) > _NAMED else " ") + why
+        for why, nodes in list(reasons.items())[:_NAMED]
+    )

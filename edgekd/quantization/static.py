@@ -1,0 +1,259 @@
+"""Static INT8: activations and weights in 8 bits, scales fixed by calibration, as Q/DQ."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnxruntime.quantization import CalibrationMethod, QuantType
+from onnxruntime.quantization.calibrate import TensorData, TensorsData
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+from onnxruntime.quantization.quant_utils import add_infer_metadata
+
+from edgekd.config.host import saturates
+from edgekd.onnx.file import check_onnx
+from edgekd.onnx.samples import Samples
+from edgekd.quantization.calibration import Calibration, calibrate
+from edgekd.quantization.mixed_ranges import MixedRange, mixed_joins, mixed_outputs
+from edgekd.quantization.node_selection import (
+    Candidates,
+    QuantizationRuntime,
+    masked_tensors,
+    nothing_to_quantize,
+)
+from edgekd.quantization.prepare import (
+    drop_unused,
+    prepare_onnx,
+    restore_identity,
+    save_onnx,
+    set_aside_outputs,
+)
+from edgekd.quantization.rewrites import copy_shared_weights, free_float_values, pool_spatial_means
+
+
+class StaticQuantizer:
+    """Prepares and calibrates a float model once; writes quantized ones from it, many if need be.
+
+    ``cpu``: uint8 activations with a zero point, int8 weights per channel, int32 biases: the
+    form that ONNX Runtime's CPU kernels are fastest with, on ARM too. Weights have 7 bits where
+    this machine's processor would overflow otherwise (:mod:`.saturation`; ``reduce_range`` says
+    it for another machine). ``tensorrt``: int8 activations and weights, zero points 0, Q/DQ at
+    the inputs of weighted layers only, biases in float, as its parser demands.
+
+    Args:
+        onnx_path: a float32 model.
+        samples: its real inputs, at least two.
+        scratch: a folder that outlives the quantizer.
+        keep: names of nodes that stay in float in every file.
+        threads: of the calibration's sessions.
+        reduce_range: weights of 7 bits; None follows this machine's processor.
+
+    Raises:
+        InputError: the model is broken, quantized already, too old, or has nothing to quantize;
+            ``keep`` names no node; or the samples are too few, lack an input or give NaN.
+        StageError: the prepared model does not answer as the file does.
+    """
+
+    def __init__(
+        self,
+        onnx_path: Path,
+        samples: Samples,
+        scratch: Path,
+        *,
+        runtime: QuantizationRuntime,
+        calibration: Calibration = "minmax",
+        keep: Collection[str] = (),
+        threads: int = 1,
+        reduce_range: bool | None = None,
+    ) -> None:
+        self._source = onnx_path
+        self._prepared = prepare_onnx(onnx_path, samples, threads)
+        graph = self._prepared.model.graph
+        kept = self.kept = self._prepared.named(keep)
+        """The nodes of ``keep``, by their names in what is written."""
+        if runtime == "cpu":
+            plain = Candidates(graph, runtime, kept)
+            pool_spatial_means(
+                self._prepared.model,
+                lambda mean: (
+                    mean.name not in kept and plain.feeds_layers(mean.output[0], plain.all)
+                ),
+            )
+        self._candidates = Candidates(graph, runtime, kept)
+        if not self._candidates.all:
+            raise nothing_to_quantize(
+                self._prepared.model, onnx_path, self._candidates.weighted, kept
+            )
+        self._runtime = runtime
+        self._reduce_range = runtime == "cpu" and (
+            saturates() if reduce_range is None else reduce_range
+        )
+        self.prepared = scratch / "prepared.onnx"
+        """The float model that is quantized: same answers as the file, batch norm folded."""
+        scratch.mkdir(parents=True, exist_ok=True)
+        save_onnx(self._prepared.model, self.prepared)
+        found = calibrate(
+            self.prepared,
+            self._candidates.tensors | _joined(graph),
+            samples,
+            scratch,
+            calibration=calibration,
+            symmetric=runtime == "tensorrt",
+            threads=threads,
+            source=onnx_path,
+        )
+        self.ranges = found.ranges
+        """(lowest, highest) value covered, by activation."""
+        wanted = self._candidates
+        self._without, self._masked = found.without, masked_tensors(graph, found.ranges)
+        self._candidates = self._among(kept)
+        reasons = {name: self._candidates.reason(name) for name in wanted.nodes}
+        self.left_in_float = {
+            name: reason
+            for name, reason in reasons.items()
+            if reason is not None and name not in self._candidates.all
+        }
+        """Nodes that could be in 8 bits but for the numbers that they take or give, and why."""
+        if not self._candidates.all:
+            raise nothing_to_quantize(
+                self._prepared.model,
+                onnx_path,
+                self._candidates.weighted,
+                kept,
+                self.left_in_float,
+            )
+        self.mixed: tuple[MixedRange, ...] = ()
+        """Nodes that stay in float because 8 bits of one scale would lose a part of them."""
+        self._leave_mixed_in_float(samples, kept)
+
+    def _among(self, kept: Collection[str]) -> Candidates:
+        """What can be in 8 bits when ``kept`` stays in float."""
+        graph = self._prepared.model.graph
+        return Candidates(graph, self._runtime, kept, self._without, self._masked)
+
+    def _leave_mixed_in_float(self, samples: Samples, kept: Collection[str]) -> None:
+        graph, before = self._prepared.model.graph, self._candidates
+        found = mixed_joins(graph, self.ranges, before.weighted)
+        if self._runtime == "cpu":
+            found += mixed_outputs(self.prepared, samples)
+        found = tuple(mixed for mixed in found if before.all & set(mixed.floats))
+        floats = {name for mixed in found for name in mixed.floats}
+        after = self._among({*kept, *floats})
+        # A model of which nothing is left is quantized all the same; the comparison tells.
+        if found and after.all:
+            self._candidates, self.mixed = after, found
+
+    @property
+    def mixed_nodes(self) -> tuple[str, ...]:
+        """Names of all nodes that stay in float for :attr:`mixed`."""
+        return tuple(dict.fromkeys(name for mixed in self.mixed for name in mixed.floats))
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Names of the nodes that can be quantized, in graph order."""
+        return self._candidates.nodes
+
+    def input_layers(self, float_nodes: Collection[str] = ()) -> tuple[str, ...]:
+        """Names of the convolutions in 8 bits that see the model's inputs, where others follow.
+
+        With the few channels of an image they can be slower in 8 bits than in float32, and have
+        few weights to gain on: a file with them in float32 may serve better.
+
+        Args:
+            float_nodes: names of nodes that stay in float32, beside ``keep``.
+        """
+        return self._candidates.input_layers(self._prepared.named(float_nodes))
+
+    @property
+    def constant(self) -> tuple[str, ...]:
+        """Activations with one value only on all samples: their ranges say nothing."""
+        return tuple(name for name, (low, high) in self.ranges.items() if low == high)
+
+    def write(self, out: Path, float_nodes: Collection[str] = ()) -> None:
+        """Write the Q/DQ model with the calibrated ranges; nothing is run.
+
+        Args:
+            out: where to write.
+            float_nodes: names of nodes that stay in float32 in this file, beside ``keep``.
+
+        Raises:
+            InputError: a name is unknown, or no node is left to quantize.
+            StageError: the file cannot be written.
+        """
+        floats = self._prepared.named(float_nodes)
+        chosen = self._candidates.select(floats)
+        if not chosen:
+            raise nothing_to_quantize(
+                self._prepared.model, self._source, self._candidates.weighted, floats
+            )
+        model = onnx.ModelProto()
+        model.CopyFrom(self._prepared.model)
+        copy_shared_weights(model.graph, chosen)
+        put_outputs_back = set_aside_outputs(model.graph)
+        # Tells ONNX Runtime that the types are inferred: preparation did that.
+        add_infer_metadata(model)
+        nodes = [node for node in model.graph.node if node.name in chosen]
+        types = {node.op_type for node in nodes}
+        cpu = self._runtime == "cpu"
+        quantizer = QDQQuantizer(
+            model,
+            True,
+            self._reduce_range,
+            QuantType.QInt8,
+            QuantType.QUInt8 if cpu else QuantType.QInt8,
+            self._tensor_ranges(),
+            sorted(chosen),
+            [],
+            sorted(types),
+            {
+                "WeightSymmetric": True,
+                "ActivationSymmetric": not cpu,
+                "QuantizeBias": cpu,
+                "OpTypesToExcludeOutputQuantization": [] if cpu else sorted(types),
+                "QDQOpTypePerChannelSupportToAxis": {"MatMul": -1},
+                "TensorQuantOverrides": _one_scale_each(model.graph, nodes),
+            },
+        )
+        quantizer.quantize_model()
+        written = quantizer.model.model
+        put_outputs_back(written.graph)
+        free_float_values(written.graph, self._prepared.model.graph, chosen)
+        quantizer.model.topological_sort()
+        drop_unused(written.graph)
+        # Types of tensors that are gone; a runtime infers those that it needs.
+        del written.graph.value_info[:]
+        restore_identity(written, self._prepared.model)
+        save_onnx(written, out)
+        check_onnx(out)
+
+    def _tensor_ranges(self) -> TensorsData:
+        # A fresh one for each file: the quantizer narrows those before a Relu in place.
+        return TensorsData(
+            CalibrationMethod.MinMax,
+            {
+                name: TensorData(lowest=np.float32(low), highest=np.float32(high))
+                for name, (low, high) in self.ranges.items()
+            },
+        )
+
+
+def _one_scale_each(
+    graph: onnx.GraphProto, nodes: Collection[onnx.NodeProto]
+) -> dict[str, list[dict[str, Any]]]:
+    """The weights of MatMul with more than two dimensions: no runtime has a product of a stack of
+    matrices with a scale for each column."""
+    ranks = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
+    names = {name for node in nodes if node.op_type == "MatMul" for name in node.input}
+    return {n: [{"quant_type": QuantType.QInt8}] for n in sorted(names) if ranks.get(n, 0) > 2}
+
+
+def _joined(graph: onnx.GraphProto) -> set[str]:
+    """The activations that Concats join, whose ranges say whether one scale holds them all."""
+    weights = {tensor.name for tensor in graph.initializer}
+    values = [*graph.value_info, *graph.input, *graph.output]
+    floats = {v.name for v in values if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+    joined = {name for n in graph.node if n.op_type == "Concat" for name in n.input}
+    return joined & floats - weights

@@ -1,1 +1,0 @@
-"""Charts of the report as inline SVG: no script, no network, readable in light and dark."""

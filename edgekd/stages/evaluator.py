@@ -1,0 +1,379 @@
+"""Compare models on samples of the user's: labels, metric or agreement, remarks."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from edgekd.errors import InputError, unknown_name
+
+if TYPE_CHECKING:
+    from edgekd.onnx.compare import Comparison, PartError
+    from edgekd.onnx.samples import Array, Samples
+    from edgekd.onnx.session import Optimization
+
+LEAST_SQNR_DB = 10.0
+"""Below it the error has more than a tenth of the signal's power."""
+
+LEAST_AGREEMENT = 0.9
+
+_NAMED = 5
+
+
+def remarks_on_errors(errors: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which outputs, and which parts of them, have little in common with float32's.
+
+    Args:
+        errors: rows of :class:`edgekd.onnx.compare.OutputError`, as JSON.
+    """
+    said = []
+    for row in errors:
+        parts = row["parts"]
+        # Where there are parts, the whole says nothing that they do not.
+        faults = [] if parts else _faults_of_classes(row)
+        if row["not_finite"] and parts:
+            faults.append(f"{row['not_finite']} of {row['samples']} samples are not finite")
+        if faults:
+            said.append(f"{row['name']}: {'; '.join(faults)}")
+        for part in parts:
+            if faults := _faults_of_part(part, row["cosine"] if len(parts) == 1 else None):
+                name = f"{row['name']} ({part['part']})" if part["part"] else row["name"]
+                said.append(f"{name}: {'; '.join(faults)}")
+    if not said:
+        return []
+    return [f"the answers have little in common with float32's: {', '.join(said)}"]
+
+
+def _faults_of_classes(row: Mapping[str, Any]) -> list[str]:
+    faults = []
+    if row["not_finite"]:
+        faults.append(f"{row['not_finite']} of {row['samples']} samples are not finite")
+    if row["sqnr_db"] is not None and row["sqnr_db"] < LEAST_SQNR_DB:
+        faults.append(f"SQNR {row['sqnr_db']:.1f} dB, cosine {row['cosine']:.2f}")
+    agreement = row["argmax_agreement"]
+    if agreement is not None and agreement < LEAST_AGREEMENT:
+        faults.append(f"the same class for {agreement:.1%} of the samples only")
+    return faults
+
+
+def _faults_of_part(part: Mapping[str, Any], cosine: float | None) -> list[str]:
+    faults = []
+    relative, agreement = part["relative"], part["agreement"]
+    if relative is not None and relative > 10 ** (-LEAST_SQNR_DB / 20):
+        sqnr = "" if part["sqnr_db"] is None else f"SQNR {part['sqnr_db']:.1f} dB"
+        faults.append(sqnr + ("" if cosine is None else f", cosine {cosine:.2f}"))
+    if part["one_value"]:
+        faults.append("one value only on all samples, where float32's vary")
+    if agreement is not None and agreement < LEAST_AGREEMENT:
+        what = "values" if part["kind"] == "decisions" else "scores above the threshold"
+        faults.append(f"{agreement:.1%} of {part['decided']:,} {what} are the same")
+    return faults
+
+
+def remarks_on_ranges(constant: Sequence[str]) -> list[str]:
+    """Which activations did not vary while they were calibrated.
+
+    Args:
+        constant: their names.
+    """
+    if not constant:
+        return []
+    more = f" and {len(constant) - _NAMED} more" if len(constant) > _NAMED else ""
+    return [
+        f"these tensors have one value only on all calibration samples, so that their 8 bits cover "
+        f"nothing else: {', '.join(constant[:_NAMED])}{more}; are the samples real inputs?"
+    ]
+
+
+WHERE = "--labels"
+
+_SHOWN = 8  # wrong values that an error spells out
+
+
+def read_labels(path: Path, name: str) -> Array:
+    """The array ``name`` of a file that :func:`edgekd.onnx.sample_files.open_samples` takes.
+
+    Raises:
+        InputError: the file is an .npy, which holds one array; there is no such array; it is
+            pickled objects or damaged.
+    """
+    if not zipfile.is_zipfile(path):
+        raise InputError(
+            f"{path.name} holds one array, the inputs, and no labels",
+            where=WHERE,
+            remedy=f"write an npz file: np.savez(file, INPUT=inputs, {name}=classes)",
+        )
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if name not in archive:
+                raise unknown_name("array", name, list(archive), where=f"{WHERE} in {path}")
+            labels: Array = archive[name]
+    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        raise InputError(
+            f"the labels {name!r} in {path} cannot be read: they are pickled objects, or damaged",
+            where=WHERE,
+            remedy="save whole numbers: np.asarray(classes).astype(np.int64)",
+        ) from error
+    return labels
+
+
+def check_labels(labels: Array, count: int, classes: int) -> None:
+    """Check that there is one class from 0 to ``classes`` − 1 for each of ``count`` samples.
+
+    Raises:
+        InputError: there is not.
+    """
+    if (
+        labels.shape == (count,)
+        and labels.dtype.kind in "iu"
+        and 0 <= int(labels.min()) <= int(labels.max()) < classes
+    ):
+        return
+    if labels.shape == (count,) and labels.dtype.kind in "iu":
+        wrong = labels[(labels < 0) | (labels >= classes)]
+        values = [int(value) for value in np.unique(wrong)]
+        shown = ", ".join(map(str, values[:_SHOWN])) + (", …" if len(values) > _SHOWN else "")
+        raise InputError(
+            f"{len(wrong)} of {count} labels are no class from 0 to {classes - 1}: {shown}",
+            where=WHERE,
+            remedy="count the classes from 0, and leave out samples without a label",
+        )
+    raise InputError(
+        f"the labels are {labels.dtype}{labels.shape}; one class from 0 to {classes - 1} for each "
+        f"of the {count} samples is needed",
+        where=WHERE,
+        remedy="give an integer array of that length",
+    )
+
+
+CLASSES_AT_LEAST = 2
+
+BATCH = 64
+
+AGREEMENT = "agreement with float32"
+
+RELATIVE = "1 - relative error"
+
+ABSOLUTE = "1 - error (float32 gives zeros)"
+
+
+class Evaluator:
+    """Compares files with the float model on the same samples, batch by batch.
+
+    Float32 is the model as it is written, run without a runtime's optimizations. The metric is
+    accuracy where there are labels, agreement with float32 where the first output is (N, classes)
+    in floating point, else that of the part of the outputs which falls most: see
+    :class:`edgekd.onnx.part_errors.PartError`. A sample whose answer is NaN or infinite where
+    float32's is not, or the other way round, is wrong.
+
+    The drop that a budget is held against is the largest one of the metric and of all parts
+    beside it.
+
+    Args:
+        model: the float model.
+        samples: all serve the comparison.
+        labels: (N,) the samples' classes, None where there are none.
+        threads: of ONNX Runtime.
+        batch: the candidates'. Dynamic ranges are those of a whole batch: one by one is what a
+            device answers.
+
+    Raises:
+        InputError: the labels do not fit the samples or the output; as
+            :func:`edgekd.onnx.compare.run_samples` for the model.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        samples: Samples,
+        labels: Array | None,
+        *,
+        threads: int = 1,
+        batch: int = BATCH,
+    ) -> None:
+        from edgekd.onnx.compare import Reference
+
+        self._samples, self._threads, self._batch = samples, threads, batch
+        self._reference = Reference(model, samples, threads=threads, batch=BATCH)
+        self._primary, answers = next(iter(self._reference.first.items()))
+        self._has_classes = (
+            answers.dtype.kind == "f"
+            and self._reference.parts[self._primary][0].kind != "decisions"
+            and answers.ndim == 2
+            and answers.shape[1] >= CLASSES_AT_LEAST
+        )
+        self._class_count = answers.shape[-1] if self._has_classes else 0
+        self._alone = self._has_classes and len(self._reference.first) == 1
+        if labels is not None and not self._has_classes:
+            raise InputError(
+                f"labels need an output (N, classes), and {self._primary!r} is "
+                f"{('N', *answers.shape[1:])}",
+                where="--labels",
+                remedy="leave it out: the outputs are then compared with float32's",
+            )
+        if labels is not None:
+            check_labels(labels, samples.count, answers.shape[1])
+        self._labels = labels
+        self._known: tuple[_Classes, Array] | None = None
+        self._answered: set[int] = set()
+        self.metric = AGREEMENT if labels is None else "accuracy"
+        """Of the classes; where there are none, each comparison says what it measured."""
+
+    def drop_of(self, path: Path) -> float:
+        """How much the metric falls against float32, or a part beside it that falls more."""
+        if not self._alone:
+            return _worst_drop(self._side_by_side(path))
+        # A class and a score for each sample are little to keep: float32 is run once.
+        if self._known is None:
+            known = _Classes.joined(
+                [_Classes.of(a[self._primary]) for _, _, a in self._reference.answers(BATCH)]
+            )
+            self._known = (known, self._right(known, known, slice(None)))
+        wanted, own = self._known
+        scores = self._right(wanted, self._classes(path), slice(None))
+        return float((own - scores).mean())
+
+    def compare(self, path: Path, optimization: Optimization = "all") -> dict[str, Any]:
+        """The metric, its drop with an interval, the error of each output, and ``warnings``.
+
+        ``worst`` names the part that falls most and its ``drop``; None where that is the metric.
+        """
+        found = self._side_by_side(path, optimization)
+        errors = [error.to_json() for error in found.errors]
+        warnings = remarks_on_errors(errors)
+        if self._has_classes:
+            return self._of_classes(found, errors, warnings)
+        from edgekd.release.statistics import mean_score, paired_difference, wilson
+
+        part = found.worst
+        assert part is not None  # an output without classes has parts
+        metric = _metric_of(part)
+        if part.by_decision and part.kind == "scores":
+            same = wilson(round((part.agreement or 0.0) * part.decided), part.decided)
+            own = wilson(part.decided, part.decided)
+            drop = wilson(part.decided - round((part.agreement or 0) * part.decided), part.decided)
+        else:
+            same = mean_score(1 - part.losses)
+            own = mean_score(np.ones(len(part.losses)))
+            drop = paired_difference(np.ones(len(part.losses)), 1 - part.losses)
+        return {
+            "metric": metric,
+            "float_score": own.figure("", "measured-on-host").to_json(),
+            "score": same.figure("", "measured-on-host").to_json(),
+            "drop": drop.figure("", "measured-on-host").to_json(),
+            "worst": {"part": part.label, "metric": metric, "drop": part.drop},
+            "errors": errors,
+            "warnings": warnings,
+        }
+
+    def _of_classes(
+        self, found: Comparison, errors: list[dict[str, Any]], warnings: list[str]
+    ) -> dict[str, Any]:
+        """The record where the first output is classes; other outputs may be the worst part."""
+        from edgekd.release.statistics import mean_score, paired_difference, wilson
+
+        if self.metric == AGREEMENT:
+            # It falls from 1, which is not a measured value: only the disagreement is uncertain.
+            drop = wilson(int((found.scores == 0).sum()), len(found.scores))
+        else:
+            drop = paired_difference(found.reference_scores, found.scores)
+        if self.metric == AGREEMENT and len(self._answered) == 1 < len(found.scores):
+            warnings.append(
+                f"float32 answers class {min(self._answered)} to all {len(found.scores)} samples: "
+                "agreement on these says little"
+            )
+        unit = self.metric.split()[0]
+        if self._labels is not None:
+            right, chance = found.reference_scores, 1 / self._class_count
+            sure = wilson(int(right.sum()), len(right)).interval
+            if sure is not None and sure[0] <= chance:
+                warnings.append(
+                    f"float32 itself is right on {right.mean():.1%} of the samples, and chance is "
+                    f"{chance:.1%}: are they prepared as the model takes them, the labels its own?"
+                )
+        own, score = mean_score(found.reference_scores), mean_score(found.scores)
+        part = found.worst
+        worse = part is not None and part.drop > (drop.value or 0.0)
+        return {
+            "metric": self.metric,
+            "float_score": own.figure(unit, "measured-on-host").to_json(),
+            "score": score.figure(unit, "measured-on-host").to_json(),
+            "drop": drop.figure("points", "measured-on-host").to_json(),
+            "worst": {"part": part.label, "metric": _metric_of(part), "drop": part.drop}
+            if part is not None and worse
+            else None,
+            "errors": errors,
+            "warnings": warnings,
+        }
+
+    def _side_by_side(self, path: Path, optimization: Optimization = "all") -> Comparison:
+        return self._reference.compare(
+            path,
+            self._primary if self._has_classes else None,
+            self._score if self._has_classes else None,
+            optimization=optimization,
+            batch=self._batch,
+        )
+
+    def _score(
+        self, reference: Mapping[str, Array], answers: Mapping[str, Array], rows: slice
+    ) -> Array:
+        wanted = _Classes.of(reference[self._primary])
+        self._answered.update(np.unique(wanted.classes).tolist())
+        return self._right(wanted, _Classes.of(answers[self._primary]), rows)
+
+    def _right(self, reference: _Classes, answers: _Classes, rows: slice) -> Array:
+        """(n,) whether the classes of these samples are the labels', or float32's."""
+        wanted = reference.classes if self._labels is None else self._labels[rows]
+        right: Array = (answers.classes == wanted) & (answers.not_finite == reference.not_finite)
+        return right.astype(np.float64)
+
+    def _classes(self, path: Path) -> _Classes:
+        """What a file answers to all samples."""
+        from edgekd.onnx.batch_inference import answer_batches
+
+        batches = answer_batches(path, self._samples, threads=self._threads, batch=self._batch)
+        return _Classes.joined([_Classes.of(answers[self._primary]) for _, answers in batches])
+
+
+class _Classes(NamedTuple):
+    """(n,) each: the class answered, and which values of the answer are not finite."""
+
+    classes: Array
+    not_finite: Array
+
+    @classmethod
+    def of(cls, answers: Array) -> _Classes:
+        """From (n, classes)."""
+        from edgekd.onnx.error_metrics import not_finite_places
+
+        return cls(answers.argmax(1), not_finite_places(answers))
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Classes]) -> _Classes:
+        """Those of all batches."""
+        return cls(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+
+
+def _worst_drop(found: Comparison) -> float:
+    """The largest drop of the metric, where there is one, and of all parts."""
+    drops = [] if found.worst is None else [found.worst.drop]
+    if len(found.scores):
+        drops.append(float((found.reference_scores - found.scores).mean()))
+    return max(drops)
+
+
+def _metric_of(part: PartError) -> str:
+    """What is measured at a part, where that falls furthest."""
+    if part.kind == "decisions":
+        return AGREEMENT
+    if part.by_decision:
+        from edgekd.onnx.part_errors import SCORE_THRESHOLD
+
+        return f"agreement on scores over {SCORE_THRESHOLD:g}"
+    return RELATIVE if part.relative is not None else ABSOLUTE

@@ -1,0 +1,274 @@
+"""The data and the task of a pipeline; its validation split for ONNX models; JSON files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgekd.config.pipeline import PipelineConfig
+from edgekd.errors import InputError
+from edgekd.pipeline.store import digest_of
+from edgekd.tasks.continuous import ContinuousTask
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from edgekd.data.dataset import Dataset
+    from edgekd.data.loader import Loader
+    from edgekd.onnx.compare import OutputError, Reference
+    from edgekd.onnx.samples import Array
+    from edgekd.onnx.session import Optimization
+    from edgekd.tasks import Task
+
+EVALUATION_BATCH = 512
+
+_UNIT_VALUES = 10_000_000
+"""Target values that the unit of a regression is taken from."""
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """The data and the task of a pipeline, opened."""
+
+    dataset: Dataset
+    digest: str
+    """Identifies the samples."""
+    task: Task
+    config: PipelineConfig
+
+    def validation_loader(self, channels_last: bool = False) -> Loader:
+        """The validation split in its order, unaugmented."""
+        from edgekd.data.loader import Loader
+
+        split = self.dataset.splits["validation"]
+        return Loader(split, self.dataset, EVALUATION_BATCH, channels_last=channels_last)
+
+    def labelled_rows(self, split: str) -> NDArray[np.int64]:
+        """The rows of a split that have a target, (R,)."""
+        rows: NDArray[np.int64] = np.flatnonzero(
+            self.task.labelled(self.dataset.splits[split].arrays)
+        )
+        return rows
+
+    def keep_labels(self, share: float) -> TaskData:
+        """The same data with that share of the training and validation labels.
+
+        The same share keeps the same labels, whatever the seed of the training.
+
+        Raises:
+            InputError: a target is not one class per sample.
+        """
+        if share == 1:
+            return self
+        from edgekd.data.dataset import Split
+        from edgekd.data.splits import keep_share
+
+        arrays = {name: split.arrays for name, split in self.dataset.splits.items()}
+        targets = {spec.name for spec in self.dataset.targets}
+        kept = keep_share(arrays, share, targets, where="distill.labelled")
+        splits = {name: Split(part) for name, part in kept.items()}
+        return replace(self, dataset=replace(self.dataset, splits=splits))
+
+    def lacks_labels(self) -> str:
+        """Why nothing can be trained by labels alone; empty when it can."""
+        if len(self.labelled_rows("train")) == 0:
+            return "nothing to train on: no sample has a label"
+        if len(self.labelled_rows("validation")) == 0:
+            return "nothing to choose the best epoch by: no validation sample has a label"
+        return ""
+
+
+def open_task_data(data: Path, config: PipelineConfig) -> TaskData:
+    """Open the data stage's artifact."""
+    from edgekd.data.dataset import open_dataset
+    from edgekd.tasks import get_task
+
+    dataset, task = open_dataset(data), get_task(config.task, config.task_args)
+    if isinstance(task, ContinuousTask) and not _gives_logits(config):
+        task.fit_unit(_evenly(dataset.splits["train"].arrays, (task.target, task.mask)))
+    return TaskData(dataset, digest_of(data), task, config)
+
+
+def _gives_logits(config: PipelineConfig) -> bool:
+    """Whether a loss takes the numbers for logits, which have a scale of their own."""
+    return any(term.name == "multi_label" for term in config.loss_terms)
+
+
+def _evenly(
+    arrays: Mapping[str, NDArray[Any]], names: Sequence[str]
+) -> dict[str, NDArray[np.float64]]:
+    """The named arrays that there are; of large ones rows spread evenly over them."""
+    found = {name: arrays[name] for name in names if name in arrays}
+    row = max(int(np.prod(array.shape[1:])) for array in found.values())
+    total = len(next(iter(found.values())))
+    rows = np.linspace(0, total - 1, min(total, max(1, _UNIT_VALUES // max(1, row)))).astype(int)
+    return {name: np.asarray(array[rows]) for name, array in found.items()}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON values in the form all artifacts use."""
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read what :func:`write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+BATCH = 64
+"""Samples run at a time."""
+
+
+class ValidationSamples:
+    """Prepared inputs of the validation split, batch by batch; at most ``limit`` samples.
+
+    The samples are spread evenly over the split, whose order may be that of the classes.
+    """
+
+    def __init__(self, task_data: TaskData, limit: int | None = None) -> None:
+        self._ground = task_data
+        total = len(task_data.dataset.splits["validation"])
+        self.rows = np.unique(np.linspace(0, total - 1, min(limit or total, total)).astype(int))
+
+    @property
+    def count(self) -> int:
+        """The number of samples."""
+        return len(self.rows)
+
+    def batches(self, size: int) -> Iterator[dict[str, Array]]:
+        """See :class:`edgekd.onnx.samples.Samples`."""
+        dataset = self._ground.dataset
+        for start in range(0, self.count, size):
+            rows = self.rows[start : start + size]
+            if rows[-1] - rows[0] + 1 == len(rows):
+                yield dict(dataset.model_inputs("validation", int(rows[0]), int(rows[-1]) + 1))
+                continue
+            # One by one: what lies between two of them is never read.
+            each = [dataset.model_inputs("validation", int(r), int(r) + 1) for r in rows]
+            yield {name: np.concatenate([one[name] for one in each]) for name in each[0]}
+
+
+class Validation:
+    """The task's metric on the validation split, of float32 and of any other file.
+
+    Models are run batch by batch: of their answers only scores and errors are kept. The reference
+    is the model as it is written, run without a runtime's optimizations. Scores of a metric that
+    is better when lower, an error, are divided by the error of the best constant answer to the
+    same samples: a drop of them is a share, whatever the unit of the targets.
+
+    Attributes:
+        scale: what scores are divided by: that error, 1 for a metric that is better when higher.
+
+    Raises:
+        InputError: the constant has no error, so that nothing can be a share of it.
+    """
+
+    def __init__(self, task_data: TaskData, reference: Path) -> None:
+        from edgekd.tasks import agreement_task
+
+        self.samples = ValidationSamples(task_data)
+        self.task = task_data.task
+        split = task_data.dataset.splits["validation"]
+        self.targets = {
+            spec.name: np.asarray(split.arrays[spec.name]) for spec in task_data.dataset.targets
+        }
+        self.labelled = self.task.labelled(self.targets)
+        self._file = reference
+        self._reference: Reference | None = None
+        if not self.labelled.any():
+            # What float32 answers is then what is to be kept.
+            self.task = agreement_task(self.task)
+            self.targets |= self._answered()
+            self.labelled = np.ones(self.samples.count, bool)
+        self.scale = 1.0 if self.task.higher_is_better else self._constant_error()
+        self.scores = self._scores(reference, BATCH, "disabled")
+        """Float32's, as :meth:`score` gives them."""
+
+    @property
+    def drop_unit(self) -> str:
+        """In which unit drops are stated; see :mod:`edgekd.release.formatting`."""
+        from edgekd.release.formatting import OF_CONSTANT, drop_unit
+
+        return drop_unit(self.task.metric) if self.task.higher_is_better else OF_CONSTANT
+
+    def change_text(self, drop: float) -> str:
+        """How the metric moves with a drop of that size: ``−133.6 mae beside float32's``."""
+        from edgekd.measurement import Measurement
+        from edgekd.release.formatting import drop_unit, metric_change, value_text
+
+        better = self.task.higher_is_better
+        moved = Measurement(metric_change(drop * self.scale, better), drop_unit(self.task.metric))
+        if float(f"{drop:.6f}") == 0:
+            return f"{self.task.metric} as float32's"
+        if better:
+            return f"{self.task.metric} {value_text(moved, signed=True)} beside float32's"
+        share = Measurement(metric_change(drop, better), self.drop_unit)
+        return (
+            f"{value_text(moved, signed=True)} beside float32's ({value_text(share, signed=True)})"
+        )
+
+    def score(self, answers: Mapping[str, Array]) -> Array:
+        """Each labelled sample's score, turned so that higher is better, (N,)."""
+        scores: Array = self._score(answers, slice(None))[self.labelled]
+        return scores
+
+    def drop_of(self, path: Path, batch: int = BATCH) -> float:
+        """How much the metric falls with a file against float32 (negative: it rises)."""
+        return float((self.scores - self._scores(path, batch)).mean())
+
+    def compare(self, path: Path, batch: int = BATCH) -> tuple[float, tuple[OutputError, ...]]:
+        """:meth:`drop_of` a file, and how far each of its outputs is from float32's."""
+        from edgekd.onnx.compare import Reference
+
+        if self._reference is None:
+            self._reference = Reference(self._file, self.samples)
+        found = self._reference.compare(
+            path,
+            self.task.output if self.task.name == "classification" else None,
+            lambda _, answers, rows: self._score(answers, rows),
+            batch=batch,
+        )
+        return float((self.scores - found.scores[self.labelled]).mean()), found.errors
+
+    def _score(self, answers: Mapping[str, Array], rows: slice) -> Array:
+        sign = 1 if self.task.higher_is_better else -1
+        targets = {name: values[rows] for name, values in self.targets.items()}
+        scores: Array = sign * self.task.scores(answers, targets) / self.scale
+        return scores
+
+    def _constant_error(self) -> float:
+        known = {name: values[self.labelled] for name, values in self.targets.items()}
+        error = float(self.task.scores(self.task.constant(known), known).mean())
+        if not error > 0:
+            raise InputError(
+                f"one and the same answer is right for all {int(self.labelled.sum())} validation "
+                f"samples, so that no {self.task.metric} can be a share of its error",
+                where="split validation",
+                remedy="give data whose targets differ, or leave quantize out",
+            )
+        return error
+
+    def _scores(self, path: Path, batch: int, optimization: Optimization = "all") -> Array:
+        from edgekd.onnx.batch_inference import answer_batches
+
+        batches = answer_batches(path, self.samples, batch=batch, optimization=optimization)
+        scores = np.concatenate([self._score(answers, rows) for rows, answers in batches])
+        labelled: Array = scores[self.labelled]
+        return labelled
+
+    def _answered(self) -> dict[str, Array]:
+        """The targets that float32 is right about in every sample."""
+        from edgekd.onnx.batch_inference import answer_batches
+
+        parts: dict[str, list[Array]] = {}
+        for _, answers in answer_batches(
+            self._file, self.samples, batch=BATCH, optimization="disabled"
+        ):
+            for name, values in self.task.pseudo_targets(answers).items():
+                parts.setdefault(name, []).append(values)
+        return {name: np.concatenate(values) for name, values in parts.items()}

@@ -1,0 +1,296 @@
+"""What teacher and distill share: a training, with the teacher's predictions live or cached."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from importlib.metadata import PackageNotFoundError
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgekd.config.pipeline import PipelineConfig
+from edgekd.config.training import DistillConfig, TrainConfig
+from edgekd.errors import InputError
+from edgekd.pipeline.fingerprint import code_sha256, library_versions, references_sha256
+from edgekd.stages.task_data import EVALUATION_BATCH, TaskData
+from edgekd.tasks.continuous import ContinuousTask
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from edgekd.data.loader import Loader
+    from edgekd.distill.checkpoint import History
+    from edgekd.distill.objective import Objective
+    from edgekd.distill.teacher import Teacher
+    from edgekd.models.dict_model import DictModel
+    from edgekd.pipeline.stage import Context
+    from edgekd.tasks import Task
+
+_FIRST_ANSWERS, _SMALLEST = 64, 1e-3
+"""Samples that a fresh network is tried on; the least size that its answers count as."""
+
+HUB_PACKAGES = ("timm", "transformers")
+
+
+def scale_output(task_data: TaskData, model: DictModel) -> str:
+    """Let a network with fresh weights answer in the unit of the targets, if it does not yet.
+
+    A network that was made for the range of its targets (its own last layer multiplies) is left
+    as it is: by their order of magnitude its first answers are nearer to the targets than to 1.
+
+    Returns:
+        What was done, for a person; empty: nothing.
+    """
+    import torch
+
+    task = task_data.task
+    if not isinstance(task, ContinuousTask) or task.offset is None:
+        return ""
+    dataset = task_data.dataset
+    count = min(_FIRST_ANSWERS, len(dataset.splits["train"]))
+    inputs = dataset.model_inputs("train", 0, count)
+    training = model.training
+    with torch.no_grad():
+        given = model.eval()({name: torch.from_numpy(array) for name, array in inputs.items()})
+    model.train(training)
+    first = max(float(given[task.output].double().square().mean().sqrt()), _SMALLEST)
+    wanted = math.sqrt(float(np.square(task.offset).mean()) + task.unit**2)
+    if task.standardize == "auto" and abs(math.log(first / wanted)) <= abs(math.log(first)):
+        return ""
+    offset = np.asarray(task.offset, np.float32).reshape(given[task.output].shape[1:])
+    model.scale_output(torch.tensor(task.unit, dtype=torch.float32), torch.from_numpy(offset))
+    return (
+        f"answers its network's output · {task.unit:.4g} + {offset.mean():.4g}: deviation and mean "
+        f"of the training targets (task_args: {{standardize: false}} leaves it out)"
+    )
+
+
+def fit(
+    task_data: TaskData,
+    model: nn.Module,
+    objective: Objective,
+    train_config: TrainConfig,
+    label: str,
+    context: Context,
+    teacher: Teacher | None = None,
+) -> History:
+    """Train ``model`` in place; its weights are then the best ones on the validation split.
+
+    A distillation's teacher answers through the cache; so does its student alone see the same
+    augmented views. Without a teacher only labelled samples are trained on, gone through as often
+    as makes as many batches as all samples do. Where validation samples lack a label, the student
+    of a teacher is scored by agreement with it there. A student has the share of the labels that
+    ``distill.labelled`` gives it.
+
+    Raises:
+        InputError: there are no labels where they are needed.
+    """
+    from edgekd.data.dataset import Split, take
+    from edgekd.data.loader import Loader
+    from edgekd.distill.trainer import train
+
+    if isinstance(train_config, DistillConfig):
+        task_data = task_data.keep_labels(train_config.labelled)
+    dataset, config = task_data.dataset, task_data.config
+    if not objective.needs_teacher and (lacking := task_data.lacks_labels()):
+        raise InputError(
+            lacking,
+            where=label,
+            remedy="give labels (-1 says that a sample has none); or give a teacher by checkpoint "
+            "or onnx, and the student a loss that compares with it",
+        )
+    channels_last = train_config.channels_last
+    loader = partial(
+        Loader,
+        dataset=dataset,
+        batch_size=train_config.batch_size,
+        augment=augmentation_of(config, train_config),
+        channels_last=channels_last,
+        views=views_of(config, train_config),
+        classes={task_data.task.target: count} if (count := num_classes(task_data)) else {},
+    )
+    training = loader(dataset.splits["train"])
+    rows = task_data.labelled_rows("train")
+    if not objective.needs_teacher and len(rows) < training.samples:
+        context.progress.message(
+            f"  {label}: on the {len(rows):,} of {training.samples:,} samples that have a label"
+        )
+        # Not the loader's rows: mixing would still draw partners that have no label.
+        part = {name: take(array, rows) for name, array in dataset.splits["train"].arrays.items()}
+        training = loader(Split(part), steps=len(training))
+    validation, task = task_data.validation_loader(channels_last), task_data.task
+    labelled, asked = len(task_data.labelled_rows("validation")), objective.needs_teacher
+    if labelled == 0 or (asked and labelled < validation.samples):
+        validation, task = pseudo_labelled_validation(task_data, teacher, channels_last, label)
+        context.progress.message(
+            f"  {label}: {labelled} validation samples have a label: validated by {task.metric} "
+            "where there is none"
+        )
+    if teacher is not None and objective.needs_teacher:
+        teacher = cached_teacher(
+            task_data, teacher, objective, training, train_config, label, context
+        )
+    return train(
+        model,
+        objective,
+        (training, validation),
+        task,
+        train_config,
+        config.seed,
+        teacher=teacher,
+        checkpoint_folder=context.scratch / label.replace(" ", "-"),
+        progress=context.progress,
+        label=label,
+    )
+
+
+def hub_fingerprint(name: str | None) -> dict[str, str]:
+    """What decides a network of a hub beside its name: the package's version, and its folder.
+
+    Empty for all other networks.
+    """
+    package, _, rest = (name or "").partition(":")
+    if package not in HUB_PACKAGES or not rest:
+        return {}
+    from edgekd.files import hash_path
+    from edgekd.models.hub import find_folder
+
+    try:
+        found = library_versions((package,))
+    except PackageNotFoundError:
+        return {}
+    folder = find_folder(rest) if package == "transformers" else None
+    return found if folder is None else {**found, "folder": hash_path(folder)}
+
+
+_DECIDES_ANSWERS = (
+    *("edgekd.data.loader", "edgekd.models.build"),
+    *("edgekd.distill.teacher", "edgekd.distill.ensemble", "edgekd.distill.logit_codec"),
+)
+"""Where the code begins on which a teacher's answer depends, beside its weights."""
+
+Augment = tuple[str | dict[str, dict[str, Any]], ...]
+
+
+def augmentation_of(config: PipelineConfig, train_config: TrainConfig) -> Augment:
+    """How a training augments: the student's own way where it has one."""
+    own = train_config.augment if isinstance(train_config, DistillConfig) else None
+    return config.data.augment if own is None else own
+
+
+def views_of(config: PipelineConfig, train_config: TrainConfig) -> int | None:
+    """How many views of a sample a training goes through; None for a new one in each epoch.
+
+    The student alone has as many as the student whose teacher answers from the cache.
+    """
+    if not isinstance(train_config, DistillConfig) or train_config.cache is None:
+        return None
+    if not augmentation_of(config, train_config):
+        return 1
+    return min(train_config.cache.views, train_config.epochs)
+
+
+def cached_teacher(
+    task_data: TaskData,
+    teacher: Teacher,
+    objective: Objective,
+    training: Loader,
+    train_config: TrainConfig,
+    label: str,
+    context: Context,
+) -> Teacher:
+    """The teacher as an objective needs it: its cached answers, or itself for its layers.
+
+    Raises:
+        InputError: it has no such layers.
+        StageError: the cache cannot be written.
+    """
+    from edgekd.distill.cache import fill_cache
+
+    layers = objective.teacher_layers
+    teacher.watch(layers)
+    cache = train_config.cache if isinstance(train_config, DistillConfig) else None
+    if cache is None or training.views is None:
+        return teacher
+    if layers:
+        context.progress.message(
+            f"  {label}: the teacher answers live: {', '.join(layers)} of it "
+            f"{'is' if len(layers) == 1 else 'are'} compared, and the cache keeps outputs only"
+        )
+        return teacher
+    dataset, augment = task_data.dataset, list(augmentation_of(task_data.config, train_config))
+    # Weights and names do not tell what a network's own forward does with its arguments.
+    networks = [
+        task_data.config.teacher.model_dump(mode="json", include={"model", "args"}),
+        task_data.config.student.model_dump(mode="json", include={"model", "args"}),
+        task_data.config.distill.scheme.model_dump(mode="json"),
+    ]
+    code = [code_sha256(_DECIDES_ANSWERS), references_sha256([augment, networks])]
+    classes = num_classes(task_data)
+    top = cache.top
+    if classes > top and objective.needs_full_logits:
+        context.progress.message(
+            f"  {label}: all {classes} logits are cached, not {top}: "
+            f"{', '.join(objective.needs_full_logits)} compares every one"
+        )
+        top = classes
+    return fill_cache(
+        teacher,
+        training,
+        context.job.path(cache.folder) if cache.folder is not None else context.cache,
+        outputs=task_data.task.outputs(dataset),
+        logits=[task_data.task.output] if task_data.task.name == "classification" else [],
+        views=training.views,
+        top=top,
+        seed=task_data.config.seed,
+        data=task_data.digest,
+        augment=[augment, networks, code],
+        preprocess={name: p.to_json() for name, p in dataset.preprocess.items()},
+        progress=context.progress,
+    )
+
+
+def num_classes(task_data: TaskData) -> int:
+    """How many logits an answer has; 0 where there are no classes."""
+    size = task_data.task.outputs(task_data.dataset)[0].shape[-1]
+    return size if task_data.task.name == "classification" and isinstance(size, int) else 0
+
+
+def pseudo_labelled_validation(
+    task_data: TaskData, teacher: Teacher | None, channels_last: bool, label: str
+) -> tuple[Loader, Task]:
+    """The validation split with the teacher's answers where it has no label, and the task for it.
+
+    A handful of labels would choose the epoch by chance.
+
+    Raises:
+        InputError: there is no teacher.
+    """
+    from edgekd.data.dataset import Split
+    from edgekd.data.loader import Loader
+    from edgekd.tasks import agreement_task
+
+    if teacher is None:
+        raise InputError(
+            "no validation sample has a label, and there is no teacher to agree with",
+            where=label,
+            remedy="give labels, or a scheme with a teacher",
+        )
+    answers = []
+    for batch in task_data.validation_loader().ordered():
+        outputs = {
+            name: tensor.float().cpu().numpy() for name, tensor in teacher.answer(batch).items()
+        }
+        answers.append(task_data.task.pseudo_targets(outputs))
+    arrays = dict(task_data.dataset.splits["validation"].arrays)
+    labelled = task_data.labelled_rows("validation")
+    for name in answers[0]:
+        targets = np.concatenate([answer[name] for answer in answers])
+        if len(labelled):
+            targets = targets.astype(arrays[name].dtype)
+            targets[labelled] = arrays[name][labelled]
+        arrays[name] = targets
+    split = Split(arrays)
+    loader = Loader(split, task_data.dataset, EVALUATION_BATCH, channels_last=channels_last)
+    return loader, agreement_task(task_data.task)

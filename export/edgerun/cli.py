@@ -1,0 +1,380 @@
+"""The commands of ``python -m edgerun``: parse the arguments, call, print.
+
+Exit codes: 0 done, 1 a bundle is not intact, 2 the input is wrong, 3 the runtime failed or there
+is no GPU for an engine, 5 a file cannot be written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Sequence
+
+import edgerun
+from edgerun.errors import BadInput, CannotWrite, EdgerunError, RunFailed
+from edgerun.files import check_output
+
+if TYPE_CHECKING:
+    from edgerun.model import Settings
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """What edgerun can be asked; ``name`` of the result is the command."""
+    parser = argparse.ArgumentParser(
+        prog="edgerun", description="Answer, measure and verify an ONNX model on this device."
+    )
+    parser.add_argument("--version", action="version", version=f"edgerun {edgerun.__version__}")
+    commands = parser.add_subparsers(dest="name", metavar="COMMAND")
+    commands.required = True
+
+    run = commands.add_parser("run", help="answers for every sample of an npz file")
+    run.add_argument("model", type=Path, nargs="?", metavar="MODEL.onnx")
+    run.add_argument("--inputs", type=Path, required=True, metavar="DATA.npz")
+    run.add_argument("--output", type=Path, required=True, metavar="ANSWERS.npz")
+    run.add_argument("--bundle", type=Path, metavar="FOLDER", help="take model and manifest here")
+    run.add_argument("--manifest", type=Path, metavar="manifest.json")
+    run.add_argument("--raw", action="store_true", help="preprocess data of any dtype")
+    _add_settings(run)
+
+    bench = commands.add_parser("bench", help="latency with intervals, peak memory")
+    bench.add_argument("model", type=Path, metavar="MODEL.onnx")
+    bench.add_argument("--against", type=Path, metavar="OTHER.onnx", help="compare, interleaved")
+    bench.add_argument(
+        "--against-provider-options",
+        metavar="JSON",
+        help="of the other model's providers; default: the same",
+    )
+    bench.add_argument("--inputs", type=Path, metavar="DATA.npz", help="default: random inputs")
+    bench.add_argument("--shape", action="append", default=[], metavar="NAME=1x3x224x224")
+    bench.add_argument("--seed", type=_natural, default=0, metavar="N")
+    bench.add_argument("--min-queries", type=_count, default=1000, metavar="N")
+    bench.add_argument("--max-seconds", type=_seconds, default=60.0, metavar="S")
+    bench.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    bench.add_argument("--json", type=Path, metavar="OUT", help="write the whole record here")
+    _add_settings(bench)
+
+    verify = commands.add_parser("verify", help="whether a bundle is intact")
+    verify.add_argument("folder", type=Path, metavar="FOLDER")
+
+    info = commands.add_parser("info", help="what this device, or a model, is")
+    info.add_argument("model", type=Path, nargs="?", metavar="MODEL.onnx")
+    info.add_argument("--json", type=Path, metavar="OUT")
+
+    probe = commands.add_parser("probe", help="whether a model opens and runs once")
+    probe.add_argument("model", type=Path, metavar="MODEL.onnx")
+    probe.add_argument("--inputs", type=Path, metavar="DATA.npz", help="default: random inputs")
+    probe.add_argument("--shape", action="append", default=[], metavar="NAME=1x3x224x224")
+    probe.add_argument("--no-run", action="store_true", help="open it only")
+    probe.add_argument("--json", type=Path, metavar="OUT", help="write the record here")
+    _add_settings(probe)
+
+    build = commands.add_parser("build", help="a TensorRT engine for this device")
+    build.add_argument("model", type=Path, metavar="MODEL.onnx")
+    build.add_argument("--engine", type=Path, required=True, metavar="OUT")
+    _add_library(build)
+    build.add_argument("--precision", choices=("fp32", "fp16", "bf16", "int8"))
+    build.add_argument("--keep", action="append", default=[], metavar="NODE", help="may be wider")
+    build.add_argument("--shape", action="append", default=[], metavar="NAME=MIN:USUAL:MAX")
+    build.add_argument("--batch", type=_count, default=1, metavar="N", help="usual and largest")
+    build.add_argument("--sm", action="append", default=[], metavar="8.6", help="tensorrt-rtx only")
+    build.add_argument("--workspace-mb", type=_positive, metavar="MB")
+    build.add_argument("--timing-cache", type=Path, metavar="FILE")
+    build.add_argument("--version-compatible", action="store_true")
+    build.add_argument("--hardware-compatible", action="store_true")
+    build.add_argument("--dla", type=_natural, metavar="CORE", help="of a Jetson")
+    build.add_argument("--no-gpu-fallback", action="store_true", help="all layers on the DLA")
+
+    parse = commands.add_parser("parse", help="whether TensorRT takes a model, and why not")
+    parse.add_argument("model", type=Path, metavar="MODEL.onnx")
+    _add_library(parse)
+    return parser
+
+
+def model_settings(options: argparse.Namespace, against: bool = False) -> Settings:
+    """How a command opens its model, or the one that it is held ``against``.
+
+    Raises:
+        BadInput: no provider is named, or the providers' options are no mapping of texts.
+    """
+    # It brings numpy, which the other commands do without.
+    from edgerun.model import Settings, full_provider_name
+
+    names = [name.strip() for name in options.providers.split(",") if name.strip()]
+    if not names:
+        raise BadInput("no provider is named", "--providers", "for example: --providers cpu")
+    providers = tuple(dict.fromkeys(full_provider_name(name) for name in names))
+    option, text = "--provider-options", options.provider_options
+    if against and options.against_provider_options is not None:
+        option, text = "--against-provider-options", options.against_provider_options
+    given = _provider_options(text, option)
+    named = {full_provider_name(name): values for name, values in given.items()}
+    return Settings(options.threads, providers, options.optimization, named)
+
+
+def _provider_options(text: str, option: str) -> dict[str, dict[str, str]]:
+    """``{provider: {key: value}}`` from JSON, or from a file that holds it."""
+    if not text:
+        return {}
+    try:
+        inline = text.lstrip().startswith("{")
+        given = json.loads(text if inline else Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _bad_options(f"the providers' options cannot be read: {error}", option) from error
+    if not isinstance(given, dict):
+        raise _bad_options("the providers' options are no mapping", option)
+    for name, options in given.items():
+        if not isinstance(options, dict):
+            raise _bad_options(f"the options of {name} are no mapping", option)
+        for key, value in options.items():
+            if not isinstance(value, str):
+                raise _bad_options(
+                    f"option {key} of {name} is no text: {json.dumps(value)}", option
+                )
+    return given
+
+
+def _bad_options(what: str, option: str) -> BadInput:
+    return BadInput(
+        what,
+        where=option,
+        remedy='give {"PROVIDER": {"KEY": "VALUE"}}, or a file with it; numbers are texts too',
+    )
+
+
+def _add_library(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--library", choices=("tensorrt", "tensorrt-rtx"), default="tensorrt")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the whole record here")
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch", type=_count, metavar="N", help="samples of one call")
+    parser.add_argument("--threads", type=_count, metavar="N", help="default: the runtime's choice")
+    parser.add_argument("--providers", default="cpu", metavar="A,B", help="default: cpu")
+    parser.add_argument(
+        "--provider-options",
+        default="",
+        metavar="JSON",
+        help='{"PROVIDER": {"KEY": "VALUE"}}, or a file with it',
+    )
+    parser.add_argument(
+        "--optimization", choices=("disabled", "basic", "extended", "all"), default="all"
+    )
+
+
+def _natural(text: str) -> int:
+    return _whole(text, least=0)
+
+
+def _count(text: str) -> int:
+    return _whole(text, least=1)
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    return _number(text, "of seconds ")
+
+
+def _positive(text: str) -> float:
+    return _number(text)
+
+
+def _number(text: str, unit: str = "") -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number {unit}above 0")
+    return value
+
+
+# numpy and the runtime are imported inside the commands: verify must work without them.
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = command_parser().parse_args(arguments)
+    try:
+        if getattr(options, "json", None) is not None:
+            check_output(options.json, "--json", stream=True)
+        code: int = _COMMANDS[options.name](options)
+    except EdgerunError as error:
+        print(f"edgerun: {error}", file=sys.stderr)
+        return error.exit_code
+    except ImportError as error:
+        print(
+            f"edgerun: {error.name} is not installed for {sys.executable}\n"
+            f"  to do: {sys.executable} -m pip install numpy onnxruntime",
+            file=sys.stderr,
+        )
+        return RunFailed.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has had enough of it (| head); Python must not flush the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
+    from edgerun.manifest import MANIFEST, manifest_beside, read_manifest
+    from edgerun.model_loading import open_model
+    from edgerun.run import run
+
+    manifest = None
+    if options.bundle is not None:
+        manifest = read_manifest(options.bundle / MANIFEST)
+    elif options.manifest is not None:
+        manifest = read_manifest(options.manifest)
+    path = options.model or (manifest.model_path if manifest else None)
+    if path is None:
+        raise BadInput("no model is given", remedy="edgerun run MODEL.onnx, or --bundle FOLDER")
+    manifest = manifest or manifest_beside(path)
+    model = open_model(path, model_settings(options))
+    begin = time.perf_counter()
+    answers = run(model, options.inputs, options.batch, manifest, options.raw)
+    seconds = time.perf_counter() - begin
+    answers.save(options.output)
+    for name, array in answers.outputs.items():
+        print(f"{name} {array.dtype} {'x'.join(map(str, array.shape))}")
+    if answers.labels is not None:
+        more = " …" if answers.samples > 10 else ""
+        print(f"labels: {', '.join(answers.labels[:10])}{more}")
+    print(f"{answers.samples} samples in {seconds:.2f} s -> {options.output}")
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from edgerun.bench import BenchmarkConfig, bench
+    from edgerun.formatting import bench_lines
+    from edgerun.shapes import parse_shapes
+
+    record = bench(
+        BenchmarkConfig(
+            models=tuple(p for p in (options.model, options.against) if p is not None),
+            settings=model_settings(options),
+            inputs=options.inputs,
+            shapes=parse_shapes(options.shape),
+            batch=options.batch,
+            seed=options.seed,
+            min_queries=options.min_queries,
+            max_seconds=options.max_seconds,
+            memory=not options.no_memory,
+            against_settings=model_settings(options, against=True),
+        )
+    )
+    if options.json is not None:
+        _write_json(options.json, record)
+    print("\n".join(bench_lines(record)))
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from edgerun.verify import verify
+
+    verdict = verify(options.folder)
+    print("\n".join(verdict.lines()))
+    return 0 if verdict.intact else 1
+
+
+def _info(options: argparse.Namespace) -> int:
+    from edgerun.formatting import description_lines
+    from edgerun.model_loading import describe_model, model_lines
+    from edgerun.sensors import read_conditions
+    from edgerun.system import describe_environment
+
+    described: dict[str, Any] = {
+        "schema": "edgerun.info/1",
+        "environment": {**describe_environment(), "now": read_conditions()},
+    }
+    if options.model is not None:
+        described["model"] = model = describe_model(options.model)
+        print("\n".join(model_lines(model)))
+    if options.json is not None:
+        _write_json(options.json, described)
+    print("\n".join(description_lines(described["environment"])))
+    return 0
+
+
+def _probe(options: argparse.Namespace) -> int:
+    from edgerun.probe import probe
+    from edgerun.shapes import parse_shapes
+
+    record = probe(
+        options.model,
+        model_settings(options),
+        inputs=options.inputs,
+        shapes=parse_shapes(options.shape),
+        batch=options.batch,
+        run=not options.no_run,
+        # At once: what follows may end this process.
+        tell=lambda step: print(step, flush=True),
+    )
+    if options.json is not None:
+        _write_json(options.json, record)
+    return 0
+
+
+def _build(options: argparse.Namespace) -> int:
+    from edgerun.formatting import build_lines
+    from edgerun.tensorrt.build import build
+    from edgerun.tensorrt.settings import BuildSettings, parse_ranges
+
+    settings = BuildSettings(
+        compute_capabilities=tuple(dict.fromkeys(options.sm)),
+        precision=options.precision,
+        keep=tuple(dict.fromkeys(options.keep)),
+        shapes=parse_ranges(options.shape),
+        batch=options.batch,
+        workspace_mb=options.workspace_mb,
+        timing_cache=options.timing_cache,
+        version_compatible=options.version_compatible,
+        hardware_compatible=options.hardware_compatible,
+        dla=options.dla,
+        gpu_fallback=not options.no_gpu_fallback,
+    )
+    record = build(options.model, options.engine, options.library, settings)
+    if options.json is not None:
+        _write_json(options.json, record)
+    print("\n".join(build_lines(record)))
+    return 0
+
+
+def _parse(options: argparse.Namespace) -> int:
+    from edgerun.tensorrt.network import judge
+
+    verdict = judge(options.model, options.library)
+    if options.json is not None:
+        _write_json(options.json, verdict)
+    said = "takes the model" if verdict["supported"] else "does not take the model"
+    print(f"{verdict['library']} {verdict['version']} {said}")
+    for problem in verdict["problems"]:
+        print(f"  {problem['node']} ({problem['op']}): {problem['message']}")
+    return 0
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(value, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise CannotWrite(f"the result cannot be written: {error.strerror}", str(path)) from error
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "run": _run,
+    "bench": _bench,
+    "verify": _verify,
+    "info": _info,
+    "probe": _probe,
+    "build": _build,
+    "parse": _parse,
+}

@@ -1,0 +1,209 @@
+"""An ONNX Runtime session: opened with stated settings, described, and its errors made readable."""
+
+from __future__ import annotations
+
+import functools
+import time
+from pathlib import Path
+from typing import Any, Callable, Mapping, Sequence
+
+import numpy as np
+import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state as _state
+
+from edgerun.errors import BadInput, EdgerunError, RunFailed
+from edgerun.model import Settings, TensorInfo, check_file, dimension_name, written_feed
+
+if hasattr(onnxruntime, "disable_telemetry_events"):
+    onnxruntime.disable_telemetry_events()
+
+DTYPES = {
+    "float": "float32",
+    "double": "float64",
+    "float16": "float16",
+    "int8": "int8",
+    "int16": "int16",
+    "int32": "int32",
+    "int64": "int64",
+    "uint8": "uint8",
+    "uint16": "uint16",
+    "uint32": "uint32",
+    "uint64": "uint64",
+    "bool": "bool",
+}
+"""numpy's name of each tensor element type that numpy can hold."""
+
+OPTIMIZATION = {
+    "disabled": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+
+CONFIGURATION = {"session.qdq_matmulnbits_accuracy_level": "1"}
+"""Entries of every session's configuration; level 1 computes in float32.
+
+Otherwise a product with weights stored in 8 bits rounds the activations to 8 bits as well.
+"""
+
+# The runtime's exception classes share no base but Exception; collecting them by type keeps a
+# programming error from being reported as the runtime's.
+RUNTIME_ERRORS: tuple[type[Exception], ...] = (
+    *(v for v in vars(_state).values() if isinstance(v, type) and issubclass(v, Exception)),
+    RuntimeError,
+)
+_NOT_A_MODEL = ("InvalidProtobuf", "InvalidGraph", "InvalidArgument", "NoSuchFile", "NoModel")
+
+
+class OrtSession:
+    """A loaded model file with what it declares.
+
+    Raises:
+        BadInput: the file is missing, is not an ONNX model, or is truncated.
+        RunFailed: the runtime cannot load it, or silently left out a provider asked for.
+    """
+
+    batch_range = None
+    device_ms = None
+    information = None
+
+    def __init__(self, path: Path, settings: Settings, profile_to: Path | None = None) -> None:
+        self.path = path
+        self.settings = settings
+        check_file(path)
+        _check_providers(settings)
+        options = onnxruntime.SessionOptions()
+        # Every error of the runtime also comes as an exception; here it would be printed twice.
+        options.log_severity_level = 4
+        options.graph_optimization_level = OPTIMIZATION[settings.optimization]
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+        options.inter_op_num_threads = 1
+        options.intra_op_num_threads = settings.threads or 0
+        for key, value in CONFIGURATION.items():
+            options.add_session_config_entry(key, value)
+        if profile_to is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile_to)
+        begin = time.perf_counter()
+        try:
+            self.session = onnxruntime.InferenceSession(
+                str(path), options, providers=_with_options(settings)
+            )
+        except RUNTIME_ERRORS as error:
+            raise _load_error(path, error) from error
+        self.load_ms = (time.perf_counter() - begin) * 1e3
+        self.providers = tuple(self.session.get_providers())
+        left_out = [p for p in settings.providers if p not in self.providers]
+        if left_out:
+            raise RunFailed(
+                f"{', '.join(left_out)} could not be started; only "
+                f"{', '.join(self.providers)} would run the model",
+                where=str(path),
+                remedy="its driver, libraries or options may be wrong, see the runtime's message "
+                "above; or leave the provider out",
+            )
+        self.inputs = tuple(_tensor(node) for node in self.session.get_inputs())
+        self.outputs = tuple(_tensor(node) for node in self.session.get_outputs())
+        # Bound in C: a method of Python's own would be timed with each query.
+        self._query = functools.partial(self.session.run, None)
+
+    @property
+    def query(self) -> Callable[[Mapping[str, np.ndarray[Any, Any]]], Any]:
+        """``InferenceSession.run`` for all outputs."""
+        return self._query
+
+    def run(self, feed: Mapping[str, np.ndarray[Any, Any]]) -> list[Any]:
+        """The outputs in declared order for one feed.
+
+        Raises:
+            BadInput: the feed does not fit what the model declares.
+            RunFailed: the runtime fails; the message names the shapes fed.
+        """
+        try:
+            answers: list[Any] = self.session.run(None, dict(feed))
+        except RUNTIME_ERRORS as error:
+            refused = type(error).__name__ == "InvalidArgument"
+            raise (BadInput if refused else RunFailed)(
+                f"the model fails on inputs {written_feed(feed)}: {_reason(error)}",
+                where=str(self.path),
+                remedy="give the shapes it needs (--shape NAME=1x3x224x224) or real inputs "
+                "(--inputs data.npz)",
+            ) from error
+        return answers
+
+
+def _with_options(settings: Settings) -> list[Any]:
+    """The providers as the runtime takes them: a pair where there are options."""
+    given = settings.provider_options
+    return [(name, dict(given[name])) if given.get(name) else name for name in settings.providers]
+
+
+def _check_providers(settings: Settings) -> None:
+    available = onnxruntime.get_available_providers()
+    for name in settings.provider_options:
+        if name not in settings.providers:
+            raise BadInput(
+                f"there are options for {name}, which is not among the providers",
+                where="--provider-options",
+                remedy=f"the providers are: {', '.join(settings.providers)}",
+            )
+    for name in settings.providers:
+        if name not in available:
+            raise BadInput(
+                f"this onnxruntime has no {name}",
+                where="--providers",
+                remedy=f"available here: {', '.join(available)}",
+            )
+
+
+def _tensor(node: Any) -> TensorInfo:
+    kind = str(node.type)
+    element = kind[len("tensor(") : -1] if kind.startswith("tensor(") else kind
+    return TensorInfo(str(node.name), DTYPES.get(element, kind), shape_of(node.shape))
+
+
+def shape_of(declared: Sequence[Any]) -> tuple[int | str | None, ...]:
+    """A shape as ONNX Runtime gives it, with None for dimensions without a name."""
+    return tuple(_dimension(value) for value in declared)
+
+
+def _dimension(value: Any) -> int | str | None:
+    if isinstance(value, str):
+        return dimension_name(value)
+    # Some exporters write a size below 1 for "not known".
+    return None if value is None or int(value) < 1 else int(value)
+
+
+def _reason(error: Exception) -> str:
+    """The runtime's message on one line, without its code prefix."""
+    text = " ".join(str(error).split())
+    return text.split(" : ", 3)[-1] if text.startswith("[ONNXRuntimeError]") else text
+
+
+def _load_error(path: Path, error: Exception) -> EdgerunError:
+    reason = _reason(error)
+    if "external tensors" in reason:
+        return BadInput(
+            f"onnxruntime does not read constants that fix shapes from an external file: {reason}",
+            where=str(path),
+            remedy="save the model with its small tensors inside: onnx.save(model, FILE, "
+            "save_as_external_data=True, size_threshold=1024)",
+        )
+    # Releases word these differently; the file itself was there when it was opened.
+    if any(word in reason.lower() for word in ("external", ".data", "file_size", "no such file")):
+        return BadInput(
+            f"the model's weights lie in another file, which cannot be read: {reason}",
+            where=str(path),
+            remedy="put the weight file beside the model, under the name it was exported with",
+        )
+    if type(error).__name__ in _NOT_A_MODEL or "does not have a graph" in reason:
+        return BadInput(
+            f"this is not a complete ONNX model: {reason}",
+            where=f"{path} ({path.stat().st_size} bytes)",
+            remedy="the file may be truncated or of another format: export or copy it again",
+        )
+    return RunFailed(
+        f"onnxruntime {onnxruntime.__version__} cannot load the model: {reason}",
+        where=str(path),
+        remedy="a newer runtime, another provider, or a lower opset at export may help",
+    )

@@ -1,0 +1,1 @@
+"""TensorRT on this machine: settings, network, build, check, inspection, execution."""

@@ -1,0 +1,158 @@
+"""Who runs which node: read from ONNX Runtime itself; what is a fallback and what is meant."""
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from edgekd.engines.provider_assignment import (
+    PlacedNode,
+    check_fallback,
+    fallen_back,
+    nodes_in_trace,
+    provider_coverage,
+    shape_arithmetic,
+)
+from edgekd.errors import InputError
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+node = helper.make_node
+
+
+def model(nodes, weights=(), inputs=(("x", TensorProto.FLOAT, ["batch", 3, 8, 8]),)):
+    held = [numpy_helper.from_array(np.asarray(v), name) for name, v in dict(weights).items()]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info(*value) for value in inputs],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        held,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.fixture
+def flatten():
+    """A reshape by a computed size, as exporters write it, and a sum with that size."""
+    nodes = [
+        node("Relu", ["x"], ["r"], name="relu"),
+        node("Shape", ["r"], ["s"], name="shape"),
+        node("Gather", ["s", "first"], ["b"], name="gather"),
+        node("Concat", ["b", "rest"], ["to"], axis=0, name="concat"),
+        node("Reshape", ["r", "to"], ["flat"], name="reshape"),
+        node("Cast", ["b"], ["n"], to=TensorProto.FLOAT, name="cast"),
+        node("Mul", ["n", "large"], ["scaled"], name="scale"),
+        node("Add", ["flat", "scaled"], ["y"], name="add"),
+    ]
+    large = np.ones((1, 192), np.float32)
+    return model(nodes, {"first": np.array([0]), "rest": np.array([-1]), "large": large})
+
+
+def test_only_what_computes_with_sizes_is_shape_arithmetic(flatten):
+    """``scale`` reads a constant of 192 elements, the others values of the image."""
+    assert {name for name, _ in shape_arithmetic(flatten)} == {"shape", "gather", "concat", "cast"}
+
+
+def test_a_name_that_values_share_is_not_taken_for_shape_arithmetic():
+    nodes = [
+        node("Shape", ["x"], ["s"]),
+        node("Cast", ["s"], ["f"], to=TensorProto.FLOAT),
+        node("Cast", ["x"], ["h"], to=TensorProto.FLOAT16),
+        node("ReduceSum", ["f"], ["y"]),
+    ]
+    assert shape_arithmetic(model(nodes)) == {("", "Shape"), ("", "ReduceSum")}
+
+
+def test_the_body_of_a_branch_sees_the_sizes_outside():
+    value = helper.make_tensor_value_info("t", TensorProto.FLOAT, None)
+    inner = [
+        node("Cast", ["s"], ["f"], to=TensorProto.FLOAT, name="inside"),
+        node("Mul", ["f", "x"], ["t"], name="values"),
+    ]
+    branch = helper.make_graph(inner, "b", [], [value])
+    nodes = [
+        node("Shape", ["x"], ["s"], name="shape"),
+        node("If", ["yes"], ["y"], name="if", then_branch=branch, else_branch=branch),
+    ]
+    assert {name for name, _ in shape_arithmetic(model(nodes, {"yes": np.array(True)}))} == {
+        "shape",
+        "inside",
+    }
+
+
+def test_the_real_assignment_names_every_node(flatten, tmp_path):
+    path = tmp_path / "m.onnx"
+    onnx.save(flatten, str(path))
+    (row,) = provider_coverage(path, [CPU], optimization="disabled")
+    if row.nodes is None:
+        pytest.skip("this ONNX Runtime does not record its assignment")
+    assert [placed.name for placed in row.nodes] == [n.name for n in flatten.graph.node]
+    assert {placed.provider for placed in row.nodes} == {CPU}
+    assert {placed.name for placed in row.nodes if placed.shape_arithmetic} == {
+        *("shape", "gather", "concat", "cast")
+    }
+
+
+def test_the_profile_of_a_run_agrees_with_the_assignment(flatten, tmp_path):
+    """The profile is what an ONNX Runtime without recorded assignments has."""
+    path = tmp_path / "m.onnx"
+    onnx.save(flatten, str(path))
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.enable_profiling = True
+    options.profile_file_prefix = str(tmp_path / "trace")
+    session = onnxruntime.InferenceSession(str(path), options, [CPU])
+    session.run(None, {"x": np.ones((2, 3, 8, 8), np.float32)})
+    from_trace = nodes_in_trace(tmp_path / session.end_profiling(), path)
+    (row,) = provider_coverage(path, [CPU], optimization="disabled")
+    assert set(from_trace) == set(row.nodes or from_trace)
+
+
+def test_a_provider_that_is_not_here_says_what_to_install(flatten, tmp_path):
+    if CUDA in onnxruntime.get_available_providers():
+        pytest.skip("this build has CUDA")
+    path = tmp_path / "m.onnx"
+    onnx.save(flatten, str(path))
+    cuda, cpu = provider_coverage(path, [CUDA, CPU])
+    assert (cuda.here, cuda.nodes) == (False, None)
+    assert "onnxruntime-gpu" in cuda.install
+    assert cpu.here
+    with pytest.raises(InputError, match="has none of CUDAExecutionProvider"):
+        provider_coverage(path, [CUDA])
+
+
+def placed(*rows):
+    return tuple(PlacedNode(name, op, provider, sizes) for name, op, provider, sizes in rows)
+
+
+MIXED = placed(
+    ("conv", "Conv", CUDA, False),
+    ("shape", "Shape", CPU, True),
+    ("det", "Det", CPU, False),
+    ("size", "Gather", "OtherExecutionProvider", True),
+)
+
+
+def test_sizes_on_the_cpu_are_meant_and_anything_else_elsewhere_fell_back(tmp_path):
+    """Shape arithmetic on a third device is no design of the runtime's."""
+    assert [n.name for n in fallen_back(MIXED, CUDA)] == ["det", "size"]
+    assert fallen_back(MIXED, CPU) == ()
+    with pytest.raises(
+        InputError, match=r"does not run 2 of 4 nodes .*det \(Det\), size"
+    ) as caught:
+        check_fallback(MIXED, CUDA, "error", tmp_path)
+    assert "CPUExecutionProvider 1" in caught.value.what
+    check_fallback(MIXED, CUDA, "allow", tmp_path)
+    check_fallback(MIXED[:2], CUDA, "error", tmp_path)
+    check_fallback(MIXED, CPU, "error", tmp_path)
+    with pytest.raises(InputError, match="ran no node"):
+        check_fallback(MIXED[1:2], CUDA, "error", tmp_path)
+
+
+def test_of_many_fallen_nodes_the_first_few_are_named(tmp_path):
+    many = placed(("conv", "Conv", CUDA, False), *((f"n{i}", "Det", CPU, False) for i in range(40)))
+    with pytest.raises(InputError, match=r"40 of 41 nodes .*and 35 more") as caught:
+        check_fallback(many, CUDA, "error", tmp_path)
+    assert "n4" in caught.value.what
+    assert "n5" not in caught.value.what

@@ -1,0 +1,226 @@
+"""Reading ONNX files of any origin: counts, shapes, and every way a file can be broken."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from edgekd.errors import InputError
+from edgekd.onnx.file import ENGINE_SUFFIXES, check_onnx, describe_onnx
+from edgerun import files
+
+
+def tensor(name, *shape, dtype=np.float32):
+    return numpy_helper.from_array(np.ones(shape, dtype), name)
+
+
+def save(path, nodes, inputs, outputs, initializers=(), opsets=((("", 18)),)):
+    graph = helper.make_graph(nodes, "g", inputs, outputs, list(initializers))
+    opset_imports = [helper.make_opsetid(*opset) for opset in opsets]
+    onnx.save(helper.make_model(graph, opset_imports=opset_imports, ir_version=8), str(path))
+    return path
+
+
+@pytest.fixture
+def linear(tmp_path):
+    """x (batch, 4) @ w (4, 3) with an unused opset import of another domain."""
+    return save(
+        tmp_path / "linear.onnx",
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [tensor("w", 4, 3)],
+        (("", 18), ("com.microsoft", 1), ("ai.onnx.ml", 2)),
+    )
+
+
+def test_a_missing_output_shape_is_inferred_and_a_stale_opset_is_no_trouble(linear):
+    check_onnx(linear)
+    info = describe_onnx(linear)
+    assert str(info.spec.inputs[0]) == "x float32[batch, 4]"
+    assert str(info.spec.outputs[0]) == "y float32[batch, 3]"
+    assert (info.parameters, info.opset) == (12, 18)
+
+
+def test_weights_in_constants_and_subgraphs_are_counted(tmp_path):
+    def branch(name, size):
+        nodes = [
+            helper.make_node("Constant", [], [f"{name}_w"], value=tensor("", size)),
+            helper.make_node("ReduceSum", [f"{name}_w"], [name], keepdims=0),
+        ]
+        out = helper.make_tensor_value_info(name, TensorProto.FLOAT, [])
+        return helper.make_graph(nodes, name, [], [out], [tensor(f"{name}_i", 2)])
+
+    path = save(
+        tmp_path / "if.onnx",
+        [
+            helper.make_node("Constant", [], ["w"], value=tensor("", 5, 2)),
+            helper.make_node("Constant", [], ["eps"], value=tensor("")),
+            helper.make_node("Constant", [], ["axes"], value=tensor("", 9, dtype=np.int64)),
+            helper.make_node(
+                "If", ["c"], ["z"], then_branch=branch("a", 7), else_branch=branch("b", 11)
+            ),
+        ],
+        [helper.make_tensor_value_info("c", TensorProto.BOOL, [])],
+        [helper.make_tensor_value_info("z", TensorProto.FLOAT, [])],
+        [tensor("shape", 4, dtype=np.int64), tensor("quantized", 6, dtype=np.int8)],
+    )
+    info = describe_onnx(path)
+    assert info.parameters == (5 * 2) + 7 + 2 + 11 + 2 + 6
+    assert str(info.spec.inputs[0]) == "c bool[]"
+
+
+def test_nameless_dimensions_are_not_taken_for_one_another(tmp_path):
+    path = save(
+        tmp_path / "m.onnx",
+        [helper.make_node("Identity", ["x"], ["y"])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT16, ["-1", 3, "?", None])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT16, ["n", 3, "?", "?"])],
+    )
+    spec = describe_onnx(path).spec
+    assert spec.inputs[0].shape == ("x.0", 3, "x.2", "x.3")
+    assert spec.outputs[0].shape == ("n", 3, "y.2", "y.3")
+    assert spec.inputs[0].dtype == "float16"
+
+
+def test_old_files_list_their_weights_as_inputs(linear):
+    model = onnx.load(str(linear))
+    model.ir_version = 3
+    model.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [4, 3]))
+    onnx.save(model, str(linear))
+    assert [t.name for t in describe_onnx(linear).spec.inputs] == ["x"]
+
+
+def test_an_output_that_is_no_tensor_is_refused(tmp_path):
+    path = save(
+        tmp_path / "m.onnx",
+        [helper.make_node("SequenceConstruct", ["x"], ["y"])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])],
+        [helper.make_tensor_sequence_value_info("y", TensorProto.FLOAT, None)],
+    )
+    with pytest.raises(InputError, match="'y' is a sequence, not a tensor"):
+        describe_onnx(path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.6, 0.95])
+def test_a_truncated_file_is_refused(linear, share):
+    whole = linear.read_bytes()
+    linear.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(InputError) as caught:
+        check_onnx(linear)
+    assert str(linear) in str(caught.value)
+
+
+def test_every_cut_is_refused_or_leaves_the_graph_whole(linear):
+    """A cut between two fields at the end is still protobuf: nothing of the graph may be lost."""
+    whole = linear.read_bytes()
+    before = describe_onnx(linear)
+    for length in range(len(whole)):
+        linear.write_bytes(whole[:length])
+        try:
+            check_onnx(linear)
+        except InputError:
+            continue
+        assert describe_onnx(linear).spec == before.spec
+        assert describe_onnx(linear).parameters == before.parameters
+
+
+@pytest.mark.parametrize(
+    "content", [b"PK\x03\x04 a zip file", b"\x80\x04\x95pickle", b"name: x\n", b"\x00" * 64]
+)
+def test_what_is_not_onnx_is_refused(tmp_path, content):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="not ONNX"):
+        check_onnx(path)
+
+
+@pytest.mark.parametrize("name", ["m.engine", "m.PLAN", "m.trt"])
+def test_an_engine_is_called_one(tmp_path, linear, name):
+    path = tmp_path / name
+    path.write_bytes(b"ftrt" + bytes(range(256)))
+    with pytest.raises(InputError, match="this is a TensorRT engine, not an ONNX model"):
+        check_onnx(path)
+    # What is inside counts: a model may have any name.
+    path.write_bytes(linear.read_bytes())
+    check_onnx(path)
+
+
+def test_engines_are_told_by_the_same_names_on_the_device():
+    assert ENGINE_SUFFIXES == files.ENGINE_SUFFIXES
+
+
+def test_missing_files_and_folders_are_told_apart(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        check_onnx(tmp_path / "m.onnx")
+    with pytest.raises(InputError, match="folder"):
+        check_onnx(tmp_path)
+
+
+def test_a_graph_that_breaks_the_rules_is_refused(tmp_path):
+    path = save(
+        tmp_path / "m.onnx",
+        [helper.make_node("NoSuchOperation", ["x"], ["y"])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])],
+    )
+    with pytest.raises(InputError, match="NoSuchOperation"):
+        check_onnx(path)
+
+
+@pytest.fixture
+def external(linear, tmp_path):
+    """The linear model with its weights in a file beside it."""
+    path = tmp_path / "apart" / "m.onnx"
+    path.parent.mkdir()
+    onnx.save(
+        onnx.load(str(linear)),
+        str(path),
+        save_as_external_data=True,
+        location="weights.bin",
+        size_threshold=0,
+    )
+    return path
+
+
+def located(path, location):
+    model = onnx.load(str(path), load_external_data=False)
+    for entry in model.graph.initializer[0].external_data:
+        if entry.key == "location":
+            entry.value = location
+    path.write_bytes(model.SerializeToString())
+
+
+def test_external_data_counts_in_the_size(external):
+    check_onnx(external)
+    data = external.parent / "weights.bin"
+    assert describe_onnx(external).size_bytes == external.stat().st_size + data.stat().st_size
+    assert describe_onnx(external).parameters == 12
+
+
+def test_missing_and_short_external_data_is_refused(external):
+    data = external.parent / "weights.bin"
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r"'weights\.bin' is truncated"):
+        check_onnx(external)
+    data.unlink()
+    with pytest.raises(InputError, match=r"'weights\.bin', which is missing"):
+        check_onnx(external)
+
+
+@pytest.mark.parametrize("location", ["../secret.bin", "a/../../secret.bin", "ABSOLUTE", ""])
+def test_external_data_outside_the_models_folder_is_refused(external, tmp_path, location):
+    secret = tmp_path / "secret.bin"
+    secret.write_bytes(b"\0" * 100)
+    located(external, str(secret) if location == "ABSOLUTE" else location)
+    with pytest.raises(InputError, match="outside the model's folder"):
+        check_onnx(external)
+
+
+def test_a_link_out_of_the_folder_is_refused(external, tmp_path):
+    secret = tmp_path / "secret.bin"
+    secret.write_bytes(b"\0" * 100)
+    (external.parent / "weights.bin").unlink()
+    (external.parent / "weights.bin").symlink_to(secret)
+    with pytest.raises(InputError, match="outside the model's folder"):
+        check_onnx(external)
