@@ -96,6 +96,8 @@ def mixed_outputs(prepared: Path, samples: Samples) -> tuple[MixedRange, ...]:
     makers = {name: node for node in graph.node for name in node.output}
     found = []
     for name, parts in find_parts(prepared, samples, answers, model.outputs.axes).items():
+        if answers[name].dtype.kind != "f":
+            continue
         flat = np.abs(answers[name].reshape(len(answers[name]), -1))
         peaks = [_peak(flat[:, part.positions]) for part in parts if part.positions is not None]
         peaks = [peak for peak in peaks if peak > 0]

@@ -208,6 +208,7 @@ def test_a_target_gives_the_parsers_verdict(rtx, model):
 def test_a_crash_of_the_builder_does_not_take_edgekd_down(tmp_path, model, monkeypatch):
     folder = tmp_path / "fake" / "edgerun"
     folder.mkdir(parents=True)
+    (folder / "__init__.py").touch()
     (folder / "__main__.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     monkeypatch.setattr(local, "edgerun_folder", lambda: folder)
     with pytest.raises(TargetError, match="edgerun build was killed by signal 11"):

@@ -84,21 +84,18 @@ def crashing(tmp_path_factory):
         (("check",), 1),
         (("build", "-o", "out.onnx"), 3),
         (("benchmark",), 3),
-        (("quantize", "--method", "static", "--calibration", "d.npz", "-o", "out.onnx"), 3),
     ],
 )
 def test_a_model_that_kills_the_runtime_is_named_with_a_level_that_was_tried(
     crashing, tmp_path, command, code
 ):
-    np.savez(tmp_path / "d.npz", x=np.zeros((4, 3, 16), np.float16))
     done = call(command[0], crashing, *command[1:], cwd=tmp_path)
     assert done.returncode == code, done.stderr
     said = " ".join((done.stdout + done.stderr).split())
-    if command[0] != "quantize":  # which refuses the model's float16 before it is opened
-        name = "out.onnx" if command[0] == "build" else crashing.name
-        assert f"ONNX Runtime was killed by signal 11 (SIGSEGV) while it opened {name}" in said
-        assert "at graph optimization level 'extended' it opens" in said
-    assert [path.name for path in tmp_path.iterdir()] == ["d.npz"]
+    name = "out.onnx" if command[0] == "build" else crashing.name
+    assert f"ONNX Runtime was killed by signal 11 (SIGSEGV) while it opened {name}" in said
+    assert "at graph optimization level 'extended' it opens" in said
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_level_that_the_error_names_works(crashing, tmp_path):

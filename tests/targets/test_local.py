@@ -93,6 +93,8 @@ def fake_edgerun(tmp_path, monkeypatch):
     def write(source):
         folder = tmp_path / "fake" / "edgerun"
         folder.mkdir(parents=True)
+        # A package without it would stand behind one of an installation for development.
+        (folder / "__init__.py").touch()
         (folder / "__main__.py").write_text(source)
         monkeypatch.setattr(local, "edgerun_folder", lambda: folder)
 
