@@ -7,8 +7,11 @@ that PyTorch uses: other ones give slightly other weights) and with the other co
 table has a line for each run; below it stands, for each rule of the gate, the worst figure of all
 runs with its interval, the budget, and the distance between them: figures that scale (latency,
 size, ratios) as a factor, accuracies in widths of the interval. A budget of a shipped pipeline is
-to lie 1.5 times, or one width, beyond the worst. Runs that are done are kept: run it again to go
-on, or with ``--table`` to print the table only. Exit code 1: a run did not pass.
+to lie 1.5 times, or one width, beyond the worst. Training is bit-exact for a seed, a number of
+threads and a capability, so that the second state of the other core starts from the first one's
+weights and only builds, measures and gates again (``--train-again`` trains too). What is done
+is kept: run it again to resume, or with ``--table`` to print the table only. Exit code 1: a run did
+not pass.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import argparse
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -28,6 +32,8 @@ from typing import Any
 import torch
 
 CAPABILITIES = ("default", "avx2", "avx512")
+MEASURING = ("engines", "benchmark", "gate", "report", "bundle")
+"""The stages that do not train: what is removed to run them again."""
 BUSY = "import os\nos.sched_setaffinity(0, {core})\nwhile True: pass"
 
 
@@ -68,6 +74,11 @@ def run(options: argparse.Namespace, case: tuple[int, int, str, bool]) -> dict[s
     if options.table:
         return None
     folder = options.output / name
+    other = options.output / name.replace("busy" if busy else "idle", "idle" if busy else "busy")
+    if other.with_suffix(".json").is_file() and not folder.exists() and not options.train_again:
+        shutil.copytree(other, folder, symlinks=True)
+        for stage in MEASURING:
+            shutil.rmtree(folder / "artifacts" / stage)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "ATEN_CPU_CAPABILITY": capability}
     words = ["run", str(options.pipeline), "-o", str(folder), "--set", f"seed={seed}"]
     words += [part for override in options.set for part in ("--set", override)]
@@ -161,6 +172,7 @@ def main() -> None:
     parser.add_argument("--capabilities", nargs="+", default=capabilities())
     parser.add_argument("--other-core", nargs="+", default=["idle", "busy"])
     parser.add_argument("--set", nargs="+", default=[], help="overrides, as of edgekd run")
+    parser.add_argument("--train-again", action="store_true", help="for the other core's state too")
     parser.add_argument("--table", action="store_true", help="run nothing")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
