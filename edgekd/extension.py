@@ -1,6 +1,7 @@
 """The user's own code by ``package.module:name``: found, imported, its arguments checked.
 
-A module that lies beside the pipeline file is found too.
+A module that lies beside the pipeline file is found too, and so is what an installed distribution
+adds under a short name (:mod:`edgekd.entry_points`).
 
 A loss, a model or a task named in a pipeline is a function or a class. Its own signature says
 which keys it takes and of which types; nothing else has to be declared.
@@ -26,6 +27,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 
+from edgekd.entry_points import find_extension, installed_extensions
 from edgekd.errors import InputError, nearest, unknown_name
 
 
@@ -77,32 +79,88 @@ def import_module(reference: str, where: str | None = None) -> ModuleType:
         ) from error
 
 
-def resolve(name: str, registry: Mapping[str, Any], kind: str, where: str | None = None) -> Any:
-    """The object a YAML name stands for: a registered one or a ``package.module:name``.
+def resolve(
+    name: str,
+    registry: Mapping[str, Any],
+    kind: str,
+    where: str | None = None,
+    group: str | None = None,
+) -> Any:
+    """The object a YAML name stands for: built in, an entry point or a ``package.module:name``.
 
     Args:
-        name: a key of ``registry`` or a reference.
+        name: a key of ``registry``, an entry point of ``group``, or a reference.
         registry: the built-in objects of this kind by their short names.
         kind: what is looked for, for the error ("loss", "model").
         where: the YAML key, for the error.
+        group: the group of entry points; None: there are none of this kind.
 
     Raises:
-        InputError: nothing has this name; the nearest known name is suggested.
+        InputError: nothing has this name, the nearest known name is suggested; two distributions
+            have it; or what has it cannot be imported.
     """
     if name in registry:
         return registry[name]
-    if not is_reference(name):
-        raise unknown_name(kind, name, registry, where)
-    module = import_module(name, where)
-    attribute = name.partition(":")[2]
-    if not hasattr(module, attribute):
-        guess = nearest(attribute, vars(module))
+    if is_reference(name):
+        return _load(name, where)
+    reference = find_reference(name, registry, kind, where, group)
+    try:
+        return _load(reference, where)
+    except InputError as error:
+        owner = find_extension(name, group or "", kind, where)
+        of = f" of {owner.distribution} {owner.version}" if owner else ""
         raise InputError(
-            f"module {module.__name__!r} has no {attribute!r}",
+            f"the {kind} {name!r}{of} cannot be loaded: {error.what}",
             where=where,
-            remedy=f"did you mean {guess!r}?" if guess else "check the name after the colon",
-        )
-    return getattr(module, attribute)
+            remedy=f"repair or update {owner.distribution}" if owner else error.remedy,
+        ) from error
+
+
+def find_reference(
+    name: str,
+    registry: Collection[str],
+    kind: str,
+    where: str | None = None,
+    group: str | None = None,
+) -> str:
+    """The ``package.module:name`` of a name that is not built in; nothing is imported for it.
+
+    Arguments as in :func:`resolve`.
+
+    Raises:
+        InputError: nothing has this name, or two distributions have it.
+    """
+    if is_reference(name):
+        return name
+    found = find_extension(name, group, kind, where) if group else None
+    if found is not None:
+        if not is_reference(found.reference):
+            raise InputError(
+                f"the {kind} {name!r} of {found.distribution} {found.version} is the entry point "
+                f"{found.reference!r}, which names nothing in a module",
+                where=where,
+                remedy='it must have the form "package.module:name"',
+            )
+        return found.reference
+    known = {*registry, *(installed_extensions(group) if group else ())}
+    raise unknown_name(kind, name, known, where)
+
+
+def _load(reference: str, where: str | None) -> Any:
+    """Import what a ``package.module:name`` names; the name may be an attribute's attribute."""
+    found: Any = import_module(reference, where)
+    path = reference.partition(":")[0]
+    for attribute in reference.partition(":")[2].split("."):
+        if not hasattr(found, attribute):
+            guess = nearest(attribute, vars(found) if hasattr(found, "__dict__") else ())
+            raise InputError(
+                f"{'module ' if inspect.ismodule(found) else ''}{path!r} has no {attribute!r}",
+                where=where,
+                remedy=f"did you mean {guess!r}?" if guess else "check the name after the colon",
+            )
+        found = getattr(found, attribute)
+        path = attribute
+    return found
 
 
 def source_files(reference: str) -> list[Path]:

@@ -97,7 +97,9 @@ class PipelineConfig(ConfigModel):
     profile: str = "host"
     """A shipped device profile (``edgekd profiles list``), or a YAML file."""
     target: str = "local"
-    """Where the benchmark runs. Only ``local`` exists."""
+    """Where the benchmark runs: ``local``, or ``package.module:name`` of a
+    :class:`~edgekd.targets.Target`.
+    """
     teacher: TeacherConfig
     """The network that is distilled from."""
     student: StudentConfig

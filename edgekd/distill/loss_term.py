@@ -12,30 +12,18 @@ from torch import Tensor, nn
 from edgekd.config.training import LossTerm, Schedule
 from edgekd.distill.features import layer_key
 from edgekd.distill.losses import LOSSES, Loss, takes_sequence
+from edgekd.distill.losses.traits import traits_of
 from edgekd.distill.term import Named
 from edgekd.errors import EdgekdError, InputError
 from edgekd.extension import check_arguments, parameters_of, resolve
 from edgekd.spec import SAMPLE
-from edgekd.tasks import Policy, Regression, Task
+from edgekd.tasks import Task
 from edgekd.tasks.continuous import ContinuousTask
 
 TENSORS = ("student", "teacher", "target", "mask", "sample")
 """The parameters of a loss that the objective fills in; all others come from YAML."""
 
 _SUPPLIED = (*TENSORS, "samples")
-_OF_LARGEST = (
-    *("soft_labels", "hard_distillation", "dkd", "dist", "wsld", "jsd", "mlkd"),
-    *("rkd", "sp", "pkt", "crd"),
-)
-"""Losses to which the small logits matter by what they add up to only, or hardly."""
-
-_ONE_CLASS = ("dkd", "wsld", "tf_kd", "crd")
-"""Losses of a sample's own class or identity, which a mixture of two samples does not have."""
-
-_DISTANCES = ("target_regression", "output_regression")
-_CONTINUOUS = (*_DISTANCES, "multi_label")
-"""The response losses that need no classes: ``multi_label`` takes each output for the logit of a
-yes-or-no question of its own."""
 
 
 class ConfiguredLoss(nn.Module):
@@ -49,8 +37,9 @@ class ConfiguredLoss(nn.Module):
         self, term: LossTerm, label: str, task: Task, label_smoothing: float, where: str
     ) -> None:
         super().__init__()
-        self.label, self.task, self.where, self._name = label, task, where, term.name
-        self.loss: Loss = resolve(term.name, LOSSES, "loss", where)
+        self.label, self.task, self.where = label, task, where
+        self.loss: Loss = resolve(term.name, LOSSES, "loss", where, group="edgekd.losses")
+        self.traits = traits_of(self.loss)
         self._trained = inspect.isclass(self.loss)
         made_with = parameters_of(self.loss, where)
         called_with = _called_with(self.loss, where)
@@ -104,12 +93,12 @@ class ConfiguredLoss(nn.Module):
     @property
     def needs_full_logits(self) -> bool:
         """See :class:`Term`."""
-        return self.needs_teacher and not self.teacher_layers and self._name not in _OF_LARGEST
+        return self.needs_teacher and not self.teacher_layers and self.traits.needs_full_logits
 
     @property
     def needs_hard_label(self) -> bool:
         """See :class:`Term`."""
-        return self._name in _ONE_CLASS
+        return self.traits.needs_hard_label
 
     @property
     def needs_shapes(self) -> bool:
@@ -209,7 +198,7 @@ class ConfiguredLoss(nn.Module):
     def _in_units(self) -> bool:
         """Whether it is a distance of outputs, which is taken in the task's unit."""
         return (
-            self._name in _DISTANCES
+            self.traits.compares == "numbers"
             and isinstance(self.task, ContinuousTask)
             and self.task.unit != 1.0
         )
@@ -280,11 +269,10 @@ class ConfiguredLoss(nn.Module):
             )
 
     def _check_task(self, name: str) -> None:
-        of_classes = self.loss.__module__.startswith("edgekd.distill.losses.response")
-        if not (of_classes and isinstance(self.task, Regression | Policy)):
+        if self.traits.compares != "classes" or self.student_layers:
             return
-        if name not in _CONTINUOUS and not self.student_layers:
-            other = "target_regression" if name == "hard_labels" else "output_regression"
+        if self._continuous:
+            other = "output_regression" if self.needs_teacher else "target_regression"
             raise InputError(
                 f"{name} compares classes of the task classification, and the task "
                 f"{self.task.name} has none",

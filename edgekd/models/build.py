@@ -38,8 +38,8 @@ _OPEN_DIMENSION = 4
 def find_model(name: str, where: str = "model") -> Callable[..., nn.Module]:
     """What makes the network of that name.
 
-    It is a built-in one, ``timm:NAME``, ``transformers:NAME_OR_FOLDER`` (:mod:`edgekd.models.hub`)
-    or a ``package.module:name``.
+    It is a built-in one, ``timm:NAME``, ``transformers:NAME_OR_FOLDER`` (:mod:`edgekd.models.hub`),
+    an entry point of ``edgekd.models`` or a ``package.module:name``.
 
     Raises:
         InputError: there is none, the nearest name is suggested; or its package is not installed.
@@ -47,7 +47,7 @@ def find_model(name: str, where: str = "model") -> Callable[..., nn.Module]:
     package, _, rest = name.partition(":")
     if package in HUBS and rest:
         return HUBS[package](rest, where)
-    maker: Callable[..., nn.Module] = resolve(name, MODELS, "model", where)
+    maker: Callable[..., nn.Module] = resolve(name, MODELS, "model", where, group="edgekd.models")
     return maker
 
 

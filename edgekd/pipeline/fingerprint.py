@@ -21,15 +21,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from edgekd.entry_points import InstalledExtension, extensions_named
 from edgekd.extension import is_reference, parse, source_files
 from edgekd.files import edgerun_folder, file_sha256
 
-PLUMBING = ("edgekd.pipeline", "edgekd.errors", "edgekd.extension", "edgekd.progress")
+PLUMBING = (
+    *("edgekd.pipeline", "edgekd.errors", "edgekd.progress"),
+    *("edgekd.extension", "edgekd.entry_points"),
+)
 """Packages and modules that no result depends on, so that they are not followed.
 
 ``pipeline`` hands a stage its settings and inputs, which are in the fingerprint by their values;
-``errors`` words what failed; ``extension`` finds the user's own code, which is in the fingerprint
-by its content; ``progress`` is what is shown.
+``errors`` words what failed; ``extension`` and ``entry_points`` find the user's own code, which is
+in the fingerprint by its content and its distribution's version; ``progress`` is what is shown.
 """
 
 ROOTS = {"edgekd": Path(__file__).resolve().parents[1], "edgerun": edgerun_folder()}
@@ -328,13 +332,28 @@ def library_versions(names: Iterable[str]) -> dict[str, str]:
 
 
 def references_sha256(value: Any) -> dict[str, str]:
-    """Hashes of the user's own source files named by ``package.module:name`` inside a value."""
+    """Hashes of the source files of what is not edgekd's own inside a value.
+
+    It is named there by ``package.module:name``, or by the name of an entry point.
+    """
     hashes: dict[str, str] = {}
     for text in _texts(value):
-        if is_reference(text):
-            for file in source_files(text):
-                hashes[f"{text} {file.name}"] = file_sha256(file)
+        own = [text] if is_reference(text) else [each.reference for each in _extensions(text)]
+        for reference in own:
+            for file in source_files(reference):
+                hashes[f"{reference} {file.name}"] = file_sha256(file)
     return hashes
+
+
+def extension_versions(value: Any) -> dict[str, str]:
+    """The versions, by distribution, of what is named inside a value by an entry point."""
+    found = (each for text in _texts(value) for each in _extensions(text))
+    return {each.distribution: each.version for each in found}
+
+
+def _extensions(text: str) -> Iterable[InstalledExtension]:
+    """The entry points of that name, whatever they are: one too many only makes a stage run."""
+    return () if is_reference(text) else extensions_named(text)
 
 
 def _texts(value: Any) -> Iterable[str]:

@@ -14,7 +14,12 @@ from typing import Any, Literal
 from edgekd.errors import EdgekdError, GateFailed, StageError, unknown_name
 from edgekd.extension import searching
 from edgekd.files import json_sha256
-from edgekd.pipeline.fingerprint import code_sha256, library_versions, references_sha256
+from edgekd.pipeline.fingerprint import (
+    code_sha256,
+    extension_versions,
+    library_versions,
+    references_sha256,
+)
 from edgekd.pipeline.stage import Context, Job, Stage
 from edgekd.pipeline.store import Artifact, Store
 from edgekd.pipeline.workers import Workers
@@ -229,7 +234,7 @@ def fingerprint_inputs(stage: Stage, job: Job, done: Mapping[str, Artifact]) -> 
         "references": references_sha256(chosen),
         "inputs": {name: done[name].digest for name in stage.inputs},
         "code": code_sha256((type(stage).__module__,)),
-        "libraries": library_versions(stage.libraries),
+        "libraries": {**library_versions(stage.libraries), **extension_versions(chosen)},
     }
 
 
@@ -243,11 +248,11 @@ def _why(now: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:
     inputs = _changed_keys(now["inputs"], before.get("inputs", {}))
     if inputs:
         return f"new input from {', '.join(inputs)}"
-    if now["references"] != before.get("references"):
-        return "your own source changed"
     libraries = _changed_keys(now["libraries"], before.get("libraries", {}))
     if libraries:
         return f"other version of {', '.join(libraries)}"
+    if now["references"] != before.get("references"):
+        return "your own source changed"
     if now["code"] != before.get("code"):
         return "edgekd's own code changed"
     return "its files were damaged or removed"

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgekd.extension import is_reference
 from edgekd.pipeline.stage import Context, Job
 
 
@@ -19,14 +18,14 @@ class DataStage:
 
     def config_slice(self, job: Job) -> dict[str, Any]:
         """See :class:`edgekd.pipeline.stage.Stage`."""
-        from edgekd.data.sources import source_fingerprint
+        from edgekd.data.sources import SOURCES, source_fingerprint
 
         config = job.config
         return {
             "data": config.data.model_dump(mode="json", exclude={"augment", "path", "download"}),
             "source": source_fingerprint(config.data, job.base),
             # Only the user's own function may draw from it; built-in splits are seed-free.
-            "seed": config.seed if is_reference(config.data.source) else None,
+            "seed": config.seed if config.data.source not in SOURCES else None,
             "task": [config.task, config.task_args],
         }
 

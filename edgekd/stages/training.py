@@ -12,7 +12,12 @@ import numpy as np
 from edgekd.config.pipeline import PipelineConfig
 from edgekd.config.training import DistillConfig, TrainConfig
 from edgekd.errors import InputError
-from edgekd.pipeline.fingerprint import code_sha256, library_versions, references_sha256
+from edgekd.pipeline.fingerprint import (
+    code_sha256,
+    extension_versions,
+    library_versions,
+    references_sha256,
+)
 from edgekd.stages.task_data import EVALUATION_BATCH, TaskData
 from edgekd.tasks.continuous import ContinuousTask
 
@@ -226,7 +231,8 @@ def cached_teacher(
         task_data.config.student.model_dump(mode="json", include={"model", "args"}),
         task_data.config.distill.scheme.model_dump(mode="json"),
     ]
-    code = [code_sha256(_DECIDES_ANSWERS), references_sha256([augment, networks])]
+    own = [augment, networks]
+    code = [code_sha256(_DECIDES_ANSWERS), references_sha256(own), extension_versions(own)]
     classes = num_classes(task_data)
     top = cache.top
     if classes > top and objective.needs_full_logits:

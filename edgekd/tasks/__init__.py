@@ -40,15 +40,15 @@ def get_task(name: str, args: Mapping[str, Any] | None = None, where: str = "tas
     """The task a pipeline names.
 
     Args:
-        name: a key of :data:`TASKS`, or ``package.module:name`` of a class or function that
-            gives a :class:`Task`.
+        name: a key of :data:`TASKS`; or an entry point of ``edgekd.tasks``, or
+            ``package.module:name``, of a class or function that gives a :class:`Task`.
         args: its arguments (``task_args``).
         where: the YAML key, for errors.
 
     Raises:
         InputError: there is no such task, its arguments are wrong, or it is not a task.
     """
-    maker = resolve(name, TASKS, "task", where)
+    maker = resolve(name, TASKS, "task", where, group="edgekd.tasks")
     given = check_arguments(maker, args or {}, name=f"task {name!r}", where=f"{where}_args")
     task: Task = maker(**given)
     lacking = [member for member in _MEMBERS if not hasattr(task, member)]

@@ -1,4 +1,5 @@
-"""Where samples come from: the built-in sources, and the user's own by ``package.module:name``.
+"""Where samples come from: the built-in sources, and the user's own by ``package.module:name`` or
+by an entry point of ``edgekd.sources``.
 
 Adding a source is one file with a :class:`~edgekd.data.source.Source`, and its line here.
 """
@@ -20,7 +21,7 @@ from edgekd.data.sources.fashion_mnist import FASHION_MNIST
 from edgekd.data.sources.function import fingerprint_function, read_function
 from edgekd.data.sources.image_folder import IMAGE_FOLDER
 from edgekd.data.sources.npz import NPZ
-from edgekd.extension import is_reference, resolve, searching
+from edgekd.extension import find_reference, resolve, searching
 
 TEST_FRACTION = 0.25
 
@@ -57,6 +58,8 @@ SOURCES: dict[str, Source] = {
     "npz": NPZ,
     "image-folder": IMAGE_FOLDER,
 }
+
+_GROUP = "edgekd.sources"
 
 
 def load_dataset(
@@ -95,9 +98,10 @@ def source_fingerprint(config: DataConfig, base: Path) -> dict[str, str]:
     if config.source in SOURCES:
         return SOURCES[config.source].fingerprint(request)
     with searching(base):
-        if not is_reference(config.source):
-            find_source(config.source)
-        return fingerprint_function(request)
+        reference = find_reference(
+            config.source, SOURCES, "data source", "data.source", group=_GROUP
+        )
+        return fingerprint_function(request, reference)
 
 
 def find_source(name: str, where: str = "data.source") -> Any:
@@ -106,7 +110,7 @@ def find_source(name: str, where: str = "data.source") -> Any:
     Raises:
         InputError: there is none.
     """
-    return resolve(name, SOURCES, "data source", where)
+    return resolve(name, SOURCES, "data source", where, group=_GROUP)
 
 
 __all__ = ["SOURCES", "find_source", "load_dataset", "source_fingerprint"]

@@ -68,14 +68,18 @@ def read_function(function: Any, request: Request, seed: int) -> Dataset | RawDa
     return _raw(result, name)
 
 
-def fingerprint_function(request: Request) -> dict[str, str]:
+def fingerprint_function(request: Request, reference: str) -> dict[str, str]:
     """SHA-256 of the function's code, and of the files and folders that it is known to read.
 
     The code is its module, the packages around it and what these import of the user's own. Known
     are ``data.path``, and what a text of ``data.args`` or of that code names, when it exists: from
     the pipeline file's folder, the module's own or the current one.
+
+    Args:
+        request: what the pipeline says of the data.
+        reference: the function as ``package.module:name``.
     """
-    files = source_files(request.config.source)
+    files = source_files(reference)
     found = {f"module {number} {f.name}": hash_file(f) for number, f in enumerate(files)}
     if request.path is not None:
         found["path"] = hash_path(request.required_path("what the function reads"))

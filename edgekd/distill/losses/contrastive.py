@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from edgekd.distill.losses.relation import Width, pooled, pooled_width, unit
+from edgekd.distill.losses.traits import traits
 from edgekd.errors import InputError
 from edgekd.tasks.losses import at_least_float32
 
@@ -20,6 +21,7 @@ Temperature = Annotated[float, Field(gt=0)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
+@traits(needs_full_logits=False, needs_hard_label=True)
 class Crd(nn.Module):
     """Contrastive representation distillation (CRD, Tian et al. 2020, eq. 17-19).
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 
 from edgekd.distill.adapters import check_same_shape
+from edgekd.distill.losses.traits import traits
 from edgekd.errors import InputError
 from edgekd.tasks.losses import at_least_float32
 
@@ -67,6 +68,7 @@ def correlation(student: Tensor, teacher: Tensor) -> Tensor:
     return (apart[:-1] * apart[1:]).sum() / max(len(apart) - 1, 1)
 
 
+@traits(needs_full_logits=False)
 def rkd(student: Tensor, teacher: Tensor, distance: Factor = 25.0, angle: Factor = 50.0) -> Tensor:
     """Smooth L1 of pairwise distances and of angles in triplets (RKD, Park et al. 2019, eq. 5-9).
 
@@ -88,6 +90,7 @@ def rkd(student: Tensor, teacher: Tensor, distance: Factor = 25.0, angle: Factor
     )
 
 
+@traits(needs_full_logits=False)
 def sp(student: Tensor, teacher: Tensor) -> Tensor:
     """``‖rows(G_s) − rows(G_t)‖²_F / B²``, G = QQᵀ (SP, Tung & Mori 2019, eq. 1-4).
 
@@ -103,6 +106,7 @@ def sp(student: Tensor, teacher: Tensor) -> Tensor:
     return (next(rows) - next(rows)).square().mean()
 
 
+@traits(needs_full_logits=False)
 def pkt(student: Tensor, teacher: Tensor) -> Tensor:
     """``mean of p_t · log(p_t / p_s)``, p the row-normalised cosines (PKT, Passalis & Tefas 2018).
 

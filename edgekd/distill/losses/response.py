@@ -20,6 +20,7 @@ from torch.linalg import vector_norm
 from torch.nn.functional import log_softmax
 
 from edgekd.distill.adapters import SAME_CLASSES, check_same_shape
+from edgekd.distill.losses.traits import traits
 from edgekd.tasks.losses import Distance, at_least_float32, cross_entropy, distance
 
 Temperature = Annotated[float, Field(ge=1)]
@@ -28,6 +29,7 @@ Temperature = Annotated[float, Field(ge=1)]
 Smoothing = Annotated[float, Field(ge=0, lt=1)]
 
 
+@traits(compares="classes")
 def hard_labels(student: Tensor, target: Tensor, label_smoothing: Smoothing = 0.0) -> Tensor:
     """``CE(z_s, y)``: the data's own labels.
 
@@ -40,6 +42,7 @@ def hard_labels(student: Tensor, target: Tensor, label_smoothing: Smoothing = 0.
     return cross_entropy(student, target, label_smoothing)
 
 
+@traits(needs_full_logits=False, compares="classes")
 def soft_labels(student: Tensor, teacher: Tensor, temperature: Temperature = 4.0) -> Tensor:
     """``T² · KL(softmax(z_t / T) ‖ softmax(z_s / T))`` (Hinton et al. 2015, section 2).
 
@@ -61,6 +64,7 @@ def soft_labels(student: Tensor, teacher: Tensor, temperature: Temperature = 4.0
     return total * (temperature**2 / rows)
 
 
+@traits(needs_full_logits=False, compares="classes")
 def hard_distillation(student: Tensor, teacher: Tensor) -> Tensor:
     """``CE(z_s, argmax z_t)``: the teacher's decision as a label (DeiT, Touvron et al. 2021).
 
@@ -72,6 +76,7 @@ def hard_distillation(student: Tensor, teacher: Tensor) -> Tensor:
     return cross_entropy(student, teacher.argmax(dim=-1))
 
 
+@traits(compares="numbers")
 def output_regression(
     student: Tensor, teacher: Tensor, kind: Distance = "mse", mask: Tensor | None = None
 ) -> Tensor:
@@ -86,6 +91,7 @@ def output_regression(
     return distance(student, teacher, kind, mask)
 
 
+@traits(compares="numbers")
 def target_regression(
     student: Tensor, target: Tensor, kind: Distance = "mse", mask: Tensor | None = None
 ) -> Tensor:
@@ -93,6 +99,7 @@ def target_regression(
     return distance(student, target, kind, mask)
 
 
+@traits(compares="classes")
 def logit_standardization(
     student: Tensor, teacher: Tensor, temperature: Temperature = 2.0
 ) -> Tensor:
@@ -114,6 +121,7 @@ def logit_standardization(
     return soft_labels(size * unit_deviation(student), size * unit_deviation(teacher), temperature)
 
 
+@traits(needs_full_logits=False, compares="classes")
 def jsd(
     student: Tensor,
     teacher: Tensor,
@@ -199,6 +207,7 @@ def unit_deviation(values: Tensor) -> Tensor:
 Share = Annotated[float, Field(ge=0)]
 
 
+@traits(needs_full_logits=False, compares="classes")
 def dist(
     student: Tensor,
     teacher: Tensor,
@@ -226,6 +235,7 @@ def dist(
     return temperature**2 * (beta * _inter_class(q, p) + gamma * _intra_class(q, p))
 
 
+@traits(needs_full_logits=False, compares="classes")
 def mlkd(
     student: Tensor,
     teacher: Tensor,

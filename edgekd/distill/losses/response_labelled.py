@@ -20,12 +20,14 @@ from edgekd.distill.losses.response import (
     kl_divergence,
     log_probabilities,
 )
+from edgekd.distill.losses.traits import traits
 from edgekd.errors import InputError
 from edgekd.tasks.losses import class_numbers
 
 Share = Annotated[float, Field(ge=0)]
 
 
+@traits(needs_full_logits=False, needs_hard_label=True, compares="classes")
 def dkd(
     student: Tensor,
     teacher: Tensor,
@@ -60,6 +62,7 @@ def dkd(
     return temperature**2 * _labelled_mean(alpha * tckd + beta * nckd, classes)
 
 
+@traits(needs_full_logits=False, needs_hard_label=True, compares="classes")
 def wsld(
     student: Tensor, teacher: Tensor, target: Tensor, temperature: Temperature = 2.0
 ) -> Tensor:
@@ -87,6 +90,7 @@ def wsld(
     return temperature**2 * _labelled_mean(weight * cross_entropies, classes)
 
 
+@traits(needs_hard_label=True, compares="classes")
 def tf_kd(
     student: Tensor,
     target: Tensor,

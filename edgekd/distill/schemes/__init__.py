@@ -43,7 +43,7 @@ def find_scheme(config: SchemeConfig, where: str = "distill.scheme") -> Scheme:
     Raises:
         InputError: there is no such scheme, it takes no context, or an argument is wrong.
     """
-    scheme: Any = resolve(config.name, SCHEMES, "scheme", where)
+    scheme: Any = resolve(config.name, SCHEMES, "scheme", where, group="edgekd.schemes")
     if "context" not in parameters_of(scheme, where):
         raise InputError(
             f"{config.name!r} is no scheme: it has no parameter 'context'",
