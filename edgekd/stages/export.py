@@ -17,6 +17,7 @@ from edgekd.stages.student import build_student
 from edgekd.stages.task_data import TaskData, open_task_data, write_json
 from edgekd.stages.teacher import BLACK_BOX, WEIGHTS, open_network
 from edgekd.stages.teacher_adaptation import read_adaptation
+from edgekd.tasks.classification import Classification
 
 if TYPE_CHECKING:
     from edgekd.models.dict_model import DictModel
@@ -84,7 +85,7 @@ class ExportStage:
                 samples,
                 task.output,
                 config.export,
-                classification=task.name == "classification",
+                classification=isinstance(task, Classification),
             )
             reports[role] = report.to_json()
             # Written before the check, so that a failure leaves its figures in the log.

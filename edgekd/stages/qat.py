@@ -23,6 +23,7 @@ from edgekd.stages.task_data import (
 )
 from edgekd.stages.teacher import open_teacher
 from edgekd.stages.training import fit
+from edgekd.tasks.classification import Classification
 
 if TYPE_CHECKING:
     from torch import nn
@@ -143,7 +144,7 @@ def _check_answers(model: DictModel, path: Path, task_data: TaskData) -> str:
         samples,
         task_data.task.output,
         ExportConfig(samples=config.samples),
-        classification=task_data.task.name == "classification",
+        classification=isinstance(task_data.task, Classification),
     )
     shares: dict[str, float] = {}
     for row in report.rows:

@@ -21,6 +21,7 @@ from edgekd.stages.task_data import (
     open_task_data,
     write_json,
 )
+from edgekd.tasks.classification import Classification
 
 Runtime = Literal["cpu", "tensorrt"]
 
@@ -231,7 +232,9 @@ class _CandidateBuilder:
                 f"  drops of {task.metric} are shares of {self.validation.scale:.5g}, the error of "
                 "the best constant answer on the validation split"
             )
-        if 0 < self.wanted.max_drop < 1 / count and self.validation.task.name == "classification":
+        if 0 < self.wanted.max_drop < 1 / count and isinstance(
+            self.validation.task, Classification
+        ):
             self.context.progress.message(
                 f"  one of {count} validation samples is {1 / count:.4f}: more than quantize."
                 f"max_drop = {self.wanted.max_drop:g}, so a single one keeps layers in float32"

@@ -18,6 +18,7 @@ from edgekd.stages.task_data import TaskData, open_task_data, write_json
 from edgekd.stages.teacher import WEIGHTS, some_samples
 from edgekd.stages.teacher_adaptation import plan_adaptation, read_adaptation, write_adaptation
 from edgekd.stages.training import hub_fingerprint, scale_output
+from edgekd.tasks.classification import Classification
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,7 +151,7 @@ def check_logits(
 
     from edgekd.models.adapted import recognized_form
 
-    if task_data.task.name != "classification":
+    if not isinstance(task_data.task, Classification):
         return
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         answers = model.eval()(batch)[task_data.task.output]

@@ -13,6 +13,7 @@ import numpy as np
 from edgekd.config.pipeline import PipelineConfig
 from edgekd.errors import InputError
 from edgekd.pipeline.store import digest_of
+from edgekd.tasks.classification import Classification
 from edgekd.tasks.continuous import ContinuousTask
 
 if TYPE_CHECKING:
@@ -229,7 +230,7 @@ class Validation:
             self._reference = Reference(self._file, self.samples)
         found = self._reference.compare(
             path,
-            self.task.output if self.task.name == "classification" else None,
+            self.task.output if isinstance(self.task, Classification) else None,
             lambda _, answers, rows: self._score(answers, rows),
             batch=batch,
         )

@@ -19,6 +19,7 @@ from edgekd.stages.teacher_adaptation import (
     write_adaptation,
 )
 from edgekd.stages.training import fit, hub_fingerprint, scale_output
+from edgekd.tasks.classification import Classification
 
 if TYPE_CHECKING:
     import numpy as np
@@ -116,7 +117,7 @@ def _trained_or_loaded(
         planned = plan_adaptation(task_data, config, where, named, say)
     batch = some_samples(task_data)
     check_repeatable(model, batch, where)
-    if task_data.task.name == "classification":
+    if isinstance(task_data.task, Classification):
         import torch
 
         network = DictModel(model.module, planned.network_spec(model.spec)).eval()
@@ -148,7 +149,7 @@ def _black_box(
     teacher = OnnxTeacher(path, task_data.dataset.inputs, outputs, adaptation=planned)
     batch = some_samples(task_data)
     check_repeatable_answers(teacher, batch, where)
-    if task_data.task.name == "classification":
+    if isinstance(task_data.task, Classification):
         answers = teacher.raw_answer(batch)[task_data.task.output]
         teacher.adaptation = with_form(planned, answers, config, where, say)
     return teacher
@@ -233,7 +234,7 @@ def check_teacher(
         f"  {where}: validation {task.metric} {metric:.4f}, chance {chance:.4f} "
         f"({len(rows):,} labelled samples)"
     )
-    if task.name == "classification":
+    if isinstance(task, Classification):
         figures = f"{task.metric} {metric:.4f}"
         check_order(task_data, adaptation_of_teacher(teacher), *seen.labelled(), figures, where)
     if len(rows) >= ENOUGH_LABELS:
@@ -263,7 +264,7 @@ class _Decisions:
 
     def answer(self, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         outputs = self._teacher.answer(batch)
-        if self._task.name == "classification":
+        if isinstance(self._task, Classification):
             chosen = outputs[self._task.output].argmax(dim=-1).cpu()
             self._pairs.append((batch[self._task.target].cpu(), chosen))
         return outputs
@@ -306,7 +307,7 @@ def build_teacher(
     remedy = (
         "give its last layer that size; or, if it was trained with other classes beside these, "
         f"name all of its outputs in their order under {where}: 'classes: […]'"
-        if task_data.task.name == "classification" and config.train is None
+        if isinstance(task_data.task, Classification) and config.train is None
         else ""
     )
     network = build_model(config, own.inputs, own.outputs, where=where, remedy=remedy)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from edgekd.config.networks import TeacherConfig
 from edgekd.errors import InputError
 from edgekd.stages.task_data import TaskData, read_json, write_json
+from edgekd.tasks.classification import Classification
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +46,7 @@ def plan_adaptation(
         config.preprocess, dataset.inputs, dataset.preprocess, f"{where}.preprocess"
     )
     planned = Adaptation(task.output, input=own)
-    if task.name != "classification":
+    if not isinstance(task, Classification):
         for key in ("classes", "output"):
             if getattr(config, key) is not None:
                 raise InputError(

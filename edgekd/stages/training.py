@@ -19,6 +19,7 @@ from edgekd.pipeline.fingerprint import (
     references_sha256,
 )
 from edgekd.stages.task_data import EVALUATION_BATCH, TaskData
+from edgekd.tasks.classification import Classification
 from edgekd.tasks.continuous import ContinuousTask
 
 if TYPE_CHECKING:
@@ -246,7 +247,7 @@ def cached_teacher(
         training,
         context.job.path(cache.folder) if cache.folder is not None else context.cache,
         outputs=task_data.task.outputs(dataset),
-        logits=[task_data.task.output] if task_data.task.name == "classification" else [],
+        logits=[task_data.task.output] if isinstance(task_data.task, Classification) else [],
         views=training.views,
         top=top,
         seed=task_data.config.seed,
@@ -260,7 +261,7 @@ def cached_teacher(
 def num_classes(task_data: TaskData) -> int:
     """How many logits an answer has; 0 where there are no classes."""
     size = task_data.task.outputs(task_data.dataset)[0].shape[-1]
-    return size if task_data.task.name == "classification" and isinstance(size, int) else 0
+    return size if isinstance(task_data.task, Classification) and isinstance(size, int) else 0
 
 
 def pseudo_labelled_validation(
