@@ -28,7 +28,7 @@ _NOTHING = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 def check_gradients(
     objective: Objective, batches: Iterable[tuple[Named, Named | None, Named]]
-) -> None:
+) -> list[str]:
     """Refuse a term whose gradient to the student is zero on every batch that could give one.
 
     The gradient is taken at the student's answers and at answers beside them, because a student
@@ -40,23 +40,36 @@ def check_gradients(
         batches: the student's answers and features, the teacher's, and the batch; as many are
             taken as needed, most often one.
 
+    Returns:
+        A remark on each loss of the user's own that was 0 on all of these batches: one that counts
+        some samples only, such as those that the teacher is sure of, may find them later.
+
     Raises:
         InputError: a term has no gradient.
     """
+    remarks = []
     silent = [t for t in objective.terms if isinstance(t, ConfiguredLoss) and t.ever_weighs]
     tried = dict.fromkeys((term.label for term in silent), 0)
+    largest = dict.fromkeys(tried, 0.0)
     student: Named = {}
     for number, (student, teacher, batch) in enumerate(batches, start=1):
         for term in list(silent):
             if not term.can_teach(batch):
                 continue
             tried[term.label] += 1
-            if _has_gradient(term, student, teacher, batch):
+            found, value = _has_gradient(term, student, teacher, batch)
+            largest[term.label] = max(largest[term.label], abs(value))
+            if found:
                 silent.remove(term)
         if not silent or number == BATCHES:
             break
     for term in silent:
-        if tried[term.label]:
+        if tried[term.label] and largest[term.label] == 0 and not term.is_built_in:
+            remarks.append(
+                f"the loss {term.label!r} is 0 on the first {tried[term.label]} batches, and "
+                "teaches nothing until it is not"
+            )
+        elif tried[term.label]:
             size = student[term.task.output].shape[-1]
             raise InputError(
                 f"the loss {term.label!r} has no gradient to the student: whatever the student "
@@ -67,14 +80,17 @@ def check_gradients(
                 else "remove it, or change what makes it constant: a batch of one sample, a "
                 "factor of 0, a .detach() or a decision such as argmax",
             )
+    return remarks
 
 
 def _has_gradient(
     term: ConfiguredLoss, student: Named, teacher: Named | None, batch: Named
-) -> bool:
+) -> tuple[bool, float]:
+    """Whether there is a gradient, and the loss; 1 for one that is not connected to the student."""
     # Modules have weights in float32, and may remember what they are called with.
     own = copy.deepcopy(term) if term.needs_shapes else term
     dtype = torch.float32 if term.needs_shapes else torch.float64
+    largest = 0.0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for share in (0.0, 0.1):
@@ -84,7 +100,9 @@ def _has_gradient(
             with torch.enable_grad():
                 value = own(leaves, taught, batch, 0.5)
             if not value.requires_grad:
+                largest = 1.0
                 continue
+            largest = max(largest, abs(float(value.detach())))
             found = torch.autograd.grad(value, floats, allow_unused=True)
             size = sum(
                 float(g.double().norm() * t.detach().double().norm())
@@ -93,8 +111,8 @@ def _has_gradient(
             )
             # NaN is a gradient too: the training itself tells of it.
             if not size <= _NOTHING[dtype] * abs(float(value.detach())):
-                return True
-    return False
+                return True, largest
+    return False, largest
 
 
 def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:

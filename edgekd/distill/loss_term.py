@@ -86,6 +86,11 @@ class ConfiguredLoss(nn.Module):
         return f"{self.label} {self._weight} {self.args} {self._schedules} {layers}{unit}"
 
     @property
+    def is_built_in(self) -> bool:
+        """Whether the loss is the project's own, and not the user's."""
+        return self.loss in LOSSES.values()
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether the loss has a parameter ``teacher``."""
         return "teacher" in self.tensors

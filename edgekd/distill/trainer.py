@@ -219,7 +219,8 @@ class _Run:
 
         self.model.eval()
         with torch.random.fork_rng(devices=self.devices_to_fork):
-            check_gradients(self.objective, answered())
+            for remark in check_gradients(self.objective, answered()):
+                self.progress.message(f"  {remark}")
 
     def epoch(self, number: int) -> Epoch:
         """Train one epoch (from 1) and validate."""

@@ -94,6 +94,16 @@ def test_a_users_loss_that_detaches_or_decides_is_refused(tmp_path, users_code):
             fit(tmp_path / name, objective=objective, teacher=ModuleTeacher(network(9)))
 
 
+def test_a_users_loss_that_counts_no_sample_yet_is_trained_with_and_said(tmp_path, users_code):
+    users_code.sure = lambda student, teacher: (
+        (teacher.softmax(-1).amax(-1, keepdim=True) > 2).float() * (student - teacher).square()
+    ).mean()
+    objective = Objective([LossTerm(name="hard_labels"), LossTerm(name="users_code:sure")], TASK)
+    progress = Silent()
+    fit(tmp_path, objective=objective, teacher=ModuleTeacher(network(9)), progress=progress)
+    assert any("'sure' is 0 on the first" in text for text in progress.messages)
+
+
 def test_a_student_that_begins_as_its_teacher_is_trained(tmp_path):
     objective = Objective([LossTerm(name="soft_labels")], TASK)
     _, history = fit(tmp_path, objective=objective, teacher=ModuleTeacher(network()), epochs=1)
