@@ -19,20 +19,20 @@ _COMMANDS = {
     "quantize": ("edgekd.cli.quantize:quantize", "Make an ONNX model INT8 or FP16, and compare."),
     "build": ("edgekd.cli.build:build", "Build an engine from an ONNX model, or a pipeline's."),
     "benchmark": ("edgekd.cli.benchmark:benchmark", "Measure an ONNX model, or a pipeline's."),
-    "check": ("edgekd.cli.check:check", "Say whether an ONNX model will run there, and why not."),
-    "gate": ("edgekd.cli.gate:gate", "Hold a result against its budgets."),
+    "check": ("edgekd.cli.check:check", "Check whether an ONNX model will run on a device."),
+    "gate": ("edgekd.cli.gate:gate", "Check a result against its budgets."),
     "report": ("edgekd.cli.run:report", "Run a pipeline up to its report."),
     "bundle": ("edgekd.cli.run:bundle", "Run a pipeline up to the bundle for the device."),
     "verify": ("edgekd.cli.verify:verify", "Find changed, missing or extra files in a bundle."),
-    "compare": ("edgekd.cli.compare:compare", "Put the results of several runs side by side."),
+    "compare": ("edgekd.cli.compare:compare", "Compare the results of several runs side by side."),
     "layers": ("edgekd.cli.layers:layers", "List the layers that a loss can name, with shapes."),
     "profiles": ("edgekd.cli.profiles:profiles", "List, show and check device profiles."),
-    "doctor": ("edgekd.cli.doctor:doctor", "Say what this machine can do and what is missing."),
+    "doctor": ("edgekd.cli.doctor:doctor", "Report what this machine can do and what is missing."),
 }
 
 
 _OPENING_MODELS = ("benchmark", "build", "check", "quantize")
-"""Commands that open any ONNX file, whatever it holds; a pipeline's are the project's own."""
+"""Commands that open arbitrary ONNX files; a pipeline's files are made by the project itself."""
 
 
 _LIBRARIES = ("onnxruntime.", "onnx.", "google.protobuf.")
@@ -42,7 +42,9 @@ class LazyGroup(click.Group):
     """Commands imported on use; every error of the project becomes a message and an exit code."""
 
     def main(self, args: Any = None, *rest: Any, **extra: Any) -> Any:
-        """Parse and run, as :meth:`click.Group.main`; a program's own command line supervised."""
+        """Parse and run, as :meth:`click.Group.main`; the program's own command line runs
+        supervised.
+        """
         words = sys.argv[1:]
         pipeline = any(word.lower().endswith((".yaml", ".yml")) for word in words)
         if args is None and words[:1] and words[0] in _OPENING_MODELS and not pipeline:
@@ -79,7 +81,7 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> object:
-        """Run the command; print errors without a traceback and leave with their exit code."""
+        """Run the command; print errors without a traceback and exit with their exit code."""
         try:
             return super().invoke(ctx)
         except EdgekdError as error:
@@ -89,7 +91,7 @@ class LazyGroup(click.Group):
             _print_error(f"the memory ran out: {error}\n  to do: free some, or give less")
             ctx.exit(StageError.exit_code)
         except Exception as error:
-            # What the runtimes raise has no base of its own; a mistake of the project's is shown
+            # What the runtimes raise has no common base class; a bug of the project is shown
             # with its traceback.
             if not type(error).__module__.startswith(_LIBRARIES):
                 raise
@@ -104,7 +106,7 @@ class LazyGroup(click.Group):
             _print_error(str(failed))
             ctx.exit(failed.exit_code)
         except KeyboardInterrupt:
-            click.echo("\ninterrupted: what was finished is kept; run again to go on", err=True)
+            click.echo("\ninterrupted: finished stages are stored; run again to resume", err=True)
             ctx.exit(130)
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FILE = click.Path(path_type=Path)
 
 COMPARED_BYTES = 64 << 20
-"""A model file of no more is run once more, to see whether its optimized answers are its own."""
+"""Model files up to this size are also run without graph optimizations, to compare the outputs."""
 
 LEVELS = ("all", "extended", "basic", "disabled")
 
@@ -41,7 +41,7 @@ LEVELS = ("all", "extended", "basic", "disabled")
 @click.option("--batch", type=click.IntRange(min=1), help="Samples of one query.  [default: 1]")
 @click.option("--min-queries", type=click.IntRange(min=1), default=1000, show_default=True)
 @click.option("--max-seconds", type=click.FloatRange(0, min_open=True), default=60.0)
-@click.option("--json", "out", type=FILE, metavar="OUT", help="Write the whole record here.")
+@click.option("--json", "out", type=FILE, metavar="OUT", help="Write the complete record here.")
 def benchmark(
     model: Path,
     against: Path | None,
@@ -105,7 +105,7 @@ def benchmark(
     name = loaded.name if loaded else "host"
     evidence = evidence_of(name, target.name)
     record.update(profile=name, target=target.name, evidence=evidence, providers_left_out=left_out)
-    # A lower level is asked for where the highest is not to be used.
+    # A lower level is set by users who already avoid the highest one.
     timed = [model, *([against] if against else [])] if optimization == "all" else []
     record["optimizer_faults"] = _optimizer_faults(timed)
     if out is not None:
@@ -116,7 +116,9 @@ def benchmark(
 
 
 def _optimizer_faults(models: list[Path]) -> dict[str, str]:
-    """Of small models: what was timed and does not give the answers of the model as written."""
+    """Faults of small models whose optimized graph gives other outputs than the model as
+    written.
+    """
     from edgekd.onnx.file import ENGINE_SUFFIXES
     from edgekd.onnx.graph import precisions_of
     from edgekd.onnx.optimizer_faults import find_fault_on_random_inputs
@@ -130,14 +132,14 @@ def _optimizer_faults(models: list[Path]) -> dict[str, str]:
         try:
             fault = find_fault_on_random_inputs(model)
         except (InputError, StageError):
-            continue  # it runs on the inputs that were given, and on none that can be made up
+            continue  # it runs on the given inputs, but not on random ones
         if fault is not None:
             found[str(model)] = f"{fault}; {fault.remedy}"
     return found
 
 
 def decided_by_inputs(model: Path | None) -> dict[str, str]:
-    """Inputs of a model whose made-up values decide how much it computes, and what of it; none of
+    """Inputs whose random values decide how much a model computes, with what they decide; empty for
     an engine."""
     from edgekd.onnx.file import ENGINE_SUFFIXES, read_onnx
     from edgekd.onnx.samples import deciding_inputs
@@ -158,8 +160,8 @@ def _load_profile(name: str | None) -> Profile | None:
 def _providers(given: str | None, profile: Profile | None) -> tuple[list[str], list[str]]:
     """The providers to use, and those of the profile that this machine does not have.
 
-    One that is asked for must be there; a profile may be another device's, and then the ones
-    left out are shown beside the figures.
+    A requested one must be available; a profile may be another device's, and then the ones
+    left out are shown next to the figures.
     """
     if given is not None:
         return [_full_name(name.strip()) for name in given.split(",") if name.strip()], []
@@ -173,7 +175,7 @@ def _providers(given: str | None, profile: Profile | None) -> tuple[list[str], l
 
 
 def _full_name(name: str) -> str:
-    """``tensorrt`` → ``TensorrtExecutionProvider``; edgerun judges a name that is unknown."""
+    """``tensorrt`` → ``TensorrtExecutionProvider``; edgerun rejects unknown names."""
     import onnxruntime
 
     short: dict[str, str] = {
@@ -184,13 +186,13 @@ def _full_name(name: str) -> str:
 
 
 def _options(model: Path, providers: list[str], threads: int) -> dict[str, dict[str, str]]:
-    """The providers' options for a model in the precision that it has."""
+    """The providers' options for a model in its precision."""
     from edgekd.onnx.file import ENGINE_SUFFIXES
     from edgekd.onnx.graph import precisions_of
     from edgekd.onnx.session import default_options
 
     any_options = default_options(providers, threads, half=False, int8=False)
-    # A file that cannot be read is edgerun's to name, as where there are no options.
+    # A file that cannot be read is reported by edgerun, as without options.
     if not any_options or not model.is_file() or model.suffix.lower() in ENGINE_SUFFIXES:
         return {}
     return default_options(providers, threads, **precisions_of(model))
@@ -293,11 +295,11 @@ def _print_inputs(console: Console, model: dict[str, Any]) -> None:
 
 
 def decided_text(decides: Mapping[str, str]) -> str:
-    """That made-up values decide how much was computed, and what to do."""
-    told = "; ".join(f"{name} decides {what}" for name, what in decides.items())
+    """The warning that random values decide how much was computed, with the remedy."""
+    decided = "; ".join(f"{name} decides {what}" for name, what in decides.items())
     return (
-        f"  made-up values decide how much is computed, so that these times are of no real query: "
-        f"{told}. Give real ones: --inputs DATA.npz"
+        f"  random values decide how much is computed, so that these times are of no real query: "
+        f"{decided}. Give real ones: --inputs DATA.npz"
     )
 
 

@@ -41,24 +41,24 @@ NOT_FOR_MODEL = frozenset({"overrides", "quiet"})
     "at.  [default: all]",
 )  # fmt: skip
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16", "int8"]))
-@click.option("--keep", multiple=True, metavar="NODE", help="May stay in a wider precision.")
+@click.option("--keep", multiple=True, metavar="NODE", help="Node that may stay wider.")
 @click.option("--shape", "shapes", multiple=True, metavar="NAME=MIN:USUAL:MAX")
 @click.option("--batch", type=click.IntRange(min=1), help="Usual and largest batch.  [default: 1]")
 @click.option("--sm", multiple=True, metavar="8.6", help="A GPU to build for (tensorrt-rtx).")
 @click.option("--workspace-mb", type=click.FloatRange(0, min_open=True), metavar="MB")
-@click.option("--timing-cache", type=FILE, metavar="FILE", help="Kept for later builds.")
+@click.option("--timing-cache", type=FILE, metavar="FILE", help="Reused by later builds.")
 @click.option("--version-compatible", is_flag=True, help="For later releases too.")
 @click.option("--hardware-compatible", is_flag=True, help="For other GPUs too (tensorrt).")
 @click.option("--dla", type=click.IntRange(min=0), metavar="CORE", help="A Jetson's DLA core.")
 @click.option("--no-gpu-fallback", is_flag=True, help="Every layer on the DLA.")
-@click.option("--json", "out", type=FILE, metavar="OUT", help="Write the whole record here.")
+@click.option("--json", "out", type=FILE, metavar="OUT", help="Write the complete record here.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="For a pipeline.")
 @click.option("-q", "--quiet", is_flag=True, help="For a pipeline: print only errors.")
 def build(model: Path, output: Path | None, **options: Any) -> None:
     """Build an engine from MODEL.onnx.
 
     tensorrt-rtx builds for named GPUs on a machine without one; an engine of tensorrt is built
-    on the device it runs on. A layer that does not have the precision asked for is an error.
+    on the device it runs on. A layer without the requested precision is an error.
 
     Given a pipeline's YAML file, run the pipeline up to its engines.
     """
@@ -124,7 +124,7 @@ def _build_onnxruntime(
     if info.run_level != "all":
         click.echo(
             "  open it with graph_optimization_level = ORT_DISABLE_ALL (edgerun: --optimization "
-            "disabled): the file is optimized already, and ONNX Runtime would change the answers"
+            "disabled): the file is optimized already, and ONNX Runtime would change the outputs"
         )
     left_out = [name for name in wanted if name not in here]
     if left_out:
@@ -161,7 +161,7 @@ def _build_tensorrt(
         keep=options["keep"],
         timing_cache=options["timing_cache"],
     )
-    # As typed: the builder reads and judges them, and its messages name these options.
+    # As typed: the builder parses and validates them, and its messages name these options.
     settings = replace(
         settings,
         shapes=tuple(options["shapes"]),

@@ -1,4 +1,4 @@
-"""``edgekd check``: will a model run there, and what keeps it from it."""
+"""``edgekd check``: whether a model will run on a device, and what prevents it."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def check(
     shapes: tuple[str, ...],
     out: Path | None,
 ) -> None:
-    """Say whether MODEL.onnx will run, and what to do where it will not.
+    """Check whether MODEL.onnx will run, and show what to do where it will not.
 
-    TensorRT's own parser is asked (TensorRT for RTX does on a machine without a GPU), and ONNX
-    Runtime which provider takes which node; the memory is estimated from the graph.
+    TensorRT's own parser reads the model (TensorRT for RTX works without a GPU), and ONNX Runtime
+    shows which provider runs which node; the memory is estimated from the graph.
 
-    Exit codes: 0 all that was asked for holds, 1 something does not, 2 the input is wrong.
+    Exit codes: 0 every check passed, 1 a check failed, 2 the input is wrong.
     """
     from rich.console import Console
 
@@ -74,7 +74,7 @@ def check(
     if out is not None:
         check_output(out, "--json", inputs=[model], stream=True)
     target = open_target(LocalTarget.name)
-    with Console(stderr=True).status("asking the runtimes"):
+    with Console(stderr=True).status("checking with the runtimes"):
         report = check_model(
             model,
             target.parse,
@@ -128,5 +128,5 @@ def _print(console: Console, report: CheckReport) -> None:
     asked = " and ".join(report.engines) + (f" on {report.profile}" if report.profile else "")
     verdict = "[green]all holds[/green]" if report.passed else "[red]not everything holds[/red]"
     unbuilt = report.passed and any(name.startswith("tensorrt") for name in report.engines)
-    so_far = ", as far as it can be told without a build" if unbuilt else ""
+    so_far = ", as far as can be determined without a build" if unbuilt else ""
     console.print(f"\n{verdict} for {asked}{so_far}", highlight=False)

@@ -1,4 +1,4 @@
-"""``edgekd doctor``: what this machine can do, and what is missing for what."""
+"""``edgekd doctor``: what this machine can do, what is missing, and which feature needs it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MARKS = {"ok": "[green]ok[/green]", "missing": "[red]missing[/red]", "note": "[
 @click.option("--json", "as_json", is_flag=True, help="Print the checks as JSON.")
 @click.option("--deep", is_flag=True, help="Also start torch and see what it can use (seconds).")
 def doctor(as_json: bool, deep: bool) -> None:
-    """Show what this machine can do, and what is missing for what."""
+    """Show what this machine can do, and what is missing for which feature."""
     checks = examine(deep=deep)
     if as_json:
         click.echo(json.dumps([check.to_json() for check in checks], indent=2))

@@ -27,7 +27,7 @@ _COLOURS = {"pass": "green", "fail": "red", "not shown": "yellow"}
 @click.option(
     "--budget", type=click.Path(path_type=Path), help="YAML with the keys of a pipeline's gate."
 )
-@click.option("--profile", help="Also hold the limits of this profile (a name or a YAML file).")
+@click.option("--profile", help="Also check the limits of this profile (a name or a YAML file).")
 @click.option(
     "--device",
     type=click.Path(path_type=Path),
@@ -44,11 +44,11 @@ def gate(
     junit: Path | None,
     json_path: Path | None,
 ) -> None:
-    """Hold the figures of RESULT.json against budgets; exit code 1 when they are not met.
+    """Check the figures of RESULT.json against budgets; exit code 1 when they are not met.
 
-    The budget file has the keys of a pipeline's gate section, or is a whole pipeline. Given a
+    The budget file has the keys of a pipeline's gate section, or is a complete pipeline. Given a
     pipeline instead of a result, it is run up to its gate. BENCH.json is what 'edgerun bench
-    --json' wrote on the device: alone it has latency, memory and size; with --device it gives
+    --json' wrote on the device: alone it has latency, memory and size; with --device it adds
     these to the result of the workstation, which has the accuracy.
     """
     if result.suffix in (".yaml", ".yml") and budget is None:
@@ -140,7 +140,7 @@ def _evaluate(
 
 
 def _profile_of(name: str) -> Profile | None:
-    """The built-in profile that a result names; None for one of a file of the user's."""
+    """The built-in profile that a result names; None for a profile of the user's own file."""
     from edgekd.config.profile import load_profile
 
     try:

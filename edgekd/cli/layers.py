@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 def layers_of_pipeline(task_data: TaskData) -> Mapping[str, list[Layer]]:
     """The layers of the student and of the teacher, unless that is an ONNX file.
 
-    A student that will be pruned is listed as it is before: it keeps its layers and their names.
+    A student that will be pruned is listed as it is before: pruning preserves the layers and their
+    names.
     """
     from edgekd.stages.student import build_student
     from edgekd.stages.teacher import build_teacher
@@ -138,7 +139,7 @@ def _table(title: str, rows: Sequence[Layer]) -> Table:
 
 
 def _shape_text(layer: Layer) -> Text:
-    """The shape; as a plain text, for a table takes brackets for markup."""
+    """The shape as rich Text, because a table would read a string's brackets as markup."""
     if layer.shape is None:
         return Text("–")
     return Text(f"[{', '.join(['batch', *map(str, layer.shape[1:])])}]")

@@ -1,4 +1,4 @@
-"""Options that were typed where they mean nothing: an option that did nothing would mislead."""
+"""Refuse options that do not apply: silently ignoring one would mislead."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def refuse_options(names: Collection[str], meant_for: str, remedy: str = "leave 
 
     Args:
         names: of the parameters.
-        meant_for: what they are for and what not, such as "an ONNX model, not for a pipeline".
+        meant_for: what they apply to and what not, such as "an ONNX model, not for a pipeline".
         remedy: what to do instead.
 
     Raises:
@@ -45,7 +45,7 @@ def refuse_options(names: Collection[str], meant_for: str, remedy: str = "leave 
 
 
 def refuse_options_of_a_model(allowed: Collection[str]) -> None:
-    """Refuse every option that was typed beside a pipeline file, but for those ``allowed``.
+    """Refuse every option that was typed with a pipeline file, except those in ``allowed``.
 
     Raises:
         InputError: there is one.

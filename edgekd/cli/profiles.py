@@ -91,7 +91,7 @@ def check_command(names: tuple[str, ...]) -> None:
         raise InputError(
             f"{wrong} profile(s) are wrong",
             where="edgekd profiles check",
-            remedy="mend the lines named above",
+            remedy="fix the lines named above",
         )
 
 
@@ -107,7 +107,7 @@ def _verdict(name: str, profile: Profile) -> str:
 
 
 def shown(stated: SourcedValue) -> str:
-    """The value of a statement as text."""
+    """The value of a sourced figure as text."""
     if isinstance(stated, Quantity):
         return f"{stated.value:g}" if stated.value < 1e5 else f"{stated.value:.0f}"
     if isinstance(stated, Text):

@@ -57,14 +57,14 @@ FOR_PIPELINE = frozenset({"model", "out", "overrides", "quiet"})
     type=click.Choice(["minmax", "entropy", "percentile"]),
     default="minmax",
     show_default=True,
-    help="How the ranges of activations are found.",
+    help="How the ranges of activations are determined.",
 )
 @click.option(
     "--samples",
     type=click.IntRange(min=2),
     default=512,
     show_default=True,
-    help="At most so many are calibrated on.",
+    help="Largest number of samples to calibrate on.",
 )
 @click.option(
     "--max-drop",
@@ -78,8 +78,8 @@ FOR_PIPELINE = frozenset({"model", "out", "overrides", "quiet"})
     metavar="DATA.npz",
     help="Samples to compare on.  [default: those of --calibration]",
 )
-@click.option("--labels", metavar="NAME", help="The array with the classes, beside those samples.")
-@click.option("--keep", multiple=True, metavar="NODE", help="Leave this node as it is.")
+@click.option("--labels", metavar="NAME", help="The array with the classes.")
+@click.option("--keep", multiple=True, metavar="NODE", help="A node that is not quantized.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--per-layer", is_flag=True, help="List each layer's error.")
 @click.option("--no-timing", is_flag=True, help="Do not compare the latency.")
@@ -105,7 +105,7 @@ def quantize(
     overrides: tuple[str, ...],
     quiet: bool,
 ) -> None:
-    """Write MODEL.onnx in fewer bits, and say what that gains and costs on real samples.
+    """Write MODEL.onnx in fewer bits, and report what that gains and costs on real samples.
 
     INT8 by ONNX Runtime's quantizer (Q/DQ, weights per channel), or 16-bit floats. Without
     --labels the metric is agreement with the float32 model. Other samples than those of the
@@ -170,8 +170,10 @@ def quantize(
 def _not_met(record: Mapping[str, Any], max_drop: float) -> GateFailed:
     """The failure of a model whose metric fell by more than allowed."""
     if "drop" not in record:
-        whole = record["decision"]["drop_all"]
-        drop = "they give no numbers" if whole is None else f"all of them drop it by {whole:.4g}"
+        drop_all = record["decision"]["drop_all"]
+        drop = (
+            "they give no numbers" if drop_all is None else f"all of them drop it by {drop_all:.4g}"
+        )
         return GateFailed(
             f"no layer can stay in INT8 within a drop of {max_drop:g} ({drop}); nothing was "
             "written",
@@ -259,7 +261,7 @@ def _print_size(console: Console, record: Mapping[str, Any]) -> None:
 
 
 def _print_float_nodes(console: Console, record: Mapping[str, Any]) -> None:
-    """Say which nodes stay in float32, those with most weights first."""
+    """Print which nodes stay in float32, those with most weights first."""
     from edgekd.quantization.node_selection import STORED_IN_8_BITS
 
     rows = sorted(record.get("float32_nodes", ()), key=lambda row: -row["bytes"])
@@ -336,7 +338,7 @@ def _errors(rows: list[Mapping[str, Any]], on: Mapping[str, Any]) -> Table:
             same = parts[0]["agreement"]
         chosen = "–" if same is None else f"{same:.2%}"
         if [part["kind"] for part in parts] == ["decisions"]:
-            # The distance between two classes is none.
+            # A difference between class indices is no error measure.
             table.add_row(row["name"], "–", "–", "–", "–", chosen)
             continue
         table.add_row(
@@ -361,7 +363,7 @@ def _errors(rows: list[Mapping[str, Any]], on: Mapping[str, Any]) -> Table:
 
 
 def _caption(rows: list[Mapping[str, Any]]) -> str | None:
-    """What "same" is the same of."""
+    """The footnote that defines the column "same"."""
     kinds = {p["kind"] for row in rows for p in row["parts"] if p["agreement"] is not None}
     said = []
     if any(row["argmax_agreement"] is not None for row in rows):

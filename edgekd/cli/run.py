@@ -1,4 +1,4 @@
-"""The commands that run a pipeline, whole or up to a stage, and its result as a table."""
+"""The commands that run a pipeline, completely or up to a stage, and its result as a table."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def run_pipeline_until(
     output: Path | None = None,
     quiet: bool = False,
 ) -> RunOutcome:
-    """Run a pipeline up to a stage, with progress on the terminal; print what came out.
+    """Run a pipeline up to a stage, with progress on the terminal; print the result.
 
     Raises:
         EdgekdError: as the stages raise; :class:`edgekd.errors.GateFailed` when the gate did
@@ -138,7 +138,7 @@ def print_headline(console: Console, outcome: RunOutcome) -> None:
 
 
 def _models(result: Result) -> Table:
-    """One column per model: three models fit on a terminal, six figures beside them do not."""
+    """One column per model: three models fit on a terminal, six figures as columns do not."""
     shown = [
         (title, result.models[role]) for role, title in _ROLES.items() if role in result.models
     ]
@@ -167,7 +167,7 @@ def run(
 ) -> None:
     """Run PIPELINE: from the teacher to the gated bundle.
 
-    Stages that are up to date are kept. After a kill or an interruption the next run goes on.
+    Stages that are up to date are skipped. After a kill or an interruption the next run resumes.
     """
     run_pipeline_until(pipeline, until, overrides, output, quiet)
 

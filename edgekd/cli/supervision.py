@@ -1,8 +1,8 @@
-"""A command in a process of its own: where native code ends it, that is an error and no silence.
+"""Run a command in a child process, so that a crash of native code is reported as an error.
 
 ONNX Runtime and ONNX's checker are C++, and some models end the process that opens them. The
-command is run in a forked child. It notes what it is about to do with which file; where a signal
-ends it, its parent removes the files that it was writing and says what had been noted.
+command is run in a forked child. It notes what it is about to do with which file; if a signal
+ends it, its parent removes the files that it was writing and reports its last note.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FORWARDED = (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
 
 
 def supervise() -> None:
-    """Go on in a child process; the parent waits for it and ends as it does.
+    """Continue in a child process; the parent waits for it and exits with its status.
 
     Only for a process that has no other thread yet. Nothing is done where there is no ``fork``.
     """
@@ -33,7 +33,7 @@ def supervise() -> None:
     try:
         folder = Path(tempfile.mkdtemp(prefix="edgekd-"))
     except OSError:
-        return  # The command says it when it needs one.
+        return  # A command that needs one reports it.
     crash_notes.share()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -59,12 +59,12 @@ def supervise() -> None:
 
 
 def _use_temporary(folder: Path) -> None:
-    """Put temporary files there, the runtimes' own too: what a killed one leaves goes with it."""
+    """Redirect temporary files, also the runtimes', to a folder that is removed after a crash."""
     tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
 
 
 def _end_with_parent() -> None:
-    """Where the parent is killed, so is this process (Linux)."""
+    """Have the kernel kill this process when its parent is killed (Linux)."""
     if sys.platform != "linux":
         return
     import ctypes
@@ -82,7 +82,7 @@ def _forwarding(child: int) -> Any:
 
 
 def _report(number: int, folder: Path) -> int:
-    """Say what ended the command and remove what it was writing; the exit code, or −signal."""
+    """Report what ended the command, remove its partial files; the exit code, or −signal."""
     import click
 
     noted = crash_notes.read_shared()
@@ -116,7 +116,7 @@ def _crash(number: int, folder: Path) -> CrashError:
         except CrashError as error:
             remedy = error.remedy
         except EdgekdError:
-            pass  # What made-up inputs do not show has no remedy to be tried.
+            pass  # No remedy can be tried where random inputs do not reproduce the crash.
     name = Path((where or "the model").partition(",")[0]).name
     return CrashError(
         f"ONNX Runtime was killed by signal {named_signal(number)} while it {step} {name}"

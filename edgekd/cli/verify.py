@@ -1,4 +1,4 @@
-"""``edgekd verify``: whether a bundle still is what was packed."""
+"""``edgekd verify``: whether a bundle's files are unchanged."""
 
 from __future__ import annotations
 
