@@ -1,1 +1,1 @@
-"""What a person writes: pipeline and profile files, read and checked."""
+"""Pipeline and profile files: their models, reading and validation."""

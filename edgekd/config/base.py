@@ -1,4 +1,4 @@
-"""What the parts of a pipeline file have in common."""
+"""Base class of all sections of pipeline and profile files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Section ``gate``: the budgets that a release is held to."""
+"""Section ``gate``: the budgets that a release is checked against."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class AccuracyBudget(ConfigModel):
     """Section ``gate.accuracy``: the primary metric.
 
     Of an accuracy, drops and gains are differences (0.01 is one point). Of an error such as mae,
-    ``max_drop`` is a share of the error that the best constant answer has, so that it means the
+    ``max_drop`` is a share of the error of the best constant prediction, so that it means the
     same in euros and in metres.
     """
 
     min: float | None = None
-    """Floor of a metric that is better when higher, such as accuracy."""
+    """Lower limit of a metric that is better when higher, such as accuracy."""
     max: float | None = None
-    """Ceiling of a metric that is better when lower, such as mae."""
+    """Upper limit of a metric that is better when lower, such as mae."""
     max_drop: float | None = None
     """Largest loss of the student against the teacher."""
     min_gain: float | None = None
@@ -29,8 +29,8 @@ class AccuracyBudget(ConfigModel):
     shown to be, in the metric's unit; needs ``distill.baseline``.
     """
     beat_constant: bool | None = None
-    """Whether the student must be shown to be better than the best constant answer; left out, this
-    is asked of every task but classification.
+    """Whether the student must be shown to be better than the best constant prediction; left out,
+    this is required for every task but classification.
     """
 
 
@@ -90,8 +90,8 @@ class MemoryBudget(ConfigModel):
 
 
 class GateConfig(ConfigModel):
-    """Section ``gate``: the budgets. A section left out is not gated, except for what the profile
-    itself demands.
+    """Section ``gate``: the budgets. A section left out is not gated, except for the limits of the
+    profile.
     """
 
     evidence: Evidence = "measured-on-target"

@@ -1,4 +1,4 @@
-"""Sections ``export``, ``quantize`` and ``engines``: the files that are run."""
+"""Sections ``export``, ``quantize`` and ``engines``: the deployed files."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class QatConfig(TrainConfig):
     learning_rate: PositiveFloat = 1e-3
     """Peak learning rate."""
     losses: tuple[LossTerm, ...] | None = Field(default=None, min_length=1)
-    """Loss terms. Left out: those of ``distill`` that compare outputs; the layers that others
+    """Loss terms. Left out: those of ``distill`` that compare outputs; the layers that other terms
     name no longer exist in the prepared graph.
     """
 
@@ -61,20 +61,21 @@ class QuantizeConfig(ConfigModel):
     float for ``tensorrt``. Left out, it follows the profile.
     """
     calibration: Literal["minmax", "entropy", "percentile"] = "minmax"
-    """How the ranges of activations are found."""
+    """How the ranges of activations are determined."""
     samples: Annotated[int, Field(gt=1)] = 512
     """Number of validation samples calibrated on, at most."""
     max_drop: Annotated[float, Field(ge=0)] = 0.002
     """What the metric on the validation split may lose against float32: a difference of
-    accuracies, or of an error (mae) a share of the error that the best constant answer has. Layers
-    are kept in float32 until it holds.
+    accuracies, or of an error (mae) a share of the error of the best constant prediction. Layers
+    stay in float32 until it holds.
     """
     exclude_nodes: tuple[str, ...] = ()
     """Names of nodes that are never quantized."""
     select: Literal["measured", "smallest", "int8", "half", "float32"] = "measured"
-    """Which of the files within the drop is shipped: ``measured`` is the one that serves the
-    budgets best where it is timed; ``int8``, ``precision`` and ``float32`` insist on a kind (what
-    this machine times says little about another processor), ``smallest`` on the smallest file.
+    """Which of the files within the drop is shipped: ``measured`` is the one that meets the
+    budgets best where it is timed; ``int8``, ``precision`` and ``float32`` force one kind (what
+    is timed on this machine says little about another processor), ``smallest`` on the smallest
+    file.
     """
     qat: QatConfig = QatConfig()
     """The training of ``int8: qat``."""
@@ -120,8 +121,8 @@ class TensorRTConfig(ConfigModel):
     shapes: dict[
         str, tuple[tuple[PositiveInt, ...], tuple[PositiveInt, ...], tuple[PositiveInt, ...]]
     ] = Field(default_factory=dict)
-    """Symbolic dimensions of an input as three shapes: smallest, usual, largest. Without it they
-    go from 1 over ``benchmark.batch_size`` to the larger of both.
+    """Symbolic dimensions of an input as three shapes: smallest, usual, largest. Without it the
+    sizes range from 1 over ``benchmark.batch_size`` to the larger of both.
     """
     workspace_mb: PositiveFloat | None = None
     """Memory that the builder may use. Left out: the profile's ``budget.memory_mb``."""

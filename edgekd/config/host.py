@@ -17,7 +17,7 @@ NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 TEGRA_RELEASE = Path("/etc/nv_tegra_release")
 
 # Preferred first. Not TensorRT, which needs libraries of its own and minutes to build an engine:
-# that is asked for by name. Not Azure, which sends the data to a server.
+# it must be listed explicitly. Not Azure, which sends the data to a server.
 LOCAL_PROVIDERS = (
     "CUDAExecutionProvider",
     "CoreMLExecutionProvider",
@@ -28,7 +28,7 @@ LOCAL_PROVIDERS = (
 
 @dataclass(frozen=True)
 class Machine:
-    """Cores that this process may use, memory in MB that it may take, and the processor."""
+    """Cores that this process may use, memory in MB that it may use, and the processor."""
 
     cores: int
     memory_mb: float
@@ -58,7 +58,7 @@ def _container_limit(folder: Path) -> int | None:
 
 
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name: x86 and ARM kernels put it under different keys, some nowhere."""
+    """The processor's name: x86 and ARM kernels put it under different keys, and some omit it."""
     try:
         lines = cpuinfo.read_text(errors="replace").splitlines()
     except OSError:
@@ -79,7 +79,7 @@ def local_providers() -> tuple[str, ...]:
     """The execution providers of the installed ONNX Runtime that this machine can serve.
 
     A build with CUDA on a machine without an NVIDIA driver has CUDA left out, so that ``host``
-    means what is really there. Without ONNX Runtime, the CPU provider that every build has.
+    means what is available. Without ONNX Runtime: the CPU provider, which every build has.
     """
     if importlib.util.find_spec("onnxruntime") is None:
         return (CPU_PROVIDER,)
@@ -94,7 +94,7 @@ def local_providers() -> tuple[str, ...]:
 _X86 = {"x86_64", "amd64", "i386", "i686", "x86"}
 
 # Dot-product instructions that add four 8-bit products in 32 bits. VNNI is avx_vnni or
-# avx512_vnni; AMX has its own.
+# avx512_vnni; AMX has its own flag.
 _WIDE = ("avx_vnni", "avx512_vnni", "amx_int8")
 
 
@@ -102,7 +102,7 @@ def saturates(machine: str | None = None, cpuinfo: Path = Path("/proc/cpuinfo"))
     """True where uint8 x int8 products are summed in pairs in 16 bits and may overflow.
 
     That is x86 before VNNI (``vpmaddubsw``): 255 x 127 x 2 exceeds 32767. Weights of 7 bits fit.
-    ARM and newer x86 sum in 32 bits. Where an x86 does not say what it has, it counts as old:
+    ARM and newer x86 sum in 32 bits. An x86 that does not list its features counts as old:
     one bit of the weights costs less than a wrong sum.
     """
     if (machine or platform.machine()).lower() not in _X86:
@@ -115,5 +115,5 @@ def saturates(machine: str | None = None, cpuinfo: Path = Path("/proc/cpuinfo"))
 
 
 def world_size() -> int:
-    """How many processes ``torchrun``, or a launcher that sets the same variables, started."""
+    """The number of processes of ``torchrun`` or a launcher that sets the same variables."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1

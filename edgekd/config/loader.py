@@ -20,7 +20,7 @@ from edgekd.errors import InputError, nearest
 
 @dataclass(frozen=True)
 class Override:
-    """One ``--set``: where it goes and what it puts there."""
+    """One ``--set``: a key and its new value."""
 
     text: str
     location: tuple[str | int, ...]
@@ -51,7 +51,7 @@ class Override:
 
 
 def apply_overrides(content: dict[str, Any], overrides: Sequence[Override]) -> dict[str, Any]:
-    """A copy of ``content`` with every override put in; missing mappings are made.
+    """A copy of ``content`` with every override applied; missing mappings are created.
 
     Raises:
         InputError: an override goes through a value that has no keys, or past a list's end.
@@ -90,7 +90,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
 
     Args:
         path: the YAML file.
-        overrides: ``key.sub=value`` strings that replace what the file says (``--set``).
+        overrides: ``key.sub=value`` strings that replace values of the file (``--set``).
 
     Raises:
         InputError: anything in the file or the overrides is wrong; all problems are named.
@@ -107,7 +107,7 @@ def load_section(path: Path, model: type[Model], key: str | None = None) -> Mode
     Args:
         path: the YAML file.
         model: the pydantic model of the section.
-        key: take this top-level key's value; None takes the whole file.
+        key: take this top-level key's value; None takes the complete file.
 
     Raises:
         InputError: the file cannot be read, lacks the key, or does not fit the model.
@@ -144,7 +144,7 @@ def _validate(
     raise InputError(
         f"{len(problems)} things are wrong:\n  " + "\n  ".join(rows),
         where=str(source.path),
-        remedy="mend each of them",
+        remedy="fix each of them",
     )
 
 
@@ -197,14 +197,14 @@ def _explain(
 def _name_with_arguments(
     key: str, last: str, given: dict[Any, Any], found: list[type[BaseModel]], where: str
 ) -> tuple[str, str, str]:
-    """A name that is written as a mapping of the name to its arguments."""
+    """The error for a name that is written as a mapping of the name to its arguments."""
     fields = {field for section in found for field in section.model_fields}
     arguments = next((name for name in (f"{last}_args", "args") if name in fields), None)
     what = f"{key}: it takes a name alone, and this is a mapping"
     name = str(next(iter(given), "NAME")) if len(given) == 1 else "NAME"
     quoted = f'"{name}"' if ":" in name else name
-    beside = f" and its arguments beside it: '{arguments}: {{…}}'" if arguments else ""
-    return what, where, f"write '{last}: {quoted}'{beside}"
+    suffix = f" and its arguments next to it: '{arguments}: {{…}}'" if arguments else ""
+    return what, where, f"write '{last}: {quoted}'{suffix}"
 
 
 def _quoted(expected: str) -> list[str]:
@@ -216,7 +216,7 @@ def _sections_at(
 ) -> tuple[list[type[BaseModel]], tuple[str | int, ...]]:
     """The section classes that a location's last key may belong to, and the keys as written.
 
-    Where a section is one of several kinds, pydantic puts the kind among the keys.
+    Where a section is one of several kinds, pydantic adds the kind to the location.
     """
     current: list[type[BaseModel]] = [model]
     written: list[str | int] = []

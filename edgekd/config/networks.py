@@ -10,8 +10,8 @@ from edgekd.config.base import ConfigModel, PositiveFloat, PositiveInt
 from edgekd.config.training import TrainConfig
 
 OutputForm = Literal["logits", "probabilities", "log_probabilities", "sigmoid"]
-"""What the numbers of a classifier are: before a softmax, after it, its logarithm, or after a
-sigmoid of each."""
+"""What a classifier's outputs are: logits, softmax probabilities, log-probabilities, or sigmoid
+probabilities."""
 
 
 class ModelConfig(ConfigModel):
@@ -27,7 +27,7 @@ class ModelConfig(ConfigModel):
 
 
 class PreprocessConfig(ConfigModel):
-    """How a teacher was given its images, where that differs from the student's batch.
+    """How the teacher's images are preprocessed, where that differs from the student's batch.
 
     The student's batch is first turned back into pixel values: 0 to 1 for 8-bit images, the
     data's own values for floats. The keys are then applied in their order, with the normalization
@@ -36,7 +36,7 @@ class PreprocessConfig(ConfigModel):
     """
 
     channels: Literal[1, 3] | None = None
-    """Grey is repeated three times; colour becomes its luma."""
+    """Number of channels: grey is repeated three times; colour becomes its luma."""
     channel_order: Literal["rgb", "bgr"] = "rgb"
     """The order of the colour channels."""
     image_size: tuple[PositiveInt, PositiveInt] | None = None
@@ -44,11 +44,11 @@ class PreprocessConfig(ConfigModel):
     interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
     """How images are resized."""
     scale: PositiveFloat | None = None
-    """What pixel values are multiplied by: 255 for a teacher of values from 0 to 255."""
+    """Factor of the pixel values: 255 for a teacher that takes values from 0 to 255."""
     mean: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
     """One number for all channels, or one for each in the teacher's order."""
     std: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] | None = None
-    """Likewise."""
+    """Standard deviation, in the same form as ``mean``."""
     layout: Literal["nchw", "nhwc"] = "nchw"
     """The order of the axes: N samples, C channels, height, width."""
 
@@ -59,10 +59,10 @@ class PreprocessConfig(ConfigModel):
 
 
 TEACHERS_OWN = "teacher"
-"""The student's ``model`` that is the teacher's network with the teacher's weights."""
+"""The student's ``model`` that stands for the teacher's network with its weights."""
 
 HUBS = ("timm:", "transformers:")
-"""Prefixes of model names whose networks come with their weights."""
+"""Prefixes of model names whose networks include trained weights."""
 
 
 class TeacherConfig(ModelConfig):
@@ -73,10 +73,10 @@ class TeacherConfig(ModelConfig):
     checkpoint: str | None = None
     """Weights of ``model``: safetensors, or a state dict, loaded with ``weights_only``."""
     checkpoint_key: str | None = None
-    """Which of several sets of weights in the checkpoint is meant, such as ``state_dict_ema``."""
+    """Which of several sets of weights in the checkpoint is loaded, such as ``state_dict_ema``."""
     prefix: str | None = None
-    """What the names of the weights in the checkpoint begin with, such as ``teacher.``; found by
-    itself where it is the same for all.
+    """Prefix of the weights' names in the checkpoint, such as ``teacher.``; detected where
+    it is the same for all.
     """
     onnx: str | None = None
     """An ONNX file used as a black box, with its own input names and external data; without
@@ -91,20 +91,20 @@ class TeacherConfig(ModelConfig):
     classes: Annotated[tuple[str, ...], Field(min_length=2)] | None = None
     """The names of its outputs in their order, as the data name their classes (or number them,
     where they have no names); outputs with other names are left out. Without it the order is read
-    from the checkpoint or the ONNX file where it says one.
+    from the checkpoint or the ONNX file where that records one.
     """
     output: OutputForm | None = None
-    """What its numbers are; recognized without it."""
+    """What its outputs are; detected when left out."""
     preprocess: PreprocessConfig | None = None
-    """How its images were prepared, where that differs from the student's."""
+    """How its images are preprocessed, where that differs from the student's."""
 
     @field_validator("classes", mode="before")
     @classmethod
     def _names(cls, value: Any) -> Any:
         if not isinstance(value, list | tuple):
             return value
-        # YAML reads the class names 3 and 0.5 as numbers; true and false it may have made of a
-        # name as well, which cannot be told any more.
+        # YAML reads the class names 3 and 0.5 as numbers; a true or false may have been a
+        # name as well, which cannot be recovered.
         return [str(v) if type(v) in (int, float) else v for v in value]
 
     @model_validator(mode="after")
@@ -145,8 +145,8 @@ class PruneConfig(ConfigModel):
 class StudentConfig(ModelConfig):
     """Section ``student``: the network that is shipped.
 
-    ``model: teacher`` is the teacher's own network with its weights, to be pruned or to be
-    quantized as it is.
+    ``model: teacher`` is the teacher's network with its weights, to be pruned or
+    quantized unchanged.
     """
 
     model: str
@@ -154,13 +154,13 @@ class StudentConfig(ModelConfig):
     checkpoint: str | None = None
     """Weights to start from."""
     checkpoint_key: str | None = None
-    """Which of several sets of weights in the checkpoint is meant, such as ``state_dict_ema``."""
+    """Which of several sets of weights in the checkpoint is loaded, such as ``state_dict_ema``."""
     prefix: str | None = None
-    """What the names of the weights in the checkpoint begin with, such as ``teacher.``; found by
-    itself where it is the same for all.
+    """Prefix of the weights' names in the checkpoint, such as ``teacher.``; detected where
+    it is the same for all.
     """
     prune: PruneConfig | None = None
-    """Remove channels first, and distill the teacher back into what remains. Needs trained
+    """Remove channels first, then distill the teacher into the pruned network. Needs trained
     weights: the teacher's or a checkpoint's.
     """
 

@@ -1,4 +1,4 @@
-"""A pipeline: the whole YAML file, its data and its benchmark section."""
+"""The model of a pipeline file, with its data and benchmark sections."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ class DataConfig(ConfigModel):
     """File or folder of the source, relative to the pipeline file."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Arguments of the source, and ``normalize: false``, which leaves floats as they are;
-    ``layout``, which says what the axes of the inputs are where it is not plain: ``nchw`` or
+    ``layout``, which declares the axes of the inputs where they are ambiguous: ``nchw`` or
     ``nhwc`` (images), ``nhw`` (grey images), ``nct`` or ``ntc`` (signals: channels, time), ``nt``
     (one channel), ``nf`` (features), or a mapping by input name. ``image-folder`` takes ``mode:
     L`` (grey) and ``splits``: the folder of each split, or false when the folders are classes.
     """
     targets: tuple[str, ...] | None = None
-    """Names of the arrays to be learnt, where they are not the task's usual ones."""
+    """Names of the target arrays, where they are not the task's defaults."""
     classes: Literal["observed"] | tuple[int | str, ...] | dict[int | str, str] | None = None
-    """The values that the labels have, numbers or text, in the order of the classes; a mapping
+    """The values of the labels, numbers or text, in the order of the classes; a mapping
     ``{1: cat, 2: dog}`` names them. ``observed`` takes all that occur, in order.
     """
     label_format: Literal["index", "one-hot", "probabilities"] | None = None
-    """In which form the labels come where it is not plain: ``index`` (each number is a class),
+    """Form of the labels where it is ambiguous: ``index`` (each number is a class),
     ``one-hot``, or ``probabilities`` (the largest of each row is the class).
     """
     unlabelled: int | str = -1
-    """The label of samples that have none."""
+    """The value that marks unlabelled samples."""
     validation: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Fraction cut from the training split for validation, stratified where there are labels;
+    """Fraction split off the training split for validation, stratified where there are labels;
     unused when the source has a validation split.
     """
     test: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Fraction cut off as test split when the source has none."""
+    """Fraction split off as test split when the source has none."""
     labelled: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the training and validation labels that is kept; the other samples are taught by
+    """Share of the training and validation labels that is used; the other samples are learned from
     the teacher alone. A label of −1, or no label at all, is unlabelled too.
     """
     image_size: tuple[PositiveInt, PositiveInt] | None = None
@@ -67,14 +67,14 @@ class DataConfig(ConfigModel):
 
 
 class BenchmarkConfig(ConfigModel):
-    """Section ``benchmark``: how long to measure, and against what."""
+    """Section ``benchmark``: how long to measure, and what to compare with."""
 
     against: Literal["teacher", "none"] = "teacher"
     """``teacher``: measured in interleaved rounds with the student; ``none``: the student alone."""
     batch_size: PositiveInt = 1
     """Samples of one query."""
     min_queries: PositiveInt = 1000
-    """Timed queries of each model, unless ``max_seconds`` are over before."""
+    """Timed queries of each model, unless ``max_seconds`` are reached first."""
     max_seconds: PositiveFloat = 60.0
     """Limit of the time for all queries."""
 
@@ -120,7 +120,7 @@ class PipelineConfig(ConfigModel):
 
     @property
     def loss_terms(self) -> tuple[LossTerm, ...]:
-        """The terms of the student's objective: the file's, or soft labels for the task.
+        """The terms of the student's objective: those of the file, else the task's defaults.
 
         A tenth against the labels and nine tenths against the teacher; continuous outputs have
         no classes, so both are distances there.

@@ -1,6 +1,6 @@
-"""The device profile: what a device has, how a model is run on it, and what it may cost.
+"""The device profile: a device's hardware, how a model is run on it, and its budgets.
 
-Every figure says its source; one that was recalled and not looked up says ``verified: false``,
+Every figure states its source; one that was recalled and not looked up has ``verified: false``,
 and one that is uncertain is left out. MB are 10⁶ bytes.
 """
 
@@ -28,7 +28,7 @@ Source = Literal[
     "this-machine",
 ]
 """Where a figure is from. ``derived``: computed from others; ``recalled``: from memory, not looked
-up; ``convention``: a choice of whoever wrote the profile; ``this-machine``: read from the system.
+up; ``convention``: chosen by the profile's author; ``this-machine``: read from the system.
 """
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
@@ -43,7 +43,7 @@ HOST_USABLE = 0.8
 
 
 class SourcedValue(ConfigModel):
-    """What every statement in a profile carries: its source, and whether it was looked up."""
+    """Base of every sourced value in a profile: its source, and whether it was looked up."""
 
     source: Source
     """Where the figure is from."""
@@ -86,9 +86,9 @@ class Memory(ConfigModel):
     """Memory in MB. On a Jetson GPU and CPU share it; on a desktop it is the GPU's own."""
 
     total_mb: Quantity
-    """All of it."""
+    """Total memory."""
     usable_mb: Quantity
-    """What the operating system and its services leave for models."""
+    """Memory that the operating system and its services leave for models."""
 
     @model_validator(mode="after")
     def _usable_is_a_part(self) -> Memory:
@@ -122,14 +122,14 @@ class Compute(ConfigModel):
         dense, sparse = self.int8_dense_tops, self.int8_sparse_tops
         if dense and sparse and sparse.value < SPARSE_OVER_DENSE * dense.value:
             raise ValueError(
-                f"int8_dense_tops = {dense.value:g} beside int8_sparse_tops = {sparse.value:g}: "
+                f"int8_dense_tops = {dense.value:g} next to int8_sparse_tops = {sparse.value:g}: "
                 "the dense figure is about half of the sparse one"
             )
         return self
 
 
 class Cpu(ConfigModel):
-    """The processor: how many cores a program can use, and what they are."""
+    """The processor: the usable cores and its name."""
 
     cores: Quantity
     """Number of cores."""
@@ -141,7 +141,7 @@ class Gpu(ConfigModel):
     """The GPU; the compute capability is written ``"8.7"``."""
 
     compute_capability: Text
-    """Such as ``"8.7"``, in quotes."""
+    """The compute capability, such as ``"8.7"``, in quotes."""
 
 
 class PowerMode(SourcedValue):
@@ -157,13 +157,13 @@ class Runtime(ConfigModel):
     """How models are run there."""
 
     engine: Literal["onnxruntime", "tensorrt"]
-    """The runtime that serves the device best."""
+    """The preferred runtime of the device."""
     providers: tuple[str, ...] = ()
     """ONNX Runtime's execution providers, the preferred first, for when ONNX Runtime runs the
     model. Only ``host`` leaves them out.
     """
     threads: PositiveInt | None = None
-    """Left out, the runtime chooses."""
+    """Threads within an operator. Left out, the runtime chooses."""
     jetpack: Text | None = None
     """JetPack version."""
     tensorrt: Text | None = None
@@ -173,18 +173,20 @@ class Runtime(ConfigModel):
 
 
 class Budget(ConfigModel):
-    """What one model may cost there when the pipeline says nothing else."""
+    """Default budgets of one model, for keys that the pipeline's ``gate`` leaves out."""
 
     latency_ms: Quantity | None = None
-    """One query."""
+    """Largest latency of one query, in ms."""
     memory_mb: Quantity | None = None
-    """Peak of the process above an empty one."""
+    """Largest peak memory of the process above an empty one, in MB."""
     storage_mb: Quantity | None = None
-    """The shipped files."""
+    """Largest size of the shipped files, in MB."""
 
 
 class Profile(ConfigModel):
-    """One device. Only ``host`` has no ``memory`` and ``cpu`` in its file: they are read here."""
+    """One device. Only ``host`` has no ``memory`` and ``cpu`` in its file: they are read from the
+    machine.
+    """
 
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
     """Name of the profile."""
@@ -209,7 +211,7 @@ class Profile(ConfigModel):
     runtime: Runtime
     """How models are run there."""
     budget: Budget = Budget()
-    """What one model may cost."""
+    """Default budgets of one model."""
     note: str | None = None
     """A remark."""
 
@@ -234,7 +236,7 @@ class Profile(ConfigModel):
         yield from _statements(self, "")
 
     def unverified(self) -> list[tuple[str, SourcedValue]]:
-        """The statements that nobody looked up yet."""
+        """The sourced values that are not verified."""
         return [(key, stated) for key, stated in self.statements() if not stated.verified]
 
 
@@ -262,10 +264,10 @@ def load_profile(name_or_path: str, base: Path | None = None) -> Profile:
 
     Args:
         name_or_path: a shipped profile's name (``raspberry-pi-5``), or a YAML file.
-        base: the folder that a relative path is meant from; None is the current folder.
+        base: the folder that a relative path is relative to; None is the current folder.
 
     Returns:
-        The profile; that of kind ``host`` is filled with what this machine has.
+        The profile; that of kind ``host`` is filled with this machine's figures.
 
     Raises:
         InputError: no shipped profile has this name (the nearest is suggested), or the file is
@@ -289,8 +291,8 @@ def _filled(profile: Profile) -> Profile:
     """A ``host`` profile with this machine's memory, processor and providers."""
     machine = this_machine()
     here: Source = "this-machine"
-    # A fixed share and not what is free at this moment: a profile is part of what a benchmark is
-    # fingerprinted by, and the same machine must give the same profile.
+    # A fixed share, not the memory free at the moment: the profile is part of a benchmark's
+    # fingerprint, and the same machine must give the same profile.
     memory = Memory(
         total_mb=Quantity(value=machine.memory_mb, source=here),
         usable_mb=Quantity(

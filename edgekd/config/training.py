@@ -12,8 +12,8 @@ from edgekd.config.renamed import current_loss
 
 
 class Schedule(ConfigModel):
-    """A number that changes from ``start`` to ``end`` and then stays: ``{start: 0, end: 8, over:
-    0.1}`` is a warm-up over the first tenth of the training.
+    """A number that changes from ``start`` to ``end`` and then stays constant: ``{start: 0, end: 8,
+    over: 0.1}`` is a warm-up over the first tenth of the training.
     """
 
     start: float
@@ -21,12 +21,12 @@ class Schedule(ConfigModel):
     end: float
     """Last value."""
     over: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the training that the change takes."""
+    """Share of the training over which it changes."""
     shape: Literal["linear", "cosine"] = "linear"
-    """Form of the change."""
+    """Shape of the course between them."""
 
     def at(self, part: float) -> float:
-        """Its value when ``part`` of the training is done, from 0 to 1."""
+        """Its value after the share ``part`` of the training, from 0 to 1."""
         share = min(1.0, part / self.over)
         if self.shape == "cosine":
             share = (1 - math.cos(math.pi * share)) / 2
@@ -57,11 +57,11 @@ class TrainConfig(ConfigModel):
     clip_norm: PositiveFloat | None = None
     """Largest norm of the gradient. Left out: not clipped."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Decay per step of an exponential moving average of the weights, which is then what is
-    validated and kept. Left out: no average.
+    """Decay per step of an exponential moving average of the weights, which are then
+    validated and saved. Left out: no average.
     """
     accumulate: PositiveInt = 1
-    """Batches that make one optimizer step."""
+    """Number of batches per optimizer step (gradient accumulation)."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of forward and backward passes (automatic mixed precision)."""
     compile: bool = False
@@ -69,22 +69,22 @@ class TrainConfig(ConfigModel):
     patience: PositiveInt | None = None
     """Stop after this many epochs without a better validation. Left out: never early."""
     channels_last: bool = True
-    """Whether images are held in channels-last memory format, which is faster for convolutions."""
+    """Whether images are in channels-last memory format, which is faster for convolutions."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the probability spread evenly over all classes by the loss on hard labels."""
 
 
-def _one_name(value: Any, kind: str, example: str, beside: tuple[str, ...] = ()) -> Any:
+def _one_name(value: Any, kind: str, example: str, other_keys: tuple[str, ...] = ()) -> Any:
     """``name`` or ``{name: {arguments}, …}`` as written in YAML, as a mapping with the two keys."""
     if isinstance(value, str):
         return {"name": value}
     if not isinstance(value, dict) or not value or "name" in value:
         return value
-    names = [key for key in value if key not in beside]
+    names = [key for key in value if key not in other_keys]
     if len(names) != 1:
         found = ", ".join(map(str, names)) or "none"
         raise ValueError(f"{kind} names one thing, e.g. {example}; here: {found}")
-    rest = {key: value[key] for key in beside if key in value}
+    rest = {key: value[key] for key in other_keys if key in value}
     return {"name": names[0], "args": value[names[0]] or {}, **rest}
 
 
@@ -140,7 +140,7 @@ class CacheConfig(ConfigModel):
     views: PositiveInt = 8
     """Number of different augmentations of each sample, used in turn."""
     top: PositiveInt = 10
-    """Number of logits kept of each output, with the logsumexp of the rest; all of them when there
+    """Number of logits stored per output, with the logsumexp of the rest; all of them when there
     are no more classes.
     """
     folder: str | None = None

@@ -1,4 +1,4 @@
-"""A YAML file together with the line of each of its keys, so that an error can point at it."""
+"""A YAML file together with the line of each of its keys, for error messages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(
                     None,
                     None,
-                    f"the key {key!r} stands twice (also in line {seen[key]})",
+                    f"the key {key!r} is given twice (also in line {seen[key]})",
                     key_node.start_mark,
                 )
             seen[key] = line
@@ -48,14 +48,14 @@ def parse_scalar(text: str) -> Any:
 
 @dataclass
 class YamlSource:
-    """The content of a YAML file, and where each key stands in it."""
+    """The content of a YAML file, and the line of each key."""
 
     path: Path
     content: dict[str, Any]
     root: yaml.Node
 
     def line(self, location: Location) -> int:
-        """The 1-based line of a key; of its nearest parent that the file has, if it has not."""
+        """The 1-based line of a key; if the file lacks it, of its nearest parent."""
         node, line = self.root, self.root.start_mark.line + 1
         for part in location:
             if isinstance(node, yaml.MappingNode):
@@ -99,7 +99,7 @@ def read_yaml(path: Path) -> YamlSource:
         raise InputError(
             f"this is not valid YAML: {error.problem}",
             where=f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path),
-            remedy="mend the line; indentation is by spaces",
+            remedy="fix the line; indentation is by spaces",
         ) from error
     except yaml.YAMLError as error:
         raise InputError(
@@ -107,7 +107,7 @@ def read_yaml(path: Path) -> YamlSource:
         ) from error
     if root is None or not isinstance(content, dict):
         raise InputError(
-            "the file holds no mapping of keys",
+            "the file is not a mapping of keys",
             where=str(path),
             remedy="write 'key: value' lines; 'edgekd init' writes an example",
         )
