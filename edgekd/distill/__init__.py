@@ -1,1 +1,1 @@
-"""The heart: losses, objective, teachers and the training loop."""
+"""Losses, objective, teachers and the training loop."""

@@ -1,4 +1,4 @@
-"""What brings a student's feature to the shape of a teacher's.
+"""Adapters: modules that map a student's feature to the shape of a teacher's.
 
 A feature is a map (B, C, H, W), a sequence (B, T, F) or a vector (B, F). Modules are made once,
 from the captured shapes, and are trained with the student; the exported student has none of them.
@@ -36,7 +36,7 @@ def adapter(
     relu: bool = False,
     always: bool = False,
 ) -> nn.Module:
-    """The student's channels turned into the teacher's; heights and widths stay as they are.
+    """A module from the student's channels to the teacher's; heights and widths are unchanged.
 
     A 1x1 convolution for maps, a linear layer for sequences and vectors.
 
@@ -45,7 +45,7 @@ def adapter(
         teacher: the captured shape.
         batch_norm: a batch norm after the convolution.
         relu: a ReLU at the end of a map's adapter, for a teacher that is never negative.
-        always: also when the channels are equal; without it they are left alone.
+        always: also when the channels are equal; otherwise those need no adapter.
 
     Raises:
         InputError: the shapes differ in rank or in sequence length.
@@ -86,14 +86,14 @@ def regressor(student: Shape, teacher: Shape) -> nn.Module:
 class AttentionFusion(nn.Module):
     """One level of knowledge review (Chen et al. 2021, section 3.3): a layer and all deeper ones.
 
-    The layer and what the deeper levels left are weighted, position by position, by two attention
-    maps made from both, and added.
+    The layer and the fused feature of the deeper levels are weighted, position by position, by two
+    attention maps made from both, and added.
 
     Args:
         student: the student's channels.
-        teacher: the channels to give.
+        teacher: the output channels.
         width: the channels in which levels are fused.
-        deepest: nothing is deeper; the layer is passed on as it is.
+        deepest: there is no deeper level; the layer is passed on unchanged.
     """
 
     def __init__(self, student: int, teacher: int, width: int, deepest: bool) -> None:
@@ -107,11 +107,11 @@ class AttentionFusion(nn.Module):
     def forward(
         self, feature: Tensor, deeper: Tensor | None, size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
-        """The level's answer and what it leaves to the shallower one.
+        """The level's output and the fused feature for the next shallower level.
 
         Args:
             feature: the student's layer (B, C, H, W).
-            deeper: what the next deeper level left; None for the deepest.
+            deeper: the fused feature of the next deeper level; None for the deepest.
             size: the teacher's height and width.
 
         Returns:
@@ -130,7 +130,7 @@ class AttentionFusion(nn.Module):
 def pool_to_smaller(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Two maps averaged down to the smaller height and the smaller width.
 
-    Sequences and vectors stay as they are.
+    Sequences and vectors are returned unchanged.
     """
     if first.ndim != 4 or second.ndim != 4:
         return first, second
@@ -155,7 +155,7 @@ def resize(feature: Tensor, like: Tensor) -> Tensor:
 
 
 def check_same_kind(student: Shape, teacher: Shape) -> None:
-    """Whether an adapter can be made at all.
+    """Check that the two shapes can be matched by an adapter.
 
     Raises:
         InputError: the shapes differ in rank or in sequence length, or are of no known kind.
@@ -174,7 +174,7 @@ def check_same_kind(student: Shape, teacher: Shape) -> None:
 
 
 def check_same_shape(student: Tensor, teacher: Tensor, remedy: str = SAME_LAYERS) -> None:
-    """Broadcasting would silently give a wrong loss.
+    """Check that both shapes are equal: broadcasting would silently give a wrong loss.
 
     Raises:
         InputError: the shapes differ.
@@ -184,7 +184,7 @@ def check_same_shape(student: Tensor, teacher: Tensor, remedy: str = SAME_LAYERS
 
 
 def check_maps(student: Tensor, teacher: Tensor) -> None:
-    """Whether both are maps of the same samples; channels, height and width may differ.
+    """Check that both are maps of the same samples; channels, height and width may differ.
 
     Raises:
         InputError: one is no map, or the batches differ.
@@ -194,7 +194,7 @@ def check_maps(student: Tensor, teacher: Tensor) -> None:
             tuple(student.shape),
             tuple(teacher.shape),
             "are not two maps (B, C, H, W) of the same samples",
-            "name layers that give maps",
+            "name layers that output maps",
         )
 
 

@@ -1,7 +1,7 @@
-"""The teacher cache: a teacher answers each view of each sample once, whoever asks again.
+"""The teacher cache: a teacher is run once for each view of each sample.
 
-:func:`fill_cache` asks for what is missing; the teacher it gives reads from the disk. A folder
-may be shared: several runs, at once too, fill it once.
+:func:`fill_cache` computes what is missing; the teacher that it returns reads from disk. A folder
+may be shared by several, also concurrent, runs.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from edgekd.spec import SAMPLE, VIEW, TensorSpec
 
 BLOCK_SAMPLES = 4096
 HELD_BYTES = 64 << 20
-"""A cache of at most so many bytes stays in memory once it is read: in each process, and of each
+"""Largest cache, in bytes, that is held in memory once it is read: per process and per
 teacher of an ensemble."""
 
 
 class ViewSource(Protocol):
-    """What delivers the same augmentation of a sample again."""
+    """A source that can reproduce an augmentation of a sample."""
 
     @property
     def samples(self) -> int:
@@ -61,34 +61,34 @@ def fill_cache(
     progress: Progress,
     block_samples: int = BLOCK_SAMPLES,
 ) -> CachedTeacher:
-    """Ask the teacher for each (sample, view) that is not yet on disk.
+    """Run the teacher for each (sample, view) that is not yet on disk.
 
-    The answers lie in ``root/<first 16 digits of their key>``; the key is of everything that
-    they depend on, so that a changed teacher, preprocessing or data set never meets old ones.
-    More views of the same answers are added to those that are there. A kill at any moment loses
+    The outputs are in ``root/<first 16 digits of their key>``; the key covers everything that
+    they depend on, so that a changed teacher, preprocessing or data set never reads stale outputs.
+    Further views are added to an existing cache. A kill at any moment loses
     at most the unfinished block.
 
     Args:
-        teacher: asked here, and again where a block turns out to be damaged later.
+        teacher: run here, and again where a block turns out to be damaged later.
         loader: the training samples.
-        root: the folder of all caches; made if need be.
-        outputs: what is kept of an answer, batch dimension first.
+        root: the folder of all caches; created if missing.
+        outputs: the outputs to store, batch dimension first.
         logits: the names of the outputs that are class logits, and may be shortened.
         views: how many augmentations of each sample.
-        top: of class logits as many of the largest are kept; see :class:`LogitCodec`.
+        top: number of the largest class logits stored; see :class:`LogitCodec`.
         seed: of the augmentations.
         data: the training data's fingerprint.
         augment: the augmentations' configuration, as JSON.
         preprocess: how raw data become inputs, as JSON.
-        progress: told of the samples answered, and when another run is waited for.
-        block_samples: samples that share a checksum.
+        progress: receives the number of finished samples, and a message when another run is waited
+        for. block_samples: samples that share a checksum.
 
     Returns:
-        The teacher that answers from the disk.
+        The teacher that reads its outputs from disk.
 
     Raises:
         InputError: an output is missing or of another shape; the folder holds something else.
-        StageError: an answer is NaN or infinite; the disk is too small or cannot be written.
+        StageError: an output is NaN or infinite; the disk is too small or cannot be written.
     """
     layout = LogitCodec(outputs, logits, top)
     parts = {
@@ -108,7 +108,7 @@ def fill_cache(
     asked = _Asked(teacher, loader, layout, file, seed)
     if not file.header_fits() or file.missing(views):
         with file.writing(progress.message):
-            # Looked at again: whoever held the lock may have filled it.
+            # Checked again: the previous holder of the lock may have filled it.
             file.header_fits()
             missing = file.missing(views)
             _check_room(file, missing)
@@ -122,16 +122,18 @@ def fill_cache(
 
 
 def cache_key(parts: Mapping[str, Any]) -> str:
-    """The SHA-256 of what answers depend on (JSON) and of the format, whatever the keys' order."""
+    """The SHA-256 of what the outputs depend on (JSON) and of the format, independent of key
+    order.
+    """
     text = json.dumps({**parts, "schema": SCHEMA}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 class CachedTeacher:
-    """A teacher's answers from the disk; made by :func:`fill_cache`.
+    """A teacher's outputs read from disk; made by :func:`fill_cache`.
 
     Each block's checksum is verified when the first of its records is read. A damaged block is
-    not an answer: the teacher is asked for it again, there and then. A small cache stays in
+    recomputed by the teacher immediately. A small cache stays in
     memory once it is read; of a large one each record is read when it is asked for.
     """
 
@@ -148,7 +150,7 @@ class CachedTeacher:
 
     @property
     def digest(self) -> str:
-        """The wrapped teacher's."""
+        """The digest of the wrapped teacher."""
         return self._asked.teacher.digest
 
     def answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -161,8 +163,8 @@ class CachedTeacher:
         """
         if SAMPLE not in batch or VIEW not in batch:
             raise InputError(
-                f"the batch lacks {SAMPLE} or {VIEW}: there is no telling which answer is meant",
-                remedy="ask the cache about training batches only",
+                f"the batch lacks {SAMPLE} or {VIEW}: the cached outputs cannot be identified",
+                remedy="use the cache for training batches only",
             )
         samples = _within(batch[SAMPLE], self._file.samples, "sample", self.folder)
         views = _within(batch[VIEW], self._views, "view", self.folder)
@@ -171,10 +173,10 @@ class CachedTeacher:
         return self._asked.layout.decode(records, batch[SAMPLE].device)
 
     def watch(self, layers: Collection[str]) -> None:
-        """See :class:`edgekd.distill.teacher.Teacher`."""
+        """Refuse layers: the cache has outputs only (raises InputError)."""
         if layers:
             raise InputError(
-                f"the teacher cache keeps outputs, and layers are asked for: {', '.join(layers)}",
+                f"the teacher cache has outputs only, and layers are needed: {', '.join(layers)}",
                 where="distill.cache",
                 remedy="set distill.cache: false, or use losses on the teacher's outputs",
             )
@@ -188,7 +190,7 @@ class CachedTeacher:
             taken = self._file.take(rows.tolist())
             if taken is not None:
                 return np.frombuffer(taken, self._asked.layout.dtype)
-            # Cut off or removed since it was verified.
+            # Truncated or removed since it was verified.
             self._verified[:] = False
         raise self._unreadable("the teacher cache")
 
@@ -198,7 +200,7 @@ class CachedTeacher:
             with self._file.writing(self._progress.message):
                 if self._file.read(block) is None:
                     self._progress.message(
-                        f"{self._file.describe(block)} is damaged: asking the teacher again"
+                        f"{self._file.describe(block)} is damaged: running the teacher again"
                     )
                     self._asked.fill([block], lambda n: None)
             content = self._file.read(block)
@@ -219,7 +221,7 @@ class CachedTeacher:
 
 
 class _Asked:
-    """A teacher, what it is asked about, and where its answers go."""
+    """A teacher, the loader of its inputs, and the file for its outputs."""
 
     def __init__(
         self,
@@ -236,9 +238,9 @@ class _Asked:
         self._seed = seed
 
     def fill(self, blocks: Sequence[int], done: Callable[[int], None]) -> None:
-        """Ask for these blocks, ascending, and write each as soon as it is whole."""
+        """Compute these blocks, ascending, and write each as soon as it is complete."""
         per_view = self.file.blocks_per_view
-        # Neighbours in a view differ from their position by the same number.
+        # Within a run of consecutive blocks, sample number minus position is constant.
         runs = groupby(enumerate(blocks), lambda pair: (pair[1] // per_view, pair[1] - pair[0]))
         for _, run in runs:
             neighbours = [block for _, block in run]
@@ -266,8 +268,8 @@ class _Asked:
             if at == stop:
                 return
         raise StageError(
-            f"the loader did not give sample {at} of view {view} in its turn",
-            remedy="report this: view() must give all samples from its start, in their order",
+            f"the loader did not return sample {at} of view {view} in order",
+            remedy="report this: view() must return all samples from its start, in order",
         )
 
 
@@ -276,9 +278,9 @@ def _check_room(file: CacheStore, blocks: Sequence[int]) -> None:
     free = disk_usage(file.folder).free
     if needed > free:
         raise StageError(
-            f"the teacher's answers need {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free",
+            f"the teacher's outputs need {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free",
             where=str(file.folder),
-            remedy="make room, name another folder in distill.cache.folder, or lower "
+            remedy="free space, name another folder in distill.cache.folder, or lower "
             "distill.cache.views or distill.cache.top",
         )
 

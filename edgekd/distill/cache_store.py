@@ -1,15 +1,16 @@
-"""The teacher cache on disk: records in blocks, each with a checksum, safe against any kill.
+"""The teacher cache on disk: records in blocks, each with a checksum, safe against a kill at any
+time.
 
 A folder holds
 
 - ``answers.bin``: the records of view 0, sample after sample, then those of view 1, …;
 - ``blocks.bin``: per block of a view's samples how many were written and their CRC-32, 8 bytes;
-- ``header.json``: what the answers are of, for a person and as a check;
-- ``.lock``: held by whoever writes. Readers need no lock.
+- ``header.json``: what the outputs depend on, readable and as a check;
+- ``.lock``: held by the writer. Readers need no lock.
 
 A block's checksum is written after its records have reached the disk, and covers the cache's
-key and the block's place too: what is half written, cut off, rotten, in the wrong place or of
-another cache is never taken for an answer.
+key and the block's place too: a block that is half written, truncated, corrupt, in the wrong place
+or of another cache is never used.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ _BLOCK_BYTES = 4 << 20
 
 
 class CacheStore:
-    """The records of one cache. It holds no state: the disk is asked each time.
+    """The records of one cache. It holds no state: each call reads the disk.
 
     Args:
-        folder: of this cache alone.
-        key: the SHA-256 of everything the answers depend on.
-        record_bytes: of one sample in one view.
-        samples: of each view.
-        block_samples: at most as many share a checksum; fewer when records are large.
+        folder: the folder of this cache alone.
+        key: the SHA-256 of everything the outputs depend on.
+        record_bytes: size of one sample in one view.
+        samples: number of samples in each view.
+        block_samples: at most this many samples share a checksum; fewer when records are large.
     """
 
     def __init__(
@@ -69,15 +70,15 @@ class CacheStore:
         return stop - start
 
     def describe(self, block: int) -> str:
-        """A block in words."""
+        """A block's name for messages."""
         view, start, stop = self.place(block)
         return f"the teacher cache's block {block} (view {view}, samples {start} to {stop - 1})"
 
     def header_fits(self) -> bool:
-        """Whether there is a header, of these answers.
+        """Whether the folder has a header with this key.
 
         Raises:
-            InputError: there is one of other answers, or it is damaged.
+            InputError: the header has another key, or is damaged.
         """
         path = self.folder / HEADER
         try:
@@ -85,19 +86,19 @@ class CacheStore:
             if header["schema"] != SCHEMA:
                 raise ValueError(f"its schema is {header['schema']!r}, not {SCHEMA!r}")
             if header["key"] != self.key:
-                raise ValueError(f"its answers have the key {header['key']}, not {self.key}")
+                raise ValueError(f"its outputs have the key {header['key']}, not {self.key}")
         except FileNotFoundError:
             return False
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"the teacher cache cannot be used: {error}",
                 where=str(path),
-                remedy="remove its folder; the next run asks the teacher again",
+                remedy="remove its folder; the next run runs the teacher again",
             ) from error
         return True
 
     def write_header(self, content: Mapping[str, Any]) -> None:
-        """Write the header, at once or not at all; call it under :meth:`writing`."""
+        """Write the header, atomically; call it under :meth:`writing`."""
         header = {
             "schema": SCHEMA,
             "key": self.key,
@@ -117,7 +118,7 @@ class CacheStore:
             raise self._unwritable(error) from error
 
     def missing(self, views: int) -> list[int]:
-        """The blocks of the first ``views`` views that were not written or are cut off.
+        """The blocks of the first ``views`` views that were not written or are truncated.
 
         The records themselves are not read: see :meth:`read`.
         """
@@ -130,7 +131,7 @@ class CacheStore:
         ]
 
     def views_begun(self) -> int:
-        """How many views there are answers of."""
+        """Number of views on disk."""
         return -(-len(self._entries(0, None)) // self.blocks_per_view)
 
     def read(self, block: int) -> bytes | None:
@@ -145,10 +146,10 @@ class CacheStore:
         return content if whole else None
 
     def take(self, rows: Sequence[int]) -> bytes | None:
-        """The records of these rows (view · samples + sample), or None when some are cut off.
+        """The records of these rows (view · samples + sample), or None when some are truncated.
 
         Each is read by itself: a mapping would keep every page it touched resident, 1.3 GB of a
-        cache of 1.6 GB, and a file that is cut off under a mapping kills the process.
+        cache of 1.6 GB, and truncating a mapped file kills the process.
         """
         size = self.record_bytes
         try:
@@ -168,17 +169,17 @@ class CacheStore:
         entry = np.array((self.length(block), self._crc(block, content)), _ENTRY)
         try:
             _write(self.path, self._offset(block), content, durable=True)
-            # Not flushed: a checksum that a power cut takes away only costs the block.
+            # Not flushed: a checksum lost in a power cut only costs the block.
             _write(self.folder / BLOCKS, block * _ENTRY.itemsize, entry.tobytes(), durable=False)
         except OSError as error:
             raise self._unwritable(error) from error
 
     @contextmanager
     def writing(self, wait: Callable[[str], None]) -> Iterator[None]:
-        """The right to write, for one process and thread at a time.
+        """The write lock, for one process and thread at a time.
 
         Args:
-            wait: told what is waited for when another holds it.
+            wait: receives a message when another process holds the lock.
 
         Raises:
             StageError: the folder cannot be made or written.
@@ -201,10 +202,10 @@ class CacheStore:
     def _unwritable(self, error: OSError) -> StageError:
         kept = int(self._entries(0, None)["samples"].sum())
         return StageError(
-            f"the teacher's answers cannot be written: {error.strerror or error}",
+            f"the teacher's outputs cannot be written: {error.strerror or error}",
             where=str(self.folder),
-            remedy="make room on the disk, or name another folder in distill.cache.folder; "
-            f"{kept} answers are kept, and the next run asks only for the others",
+            remedy="free space on the disk, or name another folder in distill.cache.folder; "
+            f"{kept} samples are cached, and the next run computes only the others",
         )
 
     def _entries(self, start: int, count: int | None) -> NDArray[np.void]:
@@ -227,7 +228,7 @@ class CacheStore:
 
 
 def _read(path: Path, offset: int, length: int | None) -> bytes:
-    """What is there, possibly less than asked for; nothing where it cannot be read."""
+    """The bytes read, possibly fewer than requested; empty where the file cannot be read."""
     try:
         with path.open("rb") as file:
             file.seek(offset)
@@ -238,7 +239,7 @@ def _read(path: Path, offset: int, length: int | None) -> bytes:
 
 def _write(path: Path, offset: int, content: bytes, *, durable: bool) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
-    with open(descriptor, "wb") as file:  # noqa: PTH123 - opened without cutting it off
+    with open(descriptor, "wb") as file:  # noqa: PTH123 - opened without truncating it
         file.seek(offset)
         file.write(content)
         file.flush()

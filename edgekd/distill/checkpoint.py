@@ -39,7 +39,7 @@ class Epoch:
 
 @dataclass
 class History:
-    """All epochs, counted from 1; ``best_epoch`` is the one whose weights are kept."""
+    """All epochs, counted from 1; ``best_epoch`` is the one whose weights are saved."""
 
     metric: str
     higher_is_better: bool
@@ -62,12 +62,12 @@ class History:
 
     @property
     def kept(self) -> Epoch:
-        """The epoch whose weights are kept; ``epochs[-1]`` is the last one."""
+        """The epoch whose weights are saved; ``epochs[-1]`` is the last one."""
         return self.epochs[self.best_epoch - 1]
 
     @property
     def epochs_since_better(self) -> int:
-        """How many epochs have ended since validation last became better; equal is not better."""
+        """Number of epochs since validation last improved; an equal value is no improvement."""
         better_at, best = 0, None
         sign = 1 if self.higher_is_better else -1
         for row in self.epochs:
@@ -93,14 +93,14 @@ _VERSION = 3
 
 @dataclass
 class TrainingState:
-    """Everything that the next epoch depends on.
+    """The training state: everything that the next epoch depends on.
 
     Attributes:
-        run: what the training was asked for; a state of another run is not gone on with.
+        run: the configuration of the training; a state of another configuration is not resumed.
         model: the weights and buffers after the last epoch.
         objective: the weights and buffers of the loss terms' adapters.
         step: the state of :class:`edgekd.distill.step.Step`: optimizer, loss scale, average.
-        best: the weights and buffers of the best epoch; the averaged ones if they are averaged.
+        best: the weights and buffers of the best epoch; the averaged ones with EMA.
         history: the epochs so far.
     """
 
@@ -115,7 +115,7 @@ class TrainingState:
 def training_identity(
     model: nn.Module, objective: Objective, config: TrainConfig, seed: int, steps: int
 ) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be gone on with, as plain values."""
+    """The values that must be equal for a checkpoint to be resumed, as plain values."""
     return {
         "config": config.model_dump_json(),
         "seed": seed,
@@ -127,7 +127,7 @@ def training_identity(
 
 
 def output_scales(model: nn.Module) -> dict[str, Any]:
-    """How the networks inside scale their outputs, which their weights belong to."""
+    """The output scaling of the networks inside, part of what their weights mean."""
     names = ("output_scale", "output_offset")
     found = {
         key: buffer.tolist()
@@ -138,10 +138,10 @@ def output_scales(model: nn.Module) -> dict[str, Any]:
 
 
 def save_checkpoint(state: TrainingState, folder: Path) -> None:
-    """Write the state into a folder, at once or not at all.
+    """Write the state into a folder, atomically.
 
     Raises:
-        StageError: it cannot be written; what was there before is still there.
+        StageError: it cannot be written; an earlier checkpoint is still intact.
     """
     path = folder / NAME
     partial = folder / f"{NAME}.partial"
@@ -154,7 +154,7 @@ def save_checkpoint(state: TrainingState, folder: Path) -> None:
         "best": dict(state.best),
         "history": state.history.to_json(),
     }
-    # Through memory: torch's own writer reports a full disk as a riddle.
+    # Through memory: torch's own writer reports a full disk with a cryptic error.
     serialized = io.BytesIO()
     torch.save(content, serialized)
     try:
@@ -170,15 +170,15 @@ def save_checkpoint(state: TrainingState, folder: Path) -> None:
         raise StageError(
             f"the training state cannot be written: {error.strerror or error}",
             where=str(path),
-            remedy="make room on the disk; the next run goes on from the epoch before",
+            remedy="free space on the disk; the next run resumes from the epoch before",
         ) from error
 
 
 def load_checkpoint(folder: Path, run: Mapping[str, Any]) -> tuple[TrainingState | None, str]:
-    """The state to go on from.
+    """The state to resume from.
 
     Returns:
-        The state, or None; and why there is none although a file is there ("" if there is no
+        The state or None, and why an existing file was not used ("" if there is no
         file). A damaged file is no error: the training can start again.
     """
     path = folder / NAME

@@ -1,8 +1,8 @@
-"""Several processes as one: collectives, shares of a batch, synchronized batch norm.
+"""Training in several processes: collectives, sharded batches, synchronized batch norm.
 
-Every process goes through the same batches and takes its rows of each. What the network gives
-for them is gathered, so that the objective is that of the whole batch in every process, whatever
-it relates; the gradients are then averaged. A plain run is alone and imports none of this.
+Every process iterates over the same batches and takes its rows of each. The network's outputs
+are gathered, so that every process computes the objective of the complete batch, whatever rows
+it relates; the gradients are then averaged. A run in one process imports none of this.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Value = TypeVar("Value")
 _LONGEST_STEP = timedelta(minutes=30)
 
 _LONGEST_STAGE = timedelta(days=30)
-"""How long the others wait for the first process, which alone runs all other stages."""
+"""How long the other processes wait for the first process, which alone runs all other stages."""
 
 
 def training_device() -> torch.device:
-    """A CUDA device when there is one, else the CPU; ``ACCELERATE_USE_CPU=1`` keeps to that."""
+    """A CUDA device when there is one, else the CPU; ``ACCELERATE_USE_CPU=1`` forces the CPU."""
     if world_size() > 1:
         return open_process_group().device
     if not torch.cuda.is_available():
@@ -45,10 +45,10 @@ def training_device() -> torch.device:
 
 @cache
 def open_process_group() -> ProcessGroup:
-    """The processes of this run, which find each other here.
+    """Initialise the process group of this run.
 
     Raises:
-        StageError: they do not.
+        StageError: the processes cannot connect.
     """
     from accelerate import PartialState
 
@@ -57,29 +57,29 @@ def open_process_group() -> ProcessGroup:
         processes = ProcessGroup(state.process_index, state.num_processes, state.device)
     except (RuntimeError, ValueError) as error:
         raise StageError(
-            f"the {world_size()} processes did not find each other: {error}",
+            f"the {world_size()} processes could not connect to each other: {error}",
             where="WORLD_SIZE, RANK, MASTER_ADDR and MASTER_PORT in the environment",
             remedy="start them with torchrun",
         ) from error
-    # Left to the interpreter's end, the threads of a group may outlive it and abort the process.
-    # Not before: the others wait for this process's end
+    # Destroyed explicitly: the threads of a group may outlive the interpreter and abort the
+    # process. Not before: the others wait for this process's end
     # (:meth:`edgekd.pipeline.workers.Workers.follow`).
     atexit.register(processes.close)
     return processes
 
 
 class ProcessGroup:
-    """Processes of equal standing in a training; the first alone speaks and writes.
+    """The processes of a training; only the first (rank 0) prints and writes.
 
     Attributes:
-        rank: this one's number, from 0.
-        count: how many there are.
-        device: this one's.
+        rank: this process's number, from 0.
+        count: the number of processes.
+        device: this process's device.
     """
 
     def __init__(self, rank: int, count: int, device: torch.device) -> None:
         self.rank, self.count, self.device = rank, count, device
-        # Apart: a failed training's connections are cut while the others still hear why.
+        # A separate group: it still delivers the reason after a failed training's group is aborted.
         self.training: Any = torch.distributed.new_group(timeout=_LONGEST_STEP)
         self.control: Any = torch.distributed.new_group(backend="gloo", timeout=_LONGEST_STAGE)
 
@@ -102,10 +102,10 @@ class ProcessGroup:
         return {name: tensor[rows] for name, tensor in batch.items()}
 
     def all_gather(self, answers: Mapping[str, Tensor], total: int) -> dict[str, Tensor]:
-        """What all processes answered, (total, …) each, with its graph.
+        """The outputs of all processes, (total, …) each, with their graph.
 
         Raises:
-            InputError: an answer does not have a row per sample.
+            InputError: an output does not have a row per sample.
         """
         rows = self.rows(total)
         for name, answer in answers.items():
@@ -121,8 +121,8 @@ class ProcessGroup:
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace each gradient by its mean over the processes.
 
-        By hand and not by DistributedDataParallel, which learns from the outputs of a forward
-        which parameters take part; captured layers and adapters are none of these.
+        Not by DistributedDataParallel, which determines from the outputs of a forward
+        which parameters are used; captured layers and adapters are not among these.
         """
         gradients = [p.grad for p in parameters if p.grad is not None]
         by_type: dict[torch.dtype, list[Tensor]] = {}
@@ -143,35 +143,35 @@ class ProcessGroup:
         return total
 
     def broadcast_module(self, module: nn.Module) -> None:
-        """Give every process the first one's weights and buffers."""
+        """Broadcast the first process's weights and buffers."""
         for tensor in module.state_dict().values():
             plain = tensor.detach().to(self.device, memory_format=torch.contiguous_format)
             torch.distributed.broadcast(plain, src=0, group=self.training)
             tensor.copy_(plain)
 
     def broadcast_object(self, value: Value | None) -> Value:
-        """What the first process says; the others' ``value`` is not looked at."""
+        """Broadcast a value from the first process; the others' ``value`` is ignored."""
         said: list[Any] = [value]
         torch.distributed.broadcast_object_list(said, src=0, group=self.control)
         broadcast_object: Value = said[0]
         return broadcast_object
 
     def all_gather_object(self, value: Value) -> list[Value]:
-        """What each process says, in their order."""
+        """The value of each process, by rank."""
         said: list[Any] = [None] * self.count
         torch.distributed.all_gather_object(said, value, group=self.control)
         return said
 
     @contextmanager
     def own_draws(self, seed: int) -> Iterator[None]:
-        """Dropout of its own for this process's rows; the common random numbers are kept."""
+        """Seed dropout for this process's rows; the common random state is restored afterwards."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed((seed + self.rank * 0x9E3779B97F4A7C15) % 2**63)
             yield
 
     def abort(self) -> None:
-        """Leave the trainings for good: the others' next exchange fails instead of waiting."""
+        """Abort the training group: the others' next collective fails instead of waiting."""
         with suppress(RuntimeError, ValueError):
             torch.distributed.destroy_process_group(self.training)
         # The connections close with the last reference to the group.
@@ -179,7 +179,7 @@ class ProcessGroup:
         gc.collect()
 
     def close(self) -> None:
-        """Leave the other processes altogether."""
+        """Destroy all process groups."""
         with suppress(RuntimeError, ValueError):
             torch.distributed.destroy_process_group()
         self.training = self.control = None
@@ -192,7 +192,7 @@ class ProcessGroup:
         """All processes' rows, (total, …), without a graph."""
         ends = self._ends(total)
         sizes = [stop - start for start, stop in pairwise(ends)]
-        # Exchanges take equal sizes: the shorter ones are filled up.
+        # Collectives need equal sizes: shorter tensors are padded.
         padded = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
         padded[: len(tensor)] = tensor
         parts = [torch.empty_like(padded) for _ in sizes]
@@ -201,8 +201,8 @@ class ProcessGroup:
 
 
 class _Gathered(torch.autograd.Function):
-    """All processes' rows. Each computes the same objective from them, and so each takes its own
-    rows of the gradient, times the number of processes that the average divides by."""
+    """All processes' rows. Each computes the same objective from them, and so the backward takes
+    its own rows of the gradient, times the number of processes that the average divides by."""
 
     @staticmethod
     def forward(ctx: Any, mine: Tensor, processes: ProcessGroup, total: int) -> Tensor:
@@ -215,7 +215,7 @@ class _Gathered(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over processes; a summand counts in each process's result."""
+    """The sum over processes; the gradient is summed as well."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, processes: ProcessGroup) -> Tensor:
@@ -267,7 +267,7 @@ class SyncedBatchNorm(_BatchNorm):
         return normal.to(input.dtype)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any: the class that stands here in one process has checked it."""
+        """Accept any rank: the original class has checked the input."""
 
     @torch.no_grad()
     def _remember(self, mean: Tensor, variance: Tensor) -> None:
@@ -284,13 +284,13 @@ class SyncedBatchNorm(_BatchNorm):
 
 @contextmanager
 def synced_batch_norms(model: nn.Module, processes: ProcessGroup) -> Iterator[None]:
-    """Sync the batch norms of a model; afterwards they are as before.
+    """Sync the batch norms of a model; they are restored afterwards.
 
-    Only their class is another one meanwhile, so that names, weights and hooks stay. On CUDA it
-    is torch's own :class:`torch.nn.SyncBatchNorm`.
+    Only their class is replaced meanwhile, so that names, weights and hooks are preserved. On CUDA
+    it is torch's own :class:`torch.nn.SyncBatchNorm`.
 
     Raises:
-        InputError: a batch norm is of a class of its own.
+        InputError: a batch norm is of a custom class.
     """
     changed: list[tuple[_BatchNorm, type[_BatchNorm]]] = []
     for path, module in model.named_modules():

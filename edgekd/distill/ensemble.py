@@ -1,4 +1,4 @@
-"""Several teachers that answer as one."""
+"""An ensemble of teachers that acts as one teacher."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ Combine = Literal["mean", "confidence"]
 def member_shares(
     members: int, weights: Sequence[float] | None, combine: Combine, classes: bool, where: str
 ) -> list[float]:
-    """The members' weights with a sum of 1; arguments and errors as :class:`EnsembleTeacher`."""
+    """The members' weights, normalised to a sum of 1; arguments and errors as
+    :class:`EnsembleTeacher`.
+    """
     given = [1.0] * members if weights is None else list(weights)
     if not members or len(given) != members:
         raise InputError(
@@ -34,11 +36,11 @@ def member_shares(
         raise InputError(
             f"the weights are {', '.join(map(str, given))}",
             where=where,
-            remedy="give numbers above zero; leave out a teacher that is not to count",
+            remedy="give numbers above zero; remove a teacher that should not count",
         )
     if combine == "confidence" and not classes:
         raise InputError(
-            "there is no confidence in numbers, only in classes",
+            "confidence is defined for classes only, not for continuous outputs",
             where=where,
             remedy="write combine: mean",
         )
@@ -46,10 +48,10 @@ def member_shares(
 
 
 class EnsembleTeacher:
-    """The weighted mean of its members' answers.
+    """The weighted mean of its members' outputs.
 
-    For classes it is the mean of their probabilities, given as its logarithm, which is a valid
-    set of logits: softmax(log p) = p. Other outputs are averaged as they are.
+    For classes it is the mean of their probabilities, returned as its logarithm, which is a valid
+    set of logits: softmax(log p) = p. Other outputs are averaged directly.
 
     Args:
         members: at least one; all give the same outputs.
@@ -58,10 +60,10 @@ class EnsembleTeacher:
         weights: one above zero for each member, of which only the ratios matter; None: equal.
         combine: ``mean``; or ``confidence``: a member's weight for a sample is multiplied by
             ``exp(−H)``, H the entropy of its probabilities there: from 1 where it is certain down
-            to 1/C where it knows nothing. Labels are not looked at.
+            to 1/C where it is uniform. Labels are not used.
 
     Attributes:
-        digest: of the members' in their order, the weights and how they are combined.
+        digest: hash of the members' digests in order, the weights and the combination.
 
     Raises:
         InputError: no members, weights that do not fit, or confidence without classes.
@@ -90,7 +92,7 @@ class EnsembleTeacher:
 
     @torch.no_grad()
     def answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The combined outputs by name, and the first member's watched features.
+        """The combined outputs by name, and the first member's captured features.
 
         Raises:
             InputError: the members' outputs differ in name or shape.
@@ -107,12 +109,12 @@ class EnsembleTeacher:
         return combined
 
     def watch(self, layers: Collection[str]) -> None:
-        """Watch layers of the first member; see :class:`edgekd.distill.teacher.Teacher`."""
+        """Capture layers of the first member; see :class:`edgekd.distill.teacher.Teacher`."""
         self.members[0].watch(layers)
         self._layers = frozenset(map(layer_key, layers))
 
     def member_weights(self, log_p: Tensor) -> Tensor:
-        """How much each member counts, with a sum of 1 over the members.
+        """The weight of each member, with a sum of 1 over the members.
 
         Args:
             log_p: their log-probabilities (M, B, ..., C).
@@ -142,6 +144,6 @@ class EnsembleTeacher:
                     where=self._where,
                     remedy="all teachers must have the same classes or targets, in the same order",
                 )
-        # An ONNX member answers where the batch is, a module where its weights are.
+        # An ONNX member's outputs are on the batch's device, a module's on its weights' device.
         device = answers[0][name].device
         return torch.stack([at_least_float32(answer[name].to(device)) for answer in answers])

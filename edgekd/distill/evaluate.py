@@ -1,4 +1,4 @@
-"""Batches through a model: where they come from, how they are laid out, what they score."""
+"""Run batches through a model: batch sources, device and layout, scores."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from edgekd.tasks import Task
 
 
 class BatchSource(Protocol):
-    """What delivers batches: mappings from name to tensor, inputs and targets together."""
+    """A source of batches: mappings from name to tensor, inputs and targets together."""
 
     def epoch(self, seed: int, epoch: int) -> Iterator[Mapping[str, Tensor]]:
-        """The batches of an epoch, shuffled and augmented as (seed, epoch) say."""
+        """The batches of an epoch, shuffled and augmented by (seed, epoch)."""
         ...
 
     def ordered(self) -> Iterator[Mapping[str, Tensor]]:
-        """Every sample once, in order and as it is."""
+        """Every sample once, in order and without augmentation."""
         ...
 
     def __len__(self) -> int:
-        """Batches per epoch."""
+        """Number of batches per epoch."""
         ...
 
     @property
     def samples(self) -> int:
-        """Rows of the split."""
+        """Number of rows of the split."""
         ...
 
 
@@ -47,13 +47,13 @@ def score(
     """The task's score of each labelled sample, (N,) float64, in the source's order.
 
     Args:
-        answer: gives the outputs by name: a teacher's ``answer``, or a model in evaluation mode.
+        answer: returns the outputs by name: a teacher's ``answer``, or a model in evaluation mode.
         source: every sample of it that has a target is scored.
-        task: says what a score is.
+        task: defines the score.
 
     Raises:
         InputError: there is nothing to score.
-        StageError: an answer is NaN or infinite.
+        StageError: an output is NaN or infinite.
     """
     scores = []
     with torch.inference_mode():
@@ -65,7 +65,7 @@ def score(
     if len(found) == 0:
         raise InputError(
             f"there are no {'labelled ' if scores else ''}samples to score",
-            remedy="give labels, or a teacher whose answers stand for them"
+            remedy="give labels, or a teacher whose predictions replace them"
             if scores
             else "give more data",
         )
@@ -93,6 +93,6 @@ def prepared(
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's parameters are."""
+    """The device of a model's parameters."""
     first = next(model.parameters(), None)
     return first.device if first is not None else torch.device("cpu")

@@ -20,13 +20,15 @@ _ELEMENT = re.compile(r"^(?P<path>.*?)\[(?P<index>\d+)\]$")
 
 
 def layer_key(layer: str) -> str:
-    """The key of a layer's feature among a model's answers; no output is named so."""
+    """The key of a layer's feature among a model's outputs; no output has such a name."""
     return f"@{layer}"
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer as ``edgekd layers`` lists it; no shape: it gives no tensor, or was not run."""
+    """One layer as ``edgekd layers`` lists it; without a shape where it outputs no tensor or was
+    not run.
+    """
 
     path: str
     kind: str
@@ -35,12 +37,12 @@ class Layer:
 
 
 class FeatureExtractor:
-    """Keeps the outputs of named layers in each forward pass, with their graph.
+    """Captures the outputs of named layers in each forward pass, with their graph.
 
     Args:
-        model: the network; a :class:`DictModel` is looked into.
+        model: the network; a :class:`DictModel` is unwrapped.
         layers: module paths (``features.layers.2``); ``path[1]`` is the second tensor of a layer
-            that gives several. A mapping says for each where it is named, for errors.
+            that outputs several. A mapping gives for each its config path, for errors.
         where: whose layers they are (``student``, ``teacher``), for errors without a mapping.
 
     Raises:
@@ -60,10 +62,10 @@ class FeatureExtractor:
             self._handles.append(modules[path].register_forward_hook(self._keep(layer, index)))
 
     def take(self) -> dict[str, Tensor]:
-        """The features of the forward pass just done, by :func:`layer_key`; they are forgotten.
+        """The features of the forward pass just done, by :func:`layer_key`; clears them.
 
         Raises:
-            InputError: a layer was not run, was run twice, gives no tensor, or its output was
+            InputError: a layer was not run, was run twice, outputs no tensor, or its output was
                 changed in place afterwards, so that it is not the layer's feature any more.
         """
         seen, self._seen = self._seen, {}
@@ -71,7 +73,7 @@ class FeatureExtractor:
         for layer in self.layers:
             if layer not in seen:
                 raise InputError(
-                    f"the layer {layer!r} took no part in the forward pass",
+                    f"the layer {layer!r} is not run in the forward pass",
                     where=self._places[layer],
                     remedy="name a layer that is run",
                 )
@@ -87,7 +89,7 @@ class FeatureExtractor:
         return features
 
     def remove(self) -> None:
-        """Take the hooks off; the model is as before."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -95,7 +97,7 @@ class FeatureExtractor:
     def _keep(self, layer: str, index: int | None) -> Hook:
         def keep(module: nn.Module, inputs: Any, output: Any) -> None:
             if layer in self._seen:
-                # A forward that raised in its middle leaves what it had captured.
+                # A forward that raised leaves partial captures behind.
                 raise InputError(
                     f"the layer {layer!r} is run more than once in a forward pass",
                     where=self._places[layer],
@@ -104,7 +106,7 @@ class FeatureExtractor:
             tensor = _tensor(output, index)
             if tensor is None:
                 raise InputError(
-                    f"the layer {layer!r} gives {_described(output)}, not a tensor",
+                    f"the layer {layer!r} outputs {_described(output)}, not a tensor",
                     where=self._places[layer],
                     remedy=f"name an element of it, such as {_split(layer)[0]}[0]",
                 )
@@ -114,7 +116,7 @@ class FeatureExtractor:
 
 
 def list_layers(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Layer]:
-    """Every layer with its path, class and the shape it gives for a batch, in module order."""
+    """Every layer with its path, class and the shape of its output for a batch, in module order."""
     network = _network(model)
     shapes: dict[str, tuple[int, ...]] = {}
 

@@ -1,4 +1,4 @@
-"""Does each term of an objective teach the student anything? Asked before the training starts."""
+"""Check before a training that each loss term has a gradient to the student."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from edgekd.distill.term import Named
 from edgekd.errors import InputError
 
 BATCHES = 4
-"""How many batches must agree that a term has no gradient."""
+"""Number of batches that must all show no gradient before a term is refused."""
 
 _BINARY = 2
 _TWO_CLASSES = (
     "use soft_labels or wsld: of two classes the standardized logits are always (1, -1) or "
-    "(-1, 1), dkd without alpha has nothing to tell apart, and dist without gamma correlates fully"
+    "(-1, 1), dkd without alpha is constant, and dist without gamma correlates fully"
 )
 
 _NOTHING = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -31,13 +31,13 @@ def check_gradients(
 ) -> list[str]:
     """Refuse a term whose gradient to the student is zero on every batch that could give one.
 
-    The gradient is taken at the student's answers and at answers beside them, because a student
-    that begins as its teacher's equal has none at first. Terms that a scheme makes are its own
-    business. The objective and the random numbers stay as they were.
+    The gradient is taken at the student's outputs and at perturbed ones, because a student
+    that starts with its teacher's outputs has none at first. Terms that a scheme makes are not
+    checked. The objective and the random state are left unchanged.
 
     Args:
         objective: prepared.
-        batches: the student's answers and features, the teacher's, and the batch; as many are
+        batches: the student's outputs and features, the teacher's, and the batch; as many are
             taken as needed, most often one.
 
     Returns:
@@ -73,7 +73,7 @@ def check_gradients(
             size = student[term.task.output].shape[-1]
             raise InputError(
                 f"the loss {term.label!r} has no gradient to the student: whatever the student "
-                f"answers, it is the same (on {tried[term.label]} of the first batches)",
+                f"predicts, it is the same (on {tried[term.label]} of the first batches)",
                 where=term.where,
                 remedy=_TWO_CLASSES
                 if size == _BINARY and has_classes(term.task)
@@ -109,7 +109,7 @@ def _has_gradient(
                 for g, t in zip(found, floats, strict=True)
                 if g is not None
             )
-            # NaN is a gradient too: the training itself tells of it.
+            # NaN is a gradient too: the training itself reports it.
             if not size <= _NOTHING[dtype] * abs(float(value.detach())):
                 return True, largest
     return False, largest
@@ -120,7 +120,7 @@ def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _leaf(tensor: Tensor, dtype: torch.dtype, share: float) -> Tensor:
-    """The tensor as an end of a graph, with noise of a share of its spread."""
+    """The tensor as a leaf that requires a gradient, with noise proportional to its spread."""
     if not tensor.is_floating_point():
         return tensor
     wide = tensor.detach().to(dtype)

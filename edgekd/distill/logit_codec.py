@@ -1,6 +1,6 @@
-"""One teacher's answer to one sample as a record of fixed size, and back.
+"""Encode a teacher's outputs for one sample as a record of fixed size, and decode them.
 
-Class logits keep their k largest, so that the temperature stays free (FKD and TinyViT bake it
+Class logits are stored as the k largest, so that the temperature stays free (FKD and TinyViT fix it
 in), and the logsumexp of the others, so that none of the probability is lost.
 """
 
@@ -22,21 +22,21 @@ Records = NDArray[np.void]
 Json = dict[str, Any]
 
 _LOWEST = float(np.finfo(np.float16).min)
-"""Stands for every logit further than this below the largest: its probability is 0 all the same,
+"""Replaces every logit further than this below the largest: its probability is 0 either way,
 and a loss stays finite."""
 
 
 class LogitCodec:
-    """Where each output of an answer lies in a record, little-endian.
+    """The layout of the outputs in a record, little-endian.
 
     Class logits (..., C) take, at each position: the ``top`` largest logits as their class
     (uint16, or uint32 above 65,536 classes) and float16 of their distance to the largest;
     float16 of the others' logsumexp, as a distance too; float32 of the largest. With 10 of 1000
-    classes that is 46 bytes. Everything else, and logits that take no more room so (C ≤ top
-    among them), is float32 as it is.
+    classes that is 46 bytes. Everything else, and logits that are no larger uncompressed (C ≤ top
+    among them), is plain float32.
 
     Args:
-        outputs: the outputs to keep, batch dimension first, the other dimensions fixed.
+        outputs: the outputs to store, batch dimension first, the other dimensions fixed.
         logits: the names of those that are class logits, classes last.
         top: k.
 
@@ -51,7 +51,7 @@ class LogitCodec:
         if unknown:
             raise InputError(f"the teacher has no output named {', '.join(unknown)}")
         if top < 1:
-            raise InputError(f"{top} logits of an answer are none", where="distill.cache.top")
+            raise InputError(f"{top} is not a number of logits to store", where="distill.cache.top")
         self.outputs = tuple(outputs)
         self.top = top
         self._shapes = {spec.name: _fixed(spec) for spec in outputs}
@@ -69,7 +69,9 @@ class LogitCodec:
         )
 
     def to_json(self) -> list[Json]:
-        """The outputs, their shapes per sample and how they are kept, for a person and a key."""
+        """The outputs, their shapes per sample and how they are stored, readable and for the cache
+        key.
+        """
         return [
             {
                 "name": name,
@@ -80,15 +82,15 @@ class LogitCodec:
         ]
 
     def encode(self, answers: Mapping[str, Tensor], view: int = 0, start: int = 0) -> Records:
-        """The records (B,) of a batch's answers.
+        """The records (B,) of a batch's outputs.
 
         Args:
-            answers: by name, (B, ...); other names are left out.
-            view: and ``start``, the number of the first sample: for error messages.
+            answers: outputs by name, (B, ...); other names are ignored.
+            view: for error messages, like ``start``, the number of the first sample.
 
         Raises:
             InputError: an output is missing or has another shape.
-            StageError: an answer is NaN, or its largest value is infinite.
+            StageError: an output is NaN, or its largest value is infinite.
         """
         count = len(next(iter(answers.values()))) if answers else 0
         records = np.zeros(count, self.dtype)
@@ -96,9 +98,9 @@ class LogitCodec:
             given = list(answers[name].shape) if name in answers else "nothing"
             if given != [count, *shape]:
                 raise InputError(
-                    f"the teacher answers {name} as {given}, and the cache keeps it as "
+                    f"the teacher outputs {name} as {given}, and the cache stores it as "
                     f"{[count, *shape]}",
-                    remedy="declare the outputs that the teacher gives",
+                    remedy="declare the outputs that the teacher has",
                 )
             values = answers[name].detach().to(torch.float32)
             shortened = name in self._shortened
@@ -109,7 +111,7 @@ class LogitCodec:
                 sample = start + int(bad.nonzero()[0])
                 raise StageError(
                     f"the teacher's {name} for sample {sample} in view {view} is NaN or infinite",
-                    remedy="look at this sample, and at the teacher's weights and precision",
+                    remedy="check this sample, and at the teacher's weights and precision",
                 )
             if shortened:
                 _shorten(values, largest, records[name])
@@ -118,11 +120,11 @@ class LogitCodec:
         return records
 
     def decode(self, records: Records, device: torch.device) -> dict[str, Tensor]:
-        """The outputs (B, ...) of records, float32, in memory of their own.
+        """The outputs (B, ...) of records, float32, in newly allocated memory.
 
-        What is kept as it is comes back bit by bit. Of shortened logits the k largest come back
+        Plain float32 values are restored exactly. Of shortened logits the k largest are restored
         within float16: a relative 2⁻¹¹ of their distance to the largest, which is exact. The
-        others share what is left evenly: softmax at T = 1 gives all of them together their
+        others share the rest evenly: softmax at T = 1 gives all of them together their
         probability; at another T the share of each is an estimate.
         """
         return {
@@ -153,7 +155,7 @@ def _top_k(classes: int, top: int) -> np.dtype[np.void]:
 
 def _shorten(logits: Tensor, largest: Tensor, out: Records) -> None:
     top, index = logits.topk(out.dtype["index"].shape[0], dim=-1)
-    # Subtracting the top's share from the whole would cancel where the rest is small.
+    # Subtracting the top's share from 1 would cancel where the rest is small.
     rest = logits.scatter(-1, index, -math.inf).logsumexp(dim=-1)
     out["index"] = index.cpu().numpy()
     out["below"] = (top - largest[..., None]).clamp_min(_LOWEST).cpu().numpy()
@@ -162,13 +164,13 @@ def _shorten(logits: Tensor, largest: Tensor, out: Records) -> None:
 
 
 def _lengthen(records: Records, classes: int, device: torch.device) -> Tensor:
-    # The short form travels to the device; the long one is made there.
+    # The short form is copied to the device and expanded there.
     index = torch.from_numpy(records["index"].astype(np.int64)).to(device)
     below, rest, largest = (
         torch.from_numpy(records[field].astype(np.float32)).to(device)
         for field in ("below", "rest", "largest")
     )
-    # Rounded to float16 the rest could overtake the top, and be the teacher's decision.
+    # Rounded to float16 the rest could overtake the top, and become the teacher's prediction.
     each = torch.minimum(rest - math.log(classes - index.shape[-1]), below.amin(dim=-1))
     dense = (largest + each)[..., None].repeat(*[1] * each.ndim, classes)
     return dense.scatter_(-1, index, largest[..., None] + below)

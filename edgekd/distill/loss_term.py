@@ -1,4 +1,4 @@
-"""A term by its loss's name, with its layers, arguments and schedules bound."""
+"""A loss term by the loss's name, with its layers, arguments and schedules bound."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class ConfiguredLoss(nn.Module):
 
     @property
     def identity(self) -> str:
-        """See :class:`Term`."""
+        """Everything that decides the term's value, as text."""
         layers = f"{self.student_layers} {self.teacher_layers}"
         unit = unit_identity(self.task) if self._in_units else ""
         return f"{self.label} {self._weight} {self.args} {self._schedules} {layers}{unit}"
@@ -107,16 +107,16 @@ class ConfiguredLoss(nn.Module):
 
     @property
     def needs_shapes(self) -> bool:
-        """See :class:`Term`."""
+        """Whether it has trained parts, made by :meth:`prepare`."""
         return self._trained
 
     @property
     def ever_weighs(self) -> bool:
-        """Whether its weight is above zero at any time."""
+        """Whether its weight is ever above zero."""
         return any(_numbers(self._weight))
 
     def can_teach(self, batch: Named) -> bool:
-        """Whether a batch has what the loss looks at: a label, an element that counts."""
+        """Whether a batch has what the loss reads: a label, an unmasked element."""
         if "target" in self.tensors:
             target = batch[self.task.target]
             known = target.isfinite() if target.is_floating_point() else target >= 0
@@ -132,15 +132,15 @@ class ConfiguredLoss(nn.Module):
         return isinstance(self.task, ContinuousTask)
 
     def place(self, role: Literal["student", "teacher"]) -> str:
-        """See :class:`Term`."""
+        """The config path that names a layer, for errors."""
         return f"{self.where}.{role}"
 
     def weight(self, part: float) -> float:
-        """See :class:`Term`."""
+        """Its factor in the sum when ``part`` (0 to 1) of the training is done."""
         return self._weight.at(part) if isinstance(self._weight, Schedule) else self._weight
 
     def prepare(self, student: Named, teacher: Named | None, samples: int) -> None:
-        """See :class:`Term`."""
+        """Make the trained parts from the shapes of a first batch."""
         if not self._trained or len(self.pairs):
             return
         extra = {"samples": samples} if self._takes_samples else {}
@@ -163,7 +163,7 @@ class ConfiguredLoss(nn.Module):
         """The loss, a scalar; over several pairs of layers the sum of theirs.
 
         Raises:
-            InputError: shapes that do not fit, or a loss that gives no single number.
+            InputError: shapes that do not fit, or a loss that does not return a scalar.
         """
         supplied: dict[str, Tensor | None] = {}
         if "target" in self.tensors:
@@ -192,8 +192,7 @@ class ConfiguredLoss(nn.Module):
         if not isinstance(value, Tensor) or value.ndim:
             given_back = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InputError(
-                f"a loss must give one number (a tensor without dimensions), and this one gives "
-                f"{given_back}",
+                f"a loss must return one number (a tensor without dimensions), not {given_back}",
                 where=self.where,
                 remedy="end it with .mean()",
             )
@@ -201,7 +200,7 @@ class ConfiguredLoss(nn.Module):
 
     @property
     def _in_units(self) -> bool:
-        """Whether it is a distance of outputs, which is taken in the task's unit."""
+        """Whether it is a distance of outputs, computed in the task's unit."""
         return (
             self.traits.compares == "numbers"
             and isinstance(self.task, ContinuousTask)
@@ -209,14 +208,16 @@ class ConfiguredLoss(nn.Module):
         )
 
     def _in_unit(self, value: Any, layers: Sequence[str]) -> Any:
-        """An output or a target as the loss compares it; layers and other losses: as it is."""
+        """An output or a target as the loss compares it; layers, and outputs of other losses,
+        unchanged.
+        """
         if layers or not self._in_units or not isinstance(value, Tensor):
             return value
         assert isinstance(self.task, ContinuousTask)
         return value.float() / self.task.unit
 
     def _mask(self, batch: Named, of_student: Any) -> Tensor | None:
-        """What counts: the target's mask for the output, the tokens' for a layer of a sequence."""
+        """The mask: the target's for the output, the tokens' for a layer of a sequence."""
         if not self.student_layers:
             return batch.get(f"{self.task.target}_mask")
         mask = batch.get("attention_mask")
@@ -235,7 +236,9 @@ class ConfiguredLoss(nn.Module):
     def _pairs(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor] | None
     ) -> list[tuple[Any, Any]]:
-        """What the loss is called with, pair by pair; lists when it takes all layers at once."""
+        """The arguments of each call: one per pair, or lists when the loss takes all layers at
+        once.
+        """
         of_student = _chosen(student, self.student_layers, self.task.output)
         of_teacher: Sequence[Tensor | None] = [None] * len(of_student)
         if self.needs_teacher:
@@ -248,7 +251,7 @@ class ConfiguredLoss(nn.Module):
         return list(zip(_repeated(of_student, count), _repeated(of_teacher, count), strict=True))
 
     def _located(self, error: EdgekdError, of_student: Any, of_teacher: Any) -> InputError:
-        """An error of the loss as one that names the term, its layers and their shapes."""
+        """A loss's error, extended by the term, its layers and their shapes."""
         named = []
         for role, layers, value in (
             ("student", self.student_layers, of_student),
@@ -366,7 +369,7 @@ def _present(
         )
     if not layers and output not in teacher:
         raise InputError(
-            f"the teacher gives {', '.join(teacher)}, and not {output!r}",
+            f"the teacher outputs {', '.join(teacher)}, and not {output!r}",
             where=where,
             remedy=f"name its output {output!r}",
         )

@@ -33,10 +33,10 @@ def output_loss(
     distance.
 
     Args:
-        task: names the output that is compared.
+        task: defines the output that is compared.
         student: outputs by name, with their graph.
         teacher: outputs by name; no gradient flows into them.
-        batch: holds the mask of a continuous task, if there is one.
+        batch: contains the mask of a continuous task, if there is one.
         temperature: T of the soft labels.
 
     Returns:
@@ -59,7 +59,7 @@ class TaskLoss(BuiltinTerm):
 
     @property
     def identity(self) -> str:
-        """See :class:`edgekd.distill.term.Term`."""
+        """Everything that decides the term's value, as text."""
         return f"{super().identity} {self.label_smoothing}{unit_identity(self.task)}"
 
     def forward(self, student: Named, teacher: Named | None, batch: Named, part: float) -> Tensor:
@@ -68,14 +68,14 @@ class TaskLoss(BuiltinTerm):
 
 
 class Objective(nn.Module):
-    """The sum of weighted terms; everything a user can get wrong is checked when it is made.
+    """The sum of weighted terms; the configuration is validated in the constructor.
 
     Its parameters are those of the terms' adapters: trained with the student, never exported.
 
     Args:
         terms: as the pipeline file names them (``distill.losses``).
-        task: says which output is compared, and with which target.
-        label_smoothing: for the terms that can smooth labels and do not say how much.
+        task: defines which output is compared, and with which target.
+        label_smoothing: for the terms that can smooth labels and do not set it themselves.
         where: the YAML position of the terms, for errors.
 
     Raises:
@@ -109,12 +109,12 @@ class Objective(nn.Module):
 
     @classmethod
     def supervised(cls, task: Task, label_smoothing: float = 0.0) -> Objective:
-        """The task's own hard loss alone: how a teacher, or a student alone, is trained."""
+        """The objective of the task's hard loss alone: for a teacher, or a student without one."""
         return cls.of([TaskLoss(task, label_smoothing)])
 
     @classmethod
     def of(cls, terms: Sequence[Term]) -> Objective:
-        """An objective of terms that are already made, such as a scheme's."""
+        """An objective of existing terms, such as a scheme's."""
         objective = cls.__new__(cls)
         nn.Module.__init__(objective)
         objective._hold(terms)
@@ -131,7 +131,7 @@ class Objective(nn.Module):
 
     @property
     def identity(self) -> list[str]:
-        """What must be the same for a stopped training to be gone on with."""
+        """The fingerprint that must be equal for a training to be resumed."""
         return [term.identity for term in self.terms]
 
     @property
@@ -151,7 +151,7 @@ class Objective(nn.Module):
 
     @property
     def needs_shapes(self) -> bool:
-        """Whether :meth:`prepare` has something to make."""
+        """Whether :meth:`prepare` has adapters to make."""
         return any(term.needs_shapes for term in self.terms)
 
     @property
@@ -165,15 +165,15 @@ class Objective(nn.Module):
         return _named_first((t.teacher_layers, t.place("teacher")) for t in self.terms)
 
     def prepare(self, student: Named, teacher: Named | None, samples: int) -> None:
-        """Make the adapters for the shapes of a first batch; again does nothing.
+        """Make the adapters for the shapes of a first batch; repeated calls do nothing.
 
         Args:
-            student: the student's answers, features among them.
+            student: the student's outputs and features.
             teacher: the teacher's, when it is needed.
             samples: how many rows the training split has, for a loss with a memory bank.
 
         Raises:
-            InputError: shapes that cannot be brought together; both layers are named.
+            InputError: shapes that cannot be matched; both layers are named.
         """
         for term in self.terms:
             term.prepare(student, teacher, samples)
@@ -187,7 +187,7 @@ class Objective(nn.Module):
             student: outputs and features by name, with their graph.
             teacher: the same without a graph; None is allowed when no term needs the teacher.
             batch: inputs and targets by name.
-            part: how much of the training is done, 0 to 1, for schedules.
+            part: the share of the training that is done, 0 to 1, for schedules.
 
         Returns:
             The weighted sum, a scalar to be differentiated; and each term's value before
@@ -195,7 +195,7 @@ class Objective(nn.Module):
         """
         values = {term.label: term(student, teacher, batch, part) for term in self.terms}
         weights = {term.label: term.weight(part) for term in self.terms}
-        # A term of weight zero is only watched: 0 · NaN would otherwise spoil the sum.
+        # A term of weight zero is only recorded: 0 · NaN would otherwise make the sum NaN.
         weighted = [
             value if weights[label] == 1 else weights[label] * value
             for label, value in values.items()

@@ -14,10 +14,11 @@ from edgekd.errors import InputError
 
 
 class EMA(AveragedModel):
-    """A copy of a network that follows it: ``a ← d · a + (1 − d) · w`` after each step.
+    """An exponential moving average of a network's weights: ``a ← d · a + (1 − d) · w`` after each
+    step.
 
     ``d = min(decay, (1 + t) / (10 + t))`` at the t-th update, so that the first weights do not
-    count for long; the very first update takes the weights as they are. Buffers of floats (the
+    dominate for long; the very first update copies the weights. Buffers of floats (the
     statistics of batch norms) are averaged alike, for they belong to the weights they were
     measured with; integer ones are copied.
 

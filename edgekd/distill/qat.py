@@ -1,4 +1,4 @@
-"""Quantization-aware distillation: trained on, as it will be rounded to 8 bits.
+"""Quantization-aware distillation: training continued with simulated 8-bit rounding.
 
 Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
 Integer-Arithmetic-Only Inference"; by torchao's pt2e flow.
@@ -22,11 +22,11 @@ from edgekd.models.dict_model import DictModel
 
 @dataclass(frozen=True)
 class QatResult:
-    """What quantization-aware training gives.
+    """The result of quantization-aware training.
 
     Attributes:
-        history: of its training.
-        prepared: the trained network that rounds in float32; in evaluation it gives the answers
+        history: the history of its training.
+        prepared: the trained network that rounds in float32; in evaluation it has the outputs
             of ``model``, but for float32 noise at the edges between two steps.
         model: the network with int8 weights, to be exported as any other.
     """
@@ -42,13 +42,13 @@ def quantization_aware(
     fit: Callable[[nn.Module], History],
     reduce_range: bool = False,
 ) -> QatResult:
-    """Train a float32 network on with the rounding of int8 in it, and convert it.
+    """Continue the training of a float32 network with simulated int8 rounding, and convert it.
 
     Args:
         model: trained; it is not changed.
         runtime: ``tensorrt`` rounds activations to symmetric int8, ``cpu`` to uint8 with a zero
             point; weights are int8 per output channel for both.
-        fit: the training loop; it trains in place what it is given, which takes and gives
+        fit: the training loop; it trains its argument in place, which takes and returns
             mappings as ``model`` does.
         reduce_range: weights of 7 bits, for processors that would overflow otherwise.
 
@@ -78,7 +78,7 @@ def check_training(config: TrainConfig, where: str = "quantize.qat") -> None:
     """
     if config.precision != "float32":
         raise InputError(
-            f"8-bit rounding is imitated in float32, and {config.precision} is asked for",
+            f"8-bit rounding is simulated in float32, and {config.precision} is requested",
             where=f"{where}.precision",
             remedy="set precision: float32",
         )
@@ -96,9 +96,10 @@ def terms_of_outputs(
     """The loss terms of the training, and the names of those that are left out.
 
     Args:
-        terms: of the distillation; those that name layers of the student are left out, for the
+        terms: those of the distillation; terms that name layers of the student are left out,
+        because the
             prepared graph does not have them.
-        own: those asked for by name (``quantize.qat.losses``), if any.
+        own: the explicitly configured ones (``quantize.qat.losses``), if any.
 
     Raises:
         InputError: none is left, or one of ``own`` names layers of the student.

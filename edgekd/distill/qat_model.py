@@ -1,4 +1,4 @@
-"""A network as a graph with fake quantization in it, that trains like any other model."""
+"""A network as a graph with fake quantization, trainable like any other model."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from edgekd.models.dict_model import DictModel
 from edgekd.spec import ModelSpec
 
 FROZEN_FROM = 2 / 3
-"""The part of the training after which batch-norm statistics and the ranges of activations stay:
-the weights then settle on the very grid that is shipped."""
+"""The part of the training after which batch-norm statistics and the ranges of activations are
+frozen: the weights then converge on the quantization grid that is shipped."""
 
 _EXAMPLE_BATCH = 2
 _SAME = 1e-3
-"""How far the graph may be from the network without rounding, as a share of the largest answer:
-float32 noise of another order of operations; a layer that was traced wrong is far beyond."""
+"""Largest difference of the graph to the network without rounding, relative to the largest output:
+float32 noise of another order of operations; a wrongly traced layer differs by far more."""
 
 aten = torch.ops.aten
 
@@ -45,11 +45,11 @@ class PreparedStudent(DictModel):
 
     Args:
         model: the float32 network; it is not changed.
-        runtime: what will run the result; decides the rounding.
+        runtime: the runtime of the result; decides the rounding.
         reduce_range: weights of 7 bits; see :func:`.fake_quantize_spec.build_quantizer`.
 
     Raises:
-        InputError: there is nothing in it that can be quantized, or it behaves in training in a
+        InputError: nothing in it can be quantized, or it behaves in training in a
             way that a graph cannot follow.
         StageError: torch cannot trace it, or torchao cannot prepare it.
     """
@@ -59,11 +59,11 @@ class PreparedStudent(DictModel):
         self._check_against(model)
 
     def on_progress(self, part: float) -> None:
-        """Told before each step how much of the training is done, 0 to 1."""
+        """Called before each step with the share of the training that is done, 0 to 1."""
         self._graph.freeze(part >= FROZEN_FROM)
 
     def convert(self) -> DictModel:
-        """The network with real int8 weights and rounding, for export; this one stays as it is.
+        """The network with real int8 weights and rounding, for export; this one is unchanged.
 
         Batch norms are folded into the convolutions before them.
         """
@@ -111,7 +111,7 @@ class PreparedStudent(DictModel):
             limit = _SAME * max(float(tensor.abs().max()), 1e-6)
             if not bool(((found[name] - tensor).abs() <= limit).all()):
                 raise InputError(
-                    f"the graph of the network does not give its answers: {name!r} differs by "
+                    f"the graph of the network does not reproduce its outputs: {name!r} differs by "
                     f"{float((found[name] - tensor).abs().max()):.3g}",
                     where="student",
                     remedy="a layer behaves otherwise in training and in evaluation, and is "
@@ -120,7 +120,9 @@ class PreparedStudent(DictModel):
 
 
 def examples(spec: ModelSpec, device: torch.device) -> dict[str, Tensor]:
-    """A batch of the inputs: noise, and zeros for integers, which are an index of any table."""
+    """A batch of the inputs: noise, and zeros for integers, which are a valid index of any
+    table.
+    """
     draw = torch.Generator().manual_seed(0)
     batch = {}
     for tensor in spec.inputs:
@@ -163,7 +165,7 @@ class _Graph(nn.Module):
         return copied
 
     def freeze(self, frozen: bool) -> None:
-        """Stop (or go on) following the statistics of batches in training."""
+        """Freeze (or unfreeze) the batch statistics in training."""
         if frozen != self.frozen:
             self.frozen = frozen
             self._switch()
@@ -201,7 +203,7 @@ _TRAINING_AT: dict[Any, int] = {
     aten.alpha_dropout.default: 2,
     aten.feature_alpha_dropout.default: 2,
 }
-"""Operators that do something else in training, and the position of the argument that says so."""
+"""Operators that behave differently in training, and the position of the argument for it."""
 
 
 class _Converted(nn.Module):
@@ -217,14 +219,14 @@ class _Converted(nn.Module):
         return answers
 
     def train(self, mode: bool = True) -> _Converted:
-        """Nothing changes: torchao's graph refuses to be asked."""
+        """Nothing changes: torchao's graph raises on train() and eval()."""
         self.training = mode
         return self
 
 
 def _set_step(module: Any) -> None:
     """The scale and zero point of the range observed so far: an average of weights averages them,
-    and the conversion reckons them anew."""
+    and the conversion recomputes them."""
     observer = module.activation_post_process
     if bool(torch.isfinite(observer.min_val).all()) and observer.min_val.numel():
         scale, zero_point = module.calculate_qparams()
@@ -237,7 +239,7 @@ def _prepare(model: DictModel, runtime: QatRuntime, reduce_range: bool) -> Graph
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
     network = with_plain_weights(model)
-    # The pass that puts a convolution and its batch norm together looks for them in training.
+    # The pass that fuses a convolution and its batch norm expects them in training mode.
     network.train()
     device = next((p.device for p in network.parameters()), torch.device("cpu"))
     symbols = {
@@ -291,13 +293,13 @@ def computed_weights(model: nn.Module) -> tuple[str, ...]:
 
 
 def with_plain_weights(model: DictModel) -> DictModel:
-    """A copy whose :func:`computed_weights` are what they came to: plain parameters.
+    """A copy whose :func:`computed_weights` are replaced by their values: plain parameters.
 
-    It gives the same answers. Trained on, its weights are free, as they are once they are shipped.
+    Its outputs are the same. In further training its weights are unconstrained, as in the export.
     """
     for module in model.modules():
         for hook in _norm_hooks(module):
-            # Computed anew in each forward pass; with its graph it could not be copied.
+            # Recomputed in each forward pass; with its graph it could not be copied.
             setattr(module, hook.name, getattr(module, hook.name).detach())
     copied = copy.deepcopy(model).eval()
     for module in copied.modules():
@@ -313,7 +315,7 @@ def with_plain_weights(model: DictModel) -> DictModel:
 
 
 def _make_plain(module: nn.Module) -> None:
-    """Replace a copied module's parametrizations by what they compute.
+    """Replace a copied module's parametrizations by their values.
 
     Not by torch's ``remove_parametrizations``: a copy shares its class, and with it the computed
     properties, with the module that it was copied from.

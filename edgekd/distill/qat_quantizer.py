@@ -1,4 +1,4 @@
-"""What torchao is told for QAT, and batch norms within the exported graph.
+"""The torchao quantizer for QAT, and batch norms within the exported graph.
 
 torchao is imported when it is needed: it is an extra, and importing it takes seconds.
 """
@@ -25,7 +25,7 @@ aten = torch.ops.aten
 
 
 def check_torchao() -> None:
-    """See that torchao is there.
+    """Check that torchao is installed.
 
     Raises:
         InputError: it is not installed.
@@ -39,17 +39,17 @@ def check_torchao() -> None:
 
 
 def build_quantizer(runtime: QatRuntime, reduce_range: bool = False) -> Any:
-    """What tells torchao which tensors are rounded, and how.
+    """The torchao quantizer: which tensors are rounded, and how.
 
     Weights of convolutions and linear layers: int8 from −127 to 127, symmetric, with a scale for
-    each output channel that follows the weights at once. What goes into these layers: for
-    TensorRT int8 from −128 to 127, symmetric, for it has no zero points; for the CPU uint8 from
+    each output channel that is recomputed with the weights. Inputs of these layers: for
+    TensorRT int8 from −128 to 127, symmetric, because it has no zero points; for the CPU uint8 from
     0 to 255 with a zero point; one scale per tensor, from a moving average of the extremes of the
-    batches. Biases stay float32. With ``reduce_range`` weights go from −63 to 63: where products of
-    two bytes are summed in 16 bits (x86 without VNNI), larger ones overflow.
+    batches. Biases stay float32. With ``reduce_range`` weights range from −63 to 63: where products
+    of two bytes are summed in 16 bits (x86 without VNNI), larger ones overflow.
 
     Not torchao's fused fake quantization: where a tensor has no negative value (after a ReLU) it
-    trains with a zero point although a symmetric scheme was asked for, and conversion then
+    trains with a zero point although a symmetric scheme was set, and conversion then
     doubles the step.
 
     Returns:
@@ -99,7 +99,7 @@ def build_quantizer(runtime: QatRuntime, reduce_range: bool = False) -> Any:
 
 
 def _round_summands(graph: GraphModule, activations: Any) -> None:
-    """Round what a convolution gives to a sum, as ONNX Runtime's integer convolution does.
+    """Round a convolution's output before an addition, as ONNX Runtime's integer convolution does.
 
     TensorRT adds in the convolution itself, before it rounds.
     """
@@ -128,7 +128,7 @@ def functional_relu() -> Iterator[None]:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Nothing of torchao's warnings and logs, nor of torch's about it, reaches the terminal."""
+    """Silence torchao's warnings and logs, and torch's about it."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -149,7 +149,7 @@ def batch_norms(graph: GraphModule) -> dict[str, tuple[float, float]]:
 
 
 def restore_batch_norms(graph: GraphModule, settings: Mapping[str, tuple[float, float]]) -> None:
-    """Give the batch norms their own settings back, and take out what only counts batches."""
+    """Restore the batch norms' own settings, and remove the batch counters."""
     for node in list(graph.graph.nodes):
         if node.target is aten.batch_norm.default and isinstance(node.args[4], Node):
             momentum, epsilon = settings[str(node.args[4].target)]
@@ -170,11 +170,11 @@ def restore_batch_norms(graph: GraphModule, settings: Mapping[str, tuple[float, 
 
 
 def fold_batch_norms(graph: GraphModule) -> None:
-    """Fold the batch norms that torchao put together with the convolutions before them.
+    """Fold the batch norms that torchao fused with the convolutions before them.
 
     They are in the graph as y = bn(conv(x, q(w·γ/σ)) / (γ/σ) [+ b]), σ = √(v + ε), and become
     conv(x, q(w·γ/σ)) + β + ([b] − μ)·γ/σ. torchao's own conversion takes half a minute for
-    this, for it tries every kind of convolution, and takes every ε to be 10⁻⁵.
+    this, because it tries every kind of convolution, and assumes an ε of 10⁻⁵.
     """
     for node in list(graph.graph.nodes):
         if node.target is not aten.batch_norm.default:

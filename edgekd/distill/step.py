@@ -1,4 +1,4 @@
-"""One training step: forward, objective and gradient; and after so many batches the weights."""
+"""One training step: forward, objective, backward, and every ``accumulate`` batches an update."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Step:
-    """What steps the weights of a network and of its objective's adapters.
+    """Updates the weights of a network and of its objective's adapters.
 
     Args:
         model: trained in place. It is compiled for training only: its state, its validation and
             its export are those of the module itself.
-        average: what follows its weights, if anything.
+        average: the moving average of its weights, if any.
         objective: prepared, so that it has its parameters.
         config: optimizer, precision, clipping, accumulation.
-        capture: takes the layers' features of a forward pass.
-        device: where the model is.
-        processes: those that share each batch; None: this one is alone.
+        capture: captures the layers' features of a forward pass.
+        device: the model's device.
+        processes: the processes that share each batch; None: a single process.
     """
 
     def __init__(
@@ -65,18 +65,18 @@ class Step:
         steps: int,
         seed: int,
     ) -> Tensor:
-        """One batch. The gradient is the mean over ``accumulate`` batches, then it is used.
+        """Train on one batch; after ``accumulate`` batches the mean gradient updates the weights.
 
         Args:
             batch: on the model's device.
-            size: its samples.
-            teacher: the answers to it.
+            size: its number of samples.
+            teacher: the teacher's outputs for it.
             rate: the learning rate.
-            part: how much of the training is done.
+            part: the share of the training that is done, 0 to 1.
             step: the batch's number in its epoch, from 0; the epoch's last batches may be fewer
                 than ``accumulate``.
             steps: batches of an epoch.
-            seed: of dropout, with several processes.
+            seed: the seed of dropout, with several processes.
 
         Returns:
             The objective and each term's value, (1 + terms,) float32, without a graph.
@@ -96,7 +96,7 @@ class Step:
         return torch.stack([value.float() for value in (total.detach(), *terms.values())])
 
     def state(self) -> dict[str, Any]:
-        """All that the next step depends on, beside the model and the objective."""
+        """Everything that the next step depends on besides the model and the objective."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler is not None else {},
@@ -112,7 +112,7 @@ class Step:
             self.average.load_state_dict(state["average"])
 
     def _answers(self, batch: Mapping[str, Tensor], size: int, seed: int) -> dict[str, Tensor]:
-        """The network's outputs and features for the whole batch."""
+        """The network's outputs and features for the complete batch."""
         if self.processes is None:
             return self._network(batch)
         with self.processes.own_draws(seed):
@@ -126,7 +126,7 @@ class Step:
             return answers | self.capture.take()
         with torch.autocast(self.device.type, self.half):
             answers = self.forward(batch) | self.capture.take()
-        # The objective and its adapters reckon in float32.
+        # The objective and its adapters compute in float32.
         return {
             name: answer.float() if answer.dtype is self.half else answer
             for name, answer in answers.items()
@@ -154,7 +154,7 @@ def _compiled(model: nn.Module) -> Callable[[Mapping[str, Tensor]], dict[str, Te
     """The model's forward, compiled when it is first called.
 
     Raises:
-        InputError: (then) it cannot be compiled here.
+        InputError: the network cannot be compiled; raised at the first call.
     """
     from torch._dynamo.exc import TorchDynamoException
 
@@ -177,11 +177,11 @@ def _compiled(model: nn.Module) -> Callable[[Mapping[str, Tensor]], dict[str, Te
 def check_step(
     config: TrainConfig, objective: Objective, device: torch.device, processes: ProcessGroup | None
 ) -> None:
-    """Refuse now what would go wrong, or silently not be done, later.
+    """Refuse settings that would fail, or silently be ignored, later.
 
     Raises:
         InputError: float16 on a CPU, ``compile`` where layers are captured or processes share a
-            batch, or a warm-up beside one-cycle's own.
+            batch, or a warm-up in addition to one-cycle's own.
     """
     if config.precision == "float16" and device.type == "cpu":
         raise InputError(
@@ -204,7 +204,7 @@ def check_step(
         )
     if config.warm_up and config.schedule == "one-cycle":
         raise InputError(
-            "one-cycle has a warm-up of its own, and another is asked for",
+            "one-cycle has a warm-up of its own, and another is set",
             where="warm_up",
             remedy="leave warm_up out, or set schedule: cosine",
         )
@@ -213,10 +213,10 @@ def check_step(
 def read_values(
     pending: list[Tensor], labels: Sequence[str], epoch: int, before: int
 ) -> list[list[float]]:
-    """The values of the steps since the last reading, which are then forgotten.
+    """The values of the steps since the last call; clears them.
 
     Args:
-        pending: what :meth:`Step.take` gave, (1 + terms,) each.
+        pending: the results of the steps, (1 + terms,) each.
         labels: the terms' names.
         epoch: from 1.
         before: steps of the epoch that were read before.
@@ -235,6 +235,6 @@ def read_values(
         raise StageError(
             f"the loss became {row[0]:g} in epoch {epoch}, step {step}; its terms: {named}",
             remedy="lower learning_rate or set clip_norm; a term that is infinite by itself "
-            "shows which loss, or which teacher answer, is at fault",
+            "shows which loss, or which teacher output, is at fault",
         )
     return rows

@@ -1,4 +1,4 @@
-"""A teacher is anything that answers a batch: a torch module, or an ONNX file as a black box."""
+"""Teachers: a torch module, or an ONNX file as a black box."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ _DTYPES = {
 
 
 class Teacher(Protocol):
-    """Anything that answers a batch."""
+    """The interface of a teacher: outputs by name for a batch."""
 
     @property
     def digest(self) -> str:
-        """Identifies its weights; another teacher has another one."""
+        """A hash that identifies its weights."""
         ...
 
     def answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The outputs by name, and the features of watched layers, without a graph."""
+        """The outputs by name, and the features of captured layers, without a graph."""
         ...
 
     def watch(self, layers: Collection[str]) -> None:
-        """Also answer with the features of these layers, from now on; none for no layers.
+        """Return the features of these layers too, from now on; an empty argument removes them.
 
         Args:
-            layers: module paths; a mapping says for each where it is named, for errors.
+            layers: module paths; a mapping gives each layer's config path, for errors.
 
         Raises:
-            InputError: it has no such layer, or shows none.
+            InputError: it has no such layer, or gives no access to layers.
         """
         ...
 
@@ -61,7 +61,7 @@ class ModuleTeacher:
     """A torch model, in evaluation mode and frozen.
 
     Args:
-        model: called with the batch, gives outputs by name (a ``DictModel``). It is put in
+        model: called with the batch, returns outputs by name (a ``DictModel``). It is put in
             evaluation mode and its parameters no longer require gradients.
         channels_last: also lay out its weights for channels-last images, faster on CPUs.
     """
@@ -83,13 +83,13 @@ class ModuleTeacher:
         return answers | self._capture.take()
 
     def watch(self, layers: Collection[str]) -> None:
-        """See :class:`Teacher`."""
+        """Return the features of these layers too; raises InputError for an unknown one."""
         self._capture.remove()
         self._capture = FeatureExtractor(self.model, layers, "teacher")
 
 
 def adaptation_of_teacher(teacher: Teacher) -> Adaptation:
-    """What lies between the data and a teacher; nothing for one of another kind."""
+    """The adaptation between the data and a torch teacher; None for other teachers."""
     if isinstance(teacher, OnnxTeacher):
         return teacher.adaptation
     if isinstance(teacher, ModuleTeacher) and isinstance(teacher.model, AdaptedModel):
@@ -98,10 +98,10 @@ def adaptation_of_teacher(teacher: Teacher) -> Adaptation:
 
 
 def check_repeatable_answers(teacher: OnnxTeacher, batch: Mapping[str, Tensor], where: str) -> None:
-    """Ask an ONNX file twice about one batch.
+    """Run an ONNX file twice on one batch and compare the outputs.
 
     Raises:
-        InputError: the answers differ; the nodes that draw random numbers are named.
+        InputError: the outputs differ; the nodes that draw random numbers are named.
     """
     first, second = teacher.raw_answer(batch), teacher.raw_answer(batch)
     if all(torch.allclose(v, second[k], rtol=1e-4, equal_nan=True) for k, v in first.items()):
@@ -109,7 +109,7 @@ def check_repeatable_answers(teacher: OnnxTeacher, batch: Mapping[str, Tensor], 
     nodes = onnx.load(str(teacher.path), load_external_data=False).graph.node
     drawing = [f"{n.name or n.output[0]} ({n.op_type})" for n in nodes if _may_draw(n)]
     raise InputError(
-        "the ONNX teacher gives two answers to one and the same batch"
+        "the ONNX teacher gives different outputs for the same batch"
         + (f": {', '.join(drawing[:3])} draws random numbers" if drawing else ""),
         where=f"{where}.onnx: {teacher.path}",
         remedy="export it in evaluation mode (model.eval()), without dropout or noise",
@@ -121,7 +121,7 @@ def _may_draw(node: onnx.NodeProto) -> bool:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of a network's class, its named weights and buffers, and what adapts it."""
+    """SHA-256 of a network's class, its named weights and buffers, and its adaptation."""
     network = model.module if isinstance(model, DictModel) else model
     digest = hashlib.sha256(f"{type(network).__qualname__} {network}".encode())
     if isinstance(model, AdaptedModel):
@@ -138,16 +138,17 @@ class OnnxTeacher:
 
     Args:
         path: the file. Its inputs are matched by name; when names differ, by order. A fixed
-            batch size is served by pieces, the last one filled up.
-        inputs: what the batches hold.
-        outputs: what the task wants. The file's outputs are matched by name; when names differ,
-            by order. Left out, the file's own names are given.
+            batch size is run in chunks, the last one padded.
+        inputs: the specs of the batches' inputs.
+        outputs: the outputs that the task needs. The file's outputs are matched by name; when names
+        differ,
+            by order. Left out, the file's own names are used.
         threads: intra-op threads; None takes ONNX Runtime's default.
-        adaptation: what lies between the batches and the file.
+        adaptation: the preprocessing and output conversion between the batches and the file.
 
     Raises:
         InputError: the file is missing, truncated or no ONNX; or it cannot take these inputs or
-            does not give these outputs, both shapes named.
+            does not have these outputs; both shapes are named.
     """
 
     def __init__(
@@ -173,7 +174,7 @@ class OnnxTeacher:
         wanted = [spec.name for spec in outputs] or given
         if not set(wanted) <= set(given) and len(given) < len(wanted):
             raise InputError(
-                f"the ONNX teacher gives {', '.join(given)}, and {', '.join(wanted)} are wanted",
+                f"the ONNX teacher outputs {', '.join(given)}, and {', '.join(wanted)} are needed",
                 where=str(path),
                 remedy="export it with these outputs",
             )
@@ -183,24 +184,24 @@ class OnnxTeacher:
 
     @property
     def digest(self) -> str:
-        """Of the file, and of what lies between it and the batches."""
+        """A hash of the file and of its adaptation."""
         if self.adaptation.is_identity:
             return self._file_digest
         return hashlib.sha256(f"{self._file_digest} {self.adaptation}".encode()).hexdigest()
 
     @property
     def names(self) -> dict[str, str]:
-        """The pipeline's name of each input and output by the file's own."""
+        """The pipeline's name of each input and output by the file's own name."""
         inputs = {node: name for name, node, _ in self._inputs}
         return inputs | dict(zip(self._fetched, self._names, strict=True))
 
     def answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The outputs by name, float32 where the file gives floats of another width."""
+        """The outputs by name, float32 where the file has floats of another width."""
         given = self.raw_answer(batch)
         return self.adaptation.finish(given) if self.adaptation.output in given else given
 
     def raw_answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The file's own outputs, before they are made logits in the order of the classes."""
+        """The file's own outputs, before the conversion to logits in the order of the classes."""
         batch = self.adaptation.prepare(batch)
         arrays = {}
         for name, node, dtype in self._inputs:
@@ -217,10 +218,10 @@ class OnnxTeacher:
         }
 
     def watch(self, layers: Collection[str]) -> None:
-        """See :class:`Teacher`."""
+        """Refuse layers: an ONNX file gives no access to them (raises InputError)."""
         if layers:
             raise InputError(
-                f"an ONNX teacher shows no layers, and {', '.join(layers)} are asked for",
+                f"an ONNX teacher gives no access to layers, and {', '.join(layers)} are needed",
                 where=str(self.path),
                 remedy="use losses on its outputs, or give the teacher as a torch module",
             )
@@ -242,7 +243,7 @@ class OnnxTeacher:
         return [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
 
     def _probe(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
-        """Run two samples of noise once, to find wrong shapes now and not in the first epoch."""
+        """Run two samples of noise once, to find wrong shapes before the first epoch."""
         noise = np.random.default_rng(0)
         specs = {spec.name: spec for spec in inputs}
         arrays = {}
@@ -268,7 +269,7 @@ class OnnxTeacher:
                     where=str(self.path),
                     remedy="give a teacher for the same classes or targets as the data have; or "
                     "name all of its outputs in their order (teacher.classes: […]), and those "
-                    "that are none of the data's classes are left out",
+                    "that are not classes of the data are left out",
                 )
 
 
@@ -292,12 +293,12 @@ def _open(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
         raise InputError(
             f"ONNX Runtime cannot load the teacher: {reason}",
             where=str(path),
-            remedy="copy or export it again: it may be cut off, or its .data file is missing",
+            remedy="copy or export it again: it may be truncated, or its .data file is missing",
         ) from error
 
 
 def _file_digest(path: Path) -> str:
-    """SHA-256 of an ONNX file and of the data file that exporters put beside it."""
+    """SHA-256 of an ONNX file and of the data file that exporters write next to it."""
     digest = hashlib.sha256()
     beside = path.with_name(path.name + ".data")
     for part in [path, beside] if beside.is_file() else [path]:
@@ -346,7 +347,7 @@ def _match_inputs(
 
 
 def _fixed_batch(session: onnxruntime.InferenceSession) -> int | None:
-    """The batch size the file is fixed to, or None when it takes any."""
+    """The batch size the file is fixed to, or None when it accepts any."""
     sizes = {node.shape[0] for node in session.get_inputs() if node.shape}
     fixed = [size for size in sizes if isinstance(size, int) and size > 0]
     return fixed[0] if fixed else None

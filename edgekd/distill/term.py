@@ -1,4 +1,4 @@
-"""One term of an objective: what every term has, and the base of those that are not named."""
+"""One term of an objective: the interface, and the base class of built-in terms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Named = Mapping[str, Tensor]
 
 
 class Term(Protocol):
-    """One weighted summand."""
+    """The interface of a loss term: one weighted summand of the objective."""
 
     @property
     def label(self) -> str:
@@ -31,12 +31,12 @@ class Term(Protocol):
 
     @property
     def needs_full_logits(self) -> bool:
-        """Whether it needs each of the teacher's logits, and not only their largest."""
+        """Whether it needs each of the teacher's logits, not only the largest ones."""
         ...
 
     @property
     def needs_hard_label(self) -> bool:
-        """Whether it needs one class per sample, and no mixture of two."""
+        """Whether it needs one class per sample, not a mixture of two."""
         ...
 
     @property
@@ -51,7 +51,7 @@ class Term(Protocol):
 
     @property
     def teacher_layers(self) -> tuple[str, ...]:
-        """The teacher's."""
+        """The teacher's layers it compares; none: the primary output."""
         ...
 
     def place(self, role: Literal["student", "teacher"]) -> str:
@@ -59,11 +59,11 @@ class Term(Protocol):
         ...
 
     def weight(self, part: float) -> float:
-        """Its factor in the sum when ``part`` of the training is done."""
+        """Its factor in the sum when ``part`` (0 to 1) of the training is done."""
         ...
 
     def prepare(self, student: Named, teacher: Named | None, samples: int) -> None:
-        """Make what is trained in it, from the shapes of a first batch."""
+        """Make its trained parts from the shapes of a first batch."""
         ...
 
     def __call__(self, student: Named, teacher: Named | None, batch: Named, part: float) -> Tensor:
@@ -72,12 +72,12 @@ class Term(Protocol):
 
 
 class BuiltinTerm(nn.Module):
-    """What terms that are not named in a pipeline have in common: a scheme's, and the hard loss.
+    """Base class of terms that a pipeline does not name: a scheme's, and the hard loss.
 
     Args:
         label: its name in the history.
         weight: its factor in the sum.
-        layers: the layers of the trained network that it looks at.
+        layers: the layers of the trained network that it reads.
     """
 
     needs_teacher = False
@@ -94,16 +94,16 @@ class BuiltinTerm(nn.Module):
 
     @property
     def identity(self) -> str:
-        """See :class:`Term`."""
+        """Everything that decides the term's value, as text."""
         return f"{self.label} {self._weight} {self.student_layers}"
 
     def place(self, role: Literal["student", "teacher"]) -> str:
-        """See :class:`Term`."""
+        """The config path that names a layer; the term itself here."""
         return f"distill.scheme, {self.label}"
 
     def weight(self, part: float) -> float:
-        """See :class:`Term`."""
+        """Its constant factor in the sum."""
         return self._weight
 
     def prepare(self, student: Named, teacher: Named | None, samples: int) -> None:
-        """Nothing is trained in it, unless it says otherwise."""
+        """Make its trained parts; by default there are none."""

@@ -1,4 +1,4 @@
-"""The only training loop: a teacher's, a student's alone, and a student's with a teacher."""
+"""The training loop of teachers, and of students with and without a teacher."""
 
 from __future__ import annotations
 
@@ -66,22 +66,22 @@ def train(
 
     With ``ema`` these are the averaged ones, and so are those that are validated. On the CPU, and
     with the same number of threads, the same seed gives the same weights, also when the training
-    was stopped and is gone on with. A checkpoint is left after each epoch. Where ``torchrun``
+    was stopped and resumed. A checkpoint is written after each epoch. Where ``torchrun``
     started several processes, each calls this with the same arguments and ends with the same
-    weights: those of one process, but for rounding and dropout.
+    weights: those of one process, except for rounding and dropout.
 
     Args:
-        model: takes a batch, gives outputs by name; trained in place, on a GPU when there is
-            one, and then back on the device it came from.
-        objective: what it is trained for.
+        model: takes a batch, returns outputs by name; trained in place, on a GPU when there is
+            one, then moved back to its original device.
+        objective: the objective to minimise.
         loaders: the training and the validation batches.
-        task: gives the metric that chooses the best epoch.
+        task: defines the metric that selects the best epoch.
         config: epochs, optimizer, schedule and the like.
         seed: of shuffling, augmentation and dropout; the initial weights are the caller's.
-        checkpoint_folder: where the state after each epoch is kept, and looked for first.
-        progress: told of each step's share and of the validation after each epoch.
-        teacher: asked for each batch, when the objective needs it.
-        label: what the progress display calls the work.
+        checkpoint_folder: where the state after each epoch is saved, and loaded from at the start.
+        progress: receives each step and the validation after each epoch.
+        teacher: run on each batch, when the objective needs it.
+        label: the name of the training in the progress display.
 
     Raises:
         InputError: the batches do not fit the model or the objective; no teacher where one is
@@ -105,8 +105,16 @@ def train(
     objective.to(device)
     history, best = History(task.metric, task.higher_is_better), _copied(model)
     run = _Run(
-        *(model, objective, Loaders(*loaders), task, config, seed),
-        *(teacher, progress, device, processes),
+        model=model,
+        objective=objective,
+        loaders=Loaders(*loaders),
+        task=task,
+        config=config,
+        seed=seed,
+        teacher=teacher,
+        progress=progress,
+        device=device,
+        processes=processes,
     )
     with ExitStack() as stack:
         stack.callback(run.capture.remove)
@@ -127,10 +135,10 @@ def train(
         if done == 0:
             run.check_terms()
         if 0 < done < config.epochs and history.epochs_since_better < waits:
-            progress.message(f"{label}: going on after epoch {done} of {config.epochs}")
+            progress.message(f"{label}: resuming after epoch {done} of {config.epochs}")
         progress.start(label, (config.epochs - done) * len(run.loaders.train), "step")
         stack.callback(progress.finish)
-        # Dropout draws from torch's own generator: seeded per epoch, and given back as it was.
+        # Dropout draws from torch's own generator: seeded per epoch, and restored afterwards.
         stack.enter_context(torch.random.fork_rng(devices=run.devices_to_fork))
         for number in range(done + 1, config.epochs + 1):
             if history.epochs_since_better >= waits:
@@ -151,10 +159,10 @@ def train(
 
 
 class _Run:
-    """One training with everything an epoch needs.
+    """A training: model, objective, optimizer and everything an epoch needs.
 
     Attributes:
-        kept: the network that is validated and kept: the model, or the average of its weights.
+        kept: the network that is validated and saved: the model, or the average of its weights.
     """
 
     step: Step
@@ -179,7 +187,7 @@ class _Run:
         self.devices_to_fork = [self.device] if self.device.type == "cuda" else []
         if processes is not None:
             processes.broadcast_module(model)
-        # Copied before any hook is on the model: the copy must not fill the capture too.
+        # Copied before any hook is on the model: the copy must not write into the capture.
         self.average = EMA(model, config.ema) if config.ema is not None else None
         self.kept = model if self.average is None else self.average.module
         self.capture = FeatureExtractor(model, objective.student_layers, "student")
@@ -198,12 +206,17 @@ class _Run:
             if self.processes is not None:
                 self.processes.broadcast_module(self.objective)
         self.step = Step(
-            *(self.model, self.average, self.objective, self.config),
-            *(self.capture, self.device, self.processes),
+            model=self.model,
+            average=self.average,
+            objective=self.objective,
+            config=self.config,
+            capture=self.capture,
+            device=self.device,
+            processes=self.processes,
         )
 
     def check_terms(self) -> None:
-        """Refuse a term that cannot teach the student anything.
+        """Refuse a loss term without a gradient to the student.
 
         Raises:
             InputError: a term of the pipeline has no gradient on the first batches.
@@ -278,7 +291,7 @@ class _Run:
     def from_first(
         self, load: Callable[[], tuple[TrainingState | None, str]]
     ) -> tuple[TrainingState | None, str]:
-        """What the first process found; several must not go on from different states."""
+        """The first process's checkpoint: all processes must resume from the same state."""
         if self.processes is None:
             return load()
         return self.processes.broadcast_object(load() if self.processes.rank == 0 else None)
@@ -287,7 +300,7 @@ class _Run:
         return prepared(batch, self.device, self.config.channels_last)
 
     def _answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The validated network's outputs, in float32 as it is exported."""
+        """The validated network's outputs, in float32 as exported."""
         batch = self._prepared(batch)
         size = len(batch[self.task.target])
         shared_by = None if size < self.together else self.processes
@@ -299,7 +312,7 @@ class _Run:
         return outputs if shared_by is None else shared_by.all_gather(outputs, size)
 
     def _ask(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-        """The teacher's answers, when the objective compares with them."""
+        """The teacher's outputs, when the objective compares with them."""
         if self.teacher is None or not self.objective.needs_teacher:
             return None
         if self.processes is None and self.device.type == "cpu":

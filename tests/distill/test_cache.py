@@ -249,5 +249,5 @@ def test_a_loader_that_gives_other_samples_is_found_out(tmp_path):
             for batch in super().view(seed, view, start):
                 yield {name: tensor.flip(0) for name, tensor in batch.items()}
 
-    with pytest.raises(StageError, match="did not give sample 0 of view 0"):
+    with pytest.raises(StageError, match="did not return sample 0 of view 0"):
         fill(tmp_path, source=Shuffled())

@@ -459,7 +459,7 @@ class Own(nn.Module):
         (
             lambda m, x: m.linear(x) * (2 if m.training else 1),
             InputError,
-            "graph of the network does not give its answers",
+            "graph of the network does not reproduce its outputs",
         ),
         (lambda m, x: m.linear(x if x.sum() > 0 else -x), StageError, "cannot be prepared"),
     ],

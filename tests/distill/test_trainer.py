@@ -33,7 +33,7 @@ def test_stopped_and_gone_on_with_gives_the_very_same_weights(tmp_path, keys):
         fit(tmp_path / "parts", source=Source(stop_in=3), **distil, **keys)
     progress = Silent()
     resumed, again = fit(tmp_path / "parts", progress=progress, **distil, **keys)
-    assert progress.messages == ["training: going on after epoch 2 of 4"]
+    assert progress.messages == ["training: resuming after epoch 2 of 4"]
     assert same(whole, resumed)
     first, second = last_weights(tmp_path / "whole"), last_weights(tmp_path / "parts")
     assert all(torch.equal(first[key], second[key]) for key in first)
@@ -142,7 +142,7 @@ def test_a_stop_while_the_checkpoint_is_written_leaves_the_one_before(tmp_path, 
     monkeypatch.undo()
     progress = Silent()
     resumed, _ = fit(tmp_path / "parts", progress=progress)
-    assert progress.messages == ["training: going on after epoch 2 of 4"]
+    assert progress.messages == ["training: resuming after epoch 2 of 4"]
     assert same(resumed, fit(tmp_path / "whole")[0])
 
 

@@ -249,7 +249,7 @@ def test_one_process_that_fails_ends_all(
     # The epoch that was finished is gone on with, by one process alone.
     rest = alone(command, pipeline)
     assert rest.returncode == 0, rest.stderr
-    assert "going on after epoch 1" in rest.stdout
+    assert "resuming after epoch 1" in rest.stdout
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def test_killed_run_goes_on_to_the_same_weights(tmp_path: Path, edgekd: Edgekd) 
     kill_when(killed, tmp_path, "student", 4)
     done = edgekd("run", "p.yaml", "-o", "killed", "--until", UNTIL)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "going on after epoch" in done.stdout
+    assert "resuming after epoch" in done.stdout
     assert weights(killed) == weights(tmp_path / "straight")
     assert len(weights(killed)) == 4
 
@@ -86,5 +86,5 @@ def test_interrupt_leaves_with_130(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=240)
     assert process.returncode == 130
-    assert "run again to go on" in errors
+    assert "run again to resume" in errors
     assert "Traceback" not in errors

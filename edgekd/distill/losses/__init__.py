@@ -2,9 +2,9 @@
 
 Every public function of this package's modules whose first parameter is ``student`` is one, under
 its own name. A loss with trained parts (an adapter, a memory bank) is a module class: its name in
-a pipeline is its own in lower case with underscores, its ``__init__`` takes the captured shapes
+a pipeline is the class's in lower case with underscores, its ``__init__`` takes the captured shapes
 ``student`` and ``teacher`` first and hyper-parameters after them, its ``forward`` takes the
-tensors. It stands before the pure function of the same name, which it calls.
+tensors. It takes precedence over the pure function of the same name, which it calls.
 
 Adding a loss is adding one such function or class; there is nothing to register.
 """

@@ -1,4 +1,4 @@
-"""Contrast: a student's feature must tell its own sample's teacher feature from many others'."""
+"""Contrastive losses: identify a sample's teacher feature among those of other samples."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Crd(nn.Module):
     bank's row is a running mean over the epochs. The loss is the sum of both
     :func:`noise_contrast`, their Z estimated in the first batch and then constant.
 
-    Sample i lives in row ``i mod rows``. A data set larger than the bank shares rows: a sample
+    Sample i is stored in row ``i mod rows``. A data set larger than the bank shares rows: a sample
     that finds another's embedding (or none) in its row replaces it, and its own fresh embedding
-    is its positive. Memory is ``2 · rows · embedding`` floats and O(B · rows) per step, whatever
-    the size of the data set.
+    is its positive. Memory is ``2 · rows · embedding`` floats and O(B · rows) per step, independent
+    of the size of the data set.
 
-    Draws come from torch's generator and all else is in the state dict, so a restored run
+    Random numbers come from torch's generator and all else is in the state dict, so a restored run
     continues with the same numbers. In evaluation mode nothing is updated.
 
     Args:
@@ -46,8 +46,8 @@ class Crd(nn.Module):
         negatives: K, drawn per sample and with replacement from the other rows; at most as many
             as there are.
         temperature: τ.
-        momentum: the part of a row that stays when its sample is seen again.
-        bank: the most rows.
+        momentum: the share of a row that remains when its sample is seen again.
+        bank: the largest number of rows.
         other_classes: whether negatives are of other classes only (the paper's supervised
             policy; needs integer targets), or of any other sample.
 
@@ -144,8 +144,8 @@ class Crd(nn.Module):
         self, s: Tensor, t: Tensor, sample: Tensor, row: Tensor, target: Tensor | None
     ) -> None:
         """Move the rows of a batch towards its embeddings, in place of no tensor of the graph."""
-        # Of samples that share a row the last is kept: all of them write the same values, or the
-        # order of writing, which a GPU does not fix, would decide.
+        # Of samples that share a row the last one is stored: all of them write the same values, or
+        # the order of writing, which a GPU does not fix, would decide.
         place = torch.arange(len(row), device=row.device)
         last = torch.where(row[:, None] == row, place, -1).amax(dim=1)
         s, t, sample = s[last], t[last], sample[last]
@@ -178,7 +178,7 @@ class Crd(nn.Module):
 def bank_scores(anchor: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
     """``anchor_b · bank[rows_bk]``, (B, K).
 
-    All B·N products in one GEMM, of which K are taken: gathering the vectors first would need
+    All B·N products in one GEMM, of which K are selected: gathering the vectors first would need
     B·K·D numbers, which is 128 times more for D = 128 and K = N.
 
     Args:
@@ -203,7 +203,7 @@ def noise_contrast(
         positive: scores over the temperature, (B,).
         negative: scores over the temperature, (B, K).
         log_z: log z, a scalar.
-        kept: (B, K), which negatives count; their mean then stands for the ones left out.
+        kept: (B, K), which negatives count; their mean replaces the ones left out.
     """
     drawn = negative.shape[1]
     even = math.log(drawn) + log_z

@@ -3,7 +3,7 @@
 Maps (B, C, H, W), for some also sequences (B, T, F) and vectors (B, F). Each gives a scalar that
 does not depend on the order of the samples; over several pairs of layers it is the sum of theirs.
 Half precision is widened first. The pure functions compare equal shapes unless they say otherwise;
-the classes beside them bring the student to the teacher's shape with what is trained with it.
+the classes of the same name adapt the student to the teacher's shape with trained modules.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Fitnets(nn.Module):
     Args:
         student: the captured shape.
         teacher: the captured shape.
-        relu: the adapter of a map ends with a ReLU, as the teacher's layer should; say false for
+        relu: the adapter of a map ends with a ReLU, as the teacher's layer should; set False for
             a layer with negative values, which the adapter could not reach.
     """
 
@@ -71,11 +71,11 @@ def attention(student: Tensor, teacher: Tensor, power: Power = 2.0) -> Tensor:
     """``mean (a_s − a_t)²`` with ``a = A / ‖A‖₂``, ``A = mean_c |f|^power``.
 
     Attention transfer (Zagoruyko & Komodakis 2017, section 3.1). A mean over samples and
-    positions, as in the paper's code. How large a feature is changes nothing, only where.
+    positions, as in the paper's code. The feature's scale does not matter.
 
     Args:
         student: a map of any channels and size; the larger is averaged down to the smaller.
-        teacher: likewise.
+        teacher: a map of the same samples, as the student's.
         power: 2 in the paper, at least 1.
     """
     student, teacher = _pooled_maps(student, teacher)
@@ -94,7 +94,7 @@ def nst(student: Tensor, teacher: Tensor) -> Tensor:
 
     Args:
         student: a map of any channels and size; the larger is averaged down to the smaller.
-        teacher: likewise.
+        teacher: a map of the same samples, as the student's.
     """
     maps = _pooled_maps(student, teacher)
     s, t = (normalize(feature.flatten(2), dim=2) for feature in maps)
@@ -115,7 +115,7 @@ class Vid(nn.Module):
         student: the captured shape.
         teacher: the captured shape.
         initial_variance: σ² at the start.
-        eps: what σ² cannot fall below.
+        eps: lower bound of σ².
 
     Raises:
         InputError: the shapes cannot be matched, or the variance would start at or below eps.

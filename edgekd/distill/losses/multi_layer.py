@@ -1,8 +1,8 @@
 """Losses on several layers at once, in the order in which they are named: from shallow to deep.
 
 Lists of maps (B, C, H, W), as many of the student as of the teacher. Each gives a scalar. The pure
-functions compare equal shapes unless they say otherwise; the classes beside them bring the student
-to the teacher's shapes with what is trained with it.
+functions compare equal shapes unless they say otherwise; the classes of the same name adapt the
+student to the teacher's shapes with trained modules.
 """
 
 from __future__ import annotations

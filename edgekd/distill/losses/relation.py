@@ -2,7 +2,7 @@
 
 Each takes features of any layout and of different widths and gives a scalar; only the batch must
 be the same. (B, F), (B, T, F) and (B, C, ...) are averaged over positions to one vector per
-sample, but for :func:`sp`, which compares whole feature maps. Means run over all pairs
+sample, except in :func:`sp`, which compares complete feature maps. Means run over all pairs
 (triplets) of the batch, a sample with itself included, as in the authors' code for which the
 published weights are.
 
@@ -73,7 +73,7 @@ def rkd(student: Tensor, teacher: Tensor, distance: Factor = 25.0, angle: Factor
     """Smooth L1 of pairwise distances and of angles in triplets (RKD, Park et al. 2019, eq. 5-9).
 
     Distances are divided by their mean over the batch, so scaling, moving or rotating all features
-    of one network changes nothing. A pair that rounding cannot tell apart has distance 0, spans no
+    of one network changes nothing. A pair that is equal within rounding has distance 0, spans no
     angle and passes no gradient. Memory grows as B²·F + B³.
 
     Args:

@@ -24,7 +24,7 @@ from edgekd.distill.losses.traits import traits
 from edgekd.tasks.losses import Distance, at_least_float32, cross_entropy, distance
 
 Temperature = Annotated[float, Field(ge=1)]
-"""From 1 upward: below 1 it would sharpen what it is there to soften."""
+"""From 1 upward: below 1 it would sharpen the probabilities instead of softening them."""
 
 Smoothing = Annotated[float, Field(ge=0, lt=1)]
 
@@ -35,7 +35,7 @@ def hard_labels(student: Tensor, target: Tensor, label_smoothing: Smoothing = 0.
 
     Args:
         student: logits.
-        target: integer classes, the logits' shape without C, below 0 where there is none; or
+        target: integer classes, the logits' shape without C, below 0 for unlabelled samples; or
             class probabilities in the logits' shape, as mixup and cutmix give.
         label_smoothing: the part of the probability spread evenly over all classes.
     """
@@ -80,7 +80,7 @@ def hard_distillation(student: Tensor, teacher: Tensor) -> Tensor:
 def output_regression(
     student: Tensor, teacher: Tensor, kind: Distance = "mse", mask: Tensor | None = None
 ) -> Tensor:
-    """``d(student, teacher)``: the teacher's numbers imitated, or its logits matched.
+    """``d(student, teacher)``: regression to the teacher's values, or logit matching.
 
     Args:
         student: (B, ...).
@@ -108,13 +108,13 @@ def logit_standardization(
 
     Z takes each sample's mean away and divides by its standard deviation over the C classes: with
     1/C and nothing added, as in the paper. The authors' code has 1/(C − 1), which is a T larger
-    by √(C/(C − 1)) in the softmax, and adds 1e-7 to the deviation. The loss knows neither shift
-    nor scale of a sample. Logits that are all equal have no Z; they count as 0, without gradient.
+    by √(C/(C − 1)) in the softmax, and adds 1e-7 to the deviation. The loss is invariant to shift
+    and scale of a sample. Logits that are all equal have no Z; they count as 0, without gradient.
 
     Args:
         student: logits.
         teacher: logits of the same shape.
-        temperature: T, at least 1. The authors weigh this loss 9 beside 0.1 of hard labels.
+        temperature: T, at least 1. The authors weight this loss by 9 and hard labels by 0.1.
     """
     check_same_shape(student, teacher, SAME_CLASSES)
     size = math.sqrt(student.shape[-1])
@@ -133,7 +133,7 @@ def jsd(
 
     At its ends it is 0 for all logits, while JSD/β tends to KL(p ‖ q) and JSD/(1 − β) to
     KL(q ‖ p). Exactly 0 and 1 therefore mean these: 0 is :func:`soft_labels`, which covers all
-    that the teacher holds possible; 1 the reverse, which settles on one of its modes. Close to
+    that the teacher considers possible; 1 the reverse, which settles on one of its modes. Close to
     an end the loss is small and needs a larger weight. T² is not in the paper, where T is 1.
 
     Args:
@@ -158,8 +158,8 @@ def jsd(
 def multi_label(student: Tensor, teacher: Tensor, temperature: Temperature = 1.0) -> Tensor:
     """``T² · KL(Bernoulli(σ(z_t / T)) ‖ Bernoulli(σ(z_s / T)))``, mean over all outputs.
 
-    Soft labels of classes that do not exclude each other: each logit is a yes-or-no question of
-    its own, so that a shift of a sample's logits does change the loss.
+    Soft labels of classes that do not exclude each other: each logit is a separate yes-or-no
+    question, so that a shift of a sample's logits does change the loss.
 
     Args:
         student: logits.
@@ -193,7 +193,7 @@ def unit_deviation(values: Tensor) -> Tensor:
     """``(x − mean(x)) / ‖x − mean(x)‖`` over the last dimension, in float32 or better.
 
     Its product with another's is Pearson's correlation; √C times it is the z-score. A row that
-    is constant within its rounding has no direction: it gives 0, without a gradient, where a
+    is constant within its rounding has no direction: the result is 0, without a gradient, where a
     small number added to the norm would give a gradient of its reciprocal.
     """
     values = at_least_float32(values)

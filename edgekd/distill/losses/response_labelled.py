@@ -1,4 +1,4 @@
-"""Response losses that know which class is right, and treat it apart from the others.
+"""Response losses that use the label, and treat the right class separately from the others.
 
 Logits (B, C) or (B, T, C), C at least 2, with one integer class per row of logits. A row whose
 class is below 0 is unlabelled and left out; the mean is over the labelled rows, and none gives 0.
@@ -39,7 +39,7 @@ def dkd(
     """``T² · (α · TCKD + β · NCKD)``: decoupled distillation (Zhao et al. 2022).
 
     TCKD is the KL of (right class, all others together), NCKD the KL among the others alone.
-    Soft labels weigh NCKD with the teacher's doubt; here the teacher's certainty hides nothing.
+    Soft labels weight NCKD by 1 − p_t(right class); here the two weights are independent.
     With two classes there is one other, and NCKD is 0.
 
     Args:
@@ -69,15 +69,15 @@ def wsld(
     """``T² · (1 − exp(−CE(z_s, y) / CE(z_t, y))) · H(softmax(z_t / T), softmax(z_s / T))``:
     weighted soft labels (Zhou et al. 2021, "Rethinking soft labels").
 
-    A sample on which the student does better than the teacher weighs less. The weight is taken
-    at T = 1 and is no path for gradients. H is the cross-entropy, as in the paper: its gradient
+    A sample on which the student does better than the teacher weighs less. The weight is computed
+    at T = 1 and carries no gradient. H is the cross-entropy, as in the paper: its gradient
     is that of the KL, its lowest value the teacher's entropy and not 0.
 
     Args:
         student: logits.
         teacher: logits of the same shape.
         target: integer classes, below 0 where there is none.
-        temperature: T, at least 1. The authors weigh this loss 2.5 beside 1 of hard labels.
+        temperature: T, at least 1. The authors weight this loss by 2.5 and hard labels by 1.
 
     Raises:
         InputError: shapes that do not fit; targets that are probabilities.
@@ -132,14 +132,14 @@ def _one_class_each(name: str, logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _index(classes: Tensor) -> Tensor:
-    """For gather; what an unlabelled row gathers is left out of the mean."""
+    """Class indices for gather; unlabelled rows are excluded from the mean afterwards."""
     return classes.clamp(min=0).unsqueeze(-1)
 
 
 def _among_others(log_p: Tensor, classes: Tensor) -> Tensor:
     """Log-probabilities (..., C − 1) among the classes that are not the right one."""
     column = torch.arange(log_p.shape[-1] - 1, device=log_p.device)
-    # Left out, and not pushed to −1000: what is left may be smaller still, or a single class.
+    # Removed, not set to −1000: the remaining logits may be smaller still, or a single class.
     others = column + (column >= _index(classes)).long()
     return log_softmax(log_p.gather(-1, others), dim=-1)
 
@@ -147,7 +147,8 @@ def _among_others(log_p: Tensor, classes: Tensor) -> Tensor:
 def _right_or_wrong(log_p: Tensor, classes: Tensor) -> Tensor:
     """Log-probabilities (..., 2) of the right class and of all others together."""
     right = log_p.gather(-1, _index(classes))
-    # Not log(1 − p): a certain teacher has p = 1, and what it doubts would be lost in rounding.
+    # Not log(1 − p): a certain teacher has p = 1, and the remaining probability would be lost in
+    # rounding.
     wrong = log_p.scatter(-1, _index(classes), -math.inf).logsumexp(dim=-1, keepdim=True)
     return torch.cat([right, wrong], dim=-1)
 

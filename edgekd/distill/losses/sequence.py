@@ -1,7 +1,7 @@
 """Losses between the layers of two transformers: hidden states (B, T, F), attention (B, H, T, T).
 
-Each gives a scalar, the mean over everything that the mask keeps; none kept gives 0. What the
-mask leaves out may hold NaN. Half precision is widened.
+Each gives a scalar, the mean over everything that the mask selects, 0 for an empty mask. What the
+mask excludes may be NaN. Half precision is widened.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Who teaches whom, and when.
+"""Training schemes: which network teaches which, and when.
 
 Every public function of this package's modules whose first parameter is ``context`` is a scheme,
 under its own name (without an underscore at its end); there is nothing to register.
@@ -38,7 +38,7 @@ SCHEMES: Mapping[str, Scheme] = _schemes()
 
 
 def find_scheme(config: SchemeConfig, where: str = "distill.scheme") -> Scheme:
-    """The scheme a pipeline names, with its arguments bound and checked.
+    """The scheme that a pipeline names, with its arguments bound and checked.
 
     Raises:
         InputError: there is no such scheme, it takes no context, or an argument is wrong.

@@ -21,20 +21,20 @@ from edgekd.models.build import MODELS
 from edgekd.models.dict_model import count_parameters
 
 LARGE_GAP = 10
-"""From so many times the student's parameters on, a teacher is far above it."""
+"""Ratio of teacher to student parameters from which the gap counts as large."""
 
 
 def assistant(
     context: SchemeContext, models: Annotated[tuple[Network, ...], Field(min_length=1)]
 ) -> dict[str, History]:
-    """The teacher teaches the first assistant, that one the next, and the last the student.
+    """Teacher assistants: each network is distilled from the one above it, the student last.
 
     Each is trained with the pipeline's loss terms. Terms that name layers need networks that all
     have them under these paths: of each pair, ``student`` is the learner's and ``teacher`` that
     of the network above it.
 
     Args:
-        context: what is worked with.
+        context: networks, data and training loop.
         models: the assistants from the teacher's side down.
 
     Raises:
@@ -44,7 +44,7 @@ def assistant(
     objective = context.new_objective()
     if not objective.needs_teacher:
         raise InputError(
-            "no loss term compares with a teacher: an assistant would pass nothing on",
+            "no loss term compares with a teacher: an assistant would have no effect",
             where="distill.scheme.assistant",
             remedy="add soft_labels to distill.losses, or write scheme: offline",
         )
@@ -67,11 +67,12 @@ def assistant(
 def propose_assistant(
     teacher_parameters: int, student_parameters: int, candidates: Mapping[str, int]
 ) -> str | None:
-    """The network that bridges a large gap best: the nearest to the geometric mean of both sizes.
+    """The best assistant for a large gap: the candidate nearest to the geometric mean of both
+    sizes.
 
     Args:
-        teacher_parameters: how many the teacher has.
-        student_parameters: how many the student has.
+        teacher_parameters: the teacher's number of parameters.
+        student_parameters: the student's number of parameters.
         candidates: parameters by network name.
 
     Returns:
@@ -97,18 +98,18 @@ def ensemble(
     weights: tuple[Annotated[float, Field(gt=0)], ...] | None = None,
     combine: Combine = "mean",
 ) -> dict[str, History]:
-    """One training under the pipeline's teacher and others, whose answers are made one.
+    """One training under the pipeline's teacher and others, whose outputs are combined.
 
     See :class:`EnsembleTeacher`. Terms that name the teacher's layers compare with those of the
     pipeline's own.
 
     Args:
-        context: what is worked with.
+        context: networks, data and training loop.
         teachers: the other teachers' sections, as that of the pipeline's teacher; those with
-            ``train`` are trained here, each from a seed of its own.
-        weights: the pipeline's teacher's first, then the others'; left out, all count the same.
+            ``train`` are trained here, each from a different seed.
+        weights: the pipeline's teacher's first, then the others'; left out, all are equal.
         combine: ``mean`` of the probabilities (of the numbers, without classes), or
-            ``confidence``: each sample's mean leans to the teachers that are sure of it.
+            ``confidence``: teachers that are certain of a sample weigh more in its mean.
 
     Raises:
         InputError: the weights do not fit, a section is wrong, confidence without classes, or no
@@ -117,7 +118,7 @@ def ensemble(
     objective = context.new_objective()
     if not objective.needs_teacher:
         raise InputError(
-            "no loss term compares with a teacher: the ensemble would never be asked",
+            "no loss term compares with a teacher: the ensemble would never be used",
             where=_WHERE,
             remedy="add soft_labels to distill.losses, or remove distill.scheme",
         )
@@ -148,9 +149,9 @@ def offline(context: SchemeContext) -> dict[str, History]:
 
 
 def _propose_assistant(context: SchemeContext) -> None:
-    """Say which network could stand between a large teacher and the student."""
+    """Suggest an assistant between a large teacher and the student."""
     if not isinstance(context.teacher, ModuleTeacher):
-        return  # An ONNX file does not say what of it are parameters.
+        return  # The parameters of an ONNX file are not known.
     above, below = count_parameters(context.teacher.model), count_parameters(context.student)
     if above <= LARGE_GAP * below:
         return

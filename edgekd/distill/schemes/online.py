@@ -1,4 +1,4 @@
-"""Networks of equal standing teach each other while they learn: Zhang et al. 2018."""
+"""Online distillation: peers teach each other while they are trained (Zhang et al. 2018)."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def online(
     temperature: Temperature = 1.0,
     weight: Annotated[float, Field(ge=0)] = 1.0,
 ) -> dict[str, History]:
-    """Deep mutual learning: the student and its peers are trained at once, and it is shipped.
+    """Deep mutual learning: the student and its peers are trained together; the student is shipped.
 
     ``Σ_i [hard_i + weight · mean_{j≠i} T² · KL(p_j ‖ p_i)]`` (equations 8 and 9), p_j without a
-    gradient. All peers take their step together, from one forward each; the paper's take turns.
-    For numbers instead of classes the task's distance stands in for the divergence. Neither the
-    pipeline's teacher nor its loss terms are used; ``clip_norm`` bounds all peers together.
+    gradient. All peers take their step together, from one forward each; in the paper they take
+    turns. For numbers instead of classes the task's distance stands in for the divergence. Neither
+    the pipeline's teacher nor its loss terms are used; ``clip_norm`` bounds all peers together.
 
     Args:
-        context: what is worked with.
-        peers: how many, the student among them. Left out: one more than ``models``, or 2.
-        models: the other peers' networks; without them they are the student's, each with first
+        context: networks, data and training loop.
+        peers: their number, including the student. Left out: one more than ``models``, or 2.
+        models: the other peers' networks; without them, the student's network, each with initial
             weights of its own.
         temperature: T, at least 1.
-        weight: how much the others count beside the labels.
+        weight: weight of the mutual terms relative to the labels.
 
     Raises:
         InputError: ``peers`` and ``models`` do not agree.
@@ -63,9 +63,9 @@ def online(
 
 
 class Peers(nn.Module):
-    """Several networks as one, of which the first is scored.
+    """Several networks as one module, of which the first is scored.
 
-    While it is trained it gives the outputs of all, the first's under their own names; in
+    In training mode it returns the outputs of all, the first's under their own names; in
     evaluation mode the first's alone.
     """
 
@@ -74,7 +74,7 @@ class Peers(nn.Module):
         self.members = nn.ModuleList(members)
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The outputs by name; see :func:`outputs_of`."""
+        """The outputs by name; :func:`outputs_of` selects one peer's."""
         outputs: dict[str, Tensor] = self.members[0](batch)
         if self.training:
             for number, member in enumerate(self.members):
@@ -84,7 +84,7 @@ class Peers(nn.Module):
         return outputs
 
     def check_batch(self, batch: Mapping[str, Tensor]) -> None:
-        """See :meth:`edgekd.models.dict_model.DictModel.check_batch`."""
+        """Check a batch's inputs before the forward pass; raises InputError."""
         for member in self.members:
             assert isinstance(member, DictModel)
             member.check_batch(batch)
@@ -129,7 +129,7 @@ class _PeerHard(BuiltinTerm):
 
 
 class _PeerMutual(BuiltinTerm):
-    """How far a peer is from each of the others, on average; only it gets a gradient."""
+    """The mean distance of a peer to the others; only the peer gets a gradient."""
 
     def __init__(
         self, number: int, peers: int, task: Task, temperature: float, weight: float

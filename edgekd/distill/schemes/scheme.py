@@ -1,4 +1,4 @@
-"""What a scheme is given and gives back: who teaches whom, and when."""
+"""The interface of a scheme: its context and its result."""
 
 from __future__ import annotations
 
@@ -24,35 +24,35 @@ class Fit(Protocol):
     def __call__(
         self, model: nn.Module, objective: Objective, label: str, teacher: Teacher | None = None
     ) -> History:
-        """Train ``model`` in place; it then holds the weights of its best epoch on validation.
+        """Train ``model`` in place; afterwards it has the weights of its best epoch on validation.
 
         Args:
-            model: takes a batch, gives outputs by name.
+            model: takes a batch, returns outputs by name.
             objective: a fresh one: its adapters are trained with this model.
-            label: what the work is called; different for each training of a scheme.
-            teacher: who answers, when the objective needs it; through the cache if there is one.
+            label: the name of the training; different for each training of a scheme.
+            teacher: the teacher, when the objective needs one; through the cache if there is one.
         """
         ...
 
 
 @dataclass(frozen=True)
 class SchemeContext:
-    """What a scheme works with.
+    """The context of a scheme: networks, data and training loop.
 
     Attributes:
-        student: the network that is shipped, with its first weights; trained in place.
+        student: the network that is shipped, with its initial weights; trained in place.
         teacher: the pipeline's teacher.
-        task: says what an output means.
+        task: defines the meaning of the outputs.
         label_smoothing: the pipeline's, for terms that a scheme makes itself.
         fit: the training loop.
         new_objective: a fresh objective of the pipeline's loss terms.
-        new_student: another student; the same index gives the same first weights, 0 those of
+        new_student: another student; the same index gives the same initial weights, 0 those of
             ``student``.
-        build: a network for the same data by its section of the pipeline, with first weights
+        build: a network for the same data by its section of the pipeline, with initial weights
             drawn from the pipeline's seed and the index.
         open_teacher: another teacher by its section: loaded, or trained with ``fit``'s loop on
             the data's own labels. The text is its YAML position and label.
-        say: tells the person who watches.
+        say: prints a progress message.
     """
 
     student: DictModel
@@ -82,5 +82,5 @@ def _known(config: ModelConfig) -> ModelConfig:
 
 
 Network = Annotated[ModelConfig, BeforeValidator(_section), AfterValidator(_known)]
-"""A scheme's argument that is a network: a name, or ``{model: name, args: {…}}``. Whether there is
-one of that name is found out before the first stage runs."""
+"""A scheme's argument that is a network: a name, or ``{model: name, args: {…}}``. The name
+is checked before the first stage runs."""

@@ -1,6 +1,6 @@
 """Self-distillation: a network's deepest exit teaches its early exits.
 
-Zhang et al. 2019, "Be your own teacher". The exits are trained with the network and are no part
+Zhang et al. 2019, "Be your own teacher". The exits are trained with the network but are not part
 of it, so that the exported student has none.
 """
 
@@ -30,14 +30,14 @@ _EXITS = "distill.scheme.self"
 
 
 class Exit(BuiltinTerm):
-    """``(1 − α) · hard + α · soft labels of the deepest answer`` at one layer (equation 6).
+    """``(1 − α) · hard + α · soft labels of the deepest output`` at one layer (equation 6).
 
-    A mean over positions and a linear layer make the layer's feature an answer. No gradient flows
-    into the deepest answer from here.
+    A mean over positions and a linear layer turn the layer's feature into an output. No gradient
+    flows into the deepest output from here.
 
     Args:
         layer: the module path.
-        task: says what an answer is.
+        task: defines the output.
         temperature: T of the soft labels.
         share: α, from 0 to 1.
         label_smoothing: for the labels.
@@ -56,14 +56,14 @@ class Exit(BuiltinTerm):
 
     @property
     def identity(self) -> str:
-        """See :class:`edgekd.distill.term.Term`."""
+        """Everything that decides the term's value, as text."""
         return f"{super().identity} {self._temperature} {self._share} {self._label_smoothing}"
 
     def prepare(self, student: Named, teacher: Named | None, samples: int) -> None:
-        """Make the head for the layer's channels and the answer's size.
+        """Make the head for the layer's channels and the output's size.
 
         Raises:
-            InputError: the layer gives no map, sequence or vector.
+            InputError: the layer outputs no map, sequence or vector.
         """
         if self.head is None:
             feature, answer = pooled(student[self._key], self._key[1:]), student[self._task.output]
@@ -98,7 +98,7 @@ class OwnHint(BuiltinTerm):
         self.loss = ConfiguredLoss(term, self.label, task, 0.0, f"{_EXITS}.hint")
 
     def prepare(self, student: Named, teacher: Named | None, samples: int) -> None:
-        """Make the adapter."""
+        """Make the adapter from the shapes of a first batch."""
         self.loss.prepare(student, student, samples)
 
     def forward(self, student: Named, teacher: Named | None, batch: Named, part: float) -> Tensor:
@@ -161,18 +161,18 @@ def self_(
 ) -> dict[str, History]:
     """Generations (born again, Furlanello et al. 2018), exits (Zhang et al. 2019), or both.
 
-    Generation 0 is trained on the labels alone, each further one under the one before with the
-    pipeline's loss terms; the last is the student. With exits, shallow layers answer too and learn
-    from the deepest answer, in every generation. The pipeline's teacher is not asked.
+    Generation 0 is trained on the labels alone, each later one is distilled from the one before
+    with the pipeline's loss terms; the last is the student. With exits, shallow layers predict too
+    and learn from the deepest output, in every generation. The pipeline's teacher is not used.
 
     Args:
-        context: what is worked with.
-        generations: how many after generation 0. Left out: 1, or 0 with exits.
-        exits: module paths of the student's layers, each of which gets a classifier of its own.
-        temperature: T of what the deepest answer teaches the exits.
-        share: α, its part beside the labels' at each exit.
+        context: networks, data and training loop.
+        generations: number of generations after generation 0. Left out: 1, or 0 with exits.
+        exits: module paths of the student's layers, each of which gets its own classifier.
+        temperature: T of the deepest output's soft labels.
+        share: α, the share of the soft labels against the hard ones at each exit.
         hint: λ, the weight of the features' distance when ``deepest`` is named.
-        deepest: the module path of the feature that the exits' features are drawn to.
+        deepest: the module path of the feature that the exits' features imitate.
 
     Raises:
         InputError: nothing teaches the student, or a layer does not exist.
@@ -208,7 +208,7 @@ def self_(
 
 
 def _check(context: SchemeContext, count: int, exits: tuple[str, ...], deepest: str | None) -> None:
-    """Find now what would else be found when generation 0 has been trained."""
+    """Report now what would otherwise fail after the training of generation 0."""
     if not count and not exits:
         raise InputError(
             "nothing teaches the student: there are no generations and no exits",

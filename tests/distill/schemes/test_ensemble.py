@@ -147,7 +147,7 @@ def test_members_that_answer_something_else(second, what):
     [
         ({"weights": [1.0]}, "1 weights for 3 teachers"),
         ({"weights": [1.0, 0.0, 1.0]}, "the weights are 1.0, 0.0, 1.0"),
-        ({"combine": "confidence", "classes": False}, "no confidence in numbers"),
+        ({"combine": "confidence", "classes": False}, "confidence is defined for classes only"),
     ],
 )
 def test_wrong_combinations(logits, keys, what):
@@ -185,9 +185,9 @@ def test_what_is_wrong_is_found_before_a_teacher_is_opened(make_context):
     with pytest.raises(InputError, match="3 weights for 2 teachers"):
         ensemble(context, teachers=(SECTION,), weights=(1.0, 1.0, 1.0))
     object.__setattr__(context, "task", Regression())
-    with pytest.raises(InputError, match="no confidence in numbers"):
+    with pytest.raises(InputError, match="confidence is defined for classes only"):
         ensemble(context, teachers=(SECTION,), combine="confidence")
-    with pytest.raises(InputError, match="the ensemble would never be asked"):
+    with pytest.raises(InputError, match="the ensemble would never be used"):
         ensemble(make_context(terms=("hard_labels",)), teachers=(SECTION,))
 
 
