@@ -1,1 +1,1 @@
-"""How stages run: fingerprints, the store of artifacts, resume, progress."""
+"""Running the stages: fingerprints, the store of artifacts, resume, progress."""

@@ -3,7 +3,8 @@
 Nothing is imported for it. From a stage's module on, each name that is used is followed to the
 module that defines it, through the imports of modules and of functions alike, and there to what
 that definition uses. So ``from edgekd.stages.training import read_json`` brings the file that
-defines ``read_json``, and not what the other functions of that file import. A file counts whole.
+defines ``read_json``, and not what the other functions of that file import. A file is hashed
+completely.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ ROOTS = {"edgekd": Path(__file__).resolve().parents[1], "edgerun": edgerun_folde
 """The folders of the two packages."""
 
 _EVERYTHING, _FILE = "*", ""
-"""In place of a name: all that a module defines; the file alone, without what it imports."""
+"""Pseudo-names: everything that a module defines; the file alone, without its imports."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class _Module:
     Attributes:
         uses: by each name defined at its top, the names that its definition mentions.
         always: names mentioned by statements that run whenever the file is imported.
-        imports: what a local name stands for: a module, and the name in it (None: the module).
+        imports: the target of each local name: a module, and the name in it (None: the module).
         texts: texts that may name a module, by definition; ``python -m`` and lazy imports do.
         dynamic: whether it imports the modules of its own folder, which it finds there.
         files: other files in its folder that its texts name, such as a template.
@@ -68,13 +69,13 @@ def code_of(modules: Iterable[str]) -> tuple[str, ...]:
     """The modules of edgekd and edgerun that these modules' code depends on, themselves included.
 
     Args:
-        modules: dotted names, such as ``edgekd.stages.data``; others than edgekd's are left out.
+        modules: dotted names, such as ``edgekd.stages.data``; modules outside edgekd are ignored.
     """
     return tuple(sorted(_reached(tuple(sorted(modules)))))
 
 
 def files_of(module: str) -> list[Path]:
-    """A module's source, and the templates and the like beside it that it names.
+    """A module's source file, and the files next to it that it names, such as templates.
 
     Raises:
         KeyError: there is no such module.
@@ -104,7 +105,7 @@ def _next(module: str, name: str) -> Iterator[tuple[str, str]]:
     """What one definition of a module uses: definitions here and elsewhere."""
     source = _read(module)
     if module == "edgekd.files" and name == "edgerun_folder":
-        # The device-side package is run as a program of its own, and copied whole.
+        # The device-side package is run as a separate program and copied completely.
         yield from ((device, _FILE) for device in _inside("edgerun"))
     if source.dynamic:
         yield from ((inner, _EVERYTHING) for inner in _inside(module))
@@ -205,9 +206,9 @@ def _read(module: str) -> _Module:
 
 
 def _executed(statement: ast.stmt) -> list[ast.Name | ast.Import | ast.ImportFrom | str]:
-    """The names, imports and texts with a dot in a statement, but for what is never run.
+    """The names, imports and texts with a dot in a statement, except those that are never run.
 
-    That is type checking, and the annotations of functions.
+    Excluded are type-checking blocks and the annotations of functions.
     """
     found: list[ast.Name | ast.Import | ast.ImportFrom | str] = []
     waiting: list[ast.AST] = [statement]
@@ -231,7 +232,7 @@ def _executed(statement: ast.stmt) -> list[ast.Name | ast.Import | ast.ImportFro
 def _imported(
     node: ast.Import | ast.ImportFrom, package: str
 ) -> Iterator[tuple[str, tuple[str, str | None]]]:
-    """Each local name of an import, and the module and name that it stands for."""
+    """Each local name of an import, with its module and the name in it."""
     if isinstance(node, ast.Import):
         for alias in node.names:
             yield alias.asname or alias.name.partition(".")[0], (alias.name, None)
@@ -244,7 +245,7 @@ def _imported(
 
 
 def _defined(statement: ast.stmt) -> list[str] | None:
-    """The names that a statement at the top of a file defines; None when it does something."""
+    """The names that a statement at the top of a file defines; None when it has side effects."""
     match statement:
         case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
             return [statement.name]
@@ -270,10 +271,10 @@ def _is_type_checking(node: ast.If) -> bool:
 
 @lru_cache
 def code_sha256(modules: tuple[str, ...]) -> str:
-    """The SHA-256 over the source of these modules and of all code that theirs depends on.
+    """The SHA-256 over the source of these modules and of all code they depend on.
 
-    Which that is, :func:`~edgekd.pipeline.fingerprint.code_of` reads from their imports. To read
-    all of it takes a second, so the result is cached for as long as no file has changed.
+    The dependencies are found by :func:`~edgekd.pipeline.fingerprint.code_of`. Reading
+    all of them takes a second, so the result is cached for as long as no file has changed.
     """
     name = " ".join(modules)
     state = all_code_sha256()
@@ -291,7 +292,7 @@ def code_sha256(modules: tuple[str, ...]) -> str:
 
 @lru_cache
 def all_code_sha256() -> str:
-    """The SHA-256 of every file of edgekd and edgerun, and of the Python that reads them."""
+    """The SHA-256 of every file of edgekd and edgerun, and of the Python version."""
     digest = hashlib.sha256(sys.version.encode())
     for root in ROOTS.values():
         for file in sorted(root.rglob("*")):
@@ -307,7 +308,7 @@ def _hashes_file() -> Path:
 
 
 def _cached_hashes(state: str) -> dict[str, str]:
-    """The hashes noted for this state of the code; empty when there are none to be read."""
+    """The cached hashes for this state of the code; empty without a readable cache."""
     try:
         noted = json.loads(_hashes_file().read_text(encoding="utf-8"))
         hashes = noted["hashes"] if noted["state"] == state else {}
@@ -317,7 +318,7 @@ def _cached_hashes(state: str) -> dict[str, str]:
 
 
 def _cache_hashes(state: str, hashes: Mapping[str, str]) -> None:
-    """Note the hashes where that is possible; they are only there to save time."""
+    """Cache the hashes; a failure to write is ignored, because they only save time."""
     with suppress(OSError, RuntimeError):
         file = _hashes_file()
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ _LINKED = ("benchmark", "report", "bundle")
 
 @dataclass(frozen=True)
 class PlanRow:
-    """What a run would do with one stage, and why."""
+    """One row of the plan: what a run would do with a stage, and why."""
 
     stage: str
     action: Literal["cached", "run"]
@@ -39,16 +39,16 @@ class PlanRow:
 
 @dataclass
 class RunOutcome:
-    """What a run did: the artifacts by stage, and which of them were made now."""
+    """The outcome of a run: the artifacts by stage, and which of them are new."""
 
     artifacts: dict[str, Artifact] = field(default_factory=dict)
     ran: list[str] = field(default_factory=list)
     failure: GateFailed | None = None
-    """Why there is no bundle, when the gate did not pass: a result to be shown before it is an
-    error."""
+    """Why there is no bundle, when the gate did not pass: shown as a result before it is raised as
+    an error."""
 
     def folder(self, stage: str) -> Path:
-        """The artifact folder of a stage that is done."""
+        """The artifact folder of a finished stage."""
         return self.artifacts[stage].folder
 
 
@@ -69,7 +69,7 @@ def stages_until(name: str | None, stages: tuple[Stage, ...]) -> tuple[Stage, ..
 def plan(
     job: Job, folder: Path, stages: tuple[Stage, ...], until: str | None = None
 ) -> list[PlanRow]:
-    """What :class:`Runner` would do, without doing it."""
+    """The plan of what :class:`Runner` would do; nothing is run."""
     store = Store(folder)
     done: dict[str, Artifact] = {}
     rows = []
@@ -91,10 +91,10 @@ def plan(
 
 
 class Runner:
-    """Brings the stages of one job up to date in one run folder, whose lock the caller holds.
+    """Runs the outdated stages of one job in one run folder, whose lock the caller holds.
 
     Args:
-        stages: in the order in which they run; this class knows none by name.
+        stages: in the order in which they run; no stage is treated specially.
         preflight: called once with the job, and whether it is gated, before the first stage runs;
             it raises InputError where a name in the pipeline cannot be resolved.
     """
@@ -122,7 +122,7 @@ class Runner:
         """Run all stages up to ``until`` that are not up to date.
 
         Raises:
-            EdgekdError: a stage failed; what was finished before stays in the store. A gate
+            EdgekdError: a stage failed; artifacts of finished stages remain in the store. A gate
                 that did not pass is not raised: it is the outcome's ``failure``.
         """
         try:
@@ -141,10 +141,10 @@ class Runner:
                 fingerprint = json_sha256(material)
                 artifact = self.store.find(stage.name, fingerprint)
                 if artifact is not None:
-                    self.progress.message(f"{stage.name}: nothing changed, kept")
+                    self.progress.message(f"{stage.name}: unchanged, skipped")
                 else:
                     if not checked:
-                        # Every name is looked up before the first minute goes into training.
+                        # Every name is resolved before any training starts.
                         if self.preflight is not None:
                             self.preflight(self.job, "gate" in names)
                         checked = True
@@ -191,19 +191,19 @@ class Runner:
 
 
 def _explained(error: Exception, stage: Stage, store: Store) -> EdgekdError:
-    """Any exception of a stage as an error that says what to do."""
+    """Convert any exception of a stage into an error with a remedy."""
     if is_disk_full(error, store.folder):
         return StageError(
             f"the disk is full: stage {stage.name!r} could not write its result",
             where=str(store.folder),
-            remedy="make room and run again: finished stages and epochs are kept",
+            remedy="free space and run again: finished stages and epochs are stored",
         )
     if isinstance(error, EdgekdError):
         return error
     return StageError(
         f"stage {stage.name!r} failed: {type(error).__name__}: {error}",
         where=f"stage {stage.name}",
-        remedy=f"the whole traceback is in {store.folder / 'log.jsonl'}",
+        remedy=f"the complete traceback is in {store.folder / 'log.jsonl'}",
     )
 
 
@@ -239,7 +239,7 @@ def fingerprint_inputs(stage: Stage, job: Job, done: Mapping[str, Artifact]) -> 
 
 
 def _why(now: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:
-    """Why a stage is made anew, in a few words."""
+    """A short reason why a stage is run again."""
     if before is None:
         return "not made yet"
     changes = _changes(now["config"], before.get("config", {}), "")

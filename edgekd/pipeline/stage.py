@@ -1,4 +1,4 @@
-"""The contract between a stage and what runs it."""
+"""The interface between a stage and the runner."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edgekd.progress import Progress
 
 @dataclass(frozen=True)
 class Job:
-    """What a user asked for: a validated pipeline, where it lies and for which device."""
+    """A job: a validated pipeline, the path of its file, and the device profile."""
 
     config: PipelineConfig
     base: Path
@@ -22,21 +22,21 @@ class Job:
     profile: Profile
 
     def path(self, name: str) -> Path:
-        """A path of the pipeline file, taken from the file's folder when it is relative."""
+        """A path of the pipeline file; a relative one is resolved from the file's folder."""
         return self.base / Path(name).expanduser()
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a stage may use while it runs."""
+    """The job, folders and progress that a stage uses while it runs."""
 
     job: Job
     out: Path
-    """An empty folder: what the stage writes here becomes its artifact, all or nothing."""
+    """An empty folder: what the stage writes here becomes its artifact, atomically."""
     scratch: Path
-    """A folder that outlives a kill (epoch checkpoints) and is removed when the stage is done."""
+    """A folder that survives a kill (epoch checkpoints) and is removed when the stage is done."""
     cache: Path
-    """A folder of the run for what can be made again; it outlives the stage."""
+    """A folder of the run for reproducible files; it is preserved after the stage."""
     progress: Progress
     fingerprints: Mapping[str, str]
     """The fingerprints of the stages that ran before, by name."""
@@ -62,11 +62,11 @@ class Stage(Protocol):
 
     @property
     def libraries(self) -> tuple[str, ...]:
-        """Distributions whose version decides what the stage writes."""
+        """Distributions whose version affects the stage's artifact."""
         ...
 
     def config_slice(self, job: Job) -> dict[str, Any]:
-        """All of the job that the stage's result depends on, as JSON values."""
+        """The part of the job that the stage's result depends on, as JSON values."""
         ...
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:

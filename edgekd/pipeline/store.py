@@ -1,7 +1,7 @@
 """The store: one folder per artifact, found by fingerprint, complete or absent.
 
-A stage writes into a temporary folder beside its final place; the rename at the end is the
-only moment at which the artifact appears, so a kill leaves the old state or the new one.
+A stage writes into a temporary folder next to its final path; the rename at the end is the
+only moment at which the artifact appears, so after a kill there is the old state or the new one.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Store:
         self._lock = FileLock(folder / ".lock")
 
     def acquire(self) -> None:
-        """Make the folder and take its lock.
+        """Create the folder and acquire its lock.
 
         Raises:
             InputError: the folder cannot be written, or another run holds it.
@@ -76,7 +76,7 @@ class Store:
             shutil.rmtree(leftover)
 
     def release(self) -> None:
-        """Let other runs use the folder."""
+        """Release the lock."""
         (self.folder / ".owner").unlink(missing_ok=True)
         self._lock.release()
 
@@ -93,7 +93,9 @@ class Store:
         return Artifact(stage, fingerprint, folder, record["digest"], record["made_from"])
 
     def latest(self, stage: str) -> Mapping[str, Any] | None:
-        """What the newest artifact of a stage was made from, to explain why it is made anew."""
+        """What the newest artifact of a stage was made from, to explain why the stage is run
+        again.
+        """
         records = [
             (file.stat().st_mtime_ns, file)
             for file in (self.artifacts / stage).glob(f"[0-9a-f]*/{_RECORD}")
@@ -120,7 +122,7 @@ class Store:
     def commit(
         self, stage: str, fingerprint: str, temporary: Path, made_from: Mapping[str, Any]
     ) -> Artifact:
-        """Make a stage's temporary folder its artifact, in one rename."""
+        """Turn a stage's temporary folder into its artifact, in one rename."""
         files = {
             str(file.relative_to(temporary)): _stamp(file) | {"sha256": file_sha256(file)}
             for file in sorted(temporary.rglob("*"))
@@ -142,7 +144,7 @@ class Store:
         return Artifact(stage, fingerprint, final, digest, made_from)
 
     def scratch(self, stage: str, fingerprint: str) -> Path:
-        """A folder that outlives a kill, for a stage's checkpoints."""
+        """A folder that survives a kill, for a stage's checkpoints."""
         folder = self.folder / "scratch" / f"{stage}-{fingerprint[:16]}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -185,7 +187,7 @@ def _stamp(file: Path) -> dict[str, Any]:
 
 
 def _intact(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether every file is as it was written; contents are read only where a stamp differs."""
+    """Whether every file is unchanged; contents are read only where a stamp differs."""
     for name, entry in files.items():
         file = folder / name
         if not file.is_file():

@@ -1,8 +1,8 @@
-"""Several processes of one run: the first does what a single one does, the others train with it.
+"""Several processes of one run: the first runs the stages, the others join its trainings.
 
 ``torchrun --nproc-per-node 2 -m edgekd run …``: the first process runs the stages, writes the
-store and speaks. The others wait for its orders and take part in the trainings, with an output
-folder that is thrown away. All must see the same files.
+store and prints. The others wait for its commands and join the trainings, with an output
+folder that is discarded. All need access to the same files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TRAINING = ("teacher", "distill")
 
 @dataclass(frozen=True)
 class Command:
-    """What the first process wants of the others: part in a stage, or (without one) their end."""
+    """A command of the first process to the others: join a stage or, without one, exit."""
 
     stage: str | None
     context: Context | None = None
@@ -41,7 +41,7 @@ class Command:
 
 @dataclass(frozen=True)
 class _Failure:
-    """How a process failed; the first to fail is the cause, the others only miss it."""
+    """How a process failed; the first to fail is the cause of the others' failures."""
 
     at: float
     rank: int
@@ -50,7 +50,7 @@ class _Failure:
 
 
 class _Silent:
-    """The progress of a process that does not speak."""
+    """The silent progress of the processes other than the first."""
 
     def start(self, label: str, total: int, unit: str) -> None: ...
     def advance(self, n: int = 1, **figures: float) -> None: ...
@@ -60,12 +60,12 @@ class _Silent:
 
 @contextmanager
 def join_workers() -> Iterator[Workers | None]:
-    """The processes of this run; None when it is alone.
+    """The processes of this run; None with a single process.
 
-    When the first process leaves, by an error too, the others end with its exit code.
+    When the first process exits, also by an error, the others exit with its exit code.
 
     Raises:
-        StageError: the processes did not find each other.
+        StageError: the processes could not connect.
     """
     if world_size() == 1:
         yield None
@@ -86,14 +86,14 @@ def join_workers() -> Iterator[Workers | None]:
 
 
 class Workers:
-    """The processes of a run, seen by one of them."""
+    """The processes of a run, from the view of one of them."""
 
     def __init__(self, processes: ProcessGroup) -> None:
         self._processes = processes
         self.is_main = processes.rank == 0
 
     def run(self, stage: Stage, context: Context, inputs: Mapping[str, Path]) -> None:
-        """Run a stage here, in the first process, and with all when it trains.
+        """Run a stage in the first process, or in all processes when it trains.
 
         Raises:
             Exception: that of the process that failed first.
@@ -115,31 +115,32 @@ class Workers:
         raise cause.error from RuntimeError(f"in process {cause.rank}:\n{cause.trace}")
 
     def serve(self, stages: Sequence[Stage]) -> None:
-        """Do what the first process orders until it ends.
+        """Execute the first process's commands until it exits.
 
         Args:
-            stages: those that the first process runs.
+            stages: the stages that the first process runs.
 
         Raises:
-            SystemExit: it ended with an exit code other than 0.
-            StageError: it is gone.
+            SystemExit: it exited with an exit code other than 0.
+            StageError: it ended without a final command.
         """
         while (order := self._tell(None)).stage is not None:
             stage = next(stage for stage in stages if stage.name == order.stage)
             self._together(partial(_take_part, stage, order))
         if order.exit_code:
-            # Launchers end all processes when one fails, and the first has not yet spoken.
+            # Launchers end all processes when one fails, and the first has not printed its error
+            # yet.
             with suppress(EdgekdError, KeyboardInterrupt):
                 self._tell(None)
             raise SystemExit(order.exit_code)
 
     def end(self, exit_code: int) -> None:
-        """Let the others go."""
+        """Tell the other processes to exit."""
         with suppress(EdgekdError):
             self._tell(Command(None, exit_code=exit_code))
 
     def _tell(self, order: Command | None) -> Command:
-        """What the first process orders; only its own ``order`` counts."""
+        """Broadcast the first process's command; the others' ``order`` is ignored."""
         try:
             return self._processes.broadcast_object(order)
         except RuntimeError as error:
@@ -148,7 +149,7 @@ class Workers:
     def _together(
         self, work: Callable[[], None]
     ) -> tuple[BaseException | None, tuple[_Failure, ...]]:
-        """How this process's part of a training failed, and how each of them did."""
+        """Gather the failures of a training from all processes."""
         own: BaseException | None = None
         failure: _Failure | None = None
         rank = self._processes.rank
@@ -175,19 +176,19 @@ def _take_part(stage: Stage, order: Command) -> None:
 
 
 def _told(error: BaseException, rank: int) -> EdgekdError:
-    """An error in a form that goes from one process to another."""
+    """An error in a form that can be sent to another process."""
     if isinstance(error, EdgekdError):
         return error
     return StageError(
         f"process {rank} failed: {type(error).__name__}: {error}",
-        remedy="the whole traceback is in the run folder's log.jsonl",
+        remedy="the complete traceback is in the run folder's log.jsonl",
     )
 
 
 def _lost() -> StageError:
     return StageError(
         f"one of the {world_size()} processes of this run is gone",
-        remedy="see what ended it (memory, a signal); the next run goes on from the last epoch",
+        remedy="see what ended it (memory, a signal); the next run resumes from the last epoch",
     )
 
 

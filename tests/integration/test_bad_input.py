@@ -158,6 +158,6 @@ def test_full_disk_leaves_with_3_and_a_store_that_goes_on(
         subprocess.run(["mount", "-o", "remount,size=64m", small], check=True)
         again = CliRunner().invoke(main, [*run, "--until", "distill"])
         assert again.exit_code == 0, again.output
-        assert "data: nothing changed, kept" in again.output
+        assert "data: unchanged, skipped" in again.output
     finally:
         subprocess.run(["umount", "-l", small], check=True)
