@@ -279,7 +279,7 @@ def _kept(
 ) -> dict[ir.Node, str]:
     """Every node that stays in float32, with the first reason that was found."""
     graph, opset = model.graph, opset_of(model)
-    kept = {n: "it was asked to stay" for n in graph if n.name in keep and touches_float(n)}
+    kept = {n: "listed in --keep" for n in graph if n.name in keep and touches_float(n)}
     for node, reason in (float_by_kind(graph, opset, low) | positions(graph)).items():
         kept.setdefault(node, reason)
     large: set[ir.Node] = set()

@@ -1,4 +1,4 @@
-"""Stage benchmark: latency, memory, size and accuracy of the very files that would be shipped."""
+"""Stage benchmark: latency, memory, size and accuracy of the files that would be shipped."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from edgekd.onnx.samples import Array
 
 ROLES = ("teacher", "student", "baseline")
-"""The teacher first: where there are no labels, its answers stand for them."""
+"""The teacher first: without labels, its predictions replace them."""
 _CONSTANT_VALUES = 10_000_000
-"""Target values of a split that the best constant is taken from."""
+"""Largest number of target values of a split that the best constant is computed from."""
 RECIPE = {
     *("task", "task_args", "data", "teacher", "student", "distill", "export", "quantize"),
     "engines",
 }
-"""The keys that decide what network comes out: runs that share them differ by their seed."""
+"""The keys that determine the trained network: runs that share them differ only by their seed."""
 
 
 class BenchmarkStage:
     """Writes ``result.json``, the figures that gate and report read, and the scores per sample.
 
     The metric is that of the labelled test samples. When there are none, it is agreement with the
-    teacher, whose own is then 1; the gate's ``accuracy`` budgets bound what there is.
+    teacher, whose own is then 1; the gate's ``accuracy`` budgets apply to this metric.
     """
 
     name = "benchmark"
@@ -40,9 +40,9 @@ class BenchmarkStage:
     libraries = ("numpy", "onnxruntime")
 
     def config_slice(self, job: Job) -> dict[str, Any]:
-        """See :class:`edgekd.pipeline.stage.Stage`.
+        """The settings of models, data and measurement, and the machine.
 
-        The machine belongs to it: a figure measured on another one is not this one's.
+        The machine is included: a figure of another machine is not valid here.
         """
         config = job.config
         return {
@@ -56,7 +56,7 @@ class BenchmarkStage:
         }
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
-        """See :class:`edgekd.pipeline.stage.Stage`."""
+        """Measure the files and write ``result.json``."""
         from edgekd.pipeline.fingerprint import library_versions
         from edgekd.release.build_result import Measured, RunInfo, build_result, evidence_of
         from edgekd.release.report_tables import thread_remark
@@ -152,9 +152,9 @@ def _names(specs: Any) -> list[str]:
 
 
 def _constant_scores(task_data: TaskData, answers: Mapping[str, Array]) -> Array | None:
-    """(N,) what the best constant for training and validation scores on the test samples.
+    """(N,) scores on the test samples of the best constant prediction for training and validation.
 
-    None where no sample of them has a target. Of many samples an even part is taken.
+    None where no sample of them has a target. Of many samples an evenly spaced subset is used.
     """
     from edgekd.tasks import constant_outputs
 

@@ -1,4 +1,4 @@
-"""Stage bundle: what is copied to the device. Withheld when the gate did not pass."""
+"""Stage bundle: the folder that is copied to the device. Withheld when the gate did not pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class BundleStage:
     """Writes the bundle's folder ``<name>/`` and ``<name>.tar.gz``.
 
     Raises:
-        GateFailed: a rule of the gate failed or was not shown.
+        GateFailed: a rule of the gate failed or was inconclusive.
     """
 
     name = "bundle"
@@ -29,11 +29,11 @@ class BundleStage:
     libraries = ("numpy",)
 
     def config_slice(self, job: Job) -> dict[str, Any]:
-        """See :class:`edgekd.pipeline.stage.Stage`."""
+        """The settings of the export and the profile that the bundle depends on."""
         return {"name": job.config.name}
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
-        """See :class:`edgekd.pipeline.stage.Stage`."""
+        """Write the bundle, if the gate passed."""
         from edgekd.files import edgerun_folder
         from edgekd.onnx.export import describe_onnx
         from edgekd.release.bundle import write_bundle
@@ -55,7 +55,7 @@ class BundleStage:
         test = dataset.splits["test"]
         prepared = dataset.model_inputs("test", 0, min(EXAMPLE_SAMPLES, len(test)))
         engine = read_json(inputs["engines"] / "engines.json")["student"]
-        # Where TensorRT is measured, this is what its engine was built from.
+        # Where TensorRT is measured, this is the file that its engine was built from.
         model = inputs["engines"] / STUDENT
         write_bundle(
             context.out / config.name,
@@ -69,7 +69,7 @@ class BundleStage:
             runtime={
                 "providers": engine["providers_requested"],
                 "threads": engine["threads"],
-                # Named only where the runtime's own optimization would change the answers.
+                # Named only where the runtime's own optimization would change the outputs.
                 **(
                     {"optimization": "disabled"}
                     if engine.get("disabled_optimizers") and engine["run_level"] == "disabled"
@@ -79,7 +79,7 @@ class BundleStage:
             engines=inputs["engines"] / FURTHER,
             result=read_json(inputs["benchmark"] / "result.json"),
             example={
-                # The device prepares raw uint8 itself; all else is given as the model takes it.
+                # The device prepares raw uint8 itself; other dtypes must be preprocessed already.
                 name: test.arrays[name][:EXAMPLE_SAMPLES]
                 if test.arrays[name].dtype == np.uint8
                 else prepared[name]

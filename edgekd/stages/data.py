@@ -1,4 +1,4 @@
-"""Stage data: load the samples once, split and check them, keep them memory-mapped."""
+"""Stage data: load the samples once, split and check them, store them for memory mapping."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class DataStage:
         }
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
-        """See :class:`edgekd.pipeline.stage.Stage`."""
+        """Load, split and check the samples, and write the dataset."""
         from edgekd.data.classes import ClassTarget
         from edgekd.data.dataset import save_dataset
         from edgekd.data.sources import load_dataset

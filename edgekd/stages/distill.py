@@ -1,4 +1,4 @@
-"""Stage distill: train the student under the teacher, and alone to measure what that gained."""
+"""Stage distill: train the student with the teacher and, as the baseline, without it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ STUDENT, BASELINE = "student.safetensors", "baseline.safetensors"
 
 
 class DistillStage:
-    """Writes the student's weights and history; with ``baseline`` also the student's alone."""
+    """Writes the student's weights and history; with ``baseline`` also those without the
+    teacher.
+    """
 
     name = "distill"
     inputs = ("data", "teacher", "student")
     libraries = ("torch",)
 
     def config_slice(self, job: Job) -> dict[str, Any]:
-        """See :class:`edgekd.pipeline.stage.Stage`."""
+        """The section ``distill`` and what the teacher's outputs depend on."""
         config = job.config
         return {
-            # Where the answers lie does not change them.
+            # The cache's folder does not affect the outputs.
             "distill": config.distill.model_dump(mode="json", exclude={"cache": {"folder"}}),
             "losses": [term.model_dump(mode="json") for term in config.loss_terms],
             "files": files_of_scheme(job),
@@ -38,7 +40,7 @@ class DistillStage:
         }
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
-        """See :class:`edgekd.pipeline.stage.Stage`."""
+        """Train the student, and the baseline where it is wanted."""
         from edgekd.distill.objective import Objective
         from edgekd.distill.schemes import find_scheme
         from edgekd.models.weights import load_weights, save_weights

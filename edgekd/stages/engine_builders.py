@@ -23,40 +23,41 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 0.1, "int8": 0.25}
 """|optimized − exported| over max(1, max|exported|) that building an engine may change. An
-optimized INT8 graph rounds in other places, so that a value may fall a step aside in each layer;
-how right it is, is measured on the validation split."""
+optimized INT8 graph rounds in other places, so that a value may be one step off in each layer;
+its accuracy is measured on the validation split."""
 
 
 def common_level(levels: Iterable[str]) -> str:
-    """The optimization to open several files with, that each is right at: ``disabled`` where one
-    must not be optimized again (all are optimized already, as they lie there)."""
+    """The graph optimization level at which all of these files are correct: ``disabled`` where one
+    must not be optimized again (all files are optimized already)."""
     each = list(levels)
     return "disabled" if "disabled" in each else each[0]
 
 
 class Builder(Protocol):
-    """Makes an ONNX file into what a runtime runs."""
+    """Builds an engine file for a runtime from an ONNX file."""
 
     suffix: str
     settings: dict[str, Any]
-    """Keyword arguments of a target's ``run`` and ``bench`` for all that it builds; a file's own
+    """Keyword arguments of a target's ``run`` and ``bench`` for all of its engines; a file's own
     ``provider_options`` and ``run_level`` are in its row."""
 
     def build(
         self, source: Path, out: Path, precision: Precision, keep: tuple[str, ...] = ()
     ) -> dict[str, Any]:
-        """Write ``out`` and say how: ``providers_requested``, ``threads``, ``run_level`` and more.
+        """Write ``out``, and return how: ``providers_requested``, ``threads``, ``run_level`` and
+        more.
 
         Args:
             source: the ONNX file.
             out: where to write; its suffix is :attr:`suffix`.
-            precision: what the file was made to compute in.
-            keep: nodes left in float32 on purpose.
+            precision: the precision that the file computes in.
+            keep: nodes left in float32 intentionally.
         """
         ...
 
     def describe(self) -> str:
-        """What runs the engine, in a few words."""
+        """A short description of what runs the engine."""
         ...
 
 
@@ -66,7 +67,8 @@ def open_builder(
     """The builder for one entry of ``engines``; ``samples`` are real inputs to compare on, (N, …).
 
     Raises:
-        InputError: a provider or TensorRT is not here, or cannot build for the profile here.
+        InputError: a provider or TensorRT is not available, or cannot build for the profile on this
+        machine.
     """
     if isinstance(engine, OnnxRuntimeConfig):
         return OnnxRuntimeBuilder(context, engine, samples)
@@ -95,10 +97,10 @@ class OnnxRuntimeBuilder:
     def build(
         self, source: Path, out: Path, precision: Precision, keep: tuple[str, ...] = ()
     ) -> dict[str, Any]:
-        """See :class:`Builder`.
+        """Write the optimized model; see :meth:`Builder.build`.
 
         Raises:
-            CrashError: ONNX Runtime dies of the file.
+            CrashError: ONNX Runtime crashes on the file.
         """
         from edgekd.engines.onnxruntime import build_engine
 
@@ -121,13 +123,13 @@ class OnnxRuntimeBuilder:
             return info.to_json() | {
                 "size_bytes": out.stat().st_size,
                 "saved_level": "disabled",
-                # Of the copied file: nothing was left out of it.
+                # For the copied file: nothing was left out of it.
                 "run_level": "disabled" if info.disabled_optimizers else info.run_level,
             }
         return info.to_json()
 
     def _probe(self, source: Path) -> None:
-        """Open and run the file in another process, before it is done in this one."""
+        """Open and run the file in another process, before this process does."""
         from edgekd.targets import LocalTarget
 
         with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
@@ -138,15 +140,15 @@ class OnnxRuntimeBuilder:
             except CrashError:
                 raise
             except EdgekdError:
-                pass  # What does not end a process is told by build_engine.
+                pass  # Errors that do not end a process are reported by build_engine.
 
     def describe(self) -> str:
-        """See :class:`Builder`."""
+        """A short description of what runs the engine."""
         return f"ONNX Runtime, {', '.join(self.chain.providers)}, {self.threads} thread(s)"
 
 
 class TensorRTBuilder:
-    """TensorRT or TensorRT for RTX, by edgerun in a process of its own on the target."""
+    """TensorRT or TensorRT for RTX, built by edgerun in a separate process on the target."""
 
     suffix = ".engine"
 
@@ -164,7 +166,7 @@ class TensorRTBuilder:
     def build(
         self, source: Path, out: Path, precision: Precision, keep: tuple[str, ...] = ()
     ) -> dict[str, Any]:
-        """See :class:`Builder`."""
+        """Build the engine; see :meth:`Builder.build`."""
         from edgekd.engines.tensorrt import check_runtime, engine_settings
 
         settings = engine_settings(
@@ -187,11 +189,11 @@ class TensorRTBuilder:
         }
 
     def _for(self, precision: Precision) -> TensorRTConfig:
-        """A DLA computes in FP16 and INT8 alone: what is in FP32 (the teacher) is for the GPU."""
+        """A DLA computes in FP16 and INT8 alone: FP32 files (the teacher) run on the GPU."""
         return self.engine.model_copy(update={"dla": None}) if precision == "fp32" else self.engine
 
     def command(self, model: str, precision: Precision, keep: tuple[str, ...]) -> str:
-        """What to type on the device to build the engine there."""
+        """The command that builds the engine on the device."""
         from edgekd.engines.tensorrt import engine_settings
 
         settings = engine_settings(
@@ -200,13 +202,13 @@ class TensorRTBuilder:
         return settings.command(model, f"{Path(model).stem}.engine")
 
     def describe(self) -> str:
-        """See :class:`Builder`."""
+        """A short description of what runs the engine."""
         return self.engine.kind
 
 
 @dataclass(frozen=True)
 class StudentVariant:
-    """One way in which the student was written: its name, its file and what the index says."""
+    """A variant of the student's file: its name, its file and its entry in the index."""
 
     name: str
     file: Path
@@ -214,7 +216,7 @@ class StudentVariant:
 
     @property
     def precision(self) -> Precision:
-        """What its layers were made to compute in."""
+        """The precision that its layers compute in."""
         method = self.entry.get("method")
         if method in ("fp16", "bf16"):
             return "fp16" if method == "fp16" else "bf16"
@@ -223,12 +225,12 @@ class StudentVariant:
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """Names of the layers that were left in float32 on purpose."""
+        """Names of the layers that were left in float32 intentionally."""
         return tuple(self.entry.get("kept", ()))
 
 
 def variants_of(inputs: Mapping[str, Path], runtime: Runtime) -> list[StudentVariant]:
-    """float32 first, then what was made for this runtime's scheme."""
+    """The variants for this runtime's scheme, float32 first."""
     from edgekd.engines.selection import FLOAT
 
     index = read_json(inputs["quantize"] / INDEX)
@@ -243,7 +245,7 @@ def variants_of(inputs: Mapping[str, Path], runtime: Runtime) -> list[StudentVar
 
 
 def refused_variants(inputs: Mapping[str, Path], runtime: Runtime) -> dict[str, str]:
-    """What was asked for and is no candidate for this runtime, with the reason."""
+    """The requested variants that are no candidates for this runtime, with the reason."""
     return {
         name: entry.get("refused") or f"is for {entry['runtime']}"
         for name, entry in read_json(inputs["quantize"] / INDEX).items()
@@ -252,7 +254,7 @@ def refused_variants(inputs: Mapping[str, Path], runtime: Runtime) -> dict[str, 
 
 
 def lowest_precision(context: Context, ways: list[StudentVariant]) -> StudentVariant:
-    """The narrowest file that keeps to the drop: there is no latency to choose by."""
+    """The lowest-precision file within the allowed drop: there is no latency to select by."""
     quantize = context.job.config.quantize
     allowed = quantize.max_drop if quantize is not None else 0.0
     order: list[Precision] = ["int8", "fp16", "bf16", "fp32"]
@@ -265,7 +267,7 @@ def lowest_precision(context: Context, ways: list[StudentVariant]) -> StudentVar
 
 FURTHER = "further"
 """The folder: for each TensorRT entry the student's ONNX file, its settings, and the engine where
-it is built already; the same for further ONNX Runtime entries."""
+it is built already; the same for additional ONNX Runtime entries."""
 
 
 def write_further(
@@ -277,7 +279,7 @@ def write_further(
 ) -> None:
     """The student's ONNX file for a runtime, how it is built on the device, and the engine.
 
-    ``measured`` is the row of the engine that was built for measuring, None where none was.
+    ``measured`` is the row of the engine that was built for measuring; None without one.
     """
     from edgekd.engines.tensorrt import where_built
 

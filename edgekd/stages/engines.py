@@ -1,7 +1,7 @@
-"""Stage engines: the files that are really run, built for the profile's runtime.
+"""Stage engines: the deployed files, built for the profile's runtime.
 
 Where the student was also quantized, every candidate is built, run on the validation split and
-timed on the target; the one that serves the budgets best becomes the student.
+timed on the target; the one that meets the budgets best becomes the student.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ if TYPE_CHECKING:
     from edgekd.targets import Target
 
 TIMED_QUERIES, TIMED_SECONDS = 1000, 10.0
-"""For the choice alone; the benchmark stage measures what was chosen at length."""
+"""For the selection only; the benchmark stage measures the selected file at length."""
 COMPARED = 64
-"""Validation samples that a built engine is compared with its ONNX file on."""
+"""Validation samples on which a built engine is compared with its ONNX file."""
 
 
 class EnginesStage:
     """Writes for each role the file that is run and ``engines.json`` with its settings.
 
-    The first entry of ``engines`` is what is measured. Beside it: ``choice.json``; in ``others/``
-    the student's candidates that were not chosen; in ``further/`` the student for each further
+    The first entry of ``engines`` is measured. Next to it: ``choice.json``; in ``others/``
+    the student's candidates that were not selected; in ``further/`` the student for each additional
     entry and for TensorRT: the ONNX file, how to build it on the device, and the engine where it
     is built here.
     """
@@ -56,7 +56,7 @@ class EnginesStage:
     libraries = ("numpy", "onnx", "onnxruntime")
 
     def config_slice(self, job: Job) -> dict[str, Any]:
-        """See :class:`edgekd.pipeline.stage.Stage`."""
+        """The engines, the selection's settings and budgets, and the machine."""
         config = job.config
         measured = {
             "max_drop": config.quantize.max_drop,
@@ -66,7 +66,7 @@ class EnginesStage:
             "task": [config.task, config.task_args],
         } if config.quantize is not None else None  # fmt: skip
         kinds = {engine.kind for engine in config.engines}
-        # What is timed, and a TensorRT engine, is of one machine and one release.
+        # Timings and TensorRT engines are valid for one machine and one release.
         bound = config.quantize is not None or kinds != {"onnxruntime"}
         return {
             "engines": [engine.model_dump(mode="json") for engine in config.engines],
@@ -79,7 +79,7 @@ class EnginesStage:
         }
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
-        """See :class:`edgekd.pipeline.stage.Stage`."""
+        """Build the engines, and select the student's candidate."""
         from edgekd.release.build_result import evidence_of
         from edgekd.release.formatting import OF_CONSTANT, drop_unit
 
@@ -104,7 +104,7 @@ class EnginesStage:
         unit = drop_unit(task_data.task.metric) if task_data.task.higher_is_better else OF_CONSTANT
         write_json(context.out / "choice.json", choice.to_json() | {"drop_unit": unit})
         if len(choice.rows) > 1 or choice.refused:
-            context.progress.message(f"  {choice.chosen} is taken: {choice.reason}")
+            context.progress.message(f"  {choice.chosen} is selected: {choice.reason}")
             profile = context.job.profile.name
             quantize = context.job.config.quantize
             measured = quantize is not None and quantize.select == "measured"
@@ -119,13 +119,13 @@ class EnginesStage:
                 context.progress.message(
                     f"  timed on this {platform.machine()} and not on {profile}, where it may be "
                     "otherwise: quantize.select: int8 (half, smallest) insists on one, edgekd gate "
-                    "--device holds what the device measured against the budgets"
+                    "--device checks the device's figures against the budgets"
                 )
         context.progress.message(f"  {builder.describe()}")
 
 
 def _tensorrt_versions(kinds: Collection[str]) -> dict[str, str | None]:
-    """The installed releases: an engine is loaded by the one that built it."""
+    """The installed releases: an engine loads only with the release that built it."""
     from edgekd.doctor import version_of
 
     packages = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -133,7 +133,7 @@ def _tensorrt_versions(kinds: Collection[str]) -> dict[str, str | None]:
 
 
 class _CandidateBuilder:
-    """Builds engines for the runtime that is measured, and finds the best of the student's."""
+    """Builds engines for the measured runtime, and selects the best of the student's candidates."""
 
     def __init__(
         self, context: Context, inputs: Mapping[str, Path], builder: Builder, runtime: Runtime
@@ -144,7 +144,7 @@ class _CandidateBuilder:
     def build(
         self, source: Path, out: Path, precision: Precision, keep: tuple[str, ...] = ()
     ) -> dict[str, Any]:
-        """Build one engine; the row of ``engines.json`` that says how."""
+        """Build one engine; returns its row of ``engines.json``."""
         from edgekd.onnx.export import describe_onnx
 
         row = self.builder.build(source, out, precision, keep)
@@ -152,7 +152,7 @@ class _CandidateBuilder:
         return row | {"file": out.name, "parameters": describe_onnx(source).parameters}
 
     def student(self) -> tuple[Choice, StudentVariant, dict[str, Any]]:
-        """Build every candidate, choose one, and put it in its place."""
+        """Build every candidate, select one, and move it to the student's path."""
         from edgekd.engines.selection import FLOAT
 
         folder = self.context.out / "others"
@@ -172,7 +172,7 @@ class _CandidateBuilder:
         choice = self._choose(ways, files, rows, crashed)
         place = self.context.out / f"student{self.builder.suffix}"
         for left in files[choice.chosen].parent.glob(f"{files[choice.chosen].name}*"):
-            # An engine's record lies beside it under its name.
+            # An engine's record is next to it under its name.
             shutil.move(left, place.parent / left.name.replace(f"-{choice.chosen}", "", 1))
         if not any(folder.iterdir()):
             folder.rmdir()
@@ -205,7 +205,7 @@ class _CandidateBuilder:
         budgets = Budgets.of(config.gate, self.context.job.profile)
         select = config.quantize.select if config.quantize is not None else "measured"
         if len(ways) == 1:
-            # Nothing to choose between, so nothing is measured.
+            # With one candidate nothing needs to be measured.
             alone = Candidate(FLOAT, files[FLOAT].stat().st_size, 0.0, None, {})
             return choose([alone], budgets, allowed, refused=refused, select=select)
         measured = _CandidateBenchmark(
@@ -250,7 +250,7 @@ class _CandidateBenchmark:
         self.scores = self._scores(files[FLOAT])
 
     def candidate(self, way: StudentVariant) -> Candidate:
-        """What one engine loses and costs against float32's."""
+        """The drop and the latency of one engine against float32."""
         from edgekd.engines.selection import FLOAT, Candidate
         from edgekd.release.statistics import paired_difference
 
@@ -301,7 +301,7 @@ class _CandidateBenchmark:
         )
 
     def _row(self, file: Path | None) -> Mapping[str, Any]:
-        """How a file was built; nothing is known of the teacher's here."""
+        """A file's row of ``engines.json``; empty for the teacher's file."""
         return {} if file is None else self.rows.get(file, {})
 
     def _scores(self, file: Path) -> Any:

@@ -26,7 +26,7 @@ _NAMED = 5
 
 
 def remarks_on_errors(errors: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Which outputs, and which parts of them, have little in common with float32's.
+    """Warnings about outputs, or parts of them, that hardly correlate with float32's.
 
     Args:
         errors: rows of :class:`edgekd.onnx.compare.OutputError`, as JSON.
@@ -34,7 +34,7 @@ def remarks_on_errors(errors: Sequence[Mapping[str, Any]]) -> list[str]:
     said = []
     for row in errors:
         parts = row["parts"]
-        # Where there are parts, the whole says nothing that they do not.
+        # Where there are parts, the complete output adds no information.
         faults = [] if parts else _faults_of_classes(row)
         if row["not_finite"] and parts:
             faults.append(f"{row['not_finite']} of {row['samples']} samples are not finite")
@@ -46,7 +46,7 @@ def remarks_on_errors(errors: Sequence[Mapping[str, Any]]) -> list[str]:
                 said.append(f"{name}: {'; '.join(faults)}")
     if not said:
         return []
-    return [f"the answers have little in common with float32's: {', '.join(said)}"]
+    return [f"the outputs have little in common with float32's: {', '.join(said)}"]
 
 
 def _faults_of_classes(row: Mapping[str, Any]) -> list[str]:
@@ -76,7 +76,7 @@ def _faults_of_part(part: Mapping[str, Any], cosine: float | None) -> list[str]:
 
 
 def remarks_on_ranges(constant: Sequence[str]) -> list[str]:
-    """Which activations did not vary while they were calibrated.
+    """Warnings about activations that were constant during calibration.
 
     Args:
         constant: their names.
@@ -165,22 +165,23 @@ ABSOLUTE = "1 - error (float32 gives zeros)"
 class Evaluator:
     """Compares files with the float model on the same samples, batch by batch.
 
-    Float32 is the model as it is written, run without a runtime's optimizations. The metric is
+    Float32 is the model as written, run without graph optimizations. The metric is
     accuracy where there are labels, agreement with float32 where the first output is (N, classes)
     in floating point, else that of the part of the outputs which falls most: see
-    :class:`edgekd.onnx.part_errors.PartError`. A sample whose answer is NaN or infinite where
-    float32's is not, or the other way round, is wrong.
+    :class:`edgekd.onnx.part_errors.PartError`. A sample whose output is NaN or infinite where
+    float32's is not, or vice versa, is wrong.
 
-    The drop that a budget is held against is the largest one of the metric and of all parts
-    beside it.
+    The drop that is checked against a budget is the largest one of the metric and of all other
+    parts.
 
     Args:
         model: the float model.
-        samples: all serve the comparison.
+        samples: all are compared.
         labels: (N,) the samples' classes, None where there are none.
-        threads: of ONNX Runtime.
-        batch: the candidates'. Dynamic ranges are those of a whole batch: one by one is what a
-            device answers.
+        threads: number of threads of ONNX Runtime.
+        batch: batch size of the candidates. Dynamic ranges depend on the batch: with batch 1 the
+        outputs
+            are those on a device.
 
     Raises:
         InputError: the labels do not fit the samples or the output; as
@@ -222,13 +223,13 @@ class Evaluator:
         self._known: tuple[_Classes, Array] | None = None
         self._answered: set[int] = set()
         self.metric = AGREEMENT if labels is None else "accuracy"
-        """Of the classes; where there are none, each comparison says what it measured."""
+        """The metric of the classes; without classes, each comparison returns its own."""
 
     def drop_of(self, path: Path) -> float:
-        """How much the metric falls against float32, or a part beside it that falls more."""
+        """The drop of the metric against float32, or of another part that drops more."""
         if not self._alone:
             return _worst_drop(self._side_by_side(path))
-        # A class and a score for each sample are little to keep: float32 is run once.
+        # A class and a score for each sample are small enough to cache: float32 is run once.
         if self._known is None:
             known = _Classes.joined(
                 [_Classes.of(a[self._primary]) for _, _, a in self._reference.answers(BATCH)]
@@ -274,7 +275,7 @@ class Evaluator:
     def _of_classes(
         self, found: Comparison, errors: list[dict[str, Any]], warnings: list[str]
     ) -> dict[str, Any]:
-        """The record where the first output is classes; other outputs may be the worst part."""
+        """The record for class outputs; another output may be the worst part."""
         from edgekd.release.statistics import mean_score, paired_difference, wilson
 
         if self.metric == AGREEMENT:
@@ -284,7 +285,7 @@ class Evaluator:
             drop = paired_difference(found.reference_scores, found.scores)
         if self.metric == AGREEMENT and len(self._answered) == 1 < len(found.scores):
             warnings.append(
-                f"float32 answers class {min(self._answered)} to all {len(found.scores)} samples: "
+                f"float32 predicts class {min(self._answered)} to all {len(found.scores)} samples: "
                 "agreement on these says little"
             )
         unit = self.metric.split()[0]
@@ -294,7 +295,7 @@ class Evaluator:
             if sure is not None and sure[0] <= chance:
                 warnings.append(
                     f"float32 itself is right on {right.mean():.1%} of the samples, and chance is "
-                    f"{chance:.1%}: are they prepared as the model takes them, the labels its own?"
+                    f"{chance:.1%}: are they preprocessed as the model expects, the labels right?"
                 )
         own, score = mean_score(found.reference_scores), mean_score(found.scores)
         part = found.worst
@@ -328,13 +329,13 @@ class Evaluator:
         return self._right(wanted, _Classes.of(answers[self._primary]), rows)
 
     def _right(self, reference: _Classes, answers: _Classes, rows: slice) -> Array:
-        """(n,) whether the classes of these samples are the labels', or float32's."""
+        """(n,) whether the predicted classes of these samples equal the labels, or float32's."""
         wanted = reference.classes if self._labels is None else self._labels[rows]
         right: Array = (answers.classes == wanted) & (answers.not_finite == reference.not_finite)
         return right.astype(np.float64)
 
     def _classes(self, path: Path) -> _Classes:
-        """What a file answers to all samples."""
+        """A file's predictions for all samples."""
         from edgekd.onnx.batch_inference import answer_batches
 
         batches = answer_batches(path, self._samples, threads=self._threads, batch=self._batch)
@@ -342,7 +343,7 @@ class Evaluator:
 
 
 class _Classes(NamedTuple):
-    """(n,) each: the class answered, and which values of the answer are not finite."""
+    """(n,) each: the predicted class, and which values of the output are not finite."""
 
     classes: Array
     not_finite: Array
@@ -356,7 +357,7 @@ class _Classes(NamedTuple):
 
     @classmethod
     def joined(cls, parts: Sequence[_Classes]) -> _Classes:
-        """Those of all batches."""
+        """Concatenate the predictions of all batches."""
         return cls(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
 
@@ -369,7 +370,7 @@ def _worst_drop(found: Comparison) -> float:
 
 
 def _metric_of(part: PartError) -> str:
-    """What is measured at a part, where that falls furthest."""
+    """The name of the metric of a part that drops most."""
     if part.kind == "decisions":
         return AGREEMENT
     if part.by_decision:

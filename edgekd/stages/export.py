@@ -1,4 +1,4 @@
-"""Stage export: every network as an ONNX file that gives the same answers as PyTorch."""
+"""Stage export: every network as an ONNX file with the same outputs as PyTorch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ExportStage:
     libraries = ("torch", "onnx", "onnxruntime", "onnxscript")
 
     def config_slice(self, job: Job) -> dict[str, Any]:
-        """See :class:`edgekd.pipeline.stage.Stage`."""
+        """The section ``export`` and what the networks depend on."""
         config = job.config
         return {
             "name": config.name,
@@ -42,7 +42,7 @@ class ExportStage:
         }
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
-        """See :class:`edgekd.pipeline.stage.Stage`."""
+        """Export the networks and check their parity with PyTorch."""
         import torch
 
         from edgekd.models.dict_model import fold_output_scale
@@ -55,7 +55,7 @@ class ExportStage:
         task_data = open_task_data(inputs["data"], config)
         dataset, task = task_data.dataset, task_data.task
         count = min(config.export.samples, len(dataset.splits["validation"]))
-        # A validation split below the largest batch is gone through more than once.
+        # A validation split below the largest batch is repeated.
         again = np.arange(max(count, max(BATCH_SIZES))) % count
         samples = {
             name: array[again]
@@ -94,7 +94,7 @@ class ExportStage:
         black_box = inputs["teacher"] / BLACK_BOX
         if black_box.is_file():
             shutil.copyfile(black_box, context.out / BLACK_BOX)
-            # The file is given the pipeline's samples and is asked for the data's classes.
+            # The file takes the pipeline's samples and outputs the data's classes.
             adapt_onnx(
                 context.out / BLACK_BOX,
                 read_adaptation(inputs["teacher"], task_data),
@@ -104,7 +104,7 @@ class ExportStage:
 
 
 def metadata_of(task_data: TaskData, role: str) -> dict[str, str]:
-    """What an ONNX file says of itself: whose it is, and its class names one to a line."""
+    """The metadata of an ONNX file: its role, and its class names, one per line."""
     labels = task_data.dataset.labels
     return {
         "edgekd.pipeline": task_data.config.name,

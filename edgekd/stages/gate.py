@@ -1,4 +1,4 @@
-"""Stage gate: hold the figures against the budgets. The verdict is a result, not an error."""
+"""Stage gate: check the figures against the budgets. The verdict is a result, not an error."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class GateStage:
     libraries = ()
 
     def config_slice(self, job: Job) -> dict[str, Any]:
-        """See :class:`edgekd.pipeline.stage.Stage`."""
+        """The section ``gate`` and the profile's budgets."""
         return {
             "gate": job.config.gate.model_dump(mode="json"),
             "profile": [job.profile.name, job.profile.budget.model_dump(mode="json")],
         }
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
-        """See :class:`edgekd.pipeline.stage.Stage`."""
+        """Check the figures and write the verdicts."""
         from edgekd.release.gate import evaluate, write_gate
 
         result = read_json(inputs["benchmark"] / "result.json")

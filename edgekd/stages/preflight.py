@@ -1,6 +1,6 @@
-"""Look every name of a pipeline up before the first stage runs.
+"""Resolve every name of a pipeline before the first stage runs.
 
-A misspelt loss is to be found now, not after the teacher has been trained for an hour.
+A misspelt loss is reported before the teacher is trained, not afterwards.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ def preflight(job: Job, gated: bool = True) -> None:
 
     Args:
         job: the pipeline and its profile.
-        gated: whether the run comes to the gate, which then needs a rule.
+        gated: whether the run includes the gate, which then needs a rule.
 
     Raises:
         InputError: a name is unknown, an argument does not fit, a module cannot be imported, a
-            training contradicts itself, or there is nothing that the gate could check.
+            training's settings contradict each other, or the gate has nothing to check.
     """
     from edgekd.data.sources import find_source
     from edgekd.data.transforms import check_augmentations, mixing
@@ -85,7 +85,7 @@ def preflight(job: Job, gated: bool = True) -> None:
 
 
 def _check_quantization(job: Job, task: Task) -> None:
-    """What of ``quantize`` and of TensorRT can be known before anything is trained."""
+    """Check the settings of ``quantize`` and TensorRT before anything is trained."""
     from edgekd.distill.objective import Objective
     from edgekd.engines.tensorrt import can_run_here, check_installed, where_built
 
@@ -99,7 +99,7 @@ def _check_quantization(job: Job, task: Task) -> None:
                 + (
                     "goes from 0 to 1"
                     if task.higher_is_better
-                    else "is a share, from 0 to 1, of the error of the best constant answer"
+                    else "is a share, from 0 to 1, of the error of the best constant prediction"
                 ),
                 where="quantize.max_drop",
                 remedy="write 0.01 for one hundredth",

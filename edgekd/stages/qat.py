@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 
 def reduce_range(job: Job) -> bool:
-    """Whether INT8 weights for a CPU have 7 bits: only x86 processors of some age need that.
+    """Whether INT8 weights for a CPU have 7 bits: only older x86 processors need that.
 
-    Of a board with another processor this machine says nothing; those are ARM.
+    For a profile with another processor, which is then ARM, this machine is irrelevant.
     """
     from edgekd.config.host import saturates
 
@@ -44,9 +44,9 @@ def reduce_range(job: Job) -> bool:
 
 
 _FAR = 0.25
-"""A difference from PyTorch, as a share of the output's largest value, that rounding does not
-explain: float32 noise moves a few activations by one of 255 steps; a graph that was exported
-wrong gives something else altogether."""
+"""Largest difference from PyTorch, relative to the output's largest value, that rounding can
+explain: float32 noise moves a few activations by one of 255 steps; a wrongly exported graph
+differs by far more."""
 
 
 def train_quantized(
@@ -57,16 +57,16 @@ def train_quantized(
     config: QatConfig,
     out: Path,
 ) -> History:
-    """Train the distilled student on with 8-bit rounding in it, and write it as Q/DQ ONNX.
+    """Continue the student's training with simulated 8-bit rounding, and write it as Q/DQ ONNX.
 
     The teacher, its cache, the augmentation and the data are those of the distillation; the
     objective is that of its terms that compare outputs, or ``config.losses``.
 
     Args:
         task_data: the data and the task.
-        context: of the stage; a stopped training is gone on with from its scratch folder.
+        context: the stage's context; a stopped training is resumed from its scratch folder.
         inputs: the artifacts of the stages ``teacher``, ``student`` and ``distill``.
-        runtime: decides how activations are rounded.
+        runtime: determines how activations are rounded.
         config: the training.
         out: the ONNX file to write.
 
@@ -74,7 +74,7 @@ def train_quantized(
         InputError: torchao is missing, no loss is left, or the training or the network cannot
             be quantized so.
         StageError: the network cannot be traced, the training diverged, or the file does not
-            give PyTorch's answers.
+            give PyTorch's outputs.
     """
     from edgekd.distill.objective import Objective
     from edgekd.distill.qat import check_training, quantization_aware, terms_of_outputs
@@ -94,7 +94,7 @@ def train_quantized(
         )
     where = "distill.losses" if config.losses is None else "quantize.qat.losses"
     objective = Objective(terms, task_data.task, config.label_smoothing, where)
-    # The cache and the augmentation are the distillation's, so that the teacher is not asked anew.
+    # The cache and the augmentation are the distillation's, so that the teacher is not run again.
     training = pipeline.distill.model_copy(
         update={name: getattr(config, name) for name in TrainConfig.model_fields}
     )
@@ -103,7 +103,7 @@ def train_quantized(
     if computed := computed_weights(student):
         context.progress.message(
             f"  {label}: {', '.join(computed)} {'is' if len(computed) == 1 else 'are'} trained on "
-            "as plain weights: what computes them is no part of what is shipped"
+            "as plain weights: their parametrization is not part of the shipped model"
         )
     teacher = open_teacher(inputs["teacher"], task_data) if objective.needs_teacher else None
 
@@ -121,7 +121,7 @@ def _check_answers(model: DictModel, path: Path, task_data: TaskData) -> str:
     """Compare the file with the converted network over validation samples.
 
     Returns:
-        One line for a person.
+        A one-line summary.
 
     Raises:
         StageError: they are further apart than rounding explains.
@@ -150,7 +150,7 @@ def _check_answers(model: DictModel, path: Path, task_data: TaskData) -> str:
     for row in report.rows:
         if row.max_absolute is None or row.max_absolute > _FAR * largest[row.output]:
             raise StageError(
-                f"{path.name} does not give PyTorch's answers: output {row.output!r} at batch "
+                f"{path.name} does not give PyTorch's outputs: output {row.output!r} at batch "
                 f"size {row.batch_size} differs by {row.max_absolute} where the largest value is "
                 f"{largest[row.output]:.4g}",
                 where=f"parity of {path.name}",

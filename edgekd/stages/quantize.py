@@ -1,5 +1,5 @@
-"""Stage quantize: the student in fewer bits, beside its float32 file; which one is shipped is
-decided where they are measured, in the engines stage."""
+"""Stage quantize: variants of the student in fewer bits; which one is shipped is
+decided in the engines stage, where they are measured."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _NAMED = 5  # nodes in float32 that a line names
 
 
 class QuantizeStage:
-    """Writes ``<candidate>.onnx`` for each way asked for, and ``quantize.json`` about them.
+    """Writes ``<candidate>.onnx`` for each requested method, and ``quantize.json`` about them.
 
-    Without ``quantize`` in the pipeline it writes an empty index. A way that turns out impossible
-    (no layer can stay in INT8 within the drop) is in the index, without a file.
+    Without ``quantize`` in the pipeline it writes an empty index. A method that turns out
+    impossible (no layer can stay in INT8 within the drop) is in the index, without a file.
     """
 
     name = "quantize"
@@ -46,7 +46,7 @@ class QuantizeStage:
     libraries = ("onnx", "onnx-ir", "onnxruntime", "onnxscript", "torch")
 
     def config_slice(self, job: Job) -> dict[str, Any]:
-        """See :class:`edgekd.pipeline.stage.Stage`."""
+        """The section ``quantize`` and, for QAT, what the training depends on."""
         config = job.config
         if config.quantize is None:
             return {"quantize": None}
@@ -60,7 +60,7 @@ class QuantizeStage:
         }
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
-        """See :class:`edgekd.pipeline.stage.Stage`."""
+        """Write and compare the candidates."""
         wanted = context.job.config.quantize
         index: dict[str, Any] = {}
         if wanted is not None:
@@ -74,7 +74,7 @@ class QuantizeStage:
 
 
 def runtime_of(job: Job, engine: OnnxRuntimeConfig | TensorRTConfig) -> Runtime:
-    """Whose INT8 scheme an engine needs; the pipeline may say otherwise."""
+    """The runtime whose INT8 scheme an engine needs; the pipeline may override it."""
     config = job.config
     if config.quantize is not None and config.quantize.runtime is not None:
         return config.quantize.runtime
@@ -85,12 +85,12 @@ def runtime_of(job: Job, engine: OnnxRuntimeConfig | TensorRTConfig) -> Runtime:
 
 
 def runtimes_of(job: Job) -> list[Runtime]:
-    """Those of all engines of the pipeline, each once."""
+    """The runtimes of all engines of the pipeline, each once."""
     return list(dict.fromkeys(runtime_of(job, engine) for engine in job.config.engines))
 
 
 class _CandidateBuilder:
-    """What every candidate needs; float32's answers are computed once."""
+    """Builds the candidates; float32's outputs are computed once for all."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class _CandidateBuilder:
         """Open and run a file in another process.
 
         Raises:
-            CrashError: ONNX Runtime dies of it.
+            CrashError: ONNX Runtime crashes on it.
         """
         from edgekd.onnx.file import describe_onnx
         from edgekd.stages.quantize_onnx_static import opener
@@ -142,7 +142,8 @@ class _CandidateBuilder:
                 keep=self.wanted.exclude_nodes,
                 samples=self.calibration,
             )
-            # TensorRT's parser takes no DynamicQuantizeLinear, and weights alone gain it nothing.
+            # TensorRT's parser takes no DynamicQuantizeLinear, and quantized weights alone do not
+            # speed it up.
             return {name: self._entry(name, kind, "cpu", self.wanted.exclude_nodes)}
         found = self._static(runtime)
         if kind == "qat":
@@ -185,7 +186,7 @@ class _CandidateBuilder:
             keep=self.wanted.exclude_nodes,
             reduce_range=reduce_range(self.context.job),
         )
-        # The search opens many files like this one in this process.
+        # The search opens many similar files in this process.
         quantizer.write(folder / "all.onnx")
         if crash := self._crash(folder / "all.onnx"):
             return {name: self._refused(name, "static", runtime, crash)}
@@ -218,19 +219,19 @@ class _CandidateBuilder:
         kept = (*self.wanted.exclude_nodes, *quantizer.mixed_nodes, *decision.kept)
         found = {name: self._entry(name, "static", runtime, kept, decision=decision.to_json())}
         if runtime == "cpu" and (first := quantizer.input_layers(decision.kept)):
-            # Which of the two is faster is for the target to say.
+            # Which of the two is faster is measured on the target.
             name = f"{name}-float-input"
             quantizer.write(self._out(name), (*decision.kept, *first))
             found[name] = self._entry(name, "static", runtime, (*kept, *first))
         return found
 
     def _say_unit(self) -> None:
-        """What a drop is counted in, and where one sample is more than the budget."""
+        """Report the unit of drops, and a budget that is smaller than one sample."""
         task, count = self.validation.task, len(self.validation.scores)
         if not task.higher_is_better:
             self.context.progress.message(
                 f"  drops of {task.metric} are shares of {self.validation.scale:.5g}, the error of "
-                "the best constant answer on the validation split"
+                "the best constant prediction on the validation split"
             )
         if 0 < self.wanted.max_drop < 1 / count and isinstance(
             self.validation.task, Classification
@@ -248,7 +249,8 @@ class _CandidateBuilder:
             self.task_data, self.context, self.inputs, runtime, self.wanted.qat, self._out(name)
         )
         write_json(self.context.out / f"{name}-history.json", history.to_json())
-        # What torchao does not round (transposed and one-dimensional convolutions) stays as it is.
+        # What torchao does not round (transposed and one-dimensional convolutions) stays in
+        # float32.
         return {name: self._entry(name, "qat", runtime, _float_layers(self._out(name)))}
 
     def _drop_of(self, path: Path) -> float:
@@ -265,9 +267,9 @@ class _CandidateBuilder:
         kept: Sequence[str] = (),
         **more: Any,
     ) -> dict[str, Any]:
-        """What the index says of a candidate: how it was made, and how near to float32 it is.
+        """A candidate's entry in the index: how it was made, and its difference to float32.
 
-        ``kept`` are the layers that are in float32 on purpose; a builder that finds another one
+        ``kept`` are the layers that are intentionally in float32; a builder that finds another one
         there refuses the file.
         """
         from edgekd.quantization.float_weights import float_nodes
@@ -290,7 +292,7 @@ class _CandidateBuilder:
         if crash := self._crash(runnable):
             file.unlink()
             return self._refused(name, method, runtime, crash)
-        # Dynamic ranges are those of a whole batch: one by one is what a device answers.
+        # Dynamic ranges depend on the batch: with batch 1 the outputs are those on a device.
         batch = 1 if method == "dynamic" else EVALUATION_BATCH
         drop, errors = self.validation.compare(runnable, batch)
         self.context.progress.message(
@@ -318,13 +320,13 @@ class _CandidateBuilder:
         except CrashError as error:
             return error
         except EdgekdError:
-            pass  # What does not end a process is told by it, where the file is compared.
+            pass  # Errors that do not end a process are reported by the comparison.
         return None
 
     def _refused(
         self, name: str, method: str, runtime: Runtime | None, error: CrashError
     ) -> dict[str, Any]:
-        """What the index says of a candidate that a runtime dies of."""
+        """The entry in the index of a candidate that crashes a runtime."""
         self.context.progress.message(f"  {name}: {error.what}; it is no candidate")
         return {"method": method, "runtime": runtime, "refused": error.what}
 
@@ -336,7 +338,7 @@ def _node_names(file: Path) -> set[str]:
 
 
 def _float_layers(file: Path) -> list[str]:
-    """Layers of a Q/DQ file whose weights were left in float32."""
+    """Layers of a Q/DQ file whose weights are in float32."""
     from edgekd.onnx.file import read_onnx
 
     nodes = read_onnx(file).graph.node
@@ -345,7 +347,7 @@ def _float_layers(file: Path) -> list[str]:
 
 
 def _training_slice(config: PipelineConfig) -> dict[str, Any]:
-    """What decides quantization-aware training beside its own section."""
+    """Settings that quantization-aware training depends on besides its own section."""
     from edgekd.pipeline.fingerprint import library_versions
 
     return {

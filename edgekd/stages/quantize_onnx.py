@@ -1,4 +1,4 @@
-"""Quantize any ONNX file: what the quantize stage does, for a model that has no pipeline."""
+"""Quantize any ONNX file, as the quantize stage does, without a pipeline."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from edgekd.spec import ModelSpec
 
 SUSPICIOUS_DROP = 0.05
-"""A file that loses more is also run without optimizations, to see whether they are to blame."""
+"""A file with a larger drop is also run without optimizations, to see whether they cause it."""
 
 MUCH_NEARER = 3.0
-"""They are where the drop without them is so many times smaller."""
+"""Optimizations are the cause where the drop without them is this many times smaller."""
 
 ROUNDING = 0.1
-"""Of an output's largest value: what optimizing a file in fewer bits may change by rounding in
-other places."""
+"""Share of an output's largest value by which optimization may change a file in fewer bits:
+it rounds in other places."""
 
 SCHEMA = "edgekd.quantize/1"
 
 UNCALIBRATED = ("dynamic", "weights-only")
 
 FITTED = ("static", "fp16")
-"""What is written depends on the samples of the calibration."""
+"""Methods whose output depends on the calibration samples."""
 
 NO_BF16 = "ONNX Runtime's CPU provider has no bfloat16 kernels"
 
@@ -43,16 +43,16 @@ def quantize_model(
     settings: QuantizeSettings,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Write ``out`` and say what it costs and gains: a record ``edgekd.quantize/1``.
+    """Write ``out`` and return its drop and gain: a record ``edgekd.quantize/1``.
 
-    ``float32_nodes`` of the record are those with weights in float32, and those whose numbers 8
-    bits do not hold: ``node``, ``op``, ``bytes`` of weights and ``reason``. ``compared_on`` has
-    a note on each output that is not one row per sample (``outputs``).
+    ``float32_nodes`` of the record are those with weights in float32, and those whose values 8
+    bits cannot represent: ``node``, ``op``, ``bytes`` of weights and ``reason``. ``compared_on``
+    has a note on each output that is not one row per sample (``outputs``).
     ``errors`` has a row for each output with the parts that it was compared by; ``worst`` is the
-    part that falls most, where that is not the metric's own output, and what it falls by.
+    part with the largest drop, where that is not the metric's own output, and that drop.
 
     The record's ``output`` is None when ``max_drop`` could not be met; nothing is written then.
-    ``out`` is written last: until then, and where something fails, it is what it was before.
+    ``out`` is written last: until then, and on failure, an existing file is unchanged.
     Where the files could not be timed, the record's ``timing`` is ``{"failed": why}``. bfloat16
     is compared by its rounding, computed in float32.
 
@@ -60,8 +60,8 @@ def quantize_model(
         model: a float32 model.
         out: where to write.
         calibration: file of real inputs; also compared on, where no other samples are given.
-        settings: how.
-        progress: told what is being tried.
+        settings: method, scheme and limits.
+        progress: receives messages about what is being tried.
 
     Raises:
         InputError: the model, the samples or a name do not fit; ``out`` would replace one of
@@ -139,7 +139,7 @@ def quantize_model(
         if settings.method not in ("fp16", "bf16"):
             from edgekd.quantization.float_weights import float_nodes
 
-            reasons |= dict.fromkeys(settings.keep, "it was asked to stay")
+            reasons |= dict.fromkeys(settings.keep, "listed in --keep")
             default = f"{settings.method} quantization has no 8 bits for it"
             record["float32_nodes"] = [
                 row.to_json() for row in float_nodes(written, reasons, default)
@@ -155,7 +155,7 @@ def quantize_model(
             if compared is None and (decides := deciding_inputs(read_onnx(model))):
                 told = "; ".join(f"{name} decides {what}" for name, what in decides.items())
                 record["warnings"].append(
-                    f"the times are those of made-up inputs, which decide how much is computed "
+                    f"the times are those of random inputs, which decide how much is computed "
                     f"({told}): --calibration DATA.npz, or 'edgekd benchmark --inputs', gives real "
                     "ones"
                 )
@@ -165,7 +165,9 @@ def quantize_model(
 def _blame(
     file: Path, judge: Evaluator, samples: Samples, found: Mapping[str, Any], threads: int
 ) -> dict[str, Any]:
-    """``optimizer_fault`` where a file is far nearer to float32 without optimizations than with."""
+    """``optimizer_fault`` where a file is far closer to float32 without optimizations than with
+    them.
+    """
     from edgekd.onnx.batch_inference import one_batch
     from edgekd.onnx.optimizer_faults import find_fault
 
@@ -180,7 +182,9 @@ def _blame(
 
 
 def largest_drop(record: Mapping[str, Any]) -> float:
-    """The drop that a budget is held against: the metric's, or that of a part which falls more."""
+    """The drop that is checked against a budget: the metric's, or that of a part which drops
+    more.
+    """
     worst = record["worst"]
     drop: float = record["drop"]["value"]
     return drop if worst is None else max(drop, worst["drop"])
@@ -196,7 +200,7 @@ def _write(
     scratch: Path,
     progress: Callable[[str], None] | None,
 ) -> dict[str, Any]:
-    """Write the file by the method asked for; what the method has to say."""
+    """Write the file by the requested method; return the method's part of the record."""
     from edgekd.quantization.dynamic import quantize_dynamic
     from edgekd.quantization.weights_only import quantize_weights
 
@@ -207,7 +211,7 @@ def _write(
     if settings.method == "fp16" or settings.method == "bf16":
         from edgekd.quantization.mixed_precision import convert_mixed_precision
 
-        # The CPU computes nothing in bfloat16, so that no session here can say anything of it.
+        # The CPU computes nothing in bfloat16, so that no session can test it here.
         opens = opener(scratch, spec, samples, settings.threads)
         info = convert_mixed_precision(
             model,
@@ -250,10 +254,10 @@ def _check_count(count: int, calibration: Path | None) -> None:
 def check_settings(
     model: Path, spec: ModelSpec, calibration: Path | None, settings: QuantizeSettings
 ) -> None:
-    """Refuse settings without the samples that they need, and a quantized model.
+    """Refuse settings without the samples that they need, and an already quantized model.
 
     Raises:
-        InputError: there is such a setting, or samples that nothing would be done with.
+        InputError: there is such a setting, or samples that would not be used.
     """
     from edgekd.onnx.file import read_onnx
     from edgekd.quantization.prepare import refuse_quantized
@@ -268,7 +272,7 @@ def check_settings(
         )
     if calibration is not None and settings.validation is not None and method in UNCALIBRATED:
         raise InputError(
-            f"--method {method} has no use for calibration samples beside those of --validation",
+            f"--method {method} uses no calibration samples in addition to --validation",
             where="--calibration",
             remedy="leave it out",
         )
@@ -285,7 +289,7 @@ def check_settings(
                 remedy="give --validation DATA.npz, or --calibration DATA.npz",
             )
     if method in ("fp16", "bf16"):
-        # ONNX Runtime answers wrongly where 16 bits and Q/DQ meet.
+        # ONNX Runtime computes wrong outputs where 16-bit floats and Q/DQ meet.
         refuse_quantized(read_onnx(model), model)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from edgekd.stages.evaluator import Evaluator
 
 QUERIES = 8
-"""So many different ones are used in turn."""
+"""Number of different queries used in turn."""
 
 MAX_SECONDS = 20.0
 
@@ -30,7 +30,7 @@ MAX_SECONDS = 20.0
 def compare_latency(
     model: Path, against: Path, spec: ModelSpec, samples: Samples | None, threads: int
 ) -> dict[str, Any]:
-    """p50 of both in alternation, in a fresh process: ``p50_ms``, ``float_p50_ms``, ``speedup``
+    """p50 of both, interleaved, in a fresh process: ``p50_ms``, ``float_p50_ms``, ``speedup``
     with its ``interval``, ``threads``.
 
     Where they could not be timed, ``failed`` says why.
@@ -38,12 +38,12 @@ def compare_latency(
     Args:
         model: the file that was made.
         against: the float model.
-        spec: its inputs.
+        spec: the specs of its inputs.
         samples: None takes random inputs.
-        threads: of ONNX Runtime.
+        threads: number of threads of ONNX Runtime.
 
     Raises:
-        CrashError: ONNX Runtime dies of one of the files.
+        CrashError: ONNX Runtime crashes on one of the files.
     """
     from edgekd.targets import LocalTarget
 
@@ -63,7 +63,7 @@ def compare_latency(
             )
         except CrashError as error:
             if error.signal != signal.SIGKILL:
-                raise  # The file is at fault, and not the machine.
+                raise  # The fault is in the file, not in the machine.
             return {"failed": error.what, "threads": threads}
         except (InputError, StageError, TargetError) as error:
             return {"failed": error.what, "threads": threads}
@@ -80,11 +80,11 @@ def compare_latency(
 def opener(
     folder: Path, spec: ModelSpec, samples: Samples | None, threads: int = 1
 ) -> Callable[[Path], object]:
-    """What opens a file in another process and runs it once; raises an error as
+    """A function that opens a file in another process and runs it once; raises as
     :meth:`edgekd.targets.LocalTarget.probe` does.
 
     Args:
-        folder: outlives it.
+        folder: a folder that exists for as long as the function is used.
         spec: the inputs of the files.
         samples: None takes random inputs.
         threads: of ONNX Runtime.
@@ -107,7 +107,7 @@ def write_queries(path: Path, spec: ModelSpec, samples: Samples) -> None:
     batch = next(samples.batches(QUERIES * size))
     count = len(next(iter(batch.values())))
     rows = max(size, count // size * size)
-    # Fewer samples than one query takes are taken again.
+    # Fewer samples than one query needs are repeated.
     whole = {name: np.resize(array, (rows, *array.shape[1:])) for name, array in batch.items()}
     write_npz(path, to_model(layout, whole))
 
@@ -149,7 +149,7 @@ def write_static(
         threads=settings.threads,
     )
     said: dict[str, Any] = {"warnings": remarks_on_ranges(quantizer.constant)}
-    reasons = dict.fromkeys(quantizer.kept, "it was asked to stay") | quantizer.left_in_float
+    reasons = dict.fromkeys(quantizer.kept, "listed in --keep") | quantizer.left_in_float
     if quantizer.mixed:
         said["mixed"] = [str(mixed) for mixed in quantizer.mixed]
     decision = None
@@ -197,14 +197,14 @@ def _shown_faster(timing: Mapping[str, Any]) -> bool:
 
 
 def _of_both(timing: Mapping[str, Any]) -> dict[str, Any]:
-    """A comparison with the file whose inputs' layers are in INT8, under the right name."""
+    """The timing with ``float_p50_ms`` renamed to ``int8_p50_ms``: both files are quantized."""
     return {
         "int8_p50_ms" if name == "float_p50_ms" else name: value for name, value in timing.items()
     }
 
 
 class FirstSamples:
-    """The first samples of others."""
+    """The first samples of another source."""
 
     def __init__(self, samples: Samples, limit: int) -> None:
         self._samples = samples
@@ -216,7 +216,7 @@ class FirstSamples:
         return min(self._samples.count, self.limit)
 
     def batches(self, size: int) -> Iterator[dict[str, Array]]:
-        """See :class:`edgekd.onnx.samples.Samples`."""
+        """Batches of inputs by name, at most the limit in total."""
         left = self.count
         for batch in self._samples.batches(size):
             taken = min(left, len(next(iter(batch.values()))))

@@ -19,11 +19,11 @@ class ReportStage:
     libraries = ("jinja2",)
 
     def config_slice(self, job: Job) -> dict[str, Any]:
-        """See :class:`edgekd.pipeline.stage.Stage`."""
+        """The settings that the report shows."""
         return {"pipeline": job.config.model_dump(mode="json", exclude_defaults=True)}
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
-        """See :class:`edgekd.pipeline.stage.Stage`."""
+        """Write the report."""
         from edgekd.release.gate import read_gate
         from edgekd.release.report import quantized_rows, write_report
 
@@ -51,7 +51,7 @@ class ReportStage:
 
 
 def _chosen(history: dict[str, Any]) -> dict[str, Any]:
-    """The epoch whose weights were kept beside the last one, by validation."""
+    """The validation of the best epoch, whose weights are used, and of the last one."""
     epochs, best = history["epochs"], history["best_epoch"]
     metric = f"validation {history['metric']}"
     return {

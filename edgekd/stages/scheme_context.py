@@ -1,4 +1,4 @@
-"""What a scheme of the distill stage works with, made from the pipeline's artifacts."""
+"""The context of a scheme of the distill stage, made from the pipeline's artifacts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def open_scheme_context(
     task_data: TaskData, context: Context, inputs: Mapping[str, Path]
 ) -> SchemeContext:
-    """The student with its first weights, its teacher, and how either is made anew."""
+    """The student with its initial weights, its teacher, and factories of further networks."""
     import torch
 
     from edgekd.distill.objective import Objective
@@ -65,7 +65,7 @@ def open_scheme_context(
         return fit(task_data, model, objective, pipeline.distill, label, context, teacher)
 
     def another_teacher(config: TeacherConfig, label: str) -> Teacher:
-        # With the pipeline's own seed the same section would give the same network once more.
+        # With the pipeline's own seed the same section would give the same network again.
         seed = (pipeline.seed + crc32(label.encode())) % 2**31
         own = replace(task_data, config=pipeline.model_copy(update={"seed": seed}))
         return load_teacher(own, config, context, label)
@@ -88,7 +88,7 @@ def open_scheme_context(
 
 
 def files_of_scheme(job: Job) -> dict[str, str]:
-    """What the scheme's arguments name, such as an ensemble's members: SHA-256 of their files."""
+    """SHA-256 of the files that the scheme's arguments name, such as an ensemble's members."""
     found: dict[str, str] = {}
 
     def look(value: Any, where: str) -> None:

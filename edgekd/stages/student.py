@@ -1,4 +1,4 @@
-"""Stage student: the network that will be shipped, with its first weights."""
+"""Stage student: the network that will be shipped, with its initial weights."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
     from edgekd.students import Pruned
 
 FIRST_WEIGHTS, STRUCTURE = "first.safetensors", "structure.json"
-"""What decides the network that :func:`build_student` gives."""
+"""Settings that the network of :func:`build_student` depends on."""
 
 _GRADIENT_BATCH, _GRADIENT_SAMPLES = 128, 1024
-"""How many labelled samples the importance ``taylor`` is taken from."""
+"""Number of labelled samples that the importance ``taylor`` is computed on."""
 
 
 class StudentStage:
-    """Writes the first weights, from which the student and its baseline both start.
+    """Writes the initial weights, from which the student and its baseline both start.
 
-    Of a pruned student also what was taken out, with which :func:`build_student` builds it.
+    For a pruned student also the removed channels, with which :func:`build_student` builds it.
     """
 
     name = "student"
@@ -44,7 +44,7 @@ class StudentStage:
     libraries = ("torch",)
 
     def config_slice(self, job: Job) -> dict[str, Any]:
-        """See :class:`edgekd.pipeline.stage.Stage`."""
+        """The section ``student`` and what its network depends on."""
         student = job.config.student
         files = {}
         if student.checkpoint is not None:
@@ -62,7 +62,7 @@ class StudentStage:
         }
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
-        """See :class:`edgekd.pipeline.stage.Stage`."""
+        """Build, and where configured prune, the student."""
         from edgekd.models.dict_model import count_parameters
         from edgekd.models.repeatable import check_repeatable
         from edgekd.models.weights import load_weights, save_weights
@@ -107,9 +107,11 @@ def build_student(task_data: TaskData, folder: Path | None, index: int = 0) -> D
 
     Args:
         task_data: the data and the task.
-        folder: the student stage's artifact, which says what was pruned; None: the network before
-            anything is.
-        index: 0 for the student; another one draws other weights, for a scheme's further ones.
+        folder: the student stage's artifact, which records what was pruned; None: the network
+        before
+            pruning.
+        index: 0 for the student; another index draws other weights, for a scheme's additional
+        students.
 
     Raises:
         InputError: the student is the teacher's network, and that is an ONNX file.
@@ -124,7 +126,7 @@ def build_student(task_data: TaskData, folder: Path | None, index: int = 0) -> D
     network = student_network(task_data.config)
     adaptation = Adaptation(task_data.task.output)
     if isinstance(network, TeacherConfig):
-        # The teacher's own network answers for the data in the same way.
+        # The teacher's own network uses the same adaptation to the data.
         adaptation = (
             read_adaptation(folder, task_data)
             if folder is not None
@@ -142,7 +144,7 @@ def build_student(task_data: TaskData, folder: Path | None, index: int = 0) -> D
 def check_logits(
     model: DictModel, batch: Mapping[str, Tensor], task_data: TaskData, where: str
 ) -> None:
-    """Refuse a network to be trained that ends in a softmax, which the losses apply once more.
+    """Refuse to train a network that ends in a softmax, which the losses would apply again.
 
     Raises:
         InputError: its outputs are probabilities.
@@ -158,7 +160,7 @@ def check_logits(
     if recognized_form(answers) == "probabilities":
         raise InputError(
             "the network's outputs are probabilities, which sum to 1, and the losses take logits: "
-            "they would apply a softmax to them once more",
+            "they would apply a softmax again",
             where=where,
             remedy="return what comes before the softmax (a log_softmax does no harm); the "
             "largest class is the same",
@@ -184,7 +186,7 @@ def student_network(config: PipelineConfig) -> ModelConfig:
 
 
 def _pruned(task_data: TaskData, model: DictModel, context: Context) -> Pruned:
-    """Prune the student as the pipeline says, and write its structure down."""
+    """Prune the student as configured, and write its structure."""
     from edgekd.students import prune, write_cuts
 
     config = task_data.config.student.prune
@@ -196,7 +198,7 @@ def _pruned(task_data: TaskData, model: DictModel, context: Context) -> Pruned:
     context.progress.message(f"  pruned: {pruned.summary()}")
     if pruned.left:
         whole = "; ".join(f"{name} ({reason})" for name, reason in pruned.left.items())
-        context.progress.message(f"  left whole: {whole}")
+        context.progress.message(f"  not pruned: {whole}")
     return pruned
 
 
@@ -239,7 +241,7 @@ def _pruning_library() -> dict[str, str]:
     try:
         return library_versions(("torch-pruning",))
     except PackageNotFoundError:
-        # Its absence is told of when the names are looked up.
+        # Its absence is reported when the names are resolved.
         return {}
 
 

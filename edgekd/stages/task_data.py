@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 EVALUATION_BATCH = 512
 
 _UNIT_VALUES = 10_000_000
-"""Target values that the unit of a regression is taken from."""
+"""Number of target values from which the unit of a regression is computed."""
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """The data and the task of a pipeline, opened."""
+    """The opened data and the task of a pipeline."""
 
     dataset: Dataset
     digest: str
@@ -59,7 +59,7 @@ class TaskData:
     def keep_labels(self, share: float) -> TaskData:
         """The same data with that share of the training and validation labels.
 
-        The same share keeps the same labels, whatever the seed of the training.
+        The same share selects the same labels, independent of the training's seed.
 
         Raises:
             InputError: a target is not one class per sample.
@@ -76,11 +76,11 @@ class TaskData:
         return replace(self, dataset=replace(self.dataset, splits=splits))
 
     def lacks_labels(self) -> str:
-        """Why nothing can be trained by labels alone; empty when it can."""
+        """The reason why training on labels alone is impossible; empty when it is possible."""
         if len(self.labelled_rows("train")) == 0:
             return "nothing to train on: no sample has a label"
         if len(self.labelled_rows("validation")) == 0:
-            return "nothing to choose the best epoch by: no validation sample has a label"
+            return "nothing to select the best epoch by: no validation sample has a label"
         return ""
 
 
@@ -96,14 +96,14 @@ def open_task_data(data: Path, config: PipelineConfig) -> TaskData:
 
 
 def _gives_logits(config: PipelineConfig) -> bool:
-    """Whether a loss takes the numbers for logits, which have a scale of their own."""
+    """Whether a loss reads the values as logits, which have their own scale."""
     return any(term.name == "multi_label" for term in config.loss_terms)
 
 
 def _evenly(
     arrays: Mapping[str, NDArray[Any]], names: Sequence[str]
 ) -> dict[str, NDArray[np.float64]]:
-    """The named arrays that there are; of large ones rows spread evenly over them."""
+    """The existing arrays of these names; of large ones evenly spaced rows."""
     found = {name: arrays[name] for name in names if name in arrays}
     row = max(int(np.prod(array.shape[1:])) for array in found.values())
     total = len(next(iter(found.values())))
@@ -122,7 +122,7 @@ def read_json(path: Path) -> Any:
 
 
 BATCH = 64
-"""Samples run at a time."""
+"""Batch size."""
 
 
 class ValidationSamples:
@@ -142,14 +142,14 @@ class ValidationSamples:
         return len(self.rows)
 
     def batches(self, size: int) -> Iterator[dict[str, Array]]:
-        """See :class:`edgekd.onnx.samples.Samples`."""
+        """Batches of inputs by name, at most the limit in total."""
         dataset = self._ground.dataset
         for start in range(0, self.count, size):
             rows = self.rows[start : start + size]
             if rows[-1] - rows[0] + 1 == len(rows):
                 yield dict(dataset.model_inputs("validation", int(rows[0]), int(rows[-1]) + 1))
                 continue
-            # One by one: what lies between two of them is never read.
+            # Read one by one: the rows between them are never read.
             each = [dataset.model_inputs("validation", int(r), int(r) + 1) for r in rows]
             yield {name: np.concatenate([one[name] for one in each]) for name in each[0]}
 
@@ -157,16 +157,16 @@ class ValidationSamples:
 class Validation:
     """The task's metric on the validation split, of float32 and of any other file.
 
-    Models are run batch by batch: of their answers only scores and errors are kept. The reference
-    is the model as it is written, run without a runtime's optimizations. Scores of a metric that
-    is better when lower, an error, are divided by the error of the best constant answer to the
+    Models are run batch by batch: only scores and errors of their outputs are stored. The reference
+    is the model as written, run without graph optimizations. Scores of a metric that
+    is better when lower, an error, are divided by the error of the best constant prediction on the
     same samples: a drop of them is a share, whatever the unit of the targets.
 
     Attributes:
-        scale: what scores are divided by: that error, 1 for a metric that is better when higher.
+        scale: the divisor of the scores: that error, or 1 for a metric that is better when higher.
 
     Raises:
-        InputError: the constant has no error, so that nothing can be a share of it.
+        InputError: the constant's error is zero, so that no share of it is defined.
     """
 
     def __init__(self, task_data: TaskData, reference: Path) -> None:
@@ -182,23 +182,23 @@ class Validation:
         self._file = reference
         self._reference: Reference | None = None
         if not self.labelled.any():
-            # What float32 answers is then what is to be kept.
+            # The reference is then float32's predictions.
             self.task = agreement_task(self.task)
             self.targets |= self._answered()
             self.labelled = np.ones(self.samples.count, bool)
         self.scale = 1.0 if self.task.higher_is_better else self._constant_error()
         self.scores = self._scores(reference, BATCH, "disabled")
-        """Float32's, as :meth:`score` gives them."""
+        """Float32's scores, as of :meth:`score`."""
 
     @property
     def drop_unit(self) -> str:
-        """In which unit drops are stated; see :mod:`edgekd.release.formatting`."""
+        """The unit in which drops are stated; see :mod:`edgekd.release.formatting`."""
         from edgekd.release.formatting import OF_CONSTANT, drop_unit
 
         return drop_unit(self.task.metric) if self.task.higher_is_better else OF_CONSTANT
 
     def change_text(self, drop: float) -> str:
-        """How the metric moves with a drop of that size: ``−133.6 mae beside float32's``."""
+        """How the metric moves with a drop of that size: ``−133.6 mae against float32's``."""
         from edgekd.measurement import Measurement
         from edgekd.release.formatting import drop_unit, metric_change, value_text
 
@@ -207,23 +207,23 @@ class Validation:
         if float(f"{drop:.6f}") == 0:
             return f"{self.task.metric} as float32's"
         if better:
-            return f"{self.task.metric} {value_text(moved, signed=True)} beside float32's"
+            return f"{self.task.metric} {value_text(moved, signed=True)} against float32's"
         share = Measurement(metric_change(drop, better), self.drop_unit)
         return (
-            f"{value_text(moved, signed=True)} beside float32's ({value_text(share, signed=True)})"
+            f"{value_text(moved, signed=True)} against float32's ({value_text(share, signed=True)})"
         )
 
     def score(self, answers: Mapping[str, Array]) -> Array:
-        """Each labelled sample's score, turned so that higher is better, (N,)."""
+        """Each labelled sample's score, signed so that higher is better, (N,)."""
         scores: Array = self._score(answers, slice(None))[self.labelled]
         return scores
 
     def drop_of(self, path: Path, batch: int = BATCH) -> float:
-        """How much the metric falls with a file against float32 (negative: it rises)."""
+        """The metric's drop of a file against float32 (negative: it rises)."""
         return float((self.scores - self._scores(path, batch)).mean())
 
     def compare(self, path: Path, batch: int = BATCH) -> tuple[float, tuple[OutputError, ...]]:
-        """:meth:`drop_of` a file, and how far each of its outputs is from float32's."""
+        """:meth:`drop_of` a file, and the error of each of its outputs against float32's."""
         from edgekd.onnx.compare import Reference
 
         if self._reference is None:
@@ -247,7 +247,7 @@ class Validation:
         error = float(self.task.scores(self.task.constant(known), known).mean())
         if not error > 0:
             raise InputError(
-                f"one and the same answer is right for all {int(self.labelled.sum())} validation "
+                f"the same prediction is right for all {int(self.labelled.sum())} validation "
                 f"samples, so that no {self.task.metric} can be a share of its error",
                 where="split validation",
                 remedy="give data whose targets differ, or leave quantize out",
@@ -263,7 +263,7 @@ class Validation:
         return labelled
 
     def _answered(self) -> dict[str, Array]:
-        """The targets that float32 is right about in every sample."""
+        """Float32's own predictions as targets."""
         from edgekd.onnx.batch_inference import answer_batches
 
         parts: dict[str, list[Array]] = {}

@@ -1,4 +1,4 @@
-"""Stage teacher: train it, load its weights, or take an ONNX file as a black box."""
+"""Stage teacher: train it, load its weights, or use an ONNX file as a black box."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 WEIGHTS, BLACK_BOX = "teacher.safetensors", "teacher.onnx"
 _TRIED_SAMPLES = 64
 ENOUGH_LABELS = 20
-"""Labelled validation samples below which a teacher is not refused for being near chance."""
+"""Number of labelled validation samples below which a teacher near chance is not refused."""
 
 
 class TeacherStage:
@@ -46,7 +46,7 @@ class TeacherStage:
     libraries = ("torch",)
 
     def config_slice(self, job: Job) -> dict[str, Any]:
-        """See :class:`edgekd.pipeline.stage.Stage`."""
+        """The section ``teacher``, its files, and its training's settings."""
         teacher = job.config.teacher
         chosen = teacher.model_dump(mode="json", exclude={"checkpoint", "onnx"})
         files = hub_fingerprint(teacher.model)
@@ -63,7 +63,7 @@ class TeacherStage:
         return {"teacher": chosen, **files, "task": task, **(training if teacher.train else {})}
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
-        """See :class:`edgekd.pipeline.stage.Stage`."""
+        """Train or load the teacher, and check it on validation samples."""
         from edgekd.distill.teacher import ModuleTeacher
         from edgekd.models.weights import save_weights
         from edgekd.onnx.import_onnx import pack_onnx, rename_onnx
@@ -138,7 +138,7 @@ def _trained_or_loaded(
 def _black_box(
     task_data: TaskData, config: TeacherConfig, path: Path, where: str, context: Context
 ) -> OnnxTeacher:
-    """An ONNX file as a teacher, with what lies between it and the data."""
+    """An ONNX file as a teacher, with its adaptation to the data."""
     from edgekd.distill.teacher import OnnxTeacher, check_repeatable_answers
     from edgekd.models.class_order import class_names_in_metadata
     from edgekd.onnx.file import describe_onnx
@@ -156,7 +156,7 @@ def _black_box(
 
 
 def some_samples(task_data: TaskData) -> dict[str, Tensor]:
-    """Some inputs of the validation split, spread over it, as tensors of their own."""
+    """Some inputs of the validation split, spread over it, as copied tensors."""
     import numpy as np
     import torch
 
@@ -167,7 +167,7 @@ def some_samples(task_data: TaskData) -> dict[str, Tensor]:
 
 
 def adaptation_of(model: DictModel) -> Adaptation:
-    """What lies between the data and a network."""
+    """The adaptation between the data and a network."""
     from edgekd.models.adapted import Adaptation, AdaptedModel
 
     return model.adaptation if isinstance(model, AdaptedModel) else Adaptation()
@@ -176,12 +176,12 @@ def adaptation_of(model: DictModel) -> Adaptation:
 def load_teacher(
     task_data: TaskData, config: TeacherConfig, context: Context, where: str
 ) -> Teacher:
-    """A teacher beside the pipeline's own, such as a member of an ensemble.
+    """A teacher in addition to the pipeline's own, such as a member of an ensemble.
 
     Args:
         task_data: the data and the task.
         config: its section.
-        context: of the stage that needs it; a training leaves its checkpoints there.
+        context: the context of the calling stage; a training writes its checkpoints there.
         where: its YAML position, for errors and as the label of its training.
     """
     from edgekd.distill.distributed import training_device
@@ -200,10 +200,10 @@ def load_teacher(
 def check_teacher(
     teacher: Teacher, task_data: TaskData, context: Context, where: str = "teacher"
 ) -> dict[str, Any]:
-    """Show a teacher's metric on validation beside chance, and refuse one that is no better.
+    """Report a teacher's validation metric and chance, and refuse a teacher that is no better.
 
     One whose outputs fit the labels far better in another order is refused with that order.
-    Chance is the one best answer to these labels, given to every sample. The teacher must be
+    Chance is the best constant prediction for these labels. The teacher must be
     better by more than noise: the paired difference of their scores has a one-sided 95 % bound,
     which must be above 0. Below ``ENOUGH_LABELS`` labelled samples the figures are only shown.
 
@@ -221,7 +221,7 @@ def check_teacher(
     rows = task_data.labelled_rows("validation")
     if len(rows) == 0:
         context.progress.message(
-            f"  {where}: no validation sample has a label, so what it knows is not checked"
+            f"  {where}: no validation sample has a label, so its accuracy is not checked"
         )
         return {task.metric: None, "chance": None, "labelled": 0}
     arrays = task_data.dataset.splits["validation"].arrays
@@ -243,11 +243,11 @@ def check_teacher(
         above = paired_difference(sign * scores, sign * by_chance, confidence=0.9)
         if above.interval is None or above.interval[0] <= 0:
             raise InputError(
-                f"the teacher does not know this task: {task.metric} {metric:.4g}, and always "
-                f"giving one and the same answer gives {chance:.4g} "
+                f"the teacher is no better than chance: {task.metric} {metric:.4g}, and always "
+                f"predicting the same gives {chance:.4g} "
                 f"({len(rows):,} labelled validation samples)",
                 where=where,
-                remedy="see that it gets its inputs as it was trained (teacher.preprocess: "
+                remedy="check that it gets its inputs as in its training (teacher.preprocess: "
                 "normalisation, channel order, image size), that labels count its outputs in "
                 "their order, and that the checkpoint is the right one; if it is trained "
                 "here, train it longer",
@@ -256,7 +256,7 @@ def check_teacher(
 
 
 class _Decisions:
-    """A teacher that is listened to: the labels of a classification, and what it answers."""
+    """A teacher that records its predictions and the labels of a classification."""
 
     def __init__(self, teacher: Teacher, task: Task) -> None:
         self._teacher, self._task = teacher, task
@@ -290,7 +290,7 @@ def build_teacher(
         task_data: the data and the task.
         config: its section; None: the pipeline's.
         where: its YAML position, for errors.
-        adaptation: what lies between it and the data; None: what the section alone says.
+        adaptation: its adaptation to the data; None: that of the section alone.
     """
     import torch
 
@@ -305,7 +305,7 @@ def build_teacher(
     spec = ModelSpec(task_data.dataset.inputs, task_data.task.outputs(task_data.dataset))
     own = adaptation.network_spec(spec)
     remedy = (
-        "give its last layer that size; or, if it was trained with other classes beside these, "
+        "give its last layer that size; or, if it was trained with other classes besides these, "
         f"name all of its outputs in their order under {where}: 'classes: […]'"
         if isinstance(task_data.task, Classification) and config.train is None
         else ""
@@ -315,7 +315,7 @@ def build_teacher(
 
 
 def open_network(folder: Path, task_data: TaskData) -> DictModel:
-    """The network of a finished teacher stage with its weights, and what adapts it to the data."""
+    """The network of a finished teacher stage with its weights, and its adaptation to the data."""
     from edgekd.models.weights import load_weights
 
     model = build_teacher(task_data, adaptation=read_adaptation(folder, task_data))
@@ -324,7 +324,7 @@ def open_network(folder: Path, task_data: TaskData) -> DictModel:
 
 
 def open_teacher(folder: Path, task_data: TaskData) -> Teacher:
-    """The teacher of a finished teacher stage, ready to answer."""
+    """The teacher of a finished teacher stage, ready to run."""
     from edgekd.distill.distributed import training_device
     from edgekd.distill.teacher import ModuleTeacher, OnnxTeacher
 

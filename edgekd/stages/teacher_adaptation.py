@@ -1,4 +1,4 @@
-"""What lies between the pipeline's data and a teacher: from its section, its file, its answers."""
+"""A teacher's adaptation to the pipeline's data: from its section, its file and its outputs."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def plan_adaptation(
 
     Args:
         task_data: the data and the task.
-        config: the teacher's section; its ``classes`` go before the file's.
+        config: the teacher's section; its ``classes`` take precedence over the file's.
         where: its YAML position, for errors.
-        found: the class names that its file holds.
-        say: tells the person who watches.
+        found: the class names in its file.
+        say: prints a progress message.
 
     Raises:
         InputError: keys that do not fit the data, or names that are not all the data's classes.
@@ -60,9 +60,9 @@ def plan_adaptation(
     if config.classes is not None:
         names = ClassNames(config.classes, f"{where}.classes")
         if len(set(config.classes)) < len(config.classes):
-            raise InputError("a class is named twice", where=f"{where}.classes", remedy="mend it")
+            raise InputError("a class is named twice", where=f"{where}.classes", remedy="fix it")
     elif dataset.labels is None or names is None:
-        # Numbers in the data say nothing of the names in a file.
+        # Numeric labels cannot be matched with the names in a file.
         return planned
     order = output_order(names, labels, f"{where}.classes", stated=config.classes is not None)
     if order is None:
@@ -84,17 +84,17 @@ def plan_adaptation(
 def with_form(
     planned: Adaptation, answers: Tensor, config: TeacherConfig, where: str, say: Say
 ) -> Adaptation:
-    """The adaptation with what the teacher's numbers are: as its section says, else recognized.
+    """The adaptation with the form of the teacher's outputs: configured, else detected.
 
     Args:
-        planned: all else.
+        planned: the rest of the adaptation.
         answers: the network's own outputs for real samples, (N, ..., outputs).
         config: the teacher's section.
         where: its YAML position, for errors.
-        say: tells the person who watches.
+        say: prints a progress message.
 
     Raises:
-        InputError: the numbers cannot be what the section says.
+        InputError: the outputs cannot have the configured form.
     """
     from edgekd.models.adapted import check_form, recognized_form
 
@@ -137,8 +137,8 @@ def check_order(
         task_data: the data and the task.
         adaptation: the teacher's.
         labels: (N,) classes of labelled validation samples.
-        predictions: (N,) what the teacher takes them for.
-        figures: what was measured, for the error.
+        predictions: (N,) the teacher's predictions.
+        figures: the measured figures, for the error.
         where: the teacher's YAML position.
 
     Raises:
@@ -159,7 +159,7 @@ def check_order(
     raise InputError(
         f"the teacher's outputs are in another order than the data's classes: {figures} as they "
         f"are, {right / len(labels):.4f} when they are put in another order "
-        f"({len(labels):,} labelled validation samples; it answers {', '.join(moved[:3])}"
+        f"({len(labels):,} labelled validation samples; it predicts {', '.join(moved[:3])}"
         f"{', …' if moved[3:] else ''})",
         where=where,
         remedy=f"if it was trained on these classes, name its outputs in its own order under "
@@ -169,13 +169,13 @@ def check_order(
 
 
 def write_adaptation(adaptation: Adaptation, folder: Path) -> None:
-    """Keep what was found out beside the teacher's weights."""
+    """Write the detected adaptation next to the teacher's weights."""
     known = {"order": adaptation.order, "outputs": adaptation.outputs, "form": adaptation.form}
     write_json(folder / ADAPTATION, known)
 
 
 def read_adaptation(folder: Path, task_data: TaskData) -> Adaptation:
-    """The inverse of :func:`write_adaptation`; the preprocessing is the section's."""
+    """The inverse of :func:`write_adaptation`; the preprocessing comes from the section."""
     from edgekd.models.adapted import Adaptation, input_adaptation
 
     known: Mapping[str, Any] = read_json(folder / ADAPTATION)

@@ -1,4 +1,4 @@
-"""What teacher and distill share: a training, with the teacher's predictions live or cached."""
+"""The training shared by the stages teacher and distill, with the teacher run live or cached."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ if TYPE_CHECKING:
     from edgekd.tasks import Task
 
 _FIRST_ANSWERS, _SMALLEST = 64, 1e-3
-"""Samples that a fresh network is tried on; the least size that its answers count as."""
+"""Number of samples to run a fresh network on; smallest scale assumed for its outputs."""
 
 HUB_PACKAGES = ("timm", "transformers")
 
 
 def scale_output(task_data: TaskData, model: DictModel) -> str:
-    """Let a network with fresh weights answer in the unit of the targets, if it does not yet.
+    """Scale the outputs of a network with fresh weights to the targets, if necessary.
 
-    A network that was made for the range of its targets (its own last layer multiplies) is left
-    as it is: by their order of magnitude its first answers are nearer to the targets than to 1.
+    A network built for the range of its targets (its own last layer multiplies) is left
+    unchanged: in order of magnitude its first outputs are closer to the targets than to 1.
 
     Returns:
-        What was done, for a person; empty: nothing.
+        A message about what was done; empty: nothing.
     """
     import torch
 
@@ -67,7 +67,7 @@ def scale_output(task_data: TaskData, model: DictModel) -> str:
     offset = np.asarray(task.offset, np.float32).reshape(given[task.output].shape[1:])
     model.scale_output(torch.tensor(task.unit, dtype=torch.float32), torch.from_numpy(offset))
     return (
-        f"answers its network's output · {task.unit:.4g} + {offset.mean():.4g}: deviation and mean "
+        f"outputs its network's output · {task.unit:.4g} + {offset.mean():.4g}: deviation and mean "
         f"of the training targets (task_args: {{standardize: false}} leaves it out)"
     )
 
@@ -83,11 +83,11 @@ def fit(
 ) -> History:
     """Train ``model`` in place; its weights are then the best ones on the validation split.
 
-    A distillation's teacher answers through the cache; so does its student alone see the same
-    augmented views. Without a teacher only labelled samples are trained on, gone through as often
-    as makes as many batches as all samples do. Where validation samples lack a label, the student
-    of a teacher is scored by agreement with it there. A student has the share of the labels that
-    ``distill.labelled`` gives it.
+    A distillation's teacher is read through the cache; the student alone sees the same
+    augmented views. Without a teacher only labelled samples are trained on, repeated as often
+    as needed for the number of batches of all samples. Where validation samples lack a label, the
+    student of a teacher is scored by agreement with it there. A student has the share of the labels
+    that ``distill.labelled`` gives it.
 
     Raises:
         InputError: there are no labels where they are needed.
@@ -103,7 +103,7 @@ def fit(
         raise InputError(
             lacking,
             where=label,
-            remedy="give labels (-1 says that a sample has none); or give a teacher by checkpoint "
+            remedy="give labels (-1 marks a sample without one); or give a teacher by checkpoint "
             "or onnx, and the student a loss that compares with it",
         )
     channels_last = train_config.channels_last
@@ -152,7 +152,7 @@ def fit(
 
 
 def hub_fingerprint(name: str | None) -> dict[str, str]:
-    """What decides a network of a hub beside its name: the package's version, and its folder.
+    """What a network of a hub depends on besides its name: the package's version, and its folder.
 
     Empty for all other networks.
     """
@@ -174,21 +174,21 @@ _DECIDES_ANSWERS = (
     *("edgekd.data.loader", "edgekd.models.build"),
     *("edgekd.distill.teacher", "edgekd.distill.ensemble", "edgekd.distill.logit_codec"),
 )
-"""Where the code begins on which a teacher's answer depends, beside its weights."""
+"""The modules whose code a teacher's outputs depend on, besides its weights."""
 
 Augment = tuple[str | dict[str, dict[str, Any]], ...]
 
 
 def augmentation_of(config: PipelineConfig, train_config: TrainConfig) -> Augment:
-    """How a training augments: the student's own way where it has one."""
+    """How a training augments: the student's own configuration where it has one."""
     own = train_config.augment if isinstance(train_config, DistillConfig) else None
     return config.data.augment if own is None else own
 
 
 def views_of(config: PipelineConfig, train_config: TrainConfig) -> int | None:
-    """How many views of a sample a training goes through; None for a new one in each epoch.
+    """Number of views of a sample in a training; None for a new one in each epoch.
 
-    The student alone has as many as the student whose teacher answers from the cache.
+    The student alone has as many as the student with a cached teacher.
     """
     if not isinstance(train_config, DistillConfig) or train_config.cache is None:
         return None
@@ -206,7 +206,8 @@ def cached_teacher(
     label: str,
     context: Context,
 ) -> Teacher:
-    """The teacher as an objective needs it: its cached answers, or itself for its layers.
+    """The teacher as an objective needs it: its cached outputs, or the network itself for its
+    layers.
 
     Raises:
         InputError: it has no such layers.
@@ -221,12 +222,12 @@ def cached_teacher(
         return teacher
     if layers:
         context.progress.message(
-            f"  {label}: the teacher answers live: {', '.join(layers)} of it "
-            f"{'is' if len(layers) == 1 else 'are'} compared, and the cache keeps outputs only"
+            f"  {label}: the teacher is run live: {', '.join(layers)} of it "
+            f"{'is' if len(layers) == 1 else 'are'} compared, and the cache stores outputs only"
         )
         return teacher
     dataset, augment = task_data.dataset, list(augmentation_of(task_data.config, train_config))
-    # Weights and names do not tell what a network's own forward does with its arguments.
+    # Weights and names do not identify what a network's forward does with its arguments.
     networks = [
         task_data.config.teacher.model_dump(mode="json", include={"model", "args"}),
         task_data.config.student.model_dump(mode="json", include={"model", "args"}),
@@ -259,7 +260,7 @@ def cached_teacher(
 
 
 def num_classes(task_data: TaskData) -> int:
-    """How many logits an answer has; 0 where there are no classes."""
+    """Number of logits per sample; 0 without classes."""
     size = task_data.task.outputs(task_data.dataset)[0].shape[-1]
     return size if isinstance(task_data.task, Classification) and isinstance(size, int) else 0
 
@@ -267,9 +268,9 @@ def num_classes(task_data: TaskData) -> int:
 def pseudo_labelled_validation(
     task_data: TaskData, teacher: Teacher | None, channels_last: bool, label: str
 ) -> tuple[Loader, Task]:
-    """The validation split with the teacher's answers where it has no label, and the task for it.
+    """The validation split with the teacher's predictions for unlabelled samples, and its task.
 
-    A handful of labels would choose the epoch by chance.
+    A few labels would select the epoch by chance.
 
     Raises:
         InputError: there is no teacher.

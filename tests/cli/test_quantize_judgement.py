@@ -164,7 +164,7 @@ def test_the_drop_of_an_agreement_is_the_disagreement_with_wilsons_interval(coar
     assert record["drop"]["value"] == pytest.approx(wrong / 40)
     assert record["drop"]["interval"] == pytest.approx(wilson(wrong, 40).interval)
     assert record["drop"]["interval"][0] >= 0
-    assert "the answers have little in common with float32's: logits" in said(done)
+    assert "the outputs have little in common with float32's: logits" in said(done)
     assert "only" in said(done)
 
 
@@ -213,7 +213,7 @@ def test_samples_that_do_not_vary_are_remarked_on(written, tmp_path, calibrator)
     assert done.exit_code == 0, done.output
     assert "one value only on all calibration samples" in said(done)
     assert "image" in " ".join(record["warnings"])
-    assert "float32 answers class" in said(done)
+    assert "float32 predicts class" in said(done)
 
 
 def test_sound_samples_are_not_remarked_on(written, tmp_path):

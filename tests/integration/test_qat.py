@@ -157,5 +157,5 @@ def test_file_that_gives_other_answers_fails(call, monkeypatch):
         onnx.save(broken, path)
 
     monkeypatch.setattr(engine, "export_onnx", careless)
-    with pytest.raises(StageError, match="does not give PyTorch's answers"):
+    with pytest.raises(StageError, match="does not give PyTorch's outputs"):
         call(epochs=1)
