@@ -1,4 +1,4 @@
-"""Samples: where they come from, how they are split, stored and fed. torch only in loader.py."""
+"""Data: sources, splits, storage and loading. Only loader.py imports torch."""
 
 from edgekd.data.dataset import Dataset, Preprocess, Split, open_dataset, save_dataset
 from edgekd.data.sources import load_dataset, source_fingerprint

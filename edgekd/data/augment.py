@@ -2,7 +2,7 @@
 
 They see raw images (N, C, H, W) before normalisation, uint8 where the source is, so that what
 is shifted in or erased is the image's own zero. They run as batches: no loop over images. What
-becomes of an image depends on the image and its draws only, to the last bit: nothing here sums
+becomes of an image depends bit-exactly on the image and its draws only: nothing here sums
 over a batch, or leaves the order of a sum to the batch's size.
 """
 
@@ -64,13 +64,14 @@ def crop(
     scale: tuple[float, float] = (0.5, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Tensor:
-    """Cut out a part of each image and enlarge it to the whole: Szegedy et al. (2015), section 6.
+    """Cut out a part of each image and enlarge it to the full size: Szegedy et al. (2015), section
+    6.
 
     Bilinear; uint8 is rounded. Szegedy et al. take a ``scale`` of 0.08 to 1.
 
     Args:
         images: (N, C, H, W).
-        draws: of the same N samples.
+        draws: the random numbers of the same N samples.
         scale: range of the part's area relative to the image's, uniform.
         ratio: range of the part's width over its height, both relative to the image's; uniform
             in its logarithm. A side that would be longer than the image's is as long as it.
@@ -78,7 +79,7 @@ def crop(
     low, high = _bounds("scale", scale, 0.01, 1)
     narrow, wide = np.log(_bounds("ratio", ratio, 0.1, 10))
     area = low + (high - low) * draws.uniform().numpy().astype(np.float64)
-    # numpy's exp: torch's gives other bits to the last few numbers of a batch.
+    # numpy's exp: torch's rounds the last few values of a batch differently.
     shape = np.exp(narrow + (wide - narrow) * draws.uniform().numpy().astype(np.float64))
     height, width = (
         torch.from_numpy(np.minimum(1, np.sqrt(side)).astype(np.float32))
@@ -105,7 +106,7 @@ def colour(
 
     Each by a factor uniform in 1 ± its argument: brightness multiplies the image; contrast
     the distance from the image's mean grey; saturation the distance from each pixel's grey. uint8
-    is rounded and kept in 0…255, floats are not cut off: their range is the user's.
+    is rounded and clipped to 0…255, floats are not clipped: their range is the user's.
     """
     for name, value in (
         ("brightness", brightness), ("contrast", contrast), ("saturation", saturation),
@@ -132,7 +133,7 @@ AUGMENTATIONS: dict[str, Callable[..., Tensor]] = {
 
 
 def restored(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Float images in the dtype they came from: uint8 rounded and kept in 0…255."""
+    """Float images converted back to their dtype: uint8 is rounded and clipped to 0…255."""
     return values.round().clamp(0, 255).to(dtype) if dtype == torch.uint8 else values.to(dtype)
 
 
@@ -170,7 +171,7 @@ def _run(length: int, size: float, draws: SampleRng) -> Tensor:
 
 
 def _positions(part: Tensor, length: int, draws: SampleRng) -> Tensor:
-    """(N, length): where the pixels of a part (N,) lie, from -1 to 1 over the whole image.
+    """(N, length): where the pixels of a part (N,) lie, from -1 to 1 over the full image.
 
     ``part`` is its length relative to the image's; its place is drawn.
     """

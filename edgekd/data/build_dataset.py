@@ -21,7 +21,7 @@ DEFAULT_TARGETS = ("label", "labels", "y", "target", "action")
 """The arrays that are targets when ``data.targets`` does not name any."""
 
 LABEL = "label"
-"""The target of samples that come without any."""
+"""The target of samples without one."""
 
 _CLASS_NAMES = ("label", "labels", "y")
 """Arrays that are the target ``label`` where they hold classes."""
@@ -44,21 +44,21 @@ def build_dataset(
        have all where no array is a target (and none is shaped as one), or ``data.targets`` is [].
        Names: ``x`` and ``images`` become ``image`` when they are images; ``labels`` becomes
        ``label``; ``y`` becomes ``label`` when it holds integers, else ``target``. An array keeps
-       its name when the new one is taken. ``data.targets`` may use either name.
-    3. What the axes of an input are: as ``data.args: {layout: …}`` says, else by the rule of
+       its name when the new one is in use. ``data.targets`` may use either name.
+    3. The axes of an input: by ``data.args: {layout: …}``, else by the rule of
        :mod:`~edgekd.data.layout`. Images (N, H, W) get a channel axis, (N, H, W, C) are
        transposed. Floats become float32, integer targets int64 (and (N, 1) integer targets
        (N,)); other inputs keep their integers.
-    4. ``test`` is cut off when the source has none, then ``validation`` from what is left to
-       train on, unless the source brings its own (``data.validation`` then has no use).
+    4. ``test`` is split off when the source has none, then ``validation`` from the rest of
+       ``train``, unless the source has its own (``data.validation`` is then unused).
        Both are the same for every training seed, and stratified when there is an integer target.
-    5. Of train's and validation's labels only the share ``data.labelled`` stays
+    5. Of train's and validation's labels only the share ``data.labelled`` is used
        (:func:`~edgekd.data.splits.keep_share`).
     6. Normalisation constants from the training split only. ``data.args: {normalize: false}``
-       leaves floats as they are and only scales uint8 images to [0, 1].
+       leaves floats unchanged and only scales uint8 images to [0, 1].
 
     Raises:
-        InputError: the arrays do not fit together or hold what cannot be trained on.
+        InputError: the arrays are inconsistent or contain values that cannot be trained on.
     """
     splits: dict[str, Arrays] = dict(raw.splits)
     if UNSPLIT in splits:
@@ -88,7 +88,7 @@ def build_dataset(
         for split, arrays in splits.items()
     }  # fmt: skip
     check_alike(splits, raw.where)
-    # Before the cut, so that a sample is named by the index it has in the user's own array.
+    # Before splitting, so that messages give a sample's index in the user's own array.
     for split, arrays in splits.items():
         for name, array in arrays.items():
             check_finite(split, name, array, raw.where)
@@ -183,7 +183,7 @@ def _class_array(splits: Mapping[str, Arrays], config: DataConfig, target: str) 
 def _layouts(
     arrays: Arrays, raw: RawData, config: DataConfig
 ) -> tuple[dict[str, Layout | None], dict[str, str]]:
-    """The layout of each array that is no target, and what to tell of it, by the source's name."""
+    """The layout of each array that is no target, and a remark on it, by the source's name."""
     targets = {*(DEFAULT_TARGETS if config.targets is None else config.targets)}
     targets |= {f"{name}_mask" for name in targets}
     inputs = {name: array for name, array in arrays.items() if name not in targets}
@@ -210,7 +210,7 @@ def _normalize(config: DataConfig) -> bool:
     value = config.args.get("normalize", True)
     if not isinstance(value, bool):
         raise InputError(
-            f"normalize is {value!r}, not true or false", where="data.args", remedy="mend it"
+            f"normalize is {value!r}, not true or false", where="data.args", remedy="fix it"
         )
     return value
 
@@ -219,7 +219,7 @@ def _is_unlabelled(arrays: Arrays, config: DataConfig) -> bool:
     """Whether there is no target, and no array that may be one under another name.
 
     Raises:
-        InputError: ``data.targets`` says that there is none, and an array has a target's name.
+        InputError: ``data.targets`` declares no target, but an array has a target's name.
     """
     named = [name for name in arrays if name in DEFAULT_TARGETS]
     if config.targets is None:
@@ -313,7 +313,7 @@ def _convert(
     height, width = array.shape[2:]
     if config.image_size is not None and (height, width) != config.image_size:
         raise InputError(
-            f"the images {name!r} are {height}x{width}, but data.image_size says "
+            f"the images {name!r} are {height}x{width}, but data.image_size is "
             f"{config.image_size[0]}x{config.image_size[1]} (height x width)",
             where=raw.where,
             remedy="remove data.image_size, or resize the arrays; only image files are resized",
@@ -326,7 +326,7 @@ def _split(
 ) -> dict[str, Arrays]:
     if "test" in splits and config.test is not None:
         raise InputError(
-            "data.test asks for a fraction, but the source brings its own test split",
+            "data.test sets a fraction, but the source has its own test split",
             where="data.test",
             remedy="remove data.test",
         )
@@ -335,7 +335,7 @@ def _split(
             raise InputError(
                 "there is a training split but no test split",
                 where=raw.where,
-                remedy="give the test samples, or a fraction in data.test to cut off",
+                remedy="give the test samples, or a fraction in data.test to split off",
             )
         fraction = config.test or raw.test_fraction
         splits = _cut(splits, "test", fraction, targets, raw.where)

@@ -1,4 +1,4 @@
-"""What is wrong with arrays, said so that a person finds the sample."""
+"""Checks of the arrays of a data set; errors name the sample."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from edgekd.errors import InputError
 
 
 def check_arrays(splits: Mapping[str, Mapping[str, Array]], where: str) -> None:
-    """Check that each array can be trained on, and that all splits hold the same names.
+    """Check that each array can be trained on, and that all splits have the same names.
 
     Raises:
-        InputError: the first thing found that is wrong.
+        InputError: the first problem found.
     """
     reference = splits["train"]
     for split, arrays in splits.items():
         if not arrays:
             raise InputError(
-                f"the {split} split holds no array", where=where, remedy="give inputs and targets"
+                f"the {split} split has no array", where=where, remedy="give inputs and targets"
             )
         for name, array in arrays.items():
             _check_one(split, name, array, where)
@@ -28,7 +28,7 @@ def check_arrays(splits: Mapping[str, Mapping[str, Array]], where: str) -> None:
         if set(arrays) != set(reference):
             odd = sorted(set(arrays) ^ set(reference))
             raise InputError(
-                f"the splits hold different arrays: {', '.join(odd)} "
+                f"the splits have different arrays: {', '.join(odd)} "
                 f"{'is' if len(odd) == 1 else 'are'} not in both train and {split}",
                 where=where,
                 remedy="give every split the same names",
@@ -75,7 +75,7 @@ def check_finite(split: str, name: str, array: Array, where: str) -> None:
         raise InputError(
             f"{name!r} holds {kind} in sample {bad[0]} of {split}{more}",
             where=where,
-            remedy="remove or mend these samples (counted from 0)",
+            remedy="remove or fix these samples (counted from 0)",
         )
 
 

@@ -1,7 +1,7 @@
-"""What a target array says about classes: in which form it names them, and which ones there are.
+"""Detect the classes in a target array: the form of its labels, and the set of classes.
 
-The form is recognized where only one reading makes sense, and said; it is asked for, with the key
-that says it, where two do.
+The form is detected, and reported, where only one reading makes sense; where two do, an error
+asks for it and names the key.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LISTED = 30
 _ROW_SUM_TOLERANCE = 1e-3
 """Of probabilities that were saved in 16 bits or rounded to a few digits."""
 _COUNTED_RANGE = 1 << 20
-"""Integers within such a range are counted; sorting a large array takes many times longer."""
+"""Largest range of integers that is counted in a table; sorting a large array is far slower."""
 
 OBSERVED = "observed"
 """``data.classes: observed``: the classes are the values that the labels have, in order."""
@@ -36,7 +36,7 @@ class ClassTarget:
 
     Attributes:
         name: its array, after the usual names were unified (``labels`` and ``y`` are ``label``).
-        count: how many classes the task says there are; None leaves it to the data.
+        count: the number of classes by the task; None: determined from the data.
     """
 
     name: str = "label"
@@ -44,7 +44,7 @@ class ClassTarget:
 
 
 LABEL_CLASSES = ClassTarget()
-"""The array ``label``, with as many classes as the data say."""
+"""The array ``label``, with the classes found in the data."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ClassLabels:
     Attributes:
         arrays: by split, (N,) or (N, T).
         names: the classes' names in their order; None when their numbers are all that is known.
-        remarks: what was recognized although the file does not say it, for a person.
+        remarks: messages about what was detected without being declared.
     """
 
     arrays: Mapping[str, Array]
@@ -78,15 +78,15 @@ def read_classes(
             floats, (N,), (N, 1) or one per position (N, T); or one-hot rows (N, C), (N, T, C).
         config: its ``classes``, ``label_format`` and ``unlabelled``.
         array: the array's name, for messages.
-        names: the class names that the source knows, in the order of the classes.
-        count: how many classes the task says there are.
+        names: the class names of the source, in the order of the classes.
+        count: the number of classes by the task.
         where: the file or function, for errors.
 
     Returns:
-        None when the array holds quantities and no classes, which is the task's to judge.
+        None when the array has quantities and no classes; the task decides whether that is valid.
 
     Raises:
-        InputError: the labels can be read in more than one way, or fit no way.
+        InputError: the labels are ambiguous, or of no known form.
     """
     reader = _Reader(config, array, tuple(names) if names else None, count, where)
     found = {split: reader.plain(values) for split, values in arrays.items()}
@@ -117,7 +117,7 @@ class _Reader:
         return InputError(what, where=self.where or None, remedy=remedy)
 
     def plain(self, values: Array) -> Array:
-        """Numbers or text, (N, 1) as (N,); lists of Python objects by what they hold."""
+        """Numbers or text, (N, 1) as (N,); Python objects converted by their type."""
         if values.dtype.kind == "O":
             flat = values.ravel()
             kinds = {type(value) for value in flat}
@@ -168,7 +168,7 @@ class _Reader:
         return self._labels(arrays, given)
 
     def as_integers(self, found: Mapping[str, Array]) -> dict[str, Array] | None:
-        """Class numbers as they stand in the file, from whichever form they have there."""
+        """Class numbers as in the file, converted from any form."""
         form = self.config.label_format
         if any(values.dtype.kind not in "biuf" for values in found.values()):
             return None
@@ -183,7 +183,7 @@ class _Reader:
             raise self.error(
                 f"the rows of {self.name!r} are not one-hot: a single 1 and otherwise 0",
                 "write data.label_format: probabilities to take the largest of each row, or "
-                "index when each number is a class of its own",
+                "index when each number is a separate class",
             )
         if form == "probabilities":
             self._columns(next(iter(found.values())).shape[-1], recognized=False)
@@ -222,7 +222,7 @@ class _Reader:
         if recognized:
             self.remarks.append(
                 f"{self.name!r} is one-hot: {classes} classes, the n-th column is class n "
-                "(data.label_format: index takes each number as a class of its own)"
+                "(data.label_format: index reads each number as a separate class)"
             )
 
     def _refuse_matrix(self, found: Mapping[str, Array]) -> None:
@@ -249,7 +249,7 @@ class _Reader:
                 f"{self.name!r} of shape {shape} holds probabilities, not classes: its rows sum "
                 "to one",
                 "write data.label_format: probabilities to take the most probable class of each "
-                "row as the label; a teacher's own answers come from the teacher section",
+                "row as the label; a teacher's own outputs come from the teacher section",
             )
 
     def from_integers(self, found: Mapping[str, Array]) -> ClassLabels:
@@ -289,8 +289,8 @@ class _Reader:
             return self._counted_from_one(found, high, None)
         if len(trained) == 1:
             raise self.error(
-                f"every label of {self.name!r} is {low}; nothing is to be told apart",
-                "give data of two classes or more, or say how many there are: "
+                f"every label of {self.name!r} is {low}; there is nothing to classify",
+                "give data of two classes or more, or declare how many there are: "
                 "task_args: {classes: …}",
             )
         missing = sorted(set(range(min(high + 1, low + _SHOWN * len(trained)))) - set(trained))
@@ -303,7 +303,7 @@ class _Reader:
         )
 
     def _numbers_given(self, found: Mapping[str, Array]) -> tuple[int, ...] | None:
-        """The class numbers of ``data.classes``; those of the labels when it says ``observed``."""
+        """The class numbers of ``data.classes``; with ``observed``, those of the labels."""
         if self.config.classes == OBSERVED:
             return tuple(sorted(set[int]().union(*map(_distinct, found.values())) - {UNLABELLED}))
         named = self._names_given()
@@ -462,7 +462,7 @@ def _is_binary(values: Array) -> bool:
 
 
 def _blank(values: Array) -> Array:
-    """Where a whole row is ``UNLABELLED``."""
+    """Where a complete row is ``UNLABELLED``."""
     return np.asarray((values == UNLABELLED).all(axis=-1))
 
 

@@ -27,7 +27,7 @@ def is_image(array: Array) -> bool:
 class Preprocess:
     """``(x * scale - mean) / std`` in float32.
 
-    ``mean`` and ``std`` hold one value for all, or one per channel or feature. These lie along
+    ``mean`` and ``std`` contain one value for all, or one per channel or feature, along
     ``axis`` of the batch; without it along axis 1 of images (N, C, H, W) and the last of others.
     """
 
@@ -82,11 +82,11 @@ class Dataset:
 
     Attributes:
         splits: raw arrays: inputs and targets together, by name.
-        inputs: what a model takes *after* preprocessing, batch dimension first.
+        inputs: the inputs of a model *after* preprocessing, batch dimension first.
         targets: what it is taught, e.g. label int64 (batch,).
         labels: class names in the order of the integer labels, where there are any.
-        preprocess: per input name; an input without an entry (integers) stays as it is.
-        source: where the samples came from, for a person.
+        preprocess: per input name; an input without an entry (integers) is unchanged.
+        source: the origin of the samples, as text.
         remarks: what was recognized in the samples and is not written in the pipeline.
     """
 
@@ -120,7 +120,7 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Array:
     """An uninitialised array, memory-mapped when it is larger than ``IN_MEMORY_BYTES``.
 
     Raises:
-        StageError: there is no room for the temporary file.
+        StageError: there is no space for the temporary file.
     """
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     if size <= IN_MEMORY_BYTES:
@@ -131,7 +131,7 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Array:
             return np.memmap(file, dtype, "w+", shape=shape)
     except OSError as error:
         raise StageError(
-            f"no room for {size / 1e6:.0f} MB of samples: {error}",
+            f"no space for {size / 1e6:.0f} MB of samples: {error}",
             where=tempfile.gettempdir(),
             remedy="free space there, or set TMPDIR to a larger disk",
         ) from error
@@ -186,7 +186,7 @@ def save_dataset(dataset: Dataset, folder: Path) -> None:
         raise StageError(
             f"the dataset cannot be written: {error.strerror or error}",
             where=str(folder),
-            remedy="make room on the disk, or mend the folder's permissions",
+            remedy="free space on the disk, or fix the folder's permissions",
         ) from error
 
 
@@ -194,7 +194,7 @@ def open_dataset(folder: Path) -> Dataset:
     """Read what :func:`save_dataset` wrote; the arrays are memory-mapped, read-only.
 
     Raises:
-        InputError: the folder holds no dataset, or it is damaged.
+        InputError: the folder has no dataset, or it is damaged.
     """
     try:
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
 """What the axes of an input are: an image's, a signal's or a row of features.
 
-The rule, where neither ``data.args: {layout: …}`` nor the source says it:
+The rule, where neither ``data.args: {layout: …}`` nor the source declares it:
 
-* four axes: an image (N, C, H, W); where it may be (N, H, W, C) it is asked for.
+* four axes: an image (N, C, H, W); where it may be (N, H, W, C), an error asks for it.
 * three axes, uint8, named ``image``, ``images`` or ``x``; or named ``image`` or ``images``; or
   floats named ``x`` of as many rows as columns: grey images (N, H, W).
 * any other three axes of floats, of 8 or 16 bit signed integers, or named ``x``: a signal, whose
@@ -30,18 +30,18 @@ _SIGNAL_NAMES = (
     *("series", "signal", "signals", "sound", "timeseries", "wave", "waveform", "waveforms"),
 )
 _MANY_FEATURES = 128
-"""From here on a row may as well be a signal, and the choice is said."""
+"""Row length from which a row may also be a signal, so that the choice is reported."""
 
 
 def layouts_given(value: Any, ranks: Mapping[str, int]) -> dict[str, Layout]:
-    """The layouts that ``data.args: {layout: …}`` says, by input.
+    """The layouts of ``data.args: {layout: …}``, by input.
 
     Args:
         value: None, one layout for all inputs with as many axes, or a mapping by input name.
         ranks: how many axes each input has.
 
     Raises:
-        InputError: it is no layout, or fits no input.
+        InputError: a layout is unknown, or fits no input.
     """
     known = get_args(Layout)
     if value is None:
@@ -72,7 +72,7 @@ def layouts_given(value: Any, ranks: Mapping[str, int]) -> dict[str, Layout]:
 
 
 def layout_of(name: str, array: Array, where: str) -> tuple[Layout | None, str | None]:
-    """What the axes of an input are by the rule above, and what to tell of it.
+    """The axes of an input by the rule above, and a remark on the choice.
 
     Args:
         name: as the source calls it.
@@ -84,7 +84,7 @@ def layout_of(name: str, array: Array, where: str) -> tuple[Layout | None, str |
         another reading makes sense too.
 
     Raises:
-        InputError: images of which the channel axis cannot be told.
+        InputError: the channel axis of images is ambiguous.
     """
     short = name.lower()
     kind, size = array.dtype.kind, array.dtype.itemsize
@@ -122,7 +122,7 @@ def _signal(channels: int, steps: int) -> str:
 
 def _remark(name: str, array: Array, taken: str, others: str) -> str:
     shape = ", ".join(map(str, ("N", *array.shape[1:])))
-    return f"{name} ({shape}) is taken as {taken}; data.args: {{layout: {others}}} says otherwise"
+    return f"{name} ({shape}) is read as {taken}; data.args: {{layout: {others}}} overrides this"
 
 
 def _refuse_unclear(name: str, array: Array, where: str) -> None:
@@ -132,5 +132,5 @@ def _refuse_unclear(name: str, array: Array, where: str) -> None:
         raise InputError(
             f"the images {name!r} of shape {array.shape} may be (N, H, W, C) or (N, C, H, W)",
             where=where,
-            remedy="say which under data: 'args: {layout: nhwc}' or 'args: {layout: nchw}'",
+            remedy="declare it under data: 'args: {layout: nhwc}' or 'args: {layout: nchw}'",
         )

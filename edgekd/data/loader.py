@@ -1,4 +1,4 @@
-"""Batches for training and evaluation: whole batches at a time, from memory-mapped arrays."""
+"""Batches for training and evaluation: complete batches at a time, from memory-mapped arrays."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ class Loader:
     An augmented image depends on the seeds, its row and its view only, to the last bit: not on
     the batch it is in, nor on the rows and the epoch it was reached by. With mixing, so do its
     targets: integer classes (B,) become probabilities (B, C) float32, all zero where either image
-    has no label (-1). The partner is any row of the split, whatever ``rows`` says.
+    has no label (-1). The partner is any row of the split, independent of ``rows``.
 
     Args:
         split: one of the dataset's splits, or its name.
-        dataset: says what is an input, what a target, and how inputs are preprocessed.
+        dataset: defines inputs, targets and preprocessing.
         batch_size: samples per batch.
         augment: ``data.augment``: applied to image inputs in :meth:`epoch` and :meth:`view`,
             never in :meth:`ordered`.
-        channels_last: give images in torch's channels-last memory format.
+        channels_last: return images in torch's channels-last memory format.
         seed: from 0, below 2³¹. Loaders of other seeds augment differently, though
-            :meth:`epoch` and :meth:`view` are given the same seed.
-        views: how many augmentations of each sample the epochs go through in turn; None: each
+            :meth:`epoch` and :meth:`view` get the same seed.
+        views: number of augmentations of each sample, used in turn by the epochs; None: each
             epoch has its own.
         rows: (R,) the rows of the split that :meth:`epoch` and :meth:`ordered` use, in this
             order; None: all.
-        steps: batches per epoch; the rows are shuffled anew and gone through again as often as
-            they must. None: as many full batches as the rows give.
+        steps: batches per epoch; the rows are reshuffled and repeated as often as
+            necessary. None: the number of full batches of the rows.
         classes: by the name of an integer target, how many it has: C of its probabilities when
-            images are mixed. Left out: as many as the data name or hold.
+            images are mixed. Left out: determined from the data.
 
     Raises:
         InputError: the split is unknown or empty, ``rows`` are not rows of it, or an
@@ -141,8 +141,8 @@ class Loader:
     def view(self, seed: int, view: int, start: int = 0) -> Iterator[dict[str, Tensor]]:
         """One view of every sample of the split, in order; the last batch may be smaller.
 
-        The same samples, bit for bit, as :meth:`epoch` gives for this seed and view. All of
-        the split, whatever ``rows`` says, so that its n-th answer is that of row n.
+        The same samples, bit-exact, as of :meth:`epoch` for this seed and view. All of
+        the split, independent of ``rows``, so that the n-th sample is row n.
 
         Args:
             seed: as in :meth:`epoch`.
@@ -186,7 +186,7 @@ class Loader:
             if self._mixing is not None:
                 self._mix(batch, rows, draws)
         batch = self._finished(batch)
-        # Copies: the loader's own rows must not become a tensor that can be written to.
+        # Copies: the loader's own rows must not become a writable tensor.
         batch[SAMPLE], batch[VIEW] = torch.tensor(rows), torch.from_numpy(views)
         return batch
 
@@ -215,7 +215,7 @@ class Loader:
         return {name: _rows(self.split.arrays[name], rows) for name in self._names}
 
     def _finished(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Preprocessed, in the memory format asked for."""
+        """Preprocessed, in the configured memory format."""
         for name, constants in self._preprocess.items():
             batch[name] = preprocess(batch[name], constants)
         if self._channels_last:
@@ -229,13 +229,13 @@ def preprocess(tensor: Tensor, constants: Preprocess) -> Tensor:
     mean, std = (torch.from_numpy(a) for a in constants.constants(tensor.ndim))
     if tensor.ndim == 1:
         mean, std = mean.reshape(()), std.reshape(())
-    # A copy even of float32: the batch may share memory with the dataset.
+    # Copies float32 too: the batch may share memory with the dataset.
     values = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     return values.mul_(constants.scale).sub_(mean).div_(std)
 
 
 def _rows(array: Array, rows: NDArray[np.int64]) -> Tensor:
-    # take copies: a read-only mapping must not become a tensor that can be written to.
+    # take copies: a read-only mapping must not become a writable tensor.
     return torch.from_numpy(np.asarray(np.take(array, rows, axis=0)))
 
 

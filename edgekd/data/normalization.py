@@ -19,7 +19,7 @@ def fit_preprocess(
     Args:
         array: (N, …) raw training samples.
         scale: the factor that brings uint8 images to [0, 1].
-        normalize: False leaves floats alone and only scales uint8 images.
+        normalize: False leaves floats unchanged and only scales uint8 images.
         layout: what the axes are: a signal's channels are axis 1 of "nct" and the last of "ntc",
             and "nt" is one channel.
 
@@ -37,7 +37,7 @@ def fit_preprocess(
 
 
 def _fit_uint8_images(array: Array, scale: float) -> Preprocess:
-    # A histogram per channel is exact, whatever the number of pixels.
+    # A histogram per channel is exact, for any number of pixels.
     histogram = np.zeros((array.shape[1], 256), np.int64)
     for _, piece in chunks(array):
         for channel in range(array.shape[1]):

@@ -1,4 +1,4 @@
-"""Random numbers that belong to a sample and not to a batch, so that they can be drawn again."""
+"""Random numbers per sample, independent of the batch, so that they are reproducible."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _12, _27, _30, _31, _32, _40 = map(np.uint64, (12, 27, 30, 31, 32, 40))
 class SampleRng:
     """Random numbers of a batch of augmented samples.
 
-    Each call gives every sample its next number. The number depends on the seed, the sample, the
+    Each call returns every sample's next number. The number depends on the seed, the sample, the
     view and how many were drawn before, never on the batch that the sample is in nor on torch's
     or numpy's generators. Counter-based (Salmon et al., 2011): number n is a hash of a key and
     n, with the mixing function of SplitMix64 (Steele, Lea and Flood, 2014).
@@ -39,19 +39,19 @@ class SampleRng:
         self._drawn = 0
 
     def __len__(self) -> int:
-        """B, the samples that numbers are drawn for."""
+        """B, the number of samples that numbers are drawn for."""
         return len(self._keys)
 
     def uniform(self) -> Tensor:
         """(B,) float32 in [0, 1): multiples of 2⁻²⁴."""
-        # By way of int32, for which there is a fast conversion; 24 bits are exact in float32.
+        # Via int32, for which there is a fast conversion; 24 bits are exact in float32.
         bits = (self._next() >> _40).astype(np.int32)
         return torch.from_numpy(bits.astype(np.float32) * np.float32(2**-24))
 
     def integers(self, high: int) -> Tensor:
         """(B,) int64 in [0, high), for a ``high`` up to 2³¹.
 
-        Lemire (2019) without the rejection: no integer is off its share by more than 2⁻³².
+        Lemire (2019) without the rejection: no integer's probability is off by more than 2⁻³².
         """
         bits = self._next() >> _32
         return torch.from_numpy(((bits * np.uint64(high)) >> _32).astype(np.int64))
@@ -69,7 +69,7 @@ class SampleRng:
         return torch.from_numpy(betaincinv(alpha, alpha, self._fine()).astype(np.float32))
 
     def branch(self) -> SampleRng:
-        """Independent numbers for the same samples; takes one number of these."""
+        """Independent numbers for the same samples; consumes one number of this stream."""
         keys = _mixed(self._next() + _BRANCH)
         branched = object.__new__(SampleRng)
         branched._keys, branched._drawn = keys, 0

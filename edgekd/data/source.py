@@ -1,4 +1,4 @@
-"""What a data source is: raw named arrays by split, and a fingerprint of where they came from."""
+"""The interface of a data source: raw named arrays by split, and a fingerprint of their origin."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class RawData:
-    """What a source delivers, before names are cleaned, splits cut and targets told apart.
+    """The raw data of a source, before names are cleaned, splits made and targets identified.
 
     Attributes:
         splits: arrays by name, by split: ``train`` with or without the others, or only ``all``.
         where: the file, folder or key to name in errors about these samples.
-        description: where they came from, for a person.
+        description: the origin of the samples, as text.
         labels: class names, in the order of the integer labels.
-        layout: the axes of 4-D inputs when the source knows them.
+        layout: the axes of 4-D inputs, if known.
         image_scale: the factor that brings uint8 images to [0, 1].
-        test_fraction: how much is cut off as test when the samples come unsplit.
+        test_fraction: the fraction that is split off as test when the samples are unsplit.
         remarks: what the source decided that is not written in the pipeline, for a person.
     """
 
@@ -45,7 +45,7 @@ class RawData:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a source: the pipeline's ``data`` section and the pipeline's folder."""
+    """A request to a source: the pipeline's ``data`` section and the pipeline's folder."""
 
     config: DataConfig
     base: Path
@@ -61,7 +61,7 @@ class Request:
         """:attr:`path`, which must be given and exist.
 
         Raises:
-            InputError: it is not given, or nothing is there.
+            InputError: it is not given, or does not exist.
         """
         if self.path is None:
             raise InputError(
@@ -78,7 +78,7 @@ class Request:
         return self.path
 
     def arguments(self, known: Iterable[str]) -> Mapping[str, Any]:
-        """``data.args`` without those that all sources share.
+        """``data.args`` without the arguments that all sources share.
 
         Raises:
             InputError: an argument is unknown to this source.
@@ -105,12 +105,12 @@ class Request:
 
 
 SHARED_ARGUMENTS = ("normalize", "layout")
-"""Arguments in ``data.args`` that every source takes; see :mod:`edgekd.data.build_dataset`."""
+"""Arguments in ``data.args`` that every source accepts; see :mod:`edgekd.data.build_dataset`."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A registered source: how it is read and what identifies its content."""
+    """A registered source: its reader and its content hash."""
 
     read: Callable[[Request], RawData]
     fingerprint: Callable[[Request], dict[str, str]]

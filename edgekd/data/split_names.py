@@ -86,7 +86,7 @@ def refuse_twice(names: dict[Value, str], key: Value, name: str, where: str) -> 
     """Note the name behind a key, such as a split.
 
     Raises:
-        InputError: another name stands for the same.
+        InputError: another name means the same split.
     """
     if key in names:
         raise InputError(

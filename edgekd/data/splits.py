@@ -25,14 +25,14 @@ def cut(
 
     Args:
         count: the samples there are.
-        fraction: how many of them to cut off, in (0, 1).
+        fraction: the share of them to split off, in (0, 1).
         labels: (count,) integers, or None for a plain random choice.
         what: "test" or "validation": the two choices are independent of each other.
         where: the key or file, for the error.
 
     Returns:
-        The indices that are kept and those cut off, each in ascending order. Every class gives
-        its share to within one sample, and its only sample last of all.
+        The remaining indices and those split off, each in ascending order. Every class contributes
+        its share to within one sample, and a class's only sample only as the last resort.
 
     Raises:
         InputError: one of the two parts would be empty.
@@ -58,7 +58,7 @@ def cut(
         # Shuffled before the sort, so that ties do not always favour the first classes.
         shuffled = random.permutation(len(members))
         by_remainder = shuffled[np.argsort(-(quota - share)[shuffled], kind="stable")]
-        # A class keeps a sample to train on as long as the others can give one instead.
+        # A class's last training sample is taken only when no other class can contribute.
         able = by_remainder[share[by_remainder] + 1 < members[by_remainder]]
         unable = by_remainder[share[by_remainder] + 1 >= members[by_remainder]]
         # round() and the floors differ by less than the number of classes.
@@ -76,11 +76,11 @@ def cut(
 Arrays = Mapping[str, Array]
 
 _STREAMS = {"train": 2, "validation": 3}
-"""One stream of random numbers for each split; 0 and 1 are those that the splits are cut by."""
+"""One stream of random numbers for each split; 0 and 1 are those that make the splits."""
 
 
 def fill_labels(splits: Mapping[str, Arrays], names: Collection[str]) -> dict[str, Arrays]:
-    """Give splits without any target those that the others have: integers, ``UNLABELLED``.
+    """Add the missing integer targets to splits without any target, as ``UNLABELLED``.
 
     Args:
         splits: arrays by name, by split.
@@ -118,17 +118,17 @@ def keep_share(
     targets: set[str],
     where: str = "data.labelled",
 ) -> dict[str, Arrays]:
-    """Put the labels of train and validation aside, but for a share of each class.
+    """Remove the labels of train and validation, except for a share of each class.
 
-    ``round(share * members)`` labels of each class stay, at least one; those of the test split
+    ``round(share * members)`` labels of each class remain, at least one; those of the test split
     all do. The choice depends on the samples only: it is the same for every training seed, and a
     smaller share is part of a larger one.
 
     Args:
         splits: arrays by name, by split.
-        share: how much of the labels stays, in (0, 1].
+        share: the share of the labels that remains, in (0, 1].
         targets: the arrays that are targets.
-        where: the key that asks for it, for errors.
+        where: the key that sets it, for errors.
 
     Raises:
         InputError: a target is no class per sample.
@@ -143,7 +143,7 @@ def keep_share(
         for name in targets:
             if arrays[name].ndim != 1 or arrays[name].dtype.kind != "i":
                 raise InputError(
-                    f"a share of the labels is to be kept, and {name!r} is not one class per "
+                    f"a share of the labels is to be used, and {name!r} is not one class per "
                     f"sample: {arrays[name].dtype} {arrays[name].shape}",
                     where=where,
                     remedy=f"remove {where}; write unlabelled positions as -1 yourself",
@@ -158,7 +158,7 @@ def keep_share(
 
 
 def _kept(labels: Array, order: Array, share: float) -> Array:
-    """The labels with those of each class that come last in the order put aside."""
+    """The labels without those that come last in the order of each class."""
     kept = np.full_like(labels, UNLABELLED)
     for label in np.unique(labels[labels != UNLABELLED]):
         members = order[labels[order] == label]

@@ -1,4 +1,4 @@
-"""What a batch goes through: named augmentations, and mixing of samples (mixup, CutMix).
+"""Transforms of a batch: named augmentations, and mixing of samples (mixup, CutMix).
 
 The partner, its augmentation and the share are drawn from the sample's own draws, so that a
 mixed image, too, depends on (seed, sample, view) only.
@@ -45,7 +45,7 @@ def cutmix(
     """A box of the partner replaces that part of the image: Yun et al. (2019), equations 1 and 2.
 
     The box's sides are √(1 - λ) times the image's, rounded, with λ ~ Beta(alpha, alpha); its centre
-    is uniform, and what sticks out is cut off. The share is the exact part that is left.
+    is uniform, and the box is clipped to the image. The share is the exact remaining area.
     """
     check_within("alpha", alpha, 0.01, 100)
     height, width = images.shape[-2:]
@@ -70,7 +70,7 @@ MIXINGS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"mixup": mixup, "cut
 
 
 def partner_rows(samples: NDArray[np.int64], draws: SampleRng, count: int) -> NDArray[np.int64]:
-    """(N,) for each sample another of the ``count`` rows, uniform; the only row is its own."""
+    """(N,) for each sample another of the ``count`` rows, uniform; with a single row, that row."""
     steps: NDArray[np.int64] = draws.integers(max(1, count - 1)).numpy()
     return (samples + 1 + steps) % count
 
@@ -100,7 +100,7 @@ def check_mixing(
     """How many classes each integer target has, for :func:`mixed_classes`.
 
     Where it is not known: as many as the dataset names, and without names as the largest label of
-    the training split says.
+    the training split has.
 
     Args:
         dataset: what is an input and what a target.
@@ -125,7 +125,7 @@ def check_mixing(
             continue
         if array.ndim != 1:
             raise _refused(
-                f"the target {name!r} holds integers {array.shape[1:]} per sample, not one class"
+                f"the target {name!r} has integers {array.shape[1:]} per sample, not one class"
             )
         classes[name], said_by = _classes(dataset, name, known)
         if classes[name] == 0:
@@ -135,13 +135,13 @@ def check_mixing(
                 f"{name!r} holds the label {int(array.max())}, but there are {classes[name]} "
                 f"classes ({said_by})",
                 where=dataset.source,
-                remedy="labels count from 0; mend them or the names",
+                remedy="labels count from 0; fix them or the names",
             )
     return classes
 
 
 def _classes(dataset: Dataset, target: str, known: Mapping[str, int]) -> tuple[int, str]:
-    """How many classes an integer target has, and what says so."""
+    """How many classes an integer target has, and the source of that number."""
     if target in known:
         return known[target], "as the task counts them"
     if dataset.labels:
@@ -220,13 +220,13 @@ def probe(augmentation: Augmentation, images: Tensor, where: str = "data.augment
 
     Raises:
         InputError: it fails, changes the shape or the dtype, or makes something else of an image
-            when it meets it again with the same draws in another batch.
+            when it gets it again with the same draws in another batch.
     """
     name = getattr(getattr(augmentation, "func", augmentation), "__name__", str(augmentation))
     later = slice(min(1, len(images) - 1), None)
     rows = np.arange(len(images))
     try:
-        # Copies, so that one that works in place is not given its own result.
+        # Copies, so that an in-place one does not get its own result.
         result = augmentation(images.clone(), SampleRng(0, rows, rows))
         again = augmentation(images[later].clone(), SampleRng(0, rows[later], rows[later]))
     except EdgekdError:
@@ -235,9 +235,9 @@ def probe(augmentation: Augmentation, images: Tensor, where: str = "data.augment
         raise InputError(
             f"the augmentation {name!r} fails: {type(error).__name__}: {error}",
             where=where,
-            remedy=f"it is given images {images.dtype} {tuple(images.shape)} and draws, which are "
-            "no torch.Generator: draws.uniform() gives one random number per image, and there "
-            "are integers(high), normal() and beta(alpha)",
+            remedy=f"its arguments are images {images.dtype} {tuple(images.shape)} and draws, "
+            "which are no torch.Generator: draws.uniform() gives one random number per image, "
+            "and there are integers(high), normal() and beta(alpha)",
         ) from error
     if not isinstance(result, Tensor) or (result.shape, result.dtype) != (
         images.shape,
@@ -257,8 +257,8 @@ def probe(augmentation: Augmentation, images: Tensor, where: str = "data.augment
         raise InputError(
             f"the augmentation {name!r} made two different images of one image and its draws",
             where=where,
-            remedy="take random numbers from draws alone, and treat each image by itself: "
-            "a teacher's answer to an augmented image is kept and met again",
+            remedy="use random numbers from draws only, and process each image separately: "
+            "the teacher's output for an augmented image is cached and reused",
         )
 
 
@@ -277,7 +277,7 @@ def _named(entry: Entry, where: str) -> tuple[str, Mapping[str, Any]]:
 def _check_arguments(
     name: str, function: Any, arguments: Mapping[str, Any], given: int, where: str
 ) -> None:
-    """``given``: how many parameters come from the loader and not from the file."""
+    """``given``: the number of parameters that the loader passes."""
     if not callable(function):
         raise InputError(
             f"the augmentation {name!r} is {type(function).__name__}, not a function",

@@ -84,7 +84,7 @@ def test_all_mistakes_are_named_at_once(write) -> None:
         ("a: [1", "not valid YAML"),
         ("", "no mapping"),
         ("- 1\n", "no mapping"),
-        ("name: a\nname: b\n", "stands twice"),
+        ("name: a\nname: b\n", "is given twice"),
         ("a: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
     ],
 )

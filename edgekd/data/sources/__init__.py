@@ -27,7 +27,7 @@ TEST_FRACTION = 0.25
 
 
 def read_digits(request: Request) -> RawData:
-    """``image`` uint8 (1797, 1, 8, 8) and ``label`` int64; a quarter is cut off as test."""
+    """``image`` uint8 (1797, 1, 8, 8) and ``label`` int64; a quarter is split off as test."""
     from sklearn.datasets import load_digits
 
     request.refuse("path", "download")
@@ -70,9 +70,9 @@ def load_dataset(
     Args:
         config: the pipeline's ``data`` section.
         base: the pipeline file's folder: relative paths start and modules are found there.
-        seed: given to the user's own function if it has a parameter of this name. Nothing else
+        seed: passed to the user's own function if it has a parameter of this name. Nothing else
             depends on it: all seeds see the same splits.
-        classes: the target that the task reads as classes; None when it reads none so.
+        classes: the target that the task reads as classes; None when there is none.
 
     Raises:
         InputError: the source, its files or its samples are wrong.

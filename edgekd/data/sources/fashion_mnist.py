@@ -31,7 +31,7 @@ def read_bytes(path: Path) -> bytes:
     """The content of a file, decompressed when its name ends in ``.gz``.
 
     Raises:
-        InputError: the file cannot be read, or the gzip stream is corrupt or cut off.
+        InputError: the file cannot be read, or the gzip stream is corrupt or truncated.
     """
     try:
         content = path.read_bytes()
@@ -45,7 +45,7 @@ def read_bytes(path: Path) -> bytes:
         return gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(
-            f"the gzip file is corrupt or cut off after {len(content)} bytes: {error}",
+            f"the gzip file is corrupt or truncated after {len(content)} bytes: {error}",
             where=str(path),
             remedy="get the file again",
         ) from error
@@ -60,7 +60,8 @@ def parse_idx(content: bytes, dimensions: int, where: str) -> NDArray[np.uint8]:
         where: the file, for the error.
 
     Raises:
-        InputError: no IDX file of bytes, another number of axes, or not as long as it says.
+        InputError: no IDX file of bytes, another number of axes, or another length than in its
+        header.
     """
     header = 4 + 4 * dimensions
     magic = bytes([0, 0, _UNSIGNED_BYTE, dimensions])
@@ -81,7 +82,7 @@ def parse_idx(content: bytes, dimensions: int, where: str) -> NDArray[np.uint8]:
             + (f"{size} values need {expected}" if len(shape) == dimensions else
                f"its header alone needs {header}"),
             where=where,
-            remedy="get the file again: it is cut off or damaged",
+            remedy="get the file again: it is truncated or damaged",
         )  # fmt: skip
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape)
 
@@ -109,7 +110,7 @@ LABELS = (
     "Ankle boot",
 )
 
-# Of the decompressed files: the Debian package holds the same data compressed anew.
+# Of the decompressed files: the Debian package has the same data, compressed differently.
 SHA256 = {
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -131,7 +132,7 @@ def cache_folder() -> Path:
 def read_fashion_mnist(request: Request) -> RawData:
     """``image`` uint8 (N, 1, 28, 28) and ``label`` uint8 of train and test.
 
-    ``data.path`` may hold another set of the same format and file names (MNIST, KMNIST): it then
+    ``data.path`` may contain another set of the same format and file names (MNIST, KMNIST): it then
     has no class names.
 
     Raises:
@@ -158,7 +159,7 @@ def read_fashion_mnist(request: Request) -> RawData:
 
 
 def fingerprint_fashion_mnist(request: Request) -> dict[str, str]:
-    """SHA-256 of the files; of what they must hold, when they are (to be) downloaded."""
+    """SHA-256 of the files; the expected one, when they are (to be) downloaded."""
     files = _find(request)
     if files is None or next(iter(files.values())).parent == cache_folder():
         return dict(SHA256)
@@ -209,7 +210,7 @@ def _read_pair(files: dict[str, Path], prefix: str) -> dict[str, Array]:
 
 def _content(path: Path, name: str) -> bytes:
     content = read_bytes(path)
-    # Only the cache promises these very bytes; data.path may hold another set in this format.
+    # Only the cache must have exactly these bytes; data.path may contain another set.
     if path.parent == cache_folder() and _digest(content) != SHA256[name]:
         raise InputError(
             "the cached file is not what was downloaded",
@@ -240,9 +241,9 @@ def _download(name: str, checksum: str, folder: Path) -> None:
         partial.write_bytes(compressed)
     except OSError as error:
         raise InputError(
-            f"the download cannot be kept: {error.strerror}",
+            f"the download cannot be stored: {error.strerror}",
             where=str(folder),
-            remedy="make room or set XDG_CACHE_HOME to a folder you may write to",
+            remedy="free space or set XDG_CACHE_HOME to a folder you may write to",
         ) from error
     try:
         found = _digest(read_bytes(partial))

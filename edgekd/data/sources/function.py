@@ -24,7 +24,7 @@ from edgekd.extension import parse, source_files
 from edgekd.files import hash_file, hash_path
 
 LABEL_NAMES = "classes"
-"""The key beside the splits (or arrays) that holds the class names."""
+"""The key of the class names, next to the splits (or arrays)."""
 
 _LONGEST_PATH = 1024
 _RUN = "**/artifacts/*/*/artifact.json"
@@ -32,13 +32,13 @@ _RUN = "**/artifacts/*/*/artifact.json"
 
 
 def read_function(function: Any, request: Request, seed: int) -> Dataset | RawData:
-    """Call the user's function and take its samples.
+    """Call the user's function and return its samples.
 
     It is called with ``data.args``, and with ``path`` (a ``Path``) and ``seed`` if it has
     parameters of these names. It returns a :class:`~edgekd.data.dataset.Dataset`, or
     ``{"train": {"image": …, "label": …}, "test": {…}}``, or ``{"x_train": …, "y_test": …}``, or
     unsplit ``{"image": …, "label": …}``, with numpy arrays, torch tensors or lists of numbers;
-    ``"classes"`` beside them may name the classes.
+    ``"classes"`` next to them may name the classes.
 
     Raises:
         InputError: it is not callable, its arguments do not fit, it fails, or returns
@@ -61,7 +61,7 @@ def read_function(function: Any, request: Request, seed: int) -> Dataset | RawDa
         raise InputError(
             f"{name} fails: {type(error).__name__}: {error}",
             where="data.source",
-            remedy="call it in python alone to see the whole traceback",
+            remedy="call it in python alone to see the complete traceback",
         ) from error
     if isinstance(result, Dataset):
         return _checked(result, name)
@@ -112,7 +112,8 @@ def _texts(value: Any) -> Iterator[str]:
 def _named_paths(text: str, folder: Path) -> Iterator[Path]:
     """The file or folder of samples that a text names, if it does.
 
-    Not a folder that holds the pipeline, the current folder or a run: these change with every run.
+    Not a folder that contains the pipeline, the current folder or a run: these change with every
+    run.
     """
     if not 0 < len(text) < _LONGEST_PATH or "\0" in text or "\n" in text:
         return
@@ -121,7 +122,7 @@ def _named_paths(text: str, folder: Path) -> Iterator[Path]:
             path = start / Path(text).expanduser()
             if path.is_file() or (path.is_dir() and _holds_samples(path, folder)):
                 yield path
-        except (OSError, RuntimeError):  # Not a path: a text too long, or ~ of nobody.
+        except (OSError, RuntimeError):  # Not a path: a text too long, or ~ of an unknown user.
             continue
 
 
@@ -175,7 +176,7 @@ def _checked(dataset: Dataset, name: str) -> Dataset:
             f"the dataset of {name} has the splits {', '.join(dataset.splits) or 'none'}",
             where="data.source",
             remedy=f"a Dataset has all of {', '.join(SPLITS)}; return a mapping of arrays "
-            "instead to have them cut",
+            "instead to have them split",
         )
     splits = {split: dataset.splits[split].arrays for split in SPLITS}
     check_arrays(splits, name)
@@ -205,9 +206,9 @@ def _raw(result: Any, name: str) -> RawData:
     if nested and len(nested) < len(content):
         odd = next(key for key in content if key not in nested)
         raise InputError(
-            f"{name} returned splits and, beside them, {odd!r}",
+            f"{name} returned splits and, next to them, {odd!r}",
             where="data.source",
-            remedy=f"put every array into a split; only {LABEL_NAMES!r} stands beside them",
+            remedy=f"put every array into a split; only {LABEL_NAMES!r} may be next to them",
         )
     known = recognized(map(str, nested), name)
     if unknown := [str(key) for key in nested if str(key) not in known]:

@@ -26,8 +26,8 @@ def read_image_folder(request: Request) -> RawData:
     """``<path>/train/<class>/*`` and ``<path>/test/<class>/*``, or just ``<path>/<class>/*``.
 
     The splits may have the names of :mod:`~edgekd.data.split_names`, or those that ``data.args:
-    {splits: {train: …, test: …}}`` says; ``splits: false`` says that the folders are the classes.
-    Links to folders are followed; hidden files, and such as ``Thumbs.db``, are no images.
+    {splits: {train: …, test: …}}`` declares; ``splits: false`` means that the folders are the
+    classes. Links to folders are followed; hidden files, and such as ``Thumbs.db``, are no images.
 
     ``image`` is uint8 (N, C, H, W), ``label`` the index of the class in alphabetical order. Files
     are decoded to RGB, or to grey with ``data.args: {mode: L}``; the orientation that a camera
@@ -66,7 +66,7 @@ def read_image_folder(request: Request) -> RawData:
 
 
 def _split_folders(root: Path, given: Any) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """The folder of each split, or the root for ``UNSPLIT``; and what to tell of the choice.
+    """The folder of each split, or the root for ``UNSPLIT``; and a remark on the choice.
 
     Args:
         root: ``data.path``.
@@ -89,7 +89,7 @@ def _split_folders(root: Path, given: Any) -> tuple[dict[str, Path], tuple[str, 
             f"the folders {', '.join(map(repr, [*known, *alike]))} look like splits, and "
             + (f"it is not known which {alike[0]!r} is" if alike else "none is for training"),
             where=str(root),
-            remedy="call them train, validation and test, or say under data: 'args: {splits: "
+            remedy="call them train, validation and test, or declare under data: 'args: {splits: "
             "{train: FOLDER, test: FOLDER}}'; 'args: {splits: false}' when they are classes",
         )
     if not known:
@@ -112,7 +112,7 @@ def _splits_given(root: Path, given: Any) -> dict[str, Path]:
             raise unknown_name("split", str(split), SPLITS, "data.args.splits")
         if not (root / name).is_dir():
             raise InputError(
-                f"there is no folder {name!r}", where=str(root), remedy="mend data.args.splits"
+                f"there is no folder {name!r}", where=str(root), remedy="fix data.args.splits"
             )
     if "train" not in given:
         raise InputError("splits names no train", where="data.args", remedy="add train: FOLDER")
@@ -120,7 +120,7 @@ def _splits_given(root: Path, given: Any) -> dict[str, Path]:
 
 
 def _folders(folder: Path) -> list[Path]:
-    """The folders in a folder, links to folders too, but for those that systems leave there."""
+    """The folders in a folder, links to folders too, except those of operating systems."""
     return sorted(child for child in folder.iterdir() if child.is_dir() and not is_litter(child))
 
 
@@ -155,7 +155,7 @@ def _files(folder: Path) -> Mapping[str, list[Path]]:
 
 
 class _Reader:
-    """Decodes files to one size: the given one, or else that of the very first file."""
+    """Decodes files to one size: the given one, or else that of the first file."""
 
     def __init__(self, mode: str, size: tuple[int, int] | None) -> None:
         self.mode = mode

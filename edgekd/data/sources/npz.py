@@ -15,7 +15,7 @@ from edgekd.errors import InputError
 from edgekd.files import hash_file
 
 LABEL_NAMES = "classes"
-"""The array of text that names the classes, beside the samples."""
+"""The text array of the class names, next to the samples."""
 
 
 def read_npz(request: Request) -> RawData:
@@ -23,10 +23,10 @@ def read_npz(request: Request) -> RawData:
 
     ``val_``, ``valid_`` and ``dev_`` mean ``validation_``, in any case and without the underscore
     where that is plain (``trainX``). An array of text named ``classes`` names the classes. Of
-    unsplit arrays a fifth is cut off as test. Pickles are never read.
+    unsplit arrays a fifth is split off as test. Pickles are never read.
 
     Raises:
-        InputError: the file is missing, damaged, no npz, or holds an object array.
+        InputError: the file is missing, damaged, no npz, or contains an object array.
     """
     request.refuse("download")
     request.arguments(())
@@ -51,7 +51,7 @@ def _load(path: Path) -> dict[str, Array]:
     try:
         if not zipfile.is_zipfile(path):
             raise InputError(
-                "the file is no npz archive, or it is cut off", where=str(path), remedy=damaged
+                "the file is no npz archive, or it is truncated", where=str(path), remedy=damaged
             )
         with np.load(path, allow_pickle=False) as archive:
             for name in archive.files:
@@ -70,7 +70,7 @@ def _load(path: Path) -> dict[str, Array]:
             remedy=damaged,
         ) from error
     if not arrays:
-        raise InputError("the file holds no array", where=str(path), remedy=damaged)
+        raise InputError("the file has no array", where=str(path), remedy=damaged)
     return arrays
 
 

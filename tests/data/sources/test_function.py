@@ -96,7 +96,7 @@ def test_other_forms_of_samples(folder, function):
         ("unsplit", {}, "needs the argument 'path'"),
         ("arrays", {}, "needs the argument 'n'"),
         ("ragged", {}, "'state' of .* is no array"),
-        ("mixed", {}, "beside them, 'extra'"),
+        ("mixed", {}, "next to them, 'extra'"),
         ("misspelt", {}, "did you mean 'test'"),
         ("pairs", {}, "the split 'train' of .* is tuple"),
         ("half", {}, "'state' of .* is no array: .*BFloat16"),
