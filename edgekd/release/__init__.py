@@ -1,1 +1,1 @@
-"""What leaves the house: statistics of the figures, the gate, the report, the bundle."""
+"""Release: statistics of the figures, the gate, the report, the bundle."""

@@ -55,7 +55,7 @@ def evidence_of(profile: str, target: str) -> Evidence:
     """How strong a measurement is.
 
     This machine is the target itself only under the profile ``host``; under any other profile
-    it merely stands in for the device.
+    it is a substitute for the device.
     """
     on_target = target != "local" or profile == "host"
     return "measured-on-target" if on_target else "measured-on-host"
@@ -74,7 +74,7 @@ def build_result(
         origin: what was measured, where and with what.
         task: whose scores they are.
         measured: ``student``, and ``teacher`` and ``baseline`` if any.
-        bench: the answer of ``edgerun bench`` for the student, and the teacher if it was timed.
+        bench: the record of ``edgerun bench`` for the student, and the teacher if it was timed.
         constant: (N,) what a constant prediction scores on the same samples; None: not known.
 
     Returns:
@@ -129,7 +129,7 @@ def _model(
 
 
 def timing_row(timed: Mapping[str, Any], evidence: Evidence) -> dict[str, Any]:
-    """What a result says of a model's timing, from its row of ``edgerun bench``."""
+    """The timing of a model in a result, from its row of ``edgerun bench``."""
     latency, memory = timed["latency"], timed["memory"]
     row: dict[str, Any] = {}
     row["latency"] = {
@@ -174,7 +174,7 @@ def _comparison(
         drop = statistics.paired_difference(sign * teacher.scores, sign * student.scores)
         figures["drop"] = drop.figure(unit, evidence)
         if not task.higher_is_better and constant is not None and constant.mean() > 0:
-            # Only a share of something says of an error whether it is much.
+            # An error is large or small only relative to a reference.
             share = _times(drop, 1 / float(constant.mean()))
             figures["relative_drop"] = share.figure(OF_CONSTANT, evidence)
         sizes = teacher.file.stat().st_size / student.file.stat().st_size
@@ -198,7 +198,7 @@ def _comparison(
 
 
 def speedup_figure(bench: Mapping[str, Any], evidence: Evidence) -> Measurement | None:
-    """The ratio of two models that were timed in turn; None: there was one."""
+    """The ratio of two models that were timed interleaved; None with a single model."""
     timing = bench.get("comparison")
     if timing is None:
         return None

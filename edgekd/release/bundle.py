@@ -38,8 +38,8 @@ def readme_text(manifest: Mapping[str, Any]) -> str:
         "python -m edgerun run model.onnx --inputs example.npz --output ../answers.npz",
         "```",
         "",
-        "Run them in this folder; what they write lies beside it, so that the bundle stays as it "
-        "is. The answers to `example.npz` (real samples) were, when this "
+        "Run them in this folder; their output is written next to it, so that the bundle stays "
+        "unchanged. The outputs for `example.npz` (real samples) were, when this "
         "was packed, those in `expected.npz`:",
         "",
         "```sh",
@@ -60,7 +60,7 @@ def readme_text(manifest: Mapping[str, Any]) -> str:
     parts += [
         "",
         "Give raw `uint8` data and `edgerun` prepares it with the constants in `manifest.json`, "
-        "`(x · scale − mean) / std`; `float32` data is taken as prepared already.",
+        "`(x · scale − mean) / std`; `float32` data must be preprocessed already.",
     ]
     if manifest["labels"]:
         labels = ", ".join(map(str, manifest["labels"][:20]))
@@ -75,7 +75,7 @@ def readme_text(manifest: Mapping[str, Any]) -> str:
 
 
 def _engine_lines(engines: Mapping[str, Any]) -> list[str]:
-    """How each further engine is built on the device; edgerun needs its runtime there."""
+    """How each additional engine is built on the device; edgerun needs its runtime there."""
     if not engines:
         return []
     lines = ["", "## Engines of other runtimes", ""]
@@ -149,10 +149,10 @@ def write_bundle(
     example: Mapping[str, npt.NDArray[Any]],
     engines: Path | None = None,
 ) -> Path:
-    """Write a bundle as a folder and as ``<folder>.tar.gz`` beside it.
+    """Write a bundle as a folder and as ``<folder>.tar.gz`` next to it.
 
-    The bundle's own ``edgerun`` answers the example in a fresh process before it is packed: the
-    answers lie beside it as ``expected.npz``, and a bundle that does not run is never written.
+    The bundle's own ``edgerun`` runs the example in a fresh process before it is packed: the
+    outputs are stored as ``expected.npz``, and a bundle that does not run is never written.
 
     Args:
         folder: the bundle's folder; replaced if it exists.
@@ -165,11 +165,11 @@ def write_bundle(
         labels: class names, if the task has them.
         task: ``{"name", "output"}``.
         runtime: ``{"providers", "threads"}`` that the figures were measured with, and the level of
-            ``optimization`` where it must be another than edgerun's own.
+            ``optimization`` where it differs from edgerun's default.
         result: the content of the result file; its figures, versions and fingerprints go in.
         example: a few real samples by input name, (N, …): raw where they are uint8, otherwise
-            as the model takes them.
-        engines: a folder for each further runtime, with the ONNX file and ``build.json``: how
+            as the model expects them.
+        engines: a folder for each additional runtime, with the ONNX file and ``build.json``: how
             the engine is built on the device, and the engine itself if it is built already.
 
     Returns:
@@ -230,7 +230,7 @@ def write_bundle(
 def write_archive(folder: Path, archive: Path) -> None:
     """Pack a folder so that equal content gives an equal file, byte for byte.
 
-    Members are sorted, have no owner and no time, and lie under the folder's name.
+    Members are sorted, have no owner and no time, and are under the folder's name.
     """
     with (
         archive.open("wb") as raw,
@@ -259,7 +259,7 @@ def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _answer_example(folder: Path, runtime: Mapping[str, Any]) -> None:
-    """Let the bundle answer its own example, as the device will."""
+    """Run the bundle on its own example, as the device will."""
     command = [sys.executable, "-B", "-m", "edgerun", "run", MODEL]
     command += ["--inputs", EXAMPLE, "--output", EXPECTED]
     if runtime.get("threads"):

@@ -30,7 +30,7 @@ def verify_bundle(path: Path) -> list[str]:
         path: a bundle's folder, or its ``.tar.gz``.
 
     Returns:
-        One line per problem; empty when the bundle is whole.
+        One line per problem; empty when the bundle is intact.
 
     Raises:
         InputError: there is no bundle at ``path``.

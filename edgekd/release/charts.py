@@ -33,7 +33,7 @@ _DOTS = 80
 
 @dataclass(frozen=True)
 class Line:
-    """One line: (epoch, value) pairs, and the epoch whose weights were kept."""
+    """One line: (epoch, value) pairs, and the epoch whose weights are used."""
 
     series: str
     """The CSS class that colours it."""
@@ -49,7 +49,7 @@ def curves(
     note: str = "",
     better: Literal["higher", "lower"] | None = None,
 ) -> Markup:
-    """Draw lines over the epoch; the kept epoch has a ring, every epoch a tooltip.
+    """Draw lines over the epoch; the best epoch has a ring, every epoch a tooltip.
 
     Args:
         title: the chart's.
@@ -246,7 +246,7 @@ def scatter(
 def _labels(
     plot: Plot, points: Sequence[Point], places: Sequence[tuple[float, float]]
 ) -> list[Markup]:
-    """Labels beside the points, pushed apart where they would overlap."""
+    """Labels next to the points, pushed apart where they would overlap."""
     middle = (plot.x_at(plot.x.low) + plot.x_at(plot.x.high)) / 2
     parts = []
     for to_left in (False, True):

@@ -30,7 +30,7 @@ class Row:
 class SeedMeans:
     """The mean of each figure over the seeds of one pipeline, with its t interval.
 
-    It holds what one run's interval over test samples cannot: how much a new training differs.
+    It includes what one run's interval over test samples cannot: the variation between trainings.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Comparison:
 
 
 def find_result(path: Path) -> Path:
-    """The result file that a path means: itself, or that of a run folder.
+    """The result file of a path: the path itself, or the result in a run folder.
 
     Raises:
         InputError: the folder has none.
@@ -94,7 +94,7 @@ def compare_files(paths: Sequence[Path]) -> Comparison:
     """Read result files or run folders and compare them.
 
     Raises:
-        InputError: a path has no whole result, or there is none.
+        InputError: a path has no complete result, or no path is given.
     """
     if not paths:
         raise InputError("there is nothing to compare", remedy="give result files or run folders")
@@ -167,7 +167,7 @@ def _seed_means(results: Sequence[Result], notes: list[str]) -> Iterator[SeedMea
         repeated = sorted({seed for seed in seeds if seeds.count(seed) > 1})
         if repeated:
             notes.append(
-                f"{group[0].name}: seed {repeated[0]} stands twice, so there is no mean over seeds"
+                f"{group[0].name}: seed {repeated[0]} is given twice, so no mean over seeds"
             )
             continue
         rows = [_mean_row(row, len(group)) for row in _rows(group) if row.label not in _FIXED]

@@ -25,7 +25,7 @@ _NOT_SCORED = (
 def read_bench(path: Path) -> dict[str, Any] | None:
     """The content of a file that ``edgerun bench --json`` wrote; None: it is something else.
 
-    What is no JSON or is not there is for the reader of results to say.
+    A missing file or invalid JSON is reported by the reader of results.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -42,12 +42,12 @@ def evidence_of_bench(
 
     Args:
         bench: its content.
-        profile: the device that it should be of; None: whatever machine measured is the device.
-        workstation: the ``environment`` of the result beside it.
+        profile: the expected device; None: the measuring machine is the device.
+        workstation: the ``environment`` of the workstation's result.
     """
     environment = bench.get("environment")
     if not isinstance(environment, Mapping):
-        # Whoever reads the figures refuses it.
+        # The reader of the figures refuses it.
         return "measured-on-host", ""
     machine, cpu = environment.get("machine"), environment.get("cpu")
     if profile is None or profile.name == "host":
@@ -106,7 +106,7 @@ def with_bench(
 ) -> dict[str, Any]:
     """A result with the device's latency, memory and speed-up in place of the workstation's.
 
-    Accuracy, size and parameters stay the result's, with their own evidence.
+    Accuracy, size and parameters remain those of the result, with their own evidence.
 
     Args:
         result: the content of a result file.
@@ -124,7 +124,7 @@ def with_bench(
         expected, found = round((size.get("value") or 0) * MB), measured[0]["size_bytes"]
         digest = student.get("sha256")
         same = measured[0]["sha256"] == digest if digest else expected in (0, found)
-        # An engine of TensorRT is built anew on the device.
+        # An engine of TensorRT is rebuilt on the device.
         if not same and str(student.get("file", "")).endswith(".onnx"):
             raise InputError(
                 f"the device measured another file: {found:,} bytes, the result's student has "

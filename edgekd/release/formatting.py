@@ -1,4 +1,4 @@
-"""Figures as people read them: digits that the unit deserves, with unit and interval."""
+"""Format figures: significant digits by unit, with unit and interval."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from edgekd.measurement import Measurement
 ABSENT = "–"
 MINUS = "−"
 OF_CONSTANT = "of the constant's error"
-"""The unit of a drop of an error: a share of what the best constant prediction has."""
+"""The unit of a drop of an error: a share of the error of the best constant prediction."""
 _SHOWN_UNIT = {
     "accuracy": "%",
     "agreement": "%",

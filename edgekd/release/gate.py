@@ -1,7 +1,7 @@
 """The gate: a result against its budgets, as JSON and JUnit XML.
 
-A rule passes only when the whole interval of its figure is on the good side of the budget. When
-the interval holds the budget, or the figure rests on weaker evidence than required, or was not
+A rule passes only when the complete interval of its figure meets the budget. When
+the interval contains the budget, or the figure rests on weaker evidence than required, or was not
 measured, the rule is *not shown*, and what is not shown does not pass.
 """
 
@@ -36,7 +36,7 @@ _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 
 def write_junit(path: Path, name: str, verdicts: Sequence[Verdict]) -> None:
-    """Write one test case per rule; *fail* and *not shown* are failures, told apart by type.
+    """Write one test case per rule; *fail* and *not shown* are failures, distinguished by type.
 
     Args:
         path: the XML file.
@@ -66,7 +66,7 @@ def write_junit(path: Path, name: str, verdicts: Sequence[Verdict]) -> None:
 
 
 def _text(text: str) -> str:
-    """Without the characters that XML 1.0 cannot hold, not even escaped."""
+    """Without the characters that XML 1.0 does not allow, not even escaped."""
     return _NOT_XML.sub("�", text)
 
 
@@ -90,19 +90,19 @@ def evaluate(
     """Judge a result.
 
     ``budgets.evidence`` is demanded of latency, memory and speed-up, and of accuracy too:
-    reduced precision and other providers may give other answers on the device. The size and
-    the parameters of a file are facts wherever they are read.
+    reduced precision and other providers may give other predictions on the device. The size and
+    the parameters of a file are the same on every machine.
 
     Args:
         result: the content of a result file.
         budgets: the pipeline's ``gate`` section or a budget file.
-        profile: the device's own limits, which hold where ``budgets`` says nothing.
+        profile: the device's limits, used for keys that ``budgets`` leaves out.
 
     Returns:
         One verdict per rule, in the order of the section's keys.
 
     Raises:
-        InputError: the result is not whole, there is no rule that anyone asked for, or a rule
+        InputError: the result is not complete, no rule is configured, or a rule
             contradicts the direction of the metric.
     """
     parsed = Result.from_json(result)
@@ -187,7 +187,9 @@ def _status(rule: Rule, figure: Measurement, required: Evidence) -> tuple[Status
 
 
 def _more(rule: str, figure: Measurement, budget: float) -> str:
-    """How many samples would show it, for a figure whose interval holds the budget."""
+    """The number of samples that would decide it, for a figure whose interval contains the
+    budget.
+    """
     if figure.value is None or figure.interval is None:
         return ""
     section = rule.partition(".")[0]

@@ -24,7 +24,7 @@ class Axis:
     ticks: tuple[tuple[float, str], ...]
 
     def position(self, value: float) -> float:
-        """Where a value lies: 0 at ``low``, 1 at ``high``; values outside are clipped."""
+        """Position of a value: 0 at ``low``, 1 at ``high``; values outside are clipped."""
         low, high = self.low, self.high
         if self.log:
             low, high = math.log(low), math.log(high)
@@ -75,7 +75,7 @@ def log_axis(values: Iterable[float], pad: float = 1.15) -> Axis:
 
 
 def axis_for(values: Iterable[float]) -> Axis:
-    """Logarithmic where the values are positive and far apart, else linear."""
+    """Logarithmic where the values are positive and spread widely, else linear."""
     known = list(values)
     spread = min(known) > 0 and max(known) / min(known) >= _LOG_RATIO
     return log_axis(known, 1.3) if spread else linear_axis(known, 0.12)
@@ -132,7 +132,7 @@ class Key:
 
 @dataclass
 class Plot:
-    """A chart being drawn. Data values go through :meth:`x_at` and :meth:`y_at`."""
+    """A chart being drawn. Data values are mapped by :meth:`x_at` and :meth:`y_at`."""
 
     title: str
     x: Axis

@@ -68,7 +68,7 @@ def candidate_rows(choice: Mapping[str, Any], metric: str) -> list[dict[str, str
 
 
 def quantized_rows(index: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What the quantize stage says of each way it tried, for the report, by title."""
+    """The quantize stage's results for each method, for the report, by title."""
     return {f"Quantized: {name}": _quantized(entry) for name, entry in index.items()}
 
 
@@ -151,7 +151,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that stays in its table cell and is not taken for markup."""
+    """Text escaped for a table cell."""
     escaped = text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
     return escaped.replace("<", "&lt;").replace("_", "\\_").replace("*", "\\*").replace("`", "\\`")
 
@@ -174,7 +174,7 @@ def write_report(
     Args:
         folder: an existing folder.
         result: the content of a result file.
-        verdicts: of the gate; may be empty, and the report then says that nothing was gated.
+        verdicts: of the gate; may be empty, and the report then states that nothing was gated.
         histories: training histories by role (``teacher``, ``baseline``, ``student``); a role
             that was not trained here is absent or None.
         pipeline: the configuration as JSON values.
@@ -185,7 +185,7 @@ def write_report(
         The three files.
 
     Raises:
-        InputError: the result is not whole.
+        InputError: the result is not complete.
     """
     parsed = Result.from_json(result)
     trained = {role: history for role, history in histories.items() if history}
@@ -252,7 +252,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _without_samples(result: Mapping[str, Any]) -> dict[str, Any]:
-    """The result without the raw queries, which stay in the result file."""
+    """The result without the raw queries, which are in the result file only."""
     models = {
         role: {key: value for key, value in model.items() if key != "samples_ms"}
         for role, model in result["models"].items()

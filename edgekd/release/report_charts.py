@@ -1,4 +1,4 @@
-"""Which charts the report shows, from the result and the training histories."""
+"""The charts of the report, from the result and the training histories."""
 
 from __future__ import annotations
 

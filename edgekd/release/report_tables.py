@@ -1,4 +1,4 @@
-"""The report's tables and sentences: what the page and the summary say, before any markup."""
+"""The report's tables and sentences: the content of page and summary, without markup."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def cell(figure: Measurement | None, with_n: bool = False) -> Cell:
 
 
 def headline(result: Result) -> str:
-    """One sentence: what the student costs and is worth against the teacher and against itself
+    """One sentence: the student's gains and losses against the teacher and against itself
     without the teacher; a second one where distillation is not shown to have gained anything."""
     against, student = result.comparison, result.student
     speedup, size, drop = against.get("speedup"), against.get("size_ratio"), against.get("drop")
@@ -83,10 +83,10 @@ def headline(result: Result) -> str:
 
 
 def distillation_effect(result: Result) -> str:
-    """What distillation did beside the same student alone; empty where that was not trained.
+    """The gain of distillation over the same student alone; empty without a baseline.
 
     ``distillation harmed by 34.40 points (30.54 to 38.17)`` or ``gained``; and where the interval
-    of the difference holds 0, that neither is shown.
+    of the difference contains 0, that neither is shown.
     """
     gain = result.comparison.get("baseline_gain")
     if gain is None or gain.value is None:
@@ -152,7 +152,7 @@ def comparison_rows(result: Result) -> list[TableRow]:
         "relative_drop": ("the same drop", "as a share of the error of the best constant"),
         "gain_over_constant": (
             "gain over a constant",
-            "over one and the same answer, the best for all samples but the test split",
+            "over the best constant prediction of all samples but the test split",
         ),
         "baseline_gain": ("gain over the student alone", "paired over the test samples"),
         "gap_closed": ("gap closed", "(distilled − alone) / (teacher − alone), bootstrap"),
@@ -184,7 +184,7 @@ def gate_rows(verdicts: Sequence[Verdict]) -> list[dict[str, str]]:
 
 
 def cautions(result: Result) -> list[str]:
-    """What a reader must know before believing the figures."""
+    """Caveats that a reader must know before relying on the figures."""
     found = []
     if result.evidence != "measured-on-target":
         found.append(
@@ -220,7 +220,7 @@ def thread_caution(result: Result) -> list[str]:
 
 
 def thread_remark(threads: Any, cores: Any) -> str:
-    """What more threads than cores mean for the figures; empty where there are no more."""
+    """A warning about more threads than cores; empty otherwise."""
     if not isinstance(threads, int) or not isinstance(cores, int) or threads <= cores:
         return ""
     return (
@@ -240,7 +240,7 @@ def constant_caution(result: Result) -> list[str]:
     how = "is not better" if gain.value <= 0 else "is not shown to be better"
     return [
         f"The student {how} than a constant: the {result.metric} of always giving one and the "
-        f"same answer is {value_text(result.constant)}, the student's is "
+        f"same prediction is {value_text(result.constant)}, the student's is "
         f"{value_text(result.student.metric)}."
     ]
 
@@ -265,7 +265,7 @@ def parity_rows(reports: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def flat_rows(content: Any, key: str = "") -> list[tuple[str, str]]:
-    """A nested mapping as (dotted key, text) rows; what could not be read says so."""
+    """A nested mapping as (dotted key, text) rows; unreadable values are marked."""
     if isinstance(content, Mapping):
         return [
             row
@@ -367,7 +367,7 @@ def _difference(value: float | None) -> str:
 
 
 def _throttled(environment: Mapping[str, Any]) -> str:
-    """Where the environment says that the device throttled."""
+    """The throttling that the environment reports."""
     return ", ".join(
         key
         for key, text in flat_rows(environment)

@@ -1,4 +1,6 @@
-"""A result file (``edgekd.result/1``): what the benchmark stage measured, read and checked."""
+"""A result file (``edgekd.result/1``): the measurements of the benchmark stage, read and
+checked.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +42,14 @@ class ModelResult:
     samples_ms: tuple[float, ...] = ()
     warmup: Mapping[str, Any] = field(default_factory=dict)
     runtime: Mapping[str, Any] = field(default_factory=dict)
-    """Providers (asked for, of the session, of the nodes) and threads it was timed with."""
+    """Providers (requested, of the session, of the nodes) and threads it was timed with."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """A whole result file. ``models`` has ``student``, and ``teacher`` and ``baseline`` if any."""
+    """A complete result file. ``models`` has ``student``, and ``teacher`` and ``baseline`` if
+    any.
+    """
 
     name: str
     profile: str
@@ -63,7 +67,7 @@ class Result:
     recipe: str | None = None
     """:func:`recipe_sha256` of the pipeline: the same for all seeds of one pipeline."""
     constant: Measurement | None = None
-    """The metric of the best constant answer, known from all samples but the test split."""
+    """The metric of the best constant prediction of all samples but the test split."""
 
     @property
     def student(self) -> ModelResult:
@@ -115,10 +119,10 @@ class Result:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """The content of a result file, after :meth:`Result.from_json` found it whole.
+    """The content of a result file, validated by :meth:`Result.from_json`.
 
     Raises:
-        InputError: the file is missing, is not JSON, or is not a whole result.
+        InputError: the file is missing, is not JSON, or is not a complete result.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -145,7 +149,7 @@ def recipe_sha256(pipeline: Mapping[str, Any]) -> str:
     """The hash of a pipeline's content without its seed and name: what seeds are compared within.
 
     Args:
-        pipeline: the whole pipeline as JSON values.
+        pipeline: the complete pipeline as JSON values.
     """
     kept = {key: value for key, value in pipeline.items() if key not in ("seed", "name")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
@@ -170,7 +174,7 @@ def _model(part: _Part) -> ModelResult:
 
 
 class _Part:
-    """A mapping inside a result file that knows its key, for the errors."""
+    """A mapping inside a result file with its key, for errors."""
 
     def __init__(self, value: Any, where: str, key: str) -> None:
         self.where, self.key = where, key
@@ -221,7 +225,7 @@ class _Part:
         if figure.interval is not None and len(figure.interval) != 2:
             raise self._wrong(f"{part.key}.interval has not two ends")
         if not all(_is_number(number) for number in numbers):
-            raise self._wrong(f"{part.key} holds something that is not a finite number")
+            raise self._wrong(f"{part.key} contains something that is not a finite number")
         if figure.interval is not None and figure.interval[0] > figure.interval[1]:
             raise self._wrong(f"{part.key}.interval is turned round")
         if figure.evidence not in EVIDENCE_STRENGTH:

@@ -22,7 +22,7 @@ Side = Literal["at most", "at least", "more than"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate says of one rule."""
+    """The gate's verdict on one rule."""
 
     rule: str
     """The budget's key, such as ``latency.p95_ms``."""
@@ -70,7 +70,7 @@ SHARES = ("accuracy", "agreement")
 """Metrics that count right answers."""
 
 _LARGEST_SHARE = 10
-"""A drop above ten times a constant's error bounds nothing: it was meant in another unit."""
+"""A drop above ten times a constant's error is no limit: it was meant in another unit."""
 
 
 class Limit(Protocol):
@@ -82,7 +82,7 @@ class Limit(Protocol):
 
 
 class Limits(Protocol):
-    """What one model may cost on a device, each None when the profile does not say."""
+    """The budgets of one model on a device, each None when the profile leaves it out."""
 
     @property
     def latency_ms(self) -> Limit | None:
@@ -123,9 +123,9 @@ class Rule:
     """Whether the figure depends on where it was measured, so that its evidence counts."""
     origin: str = "gate"
     remark: str = ""
-    """Said beside the reason where the rule is not passed."""
+    """Added to the reason where the rule is not passed."""
     implied: bool = False
-    """Nobody asked for it: it alone makes no gate."""
+    """Applied by default: it does not count as a configured rule."""
 
 
 def example_budget(higher_is_better: bool) -> str:
@@ -137,7 +137,7 @@ def example_budget(higher_is_better: bool) -> str:
 def check_any_rule(
     budgets: GateConfig, profile: DeviceProfile | None, higher_is_better: bool = True
 ) -> None:
-    """Refuse a gate without any budget, before time is spent on what it would judge.
+    """Refuse a gate without any budget, before time is spent on training.
 
     Raises:
         InputError: neither the budgets nor the profile bound anything.
@@ -160,7 +160,7 @@ def check_direction(budgets: GateConfig, metric: str, higher_is_better: bool) ->
 
     Raises:
         InputError: a floor for a metric that is better when lower, or a ceiling for one that is
-            better when higher; percents for an accuracy, which goes from 0 to 1; a drop of an
+            better when higher; percents for an accuracy, which ranges from 0 to 1; a drop of an
             error in its own unit.
     """
     wrong, right = ("max", "min") if higher_is_better else ("min", "max")
@@ -176,14 +176,14 @@ def check_direction(budgets: GateConfig, metric: str, higher_is_better: bool) ->
     if not higher_is_better and (budgets.accuracy.max_drop or 0) > _LARGEST_SHARE:
         raise InputError(
             f"the budget is {budgets.accuracy.max_drop:g}, and a drop of {metric} is a share of "
-            "the error of the best constant answer: 0.01 is one hundredth of it",
+            "the error of the best constant prediction: 0.01 is one hundredth of it",
             where="gate.accuracy.max_drop",
             remedy=f"write accuracy.max: … for a bound in the unit of {metric}",
         )
     for name, value in budgets.accuracy.model_dump(exclude_none=True).items():
         if metric == "accuracy" and value > 1:
             raise InputError(
-                f"the budget is {value:g}, and an accuracy goes from 0 to 1",
+                f"the budget is {value:g}, and an accuracy ranges from 0 to 1",
                 where=f"gate.accuracy.{name}",
                 remedy=f"write {value / 100:g} for {value:g} %",
             )
@@ -244,15 +244,15 @@ def _drop(result: Result) -> Measurement | None:
     """The drop to the teacher: of an accuracy a difference, of an error a share."""
     if result.higher_is_better or "drop" not in result.comparison:
         return result.comparison.get("drop")
-    note = "the result does not say the error of a constant answer: run the benchmark stage again"
+    note = "the result has no error of a constant prediction: run the benchmark stage again"
     return result.comparison.get("relative_drop") or Measurement(None, OF_CONSTANT, 0, note=note)
 
 
 def _beat_constant(result: Result, asked: bool | None) -> Iterator[Rule]:
-    """That the student is better than a constant, where that is asked for or goes without saying.
+    """The rule that the student is better than a constant, where it is configured or the default.
 
     An accuracy near that of the most frequent class may be all that rare classes allow; an error
-    that a constant has too is that of a network which has learnt nothing.
+    that a constant also reaches means that the network has learned nothing.
     """
     gain = result.comparison.get("gain_over_constant")
     implied = asked is None
@@ -267,7 +267,7 @@ def _beat_constant(result: Result, asked: bool | None) -> Iterator[Rule]:
         performance=False,
         origin=f"task {result.task}" if implied else "gate",
         remark=f"the student's {result.metric} is {value_text(result.student.metric)}, and that of "
-        f"always giving one and the same answer is {constant}: train it longer, see that it can "
+        f"the best constant prediction is {constant}: train it longer, check that it can "
         "learn targets of this range, or set gate.accuracy.beat_constant: false",
         implied=implied,
     )
@@ -276,7 +276,8 @@ def _beat_constant(result: Result, asked: bool | None) -> Iterator[Rule]:
 def load_budgets(path: Path) -> GateConfig:
     """Read the budgets of a file.
 
-    A file with a ``gate`` key (a pipeline) gives that section; any other is the section itself.
+    A file with a ``gate`` key (a pipeline) is read for that section; any other is the section
+    itself.
 
     Raises:
         InputError: the file cannot be read or a key is wrong; the error names its line.

@@ -1,8 +1,8 @@
 """Confidence intervals of the figures that a release rests on.
 
 Scores are per sample, (N,) float64, and their mean is the metric. Scores of 0 and 1 (a correct
-answer or not) get score intervals, which hold their coverage with few samples and with none or
-few wrong answers; all others get Student's t.
+prediction or not) get score intervals, which keep their coverage with few samples and with none or
+few errors; all others get Student's t.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Estimate:
     p = successes / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    # At 0 and n the bound is exactly 0 and 1; rounding would put it just beside them.
+    # At 0 and n the bound is exactly 0 and 1; rounding would miss them slightly.
     low = 0.0 if successes == 0 else middle - half
     high = 1.0 if successes == n else middle + half
     return Estimate(p, (low, high), n, confidence)
@@ -119,7 +119,7 @@ def paired_difference(first: ArrayLike, second: ArrayLike, confidence: float = 0
 def tango(only_first: int, only_second: int, n: int, confidence: float = 0.95) -> Estimate:
     """A difference of two proportions on the same samples, with its score interval.
 
-    It stays sound where the usual (Wald) interval has no width at all: when the two models
+    It is valid also where the usual (Wald) interval has no width at all: when the two models
     disagree on few samples or on none.
 
     Source: Tango, "Equivalence test and confidence interval for the difference in proportions
@@ -225,7 +225,7 @@ _MOST_WIDTHS = 1000
 
 
 def samples_to_show(n: int, value: float, interval: Interval, budget: float) -> int | None:
-    """Roughly how many samples would show on which side of a budget a figure lies.
+    """Approximate number of samples that would decide whether a figure meets a budget.
 
     The half width shrinks with the square root of the number of samples. None when the value
     is at the budget or so near to it that no number of samples would do, or when ``n`` is not
@@ -258,7 +258,7 @@ def _normal_quantile(confidence: float) -> float:
 
 def _t_quantile(confidence: float, degrees: int) -> float:
     _normal_quantile(confidence)
-    # Imported here: it takes longer than all else that the command line loads.
+    # Imported here: it takes longer than the rest of the command line's imports.
     from scipy.special import stdtrit
 
     return float(stdtrit(degrees, (1 + confidence) / 2))
