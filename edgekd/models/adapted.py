@@ -1,4 +1,4 @@
-"""A teacher trained with other preprocessing, class order or output form, made to fit the data."""
+"""Adapt a teacher with other preprocessing, class order or output form to the data."""
 
 from __future__ import annotations
 
@@ -35,11 +35,12 @@ class Normalization(Protocol):
 
 @dataclass(frozen=True)
 class InputAdaptation:
-    """From the student's batch to what a teacher takes: :class:`PreprocessConfig` of one input.
+    """The preprocessing from the student's batch to a teacher's input, by
+    :class:`PreprocessConfig`.
 
     Attributes:
         name: the input.
-        config: what the teacher wants.
+        config: the teacher's preprocessing.
         normalization: what the data were normalised with; None: they were not.
     """
 
@@ -48,7 +49,7 @@ class InputAdaptation:
     normalization: Normalization | None
 
     def spec(self, given: TensorSpec) -> TensorSpec:
-        """The input as the teacher takes it."""
+        """The input as the teacher expects it."""
         if len(given.shape) != 4:
             return given
         channels, *size = given.shape[1:]
@@ -60,7 +61,7 @@ class InputAdaptation:
         return TensorSpec(given.name, shape, given.dtype)
 
     def __call__(self, values: Tensor) -> Tensor:
-        """The input for the teacher; the student's tensor stays as it is."""
+        """The input for the teacher; the student's tensor is unchanged."""
         config, image = self.config, values.ndim == 4
         if config.normalizes and self.normalization is not None:
             std, mean = self.normalization.std, self.normalization.mean
@@ -86,15 +87,16 @@ class InputAdaptation:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What stands between the pipeline's data and a teacher's network.
+    """The adaptation between the pipeline's data and a teacher's network.
 
     Attributes:
         output: the primary output's name.
         order: ``order[i]`` is the network's output for the data's class i; None: the same order.
         outputs: how many outputs the network has; None: as many as there are classes.
-        form: what its numbers are. Probabilities p are answered as log p, which is a valid set of
+        form: the form of its outputs. Probabilities p are returned as log p, which is a valid set
+        of
             logits: softmax(log p) = p; those of a sigmoid as log(p / (1 - p)).
-        input: of its preprocessing, where it has its own.
+        input: its preprocessing, where it differs from the data's.
     """
 
     output: str = "logits"
@@ -105,7 +107,7 @@ class Adaptation:
 
     @property
     def is_identity(self) -> bool:
-        """Whether the network is used as it is."""
+        """Whether the network is used unchanged."""
         return self == Adaptation(self.output)
 
     def network_spec(self, spec: ModelSpec) -> ModelSpec:
@@ -121,13 +123,13 @@ class Adaptation:
         return ModelSpec(inputs, outputs)
 
     def prepare(self, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The batch as the network takes it."""
+        """The batch as the network expects it."""
         if self.input is None or self.input.name not in batch:
             return batch
         return {**batch, self.input.name: self.input(batch[self.input.name])}
 
     def finish(self, answers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The network's answers as logits in the order of the data's classes."""
+        """The network's outputs as logits in the order of the data's classes."""
         values = as_logits(answers[self.output], self.form)
         if self.order is not None:
             order = torch.tensor(self.order, device=values.device)
@@ -141,7 +143,7 @@ class AdaptedModel(DictModel):
     Args:
         model: the network with the inputs and outputs of :meth:`Adaptation.network_spec`.
         spec: the pipeline's inputs and outputs.
-        adaptation: what lies between the two.
+        adaptation: its preprocessing and output conversion.
     """
 
     def __init__(self, model: DictModel, spec: ModelSpec, adaptation: Adaptation) -> None:
@@ -149,7 +151,7 @@ class AdaptedModel(DictModel):
         self.adaptation = adaptation
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See :class:`edgekd.models.dict_model.DictModel`."""
+        """Run the network: inputs by name to outputs by name."""
         return self.adaptation.finish(super().forward(self.adaptation.prepare(batch)))
 
 
@@ -169,19 +171,19 @@ def as_logits(values: Tensor, form: OutputForm) -> Tensor:
     log_p = values.clamp_min(tiny).log()
     if form == "probabilities":
         return log_p
-    # 1 - p is exactly 0 from rounding on; there the smallest step below 1 stands for it.
+    # 1 - p is exactly 0 from rounding on; it is replaced there by the smallest step below 1.
     rest = (1 - values).clamp_min(torch.finfo(values.dtype).eps / 2)
     return log_p - rest.log()
 
 
 def recognized_form(values: Tensor) -> OutputForm:
-    """What a classifier's numbers are, from its answers to real samples.
+    """Detect the form of a classifier's outputs on real samples.
 
     Probabilities lie in [0, 1] and sum to 1; their logarithms are at most 0 and the sum of their
     exponentials is 1; those of a sigmoid lie in [0, 1], on both sides of a half.
 
     Args:
-        values: the answers (N, ..., C), C at least 2.
+        values: the outputs (N, ..., C), C at least 2.
     """
     # A softmax in 16 bits is rounded in each of its summands.
     tolerance = 2e-3 if values.dtype in (torch.float32, torch.float64) else 2e-2
@@ -197,7 +199,7 @@ def recognized_form(values: Tensor) -> OutputForm:
 
 
 def check_form(values: Tensor, form: OutputForm, where: str) -> None:
-    """Refuse a form that a teacher's answers cannot have.
+    """Refuse a form that a teacher's outputs cannot have.
 
     Raises:
         InputError: they are outside what the form allows.
@@ -211,7 +213,7 @@ def check_form(values: Tensor, form: OutputForm, where: str) -> None:
     }
     if not possible[form]:
         raise InputError(
-            f"the teacher's outputs are said to be {form}, and lie between {low:.4g} and "
+            f"the teacher's outputs are configured as {form}, but lie between {low:.4g} and "
             f"{high:.4g}",
             where=where,
             remedy=f"remove it: they look like {recognized_form(values)}",
@@ -224,10 +226,10 @@ def input_adaptation(
     normalizations: Mapping[str, Normalization],
     where: str,
 ) -> InputAdaptation | None:
-    """The preprocessing of the one input it is meant for: the image, or the only one.
+    """The preprocessing of the input it applies to: the image, or the only input.
 
     Raises:
-        InputError: there is no telling which input is meant, or the keys do not fit it.
+        InputError: the input is ambiguous, or the keys do not fit it.
     """
     if config is None:
         return None
@@ -235,7 +237,7 @@ def input_adaptation(
     candidates = images or list(inputs)
     if len(candidates) != 1:
         raise InputError(
-            f"the data have {len(candidates)} inputs that it may be meant for: "
+            f"the data have {len(candidates)} inputs that it may apply to: "
             f"{', '.join(spec.name for spec in candidates)}",
             where=where,
             remedy="put the preprocessing into the teacher's forward",

@@ -1,4 +1,4 @@
-"""From a model's name in a pipeline to a network whose shapes were tried."""
+"""Build a network from a model's name in a pipeline, and check its shapes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 """The built-in networks by the names they have in a pipeline."""
 
 _OPEN_DIMENSION = 4
-"""The size a symbolic dimension other than the batch is tried with."""
+"""The trial size of a symbolic dimension other than the batch."""
 
 
 def find_model(name: str, where: str = "model") -> Callable[..., nn.Module]:
@@ -58,20 +58,20 @@ def build_model(
     where: str = "model",
     remedy: str = "",
 ) -> DictModel:
-    """Build a network for given inputs and outputs, and try it once.
+    """Build a network for given inputs and outputs, and run it once.
 
     Args:
         config: a name that :func:`find_model` knows, ``package.module:name`` being a class or
-            function that gives a module, and its arguments. A parameter called ``inputs``,
-            ``outputs`` or ``num_classes`` is filled in unless the arguments give it.
+            function that returns a module, and its arguments. A parameter called ``inputs``,
+            ``outputs`` or ``num_classes`` is filled in unless the arguments set it.
         inputs: what the data deliver.
-        outputs: what the task wants.
+        outputs: the outputs that the task needs.
         where: the YAML section (``teacher``, ``student``), for errors.
         remedy: what to do about another number of outputs; empty: the usual.
 
     Raises:
         InputError: no such model, wrong arguments, or the network cannot take these inputs or
-            does not give these outputs; both shapes are named.
+            does not have these outputs; both shapes are named.
     """
     if config.model is None:
         raise InputError("no model is named", where=where, remedy="add 'model: …'")
@@ -103,7 +103,7 @@ def build_model(
         ) from error
     if not isinstance(module, nn.Module):
         raise InputError(
-            f"{name} gives a {type(module).__name__}, not a torch module",
+            f"{name} returns a {type(module).__name__}, not a torch module",
             where=position,
             remedy="name a subclass of torch.nn.Module, or a function that returns one",
         )
@@ -116,10 +116,10 @@ def build_model(
 
 
 def probe(model: DictModel, name: str = "the model", remedy: str = "") -> None:
-    """Try a network on two empty samples; it and the random numbers stay as they are.
+    """Run a network on two empty samples; the network and the random state are unchanged.
 
     Raises:
-        InputError: it cannot take its inputs, or gives another shape than its spec says.
+        InputError: it cannot take its inputs, or an output has another shape than its spec.
     """
     batch = example_batch(model.spec.inputs)
     training = model.training

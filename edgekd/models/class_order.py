@@ -1,4 +1,4 @@
-"""The order of a network's outputs: class names in its file, and what labelled samples say."""
+"""The order of a network's outputs: class names in its file, and evidence from labelled samples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CONTAINERS = (
     *("hyper_parameters", "hparams", "config", "cfg", "args", "opt", "meta", "metadata"),
     *("dataset_meta", "info", "extra", "data"),
 )
-"""Where trainers put them; in this order the first is taken."""
+"""Keys under which trainers store them; the first one found is used."""
 
 _NESTING = 3
 _SIGNIFICANCE = 1e-3
@@ -39,7 +39,7 @@ class ClassNames:
 
 
 def class_names_in(content: object, nesting: int = _NESTING) -> ClassNames | None:
-    """The class names in a checkpoint's content beside its weights; None where there are none."""
+    """The class names in a checkpoint's content next to its weights; None without any."""
     held = content if isinstance(content, Mapping) else getattr(content, "__dict__", None)
     if not isinstance(held, Mapping):
         return None
@@ -110,10 +110,10 @@ def fitting_permutation(
     """The order of outputs in which a classifier would be right far more often.
 
     The permutation is found on one half of the samples (Kuhn 1955, on the matrix of confusions)
-    and tried on the other, and the other way round, so that a good fit by chance does not count:
+    and tested on the other, and vice versa, so that a good fit by chance does not count:
     a one-sided sign test of the samples that only one order has right must be below 0.001. Only
     cycles count that have most samples right, at least twice as many as before, and in which no
-    class is clearly better off where it is; all other classes stay.
+    class clearly fits better unmoved; all other classes keep their position.
 
     Args:
         labels: (N,) the right classes.
@@ -121,8 +121,8 @@ def fitting_permutation(
         classes: how many there are.
 
     Returns:
-        For each class the output that answers for it; None when the order is as it should be, or
-        the samples do not show otherwise.
+        For each class the index of its output; None when the order is correct, or
+        the samples are inconclusive.
     """
     # By class, so that each half has samples of every one.
     order = np.argsort(labels, kind="stable")
@@ -159,7 +159,7 @@ def _clear_cycles(confusion: NDArray[np.int64]) -> NDArray[np.int64]:
         better_off = (stay - moved > 2 * np.sqrt(stay + moved)) & (
             2 * stay > confusion[cycle].sum(axis=1)
         )
-        # What knows nothing of a task, as a network of wrongly prepared inputs, is not right
+        # A network without skill, such as one with wrongly preprocessed inputs, is not right
         # most of the time in any order.
         knows = 2 * moved.sum() > confusion[cycle].sum()
         clearly = moved.sum() >= _CLEARLY * stay.sum() and not better_off.any()
@@ -217,7 +217,7 @@ def _as_names(value: Any) -> tuple[str, ...] | None:
         return None
     if not all(isinstance(name, str) for name in value) or len(set(value)) < len(value):
         return None
-    # What transformers fills in where nothing was said.
+    # The placeholder names of transformers.
     if all(re.fullmatch(r"LABEL_\d+", name) for name in value):
         return None
     return tuple(value)

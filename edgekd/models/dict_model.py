@@ -13,15 +13,16 @@ from edgekd.spec import ModelSpec, TensorSpec
 
 
 class DictModel(nn.Module):
-    """Any module, called with a mapping from name to tensor and answering with one.
+    """Any module, with mappings from name to tensor as input and output.
 
     The batch is never changed: a network that writes into its inputs (``x.sub_(mean)``, a first
-    ReLU in place) gets copies of those it writes into, and no other network pays for one.
+    ReLU in place) gets copies of those it writes into; other networks get none.
 
     Args:
-        module: takes its inputs by name if the parameters of its ``forward`` have the names of
-            ``spec.inputs``; the whole mapping if its only parameter is called ``batch``; else
-            by position in the order of ``spec.inputs``. It gives a tensor, a tuple or a mapping.
+        module: called with its inputs by name if the parameters of its ``forward`` have the names
+        of
+            ``spec.inputs``; the complete mapping if its only parameter is called ``batch``; else
+            by position in the order of ``spec.inputs``. It returns a tensor, a tuple or a mapping.
         spec: the names, shapes and dtypes.
 
     Attributes:
@@ -49,7 +50,7 @@ class DictModel(nn.Module):
         self.register_buffer("output_offset", None)
 
     def scale_output(self, scale: Tensor | None, offset: Tensor | None) -> None:
-        """Let the first output be the module's times ``scale`` plus ``offset``; None: as it is.
+        """Set the first output to the module's times ``scale`` plus ``offset``; None: unscaled.
 
         Args:
             scale: a number.
@@ -64,7 +65,7 @@ class DictModel(nn.Module):
             batch: at least the inputs of the spec; other names (targets) are not looked at.
 
         Raises:
-            InputError: an input is missing, the module gives other outputs than the spec, or it
+            InputError: an input is missing, the module returns other outputs than the spec, or it
                 writes into an input that it did not write into when it was first called.
         """
         missing = [name for name in self._input_names if name not in batch]
@@ -81,13 +82,13 @@ class DictModel(nn.Module):
         return outputs
 
     def _call_unchanged(self, inputs: dict[str, Tensor]) -> object:
-        """What the module gives, with the inputs as they were."""
+        """The module's outputs; the inputs are unchanged."""
         if torch.compiler.is_compiling():
-            # A compiler drops a copy that nothing writes into; an exporter keeps it.
+            # A compiler removes a copy that nothing writes into; an exporter does not.
             exporting = torch.compiler.is_exporting()
             copied = self._overwritten if exporting else self._input_names
             return self._call({n: t.clone() if n in copied else t for n, t in inputs.items()})
-        # Training and evaluation may differ in it, so that either is tried on copies first.
+        # Training and evaluation may differ in this, so each is tried on copies first.
         trial = self.training not in self._tried
         copied = self._input_names if trial else self._overwritten
         given = {n: t.clone() if n in copied else t for n, t in inputs.items()}
@@ -106,7 +107,7 @@ class DictModel(nn.Module):
             if written and not trial:
                 raise InputError(
                     f"the network {type(self.module).__name__} writes into its input {name!r}, "
-                    "and did not when it was first called: others are given the same tensor",
+                    "and did not when it was first called: others read the same tensor",
                     remedy=f"let its forward begin with {name} = {name}.clone()",
                 )
             if written:
@@ -136,8 +137,8 @@ class DictModel(nn.Module):
 def fold_output_scale(model: DictModel, batch: Mapping[str, Tensor]) -> bool:
     """Take the scale of the first output into the last linear layer, in place, for deployment.
 
-    Only where that layer's answer is the output itself and nothing else uses the layer; the
-    answers to ``batch`` must be the same, or all stays as it was.
+    Only where that layer's output is the output itself and nothing else uses the layer; the
+    outputs for ``batch`` must be equal, else nothing is changed.
 
     Args:
         model: in evaluation mode.
@@ -184,11 +185,11 @@ def fold_output_scale(model: DictModel, batch: Mapping[str, Tensor]) -> bool:
 
 
 _SAME = 1e-5
-"""How far a folded network's answers may be off, as a share of the largest: float32 rounding."""
+"""Largest error of a folded network's outputs, relative to the largest one: float32 rounding."""
 
 
 def fits(shape: Sequence[int], spec: TensorSpec) -> bool:
-    """Whether a tensor's shape is that of a spec, whose symbolic dimensions take any size."""
+    """Whether a tensor's shape is that of a spec, whose symbolic dimensions match any size."""
     return len(shape) == len(spec.shape) and all(
         isinstance(wanted, str) or wanted == size
         for size, wanted in zip(shape, spec.shape, strict=True)
@@ -196,10 +197,10 @@ def fits(shape: Sequence[int], spec: TensorSpec) -> bool:
 
 
 def name_outputs(answer: object, outputs: Sequence[TensorSpec]) -> dict[str, Tensor]:
-    """What a module gave, by the names of the spec.
+    """A module's outputs, by the names of the spec.
 
     Raises:
-        InputError: it gave another number of outputs, other names, or no tensors.
+        InputError: it returned another number of outputs, other names, or no tensors.
     """
     names = [spec.name for spec in outputs]
     named: dict[str, object]
@@ -207,7 +208,7 @@ def name_outputs(answer: object, outputs: Sequence[TensorSpec]) -> dict[str, Ten
         lacking = [name for name in names if name not in answer]
         if lacking:
             raise InputError(
-                f"the model gives {', '.join(map(str, answer))}, and not {', '.join(lacking)}",
+                f"the model outputs {', '.join(map(str, answer))}, and not {', '.join(lacking)}",
                 remedy="name its outputs as the task does, or return a tensor",
             )
         named = {name: answer[name] for name in names}
@@ -215,7 +216,7 @@ def name_outputs(answer: object, outputs: Sequence[TensorSpec]) -> dict[str, Ten
         given = list(answer) if isinstance(answer, tuple | list) else [answer]
         if len(given) != len(names):
             raise InputError(
-                f"the model gives {len(given)} outputs, and {len(names)} are wanted: "
+                f"the model returns {len(given)} outputs, and {len(names)} are needed: "
                 f"{', '.join(names)}",
                 remedy="return a mapping from output name to tensor",
             )
@@ -236,7 +237,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """How many numbers the parameters hold; buffers (batch-norm statistics) do not count."""
+    """Number of elements of the parameters; buffers (batch-norm statistics) are not counted."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -1,6 +1,6 @@
 """Networks of the packages timm and transformers, by name: ``timm:resnet18``.
 
-Both packages are extras. Weights come from where the package looks for them; a folder needs no
+Both packages are extras. Weights are loaded from the package's usual location; a folder needs no
 network.
 """
 
@@ -23,7 +23,7 @@ Maker = Callable[..., nn.Module]
 def timm_model(name: str, where: str) -> Maker:
     """What makes a network with ``timm.create_model``.
 
-    The arguments of a pipeline are ``pretrained`` (false) and all else that the network takes,
+    The arguments of a pipeline are ``pretrained`` (false) and all other arguments of the network,
     such as ``drop_rate`` or ``img_size``. Channels and classes are those of the data.
 
     Raises:
@@ -58,12 +58,12 @@ def timm_model(name: str, where: str) -> Maker:
 def transformers_model(name: str, where: str) -> Maker:
     """What makes a classifier with the Auto classes of transformers.
 
-    ``name`` is a folder with a ``config.json`` (absolute, or beside the pipeline file) or a name
+    ``name`` is a folder with a ``config.json`` (absolute, or next to the pipeline file) or a name
     that the package knows. Images make it an ``AutoModelForImageClassification``, integer tokens
     (B, T), ``input_ids`` and perhaps ``attention_mask``, an
     ``AutoModelForSequenceClassification``. The arguments of a pipeline are ``pretrained`` (true:
-    with the weights that lie there) and keys of its configuration, such as ``image_size``. The
-    classes are those of the data; a head for another number of them starts anew.
+    with the weights in that folder) and keys of its configuration, such as ``image_size``. The
+    classes are those of the data; a head for another number of them is newly initialised.
 
     Raises:
         InputError: transformers is not installed.
@@ -77,7 +77,7 @@ def transformers_model(name: str, where: str) -> Maker:
         inputs: Sequence[TensorSpec], num_classes: int, pretrained: bool = True, **args: Any
     ) -> nn.Module:
         image = _image(inputs)
-        # Its bar would be drawn across the one that shows the stage.
+        # Its progress bar would overwrite the stage's.
         transformers.utils.logging.disable_progress_bar()
         channels: dict[str, Any] = {}
         tokens = [s for s in inputs if len(s.shape) == 2 and s.dtype.startswith("int")]
@@ -137,7 +137,7 @@ HUBS: Mapping[str, Callable[[str, str], Maker]] = {
 
 
 def find_folder(name: str) -> Path | None:
-    """The folder of a name: as it is, or found as modules are, beside the pipeline file."""
+    """The folder of a name: as given, or found next to the pipeline file, as modules are."""
     path = Path(name).expanduser()
     places = [path] if path.is_absolute() else [Path(entry) / path for entry in sys.path if entry]
     return next((place for place in places if (place / "config.json").is_file()), None)

@@ -53,16 +53,16 @@ def _fixed(spec: TensorSpec) -> tuple[int, ...]:
 
 
 def flat_size(spec: TensorSpec) -> int:
-    """How many numbers one sample of a tensor holds."""
+    """Number of elements of one sample of a tensor."""
     return math.prod(_fixed(spec))
 
 
 class Mlp(nn.Module):
-    """All inputs, flattened and put side by side, to the outputs.
+    """All inputs, flattened and concatenated, to the outputs.
 
     Args:
-        inputs: of any shape; integers are taken as numbers.
-        outputs: what it gives.
+        inputs: of any shape; integers are converted to floats.
+        outputs: the output specs.
         hidden: the width of each hidden layer; empty for a linear model.
         dropout: after each hidden layer.
     """
@@ -244,7 +244,7 @@ class Policy(nn.Module):
 
     Args:
         inputs: at least one image (batch, C, H, W); everything else is flattened to a vector.
-        outputs: the action, and whatever else is wanted.
+        outputs: the action, and any further outputs.
         widths: channels of the image part, see :class:`edgekd.models.networks.ConvFeatures`.
         blocks: its residual blocks per stage.
         hidden: the width of the vector embedding and of the two layers of the trunk.
@@ -252,7 +252,7 @@ class Policy(nn.Module):
         dropout: in the trunk.
 
     Raises:
-        InputError: there is no image among the inputs, or an input holds integers.
+        InputError: there is no image among the inputs, or an input has integers.
     """
 
     def __init__(

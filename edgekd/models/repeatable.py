@@ -1,4 +1,4 @@
-"""Does a network give the same answer twice, and leave its own state alone, in evaluation mode?"""
+"""Check that a network in evaluation mode is deterministic and does not change its state."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from edgekd.models.dict_model import DictModel
 
 _CALLS = 3
 _ROUNDING = 1e-4
-"""Share of the largest answer by which two calls may differ: parallel sums are not in one order."""
+"""Largest difference of two calls, relative to the largest output: parallel sums vary in order."""
 
 
 def check_repeatable(model: DictModel, batch: Mapping[str, Tensor], where: str) -> None:
     """Call a network several times with one batch, as it will be called for every figure.
 
-    The network, its mode, its buffers and the random numbers stay as they were.
+    The network, its mode, its buffers and the random state are unchanged.
 
     Args:
         model: on the batch's device.
@@ -27,7 +27,7 @@ def check_repeatable(model: DictModel, batch: Mapping[str, Tensor], where: str) 
         where: the YAML section, for errors.
 
     Raises:
-        InputError: its answers differ, or it changes a buffer; the module is named.
+        InputError: its outputs differ, or it changes a buffer; the module is named.
     """
     training = model.training
     buffers = dict(model.named_buffers())
@@ -54,7 +54,7 @@ def check_repeatable(model: DictModel, batch: Mapping[str, Tensor], where: str) 
         culprit = next(filter(None, (_culprit(calls[0], call) for call in calls[1:])), "")
         named = f"the layer {culprit}" if culprit else f"the forward of {network} itself"
         raise InputError(
-            f"the network's answers to one and the same batch differ by up to {worst:.3g} in "
+            f"the network's outputs for the same batch differ by up to {worst:.3g} in "
             f"evaluation mode: {named} draws random numbers or counts its calls",
             where=where,
             remedy="let it do so in training only, e.g. F.dropout(x, p, training=self.training), "
@@ -64,16 +64,16 @@ def check_repeatable(model: DictModel, batch: Mapping[str, Tensor], where: str) 
         name = changed[0].removeprefix("module.")
         more = f" and {len(changed) - 1} more" if changed[1:] else ""
         raise InputError(
-            f"the network changes its buffer {name!r}{more} in evaluation mode: an answer depends "
+            f"the network changes its buffer {name!r}{more} in evaluation mode: an output depends "
             "on the batches before it",
             where=where,
             remedy="update buffers under 'if self.training:' only, and let train(False) reach "
-            "every layer (a batch norm that is kept in training mode takes the batch's statistics)",
+            "every layer (a batch norm that remains in training mode uses the batch's statistics)",
         )
 
 
 class _Call(NamedTuple):
-    """One forward: its answers, and what each module took and gave, innermost first."""
+    """One forward pass: its outputs, and each module's inputs and outputs, innermost first."""
 
     answers: Mapping[str, Tensor]
     seen: list[tuple[str, str, Any, Any]]
@@ -100,7 +100,7 @@ def _call(model: DictModel, batch: Mapping[str, Tensor]) -> _Call:
 
 
 def _culprit(one: _Call, other: _Call) -> str:
-    """The first module that gave two answers to the same inputs; empty: none did."""
+    """The first module with different outputs for the same inputs; empty: none."""
     for (path, kind, given, answer), (path_2, _, given_2, answer_2) in zip(
         one.seen, other.seen, strict=False
     ):
@@ -114,7 +114,7 @@ def _culprit(one: _Call, other: _Call) -> str:
 def _digest(value: Any) -> Any:
     """Something that is the same for the same tensors, in little memory."""
     if isinstance(value, Tensor):
-        # In place, the answer may be the input: two sums tell them apart without a copy.
+        # In place, the output may be the input: two sums distinguish them without a copy.
         wide = value.double()
         weights = torch.arange(1, wide.numel() + 1, device=wide.device) % 1009
         return (tuple(value.shape), wide.sum().item(), (wide.reshape(-1) * weights).sum().item())

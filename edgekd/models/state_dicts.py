@@ -1,4 +1,4 @@
-"""Which of the tensors in a checkpoint are a network's weights, whatever they are wrapped in."""
+"""Find a network's weights in a checkpoint, however they are wrapped."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from edgekd.errors import InputError, unknown_name
 _WRAPPER_SEGMENTS = {
     *("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"),
 }
-"""What DataParallel, torch.compile, FSDP and activation checkpointing put into a key, anywhere."""
+"""What DataParallel, torch.compile, FSDP and activation checkpointing insert into a key, at any
+position.
+"""
 
 _NESTING = 4
 _SHOWN = 4
-"""How many keys of a kind an error lists."""
+"""Number of keys of a kind that an error lists."""
 
 State = dict[str, Tensor]
 
@@ -30,7 +32,7 @@ class _Fit:
     prefix: str
     state: State
     others: int
-    """Tensors beside them in the same state dict."""
+    """Number of other tensors in the same state dict."""
 
 
 def find_state(
@@ -41,10 +43,10 @@ def find_state(
     key: str | None = None,
     prefix: str | None = None,
 ) -> tuple[State, list[str]]:
-    """A network's weights in what a checkpoint holds.
+    """A network's weights in the content of a checkpoint.
 
     Every mapping with tensors in it is looked at, and in each every prefix behind which all of
-    the network's keys are found in their shapes. One of them is taken, or several that are equal;
+    the network's keys are found in their shapes. One of them is used, or several that are equal;
     between different ones the user has to choose.
 
     Args:
@@ -52,11 +54,11 @@ def find_state(
         wanted: the network's own state dict.
         place: the file, for errors.
         section: the YAML section with ``checkpoint_key`` and ``prefix``, for errors.
-        key: the mapping that is meant, with dots where it lies in another.
-        prefix: the prefix that is meant; empty for none.
+        key: the key of the mapping to use, with dots for nested ones.
+        prefix: the prefix to use; empty for none.
 
     Returns:
-        The state dict with the network's keys, and what a reader should know of the choice.
+        The state dict with the network's keys, and notes on the choice.
 
     Raises:
         InputError: there is no state dict; none fits (missing, unexpected and mis-shaped keys of
@@ -110,13 +112,13 @@ def _state_dicts(content: object, path: str = "", depth: int = 0) -> Iterator[tu
 
 
 def _fits(key: str, state: State, wanted: Mapping[str, Tensor], prefix: str | None) -> list[_Fit]:
-    """Each way in which a state dict fills a network."""
+    """Each mapping of a state dict to the network's keys."""
     covering = [
         (each, inner)
         for each in (_prefixes(state, wanted) if prefix is None else [prefix])
         if _covers(inner := _behind(each, state), wanted)
     ]
-    # More keys behind the prefix mean another network, unless that prefix was asked for, or
+    # More keys behind the prefix mean another network, unless that prefix was set, or
     # weights are found elsewhere too: then there is a choice.
     exact = [each for each, inner in covering if inner.keys() <= wanted.keys()]
     if exact or prefix is not None:
@@ -148,7 +150,7 @@ def _covers(state: State, wanted: Mapping[str, Tensor]) -> bool:
 
 
 def _missing(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
-    """The network's keys that are not there, nor under the name of a tensor they share."""
+    """The network's missing keys, excluding those stored under the name of a shared tensor."""
     present = {_storage(wanted[k]) for k in state if k in wanted}
     return [
         k
@@ -166,7 +168,7 @@ def _storage(tensor: Tensor) -> tuple[object, ...]:
 
 
 def _from_several_prefixes(state: State, wanted: Mapping[str, Tensor]) -> State | None:
-    """Keys behind prefixes of their own, or with a wrapper's segment within, if it is certain."""
+    """Keys with removed prefixes or wrapper segments, if the match is certain."""
     plain = {_unwrapped(k): v for k, v in state.items()}
     names = {_unwrapped(k): k for k in wanted}
     if len(plain) == len(state) and len(names) == len(wanted):
@@ -218,7 +220,7 @@ def _ambiguous(fits: list[_Fit], place: str, section: str) -> InputError:
     return InputError(
         f"the checkpoint holds this network's weights more than once, and they differ: {listed}",
         where=place,
-        remedy=f"say which are meant under {section}: '{named}: {choices[-1]}'",
+        remedy=f"choose one under {section}: '{named}: {choices[-1]}'",
     )
 
 

@@ -31,7 +31,7 @@ _HARMLESS = [
     *(np.dtype, np.ndarray, np.float64(0).__reduce__()[0]),
     *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"},
 ]
-"""What many checkpoints hold beside weights, and whose loading runs no code of the file's."""
+"""Types that many checkpoints contain besides weights, and whose loading runs no code."""
 _SCALING = ("@output_scale", "@output_offset")
 
 
@@ -39,7 +39,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
     """Write the weights and buffers as safetensors, at once or not at all.
 
     The keys are those of the network itself: a :class:`DictModel` is looked into. How it scales
-    its output, if it does, is beside them under keys that no network has.
+    its output, if any, is stored with them under keys that no network has.
 
     Raises:
         StageError: the file cannot be written (full disk, no permission).
@@ -58,16 +58,16 @@ def save_weights(model: nn.Module, path: Path) -> None:
         raise StageError(
             f"the weights cannot be written: {error.strerror or error}",
             where=str(path),
-            remedy="make room on the disk, or give a folder that can be written to",
+            remedy="free space on the disk, or give a folder that can be written to",
         ) from error
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file of weights holds.
+    """The content of a file of weights.
 
     Attributes:
-        content: a mapping, perhaps with others in it, or a module.
+        content: a mapping, possibly nested, or a module.
         metadata: the texts of a safetensors file.
         place: the file with its YAML key, for errors.
         section: the YAML section it is named in.
@@ -126,14 +126,14 @@ def load_weights(
 
     Args:
         model: the network; a :class:`DictModel` is looked into.
-        path: the file, or what was read from it.
+        path: the file, or its content.
         allow_pickle: also run the code that a pickle contains. Only for files you trust.
         where: the YAML key, for errors.
-        key: which mapping of the file, where several hold this network's weights.
+        key: the mapping of the file to use, where several have this network's weights.
         prefix: what its keys begin with, where several sets of keys would do.
 
     Returns:
-        What a reader should know of the choice among the file's tensors.
+        Notes on the choice among the file's tensors.
 
     Raises:
         InputError: as :func:`read_checkpoint`; or weights that do not fit (missing, unexpected
@@ -180,9 +180,9 @@ def _read_safetensors(path: Path, place: str) -> tuple[dict[str, Tensor], dict[s
             state: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise InputError(
-            f"this is not a whole safetensors file: {error}",
+            f"this is not a complete safetensors file: {error}",
             where=place,
-            remedy="copy or download it again; it may have been cut off",
+            remedy="copy or download it again; it may be truncated",
         ) from error
     # safetensors stores tensors that share their memory once, and notes the other names.
     shared = {k: state[v] for k, v in metadata.items() if v in state and k not in state}
@@ -192,7 +192,7 @@ def _read_safetensors(path: Path, place: str) -> tuple[dict[str, Tensor], dict[s
 def _read_torch(path: Path, allow_pickle: bool, place: str) -> object:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
-            # What torch warns of here is what the errors below say more clearly.
+            # Suppresses torch's warnings: the errors below are clearer.
             warnings.simplefilter("ignore", UserWarning)
             content: object = torch.load(path, map_location="cpu", weights_only=not allow_pickle)
     except pickle.UnpicklingError as error:
@@ -233,5 +233,5 @@ def _damaged(error: Exception, place: str) -> InputError:
     return InputError(
         f"the checkpoint cannot be read: {reason[:200]}",
         where=place,
-        remedy="copy or download it again; it may have been cut off",
+        remedy="copy or download it again; it may be truncated",
     )

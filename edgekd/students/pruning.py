@@ -30,7 +30,7 @@ _PRUNED_KINDS = (nn.modules.conv._ConvNd, nn.Linear)
 _WHERE = "student.prune"
 _UNCERTAIN = "which inputs of later layers are its channels is not certain"
 _PARTS = (2, 3, 4)
-"""In so many parts that lose the same channels a layer is tried, where it cannot lose any others:
+"""Numbers of equal parts in which a layer is tried, where it cannot be pruned freely:
 the halves of a chunk or of a GLU, the three of query, key and value."""
 
 
@@ -50,11 +50,11 @@ class Pruned:
     model: DictModel
     cuts: tuple[ChannelCut, ...]
     ratio: float
-    """As it was asked for; rounding, and what stays whole, make it another one."""
+    """The requested ratio; rounding and unpruned layers change the actual one."""
     layers: tuple[Width, ...]
     """Those that became narrower, in the order of the network."""
     left: dict[str, str]
-    """Why a layer keeps its channels, by name."""
+    """The reason why a layer is not pruned, by name."""
     parameters: tuple[int, int]
     macs: tuple[int, int]
     """Multiply-adds of convolutions and matrix products for one sample, before and after."""
@@ -81,7 +81,7 @@ class Pruned:
 
 @dataclass
 class _Group:
-    """Channels that go or stay together in several layers; ``name`` is the first of these."""
+    """Channels that are removed together in several layers; ``name`` is the first of these."""
 
     name: str
     scores: list[float]
@@ -116,7 +116,7 @@ class _Group:
         return sorted(range(self.units), key=self.scores.__getitem__)
 
     def keep_about(self, wanted: float) -> None:
-        """Remove the least important units so that the nearest multiple of the step stays."""
+        """Remove the least important units so that the nearest multiple of the step remains."""
         kept = max(self.step, math.floor(wanted / self.step + 0.5) * self.step)
         self.removed = self.least_first[: max(0, self.units - kept)]
 
@@ -126,18 +126,18 @@ class _Group:
 
 
 def prune(model: DictModel, config: PruneConfig, seed: int = 0) -> Pruned:
-    """A narrower copy of a network, which itself stays as it is.
+    """A narrower copy of a network; the network is unchanged.
 
-    The layers that give the outputs keep their width, and so does what ``keep`` names (its output
+    The output layers keep their width, and so do the layers that ``keep`` names (their output
     channels; it may lose inputs). Layers whose outputs are added lose the same channels. A layer
-    is left whole where the rest of the network cannot follow. ``magnitude`` is the mean square of
+    is not pruned where the rest of the network cannot follow. ``magnitude`` is the mean square of
     the weights that go with a channel, over the layers that depend on it; ``taylor`` the first
     order change of the loss (Molchanov et al. 2019); ``lamp`` a magnitude that layers share (Lee
     et al. 2021).
 
     Args:
         model: a trained network. For ``taylor`` its parameters have gradients of the loss.
-        config: how much goes and by what.
+        config: ratio, importance and scope.
         seed: of ``random``.
 
     Raises:
@@ -151,11 +151,11 @@ def prune(model: DictModel, config: PruneConfig, seed: int = 0) -> Pruned:
         widths = _widths(graph)
     choose = _choose_in_each if config.scope == "layer" else _choose_in_all
     choose(groups, config.ratio)
-    left |= {g.name: "it is as narrow as it may be" for g in groups if not g.removed}
+    left |= {g.name: "it is as narrow as allowed" for g in groups if not g.removed}
     cuts = [group.cut() for group in groups if group.removed]
     pruned = _checked(model, cuts)
     if pruned is None:
-        # The whole network cannot follow: one layer after the other, to find which.
+        # The complete network cannot follow: try one layer after the other to find which.
         fits = [cut for group in groups if group.removed and (cut := _fitting(model, group))]
         left |= {
             cut.layer: _UNCERTAIN for cut in cuts if cut.layer not in {fit.layer for fit in fits}
@@ -194,7 +194,7 @@ def count_macs(model: DictModel) -> int:
 
 
 def _kept(model: DictModel, names: Sequence[str]) -> set[nn.Module]:
-    """The layers that ``keep`` names, with all inside them."""
+    """The layers that ``keep`` names, with all layers inside them."""
     modules = dict(model.module.named_modules())
     for name in names:
         if not name or name not in modules:
@@ -225,7 +225,7 @@ def _importance(kind: str) -> Any:
 def _groups(
     model: DictModel, graph: Graph, config: PruneConfig, kept: set[nn.Module]
 ) -> tuple[list[_Group], dict[str, str]]:
-    """The groups of channels that may go, and why the others stay, by their first layer."""
+    """The groups of channels that may be removed, and why others may not, by their first layer."""
     groups: list[_Group] = []
     left: dict[str, str] = {}
     importance = _importance(config.importance)
@@ -245,7 +245,7 @@ def _groups(
             left[name] = _UNCERTAIN
             continue
         if scores is None:
-            left[name] = "it has no weights to choose by"
+            left[name] = "it has no weights to rank by"
         elif repeats == 0 or len(scores) % repeats:
             left[name] = _UNCERTAIN
         else:
@@ -263,7 +263,7 @@ def _reason_to_stay(model: DictModel, graph: Graph, group: Any, kept: set[nn.Mod
     is_out = graph.dependencies.is_out_channel_pruning_fn
     targets = [dep.target for dep, _ in group if is_out(dep.handler)]
     if any(target.grad_fn in graph.outputs for target in targets):
-        return "it gives an output"
+        return "it is an output layer"
     if any(target.module in kept for target in targets):
         return "keep"
     if not channel_dependencies(model, graph, group):
@@ -284,7 +284,7 @@ def _all_groups(graph: Graph) -> Iterator[tuple[nn.Module, Any]]:
         try:
             group = graph.group(layer, range(width))
         except (IndexError, RuntimeError, ValueError, AttributeError):
-            # torch-pruning raises whatever its bookkeeping runs into.
+            # torch-pruning raises arbitrary errors of its bookkeeping.
             yield layer, None
             continue
         targets = [d.target.module for d, _ in group
@@ -308,9 +308,9 @@ def _repeats(graph: Graph, group: Any) -> int:
 
 
 def _together(graph: Graph, layer: nn.Module, width: int) -> int:
-    """How many channels of a layer go when its first one goes: both halves of a GLU's, so 2.
+    """Number of channels of a layer removed with its first one: both halves of a GLU's, so 2.
 
-    0 where these are not the same place of equal parts, so that units cannot be told.
+    0 where these are not the same place of equal parts, so that units cannot be identified.
     """
     out = graph.dependencies.is_out_channel_pruning_fn
     gone = {
@@ -326,7 +326,7 @@ def _together(graph: Graph, layer: nn.Module, width: int) -> int:
 
 
 def _choose_in_each(groups: Sequence[_Group], ratio: float) -> None:
-    """The same share of every group goes."""
+    """The same share of every group is removed."""
     narrowest = min((g for g in groups if g.units > g.step), key=lambda g: g.units, default=None)
     if narrowest is not None and narrowest.step == 1 and narrowest.units * (1 - ratio) < 0.5:
         raise InputError(
@@ -386,6 +386,6 @@ def _with_cuts(model: DictModel, cuts: Sequence[ChannelCut]) -> DictModel | None
         apply_cuts(pruned, cuts)
         probe(pruned)
     except Exception:
-        # Whatever a library or a user's own forward raises means the same: this cannot go.
+        # Any error of a library or a user's own forward means that this cannot be removed.
         return None
     return pruned

@@ -1,10 +1,10 @@
 """A pruning plan: channel cuts, their graph, and the check of what depends on a channel.
 
-The structure of a pruned network is a list of cuts: plain data, with which any later stage makes
+The structure of a pruned network is a list of cuts: plain data, with which any later stage builds
 the same network out of a fresh one. The dependency graph is torch-pruning's (Fang et al. 2023).
 
 The graph of torch-pruning guesses at reshapes and concatenations: a layer joined behind a raw
-input, or flattened with its channels last, would lose the wrong inputs, and no shape would tell.
+input, or flattened with its channels last, would lose the wrong inputs without a shape error.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def torch_pruning() -> Any:
 
 @dataclass(frozen=True)
 class Graph:
-    """The dependency graph of a network as it is now."""
+    """The dependency graph of the network in its current state."""
 
     dependencies: Any
     """A ``torch_pruning.DependencyGraph``."""
@@ -76,7 +76,7 @@ class Graph:
 
 @contextmanager
 def traced(model: DictModel) -> Iterator[Graph]:
-    """The dependency graph of a network, whose channels may be taken out while inside.
+    """The dependency graph of a network, whose channels may be removed while inside.
 
     Raises:
         InputError: torch-pruning is not installed, or cannot follow the network.
@@ -103,7 +103,7 @@ def traced(model: DictModel) -> Iterator[Graph]:
             raise InputError(
                 f"torch-pruning cannot follow this network: {type(error).__name__}: {error}",
                 where="student.prune",
-                remedy="its answers must be made by torch operations with gradients; or name a "
+                remedy="its outputs must be computed by torch operations with gradients; or name a "
                 "smaller student instead of pruning",
             ) from error
         names = {
@@ -154,14 +154,14 @@ def read_cuts(path: Path) -> tuple[ChannelCut, ...]:
 
 
 _ACROSS_CHANNELS = (nn.LayerNorm, nn.GroupNorm)
-"""Norms by which every channel depends on all others: there is nothing to find out."""
+"""Norms by which every channel depends on all others: they need no check."""
 
 
 def channel_dependencies(model: DictModel, graph: Graph, group: Any) -> bool:
-    """Whether channels reach the answers only through the inputs that would go with them.
+    """Whether channels reach the outputs only through the inputs that would be removed with them.
 
     Half of the channels are disturbed where they arise, and the inputs that the graph says are
-    theirs are silenced: then the answers must not change.
+    theirs are set to zero: then the outputs must not change.
 
     Args:
         model: the network of the graph.
@@ -205,16 +205,16 @@ def channel_dependencies(model: DictModel, graph: Graph, group: Any) -> bool:
 def loses_only_its_inputs(
     model: DictModel, graph: Graph, cuts: Sequence[ChannelCut], pruned: DictModel
 ) -> bool:
-    """Whether a pruned network answers as the whole one does when the inputs that went are zeros.
+    """Whether a pruned network's outputs equal the full one's with zeros for the removed inputs.
 
     Where channels are split, dealt out or paired with each other (chunk, GLU, a channel shuffle,
-    a pixel shuffle), the layers that stay must still meet the channels that they were made for.
-    Norms over channels are left out on both sides: every channel changes their answer.
+    a pixel shuffle), the remaining layers must still get the channels that they were trained on.
+    Norms over channels are skipped on both sides: every channel changes their output.
 
     Args:
-        model: the whole network.
+        model: the unpruned network.
         graph: its dependencies.
-        cuts: what went.
+        cuts: the removed channels.
         pruned: the network without it.
     """
     layers = {name: layer for layer, name in graph.names.items()}

@@ -66,7 +66,7 @@ class LocalTarget:
             inputs: an npz file with the models' inputs; None makes random ones.
             shapes: ``NAME=1x3x224x224`` for random inputs.
             batch: samples of one query.
-            threads: the runtime's threads for one operator; None leaves it to the runtime.
+            threads: the runtime's threads for one operator; None: the runtime's default.
             providers: ONNX Runtime's execution providers in order; none is the CPU.
             provider_options: of these providers by name; see
                 :attr:`edgekd.engines.onnxruntime.EngineInfo.provider_options`.
@@ -76,7 +76,7 @@ class LocalTarget:
             min_queries: timed queries of each model, unless ``max_seconds`` are over before.
             max_seconds: of timing both models.
             seed: of random inputs.
-            memory: whether to measure peak memory, in further processes.
+            memory: whether to measure peak memory, in additional processes.
         """
         words = [
             *("--min-queries", str(min_queries)),
@@ -127,7 +127,7 @@ class LocalTarget:
         manifest: Path | None = None,
         raw: bool = False,
     ) -> None:
-        """Write the model's answers for every sample of an npz file to another one.
+        """Write the model's outputs for every sample of an npz file to another one.
 
         Args:
             model: an ONNX file.
@@ -188,7 +188,7 @@ class LocalTarget:
             provider_options: as in :meth:`bench`.
             optimization: as in :meth:`bench`.
             run: whether to run it at all.
-            max_seconds: how long that may take.
+            max_seconds: time limit.
 
         Raises:
             CrashError: the runtime ends the process. Where it does so at a high level of graph
@@ -238,7 +238,7 @@ class LocalTarget:
         dla: int | None = None,
         gpu_fallback: bool = True,
     ) -> dict[str, Any]:
-        """Build a TensorRT engine: a record ``edgerun.build/1``, also left beside the engine.
+        """Build a TensorRT engine: a record ``edgerun.build/1``, also written next to the engine.
 
         Args:
             model: an ONNX file.
@@ -246,7 +246,7 @@ class LocalTarget:
             library: ``tensorrt`` or ``tensorrt-rtx``.
             compute_capabilities: ``("8.6", "8.9")``, the GPUs to build for; tensorrt-rtx alone.
             precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``, which convolutions and matrix
-                products must then have; None takes what the model says.
+                products must then have; None: the model's own precision.
             keep: nodes that may stay in a wider precision.
             shapes: ``NAME=MIN:USUAL:MAX`` of inputs with open dimensions.
             batch: usual and largest size of an open batch dimension without a shape.
@@ -278,7 +278,7 @@ class LocalTarget:
         return _edgerun_json("build", [*words, "--", _absolute(model)], None)
 
     def parse(self, model: Path, library: str) -> dict[str, Any]:
-        """What TensorRT's parser says to a model: a record ``edgerun.parse/1``."""
+        """The verdict of TensorRT's parser on a model: a record ``edgerun.parse/1``."""
         return _edgerun_json("parse", ["--library", library, "--", _absolute(model)], None)
 
     def info(self, model: Path | None = None) -> dict[str, Any]:
@@ -290,7 +290,7 @@ def clean_environment(threads: int | None) -> dict[str, str]:
     """The environment of a measuring process.
 
     Python's own variables are dropped, so that nothing of this process's packages or settings
-    comes along but the interpreter; edgerun's parent is the whole PYTHONPATH.
+    is inherited but the interpreter; PYTHONPATH is edgerun's parent alone.
     """
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     kept["PYTHONPATH"] = str(edgerun_folder().parent)
@@ -349,7 +349,7 @@ def _probe(
 
 
 def _remedy(crash: CrashError, model: Path, level: str, settings: dict[str, Any]) -> str:
-    """What to do about a model that ends the process; lower levels of optimization are tried."""
+    """The remedy for a model that crashes the process; lower levels of optimization are tried."""
     if crash.signal == signal.SIGKILL:
         return "it is often the system that ends a process so, for memory: free some"
     for lower in LEVELS[LEVELS.index(level) + 1 :]:
@@ -377,7 +377,7 @@ def _remedy(crash: CrashError, model: Path, level: str, settings: dict[str, Any]
 def _edgerun_json(
     command: str, words: Sequence[str], threads: int | None, max_seconds: float | None = None
 ) -> dict[str, Any]:
-    """Run edgerun with ``--json`` and read what it wrote."""
+    """Run edgerun with ``--json`` and read its record."""
     with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
         path = Path(folder) / "answer.json"
         _edgerun(command, ["--json", str(path), *words], threads, max_seconds)
@@ -395,12 +395,12 @@ def _edgerun_json(
 def _edgerun(
     command: str, words: Sequence[str], threads: int | None, max_seconds: float | None = None
 ) -> None:
-    # An empty working folder: 'python -m' would prefer a numpy.py that happens to lie here.
+    # An empty working folder: 'python -m' would prefer a numpy.py in the current folder.
     with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "edgerun", command, *words],
-                # What a crash leaves in its temporary folder goes with ours.
+                # Temporary files of a crashed process are removed with this folder.
                 env=clean_environment(threads) | {"TMPDIR": folder},
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
@@ -458,7 +458,7 @@ def _error(command: str, done: subprocess.CompletedProcess[str], model: str | No
 
 
 def named_signal(number: int) -> str:
-    """``11`` → ``11 (SIGSEGV)``; a number without a name stays one."""
+    """``11`` → ``11 (SIGSEGV)``; without a name, the number alone."""
     try:
         return f"{number} ({signal.Signals(number).name})"
     except ValueError:

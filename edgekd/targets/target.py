@@ -12,7 +12,7 @@ from edgekd.targets.local import LocalTarget
 
 
 class Target(Protocol):
-    """A machine that has edgerun and runs each call in a fresh process of its own."""
+    """A machine with edgerun that runs each call in a fresh process."""
 
     @property
     def name(self) -> str:
@@ -54,7 +54,7 @@ class Target(Protocol):
         manifest: Path | None = None,
         raw: bool = False,
     ) -> None:
-        """Write the model's answers for every sample of an npz file to another one."""
+        """Write the model's outputs for every sample of an npz file to another one."""
         ...
 
     def probe(
@@ -96,7 +96,7 @@ class Target(Protocol):
         ...
 
     def parse(self, model: Path, library: str) -> dict[str, Any]:
-        """What the machine's TensorRT parser says to a model: a record ``edgerun.parse/1``."""
+        """The verdict of the machine's TensorRT parser on a model: a record ``edgerun.parse/1``."""
         ...
 
     def info(self, model: Path | None = None) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def open_target(name: str, where: str | None = "target") -> Target:
     """
     if name.startswith("ssh://"):
         raise InputError(
-            f"target {name!r} is on another machine, which comes in a later version",
+            f"target {name!r} is on another machine, which a later version will support",
             where=where,
             remedy="use 'local' here; on the device, unpack the bundle and run "
             "'python -m edgerun bench MODEL.onnx'",

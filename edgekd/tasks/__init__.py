@@ -1,4 +1,4 @@
-"""What an output means: its hard loss, its metric and the checks of its data."""
+"""Tasks: hard loss, metric and the checks of the data."""
 
 from __future__ import annotations
 
@@ -56,6 +56,6 @@ def get_task(name: str, args: Mapping[str, Any] | None = None, where: str = "tas
         raise InputError(
             f"{name!r} is not a task: it has no {', '.join(lacking)}",
             where=where,
-            remedy="give it what edgekd.tasks.Task describes",
+            remedy="implement the interface edgekd.tasks.Task",
         )
     return task

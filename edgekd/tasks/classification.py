@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 class Classification:
     """Logits (B, C) or (B, T, C) against integer labels (B,) or (B, T); the metric is accuracy.
 
-    The label -1 says that there is none: it counts neither in the loss nor in the metric.
+    The label -1 marks unlabelled samples: they count neither in the loss nor in the metric.
 
     Args:
         target: the name of the label array.
         output: the name of the logits.
-        classes: how many classes there are; left out, the data's class names say it, and
+        classes: the number of classes; left out, that of the data's class names, and
             without names the largest label of the training split. Data without labels need
             it.
     """
@@ -52,7 +52,7 @@ class Classification:
         self.classes = classes
 
     def check(self, dataset: DatasetLike) -> None:
-        """See :meth:`edgekd.tasks.task.Task.check`."""
+        """Check that the data fit the task; raises InputError."""
         arrays = target_arrays(dataset, self.target, self.name)
         for split, labels in arrays.items():
             self._check_integers(labels, split)
@@ -108,17 +108,17 @@ class Classification:
         return scores
 
     def labelled(self, targets: Arrays) -> np.ndarray[Any, Any]:
-        """Where a label, or that of one position, is a class; see :class:`Task`."""
+        """(N,) bool: which samples have a label (at any position)."""
         labels = required(targets, self.target, "target")
         known = (labels > UNLABELLED).reshape(len(labels), -1)
         return np.asarray(known.any(axis=1))
 
     def pseudo_targets(self, outputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
-        """The class of the largest logit, int64; see :class:`Task`."""
+        """The predicted classes as targets, int64."""
         return {self.target: required(outputs, self.output, "output").argmax(axis=-1)}
 
     def constant(self, targets: Arrays) -> dict[str, np.ndarray[Any, Any]]:
-        """Logits of 1 for the most frequent class of all and 0 for the others."""
+        """Constant logits: 1 for the most frequent class and 0 for the others."""
         labels = required(targets, self.target, "target")
         frequency = np.bincount(labels[labels > UNLABELLED], minlength=1)
         logits = np.zeros((*labels.shape, len(frequency)))
@@ -160,11 +160,11 @@ class Classification:
                 raise InputError(
                     "no training sample has a label, so the number of classes is unknown",
                     where=f"split train, {self.target!r}",
-                    remedy="say it in the pipeline: task_args: {classes: …}",
+                    remedy="set it in the pipeline: task_args: {classes: …}",
                 )
         if count < 2:
             raise InputError(
-                f"the data have {count} class; nothing is to be told apart",
+                f"the data have {count} class; there is nothing to classify",
                 where=f"split train, {self.target!r}",
                 remedy="give data of two classes or more",
             )
@@ -172,7 +172,7 @@ class Classification:
 
     def _classes_from(self, dataset: DatasetLike) -> str:
         if self.classes is not None:
-            return "as task_args.classes says"
+            return "as set in task_args.classes"
         if dataset.labels:
             return "as many as class names"
-        return "the largest label of the training split says so; task_args.classes can"
+        return "by the largest label of the training split; see task_args.classes"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from edgekd.tasks.losses import Distance
 
 _NARROWEST, _WIDEST = 0.1, 3.0
-"""Deviations, and means, of targets that a network's first answers are near enough to."""
+"""Range of target deviations and means that needs no scaling of a network's outputs."""
 
 
 class ContinuousTask:
@@ -42,7 +42,7 @@ class ContinuousTask:
     metric = "mae"
     higher_is_better = False
     unit = 1.0
-    """What outputs and targets are divided by in every loss; see :meth:`fit_unit`."""
+    """The divisor of outputs and targets in every loss; see :meth:`fit_unit`."""
     offset: np.ndarray[Any, Any] | None = None
     """The mean of the training targets, in the shape of one; None: outputs are not scaled."""
 
@@ -63,10 +63,10 @@ class ContinuousTask:
             self.metric = "mse"
 
     def fit_unit(self, targets: Arrays) -> None:
-        """Take the training targets' mean and deviation, if their range asks for it.
+        """Use the training targets' mean and deviation as unit, if their range requires it.
 
         Losses then compare in units of the deviation over all elements, and networks that are
-        trained from fresh weights answer ``raw · unit + offset``. One unit for all elements: the
+        trained from fresh weights output ``raw · unit + offset``. One unit for all elements: the
         objective is the same but for a factor, and so is what it weighs.
 
         Args:
@@ -94,7 +94,7 @@ class ContinuousTask:
         return f"{self.target}_mask"
 
     def check(self, dataset: DatasetLike) -> None:
-        """See :meth:`edgekd.tasks.task.Task.check`."""
+        """Check that the data fit the task; raises InputError."""
         arrays = target_arrays(dataset, self.target, self.name)
         delivered = {spec.name for spec in dataset.targets}
         shape = arrays["train"].shape[1:]
@@ -131,7 +131,7 @@ class ContinuousTask:
         batch: Mapping[str, Tensor],
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        """The distance to the target over the elements that the mask keeps, in units of
+        """The distance to the target over the unmasked elements, in units of
         :attr:`unit`."""
         from edgekd.tasks.losses import distance
 
@@ -143,12 +143,12 @@ class ContinuousTask:
         target, mask = batch[self.target], batch.get(self.mask)
         output = outputs[self.output]
         if self.unit != 1.0:
-            # Widened before it is divided: a float16 has no room for a large target.
+            # Widened before the division: a large target overflows float16.
             output, target = output.float() / self.unit, target.float() / self.unit
         return distance(output, target, self.loss, mask)
 
     def scores(self, outputs: Arrays, targets: Arrays) -> np.ndarray[Any, Any]:
-        """The mean error of each sample over the elements that the mask keeps: absolute for
+        """The mean error of each sample over the unmasked elements: absolute for
         ``mae``, squared for ``mse``."""
         predicted = required(outputs, self.output, "output")
         wanted = required(targets, self.target, "target")
@@ -173,11 +173,11 @@ class ContinuousTask:
         return scores
 
     def labelled(self, targets: Arrays) -> np.ndarray[Any, Any]:
-        """Every sample has a target; see :class:`edgekd.tasks.task.Task`."""
+        """(N,) bool, all true: every sample has a target."""
         return np.ones(len(required(targets, self.target, "target")), bool)
 
     def pseudo_targets(self, outputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
-        """The outputs themselves, float32; see :class:`edgekd.tasks.task.Task`."""
+        """The outputs themselves as targets, float32."""
         predicted = required(outputs, self.output, "output")
         return {self.target: predicted.astype(np.float32, copy=False)}
 
@@ -185,7 +185,7 @@ class ContinuousTask:
         """The median of each element over the samples, for ``mse`` the mean: no constant has a
         lower error.
 
-        Where a mask leaves elements out, over those that it keeps; 0 where it keeps none.
+        With a mask, over the unmasked elements; 0 where there are none.
         """
         wanted = required(targets, self.target, "target").astype(np.float64)
         if self.mask in targets:
@@ -223,12 +223,12 @@ class ContinuousTask:
         empty = np.logical_not(np.any(kept.reshape(len(kept), -1), axis=1))
         if empty.any():
             raise InputError(
-                f"the mask of sample {int(np.argmax(empty))} keeps nothing "
+                f"the mask of sample {int(np.argmax(empty))} selects nothing "
                 f"({int(empty.sum())} of {len(empty)} samples)",
                 where=where,
                 remedy="remove samples that have no target at all",
             )
-        # What a mask leaves out may be NaN; it is never looked at.
+        # Masked elements may be NaN; they are never read.
         check_finite(np.where(kept, values, 0), f"the target {self.target!r}", split)
 
 
@@ -247,7 +247,7 @@ class Regression(ContinuousTask):
         loss: the hard loss.
         metric: the mean absolute or the mean squared error.
         standardize: train in units of the targets' deviation, from their mean: ``auto`` where
-            their range asks for it. What a network answers is always in the user's units.
+            their range requires it. A network's outputs are always in the user's units.
     """
 
     name = "regression"
@@ -272,7 +272,7 @@ class Policy(ContinuousTask):
         loss: the hard loss. ``mae`` is less drawn to rare, large actions than ``mse``.
         metric: the mean absolute or the mean squared error.
         standardize: train in units of the targets' deviation, from their mean: ``auto`` where
-            their range asks for it. What a network answers is always in the user's units.
+            their range requires it. A network's outputs are always in the user's units.
     """
 
     name = "policy"

@@ -16,7 +16,7 @@ Distance = Literal["mse", "mae", "l1", "huber"]
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision widened to float32; float32 and float64 as they are.
+    """Half precision widened to float32; float32 and float64 unchanged.
 
     A sum of exponentials over classes loses too much, or overflows, in 16 bits.
     """
@@ -28,7 +28,7 @@ def cross_entropy(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) 
 
     Args:
         logits: (B, ..., C).
-        target: integer classes (B, ...), of which those below 0 are unlabelled and left out of
+        target: integer classes (B, ...), of which those below 0 are unlabelled and excluded from
             the mean (none left gives 0); or class probabilities of the logits' own shape, where
             a row of zeros is unlabelled.
         label_smoothing: the part of the probability spread evenly over all classes.
@@ -77,14 +77,14 @@ def class_numbers(logits: Tensor, target: Tensor) -> Tensor:
 def distance(
     prediction: Tensor, target: Tensor, kind: Distance = "mse", mask: Tensor | None = None
 ) -> Tensor:
-    """Mean squared, mean absolute or Huber (δ = 1) error over the elements that the mask keeps.
+    """Mean squared, mean absolute or Huber (δ = 1) error over the unmasked elements.
 
     Args:
         prediction: (B, ...).
         target: the same shape; (B,) also fits a prediction (B, 1).
         kind: ``mse``, ``mae`` (or ``l1``) or ``huber``.
         mask: nonzero where an element counts; (B,), (B, T) or the full shape. With a mask the
-            mean is over the kept elements; none kept gives 0.
+            mean is over the selected elements, 0 without any.
 
     Raises:
         InputError: the shapes differ; broadcasting would silently give a wrong loss.

@@ -1,4 +1,4 @@
-"""What a task is, and the checks of samples and outputs that tasks share."""
+"""The interface of a task, and the checks of samples and outputs that tasks share."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SplitLike(Protocol):
 
 
 class DatasetLike(Protocol):
-    """What a task needs to know of a data set."""
+    """The properties of a data set that a task needs."""
 
     @property
     def splits(self) -> Mapping[str, SplitLike]:
@@ -37,12 +37,12 @@ class DatasetLike(Protocol):
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
-        """What a model takes."""
+        """The inputs of a model."""
         ...
 
     @property
     def targets(self) -> tuple[TensorSpec, ...]:
-        """What is to be learnt."""
+        """The targets."""
         ...
 
     @property
@@ -55,7 +55,7 @@ class Task(Protocol):
     """What the outputs of a model mean.
 
     A sample may have no target; the metric of a split is that of its labelled samples. A split
-    without any is scored by what the teacher answers (:func:`agreement_task`).
+    without any is scored by agreement with the teacher (:func:`agreement_task`).
 
     Attributes:
         name: the task's name in a pipeline.
@@ -76,7 +76,7 @@ class Task(Protocol):
         ...
 
     def outputs(self, dataset: DatasetLike) -> tuple[TensorSpec, ...]:
-        """What a model must give for this data set, the primary output first."""
+        """The required outputs of a model for this data set, the primary output first."""
         ...
 
     def hard_loss(
@@ -91,12 +91,12 @@ class Task(Protocol):
     def scores(self, outputs: Arrays, targets: Arrays) -> np.ndarray[Any, Any]:
         """The metric of each sample, (N,) float64; the metric of a set is their mean.
 
-        Only that over the samples that are :meth:`labelled` means anything.
+        Only scores of samples that are :meth:`labelled` are valid.
         """
         ...
 
     def labelled(self, targets: Arrays) -> np.ndarray[Any, Any]:
-        """Which samples have a target to be held against, (N,) bool."""
+        """(N,) bool: which samples have a target."""
         ...
 
     def pseudo_targets(self, outputs: Arrays) -> dict[str, np.ndarray[Any, Any]]:
@@ -104,20 +104,20 @@ class Task(Protocol):
         ...
 
     def constant(self, targets: Arrays) -> dict[str, np.ndarray[Any, Any]]:
-        """The outputs of a model that always gives the one best answer to these targets.
+        """The outputs of the best constant prediction for these targets.
 
-        What it scores is the level of chance: it knows the answers and not the samples.
+        Its score is the level of chance: it uses the targets but not the samples.
         """
         ...
 
 
 def constant_outputs(task: Task, known: Arrays, count: int) -> dict[str, np.ndarray[Any, Any]]:
-    """What a constant predictor that knows these targets answers to ``count`` other samples.
+    """The prediction of the best constant for these targets, repeated for ``count`` samples.
 
     Args:
-        task: says which constant is the best: the most frequent class, the median, the mean.
+        task: defines the best constant: the most frequent class, the median, the mean.
         known: its targets of labelled samples, at least one.
-        count: of the samples that are answered.
+        count: number of predicted samples.
 
     Returns:
         Outputs by name, (count, ...) each, every row the same.
@@ -129,14 +129,14 @@ def constant_outputs(task: Task, known: Arrays, count: int) -> dict[str, np.ndar
 
 
 AGREEMENT = "agreement"
-"""The metric against the teacher's answers, where there are no labels."""
+"""The metric against the teacher's predictions, for data without labels."""
 
 
 def agreement_task(task: Task) -> Task:
     """The same task with the metric named for what it is when its targets are the teacher's.
 
     The share of samples in which student and teacher agree, or for a task with another metric
-    its distance to the teacher's answers.
+    its distance to the teacher's predictions.
     """
     agreeing = copy.copy(task)
     agreeing.metric = AGREEMENT if task.metric == "accuracy" else f"{task.metric} to the teacher"
@@ -144,7 +144,7 @@ def agreement_task(task: Task) -> Task:
 
 
 _ROWS_AT_ONCE = 4096
-"""A memory-mapped array is looked through in pieces, so that it never lies in memory whole."""
+"""Reads a memory-mapped array in chunks, so that it is never loaded completely."""
 
 
 def target_arrays(dataset: DatasetLike, target: str, task: str) -> dict[str, np.ndarray[Any, Any]]:
@@ -168,14 +168,14 @@ def target_arrays(dataset: DatasetLike, target: str, task: str) -> dict[str, np.
             raise InputError(
                 f"the split {split!r} has no samples",
                 where=f"split {split}",
-                remedy="give more data, or change the fraction that is cut off for it",
+                remedy="give more data, or change the fraction that is split off for it",
             )
         found[split] = array
     return found
 
 
 def check_inputs(dataset: DatasetLike) -> None:
-    """Raise InputError for an input that is missing or holds NaN or infinity."""
+    """Raise InputError for an input that is missing or contains NaN or infinity."""
     for split, content in dataset.splits.items():
         for spec in dataset.inputs:
             if spec.name not in content.arrays:
@@ -202,12 +202,12 @@ def check_finite(array: np.ndarray[Any, Any], what: str, split: str) -> None:
             f"{what} of sample {start + int(position[0])} is {value}"
             + (f" at {inside}" if inside else ""),
             where=f"split {split}",
-            remedy="remove the sample or fill in the value; nothing can be learnt from NaN",
+            remedy="remove the sample or fill in the value; nothing can be learned from NaN",
         )
 
 
 def check_outputs_finite(output: np.ndarray[Any, Any], name: str) -> None:
-    """Raise StageError when a model gave NaN or infinity: no metric of it would mean anything."""
+    """Raise StageError for outputs with NaN or infinity: no metric of them is meaningful."""
     finite = np.isfinite(output.reshape(len(output), -1)).all(axis=1)
     if not finite.all():
         raise StageError(

@@ -208,9 +208,9 @@ def test_a_ratio_that_leaves_nothing() -> None:
 
 
 def test_nothing_to_prune_says_why() -> None:
-    with pytest.raises(InputError, match=r"0: it gives an output"):
+    with pytest.raises(InputError, match=r"0: it is an output layer"):
         prune(of(nn.Sequential(nn.Linear(10, 7))), PruneConfig(ratio=0.5))
-    with pytest.raises(InputError, match=r"narrow as it may be[\s\S]*lower round_to"):
+    with pytest.raises(InputError, match=r"narrow as allowed[\s\S]*lower round_to"):
         prune(network("convnet-s"), PruneConfig(ratio=0.5, round_to=64))
 
 
@@ -262,7 +262,7 @@ def test_what_cannot_be_followed_is_left_whole_and_said(module, inputs) -> None:
     model = of(module(), *inputs)
     done = prune(model, PruneConfig(ratio=0.5))
     assert [(w.name, w.before, w.after) for w in done.layers] == [("second", 8, 4)]
-    assert done.left["first"] != "it gives an output"
+    assert done.left["first"] != "it is an output layer"
     torch.testing.assert_close(
         answers(done.model)["logits"], silenced(model, done.model)["logits"], rtol=0, atol=ROUNDING
     )

@@ -276,7 +276,7 @@ def test_a_mask_that_keeps_nothing_names_the_sample():
         "action": np.zeros((2, 3, 1), np.float32),
         "action_mask": np.array([[1, 1, 0], [0, 0, 0]]),
     }
-    with pytest.raises(InputError, match="mask of sample 1 keeps nothing"):
+    with pytest.raises(InputError, match="mask of sample 1 selects nothing"):
         Policy().check(dataset(targets=("action", "action_mask"), train=arrays))
 
 
