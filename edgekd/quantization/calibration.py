@@ -28,7 +28,7 @@ _LARGEST_BATCH = 64
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What the samples say of the tensors of a model.
+    """The calibration of a model's tensors on samples.
 
     Attributes:
         ranges: (lowest, highest) value of a tensor that 8 bits should cover.
@@ -53,7 +53,7 @@ def calibrate(
 ) -> Calibrated:
     """The (lowest, highest) value of each tensor that 8 bits should cover.
 
-    ``minmax`` takes the extremes over all samples. ``entropy`` and ``percentile`` read the
+    ``minmax`` uses the extremes over all samples. ``entropy`` and ``percentile`` read the
     samples a second time, count magnitudes within those extremes, and cut at a threshold;
     nothing depends on the order or batching of the samples. So many are run at a time that the
     named tensors take about 32 MB.
@@ -61,13 +61,13 @@ def calibrate(
     Args:
         model: a prepared model in one file, with the types of its tensors.
         samples: at least two.
-        scratch: a folder for the model with further outputs.
+        scratch: a folder for the model with additional outputs.
         symmetric: whether the runtime's ranges are symmetric around 0.
         threads: of the sessions.
         source: the file that the model was prepared from, for errors; None: the model itself.
 
     Raises:
-        InputError: too few samples, an input is missing from them, or a tensor and an answer of
+        InputError: too few samples, an input is missing from them, or a tensor and an output of
             the model become NaN or infinite on them.
     """
     source = source or model
@@ -75,7 +75,7 @@ def calibrate(
         raise InputError(
             f"calibration needs at least {LEAST_SAMPLES} samples, there are {samples.count}",
             where=str(source),
-            remedy="give some hundred real inputs, preprocessed as the model takes them",
+            remedy="give some hundred real inputs, preprocessed as the model expects them",
         )
     extremes = Extremes(model, tensors, scratch, threads, source)
     size = _batch_size(model, extremes, samples, source)
@@ -99,7 +99,7 @@ def calibrate(
 def feeds(model: Path, samples: Samples, size: int, source: Path) -> Iterator[dict[str, Array]]:
     """The samples in batches of at most ``size``, or of the size that the model fixes.
 
-    A last batch that is too small for a fixed one is filled up with its own samples again.
+    A last batch that is too small for a fixed one is padded by repeating its own samples.
 
     Raises:
         InputError: an input of the model is missing from the samples.
@@ -127,9 +127,9 @@ def _filled(array: Array, rows: int) -> Array:
 
 
 def _batch_size(model: Path, extremes: Extremes, samples: Samples, source: Path) -> int:
-    """So many samples that the named tensors of a batch take about 32 MB.
+    """The number of samples for which the named tensors of a batch take about 32 MB.
 
-    Measured on one sample: the graph alone does not tell the sizes of open dimensions.
+    Measured on one sample: the sizes of open dimensions are not in the graph.
     """
     feed = next(feeds(model, samples, 1, source))
     each = (
@@ -139,7 +139,7 @@ def _batch_size(model: Path, extremes: Extremes, samples: Samples, source: Path)
 
 
 def _check_finite(source: Path, feed: dict[str, Array], on: str) -> None:
-    # Not every input is among the tensors whose extremes are taken.
+    # Not every input is among the calibrated tensors.
     for name, array in feed.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all() and not is_mask(array):
             raise InputError(
@@ -192,7 +192,7 @@ def _cut(
     if calibration == "percentile":
         threshold = histogram.percentile()
     else:
-        # How many of the 256 steps lie on the larger side of 0.
+        # Number of the 256 steps on the larger side of 0.
         side = 0.5 if symmetric else histogram.limit / (max(high, 0.0) - min(low, 0.0))
         threshold = histogram.entropy(max(int(256 * side), 1))
     return max(low, -threshold), min(high, threshold)

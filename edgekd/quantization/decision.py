@@ -1,4 +1,4 @@
-"""What was decided about the nodes of a model: which compute in INT8, which stay in float32."""
+"""The decision about the nodes of a model: which compute in INT8, which in float32."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class NodeSensitivity:
 
 @dataclass(frozen=True)
 class Decision:
-    """Which nodes stay in float32, and what that was found by.
+    """Which nodes stay in float32, and the measurements behind it.
 
     ``drop`` is measured on the very file that was written, ``drop_all`` with every node in INT8;
     None where a measured value is not finite. ``chosen`` is that file, None when not one node
     can be quantized within the budget: then nothing was written and ``drop`` is None too.
-    ``quantized`` are the nodes that were not kept; a join (Add, Concat) among them computes in
+    ``quantized`` are the other nodes; a join (Add, Concat) among them computes in
     float all the same where all its neighbours do.
 
-    ``measure`` says what the sensitivities are: ``noise`` = Σ(o − p)² / Σp², summed over the
-    outputs' parts, with p float32's answers and o those of a model with this node alone in INT8;
+    ``measure`` is the unit of the sensitivities: ``noise`` = Σ(o − p)² / Σp², summed over the
+    outputs' parts, with p float32's outputs and o those of a model with this node alone in INT8;
     ``drop`` = the metric's fall with it alone in INT8. For a node that is not quantized alone it
-    is what the whole model loses of either when the node stays in float32. ``evaluations``
+    is the change of either for the complete model when the node stays in float32. ``evaluations``
     counts the files whose drop was measured, ``ranked`` those that were run for ``noise``.
     """
 
@@ -59,7 +59,7 @@ class Decision:
 
     def keeping(self, nodes: Collection[str], chosen: Path, drop: float) -> Decision:
         """The same with more nodes in float32, for another reason than the drop, which
-        :meth:`lines` does not tell.
+        :meth:`lines` leaves out.
 
         Args:
             nodes: their names.

@@ -26,7 +26,7 @@ from edgekd.quantization.weights_only import check_finite_weight, dequantize_wei
 
 # Without an 8-bit kernel for dynamic scales: their weights are stored in 8 bits.
 _STORED = {"GRU", "RNN", "LSTM", "Gather", "Einsum"}
-# The quantizer splits every Gemm that it recognizes, also those that are kept.
+# The quantizer splits every Gemm that it recognizes, also excluded ones.
 _HIDDEN = "KeptGemm"
 
 
@@ -48,12 +48,13 @@ def quantize_dynamic(
         onnx_path: a float32 model.
         out: where to write.
         keep: names of nodes that stay in float.
-        samples: real inputs that the preparation is checked on; made up where None.
+        samples: real inputs that the preparation is checked on; random where None.
 
     Raises:
         InputError: the model is broken, quantized already or too old; ``keep`` names no node; there
             is nothing to quantize, or weights are not finite.
-        StageError: the file cannot be written, or the prepared model does not answer as it.
+        StageError: the file cannot be written, or the prepared model's outputs differ from the
+        file's.
     """
     prepared = prepare_onnx(onnx_path, samples)
     kept = prepared.named(keep)
@@ -109,7 +110,7 @@ def _fits(node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto]) -> bool
         weight = weights.get(node.input[1])
         return weight is not None and len(weight.dims) == 2 and node.input[0] not in weights
     if node.op_type == "LSTM":
-        # The dynamic kernel knows neither of the other settings.
+        # The dynamic kernel supports neither of the other settings.
         plain = not settings.get("layout") and not settings.get("input_forget")
         return plain and node.input[1] in weights and node.input[2] in weights
     if node.op_type == "Attention" and node.domain == "com.microsoft":

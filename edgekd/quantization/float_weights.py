@@ -1,4 +1,4 @@
-"""Which nodes of a quantized file still read weights in float, and how many bytes of them."""
+"""The nodes of a quantized file that still read float weights, with their bytes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PASSED_ON = {
 
 @dataclass(frozen=True)
 class FloatNode:
-    """A node that stays in float, ``bytes`` of weights that it reads, and why it stays.
+    """A node that stays in float, the ``bytes`` of weights that it reads, and the reason.
 
     Weights are constants of 64 elements or more with two dimensions or more that are longer than
     1: biases, and scales of normalizations, are not counted. A tensor that several nodes read

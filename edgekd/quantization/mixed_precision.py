@@ -1,31 +1,31 @@
-"""An ONNX model in 16 bits: float16 or bfloat16, strongly typed, as TensorRT 11 takes it.
+"""An ONNX model in 16 bits: float16 or bfloat16, strongly typed, as TensorRT 11 requires.
 
-What computes in 16 bits is written in the graph: weights are stored so, and a cast stands where a
-tensor goes from one type into the other. Inputs and outputs stay float32 unless asked. Matrix
-products and convolutions are converted whatever their length, as every runtime adds them up in
+The graph states what computes in 16 bits: weights are stored so, and there is a cast where a
+tensor changes its type. Inputs and outputs stay float32 by default. Matrix
+products and convolutions are converted for any length, as every runtime accumulates them in
 float32. These stay in float32, each with its reason in the :class:`MixedPrecisionInfo`:
 
 - what ONNX does not define in the type at the model's opset (the schema decides; for bfloat16 the
-  opset is raised to 22 where possible, since older convolutions do not take it), operators of
+  opset is raised to 22 where possible, since older convolutions do not support it), operators of
   other domains, sequences, and If, Loop and Scan with their bodies;
 - exponentials and powers, whose relative error is the absolute error of their input; products
-  and sums of squares, which leave the range before their root is taken; sampling positions,
+  and sums of squares, which overflow before their root is computed; sampling positions,
   angles, and what computes them from integers; random numbers;
 - sums, means and softmax over more than 1/roundoff terms (2,048 in float16, 256 in bfloat16)
   or over an unknown number: there a running sum stops growing;
-- nodes with a weight beyond the range, or so small that 16 bits take its digits; what takes the
+- nodes with a weight beyond the range, or so small that 16 bits lose its digits; what takes the
   results of such nodes, until a softmax, a norm or the like bounds them;
 - with samples: nodes that take or give an activation above half of the range, or only below the
   smallest normal number; the float model is run over all samples for this;
-- ``keep``; and what only moves values between such nodes.
+- ``keep``; and nodes that only move values between such nodes.
 
-ONNX Runtime's own converter was not taken: it clamps weights to the range in silence, gives a
+ONNX Runtime's own converter is not used: it clamps weights to the range silently, stores a
 weight shared with a float32 node the low precision in both, puts the casts of a subgraph into the
-main graph, and knows no bfloat16.
+main graph, and does not support bfloat16.
 
 Models with Q/DQ nodes are converted too, for TensorRT: their scales become 16 bits at opset 19, so
-that no cast stands between a convolution and its Q/DQ. ONNX Runtime is not their runtime: its
-optimizer quantizes a float16 bias by a scale that float16 does not hold, and answers wrong
+that there is no cast between a convolution and its Q/DQ. They are not for ONNX Runtime: its
+optimizer quantizes a float16 bias by a scale that float16 cannot represent, and computes wrong
 (1.31, 'basic' and above; right with optimizations disabled).
 """
 
@@ -72,7 +72,7 @@ from edgekd.quantization.mixed_precision_verify import (
 )
 
 _HARMFUL_KINDS = 8
-"""So many kinds of nodes that a runtime dies of are left in float32 before it is given up."""
+"""Largest number of kinds of crashing nodes that are left in float32 before giving up."""
 
 __all__ = ["Kind", "MixedPrecisionInfo", "convert_mixed_precision"]
 
@@ -123,8 +123,8 @@ def convert_mixed_precision(
             result and none for ``onnx_path``, the nodes that cause it stay in float32 as well.
 
     Raises:
-        CrashError: ONNX Runtime dies of the result whatever nodes stay in float32.
-        InputError: the file is no whole ONNX model, is in 16 bits already or in float64, or too
+        CrashError: ONNX Runtime crashes on the result, whatever nodes stay in float32.
+        InputError: the file is no complete ONNX model, is in 16 bits already or in float64, or too
             large for one file; ``keep`` names no node; the samples do not fit; nothing can be
             converted.
         StageError: an output is not finite any more, the converted graph is not valid, or the
@@ -195,7 +195,7 @@ def convert_mixed_precision(
 
 
 class _Trials:
-    """Files that a default session is opened with, in another process, to see which it takes."""
+    """Files that a default session is opened with, in another process, to see which it accepts."""
 
     def __init__(
         self,
@@ -220,7 +220,7 @@ class _Trials:
         """Nodes that must not be in 16 bits, each with the reason; of those ``chosen``.
 
         The last node of the shortest prefix that fails, found by bisection, and those that are
-        like it (the same operation on results of the same ones), until the rest is taken.
+        like it (the same operation on results of the same ones), until the rest is accepted.
         """
         failure = self._failure(converted)
         if failure is None:
@@ -228,7 +228,7 @@ class _Trials:
         try:
             self._opens(self._source)
         except EdgekdError:
-            return {}  # It says nothing against 16 bits.
+            return {}  # The failure is not caused by 16 bits.
         found: dict[str, str] = {}
         first = failure
         for _ in range(_HARMFUL_KINDS):
@@ -369,6 +369,6 @@ def _serialized(proto: onnx.ModelProto, where: str) -> bytes:
         raise InputError(
             f"the model does not fit into one file: {first_line(error)}",
             where=where,
-            remedy="ONNX files hold at most 2 GB; give a smaller model",
+            remedy="ONNX files can have at most 2 GB; give a smaller model",
         ) from error
     return content

@@ -28,7 +28,7 @@ BOUNDING = {
     *("RMSNormalization", "InstanceNormalization", "MeanVarianceNormalization"),
     "LpNormalization",
 }
-"""Whatever they take, what they give fits 16 bits again."""
+"""Operators whose outputs fit 16 bits for any input."""
 
 WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN"}
 
@@ -49,7 +49,7 @@ _READ_AS_POSITION = {"Sin", "Cos", "Tan", "Floor", "Ceil", "Round", "Mod"}
 def beyond_range(
     graph: ir.Graph, sources: Collection[ir.Node], *, measured: bool
 ) -> dict[ir.Node, str]:
-    """The nodes that may take numbers beyond the range from a node that makes them.
+    """The nodes that may get numbers beyond the range from a node that makes them.
 
     Args:
         graph: in topological order.
@@ -79,7 +79,7 @@ def beyond_range(
 def between_float(
     graph: ir.Graph, kept: dict[ir.Node, str], *, keep_io: bool
 ) -> dict[ir.Node, str]:
-    """The exact nodes among ``kept`` ones: in 16 bits they would round what nobody asked to.
+    """The exact nodes among ``kept`` ones: in 16 bits they would round float32 values.
 
     With ``keep_io`` the model's inputs and outputs are float32 too.
     """
@@ -113,10 +113,10 @@ def between_float(
 
 
 def positions(graph: ir.Graph) -> dict[ir.Node, str]:
-    """The nodes on the way from integers to where a number is read as a place or an angle.
+    """The nodes between integers and where a number is read as a position or an angle.
 
     The angles of a rotary embedding are position × frequency: in 16 bits the positions above
-    1 / roundoff are no longer told apart.
+    1 / roundoff are no longer distinguishable.
     """
     made_of_integers: set[ir.Node] = set()
     for node in graph:
@@ -186,7 +186,7 @@ def _raised(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
 
 
 def opset_of(model: ir.Model) -> int:
-    """The version of ONNX's own operators."""
+    """The version of the standard ONNX operators."""
     imports = model.graph.opset_imports
     return imports.get("", imports.get("ai.onnx", 1))
 
@@ -271,7 +271,7 @@ def _cast(
     """Give the value to ``uses`` (and, if it ``leaves``, to the outside) in another type."""
     name = _free(f"{value.name}_{_suffix(dtype)}", taken)
     if leaves:
-        # The outside keeps the name it knows.
+        # The outside keeps the original name.
         own = _suffix(FLOAT if value.dtype is None else value.dtype)
         name, value.name = str(value.name), _free(f"{value.name}_{own}", taken)
     other = ir.Value(name=name, shape=value.shape, type=ir.TensorType(dtype))
@@ -301,7 +301,7 @@ def _suffix(dtype: ir.DataType) -> str:
 
 
 def _free(name: str, taken: set[str | None]) -> str:
-    """The name, with a number behind it when something has it already; taken from now on."""
+    """The name, with a suffix number if it is in use; reserved from now on."""
     found, count = name, 1
     while found in taken:
         count += 1

@@ -1,4 +1,4 @@
-"""Which nodes must compute in float32, by their kind: no sample is needed to know these.
+"""The nodes that must compute in float32 by their kind: no samples are needed.
 
 The rules work on a graph whose types are known
 (:func:`edgekd.quantization.mixed_precision_graph.open_graph`).
@@ -49,10 +49,10 @@ LOW_TYPES: dict[Kind, LowType] = {
 
 _EXPONENTIAL = "the absolute error of its input becomes the relative error of its output"
 _SQUARES = "its products leave the range of 16 bits before its result does"
-_POSITIONS = "its input says where to read; 16 bits do not tell neighbouring places apart"
-_ANGLE = "its input is an angle: what rounding takes from a large one is the answer"
+_POSITIONS = "its input is a position; 16 bits do not distinguish neighbouring positions"
+_ANGLE = "its input is an angle: rounding a large one changes the result"
 _RANDOM = "it draws random numbers"
-_SIGNAL = "it sums over a whole signal"
+_SIGNAL = "it sums over a complete signal"
 ALWAYS_FLOAT: dict[str, str] = {
     **dict.fromkeys(("Exp", "Pow", "Sinh", "Cosh", "Softplus", "Log"), _EXPONENTIAL),
     **dict.fromkeys(("ReduceLogSum", "ReduceLogSumExp"), _EXPONENTIAL),
@@ -116,7 +116,7 @@ def low_outputs(node: ir.Node, opset: int, low: LowType) -> frozenset[int]:
 
 
 def float_by_kind(graph: ir.Graph, opset: int, low: LowType) -> dict[ir.Node, str]:
-    """The nodes that must stay in float32 whatever the numbers are, with the reason."""
+    """The nodes that must stay in float32 for any values, with the reason."""
     reasons: dict[ir.Node, str] = {}
     for node in graph:
         if touches_float(node):
@@ -128,7 +128,7 @@ def float_by_kind(graph: ir.Graph, opset: int, low: LowType) -> dict[ir.Node, st
 
 @cache
 def _allowed(op_type: str, opset: int, name: str) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
-    """Of each formal input and output: does the operator take the type there?"""
+    """For each formal input and output: whether the operator supports the type there."""
     schema = onnx.defs.get_schema(op_type, opset, "")
     types = {c.type_param_str: set(c.allowed_type_strs) for c in schema.type_constraints}
     wanted = f"tensor({name})"
@@ -140,13 +140,13 @@ def _allowed(op_type: str, opset: int, name: str) -> tuple[tuple[bool, ...], tup
 
 
 def _at(allowed: tuple[bool, ...], position: int) -> bool:
-    # The last formal parameter stands for all further ones of a variadic operator.
+    # The last formal parameter represents all further ones of a variadic operator.
     return bool(allowed) and allowed[min(position, len(allowed) - 1)]
 
 
 def _reason(node: ir.Node, opset: int, low: LowType) -> str | None:
     if subgraphs(node):
-        return "it has a body, which is kept in float32 whole"
+        return "it has a body, which is kept in float32 completely"
     if not is_standard(node):
         return f"nothing is known of {node.domain}'s operators"
     if any(v is not None and v.name and not isinstance(v.type, ir.TensorType) for v in node.inputs):
@@ -177,7 +177,7 @@ def _cast_reason(node: ir.Node) -> str | None:
     if node.outputs[0].dtype != FLOAT:
         return "it reads numbers as another type"
     if source.dtype in INTEGERS:
-        return f"16 bits do not hold every {source.dtype.name.lower()}"
+        return f"16 bits cannot represent every {source.dtype.name.lower()}"
     return None
 
 
@@ -195,7 +195,7 @@ def _sum_reason(node: ir.Node, low: LowType) -> str | None:
 
 
 def _terms(node: ir.Node) -> int | None:
-    """How many numbers it adds for each one it gives, None when a dimension is dynamic."""
+    """Number of terms it adds per output element, None when a dimension is dynamic."""
     if node.op_type == "AveragePool":
         return math.prod(node.attributes["kernel_shape"].as_ints())
     value = node.inputs[0]

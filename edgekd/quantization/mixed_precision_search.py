@@ -54,22 +54,22 @@ def search_float_layers(
 ) -> Decision:
     """Write a quantized model with few nodes in float32 whose drop is within the budget.
 
-    All nodes in INT8 if that holds. Else nodes are ranked by their measured sensitivity, the
-    shortest prefix of the ranking that holds is found by bisection, and each of its nodes is put
-    back to INT8 if it holds without: none of the kept nodes can then be put back alone. Every
+    All nodes in INT8 if that meets the budget. Else nodes are ranked by their measured sensitivity,
+    the shortest sufficient prefix of the ranking is found by bisection, and each of its nodes is
+    put back to INT8 if it is not needed: none of the float nodes can then be put back alone. Every
     set that is relied on was measured; that more nodes in float32 are better is only a guess
     that saves evaluations. The result is deterministic if ``drop`` is.
 
     Args:
         quantizer: of the model.
-        out: written last, and only if a set holds.
+        out: written last, and only if a set meets the budget.
         drop: how much the metric on validation samples falls against float32 with a file on the
             engine; may be negative.
         budget: the largest drop allowed, in the metric's unit.
         samples: real inputs to rank by the noise at the outputs, :data:`RANKING_SAMPLES` of
             them. Without them nodes are ranked by ``drop``, which is coarser (it often does not
-            tell nodes apart) and takes longer.
-        progress: told what is being done.
+            distinguish nodes) and takes longer.
+        progress: receives messages about what is being done.
 
     Raises:
         InputError: the model has no node that can be quantized, or ``budget`` is not a number.
@@ -112,7 +112,7 @@ class _Search:
         self.quantizer, self.budget = quantizer, budget
         self.nodes = quantizer.nodes
         self.best: frozenset[str] | None = None
-        """The smallest set of float nodes found to hold."""
+        """The smallest set of float nodes found that meets the budget."""
         self.drops: dict[frozenset[str], float] = {}
         self.evaluations = 0
         self._drop, self._progress = drop, progress
@@ -131,7 +131,7 @@ class _Search:
         try:
             self.quantizer.write(self._trial, in_order)
         except InputError:
-            # All nodes at once could be written, so what is wrong is that too few are left.
+            # All nodes at once could be written, so the error is that too few are left.
             if not in_order:
                 raise
             return None
@@ -160,7 +160,7 @@ class _Search:
         return self.measure(kept) <= self.budget
 
     def hand_over(self, out: Path) -> None:
-        """Move the best file, as it was measured, with what lies beside it (external data)."""
+        """Move the best file, as it was measured, with its external data."""
         try:
             for file in self._kept.parent.iterdir():
                 shutil.move(file, out.parent / file.name)
@@ -201,7 +201,7 @@ class _Ranking:
 
 
 class _Noise:
-    """The noise that quantization brings to the outputs, relative to float32's answers."""
+    """The quantization noise of the outputs, relative to float32's outputs."""
 
     def __init__(self, search: _Search, samples: Samples) -> None:
         self._search, self._samples = search, _spread(samples, RANKING_SAMPLES)
@@ -214,7 +214,7 @@ class _Noise:
         }
         self._parts = find_parts(prepared, self._samples, self._reference)
         self.possible = bool(self._reference)
-        """Whether there is an output to see noise at: an answer that is only a label has none."""
+        """Whether an output can show noise: one that is only a label cannot."""
         self.runs = 0
         self._known: dict[frozenset[str], float] = {}
 
@@ -237,9 +237,9 @@ class _Noise:
 
 
 def _fewest(search: _Search, ranking: _Ranking) -> bool:
-    """Find few nodes to keep in float32; whether there is a set that holds."""
+    """Find few nodes to keep in float32; whether there is a set that meets the budget."""
     units, everything = ranking.units, frozenset(search.nodes)
-    low, high = 0, len(units)  # keeping none does not hold, keeping all is float32 itself
+    low, high = 0, len(units)  # keeping none misses the budget, keeping all is float32 itself
     while high - low > 1:
         middle = (low + high) // 2
         if search.holds(frozenset().union(*units[:middle])):
@@ -249,7 +249,7 @@ def _fewest(search: _Search, ranking: _Ranking) -> bool:
     singles = [frozenset([n]) for n in reversed(search.nodes) if len(units) < len(search.nodes)]
     least_first = [*reversed(units), *singles]
     if search.best is None:
-        # Before it is said that nothing can be in INT8, each is tried alone.
+        # Before reporting that nothing can be in INT8, each is tried alone.
         any(search.holds(everything - unit) for unit in least_first)
     if search.best is None:
         return False
@@ -258,7 +258,7 @@ def _fewest(search: _Search, ranking: _Ranking) -> bool:
 
 
 def _put_back(search: _Search, units: Sequence[frozenset[str]]) -> None:
-    """Put kept units back to INT8, in this order, until none can go back any more."""
+    """Put kept units back to INT8, in this order, until none can be put back."""
     kept: frozenset[str] | None = None
     while kept != search.best:
         kept = search.best

@@ -29,7 +29,7 @@ from edgekd.quantization.mixed_precision_rules import (
 Array = npt.NDArray[Any]
 
 HEADROOM = 2.0
-"""The samples are not all that the model will see: activations may reach half of the range."""
+"""A safety margin for unseen data: activations may reach half of the range."""
 
 BATCH = 16
 
@@ -72,7 +72,7 @@ def _largest(array: Array) -> float:
 def _fault(array: Array, what: str, low: LowType, *, each: bool) -> str | None:
     largest = _largest(array)
     if largest > low.largest:
-        return f"{what} holds {largest:.3g}; {low.name} ends at {low.largest:.5g}"
+        return f"{what} reaches {largest:.3g}; {low.name} ends at {low.largest:.5g}"
     # Below the smallest normal number the spacing no longer shrinks with the number. What a
     # tensor loses there counts only when nothing in it is much larger.
     if 0 < largest < low.normal:
@@ -83,7 +83,7 @@ def _fault(array: Array, what: str, low: LowType, *, each: bool) -> str | None:
 
 
 def measured_fault(node: ir.Node, ranges: dict[str, float], opset: int, low: LowType) -> str | None:
-    """Why an activation that the node takes or gives does not fit, None when all do."""
+    """The reason why an input or output of the node does not fit, None when all do."""
     values = [
         *(node.inputs[i] for i in sorted(low_inputs(node, opset, low))),
         *(node.outputs[i] for i in sorted(low_outputs(node, opset, low))),
@@ -106,7 +106,7 @@ def measure_ranges(
 ) -> dict[str, float]:
     """max |x| of each named tensor over all samples, inf when any of it is not finite.
 
-    The maximum is taken inside the graph: no activation outlives its last use, so that memory
+    The maximum is computed inside the graph: no activation outlives its last use, so that memory
     is that of one batch, however many samples there are.
 
     Raises:
@@ -140,8 +140,8 @@ def measure_ranges(
 def run_proto(model: onnx.ModelProto, samples: Samples) -> Iterator[list[Array]]:
     """All outputs of a model for each batch of samples, on the CPU without optimizations.
 
-    A model with a fixed batch size gets batches of that size; one that is not full is filled up
-    with its own samples again.
+    A model with a fixed batch size gets batches of that size; one that is not full is padded
+    by repeating its own samples.
 
     Raises:
         InputError: the samples do not fit the model, or there are none.
@@ -153,7 +153,7 @@ def run_proto(model: onnx.ModelProto, samples: Samples) -> Iterator[list[Array]]
         try:
             session = open_session(path, (CPU_PROVIDER,), 1, "disabled")
         except InputError as error:
-            # The scratch file's path says nothing to the user.
+            # The scratch file's path means nothing to the user.
             what = error.what.replace(f"Load model from {path} failed:", "")
             raise StageError(
                 what.replace(str(path), "it"),
@@ -187,7 +187,7 @@ def run_proto(model: onnx.ModelProto, samples: Samples) -> Iterator[list[Array]]
             raise StageError(
                 f"ONNX Runtime cannot run the model on the samples: {first_line(error)}",
                 where="samples for the 16-bit conversion",
-                remedy="give samples with the shapes and types that the model takes",
+                remedy="give samples with the shapes and types that the model expects",
             ) from error
         ran = True
         yield [np.asarray(answer) for answer in answers]
@@ -242,7 +242,7 @@ def rounded(converted: onnx.ModelProto, low: LowType) -> tuple[onnx.ModelProto, 
     """The same computation in float32, with every 16-bit tensor rounded to its 16 bits.
 
     That is what hardware with float32 accumulators computes, and any runtime can run it. Also
-    gives the node of ``converted`` that makes each rounded tensor.
+    returns the node of ``converted`` that makes each rounded tensor.
     """
     model = ir.from_proto(converted)
     graph = model.graph
@@ -258,7 +258,7 @@ def rounded(converted: onnx.ModelProto, low: LowType) -> tuple[onnx.ModelProto, 
         uses = list(value.uses())
         producer = value.producer()
         added = []
-        # A cast from float32 rounds as it is, and what it reads keeps one name.
+        # A cast from float32 rounds already, and its input keeps one name.
         source = producer.inputs[0] if producer and producer.op_type == "Cast" else None
         lowered = value
         if source is None or source.dtype != FLOAT:

@@ -1,4 +1,4 @@
-"""Tensors that 8 bits of one scale do not hold: values of different ranges side by side."""
+"""Tensors that one 8-bit scale cannot represent: values of different ranges joined."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from edgekd.onnx.samples import Array, Samples
 from edgekd.quantization.ranges import Ranges
 
 OUTPUT_RATIO = 4.0
-"""A Concat whose inputs' ranges differ by more stays in float where no layer reads it: that costs
-next to nothing, and 8 bits would take two of the smaller part's."""
+"""Ratio of a Concat's input ranges above which it stays in float where no layer reads it: that
+costs next to nothing, and the smaller part would lose two of its 8 bits."""
 INNER_RATIO = 16.0
-"""Where a layer reads it, the layer stays in float with it: a part may have 16 of 256 steps."""
+"""The ratio where a layer reads it, which then stays in float too: a part may have 16 of 256
+steps.
+"""
 
 _MOVED = {
     *("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Gather"),
@@ -39,11 +41,11 @@ class MixedRange:
     largest: float
     """The largest absolute value of the parts with the smallest and the largest."""
     floats: tuple[str, ...]
-    """All nodes that stay in float for it: this one, what gives its result on, and the layers
-    that read it."""
+    """All nodes that stay in float for it: this one, the nodes that pass its result on, and the
+    layers that read it."""
 
     def __str__(self) -> str:
-        return f"{self.node} (±{self.smallest:.3g} beside ±{self.largest:.3g})"
+        return f"{self.node} (±{self.smallest:.3g} next to ±{self.largest:.3g})"
 
 
 def mixed_joins(
@@ -65,7 +67,7 @@ def mixed_joins(
     for node in graph.node:
         if node.op_type != "Concat":
             continue
-        # Zeros are held by any scale.
+        # Zeros fit any scale.
         sizes = [size for name in node.input if (size := _size(name, ranges, constants))]
         if len(sizes) < 2:
             continue
@@ -133,7 +135,7 @@ def _behind(
     readers: Mapping[str, Sequence[onnx.NodeProto]],
     weighted: Collection[str],
 ) -> tuple[list[str], list[str]]:
-    """The nodes that give a result on with its ranges, and the layers that read it there."""
+    """The nodes that pass a result on with its ranges, and the layers that read it there."""
     tail: dict[str, None] = {}
     layers: dict[str, None] = {}
     todo = [node]

@@ -17,7 +17,7 @@ from edgekd.quantization.prepare import all_nodes, inner_names
 QuantizationRuntime = Literal["cpu", "tensorrt"]
 
 WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
-"""Operators whose arithmetic is worth 8 bits by itself."""
+"""Operators whose arithmetic benefits from 8 bits by itself."""
 
 # Those with an 8-bit kernel in ONNX Runtime's CPU provider. ConvTranspose, normalizations and
 # TopK have none; Softmax has one, which is coarse where probabilities are small.
@@ -43,13 +43,13 @@ _CPU_PASSED = {
     "Gather",
 }
 
-# Where a mask's values end: what is far below the others has no weight there.
+# Where a mask's values end: values far below the others have no weight there.
 _MASKED_BY = {"Softmax", "LogSoftmax", "Hardmax", "ArgMax", "TopK"}
 
 _WAY_TO_SOFTMAX = {*_CPU_PASSED, "Add", "Sub", "Mul", "Div", "Where", "Cast", "Identity", "Concat"}
 
 # From here on a constant that is 0 elsewhere is a mask (Swin's is -100); a range, whose other end
-# is so many times nearer to 0, from where 8 bits would tell nothing else apart.
+# is this many times closer to 0, from where 8 bits cannot distinguish the other values.
 _LEAST_MASK = 50.0
 
 _LEAST_MASKED_RANGE = 1000.0
@@ -63,14 +63,14 @@ _NORMALIZING = {"Add", "Sub", "Mul", "Div", "Cast"}
 class Candidates:
     """The nodes of a prepared graph that a runtime computes in 8 bits.
 
-    TensorRT is given Q/DQ only at the inputs of weighted layers: it moves them through pooling
+    For TensorRT, Q/DQ is only at the inputs of weighted layers: it moves them through pooling
     and joins by itself, and fuses a convolution with the addition after it only in between.
 
     Args:
         graph: with the types of its tensors.
         runtime: whose 8 bits these are.
         keep: names of nodes that stay in float.
-        without_range: tensors that 8 bits do not hold, and why.
+        without_range: tensors that 8 bits cannot represent, with the reason.
         masked: tensors with values far from the others, which nodes without weights do not
             round, and why.
     """
@@ -92,7 +92,7 @@ class Candidates:
         self._floats = {
             v.name for v in values if v.type.tensor_type.elem_type == TensorProto.FLOAT
         } | {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT}
-        # Their values leave the graph as they are before a following Relu or Clip.
+        # Their values are model outputs before a following Relu or Clip.
         self._seen = inner_names(graph) | {value.name for value in graph.output}
         self._readers: dict[str, list[onnx.NodeProto]] = {}
         for node in graph.node:
@@ -102,7 +102,7 @@ class Candidates:
         """Every node that can compute in 8 bits or pass them on, in graph order."""
 
     def reason(self, name: str) -> str | None:
-        """Why a node cannot be in 8 bits for the numbers that it takes or gives."""
+        """The reason why a node cannot be in 8 bits because of its values."""
         node = next(n for n in self._graph.node if n.name == name)
         found = {**self._masked, **self._without}
         tensor = next((t for t in (*node.output, *node.input) if t in found), None)
@@ -110,14 +110,14 @@ class Candidates:
 
     @property
     def nodes(self) -> tuple[str, ...]:
-        """Those that are worth a choice: all but the ones that only pass 8 bits on."""
+        """The nodes that the search decides on: all but those that only pass 8 bits on."""
         passed = _CPU_PASSED
         return tuple(
             n.name for n in self._graph.node if n.name in self.all and n.op_type not in passed
         )
 
     def input_layers(self, float_nodes: Collection[str]) -> tuple[str, ...]:
-        """The convolutions in 8 bits that see the model's inputs, when some nodes stay in float;
+        """The convolutions in 8 bits that read the model's inputs, when some nodes stay in float;
         none where nothing else would be in 8 bits."""
         seen = {value.name for value in self._graph.input}
         for node in self._graph.node:
@@ -174,7 +174,8 @@ class Candidates:
             for node in self._graph.node:
                 if node.name in fixed or not self._follows(node, quantized):
                     continue
-                # A mean of many numbers is finer than 8 bits: it is rounded where it is anyway.
+                # A mean of many numbers is finer than 8 bits: it is rounded only where it is
+                # rounded anyway.
                 pools = node.op_type == "GlobalAveragePool"
                 if pools and not self.feeds_layers(node.output[0], chosen):
                     continue
@@ -233,9 +234,9 @@ class Candidates:
 def masked_tensors(
     graph: onnx.GraphProto, ranges: Mapping[str, tuple[float, float]]
 ) -> dict[str, str]:
-    """Tensors that hold a mask's large numbers beside others on their way to a softmax, and why.
+    """Tensors with a mask's large numbers among others before a softmax, with the reason.
 
-    8 bits over the range of -1e9 to 10 would tell no two of the others apart. A tensor is masked
+    8 bits over the range of -1e9 to 10 cannot distinguish the others. A tensor is masked
     where its maker adds a constant of 0 and of -50 or less, or where its range reaches 1,000 on
     one side and not a twentieth of it on the other.
 
@@ -298,8 +299,8 @@ def nothing_to_quantize(
         model: the prepared model.
         source: the file that it was made from.
         wanted: the operators that the method quantizes.
-        kept: names of nodes that were asked to stay in float.
-        left: names of nodes whose numbers 8 bits do not hold, and why.
+        kept: names of nodes listed in ``keep``.
+        left: names of nodes whose values 8 bits cannot represent, with the reason.
     """
     types = sorted({node.op_type for node in all_nodes(model.graph.node)})
     stored = {tensor.data_type for tensor in model.graph.initializer}
@@ -327,7 +328,7 @@ def _why_not(
     kept: Collection[str],
     left: Mapping[str, str],
 ) -> str:
-    """The nodes of the wanted kinds, with the reason why they do not count."""
+    """The nodes of the wanted kinds, with the reason why they are excluded."""
     weights = {tensor.name: tensor for tensor in graph.initializer}
     makers = {name: node.op_type for node in graph.node for name in node.output}
     reasons: dict[str, list[str]] = {}
@@ -335,7 +336,7 @@ def _why_not(
         for body in subgraphs(node):
             for inner in all_nodes(body.node):
                 if inner.op_type in wanted:
-                    why = f"in a body of {node.op_type} {node.name!r}, which stays as it is"
+                    why = f"in a body of {node.op_type} {node.name!r}, which is not quantized"
                     reasons.setdefault(why, []).append(f"{inner.op_type} {inner.name!r}")
         if node.op_type not in wanted or not node.input:
             continue

@@ -1,5 +1,5 @@
-"""The float model as the quantizers take it: batch norm folded, constants as initializers, every
-node with a name; the answers stay what they were."""
+"""Prepare a float model for the quantizers: batch norm folded, constants as initializers, every
+node with a name; the outputs are unchanged."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ _QUANTIZED = {
 
 @dataclass(frozen=True)
 class Prepared:
-    """A float model to quantize, and what became of the nodes of the file it came from."""
+    """A float model to quantize, and the mapping of the file's nodes to its own."""
 
     model: onnx.ModelProto
     source: Path
     origins: dict[str, str | None]
     """Names in the file to names here; None for a node that was folded into a constant."""
     left_out: tuple[str, ...] = ()
-    """ONNX Runtime's optimizers that would have changed the answers."""
+    """ONNX Runtime's optimizers that would have changed the outputs."""
 
     def named(self, names: Collection[str], kind: str = "node") -> set[str]:
         """The names here of nodes that are named as in the file or as here.
@@ -83,19 +83,19 @@ def prepare_onnx(source: Path, samples: Samples | None = None, threads: int = 1)
     it is lower, nodes without a name get ``<type>_<index>``. Inputs, outputs, metadata and the IR
     version are those of the file.
 
-    The result is held against the file, run without optimizations. An optimizer that changes the
-    answers is left out.
+    The result is compared with the file, run without optimizations. An optimizer that changes the
+    outputs is disabled.
 
     Args:
         source: a float model.
-        samples: real inputs to compare on, two of them; made up where None. A model for which
-            none can be made up is not compared.
+        samples: real inputs to compare on, two of them; random where None. A model for which
+            no random ones work is not compared.
         threads: of ONNX Runtime.
 
     Raises:
         InputError: as :func:`edgekd.onnx.file.check_onnx`; or the model is quantized
             already, or its opset is too old to convert; or the samples do not fit.
-        StageError: the prepared model answers differently, whatever is left out.
+        StageError: the prepared model's outputs differ, whatever is disabled.
     """
     check_fits_one_file(source)
     check_onnx(source)
@@ -127,7 +127,7 @@ def _remedy(opset: int, own: int) -> str:
 
 
 class _Comparison:
-    """A file's answers, run without optimizations, beside those of what was made of it."""
+    """Compares a file's outputs, run without optimizations, with those of a derived model."""
 
     def __init__(self, source: Path, samples: Samples | None, threads: int) -> None:
         self._source, self._threads = source, threads
@@ -144,9 +144,9 @@ class _Comparison:
                 spec = describe_onnx(source).spec
                 self._inputs, self._reference = outputs_of_random_inputs(session, spec, source)
             except (InputError, StageError):
-                return  # no sizes are known that the model takes
+                return  # no input sizes are known that the model accepts
         if changed(self._reference, answers_of(session, self._inputs, source), TOLERANCE):
-            self._inputs = None  # it draws random numbers: no two answers are the same
+            self._inputs = None  # it draws random numbers: no two outputs are the same
 
     def difference(self, model: onnx.ModelProto) -> tuple[str, float] | None:
         """The output that another model changes, and by how much."""
@@ -198,7 +198,7 @@ def save_onnx(model: onnx.ModelProto, out: Path) -> None:
         onnx.save(model, str(out))
     except (EncodeError, ValueError) as error:
         raise InputError(
-            f"the model does not fit into one ONNX file, which holds less than 2.15 GB: "
+            f"the model does not fit into one ONNX file, which is limited to 2.15 GB: "
             f"{first_line(error)}",
             where=out.name,
             remedy="quantize a smaller model",
@@ -238,12 +238,12 @@ def all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
 
 
 def set_aside_outputs(graph: onnx.GraphProto) -> Callable[[onnx.GraphProto], None]:
-    """Take out the outputs that no node makes: inputs and constants handed on as they are.
+    """Take out the outputs that no node makes: inputs and constants that are passed through.
 
     ONNX Runtime's quantizers give the tensor before an output a new name, which these cannot have.
 
     Returns:
-        what puts them back, with their constants, into the graph that was made of this one.
+        a function that puts them back, with their constants, into the derived graph.
     """
     made = {name for node in graph.node for name in node.output}
     outputs = [onnx.ValueInfoProto.FromString(v.SerializeToString()) for v in graph.output]
@@ -264,14 +264,14 @@ def set_aside_outputs(graph: onnx.GraphProto) -> Callable[[onnx.GraphProto], Non
 
 
 def inner_names(graph: onnx.GraphProto) -> set[str]:
-    """Tensors that subgraphs name, among them all that they take from the graph around."""
+    """Tensors that subgraphs name, including those that they read from the outer graph."""
     inner = [g for node in all_nodes(graph.node) for g in subgraphs(node)]
     names = {name for g in inner for node in g.node for name in node.input}
     return names | {value.name for g in inner for value in g.output}
 
 
 def name_nodes(graph: onnx.GraphProto) -> None:
-    """Give nodes without a name, or with that of an earlier one, a name of their own."""
+    """Give nodes without a name, or with that of an earlier one, a unique name."""
     taken = {node.name for node in graph.node}
     seen: set[str] = set()
     for index, node in enumerate(graph.node):
@@ -337,11 +337,11 @@ def _optimize(
         try:
             open_session(before, (CPU_PROVIDER,), 1, "basic", options, disabled_optimizers=disabled)
         except InputError as error:
-            # The scratch file's path says nothing to the user.
+            # The scratch file's path means nothing to the user.
             what = error.what.replace(f"Load model from {before} failed:", "")
             what = what.replace(str(before), str(source))
             raise InputError(what, where=str(source), remedy=error.remedy) from error
-        # Types by path: in memory it takes no model above 2 GB.
+        # Types by path: in memory it accepts no model above 2 GB.
         onnx.shape_inference.infer_shapes_path(str(after), str(before))
         return onnx.load(str(before))
 
@@ -477,7 +477,7 @@ def _free(name: str, taken: set[str]) -> str:
 
 
 def drop_unused(graph: onnx.GraphProto) -> None:
-    """Remove initializers that nothing reads."""
+    """Remove unused initializers."""
     used = {name for node in graph.node for name in node.input} | inner_names(graph)
     used |= {value.name for value in graph.output}
     kept = [tensor for tensor in graph.initializer if tensor.name in used]
@@ -499,8 +499,8 @@ def _origins(
     consumers: dict[str, list[list[str]]],
     graph: onnx.GraphProto,
 ) -> dict[str, str | None]:
-    """Where each node of the file went: by its name, else the node that now gives its output or,
-    as fusion keeps the last output (MatMul + Add becomes Gemm), that of its only reader."""
+    """The new node of each node of the file: by its name, else the node that now makes its output
+    or, as fusion keeps the last output (MatMul + Add becomes Gemm), that of its only reader."""
     here = {node.name for node in graph.node}
     makers = {name: node.name for node in graph.node for name in node.output}
     origins: dict[str, str | None] = {}

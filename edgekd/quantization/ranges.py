@@ -1,7 +1,7 @@
 """Ranges of activations: minimum and maximum, percentile and entropy thresholds.
 
-A mask of -inf before a softmax is right: infinite values inside a model whose answers are finite
-are no error, and the tensor has no range. Where the answers are not finite, the samples are wrong.
+A mask of -inf before a softmax is right: infinite values inside a model whose outputs are finite
+are no error, and the tensor has no range. Where the outputs are not finite, the samples are wrong.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Ranges = dict[str, tuple[float, float]]
 
 
 class Extremes:
-    """The lowest and the highest value of tensors over as many batches as come.
+    """The lowest and the highest value of tensors over any number of batches.
 
     They are reduced inside the model: no tensor leaves it, however large.
 
     Args:
         model: a float model in one file, with the types of its tensors; opset 13 or later.
         tensors: their names; those without a float type are left out.
-        scratch: a folder for the model with further outputs.
+        scratch: a folder for the model with additional outputs.
         threads: of the session.
         source: the file that the model was prepared from, for errors.
     """
@@ -74,7 +74,7 @@ class Extremes:
         """The other tensors, and what is the matter with each.
 
         Raises:
-            InputError: a tensor is infinite, and so are the answers to some samples but less than
+            InputError: a tensor is infinite, and so are the outputs for some samples but less than
                 half of them: that is no mask.
         """
         if self._not_finite and 0 < 2 * self._infinite < self._samples:
@@ -85,21 +85,21 @@ class Extremes:
         return {name: f"{reason} on the samples" for name, reason in reasons.items()}
 
     def elements(self, inputs: Mapping[str, Array]) -> int:
-        """How many values the tensors hold together when the model runs on these inputs."""
+        """Total number of elements of the tensors when the model runs on these inputs."""
         return sum(int(size) for _, _, _, size in self._run(inputs))
 
     def add(self, inputs: Mapping[str, Array], on: str, count: int) -> None:
-        """Take one batch of ``count`` samples; ``on`` says which they are, for an error.
+        """Add one batch of ``count`` samples; ``on`` describes them, for errors.
 
         Raises:
-            InputError: a tensor becomes NaN or infinite, and an answer NaN or +inf.
+            InputError: a tensor becomes NaN or infinite, and an output NaN or +inf.
         """
         self._samples += count
         bad = []
         for name, (low, high, some_nan, size) in zip(self.tensors, self._run(inputs), strict=True):
             if not size:
                 continue
-            # A reduction may pass over a NaN, and then says nothing of it.
+            # A reduction may ignore a NaN.
             if some_nan or not (math.isfinite(low) and math.isfinite(high)):
                 bad.append(name)
                 self._not_finite.setdefault(name, on)
@@ -113,10 +113,10 @@ class Extremes:
     def _infinite_answers(
         self, inputs: Mapping[str, Array], count: int, tensor: str, on: str
     ) -> int:
-        """How many of these samples have an answer with -inf in it, as masked logits are.
+        """Number of these samples with -inf in an output, as in masked logits.
 
         Raises:
-            InputError: an answer is NaN or +inf.
+            InputError: an output is NaN or +inf.
         """
         infinite = np.zeros(count, bool)
         for values in run_batch(self._session, self._answers, inputs, self._source):
@@ -163,7 +163,7 @@ def _float_tensors(graph: onnx.GraphProto, tensors: Collection[str]) -> dict[str
 
 
 def _add_probes(graph: onnx.GraphProto, name: str, kind: int) -> list[str]:
-    """Outputs that tell about one tensor, in the order of :meth:`Extremes._run`."""
+    """The outputs that describe one tensor, in the order of :meth:`Extremes._run`."""
     low, high, nan, size = (f"{name}/edgekd/{what}" for what in ("low", "high", "nan", "size"))
     graph.node.extend(
         [
@@ -183,7 +183,7 @@ def _add_probes(graph: onnx.GraphProto, name: str, kind: int) -> list[str]:
 BINS = 2048
 
 PERCENTILE = 99.999
-"""What ONNX Runtime's percentile calibrator keeps."""
+"""The percentile of ONNX Runtime's percentile calibrator."""
 
 _STEP = 8  # candidates are 1/256 of the largest magnitude apart
 
@@ -212,7 +212,7 @@ class MagnitudeHistogram:
         self.zeros += values.size - int(np.count_nonzero(values))
 
     def percentile(self, percent: float = PERCENTILE) -> float:
-        """The magnitude below which ``percent`` of all values lie, to a bin's width."""
+        """The magnitude below which ``percent`` of all values are, to a bin's width."""
         total = int(self.counts.sum())
         if not total:
             return self.limit

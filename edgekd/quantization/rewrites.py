@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgekd.onnx.graph import opset_of
 from edgekd.quantization.prepare import drop_unused, inner_names
 
-# These give float answers from 8-bit inputs at no cost, so an output of the model need not be
+# These compute float outputs from 8-bit inputs at no cost, so an output of the model need not be
 # rounded.
 _FLOAT_OUTPUT = {"Gemm", "MatMul"}
 
@@ -60,7 +60,7 @@ def copy_shared_weights(graph: onnx.GraphProto, chosen: Collection[str]) -> None
 
 
 def free_name(name: str, taken: set[str]) -> str:
-    """A name that is not taken yet; it is from then on."""
+    """An unused name, which is then reserved."""
     free = name
     while free in taken:
         free += "_"
@@ -71,7 +71,7 @@ def free_name(name: str, taken: set[str]) -> str:
 def free_float_values(
     graph: onnx.GraphProto, before: onnx.GraphProto, chosen: Collection[str]
 ) -> None:
-    """Let float nodes and the model's outputs read float values where a float node (or the
+    """Make float nodes and the model's outputs read float values where a float node (or the
     caller) made them; an 8-bit node's result stays 8 bits for all readers, as it is computed so.
 
     Args:
@@ -113,7 +113,7 @@ def _give_float(
     dequantize: onnx.NodeProto,
     maker: onnx.NodeProto,
 ) -> None:
-    """Maker -> Q -> DQ -> output becomes maker -> output, with Q -> DQ beside it for readers."""
+    """Maker -> Q -> DQ -> output becomes maker -> output, with Q -> DQ in parallel for readers."""
     name = dequantize.output[0]
     rounded = f"{name}.rounded"
     for node in graph.node:
@@ -142,7 +142,7 @@ def pool_spatial_means(model: onnx.ModelProto, wanted: Callable[[onnx.NodeProto]
 
     Args:
         model: whose nodes have names.
-        wanted: asked about each ReduceMean.
+        wanted: decides for each ReduceMean.
     """
     graph = model.graph
     ranks = {

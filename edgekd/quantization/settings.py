@@ -18,13 +18,14 @@ class QuantizeSettings:
         runtime: whose scheme static INT8 follows: ``cpu`` or ``tensorrt``.
         calibrator: how ``static`` finds the ranges of activations.
         samples: at most this many samples are calibrated on.
-        max_drop: the most that the metric may fall; ``static`` keeps layers in float32 until it
-            falls by no more. None accepts any.
+        max_drop: the largest allowed drop of the metric; ``static`` keeps layers in float32 until
+        it
+            is met. None accepts any.
         labels: the array with a class for each sample compared on, for the metric accuracy;
             without it the metric is agreement with float32.
         validation: file of the samples to compare on, all of them; None takes those of the
             calibration, which the result was fitted to.
-        keep: names of nodes that stay as they are.
+        keep: names of nodes that are not quantized.
         threads: of ONNX Runtime.
         timing: compare latency on this machine.
         per_layer: list each layer's error.

@@ -54,7 +54,7 @@ class StaticQuantizer:
     Raises:
         InputError: the model is broken, quantized already, too old, or has nothing to quantize;
             ``keep`` names no node; or the samples are too few, lack an input or give NaN.
-        StageError: the prepared model does not answer as the file does.
+        StageError: the prepared model's outputs differ from the file's.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class StaticQuantizer:
         self._prepared = prepare_onnx(onnx_path, samples, threads)
         graph = self._prepared.model.graph
         kept = self.kept = self._prepared.named(keep)
-        """The nodes of ``keep``, by their names in what is written."""
+        """The nodes of ``keep``, by their names in the written model."""
         if runtime == "cpu":
             plain = Candidates(graph, runtime, kept)
             pool_spatial_means(
@@ -92,7 +92,7 @@ class StaticQuantizer:
             saturates() if reduce_range is None else reduce_range
         )
         self.prepared = scratch / "prepared.onnx"
-        """The float model that is quantized: same answers as the file, batch norm folded."""
+        """The float model that is quantized: same outputs as the file, batch norm folded."""
         scratch.mkdir(parents=True, exist_ok=True)
         save_onnx(self._prepared.model, self.prepared)
         found = calibrate(
@@ -116,7 +116,7 @@ class StaticQuantizer:
             for name, reason in reasons.items()
             if reason is not None and name not in self._candidates.all
         }
-        """Nodes that could be in 8 bits but for the numbers that they take or give, and why."""
+        """Nodes that cannot be in 8 bits because of their values, with the reason."""
         if not self._candidates.all:
             raise nothing_to_quantize(
                 self._prepared.model,
@@ -126,7 +126,7 @@ class StaticQuantizer:
                 self.left_in_float,
             )
         self.mixed: tuple[MixedRange, ...] = ()
-        """Nodes that stay in float because 8 bits of one scale would lose a part of them."""
+        """Nodes that stay in float because one 8-bit scale would lose a part of them."""
         self._leave_mixed_in_float(samples, kept)
 
     def _among(self, kept: Collection[str]) -> Candidates:
@@ -142,7 +142,7 @@ class StaticQuantizer:
         found = tuple(mixed for mixed in found if before.all & set(mixed.floats))
         floats = {name for mixed in found for name in mixed.floats}
         after = self._among({*kept, *floats})
-        # A model of which nothing is left is quantized all the same; the comparison tells.
+        # A model with no quantizable node is still written; the comparison shows it.
         if found and after.all:
             self._candidates, self.mixed = after, found
 
@@ -157,19 +157,19 @@ class StaticQuantizer:
         return self._candidates.nodes
 
     def input_layers(self, float_nodes: Collection[str] = ()) -> tuple[str, ...]:
-        """Names of the convolutions in 8 bits that see the model's inputs, where others follow.
+        """Names of the convolutions in 8 bits that read the model's inputs, where others follow.
 
         With the few channels of an image they can be slower in 8 bits than in float32, and have
         few weights to gain on: a file with them in float32 may serve better.
 
         Args:
-            float_nodes: names of nodes that stay in float32, beside ``keep``.
+            float_nodes: names of nodes that stay in float32, in addition to ``keep``.
         """
         return self._candidates.input_layers(self._prepared.named(float_nodes))
 
     @property
     def constant(self) -> tuple[str, ...]:
-        """Activations with one value only on all samples: their ranges say nothing."""
+        """Activations that are constant on all samples: their ranges are meaningless."""
         return tuple(name for name, (low, high) in self.ranges.items() if low == high)
 
     def write(self, out: Path, float_nodes: Collection[str] = ()) -> None:
@@ -177,7 +177,7 @@ class StaticQuantizer:
 
         Args:
             out: where to write.
-            float_nodes: names of nodes that stay in float32 in this file, beside ``keep``.
+            float_nodes: names of nodes that stay in float32 in this file, in addition to ``keep``.
 
         Raises:
             InputError: a name is unknown, or no node is left to quantize.
@@ -251,7 +251,7 @@ def _one_scale_each(
 
 
 def _joined(graph: onnx.GraphProto) -> set[str]:
-    """The activations that Concats join, whose ranges say whether one scale holds them all."""
+    """The activations that Concats join, whose ranges show whether one scale fits them all."""
     weights = {tensor.name for tensor in graph.initializer}
     values = [*graph.value_info, *graph.input, *graph.output]
     floats = {v.name for v in values if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}

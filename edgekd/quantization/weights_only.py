@@ -18,7 +18,7 @@ from edgekd.quantization.node_selection import nothing_to_quantize
 from edgekd.quantization.prepare import drop_unused, prepare_onnx, restore_identity, save_onnx
 
 _LARGEST = 127
-_LEAST_ELEMENTS = 64  # below that the scales and the further node outweigh what is saved
+_LEAST_ELEMENTS = 64  # below that the scales and the extra node outweigh the savings
 _RECURRENT = {"LSTM", "GRU", "RNN"}
 
 Axis = Callable[[onnx.NodeProto, int], int]
@@ -43,7 +43,7 @@ def _gemm_axis(node: onnx.NodeProto, rank: int) -> int:
     return 0 if settings.get("transB") else 1
 
 
-# The inputs that hold weights, and which axis of them counts output channels.
+# The inputs that are weights, and their axis of output channels.
 _WEIGHTS: dict[str, tuple[tuple[int, ...], Axis]] = {
     "Conv": ((1,), lambda node, rank: 0),
     "ConvTranspose": ((1,), lambda node, rank: 1),
@@ -68,21 +68,22 @@ def quantize_weights(
     """Store the weights of Conv, ConvTranspose, Gemm, MatMul, Einsum, LSTM, GRU, RNN and embedding
     tables as int8 with a scale per output channel (tables: per row); biases stay float32.
 
-    DequantizeLinear gives the weights back at run time, standard ONNX since opset 13. A model
+    DequantizeLinear restores the weights at run time, standard ONNX since opset 13. A model
     becomes about four times smaller, not faster. The arithmetic stays in float32 in the sessions
-    of this project (:data:`edgekd.onnx.session.CONFIGURATION`); a program of one's own must set
+    of this project (:data:`edgekd.onnx.session.CONFIGURATION`); other programs must set
     that entry too, or ONNX Runtime rounds the activations of MatMul to 8 bits.
 
     Args:
         onnx_path: a float32 model.
         out: where to write.
-        keep: names of nodes that are not touched.
-        samples: real inputs that the preparation is checked on; made up where None.
+        keep: names of nodes that are not changed.
+        samples: real inputs that the preparation is checked on; random where None.
 
     Raises:
         InputError: the model is broken, quantized already or too old; ``keep`` names no node;
             there are no weights to quantize, or they are not finite.
-        StageError: the file cannot be written, or the prepared model does not answer as it.
+        StageError: the file cannot be written, or the prepared model's outputs differ from the
+        file's.
     """
     prepared = prepare_onnx(onnx_path, samples)
     model = onnx.ModelProto()
@@ -99,12 +100,12 @@ def quantize_weights(
 def dequantize_weights(
     graph: onnx.GraphProto, types: Collection[str], keep: Collection[str], source: Path
 ) -> int:
-    """Replace float32 weights by int8 ones that are given back before their nodes, in place.
+    """Replace float32 weights by int8 ones that are dequantized before their nodes, in place.
 
     Args:
         graph: of the model.
         types: operators whose weights are replaced.
-        keep: names of nodes that are not touched.
+        keep: names of nodes that are not changed.
         source: the model's file, for an error.
 
     Returns:
@@ -156,7 +157,7 @@ def _is_large(tensor: onnx.TensorProto) -> bool:
 def check_finite_weight(tensor: onnx.TensorProto, source: Path) -> None:
     """
     Raises:
-        InputError: the tensor holds NaN or infinite values, which 8 bits do not.
+        InputError: the tensor has NaN or infinite values, which 8 bits cannot represent.
     """
     if not np.isfinite(numpy_helper.to_array(tensor)).all():
         raise InputError(
@@ -216,7 +217,7 @@ def _gather_rows(
     tensor: onnx.TensorProto,
     done: dict[tuple[str, int], str],
 ) -> list[onnx.NodeProto]:
-    """Look int8 rows and their scales up, and multiply: the table itself is never given back."""
+    """Look int8 rows and their scales up, and multiply: the table itself is never dequantized."""
     base = f"{tensor.name}.rows"
     if (tensor.name, -1) not in done:
         steps, scale = _rounded(tensor, 0)
