@@ -1,4 +1,4 @@
-"""Will a model run there? What each runtime says to it, and whether it fits into the memory."""
+"""Check whether a model will run on a device: each runtime's verdict, and the memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from edgekd.onnx.optimizer_faults import find_fault_on_random_inputs
 from edgekd.onnx.session import CPU_PROVIDER
 
 _COMPARED_BYTES = 256 << 20
-"""A model that needs no more is run, to compare its answers with and without optimization."""
+"""Models up to this memory are run, to compare outputs with and without optimization."""
 _NO_KERNEL = re.compile(r"implementation for (\w+)\(\d+\)|(\w+)\(-?\d+\) is not a registered")
 
 
@@ -47,7 +47,7 @@ class CheckReport:
 
     @property
     def passed(self) -> bool:
-        """Whether all that was asked for holds."""
+        """Whether every check passed."""
         return all(finding.status in ("ok", "note") for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def check_model(
     shapes: Mapping[str, Sequence[int]] | None = None,
     batch: int | None = None,
 ) -> CheckReport:
-    """Ask every runtime that is meant about a model.
+    """Check a model with every requested runtime.
 
     Args:
         path: the ONNX file.
@@ -85,12 +85,13 @@ def check_model(
             that is told and no more: who did not ask for TensorRT needs none.
         opens: opens the model in another process, as
             :meth:`edgekd.targets.LocalTarget.probe` does; where that raises an error, ONNX Runtime
-            is not asked here, as it would end this process.
-        engines: what must take it: tensorrt, tensorrt-rtx, onnxruntime; none is the profile's,
+            is not run here, as it would end this process.
+        engines: the engines that must run it: tensorrt, tensorrt-rtx, onnxruntime; empty: the
+        profile's,
             else ONNX Runtime.
         profile: the device: its engine, providers, TensorRT version and budgets.
         providers: of ONNX Runtime, the preferred first; none is the profile's, else the CPU.
-            Naming some asks for ONNX Runtime as well.
+            Naming some also checks ONNX Runtime.
         shapes: sizes of inputs by name, for the memory.
         batch: for the memory; None is 1.
 
@@ -202,7 +203,7 @@ def _onnxruntime(
 
 
 def _optimized(path: Path, memory: MemoryEstimate, asked: bool) -> list[Diagnostic]:
-    """Whether ONNX Runtime's optimization leaves the answers as they are."""
+    """Whether ONNX Runtime's optimization preserves the outputs."""
     subject = "optimized answers"
     if memory.total_bytes > _COMPARED_BYTES:
         return [
@@ -216,7 +217,7 @@ def _optimized(path: Path, memory: MemoryEstimate, asked: bool) -> list[Diagnost
     except (InputError, StageError) as error:
         return [Diagnostic(subject, "note", f"not compared: {error.what}")]
     if fault is None:
-        same = "those of the model as it is written, on random inputs"
+        same = "those of the model as written, on random inputs"
         return [Diagnostic(subject, "ok" if asked else "note", same)]
     remedy = f"{fault.remedy}; 'edgekd build' writes a file that is right"
     return [Diagnostic(subject, "fails" if asked else "note", str(fault), remedy)]
@@ -232,7 +233,7 @@ def _provider(
         return Diagnostic(name, "not shown" if needed else "note", detail, row.install * needed)
     if row.nodes is None:
         return Diagnostic(
-            name, "note", "takes the model; this ONNX Runtime does not say which nodes"
+            name, "note", "takes the model; this ONNX Runtime does not report which nodes"
         )
     placed = [node for other in rows for node in other.nodes or ()]
     runs = f"runs {len(row.nodes)} of {len(placed)} nodes"

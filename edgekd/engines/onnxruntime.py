@@ -1,4 +1,4 @@
-"""The ONNX Runtime engine: a model optimized offline, saved, and checked to answer the same."""
+"""The ONNX Runtime engine: a model optimized offline, saved, and checked for equal outputs."""
 
 from __future__ import annotations
 
@@ -49,23 +49,23 @@ __all__ = [
 ]
 
 _WITH_KERNELS = ("CPUExecutionProvider", "CUDAExecutionProvider", "DmlExecutionProvider")
-"""Providers whose part of a graph can be saved; the others compile theirs into something."""
+"""Providers whose part of a graph can be saved; others compile theirs to their own format."""
 
 
 @dataclass(frozen=True)
 class EngineInfo:
     """How a model was prepared for ONNX Runtime and is to be run.
 
-    ``providers_session`` are those the session took; ``providers_left_out`` those wanted that are
+    ``providers_session`` are those of the session; ``providers_left_out`` requested ones that are
     not here or did not start. ``nodes`` is how many kernels of the optimized graph each really
     ran, ``placement`` the names of its nodes by provider (a subgraph compiled into one kernel
     lists its nodes), ``fell_back`` those of them that the preferred provider should have run and
     ``shape_arithmetic`` those that belong on the CPU; see
     :mod:`edgekd.engines.provider_assignment`.
     ``saved_level`` is the optimization inside the file, ``run_level`` the one to open it with;
-    ``disabled_optimizers`` are those of ONNX Runtime that would have changed the answers and were
+    ``disabled_optimizers`` are those of ONNX Runtime that would have changed the outputs and were
     left out. Where the runtime would apply them when it opens the file, ``run_level`` is
-    ``disabled``: what they leave is in the file already.
+    ``disabled``: the other optimizations are in the file already.
     ``max_difference`` is the largest |optimized − exported| seen.
     """
 
@@ -106,12 +106,12 @@ def build_engine(
     left_out: Sequence[str] = (),
     cache: Path | None = None,
 ) -> EngineInfo:
-    """Optimize a model offline, save it, load it again and compare its answers.
+    """Optimize a model offline, save it, load it again and compare its outputs.
 
-    ``out_path`` is written last: where something fails, it stays as it was before.
+    ``out_path`` is written last: on failure, an existing file is unchanged.
 
     The file is optimized to ``extended`` at most: what ``all`` adds (blocked memory layouts)
-    depends on the processor it was made on. It is meant to be run at ``optimization``, which
+    depends on the processor it was made on. It is to be run at ``optimization``, which
     adds the rest where it runs. For a provider that compiles its part of the graph (TensorRT,
     OpenVINO) it is optimized to ``basic``: the fused operations of ``extended`` are not ONNX's.
 
@@ -121,21 +121,21 @@ def build_engine(
         providers: from :func:`providers_for`.
         threads: intra-op threads.
         optimization: the level to run at.
-        samples: inputs to compare on, (N, …) by name; made up where None: see
+        samples: inputs to compare on, (N, …) by name; random where None: see
             :func:`made_up_inputs`; a size that the model can run is searched.
         tolerance: |optimized − exported| may be ``tolerance · max(1, max|exported|)``. The
             default allows what fusing float32 convolutions and normalizations changes.
         fallback: whether nodes may run on another provider than the first of ``providers``, and
             a provider may fail to start.
-        left_out: providers wanted that are not here, for the record; see
+        left_out: requested providers that are not available, for the record; see
             :func:`edgekd.onnx.session.provider_chain`.
-        cache: the folder where providers that compile keep what they made.
+        cache: the cache folder of providers that compile.
 
     Raises:
         InputError: the file is not a valid model, a provider does not start, or nodes fell back
             to another one than the preferred.
-        StageError: the optimized file cannot be written, read back, or answers differently
-            whichever optimizers are left out.
+        StageError: the optimized file cannot be written, read back, or its outputs differ
+            whichever optimizers are disabled.
     """
     check_onnx(onnx_path)
     saved: Optimization = "extended" if optimization == "all" else optimization
@@ -170,7 +170,7 @@ def build_engine(
         ran = run(run_level)
         difference, fault = _difference(reference, ran.answers, tolerance)
         if fault is not None:
-            # Opened as it lies there, the optimizers that run again where it is opened stay out.
+            # Opened as on the device: optimizers that would run again on opening are disabled.
             disabled = optimizers_to_disable(lambda without: right("disabled", without))
             if not disabled:
                 raise _differs(fault, partial)
@@ -204,7 +204,7 @@ def build_engine(
 
 @dataclass(frozen=True)
 class _Ran:
-    """One run of a built file: what it answered, and which nodes ran where."""
+    """One run of a built file: its outputs, and the provider of each node."""
 
     answers: dict[str, Array]
     nodes: list[PlacedNode]
@@ -318,7 +318,7 @@ def _difference(
 
 def _differs(how: str, path: Path) -> StageError:
     return StageError(
-        f"the optimized model answers differently, whichever optimizers are left out: {how}",
+        f"the optimized model's outputs differ, whichever optimizers are disabled: {how}",
         where=str(path),
         remedy="set engines: [{kind: onnxruntime, optimization: disabled}]",
     )

@@ -27,7 +27,7 @@ from edgekd.onnx.session import (
 )
 
 SMALL = 100
-"""Elements of a constant that ONNX Runtime takes for part of a shape computation."""
+"""Largest constant that ONNX Runtime counts as part of a shape computation."""
 
 _SHOWN = 5
 
@@ -74,7 +74,7 @@ def provider_coverage(
     optimization: Optimization = "all",
     provider_options: Mapping[str, Mapping[str, str]] | None = None,
 ) -> tuple[ProviderCoverage, ...]:
-    """Open a model on those of the providers that are here, and see who takes which node.
+    """Open a model on the available providers, and find which provider runs which node.
 
     Nodes are those of the graph after folding constants and before fusing; a subgraph that a
     provider compiles into one node is listed node by node. Nothing is run.
@@ -122,7 +122,7 @@ def assigned_nodes(
     """Every node with its provider, as the session partitioned the graph.
 
     The session must have been opened with ``RECORD_ASSIGNMENT``. None where this ONNX Runtime
-    does not record it (before 1.24): then only a profile of a run can tell.
+    does not record it (before 1.24): then only a profile of a run shows it.
     """
     if not hasattr(session, "get_provider_graph_assignment_info"):
         return None
@@ -160,7 +160,7 @@ def count_by_provider(nodes: Iterable[PlacedNode]) -> dict[str, int]:
 def fallen_back(nodes: Iterable[PlacedNode], preferred: str) -> tuple[PlacedNode, ...]:
     """The nodes that something else than the preferred provider runs, by no design.
 
-    On the CPU, shape arithmetic is where ONNX Runtime wants it: its results are sizes that the
+    On the CPU, shape arithmetic is where ONNX Runtime places it: its results are sizes that the
     host needs, and copies to a device and back would cost more. With the CPU preferred, nothing
     can fall back.
     """
@@ -204,7 +204,7 @@ def check_fallback(
 
 
 def listed(nodes: Sequence[Any], limit: int = _SHOWN) -> str:
-    """The first few of many things, and how many more there are."""
+    """The first few names of a list, and the number of the others."""
     more = f" and {len(nodes) - limit} more" if len(nodes) > limit else ""
     return ", ".join(map(str, nodes[:limit])) + more
 
@@ -212,10 +212,10 @@ def listed(nodes: Sequence[Any], limit: int = _SHOWN) -> str:
 def shape_arithmetic(model: onnx.ModelProto) -> frozenset[tuple[str, str]]:
     """(name, operation) of the nodes that compute with sizes only.
 
-    Shape and Size, and what reads nothing but their results and constants of up to 100 elements:
-    what ONNX Runtime keeps on the CPU beside a GPU (its GetCpuPreferredNodes). That also counts
-    inputs of the graph among these constants; here they do not count, they are data.
-    A name that several nodes share is in the set only if all of them belong there.
+    Shape and Size, and nodes that read only their results and constants of up to 100 elements:
+    nodes that ONNX Runtime leaves on the CPU even with a GPU (its GetCpuPreferredNodes). That also
+    counts inputs of the graph among these constants; here they do not count, they are data.
+    A name that several nodes share is in the set only if all of them qualify.
     """
     seen = list(_sizes_only(model.graph, set(), set()))
     others = {key for key, belongs in seen if not belongs}

@@ -1,7 +1,7 @@
 """Which of several files of one student is shipped: by the budgets, not by habit.
 
 An INT8 model can be slower than float32 on a processor that it was not made for, and a half
-precision one is, where there are no such kernels. Both are measured on the target and said.
+precision one is, where there are no such kernels. Both are measured on the target and reported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from edgekd.config.profile import Profile
 from edgekd.errors import StageError
 
 FLOAT = "float32"
-"""The name of the candidate that the others are held against."""
+"""The name of the candidate that the others are compared with."""
 Select = Literal["measured", "smallest", "int8", "half", "float32"]
 PERCENTILES = ("p50", "p90", "p95", "p99")
 _MB = 1e6
@@ -26,10 +26,10 @@ class Candidate:
     """One engine of the student, as it was measured.
 
     ``drop`` is what the metric on the validation split lost against float32 (positive is worse; of
-    an error a share of the best constant answer's), with its 95 % interval. ``latency_ms`` are
+    an error a share of the best constant prediction's), with its 95 % interval. ``latency_ms`` are
     percentiles by name (``p50``).
-    ``speedup`` is float32's p50 over this one's, timed in turn, with its 95 % interval; None for
-    float32 itself. ``notes`` say what a reader should know, such as layers kept in float32.
+    ``speedup`` is float32's p50 over this one's, timed interleaved, with its 95 % interval; None
+    for float32 itself. ``notes`` are remarks for the reader, such as layers in float32.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Row:
-    """A candidate with what was held against it; an empty ``against`` makes it eligible."""
+    """A candidate with the reasons against it; an empty ``against`` makes it eligible."""
 
     candidate: Candidate
     misses: tuple[str, ...]
@@ -70,13 +70,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen candidate, the reason in a sentence, and all of them in the order given."""
+    """The chosen candidate, the reason in a sentence, and all candidates in the given order."""
 
     chosen: str
     reason: str
     rows: tuple[Row, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
-    """Why a way that was asked for is no candidate, by its name."""
+    """The reason why a requested variant is no candidate, by name."""
 
     def to_json(self) -> dict[str, Any]:
         """A plain mapping for a JSON file."""
@@ -92,7 +92,7 @@ class Choice:
 class Budgets:
     """What a file may cost: the gate's budgets of size and latency, else the profile's limits.
 
-    Those of accuracy and memory are not here: one is held against the test split, the other is
+    Those of accuracy and memory are not included: one is checked on the test split, the other is
     not measured for a choice.
     """
 
@@ -130,10 +130,10 @@ def choose(
 ) -> Choice:
     """Choose the file that is shipped.
 
-    A candidate that drops by more than ``max_drop`` is out. Of the others those that miss the
-    fewest budgets of size and latency stay. Among these float32 gives way only to one that is
-    both shown to be faster (the whole interval of its speed-up is above 1) and smaller; the
-    fastest such is taken. So a smaller but slower file is taken only where float32 misses a
+    A candidate that drops by more than ``max_drop`` is excluded. Of the others those that miss the
+    fewest budgets of size and latency remain. Among these float32 loses only to one that is
+    both shown to be faster (the complete interval of its speed-up is above 1) and smaller; the
+    fastest such is selected. So a smaller but slower file is selected only where float32 misses a
     budget that it meets.
 
     Args:
@@ -142,9 +142,9 @@ def choose(
         max_drop: the largest drop of the metric allowed, in the unit of :class:`Candidate`.
         teacher_bytes: the size of the teacher's file; None when there is none to compare with.
         teacher_speedup: the teacher's p50 over float32's.
-        refused: ways that were asked for and could not be candidates, with the reason.
-        select: ``measured`` is the above; any other insists on a kind, or on the smallest file,
-            among those within the drop, whatever they cost here. What speaks against the chosen
+        refused: requested variants that could not be candidates, with the reason.
+        select: ``measured`` is the above; any other forces a kind, or the smallest file,
+            among those within the drop, whatever they cost here. Reasons against the selected
             one is part of the reason.
 
     Raises:
@@ -193,7 +193,7 @@ def _insisted(
                    if _kind(row.candidate.name) == select]  # fmt: skip
         reasons += [f"{name}: {reason}" for name, reason in refused.items()]
         raise StageError(
-            f"no {select} file keeps within a drop of {max_drop:g}: {'. '.join(reasons)}",
+            f"no {select} file is within a drop of {max_drop:g}: {'. '.join(reasons)}",
             where="quantize.select",
             remedy="raise quantize.max_drop, try int8: qat, or set quantize.select: measured",
         )
@@ -273,7 +273,7 @@ def _row_of(rows: Sequence[Row], name: str) -> Row:
 def _why_float(rows: Sequence[Row], refused: Mapping[str, str], max_drop: float) -> str:
     others = [row for row in rows if row.candidate.name != FLOAT]
     if not others and not refused:
-        return "nothing else was asked for"
+        return "no other variant was requested"
     told = [
         f"{row.candidate.name} "
         + ("; ".join(row.against) or f"misses {', '.join(row.misses)}, which float32 meets")

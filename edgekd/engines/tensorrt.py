@@ -1,7 +1,7 @@
 """What a TensorRT engine is built with, and where: from the pipeline and the profile to settings.
 
 The builder itself is edgerun's, as an engine for a Jetson is built on the Jetson; it is called
-through a target, in a process of its own, which a crash of TensorRT does not outlive.
+through a target, in a separate process, so that a crash of TensorRT is contained.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Library = Literal["tensorrt", "tensorrt-rtx"]
 BuildPrecision = Literal["fp32", "fp16", "bf16", "int8"]
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""Library → the module that it is imported as; edgerun, which stands alone, has its own table."""
+"""Library → the module that it is imported as; edgerun, which is independent, has its own table."""
 
 INSTALL = {
     "tensorrt": "on a Jetson it comes with JetPack (apt install python3-libnvinfer, and a virtual "
@@ -108,13 +108,13 @@ def engine_settings(
     """The settings that a pipeline's engine and a device profile mean together.
 
     Scratch memory is limited to the profile's budget, and TensorRT for RTX builds for the
-    profile's GPU, where the engine says nothing else.
+    profile's GPU, where the engine does not set another.
 
     Args:
         batch: the benchmark's batch size, for open batch dimensions.
-        precision: what was made of the model; None builds it as it is.
-        keep: nodes that were left in float32 on purpose.
-        timing_cache: a file kept between builds.
+        precision: the precision of the model; None builds it unchanged.
+        keep: nodes that were left in float32 intentionally.
+        timing_cache: a file that later builds reuse.
     """
     workspace, capabilities = config.workspace_mb, config.compute_capabilities
     if workspace is None and profile is not None and profile.budget.memory_mb is not None:
@@ -159,7 +159,7 @@ def where_built(kind: str, profile: Profile | None) -> Place:
 
 
 def check_installed(kind: str, where: str | None = None) -> None:
-    """Check that what builds an engine of this kind here is installed.
+    """Check that the builder of this kind of engine is installed.
 
     Raises:
         InputError: it is not; with what to install.
@@ -182,7 +182,7 @@ def check_runtime(settings: EngineSettings, profile: Profile | None, model: Path
             f"an engine for {profile.name} is built on the device: TensorRT does not build for "
             f"a Jetson on {platform.machine()}",
             where=str(model),
-            remedy=f"there, beside the model: {command}",
+            remedy=f"there, next to the model: {command}",
         )
     check_installed(settings.library)
 
@@ -190,8 +190,8 @@ def check_runtime(settings: EngineSettings, profile: Profile | None, model: Path
 def can_run_here(kind: str) -> str | None:
     """Why no engine of this kind can run on this machine; None where it can.
 
-    CUDA is started as edgerun starts it, in a process of its own: it would stay in this one, and
-    processes forked from it could not use the GPU.
+    CUDA is started as edgerun starts it, in a separate process: it would remain initialised in this
+    one, and processes forked from it could not use the GPU.
 
     Args:
         kind: ``onnxruntime``, which runs everywhere, ``tensorrt`` or ``tensorrt-rtx``.
@@ -202,7 +202,7 @@ def can_run_here(kind: str) -> str | None:
     done = subprocess.run(
         [sys.executable, "-c", _START_CUDA],
         env={**os.environ, "PYTHONPATH": folder},
-        # Not where the user is: a numpy.py that happens to lie there would come first.
+        # Not in the user's folder: a numpy.py there would be imported first.
         cwd=folder,
         stdin=subprocess.DEVNULL,
         capture_output=True,

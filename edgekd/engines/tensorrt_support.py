@@ -1,4 +1,4 @@
-"""What TensorRT says of a model, as diagnostics."""
+"""TensorRT's verdict on a model, as diagnostics."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ Status = Literal["ok", "fails", "not shown", "note"]
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """One thing looked at: ``fails`` and ``not shown`` keep the model from passing.
+    """The result of one check: with ``fails`` and ``not shown`` the model does not pass.
 
-    ``note`` is for the reader, and for what nobody asked for. ``nodes`` are those concerned.
+    ``note`` is information, also about engines that were not requested. ``nodes`` are those
+    affected.
     """
 
     subject: str
@@ -34,10 +35,10 @@ class Diagnostic:
 
 
 Parse = Callable[[Path, str], Mapping[str, Any]]
-"""(model, library) → a record ``edgerun.parse/1``: what TensorRT's parser says."""
+"""(model, library) → a record ``edgerun.parse/1``: the parser's verdict."""
 
 OPSETS = {(10, 0): (9, 20), (10, 15): (9, 24), (11, 0): (9, 25)}
-"""TensorRT version → the ONNX opsets that its parser takes, as its documentation states: of 10.0
+"""TensorRT version → the ONNX opsets that its parser accepts, as its documentation states: of 10.0
 and 10.15 onnx-tensorrt's docs/operators.md, of 11.x NVIDIA's ONNX opset guide."""
 
 OTHERWISE = "replace the operation in the network and export again, or run it in ONNX Runtime"
@@ -48,7 +49,7 @@ _REMEDIES = {
         "edgekd quantize MODEL.onnx --calibration DATA -o OUT.onnx --for tensorrt"
     ),
     r"^(NonZero|Unique|NonMaxSuppression|Compress)\b": (
-        "the shape of its answer depends on values: select a fixed number of elements (TopK), "
+        "the shape of its output depends on values: select a fixed number of elements (TopK), "
         "or leave this step to the program around the model"
     ),
     r"^(Loop|Scan|If|Sequence\w*)\b": "export the model without control flow and lists",
@@ -67,15 +68,15 @@ def tensorrt_verdict(
     asked: Collection[str],
     profile: Profile | None,
 ) -> tuple[dict[str, Any] | None, list[Diagnostic]]:
-    """The record of the parser that was asked, None without one, and what it means.
+    """The record of the parser that was run, None without one, and its diagnostics.
 
-    One library is asked: the one that is wanted, else one that stands in for it, TensorRT for RTX
+    One library is run: the requested one, else a substitute, TensorRT for RTX
     before TensorRT (which needs a GPU even to parse).
 
     Args:
         path: the ONNX file.
         model: what is in it.
-        parse: asks a library's parser.
+        parse: runs a library's parser.
         asked: engines that must take the model; TensorRT may be none of them.
         profile: of the device.
     """
@@ -96,7 +97,7 @@ def tensorrt_verdict(
     try:
         verdict = dict(parse(path, chosen))
     except (InputError, StageError, TargetError) as error:
-        detail = f"its parser could not be asked: {error.what}"
+        detail = f"its parser could not be run: {error.what}"
         return None, [*found, Diagnostic(chosen, gap, detail, error.remedy or "")]
     subject = f"{verdict['library']} {verdict['version']}"
     names = {
@@ -110,7 +111,7 @@ def tensorrt_verdict(
         return verdict, [*found, Diagnostic(subject, good, detail, _build(path, wanted, profile))]
     for problem in verdict["problems"]:
         node, op, message = (str(problem.get(key) or "") for key in ("node", "op", "message"))
-        # A failed assertion without words is all that the parser gives for an unknown operation.
+        # For an unknown operation the parser only reports a failed assertion without a message.
         why = "it has no such operation" if message in ("", "false") else message
         text = f"its parser refuses {node or 'the model'}{f' ({op})' if op else ''}: {why}{said}"
         found.append(
@@ -122,10 +123,10 @@ def tensorrt_verdict(
 
 
 def takes_opset(version: str, opset: int) -> bool | None:
-    """Whether a TensorRT version takes an opset.
+    """Whether a TensorRT version accepts an opset.
 
     For a version between two documented ones, only what both have in common is claimed; None
-    where nothing documented tells.
+    where it is not documented.
     """
     numbers = [int(part) for part in re.findall(r"\d+", version)[:2]]
     ours = (numbers[0], numbers[1] if len(numbers) > 1 else 0) if numbers else (0, 0)
@@ -147,7 +148,7 @@ def remedy_for(op: str, message: str) -> str:
 
 
 def _build(path: Path, wanted: Sequence[str], profile: Profile | None) -> str:
-    """How to find out more than a parser tells; nothing where nobody asked."""
+    """The remedy where only a build is conclusive; empty for engines that were not requested."""
     if not wanted:
         return ""
     words = ["edgekd", "build", str(path), "--engine", wanted[0]]
@@ -155,7 +156,7 @@ def _build(path: Path, wanted: Sequence[str], profile: Profile | None) -> str:
     command = shlex.join([*words, "-o", f"{path.stem}.engine"])
     if where_built(wanted[0], profile) == "on the device":
         return (
-            "only a build on the device shows that an engine can be made of it; what to type "
+            "only a build on the device shows that an engine can be made of it; the command "
             f"there: {command}"
         )
     return f"only a build shows that an engine can be made of it: {command}"

@@ -234,7 +234,7 @@ def test_an_optimization_that_changes_the_answers_leaves_what_was_there(exported
     if before is not None:
         out.write_bytes(before)
     with pytest.raises(
-        StageError, match=r"answers differently, whichever.*output 'logits'"
+        StageError, match=r"outputs differ, whichever.*output 'logits'"
     ) as caught:
         build_engine(exported, out, CPU)
     assert caught.value.where == str(out)

@@ -100,7 +100,7 @@ def test_a_way_that_was_refused_is_named():
 
 def test_alone_float32_is_chosen():
     choice = choose([plain()], gate(), 0.002)
-    assert (choice.chosen, choice.reason) == (FLOAT, "nothing else was asked for")
+    assert (choice.chosen, choice.reason) == (FLOAT, "no other variant was requested")
 
 
 @pytest.mark.parametrize("speed", ["faster", "slower", "unclear"])
@@ -122,6 +122,6 @@ def test_the_smallest_is_taken_however_slow():
 
 @pytest.mark.parametrize("select", ["int8", "half"])
 def test_insisting_does_not_excuse_the_drop(select):
-    with pytest.raises(StageError, match="keeps within a drop") as caught:
+    with pytest.raises(StageError, match="is within a drop") as caught:
         choose([plain(), int8(drop=0.01)], gate(), 0.002, select=select)
     assert "max_drop" in caught.value.remedy

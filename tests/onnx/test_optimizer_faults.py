@@ -262,4 +262,4 @@ def test_check_and_benchmark_name_it(tmp_path):
     right = tiny(tmp_path / "r.onnx", before="Relu")
     checked = CliRunner().invoke(main, ["check", str(right)])
     assert checked.exit_code == 0, checked.output
-    assert "those of the model as it is written" in " ".join(checked.output.split())
+    assert "those of the model as written" in " ".join(checked.output.split())
