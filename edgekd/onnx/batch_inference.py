@@ -1,4 +1,4 @@
-"""Running a model over samples, batch by batch, whatever batch it was built for."""
+"""Run a model over samples, batch by batch, also with a fixed batch size."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from edgekd.onnx.samples import Array, Samples
 from edgekd.onnx.session import CPU_PROVIDER, Optimization, first_line, open_session
 
 INPUT_BYTES = 8 << 20
-"""A batch's inputs take at most this; a network's activations take tens of times as much."""
+"""Largest size of a batch's inputs, in bytes; a network's activations take tens of times as
+much.
+"""
 _FLOATS = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
 
 
 class BatchedModel:
-    """A model that answers any number of samples, in batches that it can run.
+    """A model that runs any number of samples, in batches that it supports.
 
     At most ``batch`` samples are run at a time, fewer where they are large
     (:data:`INPUT_BYTES`). A model whose batch dimension is fixed is run in batches of that size,
@@ -60,7 +62,7 @@ class BatchedModel:
             self.size = 1
 
     def answer(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """The answers to samples (n, …) by input name: (n, …) by output name, whichever axis
+        """The outputs for samples (n, …) by input name: (n, …) by output name, whichever axis
         counts samples in the model; an output whose size depends on the data as
         :func:`edgekd.onnx.batch_layout.ragged`.
 
@@ -74,7 +76,7 @@ class BatchedModel:
         start = 0
         while start < count:
             end = min(start + self.size, count)
-            # Samples that differ in what a query takes only once are not run together.
+            # Samples with different values of a shared input are not run together.
             for name in self._shared & inputs.keys():
                 first = inputs[name][start]
                 rest = range(start + 1, end)
@@ -108,7 +110,7 @@ class BatchedModel:
                     remedy="export the model with an open batch, and tensors as outputs",
                 )
             values = np.moveaxis(values, axis or 0, 0)
-            # A copy, so that the filled-up rows are not kept in memory.
+            # A copy, so that the padded rows are not held in memory.
             found[name] = values[:real].copy() if real < ran else values
         return found
 
@@ -140,7 +142,7 @@ def answer_batches(
     optimization: Optimization = "all",
     batch: int = 64,
 ) -> Iterator[tuple[slice, dict[str, Array]]]:
-    """A model's answers batch by batch: which samples these are, and (n, …) by output name.
+    """A model's outputs batch by batch: the slice of the samples, and (n, …) by output name.
 
     Raises:
         InputError, StageError: as :class:`BatchedModel`.
@@ -166,10 +168,10 @@ def run_samples(
     optimization: Optimization = "all",
     batch: int = 64,
 ) -> dict[str, Array]:
-    """A model's answers to all samples, (N, …) by output name; they are all held in memory.
+    """A model's outputs for all samples, (N, …) by output name; they are all held in memory.
 
-    Dynamic quantization takes a tensor's range over the whole batch: ``batch=1`` gives what a
-    device answers to one query. See :class:`BatchedModel` for how many are run at a time.
+    Dynamic quantization computes a tensor's range over the complete batch: ``batch=1`` gives the
+    output of one query on a device. See :class:`BatchedModel` for how many are run at a time.
 
     Raises:
         InputError: there are no samples, they lack an input or have another type or shape than
@@ -191,7 +193,7 @@ def run_samples(
 
 
 def one_batch(path: Path, samples: Samples, batch: int = 16) -> dict[str, Array]:
-    """The first samples as a model takes them, by input name.
+    """The first samples as a model expects them, by input name.
 
     Raises:
         InputError: as :class:`BatchedModel`.
@@ -235,10 +237,10 @@ def fixed_sizes(session: onnxruntime.InferenceSession) -> set[int]:
 def model_inputs(
     session: onnxruntime.InferenceSession, batch: Mapping[str, Array], path: Path, rows: int | None
 ) -> dict[str, Array]:
-    """The model's own inputs of a batch, filled up to ``rows`` with its last sample.
+    """The model's own inputs of a batch, padded to ``rows`` with its last sample.
 
-    The batch is (n, …) by name; a state gets its samples on the axis that the model counts them
-    on. Floats of another width are converted: a model may take its inputs in 16 bits.
+    The batch is (n, …) by name; a state gets its samples on the model's batch axis for it.
+    Floats of another width are converted: a model may have 16-bit inputs.
     """
     inputs = {v.name: _as_taken(v, batch, path) for v in session.get_inputs()}
     for name, array in inputs.items():
@@ -261,7 +263,7 @@ def run_batch(
         shapes = ", ".join(f"{name} {a.dtype}{a.shape}" for name, a in inputs.items())
         what = f"the model does not run on {shapes}: {first_line(error)}"
         if isinstance(error, InvalidArgument):
-            remedy = "give samples of the type and shape that the model takes"
+            remedy = "give samples of the type and shape that the model expects"
             raise InputError(what, where=str(path), remedy=remedy) from error
         remedy = _remedy(str(error))
         raise StageError(what, where=str(path), remedy=remedy) from error
@@ -276,7 +278,7 @@ def _remedy(message: str) -> str:
     if _OUT_OF_MEMORY.search(message):
         return "free memory, or give smaller samples; 'edgekd check' shows what the model needs"
     node = _NODE.search(message)
-    named = f"node {node[1]!r}: look at what it takes there" if node else "the message says where"
+    named = f"node {node[1]!r}: check its inputs" if node else "the message says where"
     return f"the graph cannot compute this, {named}; or export the model again"
 
 

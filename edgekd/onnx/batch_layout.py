@@ -1,4 +1,4 @@
-"""Where a model's inputs and outputs count samples, and its answers with the samples first."""
+"""The batch axes of a model's inputs and outputs, and conversion to samples first."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from edgerun.model import TensorInfo
 from edgerun.onnx_session import shape_of
 from edgerun.shapes import BatchLayout
 
-_TRIED = (2, 3)  # batch sizes that tell which axis of an output is the batch's
+_TRIED = (2, 3)  # batch sizes that identify the batch axis of an output
 _MATCHED_ROWS = 2048  # of a sample; the cost of an assignment grows with their cube
 
 
@@ -40,9 +40,9 @@ def spec_layout(inputs: Sequence[TensorSpec]) -> BatchLayout:
 
 
 def to_model(layout: BatchLayout, batch: Mapping[str, Array]) -> dict[str, Array]:
-    """Inputs as the model takes them, of inputs (n, …) by name.
+    """Inputs as the model expects them, from inputs (n, …) by name.
 
-    A state that counts samples on another axis gets them there; an input that all samples share
+    A state with another batch axis is transposed; an input that all samples share
     is that of the first.
 
     Raises:
@@ -54,7 +54,7 @@ def to_model(layout: BatchLayout, batch: Mapping[str, Array]) -> dict[str, Array
         if axis is None:
             if len(array) > 1 and not np.array_equal(array[1:], array[:-1]):
                 raise InputError(
-                    f"the model takes one {name!r} for all samples of a batch, and these differ",
+                    f"the model has one {name!r} for all samples of a batch, and these differ",
                     where=f"samples, {name!r}",
                     remedy="give the same value to all samples, or batches of one sample",
                 )
@@ -65,7 +65,7 @@ def to_model(layout: BatchLayout, batch: Mapping[str, Array]) -> dict[str, Array
 
 
 def rows_of(layout: BatchLayout, inputs: Mapping[str, Array]) -> int:
-    """How many samples are in inputs as the model takes them."""
+    """The number of samples in inputs as the model expects them."""
     counted = ((name, axis) for name, axis in layout.axes.items() if axis is not None)
     return next((inputs[name].shape[axis] for name, axis in counted), 1)
 
@@ -85,11 +85,11 @@ class OutputAxes:
 
     @property
     def one_by_one(self) -> bool:
-        """Whether an output tells samples apart only if they are run one at a time."""
+        """Whether an output has separate samples only if they are run one at a time."""
         return None in self.axes.values()
 
     def notes(self) -> dict[str, str]:
-        """What a person should know of outputs that are not one row per sample."""
+        """Notes on outputs that are not one row per sample."""
         said = {}
         for name, axis in self.axes.items():
             if name in self.ragged:
@@ -110,7 +110,7 @@ class OutputAxes:
         layout: BatchLayout,
         run: Callable[[int], list[Any]],
     ) -> OutputAxes:
-        """Read from the declared shapes; where these do not tell, found by running the model.
+        """Read from the declared shapes; where these are ambiguous, found by running the model.
 
         Args:
             session: the model.
@@ -139,7 +139,7 @@ class OutputAxes:
                 answers = zip(*map(run, tried), strict=True)
                 found = dict(zip((o.name for o in declared), answers, strict=True))
             except (InputError, StageError):
-                # What is wrong is said where the samples themselves are run.
+                # The error is reported where the samples themselves are run.
                 found = {}
             for name in unclear:
                 shapes = [getattr(answer, "shape", None) for answer in found.get(name, (None,))]
@@ -163,7 +163,7 @@ def _varying(shapes: Sequence[tuple[int, ...] | None], counts: Sequence[int]) ->
     """The first axis that has as many elements as there were samples."""
     ranks = {None if shape is None else len(shape) for shape in shapes}
     if None in ranks:
-        return 0  # A sequence or the like, which is refused where it is read.
+        return 0  # A sequence or similar, which is refused where it is read.
     if len(ranks) > 1:
         return None
     sizes = list(zip(*cast("Sequence[tuple[int, ...]]", shapes), strict=True))
@@ -179,7 +179,7 @@ def ragged(answers: Sequence[Array]) -> Array:
 
 
 def is_ragged(values: Array) -> bool:
-    """Whether these are answers as :func:`ragged` gives them."""
+    """Whether these are outputs as returned by :func:`ragged`."""
     return values.dtype == object and values.ndim == 1 and isinstance(values[0], np.ndarray)
 
 
@@ -188,10 +188,10 @@ def comparable(
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Answers of two models with ragged outputs as arrays of one shape, (n, …).
 
-    Floats (K, F): each row of the reference beside the row of the candidate that is nearest to it
-    (the assignment of least total distance); rows without a partner stand beside zeros. Anything
+    Floats (K, F): each row of the reference paired with the nearest row of the candidate
+    (the assignment of least total distance); rows without a partner are paired with zeros. Anything
     else (indices of boxes, words): for each row that either has, 1 where it is in the sample's
-    answer and 0 where not. Other outputs stay as they are.
+    output and 0 elsewhere. Other outputs are unchanged.
     """
     first, second = dict(reference), dict(candidate)
     for name, expected in reference.items():
@@ -201,7 +201,7 @@ def comparable(
         if not is_ragged(answer):
             raise InputError(
                 f"output {name!r} has one size for all samples in one model only",
-                where="comparison of two models' answers",
+                where="comparison of two models' outputs",
                 remedy="make the one from the other, or export both in the same way",
             )
         pairs = [_pair(p, o) for p, o in zip(expected, answer, strict=True)]
@@ -229,9 +229,9 @@ def _as_rows(values: Array) -> Array:
 
 
 def _matched(p: Array, o: Array) -> tuple[Array, Array]:
-    """Rows beside their nearest ones."""
+    """Pair rows with their nearest ones."""
     if max(len(p), len(o)) <= _MATCHED_ROWS and len(p) and len(o):
-        # Imported here: it takes longer than all else that the command line loads.
+        # Imported here: it takes longer than the rest of the command line's imports.
         from scipy.optimize import linear_sum_assignment
         from scipy.spatial.distance import cdist
 

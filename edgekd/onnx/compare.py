@@ -1,4 +1,4 @@
-"""How far are a model's answers from those of another: per output and part, over real samples."""
+"""The error of a model's outputs against another's: per output and part, over real samples."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ __all__ = [
 ]
 
 Score = Callable[[Mapping[str, Array], Mapping[str, Array], slice], Array]
-"""(the reference's answers, a model's, which of all samples they are) → each one's score, (n,)."""
+"""(the reference's outputs, a model's, the slice of all samples) → each one's score, (n,)."""
 
 REFERENCE_BYTES = 128 << 20
-"""A reference's answers are kept for the next candidate while they take no more than this."""
+"""Largest size, in bytes, of a reference's outputs that are cached for the next candidate."""
 _VALUES = 1 << 20  # compared at a time in float64
 _CONFIDENCE = 0.95
 
@@ -78,7 +78,7 @@ class OutputError:
 @dataclass(frozen=True)
 class Comparison:
     """Two models on the same samples: ``errors`` of the candidate's outputs, and the scores of
-    both, (N,) float64; empty where no score was asked for."""
+    both, (N,) float64; empty without a score function."""
 
     errors: tuple[OutputError, ...]
     reference_scores: Array
@@ -92,7 +92,7 @@ class Comparison:
 
 
 class Reference:
-    """The model that is right, on some samples: run as it is written, without optimizations.
+    """The reference model on some samples: run as written, without optimizations.
 
     What a runtime's optimizer makes of a model is not the model. Answers are computed once where
     they fit into :data:`REFERENCE_BYTES`.
@@ -124,7 +124,7 @@ class Reference:
         self._known: list[tuple[slice, dict[str, Array]]] = []
         self._known_size = 0
         self.first = self._model.answer(next(samples.batches(self._model.size)))
-        """The answers to the first batch."""
+        """The outputs for the first batch."""
         self.parts = find_parts(path, samples, self.first, self._model.outputs.axes)
         """The parts of each output, by its name."""
 
@@ -139,7 +139,7 @@ class Reference:
         )
 
     def answers(self, size: int) -> Iterator[tuple[slice, dict[str, Array], dict[str, Array]]]:
-        """Batch by batch: which samples these are, their inputs, and the answers."""
+        """Batch by batch: the slice of the samples, their inputs, and the outputs."""
         known = dict(enumerate(self._known)) if self._known_size == size else {}
         kept: list[tuple[slice, dict[str, Array]]] = []
         left = REFERENCE_BYTES
@@ -160,16 +160,16 @@ class Reference:
         optimization: Optimization = "all",
         batch: int | None = None,
     ) -> Comparison:
-        """Run a candidate beside it; of the candidate's answers only errors and scores are kept.
+        """Run a candidate on the same samples; only errors and scores of its outputs are stored.
 
         Args:
             candidate: the model to compare.
             classes: as in :func:`compare_answers`.
-            score: what a batch's answers are worth, of the reference itself too.
+            score: the score function, also applied to the reference itself.
             optimization: of the candidate.
             batch: the candidate's, where that is another than the reference's: dynamic
-                quantization takes ranges over the whole batch, and 1 is what a device answers to
-                one query.
+                quantization computes ranges over the complete batch, and 1 gives a device's output
+                for one query.
 
         Raises:
             InputError: as :func:`run_samples` for the candidate and :func:`compare_answers`.
@@ -210,7 +210,7 @@ def compare_models(
         candidate: the model to compare.
         samples: real inputs.
         classes: as in :func:`compare_answers`.
-        score: what a batch's answers are worth, of the reference itself too.
+        score: the score function, also applied to the reference itself.
         providers: of both, like ``threads``.
         threads: of ONNX Runtime.
         optimization: the candidate's.
@@ -232,9 +232,9 @@ def compare_answers(
     """The error of every output of the reference, in its order.
 
     Args:
-        reference: (N, …) by output name, as :func:`run_samples` gives it.
+        reference: (N, …) by output name, as returned by :func:`run_samples`.
         candidate: the other model's, to the same samples.
-        classes: the output whose largest value is the answer; None when there is none.
+        classes: the output whose largest value is the predicted class; None when there is none.
 
     Raises:
         InputError: the candidate lacks an output or has another shape; there are no samples;
@@ -246,7 +246,7 @@ def compare_answers(
 
 
 class AnswerErrors:
-    """:func:`compare_answers` over as many batches as come, in constant memory."""
+    """:func:`compare_answers` over any number of batches, in constant memory."""
 
     def __init__(
         self, classes: str | None, parts: Mapping[str, Sequence[Part]] | None = None
@@ -271,7 +271,7 @@ class AnswerErrors:
                 raise InputError(
                     f"output {name!r} is {expected.shape} in one model and {answer.shape} in "
                     "the other",
-                    where="comparison of two models' answers",
+                    where="comparison of two models' outputs",
                     remedy="run both models on the same samples, at least one",
                 )
             if name not in self._outputs:
@@ -333,7 +333,7 @@ class _OutputSums:
 
 
 def _interval(successes: int, n: int) -> tuple[float, float]:
-    # Imported here: it takes longer than all else that the command line loads.
+    # Imported here: it takes longer than the rest of the command line's imports.
     from scipy.stats import binomtest
 
     interval = binomtest(successes, n).proportion_ci(_CONFIDENCE, method="wilson")

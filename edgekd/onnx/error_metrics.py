@@ -1,4 +1,4 @@
-"""How far values are from others: sums over as many batches as come, and cosines."""
+"""Error metrics: sums over any number of batches, and cosines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edgekd.onnx.samples import Array
 
 
 class ErrorSums:
-    """Sums of error and signal over as many batches as come, in constant memory.
+    """Sums of error and signal over any number of batches, in constant memory.
 
     Equal infinities and NaN on both sides are no error and no signal.
     """
@@ -89,8 +89,8 @@ def cosines(p: Array, o: Array) -> Array:
 
 
 def _unit(rows: Array) -> Array:
-    """Each row divided by its length; rows of zeros stay."""
-    # By the largest first, so that squares of very small or large values do not leave float64.
+    """Each row divided by its length; rows of zeros are unchanged."""
+    # By the largest first, so that squares of very small or large values do not overflow float64.
     largest = np.abs(rows).max(axis=1, keepdims=True, initial=0.0)
     rows = rows / np.where(largest > 0, largest, 1.0)
     length = np.linalg.norm(rows, axis=1, keepdims=True)

@@ -47,10 +47,11 @@ def export_onnx(
 
     Inputs and outputs have the names, order and dtypes of ``model.spec``; every symbolic
     dimension of an input (``batch``) stays dynamic under its name. The file passes ONNX's full
-    check. Nodes carry no stack traces, so the file says nothing of the machine it was made on.
+    check. Nodes carry no stack traces, so the file contains nothing about the machine it was made
+    on.
 
     Args:
-        model: a module with ``spec`` that takes and gives mappings; exported in eval mode.
+        model: a module with ``spec`` with mappings as input and output; exported in eval mode.
         path: where to write.
         opset: the ONNX opset.
         metadata: written to the file's metadata.
@@ -93,7 +94,7 @@ def export_onnx(
 
 
 def _bare(proto: onnx.ModelProto) -> None:
-    """Remove what the exporter notes about its own machine: stack traces, paths, class names."""
+    """Remove the exporter's metadata about its machine: stack traces, paths, class names."""
     proto.doc_string = ""
     graphs = [proto.graph]
     while graphs:
@@ -155,7 +156,7 @@ def _check_opset(proto: onnx.ModelProto, opset: int, where: str) -> None:
     written = next((e.version for e in proto.opset_import if e.domain in ("", "ai.onnx")), 0)
     if written != opset:
         raise StageError(
-            f"the exporter wrote opset {written} where {opset} was asked for",
+            f"the exporter wrote opset {written} where {opset} was requested",
             where=where,
             remedy=f"set export: {{opset: {written}}}: it has no conversion of this model",
         )

@@ -1,4 +1,4 @@
-"""Reading any ONNX file: is it whole, what does it take and give, how large is it. No torch."""
+"""Read any ONNX file: validity, inputs, outputs and size. No torch."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from edgekd.spec import Dimension, ModelSpec, TensorSpec
 from edgerun.model import dimension_name
 
 UNKNOWN_RANK = "..."
-"""The only dimension of a tensor whose number of dimensions the file does not say."""
+"""The only dimension of a tensor of unknown rank."""
 
 LARGEST = 2**31
-"""Bytes that one protobuf message stays below."""
+"""Size limit of a protobuf message, in bytes."""
 
 ENGINE_SUFFIXES = (".engine", ".plan", ".trt")
-"""Of TensorRT's engines; edgerun, which stands alone, has its own list."""
+"""Suffixes of TensorRT's engines; edgerun, which is independent, has its own list."""
 
-# Element types that hold shapes, axes, indices, masks and vocabularies, not weights.
+# Element types of shapes, axes, indices, masks and vocabularies, not of weights.
 _NOT_WEIGHTS = {
     onnx.TensorProto.INT64,
     onnx.TensorProto.UINT64,
@@ -36,7 +36,7 @@ _NOT_WEIGHTS = {
 
 @dataclass(frozen=True)
 class OnnxInfo:
-    """What an ONNX file says about itself.
+    """The description of an ONNX file.
 
     ``parameters`` counts the elements of float, 8-bit-or-narrower and 16/32-bit integer tensors
     among initializers and the values of Constant nodes, in the graph, its subgraphs and
@@ -62,7 +62,7 @@ class OnnxInfo:
 
 
 def check_onnx(path: Path) -> None:
-    """Check that a file is a whole and valid ONNX model, its external data included.
+    """Check that a file is a complete and valid ONNX model, its external data included.
 
     Raises:
         InputError: it is missing, truncated, not ONNX, breaks ONNX's rules, or its external data
@@ -71,10 +71,10 @@ def check_onnx(path: Path) -> None:
     read_onnx(path)
     note_step("checked", path)
     try:
-        # By path: the checker then also takes models above protobuf's 2 GB.
+        # By path: the checker then also accepts models above protobuf's 2 GB.
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
-        # The checker also refuses files that every runtime takes, such as those that leave an
+        # The checker also refuses files that every runtime accepts, such as those that leave an
         # output's shape out: the runtime has the last word.
         try:
             open_session(path, (CPU_PROVIDER,), 1, "disabled")
@@ -90,7 +90,7 @@ def describe_onnx(path: Path) -> OnnxInfo:
     """Read names, shapes, parameters, opset and metadata; the weights are not loaded.
 
     A dimension without a size or a name is called ``<tensor>.<axis>``. A tensor whose shape is
-    missing gets it from shape inference where that can tell, else ``("...",)``.
+    missing gets it from shape inference where possible, else ``("...",)``.
 
     Raises:
         InputError: as :func:`check_onnx` for the file; or an input or output is no tensor.
@@ -129,10 +129,10 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     if path.stat().st_size >= LARGEST:
         # Not read at all: protobuf would refuse it after gigabytes.
         raise InputError(
-            f"the file has {path.stat().st_size / 1e9:.2f} GB, and one ONNX file holds less than "
+            f"the file has {path.stat().st_size / 1e9:.2f} GB, and one ONNX file is limited to "
             f"{LARGEST / 1e9:.2f}",
             where=where,
-            remedy="save the model with its weights in a file beside it: onnx.save(model, FILE, "
+            remedy="save the model with its weights in a file next to it: onnx.save(model, FILE, "
             "save_as_external_data=True)",
         )
     try:
@@ -143,7 +143,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         ) from error
     except DecodeError as error:
         raise _not_onnx(path, "the file is truncated or is not ONNX") from error
-    # Protobuf takes many other files, and one cut off between two fields, for a message.
+    # Protobuf parses many other files, and one truncated between two fields, as a message.
     if model.ir_version <= 0 or not model.graph.output or not model.opset_import:
         raise _not_onnx(
             path, "the file is truncated or is not ONNX: it has no graph with an output"
@@ -183,9 +183,9 @@ def check_fits_one_file(path: Path) -> None:
     if size >= LARGEST:
         raise InputError(
             f"the model has {size / 1e9:.2f} GB with its weights, and it is written as one ONNX "
-            f"file, which holds less than {LARGEST / 1e9:.2f}",
+            f"file, which is limited to {LARGEST / 1e9:.2f}",
             where=str(path),
-            remedy="give a smaller model, or leave this one as it is",
+            remedy="give a smaller model, or leave this one unchanged",
         )
 
 
@@ -202,7 +202,7 @@ def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
         return onnx.shape_inference.infer_shapes(model)
     except (onnx.shape_inference.InferenceError, ValueError):
         # A convenience for files that leave shapes out; those it cannot help are described
-        # as having an unknown shape, which is what the file says.
+        # as having an unknown shape, as in the file.
         return model
 
 
@@ -267,7 +267,7 @@ def _all_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
 
 
 def _external(model: onnx.ModelProto, path: Path) -> list[Path]:
-    """The files of external data, each checked to lie beside the model and to be long enough."""
+    """The files of external data, each checked to be in the model's folder and long enough."""
     folder = path.resolve().parent
     needed: dict[Path, int] = {}
     for tensor in _all_tensors(model):
@@ -279,9 +279,9 @@ def _external(model: onnx.ModelProto, path: Path) -> list[Path]:
         # A model may name any file of this machine as its data; only its own folder is read.
         if not location or Path(location).is_absolute() or not file.is_relative_to(folder):
             raise InputError(
-                f"the weights of {tensor.name!r} lie outside the model's folder: {location!r}",
+                f"the weights of {tensor.name!r} are outside the model's folder: {location!r}",
                 where=str(path),
-                remedy="put the data file beside the model and save the model again",
+                remedy="put the data file next to the model and save the model again",
             )
         try:
             end = int(entry.get("offset") or 0) + int(entry.get("length") or 0)

@@ -12,14 +12,14 @@ from edgekd.onnx.file import read_onnx
 
 
 class Precisions(TypedDict):
-    """What of TensorRT's precisions a model's own numbers ask for."""
+    """The reduced precisions of TensorRT that a model's own types require."""
 
     half: bool
     int8: bool
 
 
 def precisions_of(path: Path) -> Precisions:
-    """Whether a model holds float16 weights, and whether it is quantized (Q/DQ).
+    """Whether a model has float16 weights, and whether it is quantized (Q/DQ).
 
     For :func:`edgekd.onnx.session.default_options`. Weights in Constant nodes, subgraphs and
     functions count.
@@ -47,7 +47,7 @@ def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 def opset_of(model: onnx.ModelProto) -> int:
-    """The version of ONNX's own operators; 0 where the file names none."""
+    """The version of the standard ONNX operators; 0 where the file has none."""
     opsets = {entry.domain: entry.version for entry in model.opset_import}
     return int(opsets.get("", opsets.get("ai.onnx", 0)))
 
@@ -63,7 +63,7 @@ def tensor_types(model: onnx.ModelProto) -> dict[str, int]:
     try:
         graph = onnx.shape_inference.infer_shapes(model).graph
     except (ValueError, RuntimeError, onnx.shape_inference.InferenceError):
-        graph = model.graph  # too large, or not to be inferred: what the file says
+        graph = model.graph  # too large, or inference failed: the shapes in the file
     return {
         value.name: value.type.tensor_type.elem_type
         for inner in _graphs(graph)
@@ -72,7 +72,7 @@ def tensor_types(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def node_label(node: onnx.NodeProto) -> str:
-    """A node's name; where it has none, what it is and gives."""
+    """A node's name; without one, its operator and output."""
     return str(node.name) or f"{node.op_type} → {', '.join(node.output)}"
 
 

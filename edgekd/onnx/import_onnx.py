@@ -1,4 +1,4 @@
-"""Take a foreign ONNX file over: one file, the pipeline's names and classes, the same answers."""
+"""Import a user's ONNX file: one file, the pipeline's names and classes, the same outputs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from edgekd.spec import ModelSpec, TensorSpec
 
 
 def pack_onnx(source: Path, destination: Path) -> None:
-    """Copy a model into one file, its external data inside (PyTorch's exporter writes them apart).
+    """Copy a model into one file, with its external data inside (PyTorch's exporter writes separate
+    files).
 
     Raises:
-        InputError: as :func:`edgekd.onnx.export.check_onnx`, or the whole is above protobuf's
+        InputError: as :func:`edgekd.onnx.export.check_onnx`, or the result is above protobuf's
             2 GB.
     """
     check_onnx(source)
@@ -32,7 +33,7 @@ def pack_onnx(source: Path, destination: Path) -> None:
         raise InputError(
             f"the model does not fit into one file: {first_line(error)}",
             where=str(source),
-            remedy="ONNX files hold at most 2 GB; give a smaller model",
+            remedy="ONNX files can have at most 2 GB; give a smaller model",
         ) from error
 
 
@@ -41,7 +42,7 @@ def rename_onnx(path: Path, names: Mapping[str, str]) -> None:
 
     Args:
         path: a model in one file.
-        names: the new names by the old; names that stay may be left out.
+        names: the new names by the old; unchanged names may be left out.
     """
     changed = {old: new for old, new in names.items() if old != new}
     if not changed:
@@ -50,7 +51,7 @@ def rename_onnx(path: Path, names: Mapping[str, str]) -> None:
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.name in changed:
             value.name = changed[value.name]
-    # Serialized whole before the file that the weights are still read from is replaced.
+    # Serialized completely before the file that the weights are read from is replaced.
     content = onnx_ir.to_proto(model).SerializeToString()
     path.write_bytes(content)
 
@@ -62,12 +63,12 @@ _RESIZE_OPSET = 11
 def adapt_onnx(path: Path, adaptation: Adaptation, spec: ModelSpec) -> None:
     """Put a teacher's preprocessing and the order of its outputs into its file, in place.
 
-    The file then takes the pipeline's samples and gives the data's classes in their order; its
-    numbers stay what they are (probabilities stay probabilities).
+    The file then takes the pipeline's samples and outputs the data's classes in order; its
+    output form is unchanged (probabilities remain probabilities).
 
     Args:
         path: a model in one file, with the pipeline's names.
-        adaptation: what lies between the data and the file.
+        adaptation: the preprocessing and output conversion between the data and the file.
         spec: the pipeline's inputs and outputs.
 
     Raises:
@@ -124,14 +125,14 @@ def _prepend(
     if image and config.layout == "nhwc":
         steps.add("Transpose", [steps.at], perm=[0, 2, 3, 1])
     steps.finish(inner)
-    # The pipeline's shape; how many samples at a time stays the file's own business.
+    # The pipeline's shape; the batch size remains the file's own.
     batch = value.type.tensor_type.shape.dim[0]
     sizes = [batch.dim_value or batch.dim_param or "batch", *given.shape[1:]]
     value.CopyFrom(onnx.helper.make_tensor_value_info(given.name, onnx.TensorProto.FLOAT, sizes))
 
 
 class _Steps:
-    """Nodes in a row before a graph's own."""
+    """Insert a chain of nodes before a graph's own."""
 
     def __init__(self, graph: onnx.GraphProto, start: str, kind: int, rank: int) -> None:
         self.at, self._graph, self._kind, self._rank = start, graph, kind, rank

@@ -1,6 +1,6 @@
-"""Where a quantized or half-precision model goes wrong: the error of each layer on real samples.
+"""The error of each layer of a quantized or half-precision model on real samples.
 
-A quantized model keeps the names of the float model's tensors; a layer here is the node, or the
+A quantized model preserves the names of the float model's tensors; a layer here is the node, or the
 nodes folded into one, between tensors that both models have.
 """
 
@@ -22,7 +22,7 @@ from edgekd.onnx.probed_model import ProbedModel
 from edgekd.onnx.samples import Array, Samples
 
 MEMORY_BYTES = 256 << 20
-"""What the compared tensors of both models may take together; beyond it they are compared in
+"""Memory limit of the compared tensors of both models; beyond it they are compared in
 groups, each of which costs another pass over the samples."""
 _PROBED = 32  # tensors whose size is looked at in one run
 _CHUNK = 1 << 20  # values compared at a time in float64
@@ -35,7 +35,7 @@ class LayerError:
 
     ``node`` is the one that has the weights, ``op`` names all operators (``Conv+Relu``). A model
     input that the candidate rounds is a row of its own, with an empty ``node`` and the op
-    ``Input``. ``tensor`` is what the layer gives; where the candidate quantizes it, it is taken
+    ``Input``. ``tensor`` is the layer's output; where the candidate quantizes it, it is read
     after dequantization, as the next layer sees it.
 
     With p the float model's and o the candidate's values of all samples, ``relative`` =
@@ -74,17 +74,17 @@ def layer_errors(
 
     Args:
         reference: the float model.
-        candidate: made from it with the names of its tensors kept, by ONNX Runtime's quantizer
+        candidate: derived from it with unchanged tensor names, by ONNX Runtime's quantizer
             or by a conversion to 16 bits.
         samples: real inputs.
         batch: samples run at a time; fewer where activations are large, the model's own number
             where that is fixed.
-        limit: batches are read until they hold so many samples: a layer's error is a mean over
+        limit: batches are read until they have this many samples: a layer's error is a mean over
             all its values, and known after a few samples.
         memory_bytes: see :data:`MEMORY_BYTES`.
 
     Raises:
-        InputError: no layer gives the same tensor in both models, they have different fixed
+        InputError: no layer has the same output tensor in both models, they have different fixed
             batch sizes, or cannot be opened or run on the samples.
         StageError: a model fails while it runs.
     """
@@ -111,7 +111,7 @@ def layer_errors(
 
 
 class _Both:
-    """The two models, run side by side: ``pairs`` gives each tensor's name in either."""
+    """The two models on the same samples: ``pairs`` has each tensor's name in both."""
 
     def __init__(
         self, first: ProbedModel, second: ProbedModel, pairs: Mapping[str, tuple[str, str]]
@@ -119,7 +119,7 @@ class _Both:
         self._models, self._pairs = (first, second), pairs
 
     def sizes(self, samples: Samples, rows: int | None) -> dict[str, int]:
-        """Bytes per sample of each tensor in both models; those of different shapes are left out.
+        """Bytes per sample of each tensor in both models; those of different shapes are excluded.
 
         Looked at with one batch, as small as can be, and a few tensors at a time.
         """
@@ -164,7 +164,7 @@ def _pairs(
     common = [name for name in graph.order if name in second.tensors]
     pairs = {name: (name, second.seen.get(name, name)) for name in common}
     for name in common:
-        # An input that the candidate takes as it is has no error.
+        # An input that the candidate does not round has no error.
         if name not in graph.maker and pairs[name][1] == name:
             del pairs[name]
     floats = [

@@ -33,11 +33,11 @@ class MemoryEstimate:
 
     ``weights_bytes``: initializers and constants, once each. ``activations_bytes``: the most that
     is alive while one node runs, ``at_node``; ``alive`` are its tensors, the largest first.
-    ``unknown`` are tensors whose size the graph does not tell; they are **not** counted, so that
-    with any of them the figures are lower bounds. ``dimensions`` are the sizes taken for symbolic
+    ``unknown`` are tensors of unknown size; they are **not** counted, so that
+    with any of them the figures are lower bounds. ``dimensions`` are the sizes assumed for symbolic
     dimensions.
 
-    Inputs are held by the caller for the whole run, outputs from their node to its end. No node
+    Inputs are held by the caller for the complete run, outputs from their node to its end. No node
     writes over its input and no two are fused, as runtimes often do; scratch space of kernels,
     packed copies of weights and the runtime itself are not in it.
     """
@@ -68,7 +68,7 @@ def estimate_memory(
         onnx_path: the model; its weights are not read.
         shapes: sizes of inputs by name; a symbolic dimension has the given size wherever its
             name occurs. One without a size leaves tensors in ``unknown``.
-        batch: the size of the inputs' symbolic first dimensions that ``shapes`` does not give;
+        batch: the size of the inputs' symbolic first dimensions that are not in ``shapes``;
             None is 1.
 
     Raises:
@@ -182,7 +182,7 @@ class _Walk:
 
 
 def _last_uses(graph: onnx.GraphProto) -> dict[int, list[str]]:
-    """By node index: the tensors that nobody needs after it."""
+    """By node index: the tensors that are not read after it."""
     last: dict[str, int] = {}
     for index, node in enumerate(graph.node):
         last.update(dict.fromkeys(node.output, index))
@@ -224,7 +224,7 @@ def _bytes(elem_type: int, shape: Sequence[int]) -> int | None:
 def _inferred_sizes(
     model: onnx.ModelProto, inputs: Sequence[TensorSpec], bound: Mapping[str, int]
 ) -> dict[str, int]:
-    """Bytes by tensor name where the file or shape inference tells.
+    """Bytes by tensor name where the file or shape inference has the size.
 
     Two branches may use one name for tensors of their own; the larger one counts for both.
     """
@@ -237,7 +237,7 @@ def _inferred_sizes(
     try:
         graph = shape_inference.infer_shapes(model, data_prop=True).graph
     except (shape_inference.InferenceError, ValueError):
-        graph = model.graph  # what the file states is left, and the rest is unknown
+        graph = model.graph  # only the file's own shapes are known
     sizes: dict[str, int] = {}
     for value in (v for g in _all_graphs(graph) for v in [*g.input, *g.value_info, *g.output]):
         size = _value_bytes(value)

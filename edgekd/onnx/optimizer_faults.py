@@ -1,8 +1,8 @@
-"""Where ONNX Runtime's own optimization changes a model's answers, and what keeps it right.
+"""Find optimizations of ONNX Runtime that change a model's outputs, and avoid them.
 
-The answers of a model are those of the graph as it is written. An optimizer that gives others is
-found by trying, and named. One is known and kept from a model by a rewrite that every runtime
-takes: ``Pad_Fusion`` makes padding with 0 the padding of the MaxPool after it, which is −∞
+A model's outputs are those of the graph as written. An optimizer with other outputs is
+found by trial, and named. One is known and avoided by a rewrite that every runtime
+accepts: ``Pad_Fusion`` turns padding with 0 the padding of the MaxPool after it, which is −∞
 (microsoft/onnxruntime#24737), so that negative values win where 0 should.
 """
 
@@ -26,7 +26,9 @@ from edgekd.onnx.samples import Array, answers_of, outputs_of_random_inputs
 from edgekd.onnx.session import CPU_PROVIDER, Optimization, open_session
 
 TOLERANCE = 1e-3
-"""Of an output's largest value: fusing layers rounds anew; a wrong rewrite is off by far more."""
+"""Tolerance relative to an output's largest value: fused layers round differently; a wrong rewrite
+is off by far more.
+"""
 _LEAST = 1e-6  # what a largest value counts for at least
 _FLIPPED = 0.01  # the share of integers that rounding before them may change
 
@@ -51,10 +53,10 @@ OPTIMIZERS = (
     *("SimplifiedLayerNormFusion", "SkipLayerNormFusion", "SliceConcatToSpaceToDepthFusion"),
     *("TransposeOptimizer", "UnsqueezeElimination", "WeightBiasQuantization", "WhereDummyDq"),
 )
-"""Names that ``InferenceSession(disabled_optimizers=…)`` knows (1.19 to 1.31); one that a release
+"""Names that ``InferenceSession(disabled_optimizers=…)`` accepts (1.19 to 1.31); one that a release
 does not have is no error there."""
 
-# What gives no number below 0, and what gives on the numbers of its first input.
+# Operators without negative outputs, and operators that pass on the values of their first input.
 _NOT_NEGATIVE = {"Relu", "Sigmoid", "Softmax", "Abs", "Exp", "HardSigmoid", "Softplus", "Sqrt"}
 _SAME_SIGN = {
     *("MaxPool", "AveragePool", "GlobalAveragePool", "Reshape", "Transpose", "Identity"),
@@ -74,7 +76,7 @@ class OptimizerFault:
 
     ``difference`` is the largest |optimized − as written|, infinite where values are not to be
     compared; ``level`` the lowest level of optimization at which it is seen; ``disabled`` the
-    optimizers without which the level asked for is right, none where no choice of them is.
+    optimizers without which the requested level is correct; empty where no set is.
     """
 
     output: str
@@ -86,7 +88,7 @@ class OptimizerFault:
         by = f" by {self.difference:.3g}" if np.isfinite(self.difference) else ""
         which = f" ({', '.join(self.disabled)})" if self.disabled else ""
         return (
-            f"ONNX Runtime's optimization{which} changes the answers: output {self.output!r}{by}, "
+            f"ONNX Runtime's optimization{which} changes the outputs: output {self.output!r}{by}, "
             f"from the level {self.level!r} on"
         )
 
@@ -111,13 +113,13 @@ def find_fault(
     optimization: Optimization = "all",
     tolerance: float = TOLERANCE,
 ) -> OptimizerFault | None:
-    """Compare a model's answers with and without optimization, on the CPU.
+    """Compare a model's outputs with and without optimization, on the CPU.
 
     Args:
         path: the model.
-        inputs: by name, as the model takes them.
+        inputs: by name, as the model expects them.
         threads: of ONNX Runtime.
-        optimization: the level to hold against none.
+        optimization: the level to compare with no optimization.
         tolerance: of an output's largest value; for integers see the module.
 
     Raises:
@@ -146,11 +148,11 @@ def find_fault(
 
 
 def find_fault_on_random_inputs(path: Path, *, threads: int = 1) -> OptimizerFault | None:
-    """:func:`find_fault` where no samples are given; also None where the model draws random
-    numbers, as no two of its answers are the same.
+    """:func:`find_fault` on random inputs; also None where the model draws random
+    numbers, as no two of its outputs are the same.
 
     Raises:
-        InputError, StageError: no inputs can be made up that the model takes.
+        InputError, StageError: the model accepts no random inputs.
     """
     session = open_session(path, (CPU_PROVIDER,), threads, "disabled")
     inputs, answers = outputs_of_random_inputs(session, describe_onnx(path).spec, path)
@@ -163,7 +165,8 @@ def optimizers_to_disable(right_without: Callable[[Sequence[str]], bool]) -> tup
     """Few optimizers without which a model is right; none where it is not without all.
 
     Args:
-        right_without: whether the model is right when these are disabled. It is asked some twenty
+        right_without: whether the model is correct when these are disabled. It is called some
+        twenty
             times where one optimizer is to blame.
     """
     left = list(OPTIMIZERS)
@@ -218,8 +221,8 @@ def _excess(expected: Any, answer: Any, tolerance: float) -> tuple[float, float]
 def guard_padding(model: onnx.ModelProto) -> tuple[str, ...]:
     """Keep ``Pad_Fusion`` from padding with 0 before a MaxPool, in place.
 
-    The constant becomes the smallest positive number of its type, which changes an answer by no
-    more than that: no optimizer takes it for 0. Padding of what is not negative stays as it is:
+    The constant becomes the smallest positive number of its type, which changes an output by no
+    more than that: no optimizer treats it as 0. Padding of non-negative values is unchanged:
     there the fusion is right.
 
     Returns:

@@ -1,9 +1,9 @@
-"""What of an output belongs together: values of one scale, scores, decisions.
+"""Split an output into parts: values of one scale, scores, decisions.
 
 A single figure over an output of boxes in pixels and scores in [0, 1] is a figure of the boxes.
 Parts are found from the graph (the inputs of the Concat that makes an output, behind operators
-that only move values) and, where that says nothing, from the values: channels whose largest values
-are far from those of others.
+that only move values) and, where that is inconclusive, from the values: channels whose largest
+values are far from those of others.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from edgekd.onnx.session import session_options
 Kind = Literal["values", "scores", "decisions"]
 
 APART = 20.0
-"""Channels whose largest values differ by so much have scales of their own: one of 8 bits would
+"""Ratio of largest values above which channels have separate scales: a common 8-bit one would
 leave the smaller ones a dozen steps."""
 MOST_PARTS = 16
 """A Concat of more inputs than this is not split into them."""
 _LEAST_SHARE = 1 / 64
-"""Channels of a further scale that are fewer than this are outliers, no part."""
+"""Smallest number of channels that form a part of their own scale; fewer are outliers."""
 _MOST_CHANNELS = 4096
 _IR = 8
 
@@ -58,10 +58,10 @@ MOVES = frozenset(
         "Unsqueeze",
     }
 )
-"""Operators that give values of their first input (Concat: of all) as they are."""
+"""Operators that pass on values of their first input (Concat: of all) unchanged."""
 
 _UNIT = {"Sigmoid", "Softmax", "HardSigmoid"}
-# Of numbers in [0, 1] these give numbers in [0, 1].
+# Operators that map numbers in [0, 1] to numbers in [0, 1].
 _WITHIN_UNIT = {"Mul", "Min", "Max", "ReduceMax", "ReduceMin", "ReduceMean", "MaxPool", "Clip"}
 _NUMBERS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
 
@@ -71,11 +71,11 @@ class Part:
     """Values of an output that are compared together.
 
     Attributes:
-        name: the tensor that they come from, or the channels; empty for the whole output.
+        name: the tensor that they come from, or the channels; empty for the complete output.
         positions: which values of one sample, flattened, (size,) int64; None is all.
-        kind: ``values`` have an error relative to their size; ``scores`` lie in [0, 1] and also
+        kind: ``values`` have an error relative to their size; ``scores`` are in [0, 1] and also
             decide by a threshold; ``decisions`` (classes, indices, flags) are the same or not.
-        sets: each sample has a set of its own size; what neither model has counts as nothing.
+        sets: each sample has a set of its own size; values that neither model has are not counted.
     """
 
     name: str
@@ -94,8 +94,8 @@ def find_parts(
 
     Args:
         path: the float model.
-        samples: its real inputs; the first ones are run once more where a Concat makes an output.
-        answers: the model's to the first samples, (n, …) by output name.
+        samples: its real inputs; the first ones are run again where a Concat makes an output.
+        answers: the model's outputs for the first samples, (n, …) by output name.
         output_axes: where an output counts samples in the model, if not on the first axis.
 
     Raises:
@@ -113,7 +113,7 @@ def find_parts(
             found[name] = (Part("", None, kind),)
             continue
         parts = _by_concat(path, graph, samples, name, values, output_axes)
-        # Of all that is joined, an output may hold one piece.
+        # An output may be one piece of a joined tensor.
         unit = graph.unit(name) or (len(parts) == 1 and graph.unit(parts[0].name))
         if len(parts) < 2:
             parts = [] if unit else _by_scale(values)
@@ -123,7 +123,7 @@ def find_parts(
 
 
 class _Makers:
-    """Which node makes a tensor, and what its operator says of the values."""
+    """The node that makes a tensor, and the kind of values by its operator."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self._model, self.graph = model, model.graph
@@ -136,7 +136,7 @@ class _Makers:
         return tensor_types(self._model)
 
     def data(self, node: onnx.NodeProto) -> list[str]:
-        """The inputs whose values a moving node gives on."""
+        """The inputs whose values a moving node passes on."""
         return list(node.input) if node.op_type == "Concat" else list(node.input[:1])
 
     def moves(self, name: str) -> onnx.NodeProto | None:
@@ -146,7 +146,7 @@ class _Makers:
         return node if ours else None
 
     def sources(self, name: str) -> list[str]:
-        """The tensors that the values of one come from, behind nodes that only move them; in the
+        """The tensors that the values of one come from, before nodes that only move them; in the
         order of the Concats, each once."""
         found: dict[str, None] = {}
         todo = [name]
@@ -172,7 +172,7 @@ class _Makers:
         return [node for node in self.graph.node if seen & set(node.output)]
 
     def unit(self, name: str) -> bool:
-        """Whether all values come from an operator whose results lie in [0, 1]."""
+        """Whether all values come from an operator whose results are in [0, 1]."""
         known: dict[str, bool] = {}
 
         def within(tensor: str) -> bool:
@@ -212,7 +212,7 @@ class _Makers:
 
     def from_integers(self, name: str) -> bool:
         """Whether all values of a floating-point output were integers before (classes that an
-        export gives as floats)."""
+        export writes as floats)."""
         makers = [self.maker.get(source) for source in self.sources(name)]
         if not makers or any(node is None or node.op_type != "Cast" for node in makers):
             return False
@@ -248,7 +248,7 @@ def _by_concat(
 
 
 def _like_scores(part: Array, whole: Array) -> bool:
-    """Whether values lie in [0, 1] beside others that are far larger."""
+    """Whether values are in [0, 1] while others are far larger."""
     finite = part[np.isfinite(part)]
     if not finite.size or finite.min() < 0 or finite.max() > 1:
         return False
@@ -263,8 +263,8 @@ def _traced(
     sources: Sequence[str],
     output_axes: Mapping[str, int | None],
 ) -> Array | None:
-    """Where the values of one sample come from: the source's number from 1 on, in the output's
-    shape; None where it cannot be told.
+    """The source of each value of a sample: the source's number from 1, in the output's
+    shape; None where it is unknown.
 
     The nodes that move values are run on numbers in place of the sources' values.
     """
@@ -290,7 +290,7 @@ def _traced(
     given = {name for node in nodes for name in node.input}
     constants = {name: tensor for name, tensor in graph.constants.items() if name in given}
     for constant in set(graph.sources(name)) & constants.keys():
-        # What is joined to the answers and no answer: it has no number.
+        # Values joined to the outputs that are no source: they have no number.
         joined = constants[constant]
         zeros = np.zeros(joined.dims, helper.tensor_dtype_to_np_dtype(joined.data_type))
         constants[constant] = numpy_helper.from_array(zeros, constant)
@@ -313,7 +313,7 @@ def _traced(
         )
         answer = runner.run([name], tensors)[0]
     except Exception:  # the runtime's own exception classes have no public base
-        # A tail that does not run by itself; the output's scales then say what its parts are.
+        # A tail that does not run by itself; the parts are then found by the output's scales.
         return None
     axis = output_axes.get(name, 0)
     sample = answer[0] if axis is None or answer.ndim == 0 else np.moveaxis(answer, axis, 0)[0]

@@ -1,4 +1,4 @@
-"""Does the exported graph give PyTorch's answers? A hard gate, at several batch sizes.
+"""Check the exported graph against PyTorch: a hard gate, at several batch sizes.
 
 The graph is run as it was exported, on the CPU and without optimizations, so that a difference
 is the exporter's and not a runtime's.
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 BATCH_SIZES = (1, 2, 7)
 RELATIVE_FLOOR = 1e-3
-"""A reference value counts for at least this share of the output's largest value when a difference
-is divided by it; without it the values that happen to be near zero would be the whole figure."""
+"""Lower bound of a reference value, as a share of the output's largest value, when a difference
+is divided by it; without it, values near zero would dominate the figure."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ParityRow:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """All rows of one exported file and the tolerances they were held against."""
+    """All rows of one exported file and the tolerances they were checked against."""
 
     file: str
     absolute_tolerance: float
@@ -107,7 +107,7 @@ def parity(
         model: the module that was exported.
         onnx_path: the exported file.
         samples: the model's preprocessed inputs by name, (N, …) each; N at least the largest
-            batch size. Batch size 1 sees all N, a larger one all of its whole batches.
+            batch size. Batch size 1 sees all N, a larger one all complete batches.
         output: the task's primary output.
         config: the tolerances.
         batch_sizes: both sides are run in batches of each of these sizes.
@@ -115,8 +115,8 @@ def parity(
 
     Raises:
         InputError: there are fewer samples than the largest batch.
-        StageError: ONNX Runtime cannot run the graph at a batch size, or gives another shape;
-            or PyTorch's own answers are NaN.
+        StageError: ONNX Runtime cannot run the graph at a batch size, or returns another shape;
+            or PyTorch's own outputs are NaN.
     """
     missing = [tensor.name for tensor in model.spec.inputs if tensor.name not in samples]
     if missing:
@@ -163,7 +163,7 @@ def check_parity(report: ParityReport) -> None:
     element = f"[{', '.join(map(str, worst.element))}]" if worst.element else ""
     same = "" if row.argmax_agreement is None else f", same class {row.argmax_agreement:.2%}"
     raise StageError(
-        f"{report.file} does not give PyTorch's answers: output {row.output!r} at batch size "
+        f"{report.file} does not give PyTorch's outputs: output {row.output!r} at batch size "
         f"{row.batch_size}, worst sample {worst.index}: {row.output}{element} is "
         f"{worst.onnxruntime:.6g} in ONNX Runtime and {worst.pytorch:.6g} in PyTorch "
         f"({row.beyond} of {row.samples} samples beyond {report.absolute_tolerance:g} + "
@@ -283,7 +283,7 @@ def _onnxruntime(
                 f"ONNX Runtime cannot run the exported graph at batch size {size}: "
                 f"{first_line(error)}",
                 where=f"parity of {onnx_path.name}",
-                remedy="the graph holds a fixed batch size: forward makes a shape from Python "
+                remedy="the graph has a fixed batch size: forward makes a shape from Python "
                 "values; take it from the tensor",
             ) from error
         yield dict(zip(names, answers, strict=True))

@@ -16,10 +16,10 @@ SCORE_THRESHOLD = 0.25
 """A score above it is a detection; the threshold that detectors are exported and shipped with."""
 SCORE_FLOOR = 0.01
 """Root mean square that scores have at least when an error is divided by it: their scale is that
-of [0, 1], also where no sample shows anything."""
+of [0, 1], also without any score above it."""
 _TINY = 1e-30
 """A root mean square below it is that of zeros."""
-_VARIES = 1e-3  # of the largest value; less is no difference that 8 bits could show
+_VARIES = 1e-3  # of the largest value; 8 bits cannot show smaller differences
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class PartError:
     - ``losses``, (N,): of each sample √Σ(o − p)² over the root mean square over samples of
       √Σp², so that a sample of zeros is divided by the size of the others; where every p is 0
       √mean (o − p)². A sample that is not finite on one side only has 1 at least. For decisions
-      the share of values that are not the same.
+      the share of values that differ.
     - ``agreement``: of ``decided`` decisions. Scores: of the values above
-      :data:`SCORE_THRESHOLD` on either side, the share of those above it on both; None without
-      any. Decisions: the share that is the same.
+      :data:`SCORE_THRESHOLD` in either model, the share of those above it in both; None without
+      any. Decisions: the share of equal ones.
     - ``one_value``: o is one number in all samples, and p varies.
     - ``drop``: the larger one of the mean of ``losses`` and 1 − ``agreement``.
     """
@@ -69,7 +69,7 @@ class PartError:
 
 
 class PartSums:
-    """:class:`PartError` over as many batches as come; one number a sample is kept."""
+    """:class:`PartError` over any number of batches; one number per sample is stored."""
 
     def __init__(self, output: str, part: Part) -> None:
         self._output, self._part = output, part
@@ -82,7 +82,7 @@ class PartSums:
     def add(self, reference: Array, candidate: Array) -> None:
         """Take (n, values) of both, all values of the output's samples.
 
-        Values of another number than before are taken as a whole.
+        Sets of varying size are compared as one part.
         """
         p, o = reference, candidate
         positions = self._part.positions

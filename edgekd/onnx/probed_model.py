@@ -35,10 +35,10 @@ class ProbedModel:
         self.tensors = {value.name for value in graph.input}
         self.tensors |= {name for node in graph.node for name in node.output if name}
         self.seen = seen_tensors(graph)
-        """What consumers read in place of a tensor, where that is a rounded one."""
+        """The rounded tensor that consumers read in place of a tensor."""
 
     def open(self, tensors: Iterable[str] = ()) -> onnxruntime.InferenceSession:
-        """A session that gives these tensors beside its outputs."""
+        """A session that returns these tensors in addition to its outputs."""
         outputs = self._model.graph.output
         for name in set(tensors) - set(self._outputs):
             # Without a type: ONNX Runtime infers it, also of operators that onnx does not know.

@@ -19,13 +19,13 @@ from edgekd.spec import Dimension, ModelSpec, TensorSpec
 from edgerun.shapes import BatchLayout
 
 _NPY_MAGIC = b"\x93NUMPY"
-# What zipfile and zlib raise for a file that was cut off or changed on its way.
+# Errors of zipfile and zlib for a truncated or corrupted file.
 _BROKEN = (zipfile.BadZipFile, EOFError, ValueError, OSError, NotImplementedError, RuntimeError)
 
 
 @dataclass(frozen=True)
 class _Header:
-    """What the file says of one array before its elements; ``member`` None is a bare .npy."""
+    """The header of one array of the file; ``member`` None is a plain .npy."""
 
     member: str | None
     shape: tuple[int, ...]
@@ -35,13 +35,13 @@ class _Header:
 
 def open_samples(path: Path, spec: ModelSpec) -> Samples:
     """The samples of a file: an .npz with one array (N, …) per input of the model under the
-    input's name, or an .npy for a model of one input. Further arrays (labels) are left alone.
+    input's name, or an .npy for a model of one input. Additional arrays (labels) are ignored.
 
     A state whose batch is another axis, [2, batch, 6], is (2, N, 6) or (N, 2, 6); an input without
     a batch, such as a sampling rate, is one for all samples or (N, …). Batches are (n, …) of all.
 
     Only headers are read here; the elements are read, and checked for NaN and infinite values,
-    when batches are asked for.
+    when batches are read.
 
     Raises:
         InputError: the file is missing, truncated or neither kind; it has no samples; an input has
@@ -81,7 +81,7 @@ def open_samples(path: Path, spec: ModelSpec) -> Samples:
         raise InputError(
             "the file has no samples",
             where=str(path),
-            remedy="save some hundred real inputs, preprocessed as the model takes them",
+            remedy="save some hundred real inputs, preprocessed as the model expects them",
         )
     return _FileSamples(path, spec, {t.name: headers[t.name] for t in spec.inputs}, count, others)
 
@@ -89,7 +89,7 @@ def open_samples(path: Path, spec: ModelSpec) -> Samples:
 @dataclass(frozen=True)
 class _Arranged:
     """How the array of an input that does not count samples on its first axis becomes (n, …):
-    reshaped, then one axis moved to the front. ``every`` says that a query takes one value for
+    reshaped, then one axis moved to the front. ``every``: a query takes one value for
     all its samples, so that different ones must be run one at a time."""
 
     shape: tuple[int, ...]
@@ -98,11 +98,11 @@ class _Arranged:
 
     @property
     def count(self) -> int:
-        """How many samples it holds."""
+        """The number of samples."""
         return self.shape[self.axis]
 
     def apply(self, array: Array) -> Array:
-        """(n, …) of the array as it is in the file."""
+        """Rows (n, …) of the array in the file's layout."""
         return np.moveaxis(array.reshape(self.shape), self.axis, 0)
 
 
@@ -127,7 +127,7 @@ class _FileSamples:
         return self._count
 
     def batches(self, size: int) -> Iterator[dict[str, Array]]:
-        """See :class:`edgekd.onnx.samples.Samples`."""
+        """Batches of inputs by name, at most the limit in total."""
         with ExitStack() as stack:
             streams = self._streams(stack)
             if self._whole is None:
@@ -149,7 +149,7 @@ class _FileSamples:
                 yield batch
 
     def _load(self, stream: IO[bytes], name: str) -> Array:
-        """A whole array, (n, …): states and settings are small beside the data."""
+        """A complete array, (n, …): states and settings are small compared with the data."""
         header = self._headers[name]
         tensor = next(t for t in self._spec.inputs if t.name == name)
         whole = self._read(stream, tensor, 0, None)
@@ -263,9 +263,9 @@ def _read_header(stream: IO[bytes], member: str | None) -> _Header:
 def _arranged(
     path: Path, tensor: TensorSpec, layout: BatchLayout, shape: tuple[int, ...]
 ) -> _Arranged:
-    """How an array holds the samples of an input that the model does not take along axis 0.
+    """The layout of an array for an input whose samples the model has on another axis than 0.
 
-    A state [2, batch, 6] may be in the file as the model takes it, (2, N, 6), or with its samples
+    A state [2, batch, 6] may be in the file as the model expects it, (2, N, 6), or with its samples
     first, (N, 2, 6) and (N, 2, 1, 6); of 1 sample, or of a fixed batch, it serves all. An input
     without a batch is one for all samples, or one for each: (N, …).
 
@@ -290,7 +290,7 @@ def _arranged(
             return _Arranged(shape, 0, False)
         if shape and _fits(shape[1:], (*declared[:axis], 1, *declared[axis + 1 :])):
             return _Arranged((shape[0], *shape[1 : axis + 1], *shape[axis + 2 :]), 0, False)
-        forms = f"{_form(opened)}, as the model takes it, or {_form(('N', *one))}"
+        forms = f"{_form(opened)}, as the model expects it, or {_form(('N', *one))}"
     raise InputError(
         f"the array of {tensor.name!r} has shape {shape}, the model takes {tensor}",
         where=str(path),
@@ -301,7 +301,7 @@ def _arranged(
 def _state_of_fixed_batch(
     tensor: TensorSpec, layout: BatchLayout, shape: tuple[int, ...]
 ) -> _Arranged | None:
-    """A state beside the data of a model with a fixed batch: [1, 1, 5] may be that for all
+    """A state next to the data of a model with a fixed batch: [1, 1, 5] may be that for all
     samples, or (1, N, 5) where the second 1 is the batch."""
     size = layout.size
     if size is None or layout.axes[tensor.name] != 0 or len(shape) != len(tensor.shape):
@@ -318,7 +318,7 @@ def _state_of_fixed_batch(
 def _without_scalar_axis(
     shape: tuple[int, ...], declared: tuple[Dimension, ...]
 ) -> tuple[int, ...]:
-    """A shape without the dimension that a scalar was given."""
+    """A shape without the dimension that was added to a scalar."""
     return shape if declared else ()
 
 
@@ -346,7 +346,7 @@ def _check_type(path: Path, tensor: TensorSpec, header: _Header) -> None:
         raise InputError(
             f"input {tensor.name!r} is {tensor.dtype}, the file has {header.dtype.name}",
             where=where,
-            remedy=f"preprocess it as the model takes it, then array.astype(np.{tensor.dtype})",
+            remedy=f"preprocess it as the model expects it, then array.astype(np.{tensor.dtype})",
         )
     if header.fortran:
         raise InputError(
@@ -357,7 +357,7 @@ def _check_type(path: Path, tensor: TensorSpec, header: _Header) -> None:
 
 
 def _check_shape(path: Path, tensor: TensorSpec, header: _Header) -> None:
-    """Raise InputError for an array whose rows are not what the model takes."""
+    """Raise InputError for an array whose rows do not fit the model."""
     if tensor.shape == (UNKNOWN_RANK,):
         wrong = None if header.shape else "it has no dimension for the samples"
     elif len(header.shape) != len(tensor.shape) or not header.shape:

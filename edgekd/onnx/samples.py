@@ -22,7 +22,7 @@ Array = npt.NDArray[Any]
 
 
 class Samples(Protocol):
-    """The inputs of a model by name, preprocessed as the model takes them."""
+    """The inputs of a model by name, preprocessed as the model expects them."""
 
     @property
     def count(self) -> int:
@@ -49,7 +49,7 @@ class ArraySamples:
         return min((len(array) for array in self._arrays.values()), default=0)
 
     def batches(self, size: int) -> Iterator[dict[str, Array]]:
-        """See :class:`Samples`."""
+        """Batches of inputs by name, at most the limit in total."""
         for start in range(0, self.count, size):
             yield {
                 name: array[start : min(start + size, self.count)]
@@ -58,24 +58,24 @@ class ArraySamples:
 
 
 def is_mask(values: Array) -> bool:
-    """Whether floats are 0 or below, -inf among them: what is added before a softmax to leave
-    places out. Other infinities, and NaN, are broken data."""
+    """Whether floats are 0 or below, including -inf: a mask that is added before a softmax to
+    exclude places out. Other infinities, and NaN, are broken data."""
     return values.dtype.kind == "f" and bool((values <= 0).all())
 
 
 TRIED_SIZES = (1, 16, 128, 512)
-"""What symbolic dimensions other than the batch's are tried with when no samples are given."""
+"""Trial sizes of symbolic dimensions other than the batch when no samples are given."""
 
 
 def random_inputs(spec: ModelSpec, size: int = 1, seed: int = 0) -> dict[str, Array]:
     """Inputs of the right shapes for a model about which nothing else is known.
 
-    Floats are standard normal, all else is zero. The first input is taken for the data and later
+    Floats are standard normal, all else is zero. The first input is treated as the data and later
     ones for its state: symbolic dimensions of the first input but its first one (the batch) are
     ``size`` wherever they occur, all others are 1.
 
     Raises:
-        InputError: an input has no known number of dimensions, or holds strings.
+        InputError: an input has no known number of dimensions, or strings.
     """
     random = np.random.default_rng(seed)
     free = {d for tensor in spec.inputs[:1] for d in tensor.shape[1:] if isinstance(d, str)}
@@ -83,7 +83,9 @@ def random_inputs(spec: ModelSpec, size: int = 1, seed: int = 0) -> dict[str, Ar
     for tensor in spec.inputs:
         if tensor.dtype == "string" or UNKNOWN_RANK in tensor.shape:
             raise InputError(
-                f"no input can be made up for {tensor}", where=tensor.name, remedy="give samples"
+                f"no random input for {tensor}",
+                where=tensor.name,
+                remedy="give samples",
             )
         shape = tuple(d if isinstance(d, int) else size if d in free else 1 for d in tensor.shape)
         floating = "float" in tensor.dtype
@@ -95,7 +97,7 @@ def random_inputs(spec: ModelSpec, size: int = 1, seed: int = 0) -> dict[str, Ar
 def outputs_of_random_inputs(
     session: onnxruntime.InferenceSession, spec: ModelSpec, path: Path
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Made-up inputs of the first size that the model can run, and its answers to them.
+    """Random inputs of the first size that the model can run, and its outputs for them.
 
     Raises:
         InputError: as :func:`random_inputs`.
@@ -128,7 +130,7 @@ def answers_of(
         raise StageError(
             f"the model does not run on {shapes}: {first_line(error)}",
             where=str(path),
-            remedy="give samples of the shapes that the model takes",
+            remedy="give samples of the shapes that the model expects",
         ) from error
 
 
@@ -182,9 +184,9 @@ def deciding_inputs(model: onnx.ModelProto) -> dict[str, str]:
 
     Whole numbers and truth values of any shape, and other numbers of at most one dimension,
     followed through arithmetic into :data:`DECIDES`, into the bodies of If, Loop and Scan too:
-    a time that was measured with made-up values says little of such a model.
+    a latency that was measured with random values is not representative of such a model.
     """
-    # A function that cannot be put in its place is looked at from the outside only.
+    # A function that cannot be inlined is analysed from the outside only.
     with suppress(RuntimeError, ValueError):
         model = onnx.inliner.inline_local_functions(model) if model.functions else model
     filled = {tensor.name for tensor in model.graph.initializer}
@@ -230,7 +232,8 @@ def _follow(
             if not attribute.HasField("g"):
                 continue
             body = attribute.g
-            # Only Loop's and Scan's bodies have inputs: the state goes in as it comes out.
+            # Only Loop's and Scan's bodies have inputs: the state's input has the type of its
+            # output.
             state = {"Loop": reads[2:], "Scan": reads}.get(node.op_type, [])
             first = 2 if node.op_type == "Loop" else 0
             inner = dict(made)

@@ -16,7 +16,7 @@ from edgekd.errors import InputError, unknown_name
 CPU_PROVIDER = "CPUExecutionProvider"
 Optimization = Literal["disabled", "basic", "extended", "all"]
 Fallback = Literal["error", "allow"]
-"""What happens when something else than the preferred provider runs a node, or one is absent."""
+"""Policy for nodes that another provider runs than the preferred one, and for absent providers."""
 
 LEVELS = {
     "disabled": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -29,7 +29,7 @@ RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
 CONFIGURATION = {"session.qdq_matmulnbits_accuracy_level": "1"}
 """Entries of every session's configuration, here and in edgerun.
 
-A MatMul of weights stored in 8 bits is fused into MatMulNBits at level 4 where nothing is said,
+A MatMul of weights stored in 8 bits is fused into MatMulNBits at level 4 by default,
 which rounds the activations to 8 bits as well; level 1 computes in float32.
 """
 
@@ -49,7 +49,9 @@ PACKAGES = {
 
 @dataclass(frozen=True)
 class ProviderChain:
-    """Execution providers in the order of preference, and those wanted that are not here."""
+    """Execution providers in the order of preference, and the requested ones that are not
+    available.
+    """
 
     providers: tuple[str, ...]
     left_out: tuple[str, ...] = ()
@@ -58,10 +60,10 @@ class ProviderChain:
 def providers_for(
     profile_providers: Sequence[str], requested: Sequence[str] | None
 ) -> tuple[str, ...]:
-    """The execution providers to use: those asked for, else the profile's.
+    """The execution providers to use: the requested ones, else the profile's.
 
     Raises:
-        InputError: one is unknown, or this ONNX Runtime was not built with it. Nothing is left
+        InputError: one is unknown, or this ONNX Runtime was not built with it. None is left
             out silently: a model measured on the CPU is not a model measured on a GPU.
     """
     return provider_chain(profile_providers, requested).providers
@@ -72,7 +74,7 @@ def provider_chain(
     requested: Sequence[str] | None,
     fallback: Fallback = "error",
 ) -> ProviderChain:
-    """The providers to use, and with ``fallback`` ``allow`` those that had to be left out.
+    """The providers to use, and with ``fallback`` ``allow`` the ones that are not available.
 
     Raises:
         InputError: one is unknown; one is absent and no fallback is allowed; or all are absent.
@@ -108,9 +110,9 @@ def source_of(provider: str) -> str:
 
 
 def session_options(threads: int, optimization: Optimization) -> onnxruntime.SessionOptions:
-    """Every option that changes latency or memory, set and not left to a default.
+    """Session options: every one that changes latency or memory is set explicitly.
 
-    Sequential execution, as one query at a time is what an edge device answers.
+    Sequential execution, as an edge device runs one query at a time.
     """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -137,10 +139,10 @@ def options_record(threads: int, optimization: Optimization) -> dict[str, str | 
 def default_options(
     providers: Sequence[str], threads: int, *, half: bool, int8: bool, cache: Path | None = None
 ) -> dict[str, dict[str, str]]:
-    """Options of the providers, for one query at a time; those without any are left out.
+    """Options of the providers, for one query at a time; providers without options are left out.
 
-    Precision is that of the file: TensorRT may use float16 where the model holds float16 weights
-    (``half``) and INT8 where it holds Q/DQ (``int8``), and nowhere else.
+    Precision is that of the file: TensorRT may use float16 where the model has float16 weights
+    (``half``) and INT8 where it has Q/DQ (``int8``), and nowhere else.
 
     Args:
         providers: the chain.
@@ -148,12 +150,12 @@ def default_options(
         half: the model has float16 weights.
         int8: the model is quantized.
         cache: a folder for compiled engines and measured timings, which take minutes to make;
-            None keeps nothing.
+            None: no cache.
     """
     # Whoever opens the model may work in another folder.
     kept = str(cache.resolve()) if cache else None
     options = {
-        # Grown by what is asked for: doubling takes memory that a Jetson's CPU needs as well.
+        # Grown by the requested size: doubling uses memory that a Jetson's CPU needs as well.
         # Shapes do not change from query to query, so that an exhaustive search pays off.
         "CUDAExecutionProvider": {
             "arena_extend_strategy": "kSameAsRequested",
@@ -186,7 +188,7 @@ def default_options(
 
 
 class Session(onnxruntime.InferenceSession):  # type: ignore[misc]  # it has no types
-    """A session that notes when it is run; see :mod:`edgekd.crash_notes`."""
+    """A session that records its runs in :mod:`edgekd.crash_notes`."""
 
     file: Path
     level: Optimization
@@ -217,19 +219,19 @@ def open_session(
         optimization: the level.
         options: instead of those of :func:`session_options`.
         provider_options: by provider; none for one that is not in it.
-        fallback: ``allow`` takes a session in which a provider did not start.
+        fallback: ``allow`` accepts a session in which a provider did not start.
         disabled_optimizers: of ONNX Runtime's, by name; see
             :mod:`edgekd.onnx.optimizer_faults`.
 
     Raises:
         InputError: ONNX Runtime refuses the file, or a provider does not start on this machine
-            (ONNX Runtime alone would go on with the CPU and say so in its log only).
+            (ONNX Runtime alone would continue on the CPU and report it in its log only).
     """
     # It would otherwise write an identifier of this machine to disk.
     onnxruntime.disable_telemetry_events()
     options = options or session_options(threads, optimization)
     chosen = provider_options or {}
-    # A pair only where there is something to say: names alone are what every build takes.
+    # A pair only with options: every build accepts plain names.
     named = [(name, dict(chosen[name])) if chosen.get(name) else name for name in providers]
     less = {"disabled_optimizers": list(disabled_optimizers)} if disabled_optimizers else {}
     note_step("opened", path, optimization)
@@ -268,9 +270,9 @@ _SOURCE_PLACE = re.compile(r"/\S+:\d+ [^()]*")
 
 
 def first_line(error: BaseException, limit: int = 300) -> str:
-    """The first line of an error that says something, shortened.
+    """The first informative line of an error, shortened.
 
-    ONNX Runtime's place in its own source, and the C++ function there, say nothing to a user.
+    ONNX Runtime's source location and C++ function are removed: they do not help a user.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__

@@ -52,7 +52,7 @@ class Positional(nn.Module):
         self.outputs = tuple(tensor.name for tensor in model.spec.outputs)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Inputs in the order of the specification, outputs likewise."""
+        """Positional inputs and outputs, in the order of the specification."""
         answers = self.model(dict(zip(self.names, tensors, strict=True)))
         return tuple(answers[name] for name in self.outputs)
 
@@ -99,12 +99,12 @@ def to_onnx_proto(model: SpecModule, opset: int, where: str) -> onnx.ModelProto:
             f"torch cannot export the model: {_cause(error)}",
             where=where,
             remedy="write forward without branches on tensor values and without fixed batch "
-            "sizes; 'torch.export.export(model, …)' alone shows the whole story",
+            "sizes; 'torch.export.export(model, …)' alone shows the complete error",
         ) from error
     finally:
         module.train(training)
     if proto is None:
-        raise StageError("torch's exporter gave nothing", where=where, remedy="update torch")
+        raise StageError("torch's exporter returned nothing", where=where, remedy="update torch")
     guard_padding(proto)
     return proto
 

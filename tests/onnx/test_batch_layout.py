@@ -161,7 +161,7 @@ def recurrent(path, batch="N"):
 
 
 @pytest.mark.parametrize("batch", ["N", 1, 4])
-@pytest.mark.parametrize("state", ["one for all", "as the model takes it", "samples first"])
+@pytest.mark.parametrize("state", ["one for all", "as the model expects it", "samples first"])
 @pytest.mark.parametrize("gain", ["one", "each"])
 def test_states_and_scalars_are_calibrated_with_and_compared(tmp_path, batch, state, gain):
     path = recurrent(tmp_path / "m.onnx", batch)
@@ -171,7 +171,7 @@ def test_states_and_scalars_are_calibrated_with_and_compared(tmp_path, batch, st
     gains = np.full(20, 2, np.float32) if gain == "one" else np.linspace(1, 3, 20, dtype="f4")
     stored = {
         "one for all": np.repeat(h[None, :1], batch if batch != "N" else 1, axis=1),
-        "as the model takes it": h[None],
+        "as the model expects it": h[None],
         "samples first": h[:, None],
     }
     np.savez(
