@@ -1,4 +1,4 @@
-"""edgerun: answer, measure and verify on the device that a model was built for.
+"""edgerun: run, measure and verify a model on its device.
 
 Needs the standard library, numpy and onnxruntime only, and Python 3.8 or later. The same code
 measures on a workstation, in a fresh process, so that a figure from there and one from a board

@@ -1,4 +1,4 @@
-"""``python -m edgerun``: see :mod:`edgerun.cli`."""
+"""``python -m edgerun`` runs :mod:`edgerun.cli`."""
 
 from __future__ import annotations
 

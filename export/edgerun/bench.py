@@ -1,4 +1,4 @@
-"""The benchmark: latency, memory and environment of one model, or of two in alternation."""
+"""The benchmark: latency, memory and environment of one model, or of two interleaved."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ that times an engine's queries on the GPU alone."""
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """What to measure and for how long.
+    """Settings of a benchmark: what to measure and for how long.
 
     Attributes:
         models: one path, or two to compare.
-        settings: how the models are opened.
+        settings: settings for opening the models.
         against_settings: the second one's, where they differ.
         inputs: an npz file with the models' inputs; None makes random ones from ``seed``. Raw
-            uint8 data is preprocessed by the manifest of the bundle that the model lies in.
+            uint8 data is preprocessed by the manifest of the bundle that contains the model.
         shapes: sizes by input name, for random inputs.
-        batch: samples of one query; None is 1 or what the model fixes.
-        min_queries: timed queries of each model, unless ``max_seconds`` is over before.
-        memory: whether to measure peak memory, in processes of their own.
+        batch: samples of one query; None: the model's fixed batch, or 1.
+        min_queries: timed queries of each model, unless ``max_seconds`` is reached first.
+        memory: whether to measure peak memory, in separate processes.
     """
 
     models: tuple[Path, ...]
@@ -54,14 +54,14 @@ class BenchmarkConfig:
     against_settings: Settings | None = None
 
     def settings_of(self, index: int) -> Settings:
-        """How the model at an index of ``models`` is opened."""
+        """The settings of the model at an index of ``models``."""
         return self.settings if index == 0 else self.against_settings or self.settings
 
 
 def bench(plan: BenchmarkConfig) -> dict[str, Any]:
     """Measure and return the record of schema ``edgerun.bench/1``; times in ms, memory in MB.
 
-    Everything that would disturb the timing (hashing, memory, profiling) comes after it.
+    Everything that would disturb the timing (hashing, memory, profiling) is done afterwards.
 
     Raises:
         BadInput: a model, an input or a shape is wrong.
@@ -150,7 +150,7 @@ def _record(
         "samples_ms": samples,
         "queries_per_round": len(rounds[0]),
         "latency": summarize(samples),
-        # Beside the latency, which has the copies to the GPU and back in it.
+        # In addition to the latency, which includes the copies to the GPU and back.
         "device_ms": None if device is None else {"copies": False, **summarize(device)},
         "memory": _memory(model, settings, feeds, empty) if plan.memory else None,
     }

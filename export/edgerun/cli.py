@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 
 def command_parser() -> argparse.ArgumentParser:
-    """What edgerun can be asked; ``name`` of the result is the command."""
+    """The argument parser; ``name`` of the result is the command."""
     parser = argparse.ArgumentParser(
-        prog="edgerun", description="Answer, measure and verify an ONNX model on this device."
+        prog="edgerun", description="Run, measure and verify an ONNX model on this device."
     )
     parser.add_argument("--version", action="version", version=f"edgerun {edgerun.__version__}")
     commands = parser.add_subparsers(dest="name", metavar="COMMAND")
     commands.required = True
 
-    run = commands.add_parser("run", help="answers for every sample of an npz file")
+    run = commands.add_parser("run", help="outputs for every sample of an npz file")
     run.add_argument("model", type=Path, nargs="?", metavar="MODEL.onnx")
     run.add_argument("--inputs", type=Path, required=True, metavar="DATA.npz")
     run.add_argument("--output", type=Path, required=True, metavar="ANSWERS.npz")
-    run.add_argument("--bundle", type=Path, metavar="FOLDER", help="take model and manifest here")
+    run.add_argument("--bundle", type=Path, metavar="FOLDER", help="with model and manifest")
     run.add_argument("--manifest", type=Path, metavar="manifest.json")
     run.add_argument("--raw", action="store_true", help="preprocess data of any dtype")
     _add_settings(run)
@@ -55,13 +55,13 @@ def command_parser() -> argparse.ArgumentParser:
     bench.add_argument("--min-queries", type=_count, default=1000, metavar="N")
     bench.add_argument("--max-seconds", type=_seconds, default=60.0, metavar="S")
     bench.add_argument("--no-memory", action="store_true", help="leave out peak memory")
-    bench.add_argument("--json", type=Path, metavar="OUT", help="write the whole record here")
+    bench.add_argument("--json", type=Path, metavar="OUT", help="write the complete record here")
     _add_settings(bench)
 
     verify = commands.add_parser("verify", help="whether a bundle is intact")
     verify.add_argument("folder", type=Path, metavar="FOLDER")
 
-    info = commands.add_parser("info", help="what this device, or a model, is")
+    info = commands.add_parser("info", help="describe this device, or a model")
     info.add_argument("model", type=Path, nargs="?", metavar="MODEL.onnx")
     info.add_argument("--json", type=Path, metavar="OUT")
 
@@ -96,12 +96,12 @@ def command_parser() -> argparse.ArgumentParser:
 
 
 def model_settings(options: argparse.Namespace, against: bool = False) -> Settings:
-    """How a command opens its model, or the one that it is held ``against``.
+    """The settings to open a command's model, or the one it is compared with (``against``).
 
     Raises:
         BadInput: no provider is named, or the providers' options are no mapping of texts.
     """
-    # It brings numpy, which the other commands do without.
+    # It imports numpy, which the other commands do not need.
     from edgerun.model import Settings, full_provider_name
 
     names = [name.strip() for name in options.providers.split(",") if name.strip()]
@@ -117,7 +117,7 @@ def model_settings(options: argparse.Namespace, against: bool = False) -> Settin
 
 
 def _provider_options(text: str, option: str) -> dict[str, dict[str, str]]:
-    """``{provider: {key: value}}`` from JSON, or from a file that holds it."""
+    """``{provider: {key: value}}`` from JSON, or from a file with it."""
     if not text:
         return {}
     try:
@@ -148,7 +148,7 @@ def _bad_options(what: str, option: str) -> BadInput:
 
 def _add_library(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--library", choices=("tensorrt", "tensorrt-rtx"), default="tensorrt")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the whole record here")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the complete record here")
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read the output has had enough of it (| head); Python must not flush the rest.
+        # The reader of the output closed it (| head); Python must not flush the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     return code
@@ -316,7 +316,7 @@ def _probe(options: argparse.Namespace) -> int:
         shapes=parse_shapes(options.shape),
         batch=options.batch,
         run=not options.no_run,
-        # At once: what follows may end this process.
+        # Flushed at once: the next step may crash this process.
         tell=lambda step: print(step, flush=True),
     )
     if options.json is not None:

@@ -1,7 +1,7 @@
 """The CUDA runtime library by ctypes: device memory, copies, streams, events, device properties.
 
 Never run on a GPU: signatures and constants are those of ``cuda_runtime_api.h`` of CUDA 13.0,
-which have not changed since CUDA 11. Without a driver, the real library's answer was tried.
+which have not changed since CUDA 11. Without a driver, the real library was tried.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STREAM_NON_BLOCKING = 1
 EVENT_DEFAULT = 0
 INTEGRATED, CAPABILITY_MAJOR, CAPABILITY_MINOR = 18, 75, 76
 PROPERTIES_BYTES = 8192
-"""Room for ``cudaDeviceProp``, about 1 KB: its layout differs between releases, but it has
+"""Buffer size for ``cudaDeviceProp``, about 1 KB: its layout differs between releases, but it has
 begun with the name, 256 bytes, in all of them."""
 
 _VERSIONS = (13, 12, 11)
@@ -71,7 +71,7 @@ class CudaRuntime:
     """One loaded libcudart and the current device.
 
     Args:
-        library: the loaded library (``ctypes.CDLL``), or one that stands in for it.
+        library: the loaded library (``ctypes.CDLL``), or a stand-in for tests.
 
     Raises:
         NoDevice: there is no driver, it is too old for this library, or there is no GPU.
@@ -113,20 +113,20 @@ class CudaRuntime:
         """The address of ``size`` bytes of device memory.
 
         Raises:
-            RunFailed: there is not so much left.
+            RunFailed: not enough memory is free.
         """
         address = ctypes.c_void_p()
         code = self._library.cudaMalloc(ctypes.byref(address), size)
         if code == OUT_OF_MEMORY:
             raise RunFailed(
-                f"the GPU's memory ran out: {size / 1e6:.1f} MB more were asked for",
+                f"the GPU's memory ran out: {size / 1e6:.1f} MB more were requested",
                 remedy="a smaller --batch, or end what else runs on the GPU",
             )
         self._check("cudaMalloc", code)
         return int(address.value or 0)
 
     def free(self, address: int) -> None:
-        """Give device memory back; waits for the work on it."""
+        """Free device memory; waits for the work on it."""
         self._call("cudaFree", address)
 
     def copy_in(self, address: int, array: np.ndarray[Any, Any], stream: int) -> None:
@@ -152,11 +152,11 @@ class CudaRuntime:
         self._call("cudaStreamSynchronize", stream)
 
     def create_event(self) -> int:
-        """An event that keeps its time."""
+        """An event that records its time."""
         return self._handle("cudaEventCreateWithFlags", EVENT_DEFAULT)
 
     def record(self, event: int, stream: int) -> None:
-        """Note the time at which the stream comes to this point."""
+        """Record the time at which the stream reaches this point."""
         self._call("cudaEventRecord", event, stream)
 
     def elapsed_ms(self, start: int, end: int) -> float:
@@ -184,7 +184,7 @@ class CudaRuntime:
             raise RunFailed(
                 f"{function} failed: {self._reason(code)} (CUDA error {code})",
                 remedy="an error of an earlier call may show only here; 'nvidia-smi' (on a Jetson "
-                "'dmesg') may tell more",
+                "'dmesg') may show more",
             )
 
     def _reason(self, code: int) -> str:
@@ -192,7 +192,7 @@ class CudaRuntime:
         return (text or b"unknown").decode("utf-8", errors="replace")
 
     def _absent(self, code: int) -> NoDevice:
-        """Why there is no device: the error that the user can act on."""
+        """The error for a missing device, with a remedy."""
         version = ctypes.c_int()
         self._library.cudaDriverGetVersion(ctypes.byref(version))
         if code == INSUFFICIENT_DRIVER and version.value:
@@ -215,7 +215,7 @@ class CudaRuntime:
             )
         return NoDevice(
             f"CUDA cannot start: {self._reason(code)} (CUDA error {code})",
-            remedy="'nvidia-smi' tells whether the driver works; restart after updating it",
+            remedy="'nvidia-smi' shows whether the driver works; restart after updating it",
         )
 
 
@@ -227,7 +227,7 @@ class DeviceBuffers:
         self._held: dict[str, tuple[int, int]] = {}
 
     def reserve(self, name: str, size: int) -> int:
-        """The address of at least ``size`` bytes; what was there is lost when it grows."""
+        """The address of at least ``size`` bytes; its content is lost when it grows."""
         address, capacity = self._held.get(name, (0, 0))
         if address and size <= capacity:
             return address
@@ -239,11 +239,11 @@ class DeviceBuffers:
         return address
 
     def address(self, name: str) -> int:
-        """Where the memory of a name is that was reserved."""
+        """The address of the reserved memory of a name."""
         return self._held[name][0]
 
     def release(self, name: str | None = None) -> None:
-        """Give back the memory of one name, or of all."""
+        """Free the memory of one name, or of all."""
         for each in [name] if name is not None else list(self._held):
             address, _ = self._held.pop(each, (0, 0))
             if address:
@@ -265,7 +265,7 @@ def load_cuda_runtime() -> CudaRuntime:
         except NoDevice as error:
             failure = failure or error
     raise failure or NoDevice(
-        "the CUDA runtime library (libcudart) is not here",
+        "the CUDA runtime library (libcudart) is not installed",
         remedy="run it on the device; on a Jetson it is part of JetPack, elsewhere: "
         "pip install nvidia-cuda-runtime",
     )

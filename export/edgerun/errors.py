@@ -1,4 +1,4 @@
-"""Errors that a person reads: what is wrong, where, and what to do about it."""
+"""Errors for users: what is wrong, where, and the remedy."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ class EdgerunError(Exception):
 
 
 class BadInput(EdgerunError):
-    """What the user gave (model, inputs, option) is wrong."""
+    """The user's input (model, inputs, option) is wrong."""
 
     exit_code = 2
 
 
 class RunFailed(EdgerunError):
-    """The runtime could not do what was asked of it."""
+    """The runtime failed."""
 
     exit_code = 3
 
 
 class NoDevice(RunFailed):
-    """This machine has nothing that an engine could run on: no GPU, driver or CUDA library."""
+    """This machine cannot run an engine: no GPU, driver or CUDA library."""
 
 
 class CannotWrite(EdgerunError):

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and the files that belong to a model."""
+"""Files: atomic writing, and the files that belong to a model."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from edgerun.errors import BadInput, CannotWrite
 
 
 def check_output(path: Path, option: str, stream: bool = False) -> None:
-    """Check that a file may stand at a path; nothing is written.
+    """Check that a file can be written at a path; nothing is written.
 
     Args:
-        option: that names the file, for the message.
-        stream: whether it is written to and not replaced: a device or a pipe is then taken.
+        option: the option that names the file, for the message.
+        stream: whether it is written to, not replaced: a device or a pipe is then accepted.
 
     Raises:
-        BadInput: it is a folder, something else than a file, or lies in a folder that is not
-            there.
-        CannotWrite: its folder cannot be looked into, or its name is too long.
+        BadInput: it is a folder, something else than a file, or is in a folder that does not
+            exist.
+        CannotWrite: its folder cannot be read, or its name is too long.
     """
-    final = Path(os.path.realpath(path))  # where a link points to; a loop is left as it is
+    final = Path(os.path.realpath(path))  # where a link points to; a loop is left unchanged
     try:
         if final.is_dir():
             what = "this is a folder, not a file to write"
@@ -42,13 +42,13 @@ def check_output(path: Path, option: str, stream: bool = False) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: a truncated one is an error that shows late.
+    """Write a file atomically: a truncated one is an error that is found late.
 
     Raises:
         CannotWrite: there is no space or no permission.
     """
     final = Path(os.path.realpath(path))
-    # A short name of its own: the file's may be as long as a name can be.
+    # A separate short name: the file's may have the maximum length.
     part = final.with_name(f".{os.getpid()}.{zlib.crc32(os.fsencode(final.name)):08x}.part")
     try:
         part.write_bytes(content)
@@ -60,7 +60,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file that may be there.
+    """Remove a file if it exists.
 
     Raises:
         CannotWrite: there is no permission.
@@ -95,7 +95,7 @@ def is_engine(path: Path) -> bool:
 
 
 def model_files(path: Path) -> list[Path]:
-    """The model's file, and those beside an ONNX file that hold its weights, in order of use."""
+    """The model's file, and the external weight files of an ONNX file, in order of use."""
     if is_engine(path):
         return [path]
     content = path.read_bytes()
@@ -104,7 +104,7 @@ def model_files(path: Path) -> list[Path]:
         length = match.group(1)
         size = length[0] & 0x7F | (length[1] << 7 if len(length) == 2 else 0)
         name = content[match.end() : match.end() + size]
-        # The pattern could also occur inside weights; only a file that is there counts.
+        # The pattern could also occur inside weights; only existing files count.
         beside = path.parent / name.decode("utf-8", errors="replace").replace("\0", "?")
         if beside.is_file():
             found[beside] = None

@@ -30,7 +30,7 @@ def bench_lines(record: dict[str, Any]) -> Iterator[str]:
 
 
 def description_lines(value: dict[str, Any], indent: str = "") -> Iterator[str]:
-    """Nested keys and values, one a line; what cannot be read is shown as "not known"."""
+    """Nested keys and values, one a line; unknown values are shown as "not known"."""
     for key, item in value.items():
         if isinstance(item, dict):
             yield f"{indent}{key}:"
@@ -56,7 +56,7 @@ def _memory(memory: dict[str, Any]) -> str:
 
 
 def build_lines(record: Mapping[str, Any]) -> Iterator[str]:
-    """What was built, for what, and what its layers compute in."""
+    """Lines about a built engine: its target and the precision of its layers."""
     engine, layers = record["engine"], record["layers"]
     yield (
         f"{engine['path']}  {engine['bytes'] / 1e6:.3f} MB  "

@@ -1,4 +1,4 @@
-"""Inputs of a model: from files or made at random, as it declares them; npz archives."""
+"""Inputs of a model: from files or random, as it declares them; npz archives."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ Feed = Dict[str, "np.ndarray[Any, Any]"]
 FEEDS = 8
 
 FEW = 8
-"""Whole numbers of an input that may be a count, a length or a shape."""
+"""Largest number of integers in an input that may be a count, a length or a shape."""
 
 FEED_BYTES = 4_000_000
-"""Several feeds, so that no query sees the very bytes of the one before; few enough that they
+"""Several feeds, so that no query repeats the bytes of the previous one; few enough that they
 do not flush the caches, because an application's input was prepared just before."""
 
 
 @dataclass(frozen=True)
 class Feeds:
-    """Feeds that are used in turn, and a word on where they come from."""
+    """Feeds that are used in turn, with their source."""
 
     feeds: tuple[Feed, ...]
     source: str
@@ -95,7 +95,7 @@ def make_feeds(
 
 
 def _note(tensor: TensorInfo, choice: ChosenShape) -> str:
-    """What was chosen, and that few whole numbers are often a count or a size."""
+    """A note on the chosen sizes, and a warning that few integers are often a count or a size."""
     kind = np.dtype(tensor.dtype)
     few = len(choice.shape) <= 1 and int(np.prod(choice.shape)) <= FEW
     if kind.kind not in "iu" or kind.itemsize == 1 or not few:
@@ -123,7 +123,7 @@ def load_arrays(
 ) -> Feed:
     """The arrays of an npz file that the model takes, in its dtypes.
 
-    Arrays that the model does not take (labels, say) are left alone. Raw ``uint8`` data for a
+    Arrays that the model does not take (such as labels) are ignored. Raw ``uint8`` data for a
     floating-point input is preprocessed by the manifest; with ``raw``, data of any dtype is,
     for every input that the manifest has constants for.
 
@@ -156,7 +156,7 @@ def load_arrays(
 
 @dataclass(frozen=True)
 class Samples:
-    """Arrays cut into batches along the axis that counts samples."""
+    """Arrays split into batches along the batch axis."""
 
     arrays: Feed
     layout: BatchLayout
@@ -182,12 +182,12 @@ class Samples:
             one_batch = list(shape)
             one_batch[axis] = declared if isinstance(declared, int) else shape[axis]
             check_shape(tensor, one_batch, where)
-            # One initial state, with its batch behind its layers, serves every sample.
+            # One initial state, with its batch axis after its layers, is used for every sample.
             if axis == 0 or shape[axis] != 1:
                 counts[tensor.name] = int(shape[axis])
         total = max(counts.values(), default=1)
         for name, count in counts.items():
-            # A model of fixed batch may have a state of that very size: it is shared.
+            # A model of fixed batch may have a state of exactly that size: it is shared.
             if count != total and layout.size is not None and count == layout.size:
                 axes[name] = None
             elif count != total:
@@ -202,7 +202,7 @@ class Samples:
         return cls(arrays, BatchLayout(axes, layout.size, layout.names), total)
 
     def feed(self, start: int, batch: int) -> Feed:
-        """Samples ``start … start + batch``; the last one is repeated to fill the batch."""
+        """Samples ``start … start + batch``; the last one is repeated to pad the batch."""
         chosen = np.minimum(np.arange(start, start + batch), self.count - 1)
         whole = start + batch <= self.count
         feed: Feed = {}
@@ -214,7 +214,7 @@ class Samples:
                 part = array[start : start + batch]
             else:
                 part = np.take(array, np.minimum(chosen, array.shape[axis] - 1), axis=axis)
-            # A scalar must stay one: ascontiguousarray would give it a dimension.
+            # A scalar must remain one: ascontiguousarray would give it a dimension.
             feed[name] = np.ascontiguousarray(part) if part.ndim else part
         return feed
 

@@ -1,4 +1,4 @@
-"""What a bundle's ``manifest.json`` says about its model's inputs and answers."""
+"""Read a bundle's ``manifest.json``: its model's inputs and outputs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ MANIFEST = "manifest.json"
 class Preprocess:
     """``(x * scale - mean) / std`` in float32.
 
-    ``mean`` and ``std`` hold one value for all, or one per channel or feature. These lie along
+    ``mean`` and ``std`` contain one value for all, or one per channel or feature, along
     ``axis`` of the batch; without it along axis 1 of images (N, C, H, W) and the last of others.
-    The steps and their order are those of training, so that the values are the same to the last
-    bit.
+    The steps and their order are those of training, so that the values are
+    bit-exact.
     """
 
     scale: float
@@ -64,7 +64,7 @@ class Manifest:
 
     @property
     def model_path(self) -> Path | None:
-        """The model file, beside the manifest."""
+        """The model file, next to the manifest."""
         return self.path.parent / self.model if self.model else None
 
 
@@ -97,7 +97,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def manifest_beside(model: Path) -> Manifest | None:
-    """The manifest of the bundle that the model lies in, if it lists the model."""
+    """The manifest of the bundle that contains the model, if it lists the model."""
     path = model.resolve().parent / MANIFEST
     if not path.is_file():
         return None

@@ -1,6 +1,6 @@
 """Peak memory of a model: fresh processes that only run it, less an empty one.
 
-The peak is the kernel's high-water mark of resident memory (VmHWM), which starts anew when a
+The peak is the kernel's high-water mark of resident memory (VmHWM), which is reset when a
 program starts; ``getrusage`` would carry over the parent's. For a model on a GPU the device's
 memory is read as well, after each query (see ``device_memory``; that part was never run).
 """
@@ -31,7 +31,7 @@ from edgerun.tensorrt.library import MODULES
 MB = 1e6
 PROCESSES = 3
 QUERIES = 20
-"""Peak and empty memory are each taken from three processes; the model answers 20 queries,
+"""Peak and empty memory are each taken from three processes; the model runs 20 queries,
 after which the runtime's arena no longer grows for inputs of the same shape."""
 
 GPU_PROVIDERS = (
@@ -43,9 +43,9 @@ NO_GPU = {"device_mb": None, "device_note": "no GPU is used"}
 
 
 def peak_mb() -> float | None:
-    """The most resident memory that this process has held so far, in MB of 10⁶ bytes.
+    """The peak resident memory of this process so far, in MB of 10⁶ bytes.
 
-    None where the kernel does not tell.
+    None where the kernel does not report it.
     """
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
@@ -77,10 +77,10 @@ def model_memory(
     """``{"peak_mb", "empty_mb", "above_empty_mb", "processes", "device_mb", "device_note"}``.
 
     The largest of the peaks; ``device_mb`` is the GPU's, which the others do not count.
-    Values are null where the kernel or the driver does not tell them.
+    Values are null where the kernel or the driver does not report them.
 
     Raises:
-        RunFailed: the process ended without an answer, as when it is killed for memory.
+        RunFailed: the process ended without a result, as when it is killed for memory.
     """
     with tempfile.TemporaryDirectory(prefix="edgerun-") as folder:
         path = Path(folder) / "feed.npz"
@@ -111,7 +111,7 @@ def model_memory(
 
 
 def _child(job: dict[str, Any]) -> dict[str, Any]:
-    """What a fresh process reports: ``{"peak_mb", "device"}``."""
+    """The report of a fresh process: ``{"peak_mb", "device"}``."""
     environment = dict(os.environ, PYTHONPATH=str(Path(__file__).resolve().parent.parent))
     done = subprocess.run(
         [sys.executable, "-m", "edgerun.memory", json.dumps(job)],
@@ -126,23 +126,23 @@ def _child(job: dict[str, Any]) -> dict[str, Any]:
             f"the process that measures memory ended with code {done.returncode}: {last}",
             remedy="a negative code is a signal; 9 often means that the memory ran out",
         )
-    # What else is on standard output, a library wrote.
+    # Other lines on standard output are written by libraries.
     answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return answer
 
 
 def _watch(model: Path, providers: Sequence[str]) -> MemoryWatch | None:
-    """A look at the GPU before the model uses it; None for a model that does not."""
+    """The GPU's memory before the model uses it; None for a model on the CPU."""
     if not is_engine(model) and not set(providers) & set(GPU_PROVIDERS):
         return None
     bus, shared = None, ""
     try:
         device = load_cuda_runtime().device()
-        # Where the GPU is part of the chip, NVML may not know it by a bus.
+        # Where the GPU is part of the chip, NVML may not list it by a bus.
         bus = None if device.integrated else device.pci_bus_id
         shared = "the GPU shares the host's memory" if device.integrated else ""
     except EdgerunError:
-        # Without libcudart the first GPU is watched; a model that needs it fails by itself.
+        # Without libcudart the first GPU is measured; a model that needs it fails by itself.
         pass
     try:
         return MemoryWatch(open_nvml(bus), shared)

@@ -1,4 +1,4 @@
-"""What every loaded model offers, whatever runtime runs it, and how it is asked for.
+"""The interface of a loaded model, independent of its runtime, and the settings to open it.
 
 Needs no runtime: a device may have ONNX Runtime, or TensorRT, or both.
 """
@@ -39,7 +39,7 @@ _NO_NAME = re.compile(r"(\?*|None|-?\d+|unk__\d+)", re.IGNORECASE)
 
 
 def dimension_name(name: Any) -> str | None:
-    """The name of a symbolic dimension; None where there is none.
+    """The name of a symbolic dimension; None without one.
 
     Exporters write "?", "None", "-1" or "unk__12" for every dimension that they do not know:
     two of these are not one dimension, whatever they are called.
@@ -49,7 +49,7 @@ def dimension_name(name: Any) -> str | None:
 
 
 def written(shape: Sequence[int | str | None]) -> str:
-    """A shape as people read it: ``[batch, 3, ?, 224]``."""
+    """A shape as text: ``[batch, 3, ?, 224]``."""
     return "[" + ", ".join("?" if d is None else str(d) for d in shape) + "]"
 
 
@@ -60,7 +60,7 @@ def written_feed(feed: Mapping[str, np.ndarray[Any, Any]]) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is opened. ``threads`` None leaves the number to the runtime.
+    """Settings to open a model. ``threads`` None leaves the number to the runtime.
 
     ``provider_options`` are by provider; one that is not in it has the runtime's defaults.
     They are ONNX Runtime's; a TensorRT engine has all of its settings built in.
@@ -73,10 +73,10 @@ class Settings:
 
 
 class LoadedModel(Protocol):
-    """A model in memory, ready to answer.
+    """A model in memory, ready to run.
 
     Attributes:
-        providers: what runs it, in order of preference.
+        providers: the execution providers, in order of preference.
         load_ms: how long opening took, in milliseconds.
     """
 
@@ -88,7 +88,9 @@ class LoadedModel(Protocol):
 
     @property
     def batch_range(self) -> tuple[int, int] | None:
-        """The least and the largest batch that an engine of open batch size takes; None: any."""
+        """The smallest and the largest batch that an engine of open batch size accepts; None:
+        any.
+        """
 
     @property
     def device_ms(self) -> Callable[[Mapping[str, np.ndarray[Any, Any]]], float] | None:
@@ -96,11 +98,11 @@ class LoadedModel(Protocol):
 
     @property
     def information(self) -> Callable[[], str] | None:
-        """TensorRT's inspector on the layers of an engine, as JSON; None for an ONNX file."""
+        """The layers of an engine from TensorRT's inspector, as JSON; None for an ONNX file."""
 
     @property
     def query(self) -> Callable[[Mapping[str, np.ndarray[Any, Any]]], Any]:
-        """The shortest way to an answer for a feed that fits: what is timed."""
+        """The timed call: run a valid feed with the least overhead."""
 
     def run(self, feed: Mapping[str, np.ndarray[Any, Any]]) -> list[Any]:
         """The outputs in declared order for one feed.
@@ -120,7 +122,7 @@ def check_file(path: Path) -> None:
 
 
 def full_provider_name(name: str) -> str:
-    """``cpu`` → ``CPUExecutionProvider``; a name given in full stays as it is."""
+    """``cpu`` → ``CPUExecutionProvider``; a full name is unchanged."""
     try:
         import onnxruntime
     except ImportError:

@@ -14,7 +14,7 @@ def open_model(path: Path, settings: Settings) -> LoadedModel:
     """Open an ONNX file with ONNX Runtime, or a TensorRT engine with its library.
 
     Raises:
-        BadInput: the file is missing or not whole, or an engine was built for something else.
+        BadInput: the file is missing or truncated, or an engine was built for something else.
         NoDevice: there is no GPU for an engine.
         RunFailed: the runtime cannot load it.
     """
@@ -31,12 +31,12 @@ def describe_model(path: Path) -> dict[str, Any]:
     """``path``, ``sha256``, ``size_bytes``, ``files``, ``inputs`` and ``outputs``.
 
     An engine with its record also has ``library``, ``version``, ``compute_capabilities`` and
-    ``not_opened``: why it cannot be opened here, or None. Where it cannot, its inputs and outputs
-    are the record's, without a ``dtype``.
+    ``not_opened``: the reason why it cannot be opened here, or None. Where it cannot, its inputs
+    and outputs are the record's, without a ``dtype``.
 
     Raises:
         BadInput: as :func:`edgerun.model_loading.open_model`.
-        NoDevice: there is no GPU, and no record beside the engine either.
+        NoDevice: there is no GPU, and no record next to the engine either.
         RunFailed: the runtime cannot load it.
     """
     record = None

@@ -1,4 +1,4 @@
-"""What runs each part of a model: ONNX Runtime's provider of each node, an engine's precisions.
+"""What runs each node of a model: ONNX Runtime's provider of each node, an engine's precisions.
 
 A profiled session is slower, so it is never the timed one.
 """
@@ -18,7 +18,7 @@ from edgerun.model import LoadedModel, Settings
 def provider_nodes(model: Path, settings: Settings, feed: Feed) -> dict[str, int] | None:
     """Provider → number of nodes that it ran for one feed.
 
-    Nodes inside a branch that was not taken do not count; a subgraph that a provider compiled
+    Nodes inside a branch that was not taken are not counted; a subgraph that a provider compiled
     into one node counts as one. None where the runtime gives no profile, and for an engine,
     which has no nodes.
     """
@@ -33,7 +33,7 @@ def provider_nodes(model: Path, settings: Settings, feed: Feed) -> dict[str, int
             profiled.run(feed)
             events = json.loads(Path(profiled.session.end_profiling()).read_text("utf-8"))
         except no_profile:
-            # The figures stand without it: "not known" is the honest answer here.
+            # The figures are valid without it: the assignment is reported as "not known".
             return None
     nodes: dict[str, set[str]] = {}
     for event in events:
@@ -46,7 +46,7 @@ def provider_nodes(model: Path, settings: Settings, feed: Feed) -> dict[str, int
 def engine_precisions(model: LoadedModel) -> dict[str, int] | None:
     """Precision → number of an engine's layers that compute in it; None for an ONNX file.
 
-    None, too, where the inspector says nothing: an engine built without detail has only names.
+    None, too, where the inspector has no types: an engine built without detail has only names.
     Never run: loading an engine needs a GPU.
     """
     if model.information is None:

@@ -1,11 +1,11 @@
-"""What the GPU's driver tells through NVML: memory of a process, clocks, temperature.
+"""GPU figures from the driver's NVML: memory of a process, clocks, temperature.
 
 Never run on a GPU: signatures and layouts are those of ``nvml.h`` and were compared with
 NVIDIA's own Python binding (nvidia-ml-py 13.615).
 
 A GPU that shares the host's memory (Jetson, GB10) has no memory of its own to be read, and
-NVML says so; what its driver allocates for a process does not count in its resident memory
-either, so that there the figure is "not known", not zero.
+NVML reports that; memory that its driver allocates for a process does not count in its resident
+memory either, so that there the figure is "not known", not zero.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MB = 1e6
 NOT_SUPPORTED = 3
 INSUFFICIENT_SIZE = 7
 NOT_AVAILABLE = 2**64 - 1
-"""Return codes, and the value of a size that the driver does not tell."""
+"""Return codes, and the value of a size that the driver does not report."""
 
 TEMPERATURE_OF_GPU = 0
 CLOCK_SM = 1
@@ -62,19 +62,19 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
     "nvmlDeviceGetClockInfo": (_DEVICE, ctypes.c_uint, _UINT_OUT),
     "nvmlDeviceGetCurrentClocksThrottleReasons": (_DEVICE, ctypes.POINTER(ctypes.c_ulonglong)),
 }
-"""Argument types of each function used; all return ``nvmlReturn_t``, which is 0 when all is
-well. A driver may lack some."""
+"""Argument types of each function used; all return ``nvmlReturn_t``, which is 0 on
+success. A driver may lack some."""
 
 
 class Unread(Exception):
-    """Something that NVML does not tell here, and why."""
+    """A figure that NVML does not provide here, with the reason."""
 
 
 class Nvml:
     """One GPU as NVML sees it.
 
     Args:
-        library: the loaded library, or one that stands in for it.
+        library: the loaded library, or a stand-in for tests.
         pci_bus_id: the device, as CUDA names it; None is the one of ``index``.
         index: in NVML's order, which need not be CUDA's.
 
@@ -115,13 +115,13 @@ class Nvml:
         return int(self._memory().total)
 
     def used(self) -> int:
-        """Bytes that all processes and the driver hold on the device; raises Unread."""
+        """Bytes that all processes and the driver use on the device; raises Unread."""
         return int(self._memory().used)
 
     def used_by(self, pid: int) -> int:
-        """Bytes that one process holds on the device; raises Unread.
+        """Bytes that one process uses on the device; raises Unread.
 
-        In a container the driver may know the process by another number; it is then not found.
+        In a container the driver may have another number for the process; it is then not found.
         """
         name = "nvmlDeviceGetComputeRunningProcesses_v3"
         if not self._has(name):
@@ -145,7 +145,7 @@ class Nvml:
 
         The last are the bits of NVML's ``nvmlClocksThrottleReason…`` in hexadecimal: 0x1 idle,
         0x4 power cap, 0x8 hardware slow-down, 0x20 software thermal, 0x40 hardware thermal. What
-        the device does not tell is None.
+        the device does not report is None.
         """
         reasons = ctypes.c_ulonglong()
         arguments = (self._device, ctypes.byref(reasons))
@@ -192,14 +192,14 @@ class Nvml:
 
 
 class MemoryWatch:
-    """Most device memory that this process has held, sampled between queries.
+    """Peak device memory of this process, sampled between queries.
 
     The driver's figure for this process, CUDA's context included; where it has none, how far
-    the whole device's figure has risen since the start, in which other processes count, too.
+    the complete device's figure has risen since the start, in which other processes count, too.
 
     Args:
-        nvml: the device, watched before the process first uses it; None when there is none.
-        remark: what else is to be said: why there is none, or that its memory is the host's.
+        nvml: the device, opened before the process first uses it; None when there is none.
+        remark: a note: why there is no device, or that its memory is the host's.
     """
 
     def __init__(self, nvml: Nvml | None, remark: str = "") -> None:
@@ -236,7 +236,7 @@ class MemoryWatch:
         elif self._risen is not None:
             figure, what = (
                 self._risen / MB,
-                "rise of the whole device's, other processes included",
+                "rise of the complete device's, other processes included",
             )
         else:
             return {"device_mb": None, "device_note": "; ".join(["not known", *self._remarks])}

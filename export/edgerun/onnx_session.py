@@ -1,4 +1,4 @@
-"""An ONNX Runtime session: opened with stated settings, described, and its errors made readable."""
+"""An ONNX Runtime session: opened with explicit settings, described, with readable errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DTYPES = {
     "uint64": "uint64",
     "bool": "bool",
 }
-"""numpy's name of each tensor element type that numpy can hold."""
+"""numpy's name of each tensor element type that numpy supports."""
 
 OPTIMIZATION = {
     "disabled": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -56,11 +56,11 @@ _NOT_A_MODEL = ("InvalidProtobuf", "InvalidGraph", "InvalidArgument", "NoSuchFil
 
 
 class OrtSession:
-    """A loaded model file with what it declares.
+    """A loaded model file with its declared inputs and outputs.
 
     Raises:
         BadInput: the file is missing, is not an ONNX model, or is truncated.
-        RunFailed: the runtime cannot load it, or silently left out a provider asked for.
+        RunFailed: the runtime cannot load it, or silently left out a requested provider.
     """
 
     batch_range = None
@@ -104,7 +104,7 @@ class OrtSession:
             )
         self.inputs = tuple(_tensor(node) for node in self.session.get_inputs())
         self.outputs = tuple(_tensor(node) for node in self.session.get_outputs())
-        # Bound in C: a method of Python's own would be timed with each query.
+        # Bound in C: a Python method's overhead would be timed with each query.
         self._query = functools.partial(self.session.run, None)
 
     @property
@@ -133,7 +133,7 @@ class OrtSession:
 
 
 def _with_options(settings: Settings) -> list[Any]:
-    """The providers as the runtime takes them: a pair where there are options."""
+    """The providers in the runtime's form: a pair where there are options."""
     given = settings.provider_options
     return [(name, dict(given[name])) if given.get(name) else name for name in settings.providers]
 
@@ -163,7 +163,7 @@ def _tensor(node: Any) -> TensorInfo:
 
 
 def shape_of(declared: Sequence[Any]) -> tuple[int | str | None, ...]:
-    """A shape as ONNX Runtime gives it, with None for dimensions without a name."""
+    """A shape from ONNX Runtime, with None for dimensions without a name."""
     return tuple(_dimension(value) for value in declared)
 
 
@@ -192,9 +192,9 @@ def _load_error(path: Path, error: Exception) -> EdgerunError:
     # Releases word these differently; the file itself was there when it was opened.
     if any(word in reason.lower() for word in ("external", ".data", "file_size", "no such file")):
         return BadInput(
-            f"the model's weights lie in another file, which cannot be read: {reason}",
+            f"the model's weights are in another file, which cannot be read: {reason}",
             where=str(path),
-            remedy="put the weight file beside the model, under the name it was exported with",
+            remedy="put the weight file next to the model, under the name it was exported with",
         )
     if type(error).__name__ in _NOT_A_MODEL or "does not have a graph" in reason:
         return BadInput(

@@ -19,7 +19,7 @@ INTERVAL_CONFIDENCE = 0.95
 
 
 def queries_needed(probability: float, confidence: float = ENOUGH_CONFIDENCE) -> int:
-    """The fewest queries with which a percentile may be stated.
+    """The smallest number of queries with which a percentile may be stated.
 
     It is the smallest n for which at least two queries are slower than the true percentile with
     the given confidence: P[Binomial(n, 1 - p) <= 1] <= 1 - confidence. This is the bound behind

@@ -1,7 +1,7 @@
-"""Does a model open and run? Asked in a process of its own, which a runtime's crash may end.
+"""Check that a model opens and runs, in a separate process that a runtime may crash.
 
-What is done next is told on standard output beforehand, so that whoever started the process
-knows what ended it.
+Each step is printed on standard output beforehand, so that the parent process
+knows which step ended it.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def probe(
 ) -> dict[str, Any]:
     """Open a model and run it once: a record ``edgerun.probe/1``.
 
-    ``ran`` is False where the model was only opened, and ``reason`` then says what kept it from
-    running: made-up inputs may be none that it takes.
+    ``ran`` is False where the model was only opened, and ``reason`` then says what prevented
+    running: random inputs may be invalid for it.
 
     Args:
-        inputs: an npz file, its first sample is run; None makes random inputs.
-        run: whether to run it at all.
-        tell: told ``opens`` and ``runs`` before that is done.
+        inputs: an npz file, its first sample is run; None: random inputs.
+        run: whether to run it.
+        tell: called with ``opens`` and ``runs`` before each step.
 
     Raises:
         BadInput: the file is no model.

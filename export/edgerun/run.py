@@ -1,4 +1,4 @@
-"""Answers for every sample of an npz file."""
+"""Outputs for every sample of an npz file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edgerun.manifest import Manifest
 from edgerun.model import LoadedModel
 
 BATCH = 64
-"""Samples of one call, for a model of open batch size."""
+"""Batch size, for a model of open batch size."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Answers:
             with path.open("wb") as file:
                 write_npz(file, arrays)
         except OSError as error:
-            raise RunFailed(f"the answers cannot be written: {error}", str(path)) from error
+            raise RunFailed(f"the outputs cannot be written: {error}", str(path)) from error
 
 
 def run(
@@ -50,13 +50,13 @@ def run(
 ) -> Answers:
     """Run every sample, in batches.
 
-    A model of fixed or least batch size gets its last batch filled with copies of the last
-    sample, whose answers are dropped. ``raw`` applies the manifest's preprocessing to data of
+    For a model of fixed or minimum batch size the last batch is padded with copies of the last
+    sample, whose outputs are dropped. ``raw`` applies the manifest's preprocessing to data of
     any dtype, not only to uint8.
 
     Raises:
-        BadInput: the file does not hold what the model takes.
-        RunFailed: the runtime fails, or answers change their shape from batch to batch.
+        BadInput: the file does not fit the model's inputs.
+        RunFailed: the runtime fails, or outputs change their shape from batch to batch.
     """
     if raw and (manifest is None or not manifest.preprocess):
         raise BadInput(
@@ -71,7 +71,7 @@ def run(
     gathered: dict[str, np.ndarray[Any, Any]] = {}
     for start in range(0, samples.count, size):
         wanted = min(size, samples.count - start)
-        # Only a fixed batch must be filled; an open one takes the rest as it is.
+        # Only a fixed batch must be padded; an open one takes the rest unpadded.
         fed = size if samples.layout.size is not None else max(wanted, least)
         for tensor, answer in zip(model.outputs, model.run(samples.feed(start, fed))):
             axis = samples.layout.axis_of(tensor)
@@ -84,7 +84,7 @@ def run(
                     f"output {tensor.name!r} changes its shape from {part.shape[1:]} to "
                     f"{gathered[tensor.name].shape[1:]} between batches",
                     where=f"samples {start} to {start + wanted - 1}",
-                    remedy="answers of different shapes do not fit one array: run these samples "
+                    remedy="outputs of different shapes do not fit one array: run these samples "
                     "from files of their own",
                 )
             gathered[tensor.name][start : start + wanted] = part
@@ -95,13 +95,13 @@ def run(
 def _by_sample(
     name: str, answer: np.ndarray[Any, Any], axis: int, batch: int
 ) -> np.ndarray[Any, Any]:
-    """The answer with samples on its first axis, wherever the model has them."""
+    """The output with samples on its first axis, wherever the model has them."""
     if axis < answer.ndim and answer.shape[axis] == batch:
         return np.moveaxis(answer, axis, 0)
     if batch == 1:
         return answer[np.newaxis]
     raise RunFailed(
-        f"output {name!r} of shape {answer.shape} has no answer per sample for {batch} samples",
+        f"output {name!r} of shape {answer.shape} has no value per sample for {batch} samples",
         remedy="run one sample at a time: --batch 1",
     )
 

@@ -1,4 +1,4 @@
-"""Clocks, temperatures, power mode and throttling, where the machine lets them be read.
+"""Clocks, temperatures, power mode and throttling, where the machine exposes them.
 
 A sensor that is missing is None, never zero.
 """
@@ -17,7 +17,7 @@ ROOT = Path("/")
 
 
 def read_conditions(root: Path = ROOT) -> dict[str, Any]:
-    """What may change during a measurement: read it before and after.
+    """Values that may change during a measurement: read before and after it.
 
     Keys: ``clocks_mhz`` (per core), ``temperatures_c`` (per zone), ``load_1m``, ``power_mw``
     (per rail), ``throttling`` (see :func:`read_throttling`), ``gpus`` (NVIDIA's, by NVML).
@@ -33,7 +33,7 @@ def read_conditions(root: Path = ROOT) -> dict[str, Any]:
 
 
 def read_power(root: Path = ROOT) -> dict[str, Any]:
-    """What is set and stays: governor, clock limits, turbo, Jetson power mode."""
+    """Fixed settings: governor, clock limits, turbo, Jetson power mode."""
     policy = root / "sys/devices/system/cpu/cpu0/cpufreq"
     return {
         "governor": _text(policy / "scaling_governor"),
@@ -95,7 +95,7 @@ def _load(root: Path) -> float | None:
 
 
 def _rails(root: Path) -> dict[str, float] | None:
-    """Power of each rail of a Jetson's INA3221: volts and amperes are given in thousandths."""
+    """Power of each rail of a Jetson's INA3221: the files are in mV and mA."""
     rails: dict[str, float] = {}
     for label in sorted(root.glob("sys/class/hwmon/hwmon*/in[0-9]_label")):
         channel = re.sub(r"\D", "", label.name)

@@ -1,4 +1,4 @@
-"""Which axis of each input counts samples, and what sizes its open dimensions take."""
+"""The batch axis of each input, and the sizes of its open dimensions."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _SHAPE_OPTION = re.compile(r"^(?P<name>.+)=(?P<shape>\d+(?:x\d+)*|)$")
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """Where a model's inputs count samples.
+    """The batch axes of a model's inputs.
 
     Attributes:
         axes: input name → the axis that counts samples; None for an input shared by all samples
             (a scalar, or a state without a batch dimension).
-        size: the batch size that the model fixes; None when it is open.
+        size: the model's fixed batch size; None when it is open.
         names: the symbolic names of the batch dimension.
     """
 
@@ -37,7 +37,7 @@ class BatchLayout:
         An open first dimension is the batch, and so is every other dimension of the same
         symbolic name (a recurrent state is often ``[layers, batch, units]``), and the only open
         dimension of an input, where no other input has one of its name. A dimension that is
-        called batch is it wherever it stands (``[time, batch, features]``). Without an open
+        called batch is it at any position (``[time, batch, features]``). Without an open
         dimension that counts samples, the first input's size is the batch of all that have it.
         """
         open_first = [t for t in inputs if t.shape and not isinstance(t.shape[0], int)]
@@ -70,14 +70,14 @@ class BatchLayout:
         return cls({name: next(iter(of), None) for name, of in found.items()}, fixed)
 
     def axis_of(self, output: TensorInfo) -> int:
-        """The axis on which an output counts samples: that of the batch's name, else the first."""
+        """The batch axis of an output: that of the batch's name, else the first."""
         return next((i for i, d in enumerate(output.shape) if d in self.names), 0)
 
     def batch(self, wanted: int | None, default: int = 1) -> int:
         """The batch size to use.
 
         Raises:
-            BadInput: the model fixes another one than is wanted.
+            BadInput: the model's fixed batch size differs from the requested one.
         """
         if self.size is None:
             return wanted or default
@@ -92,7 +92,7 @@ class BatchLayout:
 
 @dataclass(frozen=True)
 class ChosenShape:
-    """The shape that an input is fed with, and a note on each size that had to be chosen."""
+    """The shape that an input is fed with, and a note on each chosen size."""
 
     shape: tuple[int, ...]
     note: str
@@ -126,7 +126,7 @@ def choose_shapes(
 ) -> dict[str, ChosenShape]:
     """The shape to feed each input with.
 
-    An open dimension takes the size given; else the batch size on the batch axis, 224 for the
+    An open dimension has the given size; else the batch size on the batch axis, 224 for the
     height and width of an image (four dimensions, 1, 3 or 4 channels), and 1 otherwise.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What a figure was measured on: device, operating system, versions, processor, memory."""
+"""The environment of a measurement: device, operating system, versions, processor, memory."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ RUNTIMES = ("onnxruntime", "tensorrt", "tensorrt_rtx")
 
 
 def describe_environment(root: Path = ROOT) -> dict[str, Any]:
-    """What does not change during a measurement; anything that cannot be read is None."""
-    # First, as it loads the runtime whose version is told.
+    """Properties that do not change during a measurement; unreadable ones are None."""
+    # First, as it loads the runtime whose version is reported.
     providers = _providers()
     return {
         "device": _device(root),
@@ -74,7 +74,7 @@ def _gpu() -> dict[str, Any] | None:
     bus = None
     try:
         device = load_cuda_runtime().device()
-        # Where the GPU is part of the chip, NVML may not know it by a bus.
+        # Where the GPU is part of the chip, NVML may not list it by a bus.
         bus = None if device.integrated else device.pci_bus_id
         gpu["integrated"] = device.integrated
         gpu["cuda_driver"], gpu["cuda_runtime"] = device.driver, device.runtime

@@ -19,7 +19,7 @@ WINDOW_SECONDS = 0.1
 STEADY_WINDOWS = 3
 STEADY_TOLERANCE = 0.05
 """A warm-up window has at least this many queries and lasts at least this long; latency is
-steady when the medians of the last three lie within 5 % of their middle."""
+steady when the medians of the last three are within 5 % of their middle."""
 
 ROUNDS = 30
 LEAST_ROUNDS = 6
@@ -33,7 +33,7 @@ one's idle threads go to sleep."""
 
 @dataclass(frozen=True)
 class WarmUp:
-    """How a warm-up went: medians of its windows in ms, and whether they became steady."""
+    """The course of a warm-up: medians of its windows in ms, and whether they became steady."""
 
     queries: int
     windows: list[float]
@@ -73,7 +73,7 @@ class Stopwatch:
     def block(self, queries: int) -> list[float]:
         """Latencies in ms of this many queries, one after the other.
 
-        Only the model's ``query`` lies between the two readings of the clock: for an ONNX file
+        Only the model's ``query`` is between the two readings of the clock: for an ONNX file
         ``InferenceSession.run``, for an engine the copies to the GPU and back as well.
         """
         query, clock = self.model.query, time.perf_counter_ns
@@ -119,7 +119,7 @@ class Stopwatch:
 def device_times(watch: Stopwatch, queries: int, limit_s: float) -> list[float] | None:
     """Milliseconds of each query on the GPU alone, by CUDA events; None for an ONNX file.
 
-    A pass of its own: the events would lengthen the queries that are timed.
+    A separate pass: the events would lengthen the queries that are timed.
     """
     device_ms, feeds = watch.model.device_ms, watch.feeds.feeds
     if device_ms is None:
@@ -132,7 +132,7 @@ def device_times(watch: Stopwatch, queries: int, limit_s: float) -> list[float] 
 
 
 def is_steady(windows: Sequence[float]) -> bool:
-    """Whether the last three windows' medians lie within the tolerance of their middle one."""
+    """Whether the last three windows' medians are within the tolerance of their middle one."""
     last = sorted(windows[-STEADY_WINDOWS:])
     if len(last) < STEADY_WINDOWS:
         return False

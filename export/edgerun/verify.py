@@ -1,4 +1,4 @@
-"""Whether a bundle is what its manifest says: no file changed, missing or added.
+"""Verify a bundle against its manifest: no file changed, missing or added.
 
 Standard library only, so that it works before numpy or a runtime is installed.
 """
@@ -32,7 +32,7 @@ class Verdict:
         return not (self.changed or self.missing or self.extra)
 
     def lines(self) -> list[str]:
-        """One line per difference, or one that says that there is none."""
+        """One line per difference, or one line for an intact bundle."""
         if self.intact:
             return [f"intact: {self.checked} files"]
         return [
@@ -45,8 +45,8 @@ class Verdict:
 def verify(folder: Path) -> Verdict:
     """Compare the files of a folder with its ``manifest.json``.
 
-    The manifest itself and ``__pycache__`` folders are left out. A link counts as changed: the
-    bytes that it stands for lie elsewhere and may change there.
+    The manifest itself and ``__pycache__`` folders are excluded. A link counts as changed: its
+    target is elsewhere and may change there.
 
     Raises:
         BadInput: no folder, no manifest, or one that cannot be read.

@@ -84,7 +84,7 @@ def test_weights_outside_the_file_count_in_its_size(models, edgerun, tmp_path):
     (tmp_path / "w.bin").unlink()
     done = edgerun("bench", tmp_path / "split.onnx")
     assert done.returncode == 2
-    assert "weights lie in another file" in done.stderr
+    assert "weights are in another file" in done.stderr
 
 
 def test_a_model_of_branches_states_and_constants_is_measured(models, edgerun, tmp_path):

@@ -229,7 +229,7 @@ def test_weights_that_cannot_be_read_are_named(tmp_path, left):
     (tmp_path / "m.data").unlink()
     if left is not None:
         (tmp_path / "m.data").write_bytes(left)
-    with pytest.raises(BadInput, match=r"weights lie in another file.*m\.data"):
+    with pytest.raises(BadInput, match=r"weights are in another file.*m\.data"):
         judge(path, RTX)
 
 

@@ -1,7 +1,7 @@
-"""Build a TensorRT engine, with a timing cache and a record beside it.
+"""Build a TensorRT engine, with a timing cache and a record next to it.
 
 The file names the library, its version and the GPU: timings of another one would choose kernels
-that are slow here. TensorRT for RTX chooses kernels on the device and has no use for it.
+that are slow here. TensorRT for RTX chooses kernels on the device and does not use it.
 
 The same code runs on the workstation (tensorrt-rtx needs no GPU to build) and on a Jetson, whose
 engines can be built nowhere else.
@@ -51,7 +51,7 @@ class TimingCache:
         key: library, version and device of its timings.
         state: ``new``, ``reused`` or ``replaced``.
         reason: why an earlier one was replaced.
-        bytes_before: size of the timings taken over.
+        bytes_before: size of the reused timings.
     """
 
     path: Path
@@ -62,10 +62,10 @@ class TimingCache:
 
     @classmethod
     def attach(cls, library: Library, config: Any, path: Path, device: str) -> TimingCache:
-        """Read a cache's file, if it is of this library and device, into the configuration.
+        """Load a cache's file, if it is of this library and device, into the configuration.
 
         Raises:
-            BadInput: the file is something else, which saving would overwrite.
+            BadInput: the file is no timing cache, and saving would overwrite it.
         """
         cache = cls(path, {"library": library.name, "version": library.version, "device": device})
         timings = cache._read()
@@ -78,7 +78,7 @@ class TimingCache:
         return cache
 
     def save(self, config: Any) -> Dict[str, Any]:
-        """Write what is known now, and describe it for the record.
+        """Write the current timings, and describe the cache for the record.
 
         Raises:
             CannotWrite: the file cannot be written.
@@ -152,20 +152,20 @@ _REMEDIES = (
 
 
 def build(model: Path, engine: Path, name: str, settings: BuildSettings) -> Dict[str, Any]:
-    """Build an engine; nothing is left at ``engine`` unless it is what was asked for.
+    """Build an engine; ``engine`` exists afterwards only if it meets the settings.
 
-    Beside it ``<engine>.json`` holds the record, and ``<engine>.layers.json`` what the inspector
-    saw, where the engine could be loaded.
+    Next to it, ``<engine>.json`` is the record, and ``<engine>.layers.json`` the inspector's
+    layers, where the engine could be loaded.
 
     Returns:
         A record ``edgerun.build/1``.
 
     Raises:
         BadInput: the library is absent, the model or a setting is wrong, the parser refuses the
-            model, its layers do not have the precision that was asked for, or no file can stand
+            model, its layers do not have the requested precision, or no file can be written
             at ``engine``.
-        RunFailed: the library starts, builds or loads nothing, or gave layers another precision.
-        CannotWrite: the engine or what lies beside it cannot be written.
+        RunFailed: the library does not start, build or load, or chose another precision.
+        CannotWrite: the engine or a file next to it cannot be written.
     """
     for path in (engine, record_path(engine), _beside(engine, LAYERS_SUFFIX)):
         check_output(path, "--engine")
@@ -223,7 +223,7 @@ def build(model: Path, engine: Path, name: str, settings: BuildSettings) -> Dict
 
 
 def record_path(engine: Path) -> Path:
-    """Where the record of an engine lies."""
+    """The path of an engine's record."""
     return _beside(engine, RECORD_SUFFIX)
 
 
@@ -250,7 +250,7 @@ def _no_cache(library: Library, settings: BuildSettings) -> Dict[str, Any] | Non
 
 
 def _describe_layers(layers: Layers, weak: bool, inspection: Inspection) -> Dict[str, Any]:
-    # A weakly typed network says what the model has, not what the builder chose.
+    # A weakly typed network has the model's types, not the builder's choice.
     certain = not weak or inspection.layers is not None
     return {**layers.to_json(), "certain": certain}
 
@@ -258,7 +258,7 @@ def _describe_layers(layers: Layers, weak: bool, inspection: Inspection) -> Dict
 def _save_inspection(engine: Path, inspection: Inspection) -> Dict[str, Any]:
     path = _beside(engine, LAYERS_SUFFIX)
     if inspection.layers is None:
-        remove(path)  # one that an earlier build left would be taken for this engine's
+        remove(path)  # one of an earlier build would be mistaken for this engine's
         return {"inspected": False, "reason": inspection.reason}
     write_whole(path, (json.dumps(inspection.to_json()) + "\n").encode("utf-8"))
     return {"inspected": True, "memory_bytes": inspection.memory_bytes, "layers_file": path.name}

@@ -1,6 +1,6 @@
-"""Whether an engine file can be meant for this machine, before a runtime gives an opaque error.
+"""Check that an engine file fits this machine, before a runtime raises an opaque error.
 
-Everything but the GPU is judged from the record that the builder left beside the engine, so that
+Everything but the GPU is checked against the builder's record next to the engine, so that
 a truncated file or another version is named on a machine without a GPU too.
 """
 
@@ -19,7 +19,7 @@ AMPERE = (8, 0)
 
 
 def check_engine(path: Path) -> Dict[str, Any] | None:
-    """Hold an engine file against its record, the library that is installed, and the GPU.
+    """Check an engine file against its record, the installed library, and the GPU.
 
     Returns:
         The record ``edgerun.build/1``; None for an engine without one, made by another program.
@@ -42,7 +42,7 @@ def check_engine(path: Path) -> Dict[str, Any] | None:
 
 
 def read_record(path: Path) -> Dict[str, Any] | None:
-    """The record beside an engine, or None where there is none.
+    """The record next to an engine, or None without one.
 
     Raises:
         BadInput: there is no such engine, or the record is not one.
@@ -91,7 +91,7 @@ def _check_version(path: Path, record: Dict[str, Any], library: Library) -> None
     compatible = bool(record["settings"]["version_compatible"]) and here >= then
     if here != then and not compatible:
         raise BadInput(
-            f"{_built(record)}, and here is {library}",
+            f"{_built(record)}, and installed is {library}",
             where=str(path),
             remedy=f"build it again here, or install {record['library']} {record['version']}",
         )
@@ -113,7 +113,7 @@ def _check_gpu(path: Path, record: Dict[str, Any], gpu: Gpu) -> None:
 
 
 def _built(record: Dict[str, Any]) -> str:
-    """By what and for what an engine was built."""
+    """The library and the device that an engine was built by and for."""
     sm = ", ".join(record["compute_capabilities"])
     device = record["device"]
     for_device = f" for SM {sm}" if sm else ""
@@ -123,5 +123,7 @@ def _built(record: Dict[str, Any]) -> str:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The first three numbers of a version: engines do not outlive a patch release."""
+    """The first three numbers of a version: engines are not compatible with other patch
+    releases.
+    """
     return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())

@@ -1,4 +1,4 @@
-"""The builder's configuration: flags, profile, precision of layers asked for and given.
+"""The builder's configuration: flags, profile, requested and actual precision of layers.
 
 In a strongly typed network the types are the model's own, so that "asked for INT8 and got FP32"
 is known before anything is built, and without a GPU.
@@ -25,7 +25,9 @@ MATRIX_LAYERS = (
     "FULLY_CONNECTED",
     "EINSUM",
 )
-"""Layers that do nearly all of a network's arithmetic: those that a precision is asked for."""
+"""Layers that do nearly all of a network's arithmetic: those that a requested precision applies
+to.
+"""
 
 FLOATS = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}
 
@@ -39,7 +41,7 @@ ENOUGH = {
     "bf16": NARROW | {"bf16"},
     "int8": NARROW,
 }
-"""Asked precision → what satisfies it."""
+"""Requested precision → precisions that satisfy it."""
 
 NAMED = 5
 
@@ -89,7 +91,7 @@ class Layers:
 
 
 def network_layers(network: Any) -> Layers:
-    """The precisions that a parsed network states."""
+    """The precisions of a parsed network's layers."""
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     makers = {
         layer.get_output(index).name: layer
@@ -114,7 +116,7 @@ def network_layers(network: Any) -> Layers:
 
 
 def onnx_name(layer: Any) -> str:
-    """The name of the ONNX node that a layer was made from, else the layer's own."""
+    """The name of a layer's ONNX node, else the layer's own."""
     match = _ONNX_NAME.search(getattr(layer, "metadata", "") or "")
     return match.group("name") if match else str(layer.name)
 
@@ -125,7 +127,7 @@ def metadata_names(metadata: str) -> Tuple[str, ...]:
 
 
 def check_keep(layers: Layers, keep: Collection[str]) -> None:
-    """Raise BadInput for a kept node that the model does not have: it would keep nothing."""
+    """Raise BadInput for an excluded node that the model does not have."""
     missing = sorted(set(keep) - layers.names)
     if missing:
         raise BadInput(
@@ -136,10 +138,10 @@ def check_keep(layers: Layers, keep: Collection[str]) -> None:
 
 
 def check_precision(layers: Layers, asked: str | None, keep: Collection[str], where: str) -> None:
-    """Hold the convolutions and matrix products against the precision that was asked for.
+    """Check the convolutions and matrix products against the requested precision.
 
-    A model without any is held to have one layer in it. Layers whose precision cannot be told
-    are not held against it.
+    A model without any must have at least one layer in it. Layers of unknown precision
+    are not counted as violations.
 
     Raises:
         BadInput: layers not among ``keep`` compute in another one; they are counted and named.
@@ -191,7 +193,7 @@ def _layer_precision(layer: Any, makers: Mapping[str, Any]) -> str | None:
 
 
 def _operand(tensor: Any, makers: Mapping[str, Any]) -> str | None:
-    """The quantized type that an operand was made from, through layers that only move it."""
+    """The quantized type of an operand's source, through layers that only move it."""
     while tensor is not None and tensor.name in makers:
         layer = makers[tensor.name]
         if layer.type.name == "DEQUANTIZE":
@@ -211,16 +213,16 @@ _DATA_TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
 
 
 def is_weakly_typed(library: Library, settings: BuildSettings) -> bool:
-    """Whether the precision is asked of the builder.
+    """Whether the precision is requested from the builder.
 
-    Only TensorRT before 11 can be asked, and only what is not float32; everywhere else the types
-    are the model's.
+    Only TensorRT before 11 supports that, and only for types other than float32; otherwise the
+    types are the model's.
     """
     return library.weakly_typed and settings.precision not in (None, "fp32")
 
 
 def check_settings(library: Library, settings: BuildSettings) -> None:
-    """Raise BadInput for what this library cannot do, before the model is read."""
+    """Raise BadInput for settings that this library does not support, before the model is read."""
     known = library.compute_capabilities()
     if settings.compute_capabilities and not known:
         raise BadInput(
@@ -237,9 +239,9 @@ def check_settings(library: Library, settings: BuildSettings) -> None:
                 "with 'python -m edgerun build MODEL.onnx --engine OUT --library tensorrt'",
             )
     if settings.hardware_compatible and known:
-        # Tried with 1.7.1: the level is taken, and the engine is the same to the last byte.
+        # Tried with 1.7.1: the level is accepted, and the engine is byte-identical.
         raise BadInput(
-            f"{library} has no use for hardware compatibility",
+            f"{library} does not use hardware compatibility",
             where="--hardware-compatible",
             remedy="name each GPU that the engine is for: --sm 8.6 --sm 8.9",
         )
@@ -254,14 +256,14 @@ def check_settings(library: Library, settings: BuildSettings) -> None:
 def configure(
     library: Library, parsed: Parsed, settings: BuildSettings, ranges: Mapping[str, Range]
 ) -> Any:
-    """The configuration to build with.
+    """The builder configuration.
 
     Raises:
-        BadInput: the library, the machine or the network cannot do what is set.
+        BadInput: the library, the machine or the network does not support a setting.
     """
     module = library.module
     config = parsed.builder.create_builder_config()
-    # The inspector tells types only of engines that were built to tell them.
+    # The inspector reports types only for engines built with detailed verbosity.
     config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
     if settings.workspace_mb is not None:
         limit = int(settings.workspace_mb * 1e6)
@@ -303,11 +305,11 @@ def _use_dla(library: Library, builder: Any, config: Any, settings: BuildSetting
 
 
 def _ask_precision(library: Library, network: Any, config: Any, settings: BuildSettings) -> None:
-    """Flags of a weakly typed network, and the type of each layer that must have it."""
+    """Flags of a weakly typed network, and the type of each layer that requires one."""
     asked = str(settings.precision)
     flags: List[str] = [asked.upper()]
     if settings.dla is not None and asked == "int8":
-        # What the DLA has no INT8 for it computes in FP16.
+        # Layers without INT8 support on the DLA compute in FP16.
         flags.append("FP16")
     for flag in flags:
         _set_flag(library, config, flag, "--precision")

@@ -1,4 +1,4 @@
-"""What really is in a built engine, from TensorRT's engine inspector.
+"""The actual layers of a built engine, from TensorRT's engine inspector.
 
 The inspector needs the engine loaded, and that needs a GPU with its driver. Never run: there was
 no GPU; the layers' form is that of the inspector's documentation for 8.4 to 10.
@@ -41,13 +41,13 @@ _COPIES = ("Reformat", "NoOp", "Constant", "Shuffle", "Identity")
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was seen in an engine.
+    """The content of an engine.
 
     Attributes:
         layers: the inspector's layers; None where the engine could not be loaded.
         tensors: its inputs and outputs.
         memory_bytes: device memory of one execution context.
-        reason: why it could not be loaded.
+        reason: the reason why it could not be loaded.
     """
 
     layers: List[Any] | None
@@ -56,7 +56,7 @@ class Inspection:
     reason: str | None = None
 
     def to_json(self) -> Dict[str, Any]:
-        """The content of the file beside the engine."""
+        """The content of the layers file next to the engine."""
         return {"layers": self.layers, "tensors": self.tensors}
 
 
@@ -67,7 +67,7 @@ def inspect_engine(library: Library, engine: bytes, version_compatible: bool) ->
     try:
         runtime = module.Runtime(log)
         if version_compatible and hasattr(runtime, "engine_host_code_allowed"):
-            # Such an engine carries a small runtime of its own; this one was built just now.
+            # Such an engine contains host code, which is trusted here: it was built just now.
             runtime.engine_host_code_allowed = True
         loaded = runtime.deserialize_cuda_engine(engine)
     except (TypeError, RuntimeError) as error:
@@ -95,7 +95,7 @@ def engine_layers(seen: Sequence[Any], matrix_names: Collection[str]) -> Layers:
 
     Args:
         seen: the inspector's layers.
-        matrix_names: the network's convolutions and matrix products, to be found again.
+        matrix_names: the network's convolutions and matrix products, to be matched.
     """
     counts: Counter[str] = Counter()
     matrix: Dict[str, List[str]] = {}
@@ -128,7 +128,7 @@ def _names(layer: Mapping[str, Any], matrix_names: Collection[str]) -> List[str]
 def _precision(layer: Mapping[str, Any]) -> str:
     kind = str(layer.get("LayerType", ""))
     if "ForeignNode" in str(layer.get("Name", "")) or kind.lower() == "myelin":
-        # Many layers compiled into one: its inputs say nothing about what is inside.
+        # Many layers compiled into one: its inputs do not show the precision inside.
         return UNKNOWN
     weights = layer.get("Weights")
     words = [str(weights.get("Type", ""))] if isinstance(weights, Mapping) else []
@@ -138,7 +138,7 @@ def _precision(layer: Mapping[str, Any]) -> str:
         for precision, pattern in _TYPE_WORDS:
             if pattern.search(word):
                 return precision
-    # "N/A due to dynamic shapes": only the chosen kernel tells.
+    # "N/A due to dynamic shapes": only the chosen kernel shows the type.
     match = _TACTIC.search(str(layer.get("TacticName", "")))
     return _TACTIC_TYPES[match.group("type")] if match else UNKNOWN
 

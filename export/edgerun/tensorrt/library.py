@@ -1,6 +1,6 @@
 """TensorRT's Python package on this machine, and the GPU it builds for.
 
-What a release has is found by the names of its attributes and enum members, never by numbers:
+A release's features are found by the names of its attributes and enum members, never by numbers:
 members were renumbered and removed between releases. Run so far: tensorrt_rtx 1.7.1 without a
 GPU. The paths of tensorrt 10 and 11 follow their documentation and were never run.
 """
@@ -46,7 +46,7 @@ def find_gpu() -> Gpu | None:
             return None
         major, minor = (_attribute(driver, device, which) for which in (_MAJOR, _MINOR))
     except (OSError, AttributeError):
-        # No driver, or a library of this name that is none.
+        # No driver, or another library of this name.
         return None
     return Gpu(name.value.decode("utf-8", errors="replace"), f"{major}.{minor}")
 
@@ -59,7 +59,7 @@ def _attribute(driver: Any, device: ctypes.c_int, which: int) -> int:
 
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""The libraries by the names they go by here, and the modules that hold them."""
+"""The libraries' names, and their modules."""
 
 _INSTALL = {
     "tensorrt": "on a Jetson it comes with JetPack: apt install python3-libnvinfer (a virtual "
@@ -76,7 +76,7 @@ class Library:
     Attributes:
         name: ``tensorrt`` or ``tensorrt-rtx``.
         module: the imported module.
-        log: the logger that all its objects are given; the library keeps the first it gets.
+        log: the logger of all its objects; the library uses the first one it gets.
     """
 
     name: str
@@ -97,11 +97,13 @@ class Library:
 
     @property
     def weakly_typed(self) -> bool:
-        """Whether precision can be asked of the builder; else it lies in the model alone."""
+        """Whether precision can be set in the builder; else it is set by the model alone."""
         return self.member("BuilderFlag", "FP16") is not None
 
     def compute_capabilities(self) -> Dict[str, Any]:
-        """``{"8.6": ComputeCapability.SM86, …}``; empty where it builds for the GPU here alone."""
+        """``{"8.6": ComputeCapability.SM86, …}``; empty where it builds only for this machine's
+        GPU.
+        """
         members = getattr(getattr(self.module, "ComputeCapability", None), "__members__", {})
         named = {name[2:]: member for name, member in members.items() if name[:2] == "SM"}
         return {f"{digits[:-1]}.{digits[-1]}": member for digits, member in named.items()}
@@ -126,7 +128,7 @@ def open_library(name: str) -> Library:
 
 
 def installation(name: str) -> str:
-    """What to do where a library is absent."""
+    """The remedy for a library that is not installed."""
     return _INSTALL[name].format(python=sys.executable)
 
 
@@ -139,7 +141,7 @@ def start_builder(library: Library) -> Any:
     try:
         builder = library.module.Builder(library.log)
     except (TypeError, RuntimeError) as error:
-        # The bindings raise TypeError for a factory that returned nothing; the log has the reason.
+        # The bindings raise TypeError for a factory that returned None; the log has the reason.
         reason = library.log.last_error() or str(error)
         raise RunFailed(
             f"{library} does not start here: {reason}",
@@ -158,7 +160,7 @@ def _import(name: str) -> Any:
                 f"{name} is not installed for {sys.executable}", remedy=installation(name)
             ) from error
         raise _unloadable(name, error) from error
-    # The packages load their shared libraries on import, and say what fails in many ways.
+    # The packages load their shared libraries on import, and fail with many kinds of errors.
     except (OSError, RuntimeError, AttributeError) as error:
         raise _unloadable(name, error) from error
 
@@ -171,7 +173,7 @@ def _unloadable(name: str, error: Exception) -> RunFailed:
 
 
 def _log(module: Any) -> Any:
-    """A logger that keeps warnings and errors, each once."""
+    """A logger that collects warnings and errors, each once."""
 
     class Log(module.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -183,7 +185,7 @@ def _log(module: Any) -> Any:
             del self.warnings[:], self.errors[:]
 
         def last_error(self) -> str:
-            # Whatever fails without a GPU ends in CUDA's own complaint; the cause comes before.
+            # Any failure without a GPU ends with a CUDA error; the cause is logged before it.
             return next((e for e in self.errors if "catchCudaError" not in e), "")
 
         def log(self, severity: Any, message: str) -> None:

@@ -1,7 +1,7 @@
 """An engine loaded: its context, and its tensors on the device.
 
-Deserialising needs a GPU and was never run with one. What TensorRT-RTX 1.7 says about whole,
-truncated and foreign files without a GPU was tried.
+Deserialising needs a GPU and was never run with one. The errors of TensorRT-RTX 1.7 for complete,
+truncated and other files without a GPU were tried.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ def load_engine(path: Path, library: Library, version_compatible: bool = False) 
     """Deserialise an engine.
 
     Args:
-        version_compatible: the engine brings host code of its own along, which it may run: only
-            for one that is known to be built so.
+        version_compatible: the engine contains host code, which it may run: only
+            for one that is known to be built in that mode.
 
     Raises:
-        BadInput: the file is not a whole engine of this library, it was built for another
+        BadInput: the file is not a complete engine of this library, it was built for another
             version or device.
         NoDevice: there is no driver or GPU.
         RunFailed: the device's memory does not suffice.
@@ -69,7 +69,7 @@ def _why(path: Path, library: Library, reason: str) -> EdgerunError:
     where = f"{path} ({path.stat().st_size} bytes)"
     if any(word in reason for word in _NOT_WHOLE):
         return BadInput(
-            f"this is not a whole engine of {library}: {reason}",
+            f"this is not a complete engine of {library}: {reason}",
             where=where,
             remedy="it may be truncated, or built by another library or version: build it again, "
             "or copy it again",
@@ -99,7 +99,7 @@ DTYPES = {
     "UINT8": "uint8",
     "BOOL": "bool",
 }
-"""numpy's name of each of TensorRT's data types that numpy has."""
+"""numpy's name of each of TensorRT's data types that numpy supports."""
 
 Feed = Mapping[str, "np.ndarray[Any, Any]"]
 
@@ -108,9 +108,9 @@ class EngineTensors:
     """The inputs and outputs of an engine, and its optimization profiles.
 
     Args:
-        path: where the engine came from, for messages.
+        path: the engine's file, for messages.
         loaded: the engine.
-        names: symbolic names of the dimensions, which an engine does not keep.
+        names: symbolic names of the dimensions, which an engine does not store.
 
     Raises:
         BadInput: the engine has a tensor that edgerun cannot feed.
@@ -138,7 +138,7 @@ class EngineTensors:
         self.outputs = tuple(self._tensor(name, known.get(name, ())) for name in leaving)
 
     def batch_range(self) -> tuple[int, int] | None:
-        """The least and the largest size of an open first dimension; None without one."""
+        """The smallest and the largest size of an open first dimension; None without one."""
         open_first = [t.name for t in self.inputs if t.shape and not isinstance(t.shape[0], int)]
         if not open_first:
             return None
@@ -149,7 +149,7 @@ class EngineTensors:
         )
 
     def profile_for(self, feed: Feed, present: int) -> int:
-        """The first profile that all shapes lie in, the present one before the others.
+        """The first profile that contains all shapes; the current one is tried first.
 
         Raises:
             BadInput: the engine was built for other shapes.
@@ -194,7 +194,7 @@ class EngineTensors:
         kind = self._engine.get_tensor_dtype(name).name
         shape: list[int | str | None] = []
         for axis, size in enumerate(self._engine.get_tensor_shape(name)):
-            # A dimension of one size in every profile is as good as fixed.
+            # A dimension of one size in every profile is treated as fixed.
             sizes = {p[name][end][axis] for p in self._profiles if name in p for end in (0, 1)}
             symbol = known[axis] if axis < len(known) else None
             if size >= 0 or len(sizes) == 1:

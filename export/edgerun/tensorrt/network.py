@@ -1,4 +1,6 @@
-"""An ONNX file read by TensorRT's own parser: the network, or what it does not take and why."""
+"""An ONNX file read by TensorRT's own parser: the network, or the unsupported nodes with
+reasons.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Parsed:
-    """A parser's result. Builder and parser are held, as the network's weights are theirs."""
+    """A parser's result. References builder and parser, because they own the network's weights."""
 
     builder: Any
     network: Any
@@ -46,7 +48,7 @@ def judge(model: Path, name: str) -> Dict[str, Any]:
     """The parser's verdict as a record ``edgerun.parse/1``; no engine is built.
 
     Raises:
-        BadInput: the file is missing or is no whole ONNX model, or the library is absent.
+        BadInput: the file is missing or is no complete ONNX model, or the library is absent.
         RunFailed: the library does not start.
     """
     library = open_library(name)
@@ -67,7 +69,7 @@ def read_network(library: Library, model: Path, strongly_typed: bool) -> Parsed:
     """Parse a model, its external weights included.
 
     Args:
-        strongly_typed: take each tensor's type from the model; else the builder may choose.
+        strongly_typed: use each tensor's type in the model; else the builder may choose.
 
     Raises:
         BadInput: the file or its weights are missing, truncated or not ONNX.
@@ -81,7 +83,7 @@ def read_network(library: Library, model: Path, strongly_typed: bool) -> Parsed:
     whole = parser.parse_from_file(str(model))
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     _check_weights(library, errors, model)
-    # Protobuf takes many other files for an empty message.
+    # Protobuf parses many other files as an empty message.
     broken = any(error.code().name == "MODEL_DESERIALIZE_FAILED" for error in errors)
     if broken or (whole and not network.num_outputs):
         raise BadInput(
@@ -110,7 +112,7 @@ def refusal(library: Library, model: Path, problems: Tuple[Problem, ...]) -> Bad
 
 
 def remedy_for(problems: Tuple[Problem, ...]) -> str:
-    """What to do about refused nodes."""
+    """The remedy for refused nodes."""
     if any(problem.op in _QUANTIZATION for problem in problems):
         return (
             "the model is quantized for another runtime; TensorRT takes symmetric int8 with zero "
@@ -131,8 +133,8 @@ def _creation_flags(library: Library, strongly_typed: bool) -> int:
 
 
 def _drop_no_names(network: Any) -> None:
-    """Let dimensions that an exporter calls "?" differ: the library holds those of one name to
-    one size. The first of a name keeps it, as the parser computes with it."""
+    """Rename dimensions that an exporter calls "?": the library requires dimensions of one name to
+    have one size. The first one keeps its name, as the parser uses it."""
     seen = set()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
@@ -146,20 +148,20 @@ def _drop_no_names(network: Any) -> None:
 
 
 def _check_weights(library: Library, errors: List[Any], model: Path) -> None:
-    """The reason why weights cannot be read is in the log alone."""
+    """The error for unreadable weights, whose reason is only in the log."""
     if not any("importInitializers" in f"{error.func()} {error.desc()}" for error in errors):
         return
     logged = library.log.errors
     reasons = [text for text in logged if "open file" in text or "out of range" in text]
     if reasons:
         raise BadInput(
-            f"the model's weights lie in another file, which cannot be read: {reasons[0]}",
+            f"the model's weights are in another file, which cannot be read: {reasons[0]}",
             where=str(model),
-            remedy="put the whole weight file beside the model, under the name it was saved with",
+            remedy="put the complete weight file next to the model, under its original name",
         )
 
 
 def _problem(error: Any) -> Problem:
-    # Without a GPU every refusal is followed by CUDA's complaint, which is not the cause.
+    # Without a GPU every refusal is followed by a CUDA error, which is not the cause.
     lines = [line for line in error.desc().splitlines() if "cudaError" not in line]
     return Problem(error.node_name(), error.node_operator(), " ".join(" ".join(lines).split()))

@@ -1,4 +1,4 @@
-"""A TensorRT engine as a model that answers.
+"""Run a TensorRT engine as a model.
 
 Never run on a GPU. It is written against the Python bindings of TensorRT 10 and 11 and of
 TensorRT-RTX 1.7 (whose names are checked in the tests) and tested with stand-ins for the
@@ -29,10 +29,10 @@ class EngineModel:
     One call at a time: the device's buffers are shared by all calls.
 
     Args:
-        path: where it came from, for messages.
+        path: the engine's file, for messages.
         loaded: from :func:`edgerun.tensorrt.loading.load_engine`.
         names: symbolic names of the inputs' and outputs' dimensions, which an engine does not
-            keep; from the record beside it.
+            store; from the record next to it.
 
     Raises:
         BadInput: the engine has tensors that edgerun cannot feed.
@@ -53,13 +53,13 @@ class EngineModel:
         self._loaded, self._engine = loaded, loaded.engine
         self._cuda = cuda or load_cuda_runtime()
         self._buffers = DeviceBuffers(self._cuda)
-        # Not at exit: the driver takes everything back then, and may be gone already.
+        # Not at exit: the driver frees everything then, and may be unloaded already.
         weakref.finalize(self, self._buffers.release).atexit = False
         self._stream = self._cuda.create_stream()
         self._context = self._engine.create_execution_context()
         if self._context is None:
             raise RunFailed(
-                f"the engine cannot be made ready: {self._told()}",
+                f"the engine cannot be initialised: {self._told()}",
                 where=str(path),
                 remedy="the GPU's memory may not suffice: end what else runs on it",
             )
@@ -80,7 +80,7 @@ class EngineModel:
 
     @property
     def batch_range(self) -> tuple[int, int] | None:
-        """The least and the largest size of an open first dimension; None without one."""
+        """The smallest and the largest size of an open first dimension; None without one."""
         return self._tensors.batch_range()
 
     def run(self, feed: Feed) -> list[Any]:
@@ -116,7 +116,7 @@ class EngineModel:
         return self._cuda.elapsed_ms(*self._events)
 
     def information(self) -> str:
-        """The library's inspector on the layers, as JSON."""
+        """The layers from the library's inspector, as JSON."""
         inspector = self._engine.create_engine_inspector()
         kind = self._loaded.library.module.LayerInformationFormat.JSON
         return str(inspector.get_engine_information(kind))
@@ -153,7 +153,7 @@ class EngineModel:
             raise self._failed(feed)
 
     def _bind(self, feed: Feed) -> None:
-        """Choose the profile, set the shapes, and give each tensor its memory."""
+        """Choose the profile, set the shapes, and assign each tensor's memory."""
         self._bound = None
         profile = self._tensors.profile_for(feed, self._profile)
         if profile != self._profile:
@@ -200,7 +200,7 @@ class EngineModel:
         )
 
     def _told(self) -> str:
-        """What the library last complained of."""
+        """The library's last error."""
         log = self._loaded.library.log
         told = str(log.last_error())
         log.clear()
@@ -237,10 +237,11 @@ def _allocator(module: Any, buffers: DeviceBuffers) -> Any:
 def open_engine(path: Path) -> EngineModel:
     """Open an engine with the library that built it.
 
-    Its record says which; an engine without one is tried with each library that is installed.
+    The library is in its record; an engine without one is tried with each installed library.
 
     Raises:
-        BadInput: there is no such file, it is truncated, it was built by or for something else,
+        BadInput: there is no such file, it is truncated, it was built by or for another library or
+        device,
             or its library is absent.
         NoDevice: there is no driver or GPU.
         RunFailed: the library or the device's memory fails.
@@ -271,7 +272,7 @@ def _refused(
     path: Path, libraries: Sequence[str], refusals: Sequence[EdgerunError]
 ) -> EdgerunError:
     told = "; ".join(f"{name}: {error.what}" for name, error in zip(libraries, refusals))
-    # A library that misses only the GPU has not found the file wrong.
+    # A library that lacks only the GPU has not rejected the file.
     kind = NoDevice if any(isinstance(error, NoDevice) for error in refusals) else BadInput
     return kind(f"no library here takes the engine: {told}", str(path), remedy=refusals[-1].remedy)
 

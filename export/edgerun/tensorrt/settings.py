@@ -14,7 +14,7 @@ _SHAPE_OPTION = re.compile(r"^(?P<name>.+)=(?P<shapes>\d+(?:x\d+)*(?::\d+(?:x\d+
 
 
 class Range(NamedTuple):
-    """The shapes between which one input varies; the engine is tuned for the usual one."""
+    """The range of an input's shape; the engine is tuned for the usual one."""
 
     min: Tuple[int, ...]
     opt: Tuple[int, ...]
@@ -23,13 +23,13 @@ class Range(NamedTuple):
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """How an engine is built.
+    """Settings of an engine's build.
 
     Attributes:
-        compute_capabilities: ``("8.6", "8.9")``: GPUs to build for; none is the one that is here,
-            or what the library builds for without one. tensorrt-rtx alone.
-        precision: what convolutions and matrix products must compute in; None takes what the
-            model says.
+        compute_capabilities: ``("8.6", "8.9")``: GPUs to build for; empty: this machine's GPU,
+            or the library's default without one. tensorrt-rtx alone.
+        precision: what convolutions and matrix products must compute in; None: the
+            model's own precision.
         keep: nodes that may stay in a wider precision.
         shapes: input name → its :class:`Range`, for inputs with open dimensions.
         batch: the usual and largest size of an open batch dimension without a given shape.
@@ -97,7 +97,7 @@ def parse_ranges(options: Sequence[str]) -> Dict[str, Range]:
 
 
 OPEN = -1
-"""How the library writes a size that the model leaves open."""
+"""The library's notation for an open size."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,11 @@ class NetworkInput:
 
     @property
     def is_open(self) -> bool:
-        """Whether any of its sizes is."""
+        """Whether any of its sizes is open."""
         return OPEN in self.shape
 
     def axis(self, axis: int) -> str:
-        """How a message names one of its axes."""
+        """The name of one of its axes, for messages."""
         symbol = f" ({self.symbols[axis]})" if self.symbols[axis] else ""
         return f"axis {axis}{symbol} of input {self.name!r}"
 
@@ -175,7 +175,7 @@ def choose_ranges(
 ) -> Dict[str, Range]:
     """The range of each input with open dimensions.
 
-    An open dimension is as given, for its input or for another with a dimension of the same
+    An open dimension has the given range, of its input or of another with a dimension of the same
     name. The batch, which is an open first dimension and every other of its name, goes from 1 to
     ``batch`` otherwise.
 
