@@ -1,6 +1,6 @@
 """edgekd: from a teacher network to a gated, deployable edge artifact.
 
-What a notebook needs stands here; each name is imported when it is first used, so that
+The names for use in a notebook; each is imported when it is first used, so that
 ``import edgekd`` costs nothing.
 """
 

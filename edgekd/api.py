@@ -39,7 +39,7 @@ def open_job(pipeline: str | Path, overrides: Sequence[str] = ()) -> Job:
 
 
 def run_folder(job: Job, output: str | Path | None = None) -> Path:
-    """Where a job's artifacts lie: ``output``, or ``runs/<name>`` in the working folder.
+    """The folder of a job's artifacts: ``output``, or ``runs/<name>`` in the working folder.
 
     Raises:
         InputError: the path exists and is not a folder.
@@ -61,18 +61,19 @@ def execute(
 ) -> RunOutcome:
     """Run a job with progress on ``console`` (None: silently) and a log in its run folder.
 
-    ``workers``: the processes that train together, of which this is the first; None: this is alone.
+    ``workers``: the processes that train together, of which this is the first; None: a single
+    process.
 
     Returns:
-        What was done. ``outcome.failure`` is set when the gate did not pass.
+        The outcome of the run. ``outcome.failure`` is set when the gate did not pass.
 
     Raises:
-        EdgekdError: as the stages raise, but for :class:`edgekd.errors.GateFailed`.
+        EdgekdError: as the stages raise, except :class:`edgekd.errors.GateFailed`.
     """
     # Read when torch loads its thread pool. Its default of spinning for milliseconds makes two
     # threads many times slower than one as soon as anything else wants the processor.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    stages_until(until, STAGES)  # A misspelt stage is refused before the folder is made.
+    stages_until(until, STAGES)  # A misspelt stage is refused before the folder is created.
     store = Store(folder)
     store.acquire()
     try:
@@ -95,20 +96,20 @@ def run(
     output: str | Path | None = None,
     console: Console | None = None,
 ) -> RunOutcome:
-    """Run a pipeline file, whole or up to a stage; stages that are up to date are kept.
+    """Run a pipeline file, completely or up to a stage; stages that are up to date are skipped.
 
-    Of several processes that ``torchrun`` started, the first does this and the others only train
-    with it; their outcome is empty.
+    Of several processes that ``torchrun`` started, the first runs the stages and the others only
+    train with it; their outcome is empty.
 
     Args:
         pipeline: the YAML file.
         until: the last stage to run; None runs all.
-        overrides: ``key.sub=value`` strings that replace what the file says.
+        overrides: ``key.sub=value`` strings that replace values of the file.
         output: the run folder; ``runs/<name>`` by default.
         console: where progress is shown; None shows none.
 
     Raises:
-        GateFailed: the gate did not pass; the report is written all the same.
+        GateFailed: the gate did not pass; the report is written nevertheless.
         EdgekdError: a stage failed or the input is wrong.
     """
     with join_workers() as workers:
@@ -123,12 +124,12 @@ def run(
 
 
 def export(pipeline: str | Path, **options: Any) -> RunOutcome:
-    """:func:`run` up to the ONNX files; the options are the same."""
+    """Run a pipeline file up to the ONNX files; options as of :func:`run`."""
     return run(pipeline, until="export", **options)
 
 
 def build(pipeline: str | Path, **options: Any) -> RunOutcome:
-    """:func:`run` up to the engines; the options are the same."""
+    """Run a pipeline file up to the engines; options as of :func:`run`."""
     return run(pipeline, until="engines", **options)
 
 
@@ -138,7 +139,7 @@ def quantize(
     calibration: str | Path | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Write an ONNX model in fewer bits, and say what that gains and costs.
+    """Write an ONNX model in fewer bits, and return the record of gains and losses.
 
     The settings are those of :class:`edgekd.quantization.settings.QuantizeSettings`; the samples
     are an npz file of real inputs by name.
@@ -159,7 +160,7 @@ def quantize(
 def benchmark(
     model: str | Path, against: str | Path | None = None, target: str = "local", **settings: Any
 ) -> dict[str, Any]:
-    """Measure an ONNX file in a fresh process, alone or in turn with another one.
+    """Measure an ONNX file in a fresh process, alone or interleaved with another one.
 
     The settings are those of :meth:`edgekd.targets.local.LocalTarget.bench`.
 
@@ -176,7 +177,7 @@ def benchmark(
 def gate(
     result: Mapping[str, Any], budgets: GateConfig | str | Path, profile: Profile | None = None
 ) -> list[Verdict]:
-    """Hold a result against budgets, given as such or as a YAML file.
+    """Check a result against budgets, given as a model or as a YAML file.
 
     Raises:
         InputError: the result or the budgets are wrong, or there is nothing to check.

@@ -1,4 +1,4 @@
-"""What native code is about to do with which file, kept where a crash of the process leaves it."""
+"""Notes on what native code is about to do with which file; they survive a crash of the process."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _noted: dict[str, Any] = {"step": None, "writing": [], "model": None}
 
 
 def share() -> None:
-    """Keep the notes in memory that a child process shares with this one; before it is forked."""
+    """Store the notes in memory shared with a child process; call it before the fork."""
     global _shared
     _shared = mmap.mmap(-1, _BYTES)
 
 
 def read_shared() -> dict[str, Any]:
-    """The notes that this process or its child left: ``step``, ``writing`` and ``model``."""
+    """The notes of this process or its child: ``step``, ``writing`` and ``model``."""
     if _shared is not None:
         with suppress(ValueError):
             _noted.update(json.loads(_shared[: _shared.find(b"\0")]))
@@ -34,27 +34,29 @@ def note_step(step: str, file: Path | str, level: str = "disabled") -> None:
     """Note what native code is about to do, as ``opened`` or ``ran``.
 
     Args:
-        step: what would have to be said after "while it ...".
-        file: the file that it does it with.
-        level: of ONNX Runtime's graph optimization.
+        step: the verb of the message "while it ...".
+        file: the file concerned.
+        level: the level of ONNX Runtime's graph optimization.
     """
     _note(step=[step, str(file), level])
 
 
 def note_model(model: Path) -> None:
-    """Note the file that a command was given: what temporary files were made from."""
+    """Note the file that a command was given: the source of temporary files."""
     _note(model=str(model))
 
 
 def noted_file() -> str | None:
-    """The file that native code was last given, by the name that a user knows."""
+    """The file that native code last opened, under the user's name for it."""
     step = _noted["step"]
     return user_file(step[1] if step else None, Path(tempfile.gettempdir()) / "edgekd-")
 
 
 @contextmanager
 def writing(partial: Path, final: Path) -> Iterator[None]:
-    """Note that ``partial`` is being written in the place of ``final``, and is to be removed."""
+    """Note that ``partial`` is being written in place of ``final``, and is to be removed after a
+    crash.
+    """
     pair = [str(partial), str(final)]
     _note(writing=[*_noted["writing"], pair])
     try:
@@ -73,7 +75,7 @@ def _note(**fields: Any) -> None:
 
 
 def user_file(file: str | None, folder: Path) -> str | None:
-    """The file by the name that a user knows."""
+    """The file under the user's name for it."""
     model: str | None = _noted["model"]
     if file is None:
         return model

@@ -1,7 +1,7 @@
-"""What this machine can do, and what is missing for what.
+"""Check what this machine can do, what is missing, and which feature needs it.
 
-Packages are looked up by their metadata and not imported, but for ONNX Runtime (its providers
-are known only to itself); torch is imported only when asked for.
+Packages are looked up by their metadata and not imported, except ONNX Runtime (its providers
+are known only to itself); torch is imported only with ``deep``.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ LOW_DISK_MB = 5000
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at.
+    """The result of one check.
 
-    ``missing`` is something that some command needs and that is not there; ``note`` something
-    optional that is not there, or worth knowing. ``remedy`` is empty when nothing is to be done.
+    ``missing`` is something that a command needs and that is absent; ``note`` something
+    optional that is absent, or information. ``remedy`` is empty when nothing is to be done.
     """
 
     name: str
@@ -76,7 +76,7 @@ PROGRAMS = {
 
 
 def examine(folder: Path | None = None, deep: bool = False) -> list[Check]:
-    """Look at this machine.
+    """Check this machine.
 
     Args:
         folder: where runs would be written; its free space is checked. None: the current one.
@@ -163,7 +163,7 @@ def _first_line(path: Path) -> str:
 
 
 def _nvml() -> str | None:
-    """What NVML says of the GPUs; None without its package, a driver or a GPU."""
+    """The GPUs by NVML; None without its package, a driver or a GPU."""
     if importlib.util.find_spec("pynvml") is None:
         return None
     import pynvml
@@ -202,7 +202,7 @@ def _machine(folder: Path) -> list[Check]:
             "disk",
             "note" if disk_low else "ok",
             f"{free_disk / 1e3:.1f} GB free",
-            "runs, teacher answers and bundles",
+            "runs, the teacher cache and bundles",
             f"free {LOW_DISK_MB / 1e3:g} GB" if disk_low else "",
         ),
     ]
@@ -216,7 +216,7 @@ def _program(name: str, use: str, remedy: str) -> Check:
 
 
 def fashion_mnist(folder: Path = PACKAGE_FOLDER) -> Check:
-    """Whether the Fashion-MNIST files of the Debian package are there."""
+    """Whether the Fashion-MNIST files of the Debian package are installed."""
     use = "the fashion-mnist pipeline"
     files = sorted(folder.glob("*-ubyte*")) if folder.is_dir() else []
     if len(files) >= 4:
@@ -234,7 +234,7 @@ print(f"{torch.__version__}, {torch.get_num_threads()} thread(s), CUDA: {gpus or
 
 
 def _torch_starts() -> Check:
-    """Import torch in a process of its own: a broken build can take the process down with it."""
+    """Import torch in a separate process: a broken build can crash it."""
     name, use = "torch starts", "training, distillation and export"
     try:
         done = subprocess.run(

@@ -1,6 +1,6 @@
-"""Every error that a user can cause or must know about: what is wrong, where, and what to do.
+"""The errors of the project: what is wrong, where, and the remedy.
 
-The command line prints one of these without a traceback and leaves with its exit code.
+The command line prints one of these without a traceback and exits with its exit code.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class GateFailed(EdgekdError):
 
 
 class InputError(EdgekdError):
-    """What the user gave (YAML, data, checkpoint, model, option) is wrong."""
+    """The user's input (YAML, data, checkpoint, model, option) is wrong."""
 
     exit_code = 2
 
@@ -54,7 +54,7 @@ class StageError(EdgekdError):
 
 
 class CrashError(StageError):
-    """A runtime's own code ended the process that it ran in.
+    """A runtime's native code crashed its process.
 
     Args:
         signal: the number of the signal that ended it.
@@ -74,7 +74,7 @@ class TargetError(EdgekdError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name most like a misspelt one, or None when nothing is near."""
+    """The known name closest to a misspelt one, or None when none is close."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return matches[0] if matches else None
 
@@ -82,7 +82,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 def unknown_name(
     kind: str, name: str, known: Iterable[str], where: str | None = None
 ) -> InputError:
-    """The error for a name that is none of the known ones, with the nearest as a suggestion."""
+    """The error for an unknown name, with the nearest known one as a suggestion."""
     choices = sorted(known)
     guess = nearest(name, choices)
     hint = f"did you mean {guess!r}? " if guess else ""

@@ -3,7 +3,7 @@
 A module that lies beside the pipeline file is found too, and so is what an installed distribution
 adds under a short name (:mod:`edgekd.entry_points`).
 
-A loss, a model or a task named in a pipeline is a function or a class. Its own signature says
+A loss, a model or a task named in a pipeline is a function or a class. Its own signature declares
 which keys it takes and of which types; nothing else has to be declared.
 """
 
@@ -64,7 +64,7 @@ def import_module(reference: str, where: str | None = None) -> ModuleType:
             raise InputError(
                 f"module {module_name!r} of {reference!r} was not found",
                 where=where,
-                remedy="put the module beside the pipeline file, or install its package",
+                remedy="put the module next to the pipeline file, or install its package",
             ) from error
         raise InputError(
             f"module {module_name!r} needs {error.name!r}, which is not installed",
@@ -75,7 +75,7 @@ def import_module(reference: str, where: str | None = None) -> ModuleType:
         raise InputError(
             f"module {module_name!r} fails when imported: {type(error).__name__}: {error}",
             where=where,
-            remedy="run it with python alone to see the whole traceback",
+            remedy="run it with python alone to see the complete traceback",
         ) from error
 
 
@@ -91,7 +91,7 @@ def resolve(
     Args:
         name: a key of ``registry``, an entry point of ``group``, or a reference.
         registry: the built-in objects of this kind by their short names.
-        kind: what is looked for, for the error ("loss", "model").
+        kind: the kind of object, for the error ("loss", "model").
         where: the YAML key, for the error.
         group: the group of entry points; None: there are none of this kind.
 
@@ -166,8 +166,8 @@ def _load(reference: str, where: str | None) -> Any:
 def source_files(reference: str) -> list[Path]:
     """The files that define a reference: its module, the packages around it, and what it imports.
 
-    Imports are followed into the user's own files: those of installed packages are known by
-    their version, and edgekd's own by the stage that runs them. Nothing is imported, so a
+    Imports are followed into the user's own files; installed packages are covered by
+    their version, and edgekd's own code by the stage. Nothing is imported, so a
     fingerprint costs no start-up time. Empty when the module is not found, which
     :func:`resolve` reports with its own error.
     """
@@ -183,11 +183,11 @@ def source_files(reference: str) -> list[Path]:
 
 
 def _search_path(top: str) -> Iterator[Path]:
-    """The folders that modules are found in, and that of an editable installation's finder."""
+    """The import path, including the folders of editable installations."""
     yield from (Path(entry) for entry in sys.path)
     try:
         spec = importlib.util.find_spec(top)
-    except ValueError:  # A module such as __main__ says of itself that it has none.
+    except ValueError:  # A module such as __main__ has no spec.
         spec = None
     if spec is not None and spec.origin is not None:
         folder = Path(spec.origin).parent
@@ -195,7 +195,7 @@ def _search_path(top: str) -> Iterator[Path]:
 
 
 def _module_files(folder: Path, parts: list[str]) -> list[Path]:
-    """A module's file, after those of the packages around it; empty when it is not there."""
+    """A module's file, after those of the packages around it; empty when it does not exist."""
     stem = folder.joinpath(*parts)
     file = next((f for f in (stem / "__init__.py", stem.with_suffix(".py")) if f.is_file()), None)
     if file is None:
@@ -205,19 +205,19 @@ def _module_files(folder: Path, parts: list[str]) -> list[Path]:
 
 
 def _follow(file: Path, root: Path, seen: set[Path]) -> None:
-    """Add to ``seen`` a file of the user's and those that it imports, and theirs.
+    """Add a user's file and its imports, recursively, to ``seen``.
 
     Args:
         file: a module found in ``root``.
         root: the entry of the search path.
-        seen: what was found so far.
+        seen: the files found so far.
     """
     if file in seen:
         return
     seen.add(file)
     if _is_installed(file.resolve()):
         return
-    # A package linked into site-packages is the user's own; of what lies beside it nothing is.
+    # A package linked into site-packages is the user's own; its neighbours are not.
     linked = file.relative_to(root).parts[0] if _is_installed(file) else None
     folders = [root] if linked else [root, *map(Path, sys.path)]
     for level, name in imported_names(file):
@@ -247,9 +247,9 @@ def _is_installed(file: Path) -> bool:
 
 @cache
 def parsed(file: Path, stamp: tuple[int, int]) -> ast.Module | None:
-    """The syntax tree of a file, read once per process; None when it is no Python.
+    """The syntax tree of a file, read once per process; None when it is not valid Python.
 
-    ``stamp`` (its size and time of change) keeps an edited file from being taken for the old one.
+    ``stamp`` (its size and time of change) invalidates the cache for an edited file.
     """
     try:
         return ast.parse(file.read_bytes())
@@ -258,13 +258,13 @@ def parsed(file: Path, stamp: tuple[int, int]) -> ast.Module | None:
 
 
 def parse(file: Path) -> ast.Module | None:
-    """:func:`parsed` as the file is now."""
+    """The syntax tree of the file's current content; see :func:`parsed`."""
     status = file.stat()
     return parsed(file, (status.st_size, status.st_mtime_ns))
 
 
 def imported_names(file: Path) -> list[tuple[int, str]]:
-    """What a file's import statements may name as modules, with the level of relative ones.
+    """The modules that a file's import statements may name, with the level of relative ones.
 
     Those inside functions count, and ``from a import b`` may mean the module ``a.b`` too.
     """
@@ -315,7 +315,7 @@ def check_arguments(
         target: the function or class they are for.
         given: what the user wrote, by name.
         supplied: parameters that the project fills in itself; the user may not give them.
-        name: what the target is called in the error, such as ``loss 'soft_labels'``.
+        name: the target's name in the error, such as ``loss 'soft_labels'``.
         where: the YAML position, for the error.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Files: written whole or not at all, npz archives, and what the package ships.
+"""Files: atomic writing, hashes, npz archives, and the files shipped with the package.
 
-An installed wheel carries profiles and pipelines inside the package; a source checkout has them at
-its top. The device-side package ``edgerun`` is installed beside ``edgekd``.
+An installed wheel has profiles and pipelines inside the package; a source checkout has them at
+its top. The device-side package ``edgerun`` is installed next to ``edgekd``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _LITTER = ("thumbs.db", "desktop.ini", "__macosx")
 
 
 def is_litter(path: Path) -> bool:
-    """Whether a name is hidden or one that operating systems leave behind: no content of its own.
+    """Whether a name is hidden or a metadata file of an operating system.
 
     ``.DS_Store``, ``._photo.png``, ``Thumbs.db``, ``desktop.ini``, ``__MACOSX``.
     """
@@ -55,12 +55,12 @@ def files_in(folder: Path, litter: bool = False) -> Iterator[Path]:
     """All files below a folder in the order of their names.
 
     Links to files and folders are followed, each folder once on a path from the top, so that a
-    link to a folder above it does not go round for ever. A link to nothing is given too: to
-    read it is an error that names it.
+    link to a folder above it does not loop. A broken link is included too: to
+    reading it is an error that names it.
 
     Args:
         folder: where to look.
-        litter: give those of :func:`is_litter` too.
+        litter: include those of :func:`is_litter`.
 
     Raises:
         InputError: a folder cannot be read.
@@ -137,19 +137,19 @@ def write_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
 def check_output(
     path: Path, option: str, *, inputs: Collection[Path] = (), stream: bool = False
 ) -> None:
-    """Check that a file may stand at a path; nothing is written, and a file there is no trouble.
+    """Check that a file can be written at a path; nothing is written, an existing file is allowed.
 
     Args:
         path: the file to write, or a link to it.
-        option: that names it, such as ``-o``, for the message.
+        option: the option that names it, such as ``-o``, for the message.
         inputs: files that must not be overwritten, such as the model; they need not exist.
-        stream: whether it is written to and not replaced: a device or a pipe (``/dev/stdout``)
-            is then taken.
+        stream: whether it is written to, not replaced: a device or a pipe (``/dev/stdout``)
+            is then accepted.
 
     Raises:
-        InputError: it is a folder, a device or a pipe, lies in a folder that does not exist, or
+        InputError: it is a folder, a device or a pipe, is in a folder that does not exist, or
             is one of ``inputs``.
-        StageError: its folder cannot be looked into, or its name is too long.
+        StageError: its folder cannot be read, or its name is too long.
     """
     final = Path(os.path.realpath(path))  # not resolve(), which raises for a loop of links
     try:
@@ -179,9 +179,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` to write to; what is there at the end takes the place of ``path``.
+    """Write a file atomically: yields a name next to ``path``, which replaces ``path`` at the end.
 
-    Where the body fails, or writes nothing, ``path`` stays as it was: absent, or the file from
+    Where the body fails, or writes nothing, ``path`` is unchanged: absent, or the file from
     before. The name is in the same folder, so that a model's external data is found from it.
 
     Raises:
@@ -190,7 +190,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """
     final = path.resolve()  # where a link points to
     try:
-        # Opened first, so that a folder that cannot be written is told from all that may follow.
+        # Opened first, so that a folder that cannot be written is distinguished from later errors.
         partial = _new_file(final)
     except OSError as error:
         raise _unwritable(path, error) from error
@@ -217,7 +217,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def _new_file(final: Path) -> Path:
-    """An empty file beside ``final``; no file that is there already, which may be a user's."""
+    """A new empty file next to ``final``; an existing file, which may be a user's, is not used."""
     for number in itertools.count():
         partial = final.with_name(f"{final.stem}.partial{number or ''}{final.suffix}")
         with suppress(FileExistsError), partial.open("xb"):

@@ -1,4 +1,4 @@
-"""A figure: a number that says its unit, how many samples it rests on and how it was obtained."""
+"""A measurement: a number with its unit, number of samples and evidence."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Measurement:
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """A plain mapping for a JSON file; :meth:`from_json` takes it back."""
+        """A plain mapping for a JSON file; :meth:`from_json` reads it."""
         return asdict(self)
 
     @classmethod

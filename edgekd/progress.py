@@ -29,19 +29,19 @@ class Progress(Protocol):
     """A progress display: bars on a terminal, lines in a log, or nothing."""
 
     def start(self, label: str, total: int, unit: str) -> None:
-        """Begin ``total`` units of work."""
+        """Start ``total`` units of work."""
         ...
 
     def advance(self, n: int = 1, **figures: float) -> None:
-        """``n`` units are done; ``figures`` are the latest values to show."""
+        """Advance by ``n`` units; ``figures`` are the latest values to show."""
         ...
 
     def message(self, text: str) -> None:
-        """Something a person should know."""
+        """Show a message."""
         ...
 
     def finish(self) -> None:
-        """The work has ended, well or not."""
+        """End the work, successful or not."""
         ...
 
 
@@ -66,7 +66,7 @@ class EventLog:
 
 
 class ConsoleProgress:
-    """The progress shown by the command line; a context manager that cleans the terminal up."""
+    """The progress shown by the command line; a context manager that restores the terminal."""
 
     def __init__(self, console: Console, log: EventLog | None = None, quiet: bool = False) -> None:
         self._console = console
@@ -103,14 +103,14 @@ class ConsoleProgress:
             self._bars = None
 
     def start(self, label: str, total: int, unit: str) -> None:
-        """See :class:`Progress`."""
+        """Start ``total`` units of work."""
         self._label, self._unit, self._total, self._done = label, unit, total, 0
         self._started = self._last_line = time.monotonic()
         if self._bars is not None:
             self._task = self._bars.add_task(escape(label), total=total, rate="", figures="")
 
     def advance(self, n: int = 1, **figures: float) -> None:
-        """See :class:`Progress`."""
+        """Advance by ``n`` units; ``figures`` are the latest values to show."""
         self._done += n
         now = time.monotonic()
         rate = self._done / max(now - self._started, 1e-9)
@@ -132,14 +132,14 @@ class ConsoleProgress:
             )
 
     def message(self, text: str) -> None:
-        """See :class:`Progress`."""
+        """Show a message."""
         if self._log is not None:
             self._log.write("message", text=text)
         if not self._quiet:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def finish(self) -> None:
-        """See :class:`Progress`."""
+        """End the work, successful or not."""
         if self._bars is not None and self._task is not None:
             self._bars.remove_task(self._task)
             self._task = None

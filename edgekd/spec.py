@@ -1,4 +1,4 @@
-"""Named tensors: what a data source delivers and what a model takes and gives.
+"""Named tensors: the arrays of a data source, and the inputs and outputs of a model.
 
 A batch is a mapping from name to tensor. Nothing in the project assumes one input, one output
 or a class label; an image and its label are the simplest case of this.
@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 SAMPLE, VIEW = "@sample", "@view"
-"""Keys that a training batch holds beside inputs and targets: the sample's row in its split, and
-which augmentation of it this is; both int64 (B,)."""
+"""Keys of a training batch besides inputs and targets: the sample's row in its split, and
+the number of its augmentation; both int64 (B,)."""
 
 UNLABELLED = -1
 """The integer target of a sample whose class is not known, as in scikit-learn."""
@@ -45,7 +45,7 @@ class ModelSpec:
     outputs: tuple[TensorSpec, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """A plain mapping for a JSON file; :meth:`from_json` takes it back."""
+        """A plain mapping for a JSON file; :meth:`from_json` reads it."""
         return asdict(self)
 
     @classmethod

@@ -205,7 +205,7 @@ class CacheStore:
             f"the teacher's outputs cannot be written: {error.strerror or error}",
             where=str(self.folder),
             remedy="free space on the disk, or name another folder in distill.cache.folder; "
-            f"{kept} samples are cached, and the next run computes only the others",
+            f"{kept} outputs are cached, and the next run computes only the others",
         )
 
     def _entries(self, start: int, count: int | None) -> NDArray[np.void]:

@@ -152,5 +152,5 @@ def test_made_up_values_that_decide_the_work_are_named_and_real_ones_are_not(tmp
     np.savez(tmp_path / "d.npz", x=np.float32(1), steps=np.int64(200))
     done = invoke(model, "--inputs", tmp_path / "d.npz", *quick)
     assert done.exit_code == 0, done.output
-    assert "made-up values" not in done.output
+    assert "random values" not in done.output
     assert "decides_work" not in json.loads(out.read_text())["models"][0]["fed"]

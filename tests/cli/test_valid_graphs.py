@@ -155,4 +155,4 @@ def test_a_model_above_two_gigabytes_is_refused_before_it_is_read(tmp_path):
     for words in (("check",), ("build", "-o", "b.onnx"), ("quantize", "-o", "b.onnx")):
         done = run(tmp_path, words[0], "whole.onnx", *words[1:])
         assert done.exit_code == 2
-        assert "save the model with its weights in a file beside it" in done.output
+        assert "save the model with its weights in a file next to it" in done.output

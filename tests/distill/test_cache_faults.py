@@ -171,7 +171,7 @@ def test_a_full_disk_keeps_what_was_written(tmp_path):
     record = 4 * (40 + 6)
     with (
         largest_file(12 * record),
-        pytest.raises(StageError, match=r"10 answers are kept"),
+        pytest.raises(StageError, match=r"10 outputs are cached"),
     ):
         fill(tmp_path)
     teacher = Teacher()
