@@ -91,8 +91,8 @@ def run_pipeline_until(
 _ROLES = {"teacher": "teacher", "baseline": "student alone", "student": "student distilled"}
 
 _COMPARISONS = (
-    *("gap_closed", "drop", "relative_drop", "gain_over_constant", "speedup", "size_ratio"),
-)
+    "gap_closed", "drop", "relative_drop", "gain_over_constant", "speedup", "size_ratio",
+)  # fmt: skip
 
 NEXT = (
     "next: 'edgekd init mine.yaml' writes a pipeline to edit for your own data (data) and teacher "

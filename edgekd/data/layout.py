@@ -26,9 +26,9 @@ Layout = Literal["nchw", "nhwc", "nhw", "nct", "ntc", "nt", "nf"]
 
 IMAGE_NAMES = ("image", "images", "x")
 _SIGNAL_NAMES = (
-    *("audio", "ecg", "eeg", "emg", "imu", "pcm", "ppg", "sensor", "sensors"),
-    *("series", "signal", "signals", "sound", "timeseries", "wave", "waveform", "waveforms"),
-)
+    "audio", "ecg", "eeg", "emg", "imu", "pcm", "ppg", "sensor", "sensors",
+    "series", "signal", "signals", "sound", "timeseries", "wave", "waveform", "waveforms",
+)  # fmt: skip
 _MANY_FEATURES = 128
 """Row length from which a row may also be a signal, so that the choice is reported."""
 

@@ -18,8 +18,8 @@ SPLIT_NAMES = {
 
 _WORDS = {
     *SPLIT_NAMES,
-    *("tests", "tr", "te", "eval", "evaluation", "holdout", "heldout", "unseen", "trainval", "fit"),
-}
+    "tests", "tr", "te", "eval", "evaluation", "holdout", "heldout", "unseen", "trainval", "fit",
+}  # fmt: skip
 """Words that make a name look like a split's, although it may not be known which."""
 
 _BEHIND = r"[ _./-]?(?:set|split|data|dataset)?\d*"
@@ -53,9 +53,9 @@ def split_and_name(array: str) -> tuple[str, str] | None:
     None when it names no split.
     """
     for pattern, split, rest in (
-        *((_BEFORE, 1, 2), (_AFTER, 2, 1), (_SHORT_BEFORE, 1, 2)),
-        *((_SHORT_AFTER, 2, 1), (_CAMEL_AFTER, 2, 1)),
-    ):
+        (_BEFORE, 1, 2), (_AFTER, 2, 1), (_SHORT_BEFORE, 1, 2),
+        (_SHORT_AFTER, 2, 1), (_CAMEL_AFTER, 2, 1),
+    ):  # fmt: skip
         if match := pattern.fullmatch(array):
             return SPLIT_NAMES[match[split].lower()], match[rest]
     return None

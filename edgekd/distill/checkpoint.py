@@ -200,8 +200,8 @@ def load_checkpoint(folder: Path, run: Mapping[str, Any]) -> tuple[TrainingState
             "",
         )
     except (
-        *(OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile),
-        *(KeyError, TypeError, ValueError, IndexError, AttributeError),
-    ) as error:
+        OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile,
+        KeyError, TypeError, ValueError, IndexError, AttributeError,
+    ) as error:  # fmt: skip
         reason = str(error).strip().splitlines()
         return None, f"it cannot be read ({reason[0][:120] if reason else type(error).__name__})"

@@ -335,9 +335,9 @@ def _norm_hooks(module: nn.Module) -> list[Any]:
 
 
 _WEIGHTED = (
-    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default),
-    *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
-)
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default,
+    aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
+)  # fmt: skip
 
 
 def _check_weights(graph: GraphModule) -> None:

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from edgekd.errors import InputError, nearest
 
 _KEYS = (
-    *("class_to_idx", "idx_to_class", "id2label", "label2id", "classes", "class_names", "names"),
-    *("labels", "label_names", "classnames", "categories", "CLASSES", "class_labels"),
-)
+    "class_to_idx", "idx_to_class", "id2label", "label2id", "classes", "class_names", "names",
+    "labels", "label_names", "classnames", "categories", "CLASSES", "class_labels",
+)  # fmt: skip
 _CONTAINERS = (
-    *("hyper_parameters", "hparams", "config", "cfg", "args", "opt", "meta", "metadata"),
-    *("dataset_meta", "info", "extra", "data"),
-)
+    "hyper_parameters", "hparams", "config", "cfg", "args", "opt", "meta", "metadata",
+    "dataset_meta", "info", "extra", "data",
+)  # fmt: skip
 """Keys under which trainers store them; the first one found is used."""
 
 _NESTING = 3

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from edgekd.errors import InputError, unknown_name
 
 _WRAPPER_SEGMENTS = {
-    *("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"),
-}
+    "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
+}  # fmt: skip
 """What DataParallel, torch.compile, FSDP and activation checkpointing insert into a key, at any
 position.
 """

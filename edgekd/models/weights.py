@@ -27,10 +27,10 @@ from edgekd.models.state_dicts import find_state
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar", ".th")
 _HARMLESS = [
-    *(argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, codecs.encode),
-    *(np.dtype, np.ndarray, np.float64(0).__reduce__()[0]),
+    argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, codecs.encode,
+    np.dtype, np.ndarray, np.float64(0).__reduce__()[0],
     *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"},
-]
+]  # fmt: skip
 """Types that many checkpoints contain besides weights, and whose loading runs no code."""
 _SCALING = ("@output_scale", "@output_offset")
 

@@ -33,35 +33,35 @@ _LEAST = 1e-6  # what a largest value counts for at least
 _FLIPPED = 0.01  # the share of integers that rounding before them may change
 
 OPTIMIZERS = (
-    *("AttentionFusion", "BiasDropoutFusion", "BiasGeluFusion", "BiasSkipLayerNormFusion"),
-    *("BiasSoftmaxFusion", "CastChainElimination", "CastElimination", "ClipQuantRewrite"),
-    *("CommonSubexpressionElimination", "ConstantFolding", "ConstantFoldingDQ"),
-    *("ConstantSharing", "ConvActivationFusion", "ConvAddActivationFusion", "ConvAddFusion"),
-    *("ConvBNFusion", "ConvMulFusion", "DivMulFusion", "DoubleQDQPairsRemover"),
-    *("DQMatMulNBitsFusion", "DynamicQuantizeMatMulFusion", "EliminateDropout"),
-    *("EliminateIdentity", "EliminateSlice", "EmbedLayerNormFusion", "EnsureUniqueDQForNodeUnit"),
-    *("ExpandElimination", "FastGeluFusion", "FuseReluClip", "GatherToSliceFusion"),
-    *("GatherToSplitFusion", "GeluApproximation", "GeluFusion", "GeluFusionL1", "GeluFusionL2"),
-    *("GemmActivationFusion", "GemmSumFusion", "GemmTransposeFusion", "GroupQueryAttentionFusion"),
-    *("LabelEncoderFusion", "LayerNormFusion", "LayerNormFusionL1", "LayerNormFusionL2"),
-    *("MatMulActivationFusion", "MatMulAddFusion", "MatMulIntegerToFloatFusion"),
-    *("MatMulNBitsFusion", "MatMulScaleFusion", "MatMul_BatchNormalization_Fusion"),
-    *("MatmulTransposeFusion", "NchwcTransformer", "NhwcTransformer", "NoopElimination"),
-    *("NotWhereFusion", "Pad_Fusion", "PreShapeNodeElimination", "QDQFinalCleanupTransformer"),
-    *("QDQPropagationTransformer", "QDQS8ToU8Transformer", "QDQSelectorActionTransformer"),
-    *("QuickGeluFusion", "ReluQuantRewrite", "RemoveDuplicateCastTransformer", "ReshapeFusion"),
-    *("SimplifiedLayerNormFusion", "SkipLayerNormFusion", "SliceConcatToSpaceToDepthFusion"),
-    *("TransposeOptimizer", "UnsqueezeElimination", "WeightBiasQuantization", "WhereDummyDq"),
-)
+    "AttentionFusion", "BiasDropoutFusion", "BiasGeluFusion", "BiasSkipLayerNormFusion",
+    "BiasSoftmaxFusion", "CastChainElimination", "CastElimination", "ClipQuantRewrite",
+    "CommonSubexpressionElimination", "ConstantFolding", "ConstantFoldingDQ",
+    "ConstantSharing", "ConvActivationFusion", "ConvAddActivationFusion", "ConvAddFusion",
+    "ConvBNFusion", "ConvMulFusion", "DivMulFusion", "DoubleQDQPairsRemover",
+    "DQMatMulNBitsFusion", "DynamicQuantizeMatMulFusion", "EliminateDropout",
+    "EliminateIdentity", "EliminateSlice", "EmbedLayerNormFusion", "EnsureUniqueDQForNodeUnit",
+    "ExpandElimination", "FastGeluFusion", "FuseReluClip", "GatherToSliceFusion",
+    "GatherToSplitFusion", "GeluApproximation", "GeluFusion", "GeluFusionL1", "GeluFusionL2",
+    "GemmActivationFusion", "GemmSumFusion", "GemmTransposeFusion", "GroupQueryAttentionFusion",
+    "LabelEncoderFusion", "LayerNormFusion", "LayerNormFusionL1", "LayerNormFusionL2",
+    "MatMulActivationFusion", "MatMulAddFusion", "MatMulIntegerToFloatFusion",
+    "MatMulNBitsFusion", "MatMulScaleFusion", "MatMul_BatchNormalization_Fusion",
+    "MatmulTransposeFusion", "NchwcTransformer", "NhwcTransformer", "NoopElimination",
+    "NotWhereFusion", "Pad_Fusion", "PreShapeNodeElimination", "QDQFinalCleanupTransformer",
+    "QDQPropagationTransformer", "QDQS8ToU8Transformer", "QDQSelectorActionTransformer",
+    "QuickGeluFusion", "ReluQuantRewrite", "RemoveDuplicateCastTransformer", "ReshapeFusion",
+    "SimplifiedLayerNormFusion", "SkipLayerNormFusion", "SliceConcatToSpaceToDepthFusion",
+    "TransposeOptimizer", "UnsqueezeElimination", "WeightBiasQuantization", "WhereDummyDq",
+)  # fmt: skip
 """Names that ``InferenceSession(disabled_optimizers=…)`` accepts (1.19 to 1.31); one that a release
 does not have is no error there."""
 
 # Operators without negative outputs, and operators that pass on the values of their first input.
 _NOT_NEGATIVE = {"Relu", "Sigmoid", "Softmax", "Abs", "Exp", "HardSigmoid", "Softplus", "Sqrt"}
 _SAME_SIGN = {
-    *("MaxPool", "AveragePool", "GlobalAveragePool", "Reshape", "Transpose", "Identity"),
-    *("Resize", "Pad", "Slice", "Concat", "QuantizeLinear", "DequantizeLinear", "Cast", "Dropout"),
-}
+    "MaxPool", "AveragePool", "GlobalAveragePool", "Reshape", "Transpose", "Identity",
+    "Resize", "Pad", "Slice", "Concat", "QuantizeLinear", "DequantizeLinear", "Cast", "Dropout",
+}  # fmt: skip
 _SMALLEST: dict[int, float] = {
     TensorProto.FLOAT: 2.0**-126,
     TensorProto.BFLOAT16: 2.0**-126,

@@ -165,17 +165,17 @@ DECIDES: Mapping[str, Mapping[int, str]] = {
 
 _CARRIES = frozenset(
     (
-        *("Cast", "Identity", "Squeeze", "Unsqueeze", "Reshape", "Flatten"),
-        *("Transpose", "Gather", "GatherElements", "Concat", "Slice", "Split"),
-        *("Expand", "Tile", "Add", "Sub", "Mul", "Div"),
-        *("Mod", "Neg", "Abs", "Min", "Max", "Floor"),
-        *("Ceil", "Round", "Clip", "Where", "Sum", "Sign"),
-        *("ReduceMax", "ReduceMin", "ReduceSum", "ReduceProd", "CumSum", "Equal"),
-        *("Less", "Greater", "LessOrEqual", "GreaterOrEqual", "And", "Or"),
-        *("Not", "Xor", "OneHot", "SequenceConstruct", "SequenceAt", "ConcatFromSequence"),
-        *("Pow", "Sqrt", "Range", "ConstantOfShape"),
+        "Cast", "Identity", "Squeeze", "Unsqueeze", "Reshape", "Flatten",
+        "Transpose", "Gather", "GatherElements", "Concat", "Slice", "Split",
+        "Expand", "Tile", "Add", "Sub", "Mul", "Div",
+        "Mod", "Neg", "Abs", "Min", "Max", "Floor",
+        "Ceil", "Round", "Clip", "Where", "Sum", "Sign",
+        "ReduceMax", "ReduceMin", "ReduceSum", "ReduceProd", "CumSum", "Equal",
+        "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "And", "Or",
+        "Not", "Xor", "OneHot", "SequenceConstruct", "SequenceAt", "ConcatFromSequence",
+        "Pow", "Sqrt", "Range", "ConstantOfShape",
     )
-)
+)  # fmt: skip
 """Operators whose result is a number made of their inputs' numbers, and no feature of them."""
 
 

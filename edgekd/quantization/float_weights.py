@@ -21,9 +21,9 @@ _BYTES: dict[int, int] = {
     TensorProto.BFLOAT16: 2,
 }
 _PASSED_ON = {
-    *("Identity", "Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice"),
-    *("Expand", "Tile", "Concat", "Split"),
-}
+    "Identity", "Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice",
+    "Expand", "Tile", "Concat", "Split",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

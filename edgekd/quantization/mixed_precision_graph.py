@@ -23,24 +23,24 @@ GROWING = {"Exp", "Pow", "Sinh", "Cosh", "ReduceSumSquare", "ReduceProd", "Det"}
 """Their output may be far larger than their input: without samples nothing bounds it."""
 
 BOUNDING = {
-    *("Softmax", "Hardmax", "Sigmoid", "HardSigmoid", "Tanh", "Erf", "Softsign"),
-    *("Sqrt", "Log", "Sin", "Cos", "Sign", "LayerNormalization", "GroupNormalization"),
-    *("RMSNormalization", "InstanceNormalization", "MeanVarianceNormalization"),
+    "Softmax", "Hardmax", "Sigmoid", "HardSigmoid", "Tanh", "Erf", "Softsign",
+    "Sqrt", "Log", "Sin", "Cos", "Sign", "LayerNormalization", "GroupNormalization",
+    "RMSNormalization", "InstanceNormalization", "MeanVarianceNormalization",
     "LpNormalization",
-}
+}  # fmt: skip
 """Operators whose outputs fit 16 bits for any input."""
 
 WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN"}
 
 EXACT = {
-    *("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout", "Expand"),
-    *("Tile", "Concat", "Split", "Slice", "Gather", "GatherND", "GatherElements", "Pad", "Where"),
-    *("DepthToSpace", "SpaceToDepth", "Trilu", "Compress", "ReverseSequence", "CenterCropPad"),
-    *("ScatterND", "ScatterElements", "Max", "Min", "Neg", "Abs", "Relu", "Clip", "Sign"),
-    *("MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin", "ArgMax", "ArgMin", "TopK", "Unique"),
-    *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "IsNaN", "IsInf", "NonZero"),
-    *("Floor", "Ceil", "Round", "Shape", "Size", "Hardmax"),
-}
+    "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout", "Expand",
+    "Tile", "Concat", "Split", "Slice", "Gather", "GatherND", "GatherElements", "Pad", "Where",
+    "DepthToSpace", "SpaceToDepth", "Trilu", "Compress", "ReverseSequence", "CenterCropPad",
+    "ScatterND", "ScatterElements", "Max", "Min", "Neg", "Abs", "Relu", "Clip", "Sign",
+    "MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin", "ArgMax", "ArgMin", "TopK", "Unique",
+    "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "IsNaN", "IsInf", "NonZero",
+    "Floor", "Ceil", "Round", "Shape", "Size", "Hardmax",
+}  # fmt: skip
 """They move, compare or choose values: between float32 nodes they would only round them."""
 
 _READ_AS_POSITION = {"Sin", "Cos", "Tan", "Floor", "Ceil", "Round", "Mod"}

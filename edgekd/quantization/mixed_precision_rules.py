@@ -70,9 +70,9 @@ ALWAYS_FLOAT: dict[str, str] = {
 _SUMS = {"ReduceSum", "ReduceMean", "ReduceL1", "CumSum", "Softmax", "LogSoftmax"}
 _POOLS = {"GlobalAveragePool", "AveragePool"}
 INTEGERS = {
-    *(ir.DataType.INT16, ir.DataType.INT32, ir.DataType.INT64),
-    *(ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64),
-}
+    ir.DataType.INT16, ir.DataType.INT32, ir.DataType.INT64,
+    ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64,
+}  # fmt: skip
 
 
 def is_standard(node: ir.Node) -> bool:

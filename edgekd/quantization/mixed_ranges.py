@@ -25,9 +25,9 @@ steps.
 """
 
 _MOVED = {
-    *("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Gather"),
-    *("Identity", "Pad", "Resize", "MaxPool", "AveragePool", "Relu", "Clip", "LeakyRelu"),
-}
+    "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Gather",
+    "Identity", "Pad", "Resize", "MaxPool", "AveragePool", "Relu", "Clip", "LeakyRelu",
+}  # fmt: skip
 _JOINED = {"Concat", "Add", "Sub", "Mul", "Div"}
 _LOOKED_AT = 16  # samples whose answers show the scales of an output
 

@@ -22,9 +22,9 @@ ROLES = ("teacher", "student", "baseline")
 _CONSTANT_VALUES = 10_000_000
 """Largest number of target values of a split that the best constant is computed from."""
 RECIPE = {
-    *("task", "task_args", "data", "teacher", "student", "distill", "export", "quantize"),
+    "task", "task_args", "data", "teacher", "student", "distill", "export", "quantize",
     "engines",
-}
+}  # fmt: skip
 """The keys that determine the trained network: runs that share them differ only by their seed."""
 
 

@@ -171,9 +171,9 @@ def hub_fingerprint(name: str | None) -> dict[str, str]:
 
 
 _DECIDES_ANSWERS = (
-    *("edgekd.data.loader", "edgekd.models.build"),
-    *("edgekd.distill.teacher", "edgekd.distill.ensemble", "edgekd.distill.logit_codec"),
-)
+    "edgekd.data.loader", "edgekd.models.build",
+    "edgekd.distill.teacher", "edgekd.distill.ensemble", "edgekd.distill.logit_codec",
+)  # fmt: skip
 """The modules whose code a teacher's outputs depend on, besides its weights."""
 
 Augment = tuple[str | dict[str, dict[str, Any]], ...]

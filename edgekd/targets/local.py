@@ -79,9 +79,9 @@ class LocalTarget:
             memory: whether to measure peak memory, in additional processes.
         """
         words = [
-            *("--min-queries", str(min_queries)),
-            *("--max-seconds", str(max_seconds)),
-            *("--seed", str(seed)),
+            f"--min-queries={min_queries}",
+            f"--max-seconds={max_seconds}",
+            f"--seed={seed}",
             *_settings(batch, threads, providers, provider_options, optimization),
         ]
         if against is not None:

@@ -31,9 +31,9 @@ TASKS: dict[str, Callable[..., Task]] = {
 """The built-in tasks by the names they have in a pipeline."""
 
 _MEMBERS = (
-    *("output", "target", "metric", "higher_is_better"),
-    *("check", "outputs", "hard_loss", "scores", "labelled", "pseudo_targets", "constant"),
-)
+    "output", "target", "metric", "higher_is_better",
+    "check", "outputs", "hard_loss", "scores", "labelled", "pseudo_targets", "constant",
+)  # fmt: skip
 
 
 def get_task(name: str, args: Mapping[str, Any] | None = None, where: str = "task") -> Task:
