@@ -84,7 +84,7 @@ class QuantizeConfig(ConfigModel):
     def _something(self) -> QuantizeConfig:
         if self.int8 is None and self.precision is None:
             raise ValueError(
-                "it asks for nothing: add int8: static, dynamic, weights-only or qat, or "
+                "it requests nothing: add int8: static, dynamic, weights-only or qat, or "
                 "precision: fp16 or bf16; or remove the section"
             )
         if self.select in ("int8", "half") and getattr(self, self.select) is None:

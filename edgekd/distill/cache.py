@@ -134,7 +134,7 @@ class CachedTeacher:
 
     Each block's checksum is verified when the first of its records is read. A damaged block is
     recomputed by the teacher immediately. A small cache stays in
-    memory once it is read; of a large one each record is read when it is asked for.
+    memory once it is read; of a large one each record is read when it is needed.
     """
 
     def __init__(self, asked: _Asked, views: int, progress: Progress) -> None:

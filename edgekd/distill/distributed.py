@@ -243,7 +243,7 @@ class SyncedBatchNorm(_BatchNorm):
         """As the batch norm in one process, for (B, C) or (B, C, …).
 
         Raises:
-            ValueError: the whole batch has a single value per channel.
+            ValueError: the complete batch has a single value per channel.
         """
         if not self.training:
             return super().forward(input)

@@ -64,7 +64,7 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
     Args:
         config: ``schedule`` and its peak, ``learning_rate``; ``warm_up``.
         step: from 0.
-        steps: of the whole training.
+        steps: number of steps of the complete training.
     """
     peak = config.learning_rate
     rise = 0 if config.schedule == "one-cycle" else round(config.warm_up * steps)

@@ -82,7 +82,7 @@ def check_model(
     Args:
         path: the ONNX file.
         parse: TensorRT's parser; called only for a library that is installed. Where it fails,
-            that is told and no more: who did not ask for TensorRT needs none.
+            that is only noted: TensorRT is not needed where it was not requested.
         opens: opens the model in another process, as
             :meth:`edgekd.targets.LocalTarget.probe` does; where that raises an error, ONNX Runtime
             is not run here, as it would end this process.

@@ -202,7 +202,7 @@ def comparable(
             raise InputError(
                 f"output {name!r} has one size for all samples in one model only",
                 where="comparison of two models' outputs",
-                remedy="make the one from the other, or export both in the same way",
+                remedy="derive one from the other, or export both with the same settings",
             )
         pairs = [_pair(p, o) for p, o in zip(expected, answer, strict=True)]
         first[name], second[name] = (_padded([pair[side] for pair in pairs]) for side in (0, 1))

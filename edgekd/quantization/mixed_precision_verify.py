@@ -306,7 +306,7 @@ def _overflow(
     broken = [makers[tensor] for tensor, largest in ranges.items() if not np.isfinite(largest)]
     first = min(broken, key=lambda node: order.get(node, len(order)), default="")
     if first not in names:
-        # An inserted cast: the node that asked for 16 bits is the one to keep.
+        # An inserted cast: the node that needs 16 bits is the one to exclude.
         made = {out for node in converted.graph.node if node.name == first for out in node.output}
         first = next(
             (n.name for n in converted.graph.node if n.name in names and made & set(n.input)), first

@@ -29,7 +29,7 @@ _MOVED = {
     "Identity", "Pad", "Resize", "MaxPool", "AveragePool", "Relu", "Clip", "LeakyRelu",
 }  # fmt: skip
 _JOINED = {"Concat", "Add", "Sub", "Mul", "Div"}
-_LOOKED_AT = 16  # samples whose answers show the scales of an output
+_LOOKED_AT = 16  # samples whose outputs show the scales of an output
 
 
 @dataclass(frozen=True)

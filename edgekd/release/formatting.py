@@ -43,7 +43,7 @@ def value_text(figure: Measurement | None, signed: bool = False) -> str:
 
 
 def drop_unit(metric: str) -> str:
-    """The unit of a difference of two values: points for shares of right answers."""
+    """The unit of a difference of two values: points for shares of correct predictions."""
     # "1 %" of an accuracy could mean a ratio.
     return "points" if metric in ("accuracy", "agreement") else metric
 

@@ -67,7 +67,7 @@ def summary_line(verdicts: Sequence[Verdict]) -> str:
 
 
 SHARES = ("accuracy", "agreement")
-"""Metrics that count right answers."""
+"""Metrics that count correct predictions."""
 
 _LARGEST_SHARE = 10
 """A drop above ten times a constant's error is no limit: it was meant in another unit."""
