@@ -29,7 +29,7 @@ _NOTHING = {torch.float64: 1e-9, torch.float32: 1e-5}
 def check_gradients(
     objective: Objective, batches: Iterable[tuple[Named, Named | None, Named]]
 ) -> list[str]:
-    """Refuse a term whose gradient to the student is zero on every batch that could give one.
+    """Refuse a term whose gradient to the student is zero on every batch that could have one.
 
     The gradient is taken at the student's outputs and at perturbed ones, because a student
     that starts with its teacher's outputs has none at first. Terms that a scheme makes are not
@@ -87,7 +87,7 @@ def _has_gradient(
     term: ConfiguredLoss, student: Named, teacher: Named | None, batch: Named
 ) -> tuple[bool, float]:
     """Whether there is a gradient, and the loss; 1 for one that is not connected to the student."""
-    # Modules have weights in float32, and may remember what they are called with.
+    # Modules have weights in float32, and may update buffers when called.
     own = copy.deepcopy(term) if term.needs_shapes else term
     dtype = torch.float32 if term.needs_shapes else torch.float64
     largest = 0.0

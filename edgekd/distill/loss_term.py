@@ -97,12 +97,12 @@ class ConfiguredLoss(nn.Module):
 
     @property
     def needs_full_logits(self) -> bool:
-        """See :class:`Term`."""
+        """Whether it needs each of the teacher's logits, not only the largest."""
         return self.needs_teacher and not self.teacher_layers and self.traits.needs_full_logits
 
     @property
     def needs_hard_label(self) -> bool:
-        """See :class:`Term`."""
+        """Whether it needs one class per sample, not a mixture of two."""
         return self.traits.needs_hard_label
 
     @property

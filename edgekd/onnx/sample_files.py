@@ -107,7 +107,7 @@ class _Arranged:
 
 
 class _FileSamples:
-    """See :func:`open_samples`."""
+    """Samples read from a file batch by batch; made by :func:`open_samples`."""
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ class DataStage:
     libraries = ("numpy",)
 
     def config_slice(self, job: Job) -> dict[str, Any]:
-        """See :class:`edgekd.pipeline.stage.Stage`."""
+        """The section ``data``, the task, and hashes of the source's files."""
         from edgekd.data.sources import SOURCES, source_fingerprint
 
         config = job.config

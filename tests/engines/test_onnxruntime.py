@@ -233,9 +233,7 @@ def test_an_optimization_that_changes_the_answers_leaves_what_was_there(exported
     out = tmp_path / "engine.onnx"
     if before is not None:
         out.write_bytes(before)
-    with pytest.raises(
-        StageError, match=r"outputs differ, whichever.*output 'logits'"
-    ) as caught:
+    with pytest.raises(StageError, match=r"outputs differ, whichever.*output 'logits'") as caught:
         build_engine(exported, out, CPU)
     assert caught.value.where == str(out)
     assert (out.read_bytes() if out.exists() else None) == before

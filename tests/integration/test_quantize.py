@@ -166,7 +166,7 @@ def test_layers_kept_on_purpose_do_not_stop_tensorrt_and_nothing_asked_for_is_lo
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        (["quantize={}"], "asks for nothing"),
+        (["quantize={}"], "requests nothing"),
         (["quantize={precision: bf16}", "engines=[onnxruntime]"], "computes in bfloat16"),
         (["quantize.runtime=tensorrt", "quantize.int8=dynamic"], "TensorRT has no dynamic"),
         (["quantize.int8=statik"], "static"),
