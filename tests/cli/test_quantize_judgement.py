@@ -232,7 +232,7 @@ def test_sound_samples_are_not_remarked_on(written, tmp_path):
         (["--method", "fp16", "--for", "tensorrt"], "--for is for --method static"),
         (["--method", "dynamic", "--calibrator", "entropy"], "--calibrator is for --method"),
         (["--method", "bf16", "--samples", "9"], "--samples is for --method static"),
-        (["--method", "weights-only", "--calibration", "DATA", "--validation", "DATA"], "no use"),
+        (["--method", "weights-only", "--calibration", "DATA", "--validation", "DATA"], "uses no"),
         (["--validation", "DATA"], "needs samples"),
     ],
 )

@@ -82,8 +82,8 @@ def test_all_mistakes_are_named_at_once(write) -> None:
     ("text", "says"),
     [
         ("a: [1", "not valid YAML"),
-        ("", "no mapping"),
-        ("- 1\n", "no mapping"),
+        ("", "not a mapping"),
+        ("- 1\n", "not a mapping"),
         ("name: a\nname: b\n", "is given twice"),
         ("a: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
     ],

@@ -351,7 +351,7 @@ def test_what_cannot_be_mixed(dataset):
         Loader("train", image_dataset(), 4, augment=[{"mixup": {"alpha": 0}}])
     for targets, said in (
         ({"action_mask": np.ones(60, int)}, "'action_mask' is a mask"),
-        ({"target": np.ones((60, 4), int)}, "'target' holds integers"),
+        ({"target": np.ones((60, 4), int)}, "'target' has integers"),
         ({"target": np.full(60, -1)}, "no 'target' of the training split is known"),
     ):
         with pytest.raises(InputError, match=said):

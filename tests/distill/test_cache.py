@@ -217,7 +217,7 @@ def test_what_is_not_there_is_said(tmp_path, batch, message):
 def test_a_cache_shows_no_layers(tmp_path):
     cached = fill(tmp_path)
     cached.watch([])
-    with pytest.raises(InputError, match="layers are asked for: stem"):
+    with pytest.raises(InputError, match="layers are needed: stem"):
         cached.watch(["stem"])
 
 
@@ -237,7 +237,7 @@ def test_an_answer_that_is_no_number_is_not_kept(tmp_path, value, top):
 def test_an_answer_of_another_shape_is_named(tmp_path):
     with pytest.raises(InputError, match=r"logits as \[4, 40\], .* \[4, 41\]"):
         fill(tmp_path, outputs=[TensorSpec("logits", ("batch", 41))])
-    with pytest.raises(InputError, match="answers other as nothing"):
+    with pytest.raises(InputError, match="outputs other as nothing"):
         fill(tmp_path, outputs=[TensorSpec("other", ("batch", 40))])
     with pytest.raises(InputError, match="no fixed size"):
         fill(tmp_path, outputs=[TensorSpec("logits", ("batch", "tokens"))])

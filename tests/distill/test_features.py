@@ -83,7 +83,7 @@ def test_an_element_of_several():
     capture.remove()
     for layer in ("0", "0[1]", "0[9]"):
         capture = FeatureExtractor(model, [layer])
-        with pytest.raises(InputError, match="gives 3 values"):
+        with pytest.raises(InputError, match="outputs 3 values"):
             model(BATCH)
         capture.remove()
 

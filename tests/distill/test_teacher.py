@@ -111,7 +111,7 @@ def test_a_truncated_file_says_so(tmp_path, part):
     path = onnx_file(tmp_path / "t.onnx")
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * part)])
-    with pytest.raises(InputError, match="cut off"):
+    with pytest.raises(InputError, match="truncated"):
         OnnxTeacher(path, [X], [LOGITS])
 
 

@@ -131,7 +131,7 @@ def test_a_library_that_lacks_a_function_is_passed_over(monkeypatch):
 @pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
 def test_without_a_driver_the_real_library_leads_to_the_same_message():
     # Either libcudart is here and finds no driver, or it is not here at all.
-    with pytest.raises(NoDevice, match=r"no CUDA driver|libcudart\) is not here"):
+    with pytest.raises(NoDevice, match=r"no CUDA driver|libcudart\) is not installed"):
         load_cuda_runtime()
 
 

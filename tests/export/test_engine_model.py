@@ -459,7 +459,7 @@ def test_what_is_no_whole_engine_is_told_by_the_library(edgerun, engine, content
         }[content]
     )
     message = refused(edgerun, engine)
-    assert "not a whole engine of tensorrt-rtx" in message
+    assert "not a complete engine of tensorrt-rtx" in message
     assert f"({engine.stat().st_size} bytes)" in message
 
 

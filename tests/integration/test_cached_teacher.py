@@ -48,7 +48,7 @@ def test_the_cache_serves_another_loss_and_meets_no_other_augmentation(
     assert caches(cache) == first, "the teacher was asked again for what is on disk"
 
     said = run(FEATURES, "distill.baseline=false")
-    assert "answers live: features.layers.1 of it is compared" in said
+    assert "is run live: features.layers.1 of it is compared" in said
     assert caches(cache) == first
 
     run("distill.augment=[{shift: {pixels: 2}}]", "distill.baseline=false")

@@ -139,7 +139,7 @@ def test_a_teacher_that_does_not_know_the_task_is_refused(work: Path, wrong: str
         names = ", ".join(f'"{(output + 1) % 10}"' for output in range(10))
         assert f"classes: [{names}]" in outcome.output
     if wrong == "not normalized":
-        assert "the teacher does not know this task: accuracy 0" in outcome.output
+        assert "the teacher is no better than chance: accuracy 0" in outcome.output
     assert "normalisation" in outcome.output
 
 

@@ -144,7 +144,7 @@ def test_users_network_for_another_image_size(module):
 
 def test_users_callable_that_gives_no_module(module):
     module.net = lambda: 3
-    with pytest.raises(InputError, match="gives a int, not a torch module"):
+    with pytest.raises(InputError, match="returns a int, not a torch module"):
         build("users_models:net", [image(1, 8, 8)])
 
 

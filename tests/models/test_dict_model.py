@@ -57,7 +57,7 @@ class Two(nn.Module):
 
 def test_a_wrong_number_of_outputs_is_refused():
     model = DictModel(Two(), ModelSpec((IMAGE,), (ACTION,)))
-    with pytest.raises(InputError, match="gives 2 outputs, and 1 are wanted: action"):
+    with pytest.raises(InputError, match="returns 2 outputs, and 1 are needed: action"):
         model(BATCH)
 
 

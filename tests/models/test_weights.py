@@ -110,7 +110,7 @@ def test_a_truncated_file_says_so(tmp_path, part, suffix):
         save_weights(network(), path)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * part)])
-    with pytest.raises(InputError, match="cut off"):
+    with pytest.raises(InputError, match="truncated"):
         load_weights(network(), path)
 
 

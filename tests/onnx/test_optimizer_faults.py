@@ -255,7 +255,7 @@ def test_check_and_benchmark_name_it(tmp_path):
     path = tiny(tmp_path / "m.onnx")
     checked = CliRunner().invoke(main, ["check", str(path)])
     assert checked.exit_code == 1, checked.output
-    assert "(Pad_Fusion) changes the answers" in " ".join(checked.output.split())
+    assert "(Pad_Fusion) changes the outputs" in " ".join(checked.output.split())
     timed = CliRunner().invoke(main, ["benchmark", str(path), "--min-queries", "20"])
     assert timed.exit_code == 0, timed.output
     assert "disabled_optimizers=['Pad_Fusion']" in " ".join(timed.output.split())

@@ -138,7 +138,7 @@ def test_a_gate_without_a_rule_is_an_error(result):
 
 @pytest.mark.parametrize("rule", [{"min": 93}, {"max_drop": 2}, {"min": 0.9, "max_drop": 1.5}])
 def test_percents_for_an_accuracy_are_an_error(result, rule):
-    with pytest.raises(InputError, match="goes from 0 to 1") as caught:
+    with pytest.raises(InputError, match="ranges from 0 to 1") as caught:
         judge(result, accuracy=rule)
     name, value = list(rule.items())[-1]
     assert caught.value.where == f"gate.accuracy.{name}"

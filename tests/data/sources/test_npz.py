@@ -101,7 +101,7 @@ def damaged(kind):
     ("kind", "said"),
     [
         ("empty", "is empty"),
-        ("cut", "cut off"),
+        ("cut", "truncated"),
         ("flipped", "damaged at array 'image'"),
         ("npy", "no npz archive"),
         ("pickle", "no npz archive"),
