@@ -91,7 +91,7 @@ def _check_version(path: Path, record: Dict[str, Any], library: Library) -> None
     compatible = bool(record["settings"]["version_compatible"]) and here >= then
     if here != then and not compatible:
         raise BadInput(
-            f"{_built(record)}, and installed is {library}",
+            f"{_built(record)}, and here is {library}",
             where=str(path),
             remedy=f"build it again here, or install {record['library']} {record['version']}",
         )
