@@ -297,6 +297,7 @@ def compare(options: argparse.Namespace, work: Path) -> None:
     answers = loader.samples * (loader.views or 1)
     names = [*EDGEKD, *([] if options.augment else ["by hand"])]
     names += ["torchdistill"] if options.torchdistill and not options.augment else []
+    names = [name for name in names if name in (options.only or names)]
     seconds, busy = measure("fill", options, work)["laps"][0]
     print(f"the cache of {answers:,} answers is filled in {seconds:.1f} s, {busy:.1f} CPU seconds")
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
@@ -341,6 +342,7 @@ def main() -> None:
     parser.add_argument("--student", default="student-18k")
     parser.add_argument("--augment", action="store_true", help="flip and erase; edgekd only")
     parser.add_argument("--torchdistill", metavar="PYTHON")
+    parser.add_argument("--only", nargs="+", choices=list(RUNS), help="these contenders")
     parser.add_argument("--contender", choices=list(RUNS), help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
