@@ -129,7 +129,7 @@ def test_a_loss_of_ones_own(users_code):
 def test_a_loss_that_gives_no_single_number(users_code):
     users_code.rows = lambda student: student.sum(1)
     objective = Objective(terms("users_code:rows"), TASK)
-    with pytest.raises(InputError, match=r"gives \[2\][\s\S]*losses\[0\]"):
+    with pytest.raises(InputError, match=r"not \[2\][\s\S]*losses\[0\]"):
         objective(STUDENT, None, BATCH)
 
 
