@@ -215,8 +215,7 @@ def _ambiguous(fits: list[_Fit], place: str, section: str) -> InputError:
     keys = list(dict.fromkeys(fit.key for fit in fits))
     named, choices = "checkpoint_key", keys
     if len(keys) == 1:
-        named, choices = "prefix", [fit.prefix for fit in fits]
-    choices = sorted(choices)
+        named, choices = "prefix", sorted(fit.prefix for fit in fits)
     listed = ", ".join(repr(choice) for choice in choices)
     return InputError(
         f"the checkpoint holds this network's weights more than once, and they differ: {listed}",
