@@ -253,8 +253,8 @@ class _Run:
             batch = self._prepared(batch)
             if step == 0 and callable(check := getattr(self.model, "check_batch", None)):
                 check(batch)
-            if callable(told := getattr(self.model, "on_progress", None)):
-                told(at / of)
+            if callable(on_progress := getattr(self.model, "on_progress", None)):
+                on_progress(at / of)
             sizes.append(len(batch[self.task.target]))
             pending.append(
                 self.step.take(

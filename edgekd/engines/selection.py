@@ -274,9 +274,9 @@ def _why_float(rows: Sequence[Row], refused: Mapping[str, str], max_drop: float)
     others = [row for row in rows if row.candidate.name != FLOAT]
     if not others and not refused:
         return "no other variant was requested"
-    told = [
+    found = [
         f"{row.candidate.name} "
         + ("; ".join(row.against) or f"misses {', '.join(row.misses)}, which float32 meets")
         for row in others
     ] + [f"{name}: {reason}" for name, reason in refused.items()]
-    return f"no other is faster, smaller and within {max_drop:g}: {'. '.join(told)}"
+    return f"no other is faster, smaller and within {max_drop:g}: {'. '.join(found)}"

@@ -50,7 +50,7 @@ def candidate_rows(choice: Mapping[str, Any], metric: str) -> list[dict[str, str
         is_float = row["speedup"] is None and row["name"] == choice["candidates"][0]["name"]
         drop = Measurement(row["drop"], unit, interval=_ends(row["drop_interval"]))
         speedup = Measurement(row["speedup"], "×", interval=_ends(row["speedup_interval"]))
-        told = [f"misses {miss}" for miss in row["misses"]] + row["against"] + row["notes"]
+        reasons = [f"misses {miss}" for miss in row["misses"]] + row["against"] + row["notes"]
         taken = ["taken"] if row["name"] == choice["chosen"] else []
         found.append(
             {
@@ -59,7 +59,7 @@ def candidate_rows(choice: Mapping[str, Any], metric: str) -> list[dict[str, str
                 "drop": ABSENT if is_float else full_text(drop),
                 "p50": value_text(Measurement(row["latency_ms"].get("p50"), "ms")),
                 "speedup": full_text(speedup) if row["speedup"] is not None else ABSENT,
-                "found": "; ".join(taken + told),
+                "found": "; ".join(taken + reasons),
             }
         )
     blank = dict.fromkeys(("size", "drop", "p50", "speedup"), ABSENT)

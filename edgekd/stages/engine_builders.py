@@ -300,9 +300,9 @@ def write_further(
         record["engine"] = dict(measured)
     elif where_built(engine.kind, context.job.profile) == "here":
         record["engine"] = builder.build(folder / STUDENT, out, way.precision, way.kept)
-        told = f"built from {way.name}, {out.stat().st_size:,} bytes; not run here"
-        context.progress.message(f"  {engine.kind}: {told}")
+        message = f"built from {way.name}, {out.stat().st_size:,} bytes; not run here"
+        context.progress.message(f"  {engine.kind}: {message}")
     else:
-        told = f"for {context.job.profile.name} is built there: {record['command']}"
-        context.progress.message(f"  {engine.kind}: {told}")
+        message = f"for {context.job.profile.name} is built there: {record['command']}"
+        context.progress.message(f"  {engine.kind}: {message}")
     write_json(folder / "build.json", record)

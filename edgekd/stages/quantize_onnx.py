@@ -153,10 +153,10 @@ def quantize_model(
                 written, model, info.spec, compared, settings.threads
             )
             if compared is None and (decides := deciding_inputs(read_onnx(model))):
-                told = "; ".join(f"{name} decides {what}" for name, what in decides.items())
+                work = "; ".join(f"{name} decides {what}" for name, what in decides.items())
                 record["warnings"].append(
                     f"the times are those of random inputs, which decide how much is computed "
-                    f"({told}): --calibration DATA.npz, or 'edgekd benchmark --inputs', gives real "
+                    f"({work}): --calibration DATA.npz, or 'edgekd benchmark --inputs', gives real "
                     "ones"
                 )
     return record
