@@ -7,11 +7,19 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from edgekd.config.pipeline import DataConfig
-from edgekd.data.checks import check_alike, check_arrays, check_finite
 from edgekd.data.classes import LABEL_CLASSES, ClassTarget, read_classes
-from edgekd.data.dataset import Array, Dataset, Preprocess, Split, is_image, take
-from edgekd.data.layout import IMAGE_NAMES, Layout, layout_of, layouts_given
-from edgekd.data.normalization import fit_preprocess
+from edgekd.data.dataset import (
+    Array,
+    Dataset,
+    Preprocess,
+    Split,
+    check_alike,
+    check_arrays,
+    check_finite,
+    is_image,
+    take,
+)
+from edgekd.data.preprocessing import IMAGE_NAMES, Layout, fit_preprocess, layout_of, layouts_given
 from edgekd.data.source import SPLITS, UNSPLIT, RawData
 from edgekd.data.splits import cut, fill_labels, keep_share, without_labels
 from edgekd.errors import InputError, unknown_name
@@ -46,7 +54,7 @@ def build_dataset(
        ``label``; ``y`` becomes ``label`` when it holds integers, else ``target``. An array keeps
        its name when the new one is in use. ``data.targets`` may use either name.
     3. The axes of an input: by ``data.args: {layout: …}``, else by the rule of
-       :mod:`~edgekd.data.layout`. Images (N, H, W) get a channel axis, (N, H, W, C) are
+       :mod:`~edgekd.data.preprocessing`. Images (N, H, W) get a channel axis, (N, H, W, C) are
        transposed. Floats become float32, integer targets int64 (and (N, 1) integer targets
        (N,)); other inputs keep their integers.
     4. ``test`` is split off when the source has none, then ``validation`` from the rest of

@@ -1,18 +1,22 @@
-"""Weights on disk: safetensors, and state dicts of torch without their code."""
+"""Weights on disk: safetensors and state dicts of torch without their code, and class names."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import codecs
 import contextlib
+import json
 import os
 import pathlib
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +25,6 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from edgekd.errors import InputError, StageError
-from edgekd.models.class_order import ClassNames, class_names_in, class_names_in_metadata
 from edgekd.models.dict_model import DictModel
 from edgekd.models.state_dicts import find_state
 
@@ -235,3 +238,85 @@ def _damaged(error: Exception, place: str) -> InputError:
         where=place,
         remedy="copy or download it again; it may be truncated",
     )
+
+
+_KEYS = (
+    "class_to_idx", "idx_to_class", "id2label", "label2id", "classes", "class_names", "names",
+    "labels", "label_names", "classnames", "categories", "CLASSES", "class_labels",
+)  # fmt: skip
+_CONTAINERS = (
+    "hyper_parameters", "hparams", "config", "cfg", "args", "opt", "meta", "metadata",
+    "dataset_meta", "info", "extra", "data",
+)  # fmt: skip
+"""Keys under which trainers store them; the first one found is used."""
+
+_NESTING = 3
+
+
+@dataclass(frozen=True)
+class ClassNames:
+    """The classes of a network's outputs in their order, and where that is written."""
+
+    names: tuple[str, ...]
+    source: str
+
+
+def class_names_in(content: object, nesting: int = _NESTING) -> ClassNames | None:
+    """The class names in a checkpoint's content next to its weights; None without any."""
+    held = content if isinstance(content, Mapping) else getattr(content, "__dict__", None)
+    if not isinstance(held, Mapping):
+        return None
+    for key in _KEYS:
+        names = _as_names(held.get(key))
+        if names is not None:
+            return ClassNames(names, key)
+    for key in _CONTAINERS if nesting else ():
+        found = class_names_in(held.get(key), nesting - 1)
+        if found is not None:
+            return ClassNames(found.names, f"{key}.{found.source}")
+    return None
+
+
+def class_names_in_metadata(metadata: Mapping[str, str]) -> ClassNames | None:
+    """The class names in the texts of an ONNX or safetensors file: JSON, a Python literal (as
+    Ultralytics writes them), one to a line, or separated by commas."""
+    for key in _KEYS:
+        names = _as_names(_parsed(metadata[key])) if key in metadata else None
+        if names is not None:
+            return ClassNames(names, key)
+    return None
+
+
+def _as_names(value: Any) -> tuple[str, ...] | None:
+    """Names in their order: of a list, or of a mapping from or to numbers 0 to K - 1."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        pairs = list(value.items())
+        if all(isinstance(v, int) for _, v in pairs):
+            pairs = [(v, k) for k, v in pairs]
+        try:
+            numbered = {int(number): name for number, name in pairs}
+        except (TypeError, ValueError):
+            return None
+        if sorted(numbered) != list(range(len(pairs))):
+            return None
+        value = [numbered[number] for number in range(len(pairs))]
+    if not isinstance(value, list | tuple) or len(value) < 2:
+        return None
+    if not all(isinstance(name, str) for name in value) or len(set(value)) < len(value):
+        return None
+    # The placeholder names of transformers.
+    if all(re.fullmatch(r"LABEL_\d+", name) for name in value):
+        return None
+    return tuple(value)
+
+
+def _parsed(text: str) -> Any:
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError):
+            continue
+    lines = [line.strip() for line in text.strip().splitlines()]
+    return lines if len(lines) > 1 else [part.strip() for part in text.split(",")]

@@ -22,13 +22,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from edgekd.entry_points import InstalledExtension, extensions_named
-from edgekd.extension import is_reference, parse, source_files
+from edgekd.extension import InstalledExtension, extensions_named, is_reference, parse, source_files
 from edgekd.files import edgerun_folder, file_sha256
 
 PLUMBING = (
     *("edgekd.pipeline", "edgekd.errors", "edgekd.progress"),
-    *("edgekd.extension", "edgekd.entry_points"),
+    *("edgekd.extension", "edgekd.extension"),
 )
 """Packages and modules that no result depends on, so that they are not followed.
 

@@ -10,15 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.data.checks import check_alike, check_arrays, check_finite
-from edgekd.data.dataset import Array, Dataset
+from edgekd.data.dataset import Array, Dataset, check_alike, check_arrays, check_finite
 from edgekd.data.source import (
     SHARED_ARGUMENTS,
     SPLITS,
     RawData,
     Request,
 )
-from edgekd.data.split_names import by_split, recognized, split_of
+from edgekd.data.splits import by_split, recognized, split_of
 from edgekd.errors import EdgekdError, InputError, unknown_name
 from edgekd.extension import parse, source_files
 from edgekd.files import hash_file, hash_path

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from edgekd.data.dataset import Array, allocate
 from edgekd.data.source import SPLITS, UNSPLIT, RawData, Request, Source
-from edgekd.data.split_names import looks_like_split, recognized
+from edgekd.data.splits import looks_like_split, recognized
 from edgekd.errors import InputError, unknown_name
 from edgekd.files import files_in, hash_path, is_litter
 
@@ -25,7 +25,7 @@ _CHANNELS = {"RGB": 3, "L": 1}
 def read_image_folder(request: Request) -> RawData:
     """``<path>/train/<class>/*`` and ``<path>/test/<class>/*``, or just ``<path>/<class>/*``.
 
-    The splits may have the names of :mod:`~edgekd.data.split_names`, or those that ``data.args:
+    The splits may have the names of :mod:`~edgekd.data.splits`, or those that ``data.args:
     {splits: {train: …, test: …}}`` declares; ``splits: false`` means that the folders are the
     classes. Links to folders are followed; hidden files, and such as ``Thumbs.db``, are no images.
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from edgekd.data.dataset import Array
 from edgekd.data.source import RawData, Request, Source
-from edgekd.data.split_names import by_split
+from edgekd.data.splits import by_split
 from edgekd.errors import InputError
 from edgekd.files import hash_file
 
