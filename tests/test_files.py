@@ -14,7 +14,7 @@ from edgekd.config.pipeline import DataConfig
 from edgekd.data import load_dataset, source_fingerprint
 from edgekd.errors import InputError, StageError
 from edgekd.files import check_output, files_in, hash_path, write_npz
-from edgerun.inputs import write_npz as write_npz_on_device
+from edgerun.npz import write_npz as write_npz_on_device
 
 
 def put(folder, count, value=0):

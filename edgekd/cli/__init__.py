@@ -136,7 +136,7 @@ def main() -> None:
 @click.option("--schema", is_flag=True, help="Write the JSON schema for editors instead.")
 def init(path: Path, example: str, schema: bool) -> None:
     """Write an example pipeline to PATH (never over an existing file)."""
-    from edgekd.files import pipelines_folder
+    from edgekd.files import pipelines_folder, write_errors
 
     if path.exists():
         raise InputError("the file exists already", where=str(path), remedy="give another path")
@@ -149,14 +149,8 @@ def init(path: Path, example: str, schema: bool) -> None:
         if example not in examples:
             raise unknown_name("example", example, examples, where="--example")
         text = examples[example].read_text(encoding="utf-8")
-    try:
+    with write_errors(path, error=InputError):
         path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"the file cannot be written: {error.strerror}",
-            where=str(path),
-            remedy="give a path in a folder that exists and that you may write to",
-        ) from error
     click.echo(f"wrote {path}" + ("" if schema else f"; next: edgekd run {path}"))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekd.errors import InputError, StageError
+from edgekd.files import write_errors
 from edgekd.spec import TensorSpec
 
 Array = NDArray[Any]
@@ -164,30 +165,24 @@ def save_dataset(dataset: Dataset, folder: Path) -> None:
     Raises:
         StageError: it cannot be written (a full disk, no permission).
     """
-    try:
+    index = {
+        "schema": SCHEMA,
+        "source": dataset.source,
+        "splits": {split: list(s.arrays) for split, s in dataset.splits.items()},
+        "samples": {split: len(s) for split, s in dataset.splits.items()},
+        "inputs": [asdict(spec) for spec in dataset.inputs],
+        "targets": [asdict(spec) for spec in dataset.targets],
+        "labels": dataset.labels,
+        "preprocess": {name: p.to_json() for name, p in dataset.preprocess.items()},
+        "remarks": list(dataset.remarks),
+    }
+    with write_errors(folder, "the dataset"):
         for split, samples in dataset.splits.items():
             (folder / split).mkdir(parents=True, exist_ok=True)
             for name, array in samples.arrays.items():
                 np.save(folder / split / f"{name}.npy", array, allow_pickle=False)
-        index = {
-            "schema": SCHEMA,
-            "source": dataset.source,
-            "splits": {split: list(s.arrays) for split, s in dataset.splits.items()},
-            "samples": {split: len(s) for split, s in dataset.splits.items()},
-            "inputs": [asdict(spec) for spec in dataset.inputs],
-            "targets": [asdict(spec) for spec in dataset.targets],
-            "labels": dataset.labels,
-            "preprocess": {name: p.to_json() for name, p in dataset.preprocess.items()},
-            "remarks": list(dataset.remarks),
-        }
         text = json.dumps(index, indent=1, ensure_ascii=False) + "\n"
         (folder / _INDEX).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StageError(
-            f"the dataset cannot be written: {error.strerror or error}",
-            where=str(folder),
-            remedy="free space on the disk, or fix the folder's permissions",
-        ) from error
 
 
 def open_dataset(folder: Path) -> Dataset:

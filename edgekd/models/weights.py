@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import codecs
-import contextlib
 import json
-import os
 import pathlib
 import pickle
 import re
@@ -24,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from edgekd.errors import InputError, StageError
+from edgekd.errors import InputError
+from edgekd.files import write_whole
 from edgekd.models.dict_model import DictModel
 from edgekd.models.state_dicts import find_state
 
@@ -51,18 +50,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
         key: tensor.detach().cpu().contiguous().clone()
         for key, tensor in {**_inner(model).state_dict(), **output_scaling(model)}.items()
     }
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(save(tensors, {"format": "pt"}))
-        os.replace(partial, path)  # noqa: PTH105 - os.replace says that it is atomic
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise StageError(
-            f"the weights cannot be written: {error.strerror or error}",
-            where=str(path),
-            remedy="free space on the disk, or give a folder that can be written to",
-        ) from error
+    write_whole(path, save(tensors, {"format": "pt"}), "the weights")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from edgekd.data.source import (
 from edgekd.data.splits import by_split, recognized, split_of
 from edgekd.errors import EdgekdError, InputError, unknown_name
 from edgekd.extension import parse, source_files
-from edgekd.files import hash_file, hash_path
+from edgekd.files import file_sha256, hash_path
 
 LABEL_NAMES = "classes"
 """The key of the class names, next to the splits (or arrays)."""
@@ -79,7 +79,7 @@ def fingerprint_function(request: Request, reference: str) -> dict[str, str]:
         reference: the function as ``package.module:name``.
     """
     files = source_files(reference)
-    found = {f"module {number} {f.name}": hash_file(f) for number, f in enumerate(files)}
+    found = {f"module {number} {f.name}": file_sha256(f) for number, f in enumerate(files)}
     if request.path is not None:
         found["path"] = hash_path(request.required_path("what the function reads"))
     texts = [(text, request.base) for text in _texts(request.config.args)]

@@ -103,10 +103,10 @@ def damaged(kind):
         ("empty", "is empty"),
         ("cut", "truncated"),
         ("flipped", "damaged at array 'image'"),
-        ("npy", "no npz archive"),
-        ("pickle", "no npz archive"),
-        ("no-arrays", "no npz archive|no array"),
-        ("objects", "'label' cannot be read: Object arrays"),
+        ("npy", "single array"),
+        ("pickle", "not an npz file"),
+        ("no-arrays", "no array"),
+        ("objects", "'label' cannot be read: it holds Python objects"),
     ],
 )
 def test_damaged_files_and_pickles(tmp_path, kind, said):
