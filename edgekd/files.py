@@ -42,8 +42,8 @@ def files_in(folder: Path, litter: bool = False) -> Iterator[Path]:
     """All files below a folder in the order of their names.
 
     Links to files and folders are followed, each folder once on a path from the top, so that a
-    link to a folder above it does not loop. A broken link is included too: reading it is an error
-    that names it.
+    link to a folder above it does not loop. Broken links, pipes, sockets and devices are included
+    too: reading one is an error that names it.
 
     Args:
         folder: where to look.
@@ -70,7 +70,7 @@ def _files_in(folder: Path, litter: bool, above: tuple[str, ...]) -> Iterator[Pa
             continue
         if child.is_dir():
             yield from _files_in(child, litter, (*above, real))
-        elif child.is_file() or child.is_symlink():
+        else:
             yield child
 
 
@@ -99,7 +99,7 @@ def hash_path(path: Path, litter: bool = True) -> str:
         return file_sha256(path)
     digest = hashlib.sha256()
     for file in files_in(path, litter):
-        content = file_sha256(file) if file.exists() else "missing"
+        content = file_sha256(file) if file.is_file() else "missing"
         # repr() escapes a newline in a path, so that no two folders give the same lines.
         digest.update(f"{file.relative_to(path).as_posix()!r} {content}\n".encode())
     return digest.hexdigest()

@@ -10,12 +10,13 @@ from edgekd.config.pipeline import DataConfig
 from edgekd.data.classes import LABEL_CLASSES, ClassTarget, read_classes
 from edgekd.data.dataset import (
     Array,
+    Arrays,
     Dataset,
     Preprocess,
     Split,
-    check_alike,
     check_arrays,
-    check_finite,
+    check_axes,
+    check_samples,
     is_image,
     take,
 )
@@ -35,8 +36,6 @@ _CLASS_NAMES = ("label", "labels", "y")
 """Arrays that are the target ``label`` where they hold classes."""
 
 _IMAGE_LAYOUTS = ("nchw", "nhwc", "nhw")
-
-Arrays = Mapping[str, Array]
 
 
 def build_dataset(
@@ -79,6 +78,7 @@ def build_dataset(
             where=raw.where,
             remedy="give train, or unsplit samples",
         )
+    check_axes(splits, raw.where)
     splits, config = _usual_case(splits, config)
     splits, labels, remarks = _read_classes(splits, raw, config, classes)
     splits = fill_labels(splits, config.targets or DEFAULT_TARGETS)
@@ -95,11 +95,8 @@ def build_dataset(
                 for n, a in arrays.items()}
         for split, arrays in splits.items()
     }  # fmt: skip
-    check_alike(splits, raw.where)
     # Before splitting, so that messages give a sample's index in the user's own array.
-    for split, arrays in splits.items():
-        for name, array in arrays.items():
-            check_finite(split, name, array, raw.where)
+    check_samples(splits, raw.where)
     splits = keep_share(_split(splits, targets, raw, config), config.labelled, targets)
     train = splits["train"]
     inputs = [name for name in train if name not in targets]

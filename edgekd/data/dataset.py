@@ -225,21 +225,48 @@ def _specs(rows: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(row["name"], tuple(row["shape"]), row["dtype"]) for row in rows)
 
 
-def check_arrays(splits: Mapping[str, Mapping[str, Array]], where: str) -> None:
-    """Check that each array can be trained on, and that all splits have the same names.
+Arrays = Mapping[str, Array]
+
+
+def check_axes(splits: Mapping[str, Arrays], where: str) -> None:
+    """Check that each split has arrays, and each array an axis of samples.
 
     Raises:
-        InputError: the first problem found.
+        InputError: one has not.
     """
-    reference = splits["train"]
     for split, arrays in splits.items():
         if not arrays:
             raise InputError(
                 f"the {split} split has no array", where=where, remedy="give inputs and targets"
             )
         for name, array in arrays.items():
+            if array.ndim == 0:
+                raise InputError(
+                    f"{name!r} of {split} is a single number, not an array of samples",
+                    where=where,
+                    remedy="the first axis counts the samples",
+                )
+
+
+def check_arrays(splits: Mapping[str, Arrays], where: str) -> None:
+    """Check that each array can be trained on, and that all splits have the same names.
+
+    Raises:
+        InputError: the first problem found.
+    """
+    check_axes(splits, where)
+    reference = splits["train"]
+    for split, arrays in splits.items():
+        for name, array in arrays.items():
             _check_one(split, name, array, where)
-        _check_lengths(split, arrays, where)
+        lengths = {name: len(array) for name, array in arrays.items()}
+        if len(set(lengths.values())) > 1:
+            found = ", ".join(f"{name}: {length}" for name, length in lengths.items())
+            raise InputError(
+                f"the arrays of {split} differ in length ({found})",
+                where=where,
+                remedy="every array needs one row per sample",
+            )
         if set(arrays) != set(reference):
             odd = sorted(set(arrays) ^ set(reference))
             raise InputError(
@@ -250,11 +277,32 @@ def check_arrays(splits: Mapping[str, Mapping[str, Array]], where: str) -> None:
             )
 
 
-def check_alike(splits: Mapping[str, Mapping[str, Array]], where: str) -> None:
-    """Check that each array has the same sample shape and dtype in all splits.
+def _check_one(split: str, name: str, array: Array, where: str) -> None:
+    if not name.isidentifier():
+        raise InputError(
+            f"{name!r} is no usable name for an array",
+            where=where,
+            remedy="use letters, digits and underscores: the name becomes a model's input",
+        )
+    if array.dtype.kind not in "biuf":
+        raise InputError(
+            f"{name!r} of {split} has dtype {array.dtype}, which no model takes",
+            where=where,
+            remedy="give numbers: uint8 images, float32 vectors, int64 labels",
+        )
+    if array.size == 0:
+        raise InputError(
+            f"{name!r} of {split} is empty: its shape is {array.shape}",
+            where=where,
+            remedy="give at least one sample",
+        )
+
+
+def check_samples(splits: Mapping[str, Arrays], where: str) -> None:
+    """Check that each array has one sample shape and dtype in all splits, no NaN and no infinity.
 
     Raises:
-        InputError: one has not.
+        InputError: one has not; the first sample is named and such samples are counted.
     """
     for split, arrays in splits.items():
         for name, array in arrays.items():
@@ -265,16 +313,13 @@ def check_alike(splits: Mapping[str, Mapping[str, Array]], where: str) -> None:
                     where=where,
                     remedy="give every split the same sample shape and dtype",
                 )
+    for split, arrays in splits.items():
+        for name, array in arrays.items():
+            if array.dtype.kind == "f":
+                _check_finite(split, name, array, where)
 
 
-def check_finite(split: str, name: str, array: Array, where: str) -> None:
-    """Check that there is no NaN and no infinity.
-
-    Raises:
-        InputError: there is one; the first sample is named and the samples are counted.
-    """
-    if not np.issubdtype(array.dtype, np.floating):
-        return
+def _check_finite(split: str, name: str, array: Array, where: str) -> None:
     bad: list[int] = []
     kind = ""
     for start, piece in chunks(array):
@@ -291,44 +336,6 @@ def check_finite(split: str, name: str, array: Array, where: str) -> None:
             f"{name!r} holds {kind} in sample {bad[0]} of {split}{more}",
             where=where,
             remedy="remove or fix these samples (counted from 0)",
-        )
-
-
-def _check_one(split: str, name: str, array: Array, where: str) -> None:
-    if not name.isidentifier():
-        raise InputError(
-            f"{name!r} is no usable name for an array",
-            where=where,
-            remedy="use letters, digits and underscores: the name becomes a model's input",
-        )
-    if array.dtype.kind not in "biuf":
-        raise InputError(
-            f"{name!r} of {split} has dtype {array.dtype}, which no model takes",
-            where=where,
-            remedy="give numbers: uint8 images, float32 vectors, int64 labels",
-        )
-    if array.ndim == 0:
-        raise InputError(
-            f"{name!r} of {split} is a single number, not an array of samples",
-            where=where,
-            remedy="the first axis counts the samples",
-        )
-    if array.size == 0:
-        raise InputError(
-            f"{name!r} of {split} is empty: its shape is {array.shape}",
-            where=where,
-            remedy="give at least one sample",
-        )
-
-
-def _check_lengths(split: str, arrays: Mapping[str, Array], where: str) -> None:
-    lengths = {name: len(array) for name, array in arrays.items()}
-    if len(set(lengths.values())) > 1:
-        found = ", ".join(f"{name}: {length}" for name, length in lengths.items())
-        raise InputError(
-            f"the arrays of {split} differ in length ({found})",
-            where=where,
-            remedy="every array needs one row per sample",
         )
 
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edgekd.data.dataset import Array
+from edgekd.data.dataset import Array, Arrays
 from edgekd.data.source import SPLITS, UNSPLIT
 from edgekd.errors import InputError
 from edgekd.spec import UNLABELLED
@@ -75,8 +75,6 @@ def cut(
     mask[chosen] = True
     return np.flatnonzero(~mask), np.flatnonzero(mask)
 
-
-Arrays = Mapping[str, Array]
 
 _STREAMS = {"train": 2, "validation": 3}
 """One stream of random numbers for each split; 0 and 1 are those that make the splits."""

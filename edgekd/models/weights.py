@@ -9,6 +9,7 @@ import json
 import pathlib
 import pickle
 import re
+import struct
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from edgekd.errors import InputError
-from edgekd.files import write_whole
+from edgekd.files import require_regular_file, write_whole
 from edgekd.models.dict_model import DictModel
 from edgekd.models.state_dicts import find_state
 
@@ -34,6 +35,15 @@ _HARMLESS = [
     *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"},
 ]  # fmt: skip
 """Types that many checkpoints contain besides weights, and whose loading runs no code."""
+_UNREADABLE = (
+    EOFError, zipfile.BadZipFile, OSError, ValueError, KeyError, IndexError, OverflowError,
+    MemoryError, AssertionError, struct.error,
+)  # fmt: skip
+"""What torch raises for a damaged file, besides UnpicklingError and RuntimeError."""
+_UNKNOWN = (ImportError, AttributeError, TypeError)
+"""What it raises for a name that is not there."""
+_LARGE, _RATIO = 100_000_000, 10
+"""An archive of more than these bytes unpacked, and this many times its size, is refused."""
 _SCALING = ("@output_scale", "@output_offset")
 
 
@@ -86,6 +96,7 @@ def read_checkpoint(path: Path, allow_pickle: bool = False, where: str | None = 
         InputError: no such file, a truncated one, or a pickle that needs code.
     """
     place = f"{where}: {path}" if where else str(path)
+    require_regular_file(path, "give a checkpoint")
     if not path.is_file():
         raise InputError("the checkpoint does not exist", where=place, remedy="check the path")
     metadata: dict[str, str] = {}
@@ -139,7 +150,15 @@ def load_weights(
         content = {name: value for name, value in content.items() if name not in scaling}
     state, notes = find_state(content, network.state_dict(), read.place, read.section, key, prefix)
     for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_complex() or tensor.layout != torch.strided or tensor.is_quantized:
+            raise InputError(
+                f"the checkpoint's {name!r} is {tensor.layout} {tensor.dtype}, not plain numbers",
+                where=read.place,
+                remedy="save it as a dense tensor of float32",
+            )
+        # torch cannot compare 8-bit floats.
+        wide = tensor.float() if tensor.is_floating_point() else tensor
+        if not bool(torch.isfinite(wide).all()):
             raise InputError(
                 f"the checkpoint's {name!r} holds NaN or infinity",
                 where=read.place,
@@ -169,7 +188,7 @@ def _read_safetensors(path: Path, place: str) -> tuple[dict[str, Tensor], dict[s
             metadata: dict[str, str] = dict(file.metadata() or {})
             names: list[str] = file.keys()
             state: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
+    except (SafetensorError, OSError, *_UNREADABLE, *_UNKNOWN) as error:
         raise InputError(
             f"this is not a complete safetensors file: {error}",
             where=place,
@@ -181,6 +200,7 @@ def _read_safetensors(path: Path, place: str) -> tuple[dict[str, Tensor], dict[s
 
 
 def _read_torch(path: Path, allow_pickle: bool, place: str) -> object:
+    _refuse_bomb(path, place)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
             # Suppresses torch's warnings: the errors below are clearer.
@@ -195,7 +215,7 @@ def _read_torch(path: Path, allow_pickle: bool, place: str) -> object:
             remedy="save tensors only: torch.save(model.state_dict(), …) or safetensors; if you "
             "trust the file, write 'allow_pickle: true'",
         ) from error
-    except (EOFError, zipfile.BadZipFile, OSError, ValueError, KeyError, IndexError) as error:
+    except _UNREADABLE as error:
         raise _damaged(error, place) from error
     except RuntimeError as error:
         if "TorchScript" in str(error):
@@ -205,13 +225,27 @@ def _read_torch(path: Path, allow_pickle: bool, place: str) -> object:
                 remedy="save torch.jit.load(…).state_dict(), or export it to ONNX",
             ) from error
         raise _damaged(error, place) from error
-    except (ImportError, AttributeError, TypeError) as error:
+    except _UNKNOWN as error:
         raise InputError(
             f"this pickle needs code that is not here: {error}",
             where=place,
             remedy="save its state dict where that code is, and give that",
         ) from error
     return content
+
+
+def _refuse_bomb(path: Path, place: str) -> None:
+    """Refuse an archive that is far larger unpacked; torch does not compress its own."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    if size > _LARGE and size > _RATIO * path.stat().st_size:
+        raise InputError(
+            f"the checkpoint has {path.stat().st_size:,} bytes, and {size:,} unpacked",
+            where=place,
+            remedy="save it again with torch.save, which does not compress",
+        )
 
 
 def _needs_code(path: Path, error: pickle.UnpicklingError) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.data.dataset import Array, Dataset, check_alike, check_arrays, check_finite
+from edgekd.data.dataset import Array, Dataset, check_arrays, check_samples
 from edgekd.data.source import (
     SHARED_ARGUMENTS,
     SPLITS,
@@ -179,10 +179,7 @@ def _checked(dataset: Dataset, name: str) -> Dataset:
         )
     splits = {split: dataset.splits[split].arrays for split in SPLITS}
     check_arrays(splits, name)
-    check_alike(splits, name)
-    for split, arrays in splits.items():
-        for array_name, array in arrays.items():
-            check_finite(split, array_name, array, name)
+    check_samples(splits, name)
     return dataset
 
 
