@@ -23,8 +23,6 @@ from edgekd.tasks.task import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from edgekd.tasks.losses import Distance
-
 _NARROWEST, _WIDEST = 0.1, 3.0
 """Range of target deviations and means that needs no scaling of a network's outputs."""
 
@@ -36,9 +34,19 @@ class ContinuousTask:
     Where the data have ``<target>_mask``, elements with a zero there (the padding at the end of
     an action chunk) count neither in the loss nor in the metric. A mask has the target's shape
     or that of its leading dimensions.
+
+    Args:
+        target: the name of the target array; its mask is ``<target>_mask``.
+        output: the name of the model's output.
+        loss: the hard loss. ``mae`` is less drawn to rare, large values than ``mse``.
+        metric: the mean absolute or the mean squared error.
+        standardize: train in units of the targets' deviation, from their mean: ``auto`` where
+            their range requires it. A network's outputs are always in the user's units.
     """
 
     name: str
+    default_target = "target"
+    default_output = "prediction"
     metric = "mae"
     higher_is_better = False
     unit = 1.0
@@ -48,15 +56,15 @@ class ContinuousTask:
 
     def __init__(
         self,
-        target: str,
-        output: str,
-        loss: Distance,
+        target: str | None = None,
+        output: str | None = None,
+        loss: Literal["mse", "mae", "huber"] = "mse",
         metric: Literal["mae", "mse"] = "mae",
         standardize: bool | Literal["auto"] = "auto",
     ) -> None:
-        self.target = target
-        self.output = output
-        self.loss: Distance = loss
+        self.target = target or self.default_target
+        self.output = output or self.default_output
+        self.loss = loss
         self.standardize = standardize
         self._squared = metric == "mse"
         if self._squared:
@@ -239,50 +247,16 @@ def _expand(mask: np.ndarray[Any, Any], shape: tuple[int, ...]) -> np.ndarray[An
 
 
 class Regression(ContinuousTask):
-    """A prediction (B, ...) against a target of the same shape; see :class:`ContinuousTask`.
-
-    Args:
-        target: the name of the target array.
-        output: the name of the model's prediction.
-        loss: the hard loss.
-        metric: the mean absolute or the mean squared error.
-        standardize: train in units of the targets' deviation, from their mean: ``auto`` where
-            their range requires it. A network's outputs are always in the user's units.
-    """
+    """A prediction (B, ...) against a target of the same shape."""
 
     name = "regression"
 
-    def __init__(
-        self,
-        target: str = "target",
-        output: str = "prediction",
-        loss: Literal["mse", "mae", "huber"] = "mse",
-        metric: Literal["mae", "mse"] = "mae",
-        standardize: bool | Literal["auto"] = "auto",
-    ) -> None:
-        super().__init__(target, output, loss, metric, standardize)
-
 
 class Policy(ContinuousTask):
-    """Actions (B, A), or a chunk (B, T, A), imitating recorded ones; see :class:`ContinuousTask`.
+    """Actions (B, A), or a chunk (B, T, A), imitating recorded ones.
 
-    Args:
-        target: the name of the recorded actions; their mask is ``<target>_mask``.
-        output: the name of the model's actions.
-        loss: the hard loss. ``mae`` is less drawn to rare, large actions than ``mse``.
-        metric: the mean absolute or the mean squared error.
-        standardize: train in units of the targets' deviation, from their mean: ``auto`` where
-            their range requires it. A network's outputs are always in the user's units.
+    ``target`` and ``output`` are ``action`` by default.
     """
 
     name = "policy"
-
-    def __init__(
-        self,
-        target: str = "action",
-        output: str = "action",
-        loss: Literal["mse", "mae", "huber"] = "mse",
-        metric: Literal["mae", "mse"] = "mae",
-        standardize: bool | Literal["auto"] = "auto",
-    ) -> None:
-        super().__init__(target, output, loss, metric, standardize)
+    default_target = default_output = "action"
