@@ -108,5 +108,5 @@ def test_an_alpha_that_is_none(function):
     for alpha in (0, -1):
         with pytest.raises(InputError, match="alpha is"):
             function(images, images, draws(2), alpha=alpha)
-    with pytest.raises(InputError, match="alpha: .* it is 'x'"):
+    with pytest.raises(InputError, match=r"alpha: .* it is 'x'"):
         mixing([{function.__name__: {"alpha": "x"}}])
