@@ -20,7 +20,7 @@ from edgekd.errors import InputError, StageError
 from edgekd.onnx.session import CPU_PROVIDER, first_line, open_session
 
 if TYPE_CHECKING:
-    from edgekd.onnx.torch_export import SpecModule
+    from edgekd.onnx.export import SpecModule
 
 Array = npt.NDArray[Any]
 BATCH_SIZES = (1, 2, 7)

@@ -13,9 +13,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from edgekd.errors import InputError, StageError
-from edgekd.onnx.batch_inference import run_samples
 from edgekd.onnx.error_metrics import ErrorSums
 from edgekd.onnx.file import read_onnx
+from edgekd.onnx.inference import run_samples
 from edgekd.onnx.output_parts import Part, find_parts
 from edgekd.onnx.samples import Array, ArraySamples, Samples
 

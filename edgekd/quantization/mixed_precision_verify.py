@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from edgekd.errors import InputError, StageError
-from edgekd.onnx.batch_layout import session_layout, to_model
+from edgekd.onnx.inference import session_layout, to_model
 from edgekd.onnx.samples import Samples
 from edgekd.onnx.session import CPU_PROVIDER, first_line, open_session
 from edgekd.quantization.mixed_precision_rules import (
