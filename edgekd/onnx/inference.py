@@ -199,7 +199,10 @@ def fixed_batch(session: onnxruntime.InferenceSession) -> int | None:
 
 
 def model_inputs(
-    session: onnxruntime.InferenceSession, batch: Mapping[str, Array], path: Path, rows: int | None
+    session: onnxruntime.InferenceSession,
+    batch: Mapping[str, Array],
+    path: Path | str,
+    rows: int | None,
 ) -> dict[str, Array]:
     """The model's own inputs of a batch, padded to ``rows`` with its last sample.
 
@@ -231,7 +234,7 @@ def run_batch(
     session: onnxruntime.InferenceSession,
     names: Sequence[str],
     inputs: Mapping[str, Array],
-    path: Path,
+    path: Path | str,
 ) -> list[Any]:
     """The outputs of one batch, in the order of ``names``.
 

@@ -236,7 +236,7 @@ def _runnable(written: Path, method: Method, scratch: Path) -> Path:
     """The file, or where ONNX Runtime has no kernels for it the same rounding in float32."""
     if method != "bf16":
         return written
-    from edgekd.quantization.mixed_precision_verify import write_rounded
+    from edgekd.quantization.mixed_precision_graph import write_rounded
 
     rounded = scratch / "rounded.onnx"
     write_rounded(written, rounded, "bf16")

@@ -114,10 +114,6 @@ def test_detections_are_quantized_and_compared_as_sets(tmp_path):
     assert other["sel"].cosine > 0.8
 
 
-def scores(reference, answers, rows):
-    return np.array([len(values) for values in answers["sel"]], float)
-
-
 def test_sets_of_indices_and_matched_boxes_by_hand():
     ours = ragged([np.array([[0, 1, 5], [0, 1, 9]]), np.zeros((0, 3), np.int64)])
     theirs = ragged([np.array([[0, 1, 9]]), np.array([[0, 0, 2]])])
