@@ -44,25 +44,19 @@ class ArraySamples:
     """Samples that are in memory already: arrays (N, …) by input name."""
 
     def __init__(self, arrays: Mapping[str, Array]) -> None:
-        self._arrays = {name: np.asarray(array) for name, array in arrays.items()}
-
-    @property
-    def count(self) -> int:
-        """The number of samples."""
-        return min((len(array) for array in self._arrays.values()), default=0)
+        count = min(map(len, arrays.values()), default=0)
+        self._arrays = {name: np.asarray(array)[:count] for name, array in arrays.items()}
+        self.count = count
 
     def batches(self, size: int) -> Iterator[dict[str, Array]]:
-        """Batches of inputs by name, at most the limit in total."""
+        """As :meth:`Samples.batches`."""
         for start in range(0, self.count, size):
-            yield {
-                name: array[start : min(start + size, self.count)]
-                for name, array in self._arrays.items()
-            }
+            yield {name: array[start : start + size] for name, array in self._arrays.items()}
 
 
 def is_mask(values: Array) -> bool:
     """Whether floats are 0 or below, including -inf: a mask that is added before a softmax to
-    exclude places out. Other infinities, and NaN, are broken data."""
+    exclude places. Other infinities, and NaN, are broken data."""
     return values.dtype.kind == "f" and bool((values <= 0).all())
 
 
@@ -163,7 +157,7 @@ def open_samples(path: Path, spec: ModelSpec) -> Samples:
             where=str(path),
             remedy="save some hundred real inputs, preprocessed as the model expects them",
         )
-    return _FileSamples(path, spec, {t.name: headers[t.name] for t in spec.inputs}, count, others)
+    return _FileSamples(path, headers, count, others)
 
 
 @dataclass(frozen=True)
@@ -186,89 +180,78 @@ class _Arranged:
         return np.moveaxis(array.reshape(self.shape), self.axis, 0)
 
 
+@dataclass
 class _FileSamples:
-    """Samples read from a file batch by batch; made by :func:`open_samples`."""
+    """Samples read from a file batch by batch; made by :func:`open_samples`.
 
-    def __init__(
-        self,
-        path: Path,
-        spec: ModelSpec,
-        headers: dict[str, _Header],
-        count: int,
-        others: dict[str, _Arranged],
-    ) -> None:
-        self._path, self._spec, self._headers, self._count = path, spec, headers, count
-        self._others = others
-        self._whole: dict[str, Array] | None = None
+    ``others`` are the inputs that do not count samples on their first axis: read completely.
+    """
 
-    @property
-    def count(self) -> int:
-        """The number of samples."""
-        return self._count
+    path: Path
+    headers: dict[str, _Header]
+    count: int
+    others: dict[str, _Arranged]
+    _whole: dict[str, Array] | None = None
 
     def batches(self, size: int) -> Iterator[dict[str, Array]]:
-        """Batches of inputs by name, at most the limit in total."""
+        """As :meth:`Samples.batches`."""
         with ExitStack() as stack:
             streams = self._streams(stack)
             if self._whole is None:
-                self._whole = {name: self._load(streams[name], name) for name in self._others}
+                self._whole = {
+                    name: arranged.apply(self._read(streams[name], name, 0, None))
+                    for name, arranged in self.others.items()
+                }
             if any(
                 arranged.every and not (self._whole[name] == self._whole[name][:1]).all()
-                for name, arranged in self._others.items()
+                for name, arranged in self.others.items()
             ):
                 size = 1
-            for start in range(0, self._count, size):
-                rows = min(size, self._count - start)
+            for start in range(0, self.count, size):
+                rows = min(size, self.count - start)
                 batch = {}
-                for tensor in self._spec.inputs:
-                    if tensor.name in self._others:
-                        whole = self._whole[tensor.name]
-                        batch[tensor.name] = whole[np.arange(start, start + rows) % len(whole)]
+                for name in self.headers:
+                    if name in self._whole:
+                        whole = self._whole[name]
+                        batch[name] = whole[np.arange(start, start + rows) % len(whole)]
                     else:
-                        batch[tensor.name] = self._read(streams[tensor.name], tensor, start, rows)
+                        batch[name] = self._read(streams[name], name, start, rows)
                 yield batch
-
-    def _load(self, stream: IO[bytes], name: str) -> Array:
-        """A complete array, (n, …): states and settings are small compared with the data."""
-        header = self._headers[name]
-        tensor = next(t for t in self._spec.inputs if t.name == name)
-        whole = self._read(stream, tensor, 0, None)
-        return self._others[name].apply(whole.reshape(header.shape))
 
     def _streams(self, stack: ExitStack) -> dict[str, IO[bytes]]:
         streams: dict[str, IO[bytes]] = {}
         try:
             archive: zipfile.ZipFile | None = None
-            for name, header in self._headers.items():
+            for name, header in self.headers.items():
                 if header.member is None:
-                    streams[name] = stack.enter_context(self._path.open("rb"))
+                    streams[name] = stack.enter_context(self.path.open("rb"))
                 else:
-                    archive = archive or stack.enter_context(zipfile.ZipFile(self._path))
+                    archive = archive or stack.enter_context(zipfile.ZipFile(self.path))
                     streams[name] = stack.enter_context(archive.open(header.member))
                 _read_header(streams[name], header.member)
         except _BROKEN as error:
-            raise _truncated(self._path) from error
+            raise _truncated(self.path) from error
         return streams
 
-    def _read(self, stream: IO[bytes], tensor: TensorSpec, start: int, rows: int | None) -> Array:
+    def _read(self, stream: IO[bytes], name: str, start: int, rows: int | None) -> Array:
         """The next rows of an array, or all of it."""
-        header = self._headers[tensor.name]
+        header = self.headers[name]
         shape = header.shape if rows is None else (rows, *header.shape[1:])
         wanted = int(np.prod(shape, dtype=np.int64)) * header.dtype.itemsize
         try:
             content = stream.read(wanted)
         except (*_BROKEN, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
-            raise _truncated(self._path) from error
+            raise _truncated(self.path) from error
         if len(content) < wanted:
-            raise _truncated(self._path)
+            raise _truncated(self.path)
         array = np.frombuffer(content, header.dtype).reshape(shape)
         array = array.astype(header.dtype.newbyteorder("="), copy=False)
         if array.dtype.kind in "fc" and not np.isfinite(array).all() and not is_mask(array):
             bad = ~np.isfinite(array).reshape(rows or 1, -1).all(axis=1)
             which = "" if rows is None else f" of sample {start + int(bad.argmax())}"
             raise InputError(
-                f"input {tensor.name!r}{which} has a NaN or infinite value",
-                where=str(self._path),
+                f"input {name!r}{which} has a NaN or infinite value",
+                where=str(self.path),
                 remedy="leave the sample out or repair it; samples are counted from 0",
             )
         return array
@@ -285,7 +268,14 @@ def _headers(path: Path, spec: ModelSpec) -> dict[str, _Header]:
             start = stream.read(len(_NPY_MAGIC))
             stream.seek(0)
             if start == _NPY_MAGIC:
-                return _bare(path, spec, _read_header(stream, None))
+                header = _read_header(stream, None)
+                if len(spec.inputs) == 1:
+                    return {spec.inputs[0].name: header}
+                raise InputError(
+                    f"an .npy file holds one array, the model takes {len(spec.inputs)} inputs",
+                    where=str(path),
+                    remedy=f"write an .npz file with {_named(spec)}",
+                )
         if zipfile.is_zipfile(path):
             return _archived(path, spec)
     except _BROKEN as error:
@@ -298,16 +288,6 @@ def _headers(path: Path, spec: ModelSpec) -> dict[str, _Header]:
         remedy="write it with numpy: np.savez(file, NAME=array, …) with the names of the inputs: "
         + _named(spec),
     )
-
-
-def _bare(path: Path, spec: ModelSpec, header: _Header) -> dict[str, _Header]:
-    if len(spec.inputs) != 1:
-        raise InputError(
-            f"an .npy file holds one array, the model takes {len(spec.inputs)} inputs",
-            where=str(path),
-            remedy=f"write an .npz file with {_named(spec)}",
-        )
-    return {spec.inputs[0].name: header}
 
 
 def _archived(path: Path, spec: ModelSpec) -> dict[str, _Header]:
@@ -355,7 +335,7 @@ def _arranged(
     axis, declared = layout.axes[tensor.name], tensor.shape
     if axis is None:
         if _fits(shape, declared) or (not declared and shape == (1,)):
-            return _Arranged((1, *_without_scalar_axis(shape, declared)), 0, True)
+            return _Arranged((1, *(shape if declared else ())), 0, True)
         if len(shape) == len(declared) + 1 and _fits(shape[1:], declared):
             return _Arranged(shape, 0, True)
         if declared and declared[0] == 1 and _fits((1, *shape[1:]), declared):
@@ -393,13 +373,6 @@ def _state_of_fixed_batch(
         if declared == size and _fits(shape, opened):
             return _Arranged(shape, axis, False)
     return None
-
-
-def _without_scalar_axis(
-    shape: tuple[int, ...], declared: tuple[Dimension, ...]
-) -> tuple[int, ...]:
-    """A shape without the dimension that was added to a scalar."""
-    return shape if declared else ()
 
 
 def _fits(shape: tuple[int, ...], declared: tuple[Dimension, ...]) -> bool:
