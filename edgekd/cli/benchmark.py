@@ -142,7 +142,7 @@ def decided_by_inputs(model: Path | None) -> dict[str, str]:
     """Inputs whose random values decide how much a model computes, with what they decide; empty for
     an engine."""
     from edgekd.onnx.file import ENGINE_SUFFIXES, read_onnx
-    from edgekd.onnx.samples import deciding_inputs
+    from edgekd.onnx.graph import deciding_inputs
 
     if model is None or model.suffix.lower() in ENGINE_SUFFIXES:
         return {}

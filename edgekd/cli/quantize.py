@@ -21,7 +21,7 @@ from edgekd.cli.options import (
 )
 from edgekd.errors import GateFailed, InputError
 from edgekd.measurement import Measurement
-from edgekd.onnx.part_errors import SCORE_THRESHOLD
+from edgekd.onnx.error_metrics import SCORE_THRESHOLD
 from edgekd.release.formatting import full_text
 
 FOR_PIPELINE = frozenset({"model", "out", "overrides", "quiet"})

@@ -11,10 +11,9 @@ import numpy as np
 import onnx
 
 from edgekd.errors import InputError
-from edgekd.onnx.batch_inference import run_batch
-from edgekd.onnx.batch_layout import rows_of, spec_layout, to_model
 from edgekd.onnx.file import describe_onnx
-from edgekd.onnx.samples import Array, Samples, is_mask
+from edgekd.onnx.inference import rows_of, run_batch, to_model
+from edgekd.onnx.samples import Array, Samples, is_mask, spec_layout
 from edgekd.onnx.session import CPU_PROVIDER, open_session
 from edgekd.quantization.prepare import save_onnx
 from edgekd.quantization.ranges import Extremes, MagnitudeHistogram, Ranges, under_its_own_name

@@ -10,8 +10,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from edgekd.onnx.batch_inference import BatchedModel
-from edgekd.onnx.batch_layout import is_ragged
+from edgekd.onnx.inference import BatchedModel, is_ragged
 from edgekd.onnx.output_parts import APART, find_parts
 from edgekd.onnx.samples import Array, Samples
 from edgekd.quantization.ranges import Ranges
@@ -86,12 +85,12 @@ def mixed_outputs(prepared: Path, samples: Samples) -> tuple[MixedRange, ...]:
         samples: its real inputs; the first are run.
 
     Raises:
-        InputError, StageError: as :class:`edgekd.onnx.batch_inference.BatchedModel`.
+        InputError, StageError: as :class:`edgekd.onnx.inference.BatchedModel`.
     """
     model = BatchedModel(prepared, samples, optimization="disabled", batch=_LOOKED_AT)
     answers = {
         name: values
-        for name, values in model.answer(next(samples.batches(model.size))).items()
+        for name, values in model.predict(next(samples.batches(model.size))).items()
         if not is_ragged(values)
     }
     graph = onnx.load(str(prepared), load_external_data=False).graph

@@ -15,9 +15,9 @@ from onnx import TensorProto, numpy_helper
 
 from edgekd.errors import InputError, StageError, unknown_name
 from edgekd.files import write_errors
-from edgekd.onnx.batch_inference import fixed_sizes, model_inputs
 from edgekd.onnx.file import check_fits_one_file, check_onnx, describe_onnx, read_onnx
 from edgekd.onnx.graph import opset_of, subgraphs
+from edgekd.onnx.inference import first_batch, outputs_of, outputs_of_random_inputs
 from edgekd.onnx.optimizer_faults import (
     OPTIMIZERS,
     TOLERANCE,
@@ -25,7 +25,7 @@ from edgekd.onnx.optimizer_faults import (
     guard_padding,
     optimizers_to_disable,
 )
-from edgekd.onnx.samples import Array, Samples, answers_of, outputs_of_random_inputs
+from edgekd.onnx.samples import Array, Samples
 from edgekd.onnx.session import CPU_PROVIDER, first_line, open_session, session_options
 
 LEAST_OPSET = 13
@@ -136,17 +136,15 @@ class _Comparison:
         self._reference: dict[str, Array] = {}
         session = open_session(source, (CPU_PROVIDER,), threads, "disabled")
         if samples is not None:
-            rows = next(iter(fixed_sizes(session)), None)
-            batch = next(samples.batches(rows or 2))
-            self._inputs = model_inputs(session, batch, source, rows)
-            self._reference = answers_of(session, self._inputs, source)
+            self._inputs = first_batch(session, samples, source, 2)
+            self._reference = outputs_of(session, self._inputs, source)
         else:
             try:
                 spec = describe_onnx(source).spec
                 self._inputs, self._reference = outputs_of_random_inputs(session, spec, source)
             except (InputError, StageError):
                 return  # no input sizes are known that the model accepts
-        if changed(self._reference, answers_of(session, self._inputs, source), TOLERANCE):
+        if changed(self._reference, outputs_of(session, self._inputs, source), TOLERANCE):
             self._inputs = None  # it draws random numbers: no two outputs are the same
 
     def difference(self, model: onnx.ModelProto) -> tuple[str, float] | None:
@@ -157,7 +155,7 @@ class _Comparison:
             path = Path(folder, "prepared.onnx")
             save_onnx(model, path)
             session = open_session(path, (CPU_PROVIDER,), self._threads, "disabled")
-            answers = answers_of(session, self._inputs, self._source)
+            answers = outputs_of(session, self._inputs, self._source)
         return changed(self._reference, answers, TOLERANCE)
 
 

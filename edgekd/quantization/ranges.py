@@ -16,7 +16,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from edgekd.errors import InputError, StageError
-from edgekd.onnx.batch_inference import run_batch
+from edgekd.onnx.inference import run_batch
 from edgekd.onnx.samples import Array
 from edgekd.onnx.session import CPU_PROVIDER, open_session
 from edgekd.quantization.prepare import save_onnx

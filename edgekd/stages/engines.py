@@ -145,7 +145,7 @@ class _CandidateBuilder:
         self, source: Path, out: Path, precision: Precision, keep: tuple[str, ...] = ()
     ) -> dict[str, Any]:
         """Build one engine; returns its row of ``engines.json``."""
-        from edgekd.onnx.export import describe_onnx
+        from edgekd.onnx.file import describe_onnx
 
         row = self.builder.build(source, out, precision, keep)
         # Counted before optimization, which folds and fuses parameters away.

@@ -13,7 +13,8 @@ import numpy as np
 from edgekd.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
-    from edgekd.onnx.compare import Comparison, PartError
+    from edgekd.onnx.compare import Comparison
+    from edgekd.onnx.error_metrics import PartError
     from edgekd.onnx.samples import Array, Samples
     from edgekd.onnx.session import Optimization
 
@@ -185,7 +186,7 @@ class Evaluator:
 
     Raises:
         InputError: the labels do not fit the samples or the output; as
-            :func:`edgekd.onnx.compare.run_samples` for the model.
+            :func:`edgekd.onnx.inference.run_samples` for the model.
     """
 
     def __init__(
@@ -232,7 +233,7 @@ class Evaluator:
         # A class and a score for each sample are small enough to cache: float32 is run once.
         if self._known is None:
             known = _Classes.joined(
-                [_Classes.of(a[self._primary]) for _, _, a in self._reference.answers(BATCH)]
+                [_Classes.of(a[self._primary]) for _, _, a in self._reference.predictions(BATCH)]
             )
             self._known = (known, self._right(known, known, slice(None)))
         wanted, own = self._known
@@ -336,10 +337,11 @@ class Evaluator:
 
     def _classes(self, path: Path) -> _Classes:
         """A file's predictions for all samples."""
-        from edgekd.onnx.batch_inference import answer_batches
+        from edgekd.onnx.inference import BatchedModel
 
-        batches = answer_batches(path, self._samples, threads=self._threads, batch=self._batch)
-        return _Classes.joined([_Classes.of(answers[self._primary]) for _, answers in batches])
+        model = BatchedModel(path, self._samples, threads=self._threads, batch=self._batch)
+        batches = model.predict_batches()
+        return _Classes.joined([_Classes.of(outputs[self._primary]) for _, outputs in batches])
 
 
 class _Classes(NamedTuple):
@@ -374,7 +376,7 @@ def _metric_of(part: PartError) -> str:
     if part.kind == "decisions":
         return AGREEMENT
     if part.by_decision:
-        from edgekd.onnx.part_errors import SCORE_THRESHOLD
+        from edgekd.onnx.error_metrics import SCORE_THRESHOLD
 
         return f"agreement on scores over {SCORE_THRESHOLD:g}"
     return RELATIVE if part.relative is not None else ABSOLUTE

@@ -273,7 +273,7 @@ class _CandidateBuilder:
         there refuses the file.
         """
         from edgekd.quantization.float_weights import float_nodes
-        from edgekd.quantization.mixed_precision_verify import write_rounded
+        from edgekd.quantization.mixed_precision_graph import write_rounded
 
         file = self._out(name)
         there = _node_names(file)

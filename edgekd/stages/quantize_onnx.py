@@ -70,8 +70,8 @@ def quantize_model(
     """
     from edgekd.files import atomic_write, check_output
     from edgekd.onnx.file import check_fits_one_file, check_onnx, describe_onnx, read_onnx
-    from edgekd.onnx.sample_files import open_samples
-    from edgekd.onnx.samples import deciding_inputs
+    from edgekd.onnx.graph import deciding_inputs
+    from edgekd.onnx.samples import open_samples
 
     check_fits_one_file(model)
     check_onnx(model)
@@ -107,7 +107,7 @@ def quantize_model(
             return record
         runnable = _runnable(written, settings.method, Path(folder))
         if judge is not None and compared is not None:
-            from edgekd.onnx.batch_inference import BatchedModel
+            from edgekd.onnx.inference import BatchedModel
 
             found = judge.compare(runnable)
             warnings = found.pop("warnings")
@@ -168,13 +168,16 @@ def _blame(
     """``optimizer_fault`` where a file is far closer to float32 without optimizations than with
     them.
     """
-    from edgekd.onnx.batch_inference import one_batch
+    from edgekd.onnx.inference import first_batch
     from edgekd.onnx.optimizer_faults import find_fault
+    from edgekd.onnx.session import CPU_PROVIDER, open_session
 
     plain = largest_drop(judge.compare(file, "disabled"))
     if plain > largest_drop(found) / MUCH_NEARER:
         return {}
-    fault = find_fault(file, one_batch(file, samples), threads=threads, tolerance=ROUNDING)
+    session = open_session(file, (CPU_PROVIDER,), 1, "disabled")
+    inputs = first_batch(session, samples, file, 16)
+    fault = find_fault(file, inputs, threads=threads, tolerance=ROUNDING)
     if fault is None:
         return {}
     remark = f"{fault}; the drop is {plain:.4g} without: {fault.remedy}"
@@ -233,7 +236,7 @@ def _runnable(written: Path, method: Method, scratch: Path) -> Path:
     """The file, or where ONNX Runtime has no kernels for it the same rounding in float32."""
     if method != "bf16":
         return written
-    from edgekd.quantization.mixed_precision_verify import write_rounded
+    from edgekd.quantization.mixed_precision_graph import write_rounded
 
     rounded = scratch / "rounded.onnx"
     write_rounded(written, rounded, "bf16")

@@ -100,7 +100,8 @@ def opener(
 
 def write_queries(path: Path, spec: ModelSpec, samples: Samples) -> None:
     """A few queries of the size that the model fixes, else of one sample, as an npz file."""
-    from edgekd.onnx.batch_layout import spec_layout, to_model
+    from edgekd.onnx.inference import to_model
+    from edgekd.onnx.samples import spec_layout
 
     layout = spec_layout(spec.inputs)
     size = layout.size or 1

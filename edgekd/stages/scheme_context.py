@@ -108,7 +108,7 @@ def files_of_scheme(job: Job) -> dict[str, str]:
             for index, entry in enumerate(value):
                 look(entry, f"{where}[{index}]")
 
-    from edgekd.onnx.export import files_of_onnx
+    from edgekd.onnx.file import files_of_onnx
 
     look(job.config.distill.scheme.args, "distill.scheme")
     return found

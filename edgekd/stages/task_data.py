@@ -255,21 +255,17 @@ class Validation:
         return error
 
     def _scores(self, path: Path, batch: int, optimization: Optimization = "all") -> Array:
-        from edgekd.onnx.batch_inference import answer_batches
+        from edgekd.onnx.inference import BatchedModel
 
-        batches = answer_batches(path, self.samples, batch=batch, optimization=optimization)
-        scores = np.concatenate([self._score(answers, rows) for rows, answers in batches])
+        model = BatchedModel(path, self.samples, batch=batch, optimization=optimization)
+        batches = model.predict_batches()
+        scores = np.concatenate([self._score(outputs, rows) for rows, outputs in batches])
         labelled: Array = scores[self.labelled]
         return labelled
 
     def _answered(self) -> dict[str, Array]:
         """Float32's own predictions as targets."""
-        from edgekd.onnx.batch_inference import answer_batches
+        from edgekd.onnx.inference import BatchedModel, joined
 
-        parts: dict[str, list[Array]] = {}
-        for _, answers in answer_batches(
-            self._file, self.samples, batch=BATCH, optimization="disabled"
-        ):
-            for name, values in self.task.pseudo_targets(answers).items():
-                parts.setdefault(name, []).append(values)
-        return {name: np.concatenate(values) for name, values in parts.items()}
+        model = BatchedModel(self._file, self.samples, batch=BATCH, optimization="disabled")
+        return joined([self.task.pseudo_targets(o) for _, o in model.predict_batches()])

@@ -54,7 +54,7 @@ class TeacherStage:
             path = _existing(job, "teacher.checkpoint", teacher.checkpoint)
             files["checkpoint"] = file_sha256(path)
         if teacher.onnx is not None:
-            from edgekd.onnx.export import files_of_onnx
+            from edgekd.onnx.file import files_of_onnx
 
             parts = files_of_onnx(_existing(job, "teacher.onnx", teacher.onnx))
             files["onnx"] = " ".join(map(file_sha256, parts))

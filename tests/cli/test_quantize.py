@@ -57,7 +57,7 @@ def test_the_other_methods_write_too(written, method):
 
 def test_labels_make_the_metric_accuracy(written, data, model):
     _, record, _ = written("--labels", "label")
-    from edgekd.onnx.compare import run_samples
+    from edgekd.onnx.inference import run_samples
     from edgekd.onnx.samples import ArraySamples
 
     with np.load(data) as archive:

@@ -29,7 +29,8 @@ from edgekd.distill.trainer import train
 from edgekd.errors import InputError, StageError
 from edgekd.models import DictModel
 from edgekd.models.networks import Mlp, Policy
-from edgekd.onnx.export import describe_onnx, export_onnx
+from edgekd.onnx.export import export_onnx
+from edgekd.onnx.file import describe_onnx
 from edgekd.spec import ModelSpec, TensorSpec
 from edgekd.tasks import Classification
 

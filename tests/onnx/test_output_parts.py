@@ -8,8 +8,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from edgekd.onnx.compare import Reference
+from edgekd.onnx.error_metrics import SCORE_THRESHOLD
 from edgekd.onnx.output_parts import find_parts
-from edgekd.onnx.part_errors import SCORE_THRESHOLD
 from edgekd.onnx.samples import ArraySamples
 from edgekd.stages.evaluator import Evaluator, remarks_on_errors
 from tests.onnx_builders import Graph

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgekd.errors import InputError
-from edgekd.onnx.sample_files import open_samples
+from edgekd.onnx.samples import open_samples
 from edgekd.spec import ModelSpec, TensorSpec
 
 IMAGE = TensorSpec("image", ("batch", 3, 8, 8))

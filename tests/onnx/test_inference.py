@@ -7,12 +7,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from edgekd.onnx.batch_inference import BatchedModel, run_samples
-from edgekd.onnx.batch_layout import comparable, ragged
-from edgekd.onnx.compare import compare_models
+from edgekd.onnx.compare import Reference, comparable
 from edgekd.onnx.file import describe_onnx
-from edgekd.onnx.sample_files import open_samples
-from edgekd.onnx.samples import ArraySamples
+from edgekd.onnx.inference import BatchedModel, ragged, run_samples
+from edgekd.onnx.samples import ArraySamples, open_samples
 from edgekd.quantization.mixed_precision import convert_mixed_precision
 from edgekd.quantization.static import StaticQuantizer
 from tests.onnx_builders import Graph, run
@@ -56,9 +54,7 @@ def test_time_first_answers_of_a_fixed_batch(tmp_path, batch):
 def test_a_time_first_model_is_quantized_and_compared(tmp_path):
     path = time_first(tmp_path / "m.onnx")
     StaticQuantizer(path, SAMPLES, tmp_path / "s", runtime="cpu").write(tmp_path / "q.onnx")
-    found = compare_models(
-        path, tmp_path / "q.onnx", SAMPLES, None, lambda p, o, rows: o["y"][:, 0, 0]
-    )
+    found = Reference(path, SAMPLES).compare(tmp_path / "q.onnx")
     assert found.errors[0].samples == 20
     assert found.errors[0].sqnr_db > 30
 
@@ -110,16 +106,12 @@ def test_detections_are_quantized_and_compared_as_sets(tmp_path):
     samples = ArraySamples(IMAGES)
     StaticQuantizer(path, samples, tmp_path / "s", runtime="cpu").write(tmp_path / "q.onnx")
     same, other = (
-        {row.name: row for row in compare_models(path, p, samples, None, scores).errors}
+        {row.name: row for row in Reference(path, samples).compare(p).errors}
         for p in (path, tmp_path / "q.onnx")
     )
     assert same["sel"].max_absolute == 0
     assert other["sel"].max_absolute == 1  # a box in one of the sets only
     assert other["sel"].cosine > 0.8
-
-
-def scores(reference, answers, rows):
-    return np.array([len(values) for values in answers["sel"]], float)
 
 
 def test_sets_of_indices_and_matched_boxes_by_hand():
@@ -196,7 +188,7 @@ def test_states_and_scalars_are_calibrated_with_and_compared(tmp_path, batch, st
     low, high = quantizer.ranges["y"]
     assert low == pytest.approx(answers["y"].min(), rel=1e-4)
     assert high == pytest.approx(answers["y"].max(), rel=1e-4)
-    errors = compare_models(path, tmp_path / "q.onnx", samples, None, lambda p, o, r: o["y"][:, 0])
-    assert errors.errors[0].sqnr_db > 20
+    found = Reference(path, samples).compare(tmp_path / "q.onnx")
+    assert found.errors[0].sqnr_db > 20
     info = convert_mixed_precision(path, tmp_path / "h.onnx", "fp16", samples=samples)
     assert info.max_difference < 0.05
