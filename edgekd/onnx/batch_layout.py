@@ -14,9 +14,8 @@ from edgekd.errors import InputError, StageError
 from edgekd.onnx.file import UNKNOWN_RANK
 from edgekd.onnx.samples import Array
 from edgekd.spec import TensorSpec
-from edgerun.model import TensorInfo
+from edgerun.model import BatchLayout, TensorInfo
 from edgerun.onnx_session import shape_of
-from edgerun.shapes import BatchLayout
 
 _TRIED = (2, 3)  # batch sizes that identify the batch axis of an output
 _MATCHED_ROWS = 2048  # of a sample; the cost of an assignment grows with their cube

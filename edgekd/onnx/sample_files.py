@@ -16,7 +16,7 @@ from edgekd.onnx.batch_layout import spec_layout
 from edgekd.onnx.file import UNKNOWN_RANK
 from edgekd.onnx.samples import Array, Samples, is_mask
 from edgekd.spec import Dimension, ModelSpec, TensorSpec
-from edgerun.shapes import BatchLayout
+from edgerun.model import BatchLayout
 
 _NPY_MAGIC = b"\x93NUMPY"
 # Errors of zipfile and zlib for a truncated or corrupted file.

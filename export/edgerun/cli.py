@@ -227,8 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from edgerun.manifest import MANIFEST, manifest_beside, read_manifest
-    from edgerun.model_loading import open_model
-    from edgerun.run import run
+    from edgerun.run import open_model, run
 
     manifest = None
     if options.bundle is not None:
@@ -241,22 +240,21 @@ def _run(options: argparse.Namespace) -> int:
     manifest = manifest or manifest_beside(path)
     model = open_model(path, model_settings(options))
     begin = time.perf_counter()
-    answers = run(model, options.inputs, options.batch, manifest, options.raw)
+    outputs = run(model, options.inputs, options.batch, manifest, options.raw)
     seconds = time.perf_counter() - begin
-    answers.save(options.output)
-    for name, array in answers.outputs.items():
+    outputs.save(options.output)
+    for name, array in outputs.arrays.items():
         print(f"{name} {array.dtype} {'x'.join(map(str, array.shape))}")
-    if answers.labels is not None:
-        more = " …" if answers.samples > 10 else ""
-        print(f"labels: {', '.join(answers.labels[:10])}{more}")
-    print(f"{answers.samples} samples in {seconds:.2f} s -> {options.output}")
+    if outputs.labels is not None:
+        more = " …" if outputs.samples > 10 else ""
+        print(f"labels: {', '.join(outputs.labels[:10])}{more}")
+    print(f"{outputs.samples} samples in {seconds:.2f} s -> {options.output}")
     return 0
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from edgerun.bench import BenchmarkConfig, bench
-    from edgerun.formatting import bench_lines
-    from edgerun.shapes import parse_shapes
+    from edgerun.bench import BenchmarkConfig, bench, bench_lines
+    from edgerun.model import parse_shapes
 
     record = bench(
         BenchmarkConfig(
@@ -279,7 +277,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from edgerun.verify import verify
+    from edgerun.manifest import verify
 
     verdict = verify(options.folder)
     print("\n".join(verdict.lines()))
@@ -287,10 +285,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from edgerun.formatting import description_lines
-    from edgerun.model_loading import describe_model, model_lines
-    from edgerun.sensors import read_conditions
-    from edgerun.system import describe_environment
+    from edgerun.run import describe_model, model_lines
+    from edgerun.system import describe_environment, description_lines, read_conditions
 
     described: dict[str, Any] = {
         "schema": "edgerun.info/1",
@@ -306,8 +302,8 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _probe(options: argparse.Namespace) -> int:
-    from edgerun.probe import probe
-    from edgerun.shapes import parse_shapes
+    from edgerun.model import parse_shapes
+    from edgerun.run import probe
 
     record = probe(
         options.model,
@@ -317,7 +313,7 @@ def _probe(options: argparse.Namespace) -> int:
         batch=options.batch,
         run=not options.no_run,
         # Flushed at once: the next step may crash this process.
-        tell=lambda step: print(step, flush=True),
+        report=lambda step: print(step, flush=True),
     )
     if options.json is not None:
         _write_json(options.json, record)
@@ -325,8 +321,7 @@ def _probe(options: argparse.Namespace) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
-    from edgerun.formatting import build_lines
-    from edgerun.tensorrt.build import build
+    from edgerun.tensorrt.build import build, build_lines
     from edgerun.tensorrt.settings import BuildSettings, parse_ranges
 
     settings = BuildSettings(
@@ -350,9 +345,9 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _parse(options: argparse.Namespace) -> int:
-    from edgerun.tensorrt.network import judge
+    from edgerun.tensorrt.network import parse
 
-    verdict = judge(options.model, options.library)
+    verdict = parse(options.model, options.library)
     if options.json is not None:
         _write_json(options.json, verdict)
     said = "takes the model" if verdict["supported"] else "does not take the model"

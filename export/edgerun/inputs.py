@@ -12,8 +12,14 @@ import numpy as np
 
 from edgerun.errors import BadInput
 from edgerun.manifest import Manifest
-from edgerun.model import TensorInfo, written
-from edgerun.shapes import BatchLayout, ChosenShape, check_shape, choose_shapes
+from edgerun.model import (
+    BatchLayout,
+    ChosenShape,
+    TensorInfo,
+    check_shape,
+    choose_shapes,
+    written,
+)
 
 
 def write_npz(file: IO[bytes], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:

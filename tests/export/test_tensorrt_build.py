@@ -15,9 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgerun.errors import BadInput, CannotWrite, RunFailed
 from edgerun.tensorrt.build import build
-from edgerun.tensorrt.check import check_engine
+from edgerun.tensorrt.engine import check_engine
 from edgerun.tensorrt.library import find_gpu
-from edgerun.tensorrt.network import judge
+from edgerun.tensorrt.network import parse
 from edgerun.tensorrt.settings import BuildSettings, parse_ranges
 
 pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
@@ -178,7 +178,7 @@ def test_quantized_weights_alone_are_not_int8(tmp_path):
 
 def test_what_the_parser_refuses_is_named_with_node_and_remedy(tmp_path):
     model = network(tmp_path / "m.onnx", "uint8")
-    verdict = judge(model, RTX)
+    verdict = parse(model, RTX)
     assert not verdict["supported"]
     problem = verdict["problems"][0]
     assert problem["op"] in ("QuantizeLinear", "DequantizeLinear")
@@ -201,13 +201,13 @@ def test_all_unknown_operators_are_listed(tmp_path):
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("mine", 1)]
     model = helper.make_model(helper.make_graph(nodes, "g", [x], [y]), opset_imports=opsets)
     onnx.save(model, tmp_path / "m.onnx")
-    verdict = judge(tmp_path / "m.onnx", RTX)
+    verdict = parse(tmp_path / "m.onnx", RTX)
     found = {(problem["node"], problem["op"]) for problem in verdict["problems"]}
     assert {("first", "Foo"), ("last", "Bar")} <= found
 
 
 def test_a_model_that_is_taken_is_judged_so(tmp_path):
-    verdict = judge(network(tmp_path / "m.onnx", "int8"), RTX)
+    verdict = parse(network(tmp_path / "m.onnx", "int8"), RTX)
     assert (verdict["supported"], verdict["problems"]) == (True, [])
     assert verdict["schema"] == "edgerun.parse/1"
 
@@ -217,7 +217,7 @@ def test_a_file_that_is_no_model_is_not_taken_for_an_empty_one(tmp_path, content
     path = network(tmp_path / "m.onnx")
     path.write_bytes(path.read_bytes()[:-200] if content is None else content)
     with pytest.raises(BadInput, match="not a complete ONNX model"):
-        judge(path, RTX)
+        parse(path, RTX)
 
 
 @pytest.mark.parametrize("left", [None, b"abc"], ids=["missing", "truncated"])
@@ -225,12 +225,12 @@ def test_weights_that_cannot_be_read_are_named(tmp_path, left):
     path = network(tmp_path / "m.onnx")
     model = onnx.load(path)
     onnx.save(model, path, save_as_external_data=True, size_threshold=0, location="m.data")
-    assert judge(path, RTX)["supported"]
+    assert parse(path, RTX)["supported"]
     (tmp_path / "m.data").unlink()
     if left is not None:
         (tmp_path / "m.data").write_bytes(left)
     with pytest.raises(BadInput, match=r"weights are in another file.*m\.data"):
-        judge(path, RTX)
+        parse(path, RTX)
 
 
 def test_open_sides_need_a_shape_and_the_batch_does_not(tmp_path):
