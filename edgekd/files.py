@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import edgerun
-from edgekd.crash_notes import writing
+from edgekd.crashes import writing
 from edgekd.errors import EdgekdError, InputError, StageError
 
 

@@ -71,7 +71,7 @@ def benchmark(
         return
     from rich.console import Console
 
-    from edgekd.crash_notes import note_model
+    from edgekd.crashes import note_model
     from edgekd.files import check_output
     from edgekd.release.build_result import evidence_of
     from edgekd.targets import LocalTarget, open_target

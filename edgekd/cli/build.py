@@ -72,7 +72,7 @@ def build(model: Path, output: Path | None, **options: Any) -> None:
     if output is None:
         raise InputError("no file to write is given", where="edgekd build", remedy="add -o OUT")
     from edgekd.config.profile import load_profile
-    from edgekd.crash_notes import note_model
+    from edgekd.crashes import note_model
     from edgekd.files import check_output
     from edgekd.onnx.file import read_onnx
 

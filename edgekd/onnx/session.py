@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import onnxruntime
 
-from edgekd.crash_notes import note_step
+from edgekd.crashes import note_step
 from edgekd.errors import InputError, unknown_name
 
 CPU_PROVIDER = "CPUExecutionProvider"
@@ -188,7 +188,7 @@ def default_options(
 
 
 class Session(onnxruntime.InferenceSession):  # type: ignore[misc]  # it has no types
-    """A session that records its runs in :mod:`edgekd.crash_notes`."""
+    """A session that records its runs in :mod:`edgekd.crashes`."""
 
     file: Path
     level: Optimization

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgekd.crashes import named_signal
 from edgekd.errors import CrashError, EdgekdError, InputError, StageError, TargetError
 from edgekd.files import edgerun_folder
 
@@ -455,14 +456,6 @@ def _error(command: str, done: subprocess.CompletedProcess[str], model: str | No
         where=LocalTarget.name,
         remedy="signal 9 often means that the memory ran out" if code == -9 else None,
     )
-
-
-def named_signal(number: int) -> str:
-    """``11`` → ``11 (SIGSEGV)``; without a name, the number alone."""
-    try:
-        return f"{number} ({signal.Signals(number).name})"
-    except ValueError:
-        return str(number)
 
 
 def _reported(stderr: str) -> tuple[str | None, str | None, str | None]:

@@ -63,7 +63,7 @@ def test_the_command_for_the_device_is_one_that_edgerun_takes(config):
 
 
 def test_an_absent_library_says_what_to_install(monkeypatch, tmp_path, config):
-    monkeypatch.setattr(tensorrt, "MODULES", dict.fromkeys(tensorrt.MODULES, "not_there_at_all"))
+    monkeypatch.setattr(library, "MODULES", dict.fromkeys(library.MODULES, "not_there_at_all"))
     for kind, word in (("tensorrt", "JetPack"), ("tensorrt-rtx", r"edgekd\[rtx\]")):
         settings = engine_settings(TensorRTConfig(kind=kind), None)
         with pytest.raises(InputError, match=word):
@@ -115,7 +115,3 @@ def test_a_jetsons_engine_is_not_built_on_another_machine(monkeypatch, tmp_path,
     with pytest.raises(InputError, match="built on the device") as caught:
         check_runtime(settings, profile, tmp_path / "m.onnx")
     assert settings.command("m.onnx", "m.engine") in caught.value.remedy
-
-
-def test_both_worlds_mean_the_same_libraries():
-    assert tensorrt.MODULES == library.MODULES

@@ -428,7 +428,7 @@ def test_a_library_that_misses_only_the_gpu_finds_nothing_wrong_with_the_file(
     def load(path, library):
         raise BadInput("another library's") if library == "tensorrt" else NoDevice("no GPU")
 
-    monkeypatch.setattr("edgerun.tensorrt.runner.find_spec", lambda name: True)
+    monkeypatch.setattr("edgerun.tensorrt.runner.is_installed", lambda name: True)
     monkeypatch.setattr("edgerun.tensorrt.runner.open_library", lambda name: name)
     monkeypatch.setattr("edgerun.tensorrt.runner.load_engine", load)
     with pytest.raises(NoDevice, match="tensorrt-rtx: no GPU"):
@@ -484,7 +484,7 @@ def test_an_engine_of_a_library_that_is_absent_says_what_to_install(edgerun, eng
 
 def test_a_machine_without_any_tensorrt_says_what_to_install(monkeypatch, engine):
     engine.with_name("m.engine.json").unlink()
-    monkeypatch.setattr("edgerun.tensorrt.runner.find_spec", lambda name: None)
+    monkeypatch.setattr("edgerun.tensorrt.runner.is_installed", lambda name: False)
     with pytest.raises(BadInput, match="no TensorRT is installed") as caught:
         open_engine(engine)
     assert "tensorrt-rtx" in caught.value.remedy

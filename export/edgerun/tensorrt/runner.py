@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 import weakref
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
@@ -19,7 +18,7 @@ from edgerun.cuda_runtime import CudaRuntime, DeviceBuffers, load_cuda_runtime
 from edgerun.errors import BadInput, EdgerunError, NoDevice, RunFailed
 from edgerun.model import TensorInfo, check_file, written, written_feed
 from edgerun.tensorrt.engine import LIBRARY_ERRORS, LoadedEngine, check_engine, load_engine
-from edgerun.tensorrt.library import MODULES, installation, open_library
+from edgerun.tensorrt.library import MODULES, installation, is_installed, open_library
 
 DTYPES = {
     "FLOAT": "float32",
@@ -370,7 +369,7 @@ def open_engine(path: Path) -> EngineModel:
         library = open_library(str(record["library"]))
         loaded = load_engine(path, library, bool(record["settings"]["version_compatible"]))
         return EngineModel(path, loaded, _dimension_names(record))
-    installed = [name for name, module in MODULES.items() if find_spec(module) is not None]
+    installed = [name for name in MODULES if is_installed(name)]
     if not installed:
         raise BadInput(
             "no TensorRT is installed",
