@@ -143,7 +143,9 @@ def _build_tensorrt(
 
     from edgekd.config.engines import TensorRTConfig
     from edgekd.engines.tensorrt import check_runtime, engine_settings
+    from edgekd.errors import edgerun_errors
     from edgekd.targets import LocalTarget
+    from edgerun.tensorrt.settings import parse_ranges
 
     config = TensorRTConfig(
         kind=engine,
@@ -161,14 +163,15 @@ def _build_tensorrt(
         keep=options["keep"],
         timing_cache=options["timing_cache"],
     )
-    # As typed: the builder parses and validates them, and its messages name these options.
+    with edgerun_errors():
+        shapes = parse_ranges(options["shapes"])
     settings = replace(
         settings,
-        shapes=tuple(options["shapes"]),
+        shapes=shapes,
         compute_capabilities=tuple(options["sm"]) or settings.compute_capabilities,
     )
     check_runtime(settings, profile, model)
-    record = LocalTarget().build(model, output, **settings.arguments())
+    record = LocalTarget().build(model, output, settings)
     _print_build(output, record)
     return record
 

@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,9 +24,10 @@ from edgekd.config.profile import Profile
 from edgekd.errors import InputError, StageError, TargetError
 from edgekd.files import edgerun_folder
 from edgekd.onnx.graph import opset_of
+from edgerun.cli import command_words
 from edgerun.tensorrt.library import MODULES, installation, is_installed
+from edgerun.tensorrt.settings import BuildSettings, Range
 
-LibraryName = Literal["tensorrt", "tensorrt-rtx"]
 BuildPrecision = Literal["fp32", "fp16", "bf16", "int8"]
 
 JETSON_MACHINE = "aarch64"
@@ -42,53 +43,12 @@ except EdgerunError as error:
 """
 
 
-@dataclass(frozen=True)
-class EngineSettings:
-    """The arguments of :meth:`edgekd.targets.LocalTarget.build`, which explains them."""
-
-    library: LibraryName
-    compute_capabilities: tuple[str, ...] = ()
-    precision: BuildPrecision | None = None
-    keep: tuple[str, ...] = ()
-    shapes: tuple[str, ...] = ()
-    batch: int = 1
-    workspace_mb: float | None = None
-    timing_cache: Path | None = None
-    version_compatible: bool = False
-    hardware_compatible: bool = False
-    dla: int | None = None
-    gpu_fallback: bool = True
-
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments for a target's ``build``."""
-        return asdict(self)
-
-    def command(self, model: str, engine: str) -> str:
-        """What to type on the device, in a bundle's folder, to build the engine there."""
-        words = ["python3", "-m", "edgerun", "build", model, "--engine", engine]
-        words += ["--library", self.library]
-        for option, values in (
-            ("--sm", self.compute_capabilities),
-            ("--keep", self.keep),
-            ("--shape", self.shapes),
-        ):
-            for value in values:
-                words += [option, value]
-        for option, one in (
-            ("--precision", self.precision),
-            ("--batch", self.batch if self.batch != 1 else None),
-            ("--workspace-mb", self.workspace_mb),
-            ("--timing-cache", self.timing_cache),
-            ("--dla", self.dla),
-        ):
-            if one is not None:
-                words += [option, f"{one:g}" if isinstance(one, float) else str(one)]
-        switches = {
-            "--version-compatible": self.version_compatible,
-            "--hardware-compatible": self.hardware_compatible,
-            "--no-gpu-fallback": not self.gpu_fallback,
-        }
-        return shlex.join([*words, *(switch for switch, on in switches.items() if on)])
+def device_command(settings: BuildSettings, model: str, engine: str) -> str:
+    """What to type on the device, in a bundle's folder, to build the engine there."""
+    given = {"engine": engine, **vars(settings)}
+    if settings.batch == 1:
+        del given["batch"]
+    return shlex.join(["python3", "-m", "edgerun", *command_words("build", Path(model), given)])
 
 
 def engine_settings(
@@ -99,7 +59,7 @@ def engine_settings(
     precision: BuildPrecision | None = None,
     keep: Sequence[str] = (),
     timing_cache: Path | None = None,
-) -> EngineSettings:
+) -> BuildSettings:
     """The settings that a pipeline's engine and a device profile mean together.
 
     Scratch memory is limited to the profile's budget, and TensorRT for RTX builds for the
@@ -116,15 +76,12 @@ def engine_settings(
         workspace = profile.budget.memory_mb.value
     if not capabilities and config.kind == "tensorrt-rtx" and profile is not None and profile.gpu:
         capabilities = (profile.gpu.compute_capability.value,)
-    return EngineSettings(
+    return BuildSettings(
         library=config.kind,
         compute_capabilities=capabilities,
         precision=precision,
         keep=tuple(keep),
-        shapes=tuple(
-            f"{name}={':'.join('x'.join(map(str, shape)) for shape in shapes)}"
-            for name, shapes in config.shapes.items()
-        ),
+        shapes={name: Range(*shapes) for name, shapes in config.shapes.items()},
         batch=batch,
         workspace_mb=workspace,
         timing_cache=timing_cache,
@@ -158,7 +115,7 @@ def check_installed(kind: str, where: str | None = None) -> None:
         raise InputError(f"{kind} is not installed", where=where, remedy=installation(kind))
 
 
-def check_runtime(settings: EngineSettings, profile: Profile | None, model: Path) -> None:
+def check_runtime(settings: BuildSettings, profile: Profile | None, model: Path) -> None:
     """Check that the engine can be built on this machine.
 
     Raises:
@@ -167,7 +124,7 @@ def check_runtime(settings: EngineSettings, profile: Profile | None, model: Path
     """
     if where_built(settings.library, profile) == "on the device":
         assert profile is not None
-        command = settings.command(model.name, f"{model.stem}.engine")
+        command = device_command(settings, model.name, f"{model.stem}.engine")
         raise InputError(
             f"an engine for {profile.name} is built on the device: TensorRT does not build for "
             f"a Jetson on {platform.machine()}",

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Callable, List, Mapping, Sequence
 
 import edgerun
 from edgerun.errors import BadInput, CannotWrite, EdgerunError, RunFailed
@@ -198,6 +198,51 @@ def _number(text: str, unit: str = "") -> float:
     return value
 
 
+_OPTIONS = {
+    "against_options": "against-provider-options",
+    "compute_capabilities": "sm",
+    "shapes": "shape",
+}
+_SWITCHED_OFF = ("gpu_fallback", "memory", "run")
+"""Settings that are on by default, with an option --no-… instead of one of their name."""
+
+
+def command_words(command: str, model: Path | None, settings: Mapping[str, Any]) -> List[str]:
+    """The words after ``python -m edgerun`` that mean these settings; None is the default.
+
+    Args:
+        command: its name.
+        model: its model.
+        settings: by name, as the options are called, or as
+            :class:`edgerun.tensorrt.settings.BuildSettings` has them.
+    """
+    words = [command]
+    if model is not None:
+        words.append(f"./{model}" if str(model).startswith("-") else str(model))
+    for name, value in settings.items():
+        option = f"--{_OPTIONS.get(name, name.replace('_', '-'))}"
+        values: Sequence[Any] = (value,)
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            off = name in _SWITCHED_OFF
+            words += [] if value == off else [option.replace("--", "--no-") if off else option]
+            continue
+        if name == "shapes" and isinstance(value, dict):
+            ranges = {key: ":".join("x".join(map(str, s)) for s in r) for key, r in value.items()}
+            values = [f"{key}={sizes}" for key, sizes in ranges.items()]
+        elif isinstance(value, dict):
+            values = [json.dumps(value)]
+        elif name == "providers":
+            values = [",".join(value)] if value else []
+        elif isinstance(value, (list, tuple)):
+            values = value
+        for one in map(str, values):
+            # A value that begins with a hyphen is taken for an option otherwise.
+            words += [f"{option}={one}"] if one.startswith("-") else [option, one]
+    return words
+
+
 # numpy and the runtime are imported inside the commands: verify must work without them.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
@@ -207,15 +252,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_output(options.json, "--json", stream=True)
         code: int = _COMMANDS[options.name](options)
     except EdgerunError as error:
-        print(f"edgerun: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.report()
     except ImportError as error:
-        print(
-            f"edgerun: {error.name} is not installed for {sys.executable}\n"
-            f"  to do: {sys.executable} -m pip install numpy onnxruntime",
-            file=sys.stderr,
-        )
-        return RunFailed.exit_code
+        return RunFailed(
+            f"{error.name} is not installed for {sys.executable}",
+            remedy=f"{sys.executable} -m pip install numpy onnxruntime",
+        ).report()
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -325,6 +367,7 @@ def _build(options: argparse.Namespace) -> int:
     from edgerun.tensorrt.settings import BuildSettings, parse_ranges
 
     settings = BuildSettings(
+        library=options.library,
         compute_capabilities=tuple(dict.fromkeys(options.sm)),
         precision=options.precision,
         keep=tuple(dict.fromkeys(options.keep)),
@@ -337,7 +380,7 @@ def _build(options: argparse.Namespace) -> int:
         dla=options.dla,
         gpu_fallback=not options.no_gpu_fallback,
     )
-    record = build(options.model, options.engine, options.library, settings)
+    record = build(options.model, options.engine, settings)
     if options.json is not None:
         _write_json(options.json, record)
     print("\n".join(build_lines(record)))

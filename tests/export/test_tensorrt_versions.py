@@ -164,7 +164,7 @@ def install(monkeypatch, tmp_path):
 def build_with(tmp_path):
     def run(**settings):
         model, engine = tmp_path / "m.onnx", tmp_path / "m.engine"
-        return build(model, engine, "tensorrt", BuildSettings(**settings))
+        return build(model, engine, BuildSettings(**settings))
 
     return run
 

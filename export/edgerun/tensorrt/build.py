@@ -154,7 +154,7 @@ _REMEDIES = (
 )
 
 
-def build(model: Path, engine: Path, name: str, settings: BuildSettings) -> Dict[str, Any]:
+def build(model: Path, engine: Path, settings: BuildSettings) -> Dict[str, Any]:
     """Build an engine; ``engine`` exists afterwards only if it meets the settings.
 
     Next to it, ``<engine>.json`` is the record, and ``<engine>.layers.json`` the inspector's
@@ -174,7 +174,7 @@ def build(model: Path, engine: Path, name: str, settings: BuildSettings) -> Dict
         check_output(path, "--engine")
     if settings.timing_cache is not None:
         check_output(settings.timing_cache, "--timing-cache")
-    library = open_library(name)
+    library = open_library(settings.library)
     check_settings(library, settings)
     weak = is_weakly_typed(library, settings)
     parsed = read_network(library, model, strongly_typed=not weak)

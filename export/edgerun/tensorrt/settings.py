@@ -27,6 +27,7 @@ class BuildSettings:
     """Settings of an engine's build.
 
     Attributes:
+        library: ``tensorrt`` or ``tensorrt-rtx``.
         compute_capabilities: ``("8.6", "8.9")``: GPUs to build for; empty: this machine's GPU,
             or the library's default without one. tensorrt-rtx alone.
         precision: what convolutions and matrix products must compute in; None: the
@@ -42,6 +43,7 @@ class BuildSettings:
         gpu_fallback: whether layers that the DLA cannot run may run on the GPU.
     """
 
+    library: str = "tensorrt"
     compute_capabilities: Tuple[str, ...] = ()
     precision: str | None = None
     keep: Tuple[str, ...] = ()
@@ -55,9 +57,11 @@ class BuildSettings:
     gpu_fallback: bool = True
 
     def to_json(self) -> Dict[str, Any]:
-        """A plain mapping for a JSON file."""
+        """A plain mapping for a JSON file, in which the library stands elsewhere."""
+        fields = asdict(self)
+        del fields["library"]
         return {
-            **asdict(self),
+            **fields,
             "compute_capabilities": list(self.compute_capabilities),
             "keep": list(self.keep),
             "shapes": ranges_to_json(self.shapes),
