@@ -14,6 +14,7 @@ from rich.table import Table
 from edgekd.cli.options import PIPELINE_SUFFIXES, refuse_options_of_a_model
 from edgekd.errors import InputError, StageError
 from edgekd.release.formatting import ABSENT, number
+from edgerun.cli import LEVELS
 
 if TYPE_CHECKING:
     from edgekd.config.profile import Profile
@@ -22,8 +23,6 @@ FILE = click.Path(path_type=Path)
 
 COMPARED_BYTES = 64 << 20
 """Model files up to this size are also run without graph optimizations, to compare the outputs."""
-
-LEVELS = ("all", "extended", "basic", "disabled")
 
 
 @click.command()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from edgekd.cli.benchmark import LEVELS, write_record
+from edgekd.cli.benchmark import write_record
 from edgekd.cli.options import (
     PIPELINE_SUFFIXES,
     refuse_options,
@@ -16,6 +16,7 @@ from edgekd.cli.options import (
     typed_options,
 )
 from edgekd.errors import InputError
+from edgerun.cli import LEVELS
 
 if TYPE_CHECKING:
     from edgekd.config.profile import Profile

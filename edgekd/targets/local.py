@@ -19,7 +19,7 @@ from edgekd.crashes import OUT_OF_MEMORY, named_signal
 from edgekd.errors import CrashError, EdgekdError, InputError, StageError, TargetError
 from edgekd.files import edgerun_folder
 from edgekd.targets.target import BenchSettings, ProbeSettings, ProviderOptions, RunSettings
-from edgerun.cli import command_words
+from edgerun.cli import LEVELS, command_words
 from edgerun.errors import AS_JSON, BadInput, CannotWrite, RunFailed
 from edgerun.files import is_engine
 from edgerun.tensorrt.settings import BuildSettings
@@ -33,8 +33,6 @@ THREAD_VARIABLES = (
 STDERR_LINES = 10
 FILES = ("against", "engine", "inputs", "json", "manifest", "output", "timing_cache")
 """Settings that are files."""
-LEVELS = ("all", "extended", "basic", "disabled")
-"""ONNX Runtime's levels of graph optimization, the highest first."""
 
 
 class LocalTarget:

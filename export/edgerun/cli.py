@@ -22,6 +22,9 @@ from edgerun.files import check_output
 if TYPE_CHECKING:
     from edgerun.model import Settings
 
+LEVELS = ("all", "extended", "basic", "disabled")
+"""ONNX Runtime's levels of graph optimization, the highest first."""
+
 
 def command_parser() -> argparse.ArgumentParser:
     """The argument parser; ``name`` of the result is the command."""
@@ -161,9 +164,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help='{"PROVIDER": {"KEY": "VALUE"}}, or a file with it',
     )
-    parser.add_argument(
-        "--optimization", choices=("disabled", "basic", "extended", "all"), default="all"
-    )
+    parser.add_argument("--optimization", choices=LEVELS, default="all")
 
 
 def _natural(text: str) -> int:
