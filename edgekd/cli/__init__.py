@@ -53,9 +53,9 @@ class LazyGroup(click.Group):
         words = sys.argv[1:]
         pipeline = any(word.lower().endswith((".yaml", ".yml")) for word in words)
         if args is None and words[:1] and words[0] in _OPENING_MODELS and not pipeline:
-            from edgekd.cli.supervision import supervise
+            from edgekd.crashes import supervise
 
-            supervise()
+            supervise(_probe)
         return super().main(args, *rest, **extra)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -100,7 +100,7 @@ class LazyGroup(click.Group):
             # with its traceback.
             if not type(error).__module__.startswith(_LIBRARIES):
                 raise
-            from edgekd.crash_notes import noted_file
+            from edgekd.crashes import noted_file
 
             failed = StageError(
                 f"{type(error).__module__.partition('.')[0]} fails: {' '.join(str(error).split())}",
@@ -113,6 +113,12 @@ class LazyGroup(click.Group):
         except KeyboardInterrupt:
             click.echo("\ninterrupted: finished stages are stored; run again to resume", err=True)
             ctx.exit(130)
+
+
+def _probe(model: Path, level: str) -> None:
+    from edgekd.targets import LocalTarget
+
+    LocalTarget().probe(model, optimization=level)
 
 
 def _print_error(text: str) -> None:

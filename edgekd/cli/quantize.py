@@ -130,7 +130,7 @@ def quantize(
     from rich.console import Console
     from rich.markup import escape
 
-    from edgekd.crash_notes import note_model
+    from edgekd.crashes import note_model
     from edgekd.files import check_output
     from edgekd.quantization.settings import QuantizeSettings
     from edgekd.stages.quantize_onnx import files_read, quantize_model

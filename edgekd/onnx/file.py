@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError
 
-from edgekd.crash_notes import note_step
+from edgekd.crashes import note_step
 from edgekd.errors import InputError
 from edgekd.files import require_regular_file
 from edgekd.onnx.session import CPU_PROVIDER, first_line, open_session

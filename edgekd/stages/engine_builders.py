@@ -178,7 +178,7 @@ class TensorRTBuilder:
             timing_cache=self.cache,
         )
         check_runtime(settings, self.profile, source)
-        record = self.target.build(source, out, **settings.arguments())
+        record = self.target.build(source, out, settings)
         return {
             "file": out.name,
             "size_bytes": out.stat().st_size,
@@ -194,12 +194,12 @@ class TensorRTBuilder:
 
     def command(self, model: str, precision: Precision, keep: tuple[str, ...]) -> str:
         """The command that builds the engine on the device."""
-        from edgekd.engines.tensorrt import engine_settings
+        from edgekd.engines.tensorrt import device_command, engine_settings
 
         settings = engine_settings(
             self._for(precision), self.profile, batch=self.batch, precision=precision, keep=keep
         )
-        return settings.command(model, f"{Path(model).stem}.engine")
+        return device_command(settings, model, f"{Path(model).stem}.engine")
 
     def describe(self) -> str:
         """A short description of what runs the engine."""

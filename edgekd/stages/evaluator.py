@@ -97,7 +97,7 @@ _SHOWN = 8  # wrong values that an error spells out
 
 
 def read_labels(path: Path, name: str) -> Array:
-    """The array ``name`` of a file that :func:`edgekd.onnx.sample_files.open_samples` takes.
+    """The array ``name`` of a file that :func:`edgekd.onnx.samples.open_samples` takes.
 
     Raises:
         InputError: the file is an .npy, which holds one array; there is no such array; it is
@@ -169,7 +169,7 @@ class Evaluator:
     Float32 is the model as written, run without graph optimizations. The metric is
     accuracy where there are labels, agreement with float32 where the first output is (N, classes)
     in floating point, else that of the part of the outputs which falls most: see
-    :class:`edgekd.onnx.part_errors.PartError`. A sample whose output is NaN or infinite where
+    :class:`edgekd.onnx.error_metrics.PartError`. A sample whose output is NaN or infinite where
     float32's is not, or vice versa, is wrong.
 
     The drop that is checked against a budget is the largest one of the metric and of all other

@@ -17,6 +17,7 @@ from edgekd.cli import main
 from edgekd.engines.tensorrt import can_run_here
 from edgekd.errors import TargetError
 from edgekd.targets import LocalTarget, local
+from edgerun.tensorrt.settings import BuildSettings
 
 
 @pytest.fixture
@@ -212,7 +213,7 @@ def test_a_crash_of_the_builder_does_not_take_edgekd_down(tmp_path, model, monke
     (folder / "__main__.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     monkeypatch.setattr(local, "edgerun_folder", lambda: folder)
     with pytest.raises(TargetError, match="edgerun build was killed by signal 11"):
-        LocalTarget().build(model, tmp_path / "e", library="tensorrt-rtx")
+        LocalTarget().build(model, tmp_path / "e", BuildSettings("tensorrt-rtx"))
 
 
 def test_neither_torch_nor_tensorrt_is_imported(rtx, model, tmp_path):

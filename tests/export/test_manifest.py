@@ -6,7 +6,7 @@ import json
 import pytest
 
 from edgerun.errors import BadInput
-from edgerun.verify import verify
+from edgerun.manifest import verify
 
 
 @pytest.fixture

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from edgerun.sensors import read_conditions, read_power
-from edgerun.system import describe_environment
+from edgerun.system import describe_environment, read_conditions, read_power
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
-"""The builder's configuration: flags, profile, requested and actual precision of layers.
+"""The precision that each layer of a network or of an engine computes in, against the requested.
 
 In a strongly typed network the types are the model's own, so that "asked for INT8 and got FP32"
-is known before anything is built, and without a GPU.
+is known before anything is built, and without a GPU. Those of an engine are its inspector's;
+never run, as loading an engine needs a GPU: the layers' form is that of the inspector's
+documentation for 8.4 to 10.
 """
 
 from __future__ import annotations
@@ -12,9 +14,6 @@ from dataclasses import dataclass
 from typing import Any, Collection, Dict, List, Mapping, Sequence, Tuple
 
 from edgerun.errors import BadInput
-from edgerun.tensorrt.library import Library
-from edgerun.tensorrt.network import Parsed
-from edgerun.tensorrt.settings import BuildSettings, Range
 
 UNKNOWN = "unknown"
 
@@ -58,6 +57,30 @@ _REMEDY = {
     "int8": "quantize it first: edgekd quantize MODEL.onnx --for tensorrt --calibration DATA "
     "-o OUT.onnx",
 }
+
+
+# "Row major linear FP16 format", "Half", "Thirty-two wide channel vectorized row major Int8".
+_TYPE_WORDS = (
+    ("bf16", re.compile(r"bf16|bfloat16", re.I)),
+    ("int8", re.compile(r"int8", re.I)),
+    ("fp8", re.compile(r"fp8|e4m3", re.I)),
+    ("int4", re.compile(r"int4", re.I)),
+    ("fp4", re.compile(r"fp4", re.I)),
+    ("fp16", re.compile(r"fp16|half|float16", re.I)),
+    ("fp32", re.compile(r"fp32|float", re.I)),
+)
+# The operands' type in a kernel's name: sm80_xmma_fprop_implicit_gemm_f16f16_f16f32_…
+_TACTIC = re.compile(r"_(?P<type>tf32|bf16|f16|f32|i8|s8|e4m3)")
+_TACTIC_TYPES = {
+    "tf32": "fp32",
+    "f32": "fp32",
+    "bf16": "bf16",
+    "f16": "fp16",
+    "i8": "int8",
+    "s8": "int8",
+    "e4m3": "fp8",
+}
+_COPIES = ("Reformat", "NoOp", "Constant", "Shuffle", "Identity")
 
 
 @dataclass(frozen=True)
@@ -209,153 +232,54 @@ def _some(names: Collection[str]) -> str:
     return f"{shown}, …" if len(names) > NAMED else shown or "none"
 
 
-_DATA_TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
+def engine_layers(seen: Sequence[Any], matrix_names: Collection[str]) -> Layers:
+    """Precisions of an engine's layers.
 
-
-def is_weakly_typed(library: Library, settings: BuildSettings) -> bool:
-    """Whether the precision is requested from the builder.
-
-    Only TensorRT before 11 supports that, and only for types other than float32; otherwise the
-    types are the model's.
+    Args:
+        seen: the inspector's layers.
+        matrix_names: the network's convolutions and matrix products, to be matched.
     """
-    return library.weakly_typed and settings.precision not in (None, "fp32")
-
-
-def check_settings(library: Library, settings: BuildSettings) -> None:
-    """Raise BadInput for settings that this library does not support, before the model is read."""
-    known = library.compute_capabilities()
-    if settings.compute_capabilities and not known:
-        raise BadInput(
-            f"{library} builds for the GPU it runs on alone",
-            where="--sm",
-            remedy="leave --sm out and build on the device, or use --library tensorrt-rtx",
-        )
-    for capability in settings.compute_capabilities:
-        if capability not in known:
-            raise BadInput(
-                f"{library} has no compute capability {capability}",
-                where="--sm",
-                remedy=f"it has {', '.join(known)}; an engine for a Jetson is built on the Jetson, "
-                "with 'python -m edgerun build MODEL.onnx --engine OUT --library tensorrt'",
-            )
-    if settings.hardware_compatible and known:
-        # Tried with 1.7.1: the level is accepted, and the engine is byte-identical.
-        raise BadInput(
-            f"{library} does not use hardware compatibility",
-            where="--hardware-compatible",
-            remedy="name each GPU that the engine is for: --sm 8.6 --sm 8.9",
-        )
-    if settings.dla is not None and settings.precision not in ("fp16", "int8"):
-        raise BadInput(
-            "a DLA computes in FP16 and INT8 alone",
-            where="--dla",
-            remedy="add --precision fp16 or --precision int8",
-        )
-
-
-def configure(
-    library: Library, parsed: Parsed, settings: BuildSettings, ranges: Mapping[str, Range]
-) -> Any:
-    """The builder configuration.
-
-    Raises:
-        BadInput: the library, the machine or the network does not support a setting.
-    """
-    module = library.module
-    config = parsed.builder.create_builder_config()
-    # The inspector reports types only for engines built with detailed verbosity.
-    config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
-    if settings.workspace_mb is not None:
-        limit = int(settings.workspace_mb * 1e6)
-        config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, limit)
-    if settings.version_compatible:
-        _set_flag(library, config, "VERSION_COMPATIBLE", "--version-compatible")
-    if settings.hardware_compatible:
-        level = library.member("HardwareCompatibilityLevel", "AMPERE_PLUS")
-        if level is None:
-            raise _missing(library, "hardware compatibility levels", "--hardware-compatible")
-        config.hardware_compatibility_level = level
-    if settings.dla is not None:
-        _use_dla(library, parsed.builder, config, settings)
-    if settings.compute_capabilities:
-        known = library.compute_capabilities()
-        config.num_compute_capabilities = len(settings.compute_capabilities)
-        for index, capability in enumerate(settings.compute_capabilities):
-            config.set_compute_capability(known[capability], index)
-    if settings.precision is not None and is_weakly_typed(library, settings):
-        _ask_precision(library, parsed.network, config, settings)
-    if ranges:
-        _add_profile(parsed.builder, config, ranges)
-    return config
-
-
-def _use_dla(library: Library, builder: Any, config: Any, settings: BuildSettings) -> None:
-    cores = int(getattr(builder, "num_DLA_cores", 0))
-    if settings.dla is None or settings.dla >= cores:
-        raise BadInput(
-            f"{library} finds {cores or 'no'} DLA core{'' if cores == 1 else 's'} here; "
-            f"core {settings.dla} was asked for",
-            where="--dla",
-            remedy="build on a Jetson that has a DLA, or leave --dla out",
-        )
-    config.default_device_type = library.module.DeviceType.DLA
-    config.DLA_core = settings.dla
-    if settings.gpu_fallback:
-        _set_flag(library, config, "GPU_FALLBACK", "--dla")
-
-
-def _ask_precision(library: Library, network: Any, config: Any, settings: BuildSettings) -> None:
-    """Flags of a weakly typed network, and the type of each layer that requires one."""
-    asked = str(settings.precision)
-    flags: List[str] = [asked.upper()]
-    if settings.dla is not None and asked == "int8":
-        # Layers without INT8 support on the DLA compute in FP16.
-        flags.append("FP16")
-    for flag in flags:
-        _set_flag(library, config, flag, "--precision")
-    if asked == "int8":
-        # Quantize and dequantize nodes state the precision; a second statement would be refused.
-        return
-    obey = library.member("BuilderFlag", "OBEY_PRECISION_CONSTRAINTS")
-    if obey is None:
-        raise _missing(library, "precision constraints", "--precision")
-    config.set_flag(obey)
-    _constrain(library, network, asked, settings.keep)
-
-
-def _constrain(library: Library, network: Any, asked: str, keep: Collection[str]) -> None:
-    types: Dict[str, Any] = {
-        name: library.member("DataType", kind) for name, kind in _DATA_TYPES.items()
-    }
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        if layer.type.name not in MATRIX_LAYERS or layer.get_output(0).dtype.name not in FLOATS:
+    counts: Counter[str] = Counter()
+    matrix: Dict[str, List[str]] = {}
+    all_names = set()
+    for layer in seen:
+        if not isinstance(layer, Mapping) or layer.get("LayerType") in _COPIES:
             continue
-        layer.precision = types["fp32" if onnx_name(layer) in keep else asked]
+        names = _names(layer, matrix_names)
+        all_names.update(names)
+        precision = _precision(layer)
+        counts[precision] += 1
+        for name in names:
+            if name in matrix_names:
+                matrix.setdefault(precision, []).append(name)
+    return Layers(
+        "engine",
+        dict(counts),
+        {precision: tuple(names) for precision, names in matrix.items()},
+        frozenset(all_names),
+    )
 
 
-def _add_profile(builder: Any, config: Any, ranges: Mapping[str, Range]) -> None:
-    profile = builder.create_optimization_profile()
-    for name, sizes in ranges.items():
-        profile.set_shape(name, sizes.min, sizes.opt, sizes.max)
-    if config.add_optimization_profile(profile) < 0:
-        raise BadInput(
-            f"the library refuses the shapes of {_listed(list(ranges))}",
-            where="--shape",
-            remedy="give shapes that fit each other",
-        )
+def _names(layer: Mapping[str, Any], matrix_names: Collection[str]) -> List[str]:
+    """The ONNX nodes fused into an engine's layer: by its metadata, or by its own name."""
+    named = list(metadata_names(str(layer.get("Metadata") or "")))
+    parts = str(layer.get("Name", "")).split(" + ")
+    return named or [part for part in parts if part in matrix_names] or parts
 
 
-def _set_flag(library: Library, config: Any, name: str, option: str) -> None:
-    flag = library.member("BuilderFlag", name)
-    if flag is None:
-        raise _missing(library, name, option)
-    config.set_flag(flag)
-
-
-def _missing(library: Library, what: str, option: str) -> BadInput:
-    return BadInput(f"{library} has no {what}", option, f"leave {option} out")
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(repr(name) for name in names)
+def _precision(layer: Mapping[str, Any]) -> str:
+    kind = str(layer.get("LayerType", ""))
+    if "ForeignNode" in str(layer.get("Name", "")) or kind.lower() == "myelin":
+        # Many layers compiled into one: its inputs do not show the precision inside.
+        return UNKNOWN
+    weights = layer.get("Weights")
+    words = [str(weights.get("Type", ""))] if isinstance(weights, Mapping) else []
+    inputs = [tensor for tensor in layer.get("Inputs", []) if isinstance(tensor, Mapping)]
+    words += [str(t.get("Format/Datatype") or t.get("Datatype") or "") for t in inputs[:1]]
+    for word in words:
+        for precision, pattern in _TYPE_WORDS:
+            if pattern.search(word):
+                return precision
+    # "N/A due to dynamic shapes": only the chosen kernel shows the type.
+    match = _TACTIC.search(str(layer.get("TacticName", "")))
+    return _TACTIC_TYPES[match.group("type")] if match else UNKNOWN
