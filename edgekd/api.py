@@ -13,13 +13,11 @@ from edgekd.config.budgets import GateConfig
 from edgekd.config.loader import load_pipeline, load_section
 from edgekd.config.profile import Profile, load_profile
 from edgekd.errors import InputError
-from edgekd.pipeline.runner import Runner, RunOutcome, stages_until
+from edgekd.pipeline.runner import Runner, RunOutcome, Workers, join_workers, stages_until
 from edgekd.pipeline.stage import Job
 from edgekd.pipeline.store import Store
-from edgekd.pipeline.workers import Workers, join_workers
 from edgekd.progress import ConsoleProgress, EventLog
-from edgekd.stages import STAGES
-from edgekd.stages.preflight import preflight
+from edgekd.stages import STAGES, preflight
 
 if TYPE_CHECKING:
     from edgekd.release.gate import Verdict

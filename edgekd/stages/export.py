@@ -15,8 +15,7 @@ from edgekd.spec import ModelSpec
 from edgekd.stages.distill import BASELINE, STUDENT
 from edgekd.stages.student import build_student
 from edgekd.stages.task_data import TaskData, open_task_data, write_json
-from edgekd.stages.teacher import BLACK_BOX, WEIGHTS, open_network
-from edgekd.stages.teacher_adaptation import read_adaptation
+from edgekd.stages.teacher import BLACK_BOX, WEIGHTS, open_network, read_adaptation
 from edgekd.tasks.classification import Classification
 
 if TYPE_CHECKING:

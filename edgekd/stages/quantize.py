@@ -272,8 +272,8 @@ class _CandidateBuilder:
         ``kept`` are the layers that are intentionally in float32; a builder that finds another one
         there refuses the file.
         """
-        from edgekd.quantization.float_weights import float_nodes
         from edgekd.quantization.mixed_precision_verify import write_rounded
+        from edgekd.quantization.node_selection import float_nodes
 
         file = self._out(name)
         there = _node_names(file)

@@ -137,7 +137,7 @@ def quantize_model(
                 return record
         record |= {"output": str(out), "bytes": describe_onnx(written).size_bytes}
         if settings.method not in ("fp16", "bf16"):
-            from edgekd.quantization.float_weights import float_nodes
+            from edgekd.quantization.node_selection import float_nodes
 
             reasons |= dict.fromkeys(settings.keep, "listed in --keep")
             default = f"{settings.method} quantization has no 8 bits for it"

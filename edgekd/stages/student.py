@@ -15,8 +15,13 @@ from edgekd.pipeline.fingerprint import library_versions
 from edgekd.pipeline.stage import Context, Job
 from edgekd.spec import ModelSpec
 from edgekd.stages.task_data import TaskData, open_task_data, write_json
-from edgekd.stages.teacher import WEIGHTS, some_samples
-from edgekd.stages.teacher_adaptation import plan_adaptation, read_adaptation, write_adaptation
+from edgekd.stages.teacher import (
+    WEIGHTS,
+    plan_adaptation,
+    read_adaptation,
+    some_samples,
+    write_adaptation,
+)
 from edgekd.stages.training import hub_fingerprint, scale_output
 from edgekd.tasks.classification import Classification
 
