@@ -132,8 +132,8 @@ def quantize(
 
     from edgekd.crash_notes import note_model
     from edgekd.files import check_output
-    from edgekd.quantization.settings import QuantizeSettings
-    from edgekd.stages.quantize_onnx import files_read, quantize_model
+    from edgekd.quantization.quantize_model import files_read, quantize_model
+    from edgekd.quantization.quantize_onnx import QuantizeSettings
 
     note_model(model)
     if record_to is not None:

@@ -91,7 +91,7 @@ class StaticQuantizer:
             raise nothing_to_quantize(
                 self._prepared.model, onnx_path, self._candidates.weighted, kept
             )
-        self._runtime = runtime
+        self.runtime = runtime
         self._reduce_range = runtime == "cpu" and (
             saturates() if reduce_range is None else reduce_range
         )
@@ -136,12 +136,12 @@ class StaticQuantizer:
     def _among(self, kept: Collection[str]) -> Candidates:
         """What can be in 8 bits when ``kept`` stays in float."""
         graph = self._prepared.model.graph
-        return Candidates(graph, self._runtime, kept, self._without, self._masked)
+        return Candidates(graph, self.runtime, kept, self._without, self._masked)
 
     def _leave_mixed_in_float(self, samples: Samples, kept: Collection[str]) -> None:
         graph, before = self._prepared.model.graph, self._candidates
         found = mixed_joins(graph, self.ranges, before.weighted)
-        if self._runtime == "cpu":
+        if self.runtime == "cpu":
             found += mixed_outputs(self.prepared, samples)
         found = tuple(mixed for mixed in found if before.all & set(mixed.floats))
         floats = {name for mixed in found for name in mixed.floats}
@@ -201,7 +201,7 @@ class StaticQuantizer:
         add_infer_metadata(model)
         nodes = [node for node in model.graph.node if node.name in chosen]
         types = {node.op_type for node in nodes}
-        cpu = self._runtime == "cpu"
+        cpu = self.runtime == "cpu"
         quantizer = QDQQuantizer(
             model,
             True,

@@ -1,4 +1,4 @@
-"""The stages of a pipeline, one file each, in their order; the check of all names before they run."""
+"""The stages of a pipeline in their order, one file each, and the check before the first runs."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from edgekd.models.dict_model import DictModel
 
 
-STUDENT, BASELINE = "student.safetensors", "baseline.safetensors"
+STUDENT_WEIGHTS, BASELINE_WEIGHTS = "student.safetensors", "baseline.safetensors"
 
 
 class DistillStage:
@@ -63,7 +63,7 @@ class DistillStage:
         config = context.job.config.distill
         scheme_context = open_scheme_context(task_data, context, inputs)
         histories = dict(find_scheme(config.scheme)(scheme_context))
-        save_weights(scheme_context.student, context.out / STUDENT)
+        save_weights(scheme_context.student, context.out / STUDENT_WEIGHTS)
         lacking = task_data.lacks_labels()
         if config.baseline and lacking:
             context.progress.message(f"  the student alone is not trained: {lacking}")
@@ -72,7 +72,7 @@ class DistillStage:
             model = build_student(task_data, inputs["student"])
             load_weights(model, inputs["student"] / FIRST_WEIGHTS, where="student")
             histories["baseline"] = fit(task_data, model, alone, config, "student alone", context)
-            save_weights(model, context.out / BASELINE)
+            save_weights(model, context.out / BASELINE_WEIGHTS)
         for label, history in histories.items():
             name = f"{label.replace(' ', '-')}-history.json"
             write_json(context.out / name, history.to_json())

@@ -30,7 +30,7 @@ from edgekd.stages.engine_builders import (
     write_further,
 )
 from edgekd.stages.quantize import STUDENT, Runtime, runtime_of
-from edgekd.stages.task_data import Validation, open_task_data, write_json
+from edgekd.stages.task_data import TaskEvaluator, open_task_data, write_json
 
 if TYPE_CHECKING:
     from edgekd.engines.selection import Candidate, Choice
@@ -243,7 +243,7 @@ class _CandidateBenchmark:
         self.rows = rows
         self.target: Target = open_target(context.job.config.target)
         task_data = open_task_data(work.inputs["data"], context.job.config)
-        self.validation = Validation(task_data, work.inputs["export"] / STUDENT)
+        self.validation = TaskEvaluator(task_data, work.inputs["export"] / STUDENT)
         self.samples = context.scratch / "validation.npz"
         count = self.validation.samples.count
         write_npz(self.samples, task_data.dataset.model_inputs("validation", 0, count))

@@ -12,7 +12,7 @@ import numpy as np
 
 from edgekd.pipeline.stage import Context, Job
 from edgekd.spec import ModelSpec
-from edgekd.stages.distill import BASELINE, STUDENT
+from edgekd.stages.distill import BASELINE_WEIGHTS, STUDENT_WEIGHTS
 from edgekd.stages.student import build_student
 from edgekd.stages.task_data import TaskData, open_task_data, write_json
 from edgekd.stages.teacher import BLACK_BOX, WEIGHTS, open_network, read_adaptation
@@ -64,8 +64,8 @@ class ExportStage:
         student = partial(build_student, folder=inputs["student"])
         teacher = partial(open_network, inputs["teacher"])
         sources: dict[str, tuple[Callable[[TaskData], DictModel], Path]] = {
-            "student": (student, inputs["distill"] / STUDENT),
-            "baseline": (student, inputs["distill"] / BASELINE),
+            "student": (student, inputs["distill"] / STUDENT_WEIGHTS),
+            "baseline": (student, inputs["distill"] / BASELINE_WEIGHTS),
             "teacher": (teacher, inputs["teacher"] / WEIGHTS),
         }
         reports = {}

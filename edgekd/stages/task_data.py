@@ -154,7 +154,7 @@ class ValidationSamples:
             yield {name: np.concatenate([one[name] for one in each]) for name in each[0]}
 
 
-class Validation:
+class TaskEvaluator:
     """The task's metric on the validation split, of float32 and of any other file.
 
     Models are run batch by batch: only scores and errors of their outputs are stored. The reference

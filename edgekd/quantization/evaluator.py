@@ -162,7 +162,7 @@ RELATIVE = "1 - relative error"
 ABSOLUTE = "1 - error (float32 gives zeros)"
 
 
-class Evaluator:
+class SampleEvaluator:
     """Compares files with the float model on the same samples, batch by batch.
 
     Float32 is the model as written, run without graph optimizations. The metric is
@@ -340,6 +340,15 @@ class Evaluator:
 
         batches = answer_batches(path, self._samples, threads=self._threads, batch=self._batch)
         return _Classes.joined([_Classes.of(answers[self._primary]) for _, answers in batches])
+
+
+def largest_drop(record: Mapping[str, Any]) -> float:
+    """The drop that is checked against a budget: the metric's, or that of a part which drops
+    more.
+    """
+    worst = record["worst"]
+    drop: float = record["drop"]["value"]
+    return drop if worst is None else max(drop, worst["drop"])
 
 
 class _Classes(NamedTuple):
