@@ -14,7 +14,7 @@ from onnx import TensorProto, numpy_helper
 from edgekd.errors import InputError
 from edgekd.onnx.file import read_onnx
 from edgekd.onnx.graph import node_label, subgraphs
-from edgekd.quantization.prepare import all_nodes, inner_names
+from edgekd.quantization.rewrites import all_nodes, inner_names
 
 QuantizationRuntime = Literal["cpu", "tensorrt"]
 

@@ -28,14 +28,15 @@ from edgekd.quantization.node_selection import (
     masked_tensors,
     nothing_to_quantize,
 )
-from edgekd.quantization.prepare import (
+from edgekd.quantization.prepare import prepare_onnx, save_onnx
+from edgekd.quantization.rewrites import (
+    copy_shared_weights,
     drop_unused,
-    prepare_onnx,
+    free_float_values,
+    pool_spatial_means,
     restore_identity,
-    save_onnx,
     set_aside_outputs,
 )
-from edgekd.quantization.rewrites import copy_shared_weights, free_float_values, pool_spatial_means
 
 
 class StaticQuantizer:

@@ -15,7 +15,8 @@ from edgekd.errors import InputError
 from edgekd.onnx.file import check_onnx
 from edgekd.onnx.samples import Samples
 from edgekd.quantization.node_selection import nothing_to_quantize
-from edgekd.quantization.prepare import drop_unused, prepare_onnx, restore_identity, save_onnx
+from edgekd.quantization.prepare import prepare_onnx, save_onnx
+from edgekd.quantization.rewrites import assign, drop_unused, restore_identity
 
 _LARGEST = 127
 _LEAST_ELEMENTS = 64  # below that the scales and the extra node outweigh the savings
@@ -140,8 +141,7 @@ def dequantize_weights(
                 node.input[index] = _given_back(graph, nodes, tensor, axis, done)
             count += 1
         nodes += [node, *after]
-    del graph.node[:]
-    graph.node.extend(nodes)
+    assign(graph.node, nodes)
     drop_unused(graph)
     return count
 
