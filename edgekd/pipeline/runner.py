@@ -24,12 +24,7 @@ from edgekd.config.host import world_size
 from edgekd.errors import EdgekdError, GateFailed, StageError, unknown_name
 from edgekd.extension import searching
 from edgekd.files import json_sha256
-from edgekd.pipeline.fingerprint import (
-    code_sha256,
-    extension_versions,
-    library_versions,
-    references_sha256,
-)
+from edgekd.pipeline.fingerprint import fingerprint_inputs, why_outdated
 from edgekd.pipeline.stage import Context, Job, Stage
 from edgekd.pipeline.store import Artifact, Store
 from edgekd.progress import EventLog, Progress
@@ -95,7 +90,7 @@ def plan(
             material = fingerprint_inputs(stage, job, done)
             artifact = store.find(stage.name, json_sha256(material))
             if artifact is None:
-                reason = _why(material, store.latest(stage.name))
+                reason = why_outdated(material, store.latest(stage.name))
                 rows.append(PlanRow(stage.name, "run", reason))
             else:
                 done[stage.name] = artifact
@@ -161,7 +156,7 @@ class Runner:
                         if self.preflight is not None:
                             self.preflight(self.job, "gate" in names)
                         checked = True
-                    reason = _why(material, self.store.latest(stage.name))
+                    reason = why_outdated(material, self.store.latest(stage.name))
                     self.progress.message(f"{stage.name}: {reason}")
                     artifact = self._run_stage(stage, fingerprint, material)
                     self.outcome.ran.append(stage.name)
@@ -236,61 +231,6 @@ def is_disk_full(error: BaseException | None, folder: Path) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def fingerprint_inputs(stage: Stage, job: Job, done: Mapping[str, Artifact]) -> dict[str, Any]:
-    """Everything that a stage's result depends on."""
-    chosen = stage.config_slice(job)
-    return {
-        "stage": stage.name,
-        "config": chosen,
-        "references": references_sha256(chosen),
-        "inputs": {name: done[name].digest for name in stage.inputs},
-        "code": code_sha256((type(stage).__module__,)),
-        "libraries": {**library_versions(stage.libraries), **extension_versions(chosen)},
-    }
-
-
-def _why(now: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:
-    """A short reason why a stage is run again."""
-    if before is None:
-        return "not made yet"
-    changes = _changes(now["config"], before.get("config", {}), "")
-    if changes:
-        return "changed: " + "; ".join(changes[:3]) + (" …" if len(changes) > 3 else "")
-    inputs = _changed_keys(now["inputs"], before.get("inputs", {}))
-    if inputs:
-        return f"new input from {', '.join(inputs)}"
-    libraries = _changed_keys(now["libraries"], before.get("libraries", {}))
-    if libraries:
-        return f"other version of {', '.join(libraries)}"
-    if now["references"] != before.get("references"):
-        return "your own source changed"
-    if now["code"] != before.get("code"):
-        return "edgekd's own code changed"
-    return "its files were damaged or removed"
-
-
-def _changed_keys(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
-    return [key for key, value in now.items() if before.get(key) != value]
-
-
-def _changes(now: Any, before: Any, key: str) -> list[str]:
-    if isinstance(now, Mapping) and isinstance(before, Mapping):
-        names = sorted({*now, *before})
-        return [
-            change
-            for name in names
-            for change in _changes(now.get(name), before.get(name), f"{key}.{name}".lstrip("."))
-        ]
-    if isinstance(now, Sequence) and not isinstance(now, str):
-        now = list(now)
-    return [] if now == before else [f"{key} {_short(before)} → {_short(now)}"]
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:37] + "…"
 
 
 _TRAINING = ("teacher", "distill")
@@ -370,8 +310,8 @@ class Workers:
             return
         context.progress.message(f"  {stage.name}: {self._processes.count} processes train")
         sent = replace(context, progress=_Silent(), fingerprints=dict(context.fingerprints))
-        self._tell(Command(stage.name, sent, dict(inputs)))
-        own, failures = self._together(partial(stage.run, context, inputs))
+        self._broadcast(Command(stage.name, sent, dict(inputs)))
+        own, failures = self._gather_failures(partial(stage.run, context, inputs))
         if own is not None and not isinstance(own, Exception):
             raise own
         cause = min(failures, key=lambda failure: failure.at, default=None)
@@ -391,29 +331,29 @@ class Workers:
             SystemExit: it exited with an exit code other than 0.
             StageError: it ended without a final command.
         """
-        while (order := self._tell(None)).stage is not None:
-            stage = next(stage for stage in stages if stage.name == order.stage)
-            self._together(partial(_take_part, stage, order))
-        if order.exit_code:
+        while (command := self._broadcast(None)).stage is not None:
+            stage = next(stage for stage in stages if stage.name == command.stage)
+            self._gather_failures(partial(_join, stage, command))
+        if command.exit_code:
             # Launchers end all processes when one fails, and the first has not printed its error
             # yet.
             with suppress(EdgekdError, KeyboardInterrupt):
-                self._tell(None)
-            raise SystemExit(order.exit_code)
+                self._broadcast(None)
+            raise SystemExit(command.exit_code)
 
     def end(self, exit_code: int) -> None:
         """Tell the other processes to exit."""
         with suppress(EdgekdError):
-            self._tell(Command(None, exit_code=exit_code))
+            self._broadcast(Command(None, exit_code=exit_code))
 
-    def _tell(self, order: Command | None) -> Command:
-        """Broadcast the first process's command; the others' ``order`` is ignored."""
+    def _broadcast(self, command: Command | None) -> Command:
+        """Broadcast the first process's command; the others' is ignored."""
         try:
-            return self._processes.broadcast_object(order)
+            return self._processes.broadcast_object(command)
         except RuntimeError as error:
-            raise _lost() from error
+            raise _process_lost() from error
 
-    def _together(
+    def _gather_failures(
         self, work: Callable[[], None]
     ) -> tuple[BaseException | None, tuple[_Failure, ...]]:
         """Gather the failures of a training from all processes."""
@@ -424,25 +364,30 @@ class Workers:
             work()
         except BaseException as error:
             own = error
-            failure = _Failure(time.time(), rank, _told(error, rank), traceback.format_exc())
+            failure = _Failure(
+                time.time(), rank, _as_edgekd_error(error, rank), traceback.format_exc()
+            )
             self._processes.abort()
         try:
             failures = self._processes.all_gather_object(failure)
         except RuntimeError as error:
             if own is not None and not isinstance(own, RuntimeError):
                 raise own from error
-            raise _lost() from error
+            raise _process_lost() from error
         return own, tuple(found for found in failures if found is not None)
 
 
-def _take_part(stage: Stage, order: Command) -> None:
-    assert order.context is not None
-    assert order.inputs is not None
-    with tempfile.TemporaryDirectory(prefix="edgekd-") as folder, searching(order.context.job.base):
-        stage.run(replace(order.context, out=Path(folder)), order.inputs)
+def _join(stage: Stage, command: Command) -> None:
+    assert command.context is not None
+    assert command.inputs is not None
+    with (
+        tempfile.TemporaryDirectory(prefix="edgekd-") as folder,
+        searching(command.context.job.base),
+    ):
+        stage.run(replace(command.context, out=Path(folder)), command.inputs)
 
 
-def _told(error: BaseException, rank: int) -> EdgekdError:
+def _as_edgekd_error(error: BaseException, rank: int) -> EdgekdError:
     """An error in a form that can be sent to another process."""
     if isinstance(error, EdgekdError):
         return error
@@ -452,7 +397,7 @@ def _told(error: BaseException, rank: int) -> EdgekdError:
     )
 
 
-def _lost() -> StageError:
+def _process_lost() -> StageError:
     return StageError(
         f"one of the {world_size()} processes of this run is gone",
         remedy="see what ended it (memory, a signal); the next run resumes from the last epoch",

@@ -51,7 +51,7 @@ class BenchmarkStage:
             "profile": job.profile.name,
             "target": config.target,
             "machine": [platform.node(), platform.machine()],
-            "task": [config.task, config.task_args],
+            "task": job.task_settings,
             "seed": config.seed,
         }
 

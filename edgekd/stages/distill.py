@@ -12,8 +12,8 @@ from edgekd.config.networks import ModelConfig, TeacherConfig
 from edgekd.files import file_sha256
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.student import FIRST_WEIGHTS, build_student, check_logits
-from edgekd.stages.task_data import TaskData, open_task_data, write_json
-from edgekd.stages.teacher import load_teacher, open_teacher, some_samples
+from edgekd.stages.task_data import TaskData, open_task_data, some_samples, write_json
+from edgekd.stages.teacher import load_teacher, open_teacher
 from edgekd.stages.training import fit, hub_fingerprint, scale_output
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class DistillStage:
             "teacher": config.teacher.model_dump(mode="json", include={"model", "args"}),
             "seed": config.seed,
             "augment": list(config.data.augment),
-            "task": [config.task, config.task_args],
+            "task": job.task_settings,
         }
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
@@ -91,12 +91,11 @@ def open_scheme_context(
     from edgekd.models.weights import load_weights
 
     pipeline = context.job.config
-    outputs = task_data.task.outputs(task_data.dataset)
 
     def build(config: ModelConfig, index: int) -> DictModel:
         torch.manual_seed(pipeline.seed + index * 1_000_003)
         where = "distill.scheme"
-        model = build_model(config, task_data.dataset.inputs, outputs, where=where)
+        model = build_model(config, task_data.spec.inputs, task_data.spec.outputs, where=where)
         batch = some_samples(task_data)
         check_repeatable(model, batch, where)
         check_logits(model, batch, task_data, where)

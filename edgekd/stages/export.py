@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd.pipeline.stage import Context, Job
-from edgekd.spec import ModelSpec
 from edgekd.stages.distill import BASELINE_WEIGHTS, STUDENT_WEIGHTS
 from edgekd.stages.student import build_student
 from edgekd.stages.task_data import TaskData, open_task_data, write_json
@@ -37,7 +36,7 @@ class ExportStage:
             "export": config.export.model_dump(mode="json"),
             "student": config.student.model_dump(mode="json", include={"model", "args"}),
             "teacher": config.teacher.model_dump(mode="json", include={"model", "args"}),
-            "task": [config.task, config.task_args],
+            "task": job.task_settings,
         }
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
@@ -97,7 +96,7 @@ class ExportStage:
             adapt_onnx(
                 context.out / BLACK_BOX,
                 read_adaptation(inputs["teacher"], task_data),
-                ModelSpec(dataset.inputs, task.outputs(dataset)),
+                task_data.spec,
             )
         write_json(context.out / "parity.json", reports)
 

@@ -75,7 +75,7 @@ class QuantizeStage:
             "quantize": config.quantize.model_dump(mode="json", exclude={"select"}),
             "runtimes": runtimes_of(job),
             "reduce_range": reduce_range(job),
-            "task": [config.task, config.task_args],
+            "task": job.task_settings,
             "opset": config.export.opset,
             "qat": _training_slice(config) if config.quantize.int8 == "qat" else None,
         }

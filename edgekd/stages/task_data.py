@@ -13,11 +13,13 @@ import numpy as np
 from edgekd.config.pipeline import PipelineConfig
 from edgekd.errors import InputError
 from edgekd.pipeline.store import digest_of
+from edgekd.spec import ModelSpec
 from edgekd.tasks.classification import Classification
 from edgekd.tasks.continuous import ContinuousTask
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from edgekd.data.dataset import Dataset
     from edgekd.data.loader import Loader
@@ -41,6 +43,17 @@ class TaskData:
     """Identifies the samples."""
     task: Task
     config: PipelineConfig
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The inputs and outputs that the data and the task give a network."""
+        return ModelSpec(self.dataset.inputs, self.task.outputs(self.dataset))
+
+    @property
+    def num_classes(self) -> int:
+        """Number of logits per sample; 0 without classes."""
+        size = self.spec.outputs[0].shape[-1]
+        return size if isinstance(self.task, Classification) and isinstance(size, int) else 0
 
     def validation_loader(self, channels_last: bool = False) -> Loader:
         """The validation split in its order, unaugmented."""
@@ -132,7 +145,7 @@ class ValidationSamples:
     """
 
     def __init__(self, task_data: TaskData, limit: int | None = None) -> None:
-        self._ground = task_data
+        self._dataset = task_data.dataset
         total = len(task_data.dataset.splits["validation"])
         self.rows = np.unique(np.linspace(0, total - 1, min(limit or total, total)).astype(int))
 
@@ -143,7 +156,7 @@ class ValidationSamples:
 
     def batches(self, size: int) -> Iterator[dict[str, Array]]:
         """Batches of inputs by name, at most the limit in total."""
-        dataset = self._ground.dataset
+        dataset = self._dataset
         for start in range(0, self.count, size):
             rows = self.rows[start : start + size]
             if rows[-1] - rows[0] + 1 == len(rows):
@@ -152,6 +165,17 @@ class ValidationSamples:
             # Read one by one: the rows between them are never read.
             each = [dataset.model_inputs("validation", int(r), int(r) + 1) for r in rows]
             yield {name: np.concatenate([one[name] for one in each]) for name in each[0]}
+
+
+def some_samples(task_data: TaskData) -> dict[str, Tensor]:
+    """A few inputs of the validation split, spread over it, as copied tensors."""
+    import torch
+
+    samples = ValidationSamples(task_data, BATCH)
+    return {
+        name: torch.from_numpy(np.array(array))
+        for name, array in next(samples.batches(BATCH)).items()
+    }
 
 
 class TaskEvaluator:

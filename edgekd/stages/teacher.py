@@ -11,7 +11,13 @@ from edgekd.config.networks import TeacherConfig
 from edgekd.errors import InputError
 from edgekd.files import file_sha256
 from edgekd.pipeline.stage import Context, Job
-from edgekd.stages.task_data import TaskData, open_task_data, read_json, write_json
+from edgekd.stages.task_data import (
+    TaskData,
+    open_task_data,
+    read_json,
+    some_samples,
+    write_json,
+)
 from edgekd.stages.training import fit, hub_fingerprint, scale_output
 from edgekd.tasks.classification import Classification
 
@@ -22,16 +28,19 @@ if TYPE_CHECKING:
 
     from edgekd.distill.checkpoint import History
     from edgekd.distill.teacher import OnnxTeacher, Teacher
-    from edgekd.models.adapted import Adaptation
+    from edgekd.models.adapted import Adaptation, InputAdaptation
     from edgekd.models.class_order import ClassNames
     from edgekd.models.dict_model import DictModel
     from edgekd.tasks import Task
 
 
 WEIGHTS, BLACK_BOX = "teacher.safetensors", "teacher.onnx"
-_TRIED_SAMPLES = 64
+ADAPTATION = "adaptation.json"
 ENOUGH_LABELS = 20
 """Number of labelled validation samples below which a teacher near chance is not refused."""
+
+Say = Callable[[str], None]
+"""Prints a progress message."""
 
 
 class TeacherStage:
@@ -47,20 +56,24 @@ class TeacherStage:
         chosen = teacher.model_dump(mode="json", exclude={"checkpoint", "onnx"})
         files = hub_fingerprint(teacher.model)
         if teacher.checkpoint is not None:
-            path = _existing(job, "teacher.checkpoint", teacher.checkpoint)
+            path = job.existing_file(teacher.checkpoint, "teacher.checkpoint")
             files["checkpoint"] = file_sha256(path)
         if teacher.onnx is not None:
             from edgekd.onnx.export import files_of_onnx
 
-            parts = files_of_onnx(_existing(job, "teacher.onnx", teacher.onnx))
+            parts = files_of_onnx(job.existing_file(teacher.onnx, "teacher.onnx"))
             files["onnx"] = " ".join(map(file_sha256, parts))
         training = {"seed": job.config.seed, "augment": list(job.config.data.augment)}
-        task = [job.config.task, job.config.task_args]
-        return {"teacher": chosen, **files, "task": task, **(training if teacher.train else {})}
+        return {
+            "teacher": chosen,
+            **files,
+            "task": job.task_settings,
+            **(training if teacher.train else {}),
+        }
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """Train or load the teacher, and check it on validation samples."""
-        from edgekd.distill.teacher import ModuleTeacher
+        from edgekd.distill.teacher import ModuleTeacher, adaptation_of_teacher
         from edgekd.models.weights import save_weights
         from edgekd.onnx.import_onnx import pack_onnx, rename_onnx
 
@@ -69,7 +82,7 @@ class TeacherStage:
         task_data = open_task_data(inputs["data"], job.config)
         if config.onnx is not None:
             packed = context.out / BLACK_BOX
-            pack_onnx(_existing(job, "teacher.onnx", config.onnx), packed)
+            pack_onnx(job.existing_file(config.onnx, "teacher.onnx"), packed)
             black_box = _black_box(task_data, config, packed, "teacher", context)
             # Student and teacher are timed on the same samples, so they share their names.
             rename_onnx(packed, black_box.names)
@@ -80,8 +93,8 @@ class TeacherStage:
             if history is not None:
                 write_json(context.out / "history.json", history.to_json())
             save_weights(model, context.out / WEIGHTS)
-            write_adaptation(adaptation_of(model), context.out)
             teacher = ModuleTeacher(model)
+            write_adaptation(adaptation_of_teacher(teacher), context.out)
         write_json(context.out / "validation.json", check_teacher(teacher, task_data, context))
 
 
@@ -100,7 +113,7 @@ def _trained_or_loaded(
     read = None
     if config.checkpoint is not None:
         at = f"{where}.checkpoint"
-        path = _existing(context.job, at, config.checkpoint)
+        path = context.job.existing_file(config.checkpoint, at)
         read = read_checkpoint(path, config.allow_pickle, at)
     named = read.class_names() if read is not None else None
     planned = plan_adaptation(task_data, config, where, named, say)
@@ -139,34 +152,16 @@ def _black_box(
     from edgekd.models.class_order import class_names_in_metadata
     from edgekd.onnx.file import describe_onnx
 
-    say, outputs = context.progress.message, task_data.task.outputs(task_data.dataset)
+    say, spec = context.progress.message, task_data.spec
     named = class_names_in_metadata(describe_onnx(path).metadata)
     planned = plan_adaptation(task_data, config, where, named, say)
-    teacher = OnnxTeacher(path, task_data.dataset.inputs, outputs, adaptation=planned)
+    teacher = OnnxTeacher(path, spec.inputs, spec.outputs, adaptation=planned)
     batch = some_samples(task_data)
     check_repeatable_answers(teacher, batch, where)
     if isinstance(task_data.task, Classification):
         answers = teacher.raw_answer(batch)[task_data.task.output]
         teacher.adaptation = with_form(planned, answers, config, where, say)
     return teacher
-
-
-def some_samples(task_data: TaskData) -> dict[str, Tensor]:
-    """Some inputs of the validation split, spread over it, as copied tensors."""
-    import numpy as np
-    import torch
-
-    total = len(task_data.dataset.splits["validation"])
-    rows = np.unique(np.linspace(0, total - 1, min(_TRIED_SAMPLES, total)).astype(int))
-    each = [task_data.dataset.model_inputs("validation", int(r), int(r) + 1) for r in rows]
-    return {name: torch.from_numpy(np.concatenate([one[name] for one in each])) for name in each[0]}
-
-
-def adaptation_of(model: DictModel) -> Adaptation:
-    """The adaptation between the data and a network."""
-    from edgekd.models.adapted import Adaptation, AdaptedModel
-
-    return model.adaptation if isinstance(model, AdaptedModel) else Adaptation()
 
 
 def load_teacher(
@@ -184,7 +179,7 @@ def load_teacher(
     from edgekd.distill.teacher import ModuleTeacher
 
     if config.onnx is not None:
-        path = _existing(context.job, f"{where}.onnx", config.onnx)
+        path = context.job.existing_file(config.onnx, f"{where}.onnx")
         teacher: Teacher = _black_box(task_data, config, path, where, context)
     else:
         model, _ = _trained_or_loaded(task_data, config, context, where)
@@ -292,13 +287,12 @@ def build_teacher(
 
     from edgekd.models.adapted import adapt
     from edgekd.models.build import build_model
-    from edgekd.spec import ModelSpec
 
     config = config or task_data.config.teacher
     if adaptation is None:
-        adaptation = plan_adaptation(task_data, config, where, None, lambda text: None)
+        adaptation = plan_adaptation(task_data, config, where)
     torch.manual_seed(task_data.config.seed)
-    spec = ModelSpec(task_data.dataset.inputs, task_data.task.outputs(task_data.dataset))
+    spec = task_data.spec
     own = adaptation.network_spec(spec)
     remedy = (
         "give its last layer that size; or, if it was trained with other classes besides these, "
@@ -325,33 +319,17 @@ def open_teacher(folder: Path, task_data: TaskData) -> Teacher:
     from edgekd.distill.teacher import ModuleTeacher, OnnxTeacher
 
     if (folder / BLACK_BOX).is_file():
-        return OnnxTeacher(
-            folder / BLACK_BOX,
-            task_data.dataset.inputs,
-            task_data.task.outputs(task_data.dataset),
-            adaptation=read_adaptation(folder, task_data),
-        )
+        spec, adaptation = task_data.spec, read_adaptation(folder, task_data)
+        return OnnxTeacher(folder / BLACK_BOX, spec.inputs, spec.outputs, adaptation=adaptation)
     return ModuleTeacher(open_network(folder, task_data).to(training_device()))
 
 
-def _existing(job: Job, where: str, name: str) -> Path:
-    path = job.path(name)
-    if not path.is_file():
-        raise InputError(
-            f"the file {name!r} does not exist",
-            where=where,
-            remedy=f"give a path from the pipeline file's folder; looked at {path}",
-        )
-    return path
-
-
-ADAPTATION = "adaptation.json"
-
-Say = Callable[[str], None]
-
-
 def plan_adaptation(
-    task_data: TaskData, config: TeacherConfig, where: str, found: ClassNames | None, say: Say
+    task_data: TaskData,
+    config: TeacherConfig,
+    where: str = "teacher",
+    found: ClassNames | None = None,
+    say: Say = lambda text: None,
 ) -> Adaptation:
     """The preprocessing and the order of the outputs, from the section and from the file.
 
@@ -365,14 +343,11 @@ def plan_adaptation(
     Raises:
         InputError: keys that do not fit the data, or names that are not all the data's classes.
     """
-    from edgekd.models.adapted import Adaptation, input_adaptation
+    from edgekd.models.adapted import Adaptation
     from edgekd.models.class_order import ClassNames, output_order
 
     dataset, task = task_data.dataset, task_data.task
-    own = input_adaptation(
-        config.preprocess, dataset.inputs, dataset.preprocess, f"{where}.preprocess"
-    )
-    planned = Adaptation(task.output, input=own)
+    planned = Adaptation(task.output, input=_preprocessing(task_data, config, where))
     if not isinstance(task, Classification):
         for key in ("classes", "output"):
             if getattr(config, key) is not None:
@@ -445,9 +420,7 @@ def class_labels(task_data: TaskData) -> tuple[str, ...]:
     """The data's class names, or their numbers where they have none."""
     if task_data.dataset.labels is not None:
         return task_data.dataset.labels
-    size = task_data.task.outputs(task_data.dataset)[0].shape[-1]
-    assert isinstance(size, int)
-    return tuple(map(str, range(size)))
+    return tuple(map(str, range(task_data.num_classes)))
 
 
 def check_order(
@@ -503,15 +476,18 @@ def write_adaptation(adaptation: Adaptation, folder: Path) -> None:
 
 def read_adaptation(folder: Path, task_data: TaskData) -> Adaptation:
     """The inverse of :func:`write_adaptation`; the preprocessing comes from the section."""
-    from edgekd.models.adapted import Adaptation, input_adaptation
+    from edgekd.models.adapted import Adaptation
 
     known: Mapping[str, Any] = read_json(folder / ADAPTATION)
-    dataset = task_data.dataset
-    own = input_adaptation(
-        task_data.config.teacher.preprocess,
-        dataset.inputs,
-        dataset.preprocess,
-        "teacher.preprocess",
-    )
+    own = _preprocessing(task_data, task_data.config.teacher, "teacher")
     order = None if known["order"] is None else tuple(known["order"])
     return Adaptation(task_data.task.output, order, known["outputs"], known["form"], own)
+
+
+def _preprocessing(
+    task_data: TaskData, config: TeacherConfig, where: str
+) -> InputAdaptation | None:
+    from edgekd.models.adapted import input_adaptation
+
+    data = task_data.dataset
+    return input_adaptation(config.preprocess, data.inputs, data.preprocess, f"{where}.preprocess")

@@ -114,7 +114,7 @@ def fit(
         augment=augmentation_of(config, train_config),
         channels_last=channels_last,
         views=views_of(config, train_config),
-        classes={task_data.task.target: count} if (count := num_classes(task_data)) else {},
+        classes={task_data.task.target: count} if (count := task_data.num_classes) else {},
     )
     training = loader(dataset.splits["train"])
     rows = task_data.labelled_rows("train")
@@ -235,7 +235,7 @@ def cached_teacher(
     ]
     own = [augment, networks]
     code = [code_sha256(_DECIDES_ANSWERS), references_sha256(own), extension_versions(own)]
-    classes = num_classes(task_data)
+    classes = task_data.num_classes
     top = cache.top
     if classes > top and objective.needs_full_logits:
         context.progress.message(
@@ -247,7 +247,7 @@ def cached_teacher(
         teacher,
         training,
         context.job.path(cache.folder) if cache.folder is not None else context.cache,
-        outputs=task_data.task.outputs(dataset),
+        outputs=task_data.spec.outputs,
         logits=[task_data.task.output] if isinstance(task_data.task, Classification) else [],
         views=training.views,
         top=top,
@@ -257,12 +257,6 @@ def cached_teacher(
         preprocess={name: p.to_json() for name, p in dataset.preprocess.items()},
         progress=context.progress,
     )
-
-
-def num_classes(task_data: TaskData) -> int:
-    """Number of logits per sample; 0 without classes."""
-    size = task_data.task.outputs(task_data.dataset)[0].shape[-1]
-    return size if isinstance(task_data.task, Classification) and isinstance(size, int) else 0
 
 
 def pseudo_labelled_validation(
