@@ -137,7 +137,9 @@ class Store:
             "files": files,
             "made_from": made_from,
         }
-        write_atomically(temporary / _RECORD, json.dumps(record, indent=1, default=str))
+        # Not atomic by itself: the artifact appears with the rename of its folder.
+        text = json.dumps(record, indent=1, default=str)
+        (temporary / _RECORD).write_text(text, encoding="utf-8")
         final = self._place(stage, fingerprint)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
@@ -172,13 +174,6 @@ class Store:
         except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
             return None
         return record
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _stamp(file: Path) -> dict[str, Any]:

@@ -234,7 +234,7 @@ class Extremes:
             self._session = open_session(augmented, (CPU_PROVIDER,), threads, "disabled")
         except InputError as error:
             raise under_its_own_name(error, augmented, source) from error
-        self._answers = [
+        self._float_outputs = [
             output.name for output in self._session.get_outputs() if output.name in shown
         ]
         self._found: Ranges = {}
@@ -287,9 +287,9 @@ class Extremes:
             lowest, highest = self._found.get(name, (math.inf, -math.inf))
             self._found[name] = (min(lowest, float(low)), max(highest, float(high)))
         if bad:
-            self._infinite += self._infinite_answers(inputs, count, bad[0], on)
+            self._infinite += self._infinite_outputs(inputs, count, bad[0], on)
 
-    def _infinite_answers(
+    def _infinite_outputs(
         self, inputs: Mapping[str, Array], count: int, tensor: str, on: str
     ) -> int:
         """Number of these samples with -inf in an output, as in masked logits.
@@ -298,7 +298,7 @@ class Extremes:
             InputError: an output is NaN or +inf.
         """
         infinite = np.zeros(count, bool)
-        for values in run_batch(self._session, self._answers, inputs, self._source):
+        for values in run_batch(self._session, self._float_outputs, inputs, self._source):
             if np.isnan(values).any() or np.isposinf(values).any():
                 raise self._refusal(tensor, on)
             places = np.isneginf(values)
@@ -311,7 +311,7 @@ class Extremes:
     def _refusal(self, tensor: str, on: str) -> InputError:
         return InputError(
             f"tensor {tensor!r} of the float model becomes NaN or infinite on {on}, and its "
-            "answers with it",
+            "outputs with it",
             where=str(self._source),
             remedy="leave those samples out, or check their preprocessing and the float model "
             "first; samples are counted from 0",

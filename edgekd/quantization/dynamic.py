@@ -144,14 +144,14 @@ def _split_gemms(graph: onnx.GraphProto, keep: Collection[str]) -> None:
                 values = onnx.numpy_helper.to_array(weight).T.copy()
                 weights[name] = onnx.numpy_helper.from_array(values, name)
                 graph.initializer.append(weights[name])
-        answer = node.output[0]
+        output = node.output[0]
         biased = len(node.input) > 2 and bool(node.input[2])
-        product = f"{answer}.product" if biased else answer
+        product = f"{output}.product" if biased else output
         nodes.append(helper.make_node("MatMul", [node.input[0], name], [product], node.name))
         if biased:
             graph.value_info.append(helper.make_tensor_value_info(product, TensorProto.FLOAT, None))
             nodes.append(
-                helper.make_node("Add", [product, node.input[2]], [answer], f"{node.name}.bias")
+                helper.make_node("Add", [product, node.input[2]], [output], f"{node.name}.bias")
             )
     assign(graph.node, nodes)
     drop_unused(graph)

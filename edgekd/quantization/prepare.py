@@ -163,8 +163,8 @@ class _Comparison:
             path = Path(folder, "prepared.onnx")
             save_onnx(model, path)
             session = open_session(path, (CPU_PROVIDER,), self._threads, "disabled")
-            answers = answers_of(session, self._inputs, self._source)
-        return changed(self._reference, answers, TOLERANCE)
+            outputs = answers_of(session, self._inputs, self._source)
+        return changed(self._reference, outputs, TOLERANCE)
 
 
 def _prepare(source: Path, disabled: Sequence[str]) -> Prepared:

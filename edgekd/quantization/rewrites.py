@@ -372,15 +372,15 @@ def pool_spatial_means(model: onnx.ModelProto, wanted: Callable[[onnx.NodeProto]
         ):
             nodes.append(node)
             continue
-        answer = node.output[0]
+        output = node.output[0]
         if settings.get("keepdims", 1):
-            nodes.append(_pool(node, answer))
+            nodes.append(_pool(node, output))
             continue
-        pooled = free_name(f"{answer}.pooled", taken)
+        pooled = free_name(f"{output}.pooled", taken)
         flatten = free_name(f"{node.name}.flatten", taken)
         nodes += [
             _pool(node, pooled),
-            helper.make_node("Flatten", [pooled], [answer], name=flatten, axis=1),
+            helper.make_node("Flatten", [pooled], [output], name=flatten, axis=1),
         ]
         graph.value_info.append(helper.make_tensor_value_info(pooled, TensorProto.FLOAT, None))
     assign(graph.node, nodes)

@@ -337,7 +337,7 @@ def mixed_outputs(prepared: Path, samples: Samples) -> tuple[MixedRange, ...]:
         InputError, StageError: as :class:`edgekd.onnx.batch_inference.BatchedModel`.
     """
     model = BatchedModel(prepared, samples, optimization="disabled", batch=_LOOKED_AT)
-    answers = {
+    outputs = {
         name: values
         for name, values in model.answer(next(samples.batches(model.size))).items()
         if not is_ragged(values)
@@ -345,10 +345,10 @@ def mixed_outputs(prepared: Path, samples: Samples) -> tuple[MixedRange, ...]:
     graph = onnx.load(str(prepared), load_external_data=False).graph
     makers = {name: node for node in graph.node for name in node.output}
     found = []
-    for name, parts in find_parts(prepared, samples, answers, model.outputs.axes).items():
-        if answers[name].dtype.kind != "f":
+    for name, parts in find_parts(prepared, samples, outputs, model.outputs.axes).items():
+        if outputs[name].dtype.kind != "f":
             continue
-        flat = np.abs(answers[name].reshape(len(answers[name]), -1))
+        flat = np.abs(outputs[name].reshape(len(outputs[name]), -1))
         peaks = [_peak(flat[:, part.positions]) for part in parts if part.positions is not None]
         peaks = [peak for peak in peaks if peak > 0]
         if len(peaks) < 2 or max(peaks) < APART * min(peaks):

@@ -224,14 +224,14 @@ def _gather_rows(
         graph.initializer.append(numpy_helper.from_array(steps, f"{base}.int8"))
         graph.initializer.append(numpy_helper.from_array(scale[:, None], f"{base}.scale"))
         done[tensor.name, -1] = base
-    indices, answer, name = node.input[1], node.output[0], node.name
-    node.input[0], node.output[0] = f"{base}.int8", f"{answer}.int8"
+    indices, output, name = node.input[1], node.output[0], node.name
+    node.input[0], node.output[0] = f"{base}.int8", f"{output}.int8"
     return [
-        helper.make_node("Cast", [f"{answer}.int8"], [f"{answer}.steps"], f"{name}.cast", to=1),
+        helper.make_node("Cast", [f"{output}.int8"], [f"{output}.steps"], f"{name}.cast", to=1),
         helper.make_node(
-            "Gather", [f"{base}.scale", indices], [f"{answer}.scale"], f"{name}.scale"
+            "Gather", [f"{base}.scale", indices], [f"{output}.scale"], f"{name}.scale"
         ),
         helper.make_node(
-            "Mul", [f"{answer}.steps", f"{answer}.scale"], [answer], f"{name}.rescale"
+            "Mul", [f"{output}.steps", f"{output}.scale"], [output], f"{name}.rescale"
         ),
     ]

@@ -112,12 +112,12 @@ def _check_quantization(job: Job, task: Task) -> None:
     from edgekd.engines.tensorrt import can_run_here, check_installed, where_built
 
     config = job.config
-    wanted = config.quantize
-    if wanted is not None:
+    quantize = config.quantize
+    if quantize is not None:
         kinds = runtimes_of(job)
-        if wanted.max_drop > 1 and (task.metric == "accuracy" or not task.higher_is_better):
+        if quantize.max_drop > 1 and (task.metric == "accuracy" or not task.higher_is_better):
             raise InputError(
-                f"the budget is {wanted.max_drop:g}, and a drop of {task.metric} "
+                f"the budget is {quantize.max_drop:g}, and a drop of {task.metric} "
                 + (
                     "goes from 0 to 1"
                     if task.higher_is_better
@@ -126,27 +126,27 @@ def _check_quantization(job: Job, task: Task) -> None:
                 where="quantize.max_drop",
                 remedy="write 0.01 for one hundredth",
             )
-        if "tensorrt" not in kinds and wanted.precision == "bf16":
+        if "tensorrt" not in kinds and quantize.precision == "bf16":
             raise InputError(
                 "no engine of the pipeline computes in bfloat16",
                 where="quantize.precision",
                 remedy="use fp16, or add an engine: {kind: tensorrt-rtx}",
             )
-        if "cpu" not in kinds and wanted.int8 in ("dynamic", "weights-only"):
+        if "cpu" not in kinds and quantize.int8 in ("dynamic", "weights-only"):
             raise InputError(
-                f"TensorRT has no {wanted.int8} INT8",
+                f"TensorRT has no {quantize.int8} INT8",
                 where="quantize.int8",
                 remedy="use static or qat",
             )
-    if wanted is not None and wanted.int8 == "qat":
+    if quantize is not None and quantize.int8 == "qat":
         from edgekd.distill.qat import check_training, terms_of_outputs
         from edgekd.distill.qat_quantizer import check_torchao
 
         check_torchao()
-        check_training(wanted.qat)
-        terms, _ = terms_of_outputs(config.loss_terms, wanted.qat.losses)
-        where = "distill.losses" if wanted.qat.losses is None else "quantize.qat.losses"
-        Objective(terms, task, wanted.qat.label_smoothing, where)
+        check_training(quantize.qat)
+        terms, _ = terms_of_outputs(config.loss_terms, quantize.qat.losses)
+        where = "distill.losses" if quantize.qat.losses is None else "quantize.qat.losses"
+        Objective(terms, task, quantize.qat.label_smoothing, where)
     for index, engine in enumerate(config.engines):
         where, first = f"engines[{index}]", index == 0
         elsewhere = where_built(engine.kind, job.profile) == "on the device"

@@ -82,15 +82,15 @@ class QuantizeStage:
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """Write and compare the candidates."""
-        wanted = context.job.config.quantize
+        config = context.job.config.quantize
         index: dict[str, Any] = {}
-        if wanted is not None:
+        if config is not None:
             task_data = open_task_data(inputs["data"], context.job.config)
-            work = _CandidateBuilder(task_data, context, inputs, wanted)
-            for runtime in runtimes_of(context.job) if wanted.int8 else ():
+            work = _CandidateBuilder(task_data, context, inputs, config)
+            for runtime in runtimes_of(context.job) if config.int8 else ():
                 index.update(work.int8(runtime))
-            if wanted.precision:
-                index.update(work.half(wanted.precision))
+            if config.precision:
+                index.update(work.half(config.precision))
         write_json(context.out / INDEX, index)
 
 
@@ -118,16 +118,16 @@ class _CandidateBuilder:
         task_data: TaskData,
         context: Context,
         inputs: Mapping[str, Path],
-        wanted: QuantizeConfig,
+        config: QuantizeConfig,
     ) -> None:
         from edgekd.onnx.file import describe_onnx
         from edgekd.quantization.quantize_onnx import opener
 
-        self.task_data, self.context, self.inputs, self.wanted = task_data, context, inputs, wanted
+        self.task_data, self.context, self.inputs, self.config = task_data, context, inputs, config
         self.source = inputs["export"] / STUDENT
         self.evaluator = TaskEvaluator(task_data, self.source)
-        self.calibration = ValidationSamples(task_data, wanted.samples)
-        if wanted.int8 in ("static", "qat") and self.calibration.count < 2:
+        self.calibration = ValidationSamples(task_data, config.samples)
+        if config.int8 in ("static", "qat") and self.calibration.count < 2:
             raise InputError(
                 f"calibration needs at least 2 samples; the validation split has "
                 f"{self.calibration.count}",
@@ -141,7 +141,7 @@ class _CandidateBuilder:
 
     def int8(self, runtime: Runtime) -> dict[str, Any]:
         """The INT8 candidates for one runtime, by name."""
-        kind = self.wanted.int8
+        kind = self.config.int8
         if kind == "dynamic" or kind == "weights-only":
             # TensorRT's parser takes no DynamicQuantizeLinear, and quantized weights alone do not
             # speed it up.
@@ -161,13 +161,13 @@ class _CandidateBuilder:
         """The candidates of one method, by name."""
         from edgekd.quantization.quantize_onnx import QuantizeSettings, quantize_onnx
 
-        wanted, static = self.wanted, method == "static"
+        config, static = self.config, method == "static"
         settings = QuantizeSettings(
             method=method,
             runtime=runtime or "cpu",
-            calibrator=wanted.calibration,
-            max_drop=wanted.max_drop,
-            keep=wanted.exclude_nodes,
+            calibrator=config.calibration,
+            max_drop=config.max_drop,
+            keep=config.exclude_nodes,
             reduce_range=reduce_range(self.context.job),
         )
         try:
@@ -193,7 +193,7 @@ class _CandidateBuilder:
             if quantized.refused:
                 whole = decision.drop_all
                 drop = "give no numbers" if whole is None else f"drop it by {whole:.4f}"
-                reason = f"no layer can stay in INT8 within a drop of {wanted.max_drop:g}"
+                reason = f"no layer can stay in INT8 within a drop of {config.max_drop:g}"
                 refused = f"{reason}; all of them {drop}"
                 entry = {"method": method, "runtime": runtime, **more, "refused": refused}
                 return {name: entry}
@@ -218,10 +218,10 @@ class _CandidateBuilder:
                 f"  drops of {task.metric} are shares of {self.evaluator.scale:.5g}, the error of "
                 "the best constant prediction on the validation split"
             )
-        if 0 < self.wanted.max_drop < 1 / count and isinstance(task, Classification):
+        if 0 < self.config.max_drop < 1 / count and isinstance(task, Classification):
             self.context.progress.message(
                 f"  one of {count} validation samples is {1 / count:.4f}: more than quantize."
-                f"max_drop = {self.wanted.max_drop:g}, so a single one keeps layers in float32"
+                f"max_drop = {self.config.max_drop:g}, so a single one keeps layers in float32"
             )
 
     def _qat(self, runtime: Runtime) -> dict[str, Any]:
@@ -230,7 +230,7 @@ class _CandidateBuilder:
         name = f"int8-{runtime}-qat"
         file = self._out(name)
         history = train_quantized(
-            self.task_data, self.context, self.inputs, runtime, self.wanted.qat, file
+            self.task_data, self.context, self.inputs, runtime, self.config.qat, file
         )
         write_json(self.context.out / f"{name}-history.json", history.to_json())
         # What torchao does not round (transposed and one-dimensional convolutions) stays in
@@ -429,8 +429,8 @@ def _check_answers(model: DictModel, path: Path, task_data: TaskData) -> str:
     arrays = task_data.dataset.model_inputs("validation", 0, count)
     samples = {name: array[again] for name, array in arrays.items()}
     with torch.inference_mode():
-        answers = model({name: torch.from_numpy(array) for name, array in samples.items()})
-    largest = {name: float(tensor.abs().max()) for name, tensor in answers.items()}
+        outputs = model({name: torch.from_numpy(array) for name, array in samples.items()})
+    largest = {name: float(tensor.abs().max()) for name, tensor in outputs.items()}
     report = parity(
         model,
         path,

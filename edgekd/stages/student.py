@@ -161,8 +161,8 @@ def check_logits(
     if not isinstance(task_data.task, Classification):
         return
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        answers = model.eval()(batch)[task_data.task.output]
-    if recognized_form(answers) == "probabilities":
+        outputs = model.eval()(batch)[task_data.task.output]
+    if recognized_form(outputs) == "probabilities":
         raise InputError(
             "the network's outputs are probabilities, which sum to 1, and the losses take logits: "
             "they would apply a softmax again",

@@ -208,7 +208,7 @@ class TaskEvaluator:
         if not self.labelled.any():
             # The reference is then float32's predictions.
             self.task = agreement_task(self.task)
-            self.targets |= self._answered()
+            self.targets |= self._predictions()
             self.labelled = np.ones(self.samples.count, bool)
         self.scale = 1.0 if self.task.higher_is_better else self._constant_error()
         self.scores = self._scores(reference, BATCH, "disabled")
@@ -237,9 +237,9 @@ class TaskEvaluator:
             f"{value_text(moved, signed=True)} against float32's ({value_text(share, signed=True)})"
         )
 
-    def score(self, answers: Mapping[str, Array]) -> Array:
+    def score(self, outputs: Mapping[str, Array]) -> Array:
         """Each labelled sample's score, signed so that higher is better, (N,)."""
-        scores: Array = self._score(answers, slice(None))[self.labelled]
+        scores: Array = self._score(outputs, slice(None))[self.labelled]
         return scores
 
     def drop_of(self, path: Path, batch: int = BATCH) -> float:
@@ -255,15 +255,15 @@ class TaskEvaluator:
         found = self._reference.compare(
             path,
             self.task.output if isinstance(self.task, Classification) else None,
-            lambda _, answers, rows: self._score(answers, rows),
+            lambda _, outputs, rows: self._score(outputs, rows),
             batch=batch,
         )
         return float((self.scores - found.scores[self.labelled]).mean()), found.errors
 
-    def _score(self, answers: Mapping[str, Array], rows: slice) -> Array:
+    def _score(self, outputs: Mapping[str, Array], rows: slice) -> Array:
         sign = 1 if self.task.higher_is_better else -1
         targets = {name: values[rows] for name, values in self.targets.items()}
-        scores: Array = sign * self.task.scores(answers, targets) / self.scale
+        scores: Array = sign * self.task.scores(outputs, targets) / self.scale
         return scores
 
     def _constant_error(self) -> float:
@@ -282,18 +282,18 @@ class TaskEvaluator:
         from edgekd.onnx.batch_inference import answer_batches
 
         batches = answer_batches(path, self.samples, batch=batch, optimization=optimization)
-        scores = np.concatenate([self._score(answers, rows) for rows, answers in batches])
+        scores = np.concatenate([self._score(outputs, rows) for rows, outputs in batches])
         labelled: Array = scores[self.labelled]
         return labelled
 
-    def _answered(self) -> dict[str, Array]:
+    def _predictions(self) -> dict[str, Array]:
         """Float32's own predictions as targets."""
         from edgekd.onnx.batch_inference import answer_batches
 
         parts: dict[str, list[Array]] = {}
-        for _, answers in answer_batches(
+        for _, outputs in answer_batches(
             self._file, self.samples, batch=BATCH, optimization="disabled"
         ):
-            for name, values in self.task.pseudo_targets(answers).items():
+            for name, values in self.task.pseudo_targets(outputs).items():
                 parts.setdefault(name, []).append(values)
         return {name: np.concatenate(values) for name, values in parts.items()}

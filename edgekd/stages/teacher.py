@@ -131,8 +131,8 @@ def _trained_or_loaded(
 
         network = DictModel(model.module, planned.network_spec(model.spec)).eval()
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            answers = network(planned.prepare(batch))[task_data.task.output]
-        planned = with_form(planned, answers, config, where, say)
+            outputs = network(planned.prepare(batch))[task_data.task.output]
+        planned = with_form(planned, outputs, config, where, say)
     spec, scale, offset = model.spec, model.output_scale, model.output_offset
     model = adapt(DictModel(model.module, planned.network_spec(spec)), spec, planned)
     model.scale_output(scale, offset)
@@ -159,8 +159,8 @@ def _black_box(
     batch = some_samples(task_data)
     check_repeatable_answers(teacher, batch, where)
     if isinstance(task_data.task, Classification):
-        answers = teacher.raw_answer(batch)[task_data.task.output]
-        teacher.adaptation = with_form(planned, answers, config, where, say)
+        outputs = teacher.raw_answer(batch)[task_data.task.output]
+        teacher.adaptation = with_form(planned, outputs, config, where, say)
     return teacher
 
 
@@ -384,13 +384,13 @@ def plan_adaptation(
 
 
 def with_form(
-    planned: Adaptation, answers: Tensor, config: TeacherConfig, where: str, say: Say
+    planned: Adaptation, outputs: Tensor, config: TeacherConfig, where: str, say: Say
 ) -> Adaptation:
     """The adaptation with the form of the teacher's outputs: configured, else detected.
 
     Args:
         planned: the rest of the adaptation.
-        answers: the network's own outputs for real samples, (N, ..., outputs).
+        outputs: the network's own outputs for real samples, (N, ..., outputs).
         config: the teacher's section.
         where: its YAML position, for errors.
         say: prints a progress message.
@@ -401,9 +401,9 @@ def with_form(
     from edgekd.models.adapted import check_form, recognized_form
 
     if config.output is not None:
-        check_form(answers, config.output, f"{where}.output")
+        check_form(outputs, config.output, f"{where}.output")
         return replace(planned, form=config.output)
-    form = recognized_form(answers)
+    form = recognized_form(outputs)
     if form == "logits":
         return planned
     made = {

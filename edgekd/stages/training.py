@@ -126,8 +126,8 @@ def fit(
         part = {name: take(array, rows) for name, array in dataset.splits["train"].arrays.items()}
         training = loader(Split(part), steps=len(training))
     validation, task = task_data.validation_loader(channels_last), task_data.task
-    labelled, asked = len(task_data.labelled_rows("validation")), objective.needs_teacher
-    if labelled == 0 or (asked and labelled < validation.samples):
+    labelled = len(task_data.labelled_rows("validation"))
+    if labelled == 0 or (objective.needs_teacher and labelled < validation.samples):
         validation, task = pseudo_labelled_validation(task_data, teacher, channels_last, label)
         context.progress.message(
             f"  {label}: {labelled} validation samples have a label: validated by {task.metric} "
@@ -279,16 +279,16 @@ def pseudo_labelled_validation(
             where=label,
             remedy="give labels, or a scheme with a teacher",
         )
-    answers = []
+    predicted = []
     for batch in task_data.validation_loader().ordered():
         outputs = {
             name: tensor.float().cpu().numpy() for name, tensor in teacher.answer(batch).items()
         }
-        answers.append(task_data.task.pseudo_targets(outputs))
+        predicted.append(task_data.task.pseudo_targets(outputs))
     arrays = dict(task_data.dataset.splits["validation"].arrays)
     labelled = task_data.labelled_rows("validation")
-    for name in answers[0]:
-        targets = np.concatenate([answer[name] for answer in answers])
+    for name in predicted[0]:
+        targets = np.concatenate([part[name] for part in predicted])
         if len(labelled):
             targets = targets.astype(arrays[name].dtype)
             targets[labelled] = arrays[name][labelled]
