@@ -13,15 +13,18 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
-from edgekd.errors import InputError, StageError
+from edgekd.errors import InputError
 from edgekd.onnx.batch_inference import run_batch
 from edgekd.onnx.batch_layout import rows_of, spec_layout, to_model
 from edgekd.onnx.file import describe_onnx
 from edgekd.onnx.samples import Array, Samples, is_mask
-from edgekd.onnx.session import CPU_PROVIDER, open_session
-from edgekd.quantization.prepare import save_onnx
+from edgekd.quantization.prepare import open_derived
+from edgekd.quantization.rewrites import element_types
 
 Calibration = Literal["minmax", "entropy", "percentile"]
+
+Ranges = dict[str, tuple[float, float]]
+"""(lowest, highest) by tensor."""
 
 LEAST_SAMPLES = 2
 _BATCH_BYTES = 32 * 1024**2
@@ -73,15 +76,13 @@ def calibrate(
             the model become NaN or infinite on them.
     """
     source = source or model
-    if samples.count < LEAST_SAMPLES:
-        raise InputError(
-            f"calibration needs at least {LEAST_SAMPLES} samples, there are {samples.count}",
-            where=str(source),
-            remedy="give some hundred real inputs, preprocessed as the model expects them",
-        )
+    check_count(samples.count, source)
     extremes = Extremes(model, tensors, scratch, threads, source)
-    size = _batch_size(model, extremes, samples, source)
     layout = spec_layout(describe_onnx(model).spec.inputs)
+    # Measured on one sample: the sizes of open dimensions are not in the graph.
+    first = next(feeds(model, samples, 1, source))
+    sample_bytes = 4 * extremes.elements(first) // rows_of(layout, first)
+    size = max(1, min(_LARGEST_BATCH, _BATCH_BYTES // max(sample_bytes, 1)))
     start = 0
     for feed in feeds(model, samples, size, source):
         # A fixed batch's last one is filled up.
@@ -96,6 +97,19 @@ def calibrate(
         found = _histograms(model, ranges, batches, scratch, threads, source)
         ranges = {n: _cut(found[n], *ranges[n], calibration, symmetric) for n in ranges}
     return Calibrated(ranges, without)
+
+
+def check_count(count: int, source: Path) -> None:
+    """
+    Raises:
+        InputError: there are too few samples to calibrate on; the error names ``source``.
+    """
+    if count < LEAST_SAMPLES:
+        raise InputError(
+            f"calibration needs at least {LEAST_SAMPLES} samples, there are {count}",
+            where=str(source),
+            remedy="give some hundred real inputs, preprocessed as the model expects them",
+        )
 
 
 def feeds(model: Path, samples: Samples, size: int, source: Path) -> Iterator[dict[str, Array]]:
@@ -120,24 +134,8 @@ def feeds(model: Path, samples: Samples, size: int, source: Path) -> Iterator[di
             )
         feed = {tensor.name: batch[tensor.name] for tensor in inputs}
         if fixed:
-            feed = {name: _filled(array, fixed) for name, array in feed.items()}
+            feed = {n: np.resize(array, (fixed, *array.shape[1:])) for n, array in feed.items()}
         yield to_model(layout, feed)
-
-
-def _filled(array: Array, rows: int) -> Array:
-    return array if len(array) == rows else np.resize(array, (rows, *array.shape[1:]))
-
-
-def _batch_size(model: Path, extremes: Extremes, samples: Samples, source: Path) -> int:
-    """The number of samples for which the named tensors of a batch take about 32 MB.
-
-    Measured on one sample: the sizes of open dimensions are not in the graph.
-    """
-    feed = next(feeds(model, samples, 1, source))
-    each = (
-        4 * extremes.elements(feed) // rows_of(spec_layout(describe_onnx(model).spec.inputs), feed)
-    )
-    return max(1, min(_LARGEST_BATCH, _BATCH_BYTES // max(each, 1)))
 
 
 def _check_finite(source: Path, feed: dict[str, Array], on: str) -> None:
@@ -166,12 +164,7 @@ def _histograms(
     proto.graph.output.extend(
         values[name] for name in ranges if name not in shown and name not in inputs
     )
-    augmented = scratch / "histograms.onnx"
-    save_onnx(proto, augmented)
-    try:
-        session = open_session(augmented, (CPU_PROVIDER,), threads, "disabled")
-    except InputError as error:
-        raise under_its_own_name(error, augmented, source) from error
+    session = open_derived(proto, scratch / "histograms.onnx", source, threads)
     computed = [name for name in ranges if name not in inputs]
     histograms = {
         n: MagnitudeHistogram(max(abs(low), abs(high))) for n, (low, high) in ranges.items()
@@ -179,10 +172,9 @@ def _histograms(
     for feed in batches:
         for name in inputs & ranges.keys():
             histograms[name].add(feed[name])
-        for name, values_of in zip(
-            computed, run_batch(session, computed, feed, source), strict=True
-        ):
-            histograms[name].add(values_of)
+        found = run_batch(session, computed, feed, source)
+        for name, array in zip(computed, found, strict=True):
+            histograms[name].add(array)
     return histograms
 
 
@@ -198,9 +190,6 @@ def _cut(
         side = 0.5 if symmetric else histogram.limit / (max(high, 0.0) - min(low, 0.0))
         threshold = histogram.entropy(max(int(256 * side), 1))
     return max(low, -threshold), min(high, threshold)
-
-
-Ranges = dict[str, tuple[float, float]]
 
 
 class Extremes:
@@ -228,12 +217,7 @@ class Extremes:
         types = _float_tensors(proto.graph, tensors)
         self.tensors = tuple(types)
         self._outputs = [_add_probes(proto.graph, name, kind) for name, kind in types.items()]
-        augmented = scratch / "extremes.onnx"
-        save_onnx(proto, augmented)
-        try:
-            self._session = open_session(augmented, (CPU_PROVIDER,), threads, "disabled")
-        except InputError as error:
-            raise under_its_own_name(error, augmented, source) from error
+        self._session = open_derived(proto, scratch / "extremes.onnx", source, threads)
         self._float_outputs = [
             output.name for output in self._session.get_outputs() if output.name in shown
         ]
@@ -324,18 +308,10 @@ class Extremes:
         return [values[i : i + 4] for i in range(0, len(values), 4)]
 
 
-def under_its_own_name(error: InputError | StageError, scratch: Path, source: Path) -> InputError:
-    """An error about a scratch file as one about the file that it was made from."""
-    what = error.what.replace(f"Load model from {scratch} failed:", "")
-    what = what.replace(str(scratch), str(source))
-    return InputError(what, where=str(source), remedy=error.remedy)
-
-
 def _float_tensors(graph: onnx.GraphProto, tensors: Collection[str]) -> dict[str, int]:
     """Element types by name."""
     weights = {tensor.name for tensor in graph.initializer}
-    values = (*graph.input, *graph.value_info, *graph.output)
-    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    types = element_types(graph)
     floats = (TensorProto.FLOAT, TensorProto.FLOAT16)
     named = sorted(set(tensors) - weights)
     return {name: types[name] for name in named if types.get(name) in floats}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from onnx import TensorProto, numpy_helper
 from edgekd.errors import InputError
 from edgekd.onnx.file import read_onnx
 from edgekd.onnx.graph import node_label, subgraphs
-from edgekd.quantization.rewrites import all_nodes, inner_names
+from edgekd.quantization.rewrites import all_nodes, element_types, inner_names, readers_of
 
 QuantizationRuntime = Literal["cpu", "tensorrt"]
 
@@ -29,26 +30,14 @@ _CPU_JOINED = {"Add", "Mul", "Concat", "GlobalAveragePool", "LeakyRelu", "Sigmoi
 
 # These pass on 8 bits with the scale of their input, and do nothing to a float one.
 _CPU_PASSED = {
-    "Relu",
-    "Clip",
-    "Reshape",
-    "Transpose",
-    "Squeeze",
-    "Unsqueeze",
-    "Flatten",
-    "MaxPool",
-    "AveragePool",
-    "Slice",
-    "Resize",
-    "Pad",
-    "Split",
-    "Gather",
-}
+    "Relu", "Clip", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "MaxPool",
+    "AveragePool", "Slice", "Resize", "Pad", "Split", "Gather",
+}  # fmt: skip
 
 # Where a mask's values end: values far below the others have no weight there.
 _MASKED_BY = {"Softmax", "LogSoftmax", "Hardmax", "ArgMax", "TopK"}
 
-_WAY_TO_SOFTMAX = {*_CPU_PASSED, "Add", "Sub", "Mul", "Div", "Where", "Cast", "Identity", "Concat"}
+_BEFORE_SOFTMAX = {*_CPU_PASSED, "Add", "Sub", "Mul", "Div", "Where", "Cast", "Identity", "Concat"}
 
 # From here on a constant that is 0 elsewhere is a mask (Swin's is -100); a range, whose other end
 # is this many times closer to 0, from where 8 bits cannot distinguish the other values.
@@ -90,16 +79,11 @@ class Candidates:
         self.weighted = _CPU_WEIGHTED if runtime == "cpu" else WEIGHTED
         """The operators whose arithmetic the runtime has in 8 bits."""
         self._weights = {t.name: t for t in graph.initializer}
-        values = [*graph.value_info, *graph.input, *graph.output]
-        self._floats = {
-            v.name for v in values if v.type.tensor_type.elem_type == TensorProto.FLOAT
-        } | {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT}
+        types = {t.name: t.data_type for t in graph.initializer} | element_types(graph)
+        self._floats = {name for name, kind in types.items() if kind == TensorProto.FLOAT}
         # Their values are model outputs before a following Relu or Clip.
         self._seen = inner_names(graph) | {value.name for value in graph.output}
-        self._readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in graph.node:
-            for name in node.input:
-                self._readers.setdefault(name, []).append(node)
+        self._readers = readers_of(graph)
         self.all = self.select(())
         """Every node that can compute in 8 bits or pass them on, in graph order."""
 
@@ -113,10 +97,8 @@ class Candidates:
     @property
     def nodes(self) -> tuple[str, ...]:
         """The nodes that the search decides on: all but those that only pass 8 bits on."""
-        passed = _CPU_PASSED
-        return tuple(
-            n.name for n in self._graph.node if n.name in self.all and n.op_type not in passed
-        )
+        chosen = (node for node in self._graph.node if node.name in self.all)
+        return tuple(node.name for node in chosen if node.op_type not in _CPU_PASSED)
 
     def input_layers(self, float_nodes: Collection[str]) -> tuple[str, ...]:
         """The convolutions in 8 bits that read the model's inputs, when some nodes stay in float;
@@ -249,14 +231,14 @@ def masked_tensors(
     weights = {tensor.name: tensor for tensor in graph.initializer}
     to_softmax: set[str] = set()
     for node in reversed(graph.node):
-        follows = node.op_type in _WAY_TO_SOFTMAX and not to_softmax.isdisjoint(node.output)
+        follows = node.op_type in _BEFORE_SOFTMAX and not to_softmax.isdisjoint(node.output)
         if node.op_type in _MASKED_BY:
             to_softmax.update(node.input[:1])
         elif follows:
             to_softmax.update(node.input)
     masked: dict[str, str] = {}
     for node in graph.node:
-        if node.op_type not in _WAY_TO_SOFTMAX or to_softmax.isdisjoint(node.output):
+        if node.op_type not in _BEFORE_SOFTMAX or to_softmax.isdisjoint(node.output):
             continue
         low, high = ranges.get(node.output[0], (0.0, 0.0))
         larger, other = max(abs(low), abs(high)), min(abs(low), abs(high))
@@ -365,11 +347,9 @@ def _why_not(
 
 LEAST_ELEMENTS = 64
 _BYTES: dict[int, int] = {
-    TensorProto.FLOAT: 4,
-    TensorProto.DOUBLE: 8,
-    TensorProto.FLOAT16: 2,
-    TensorProto.BFLOAT16: 2,
-}
+    TensorProto.FLOAT: 4, TensorProto.DOUBLE: 8,
+    TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2,
+}  # fmt: skip
 _PASSED_ON = {
     "Identity", "Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice",
     "Expand", "Tile", "Concat", "Split",
@@ -409,19 +389,14 @@ def float_nodes(path: Path, reasons: Mapping[str, str], default: str) -> tuple[F
     """
     model = read_onnx(path)
     counted: set[str] = set()
-    rows = [
+    rows = list(_rows(model.graph, {}, counted, ""))
+    for function in model.functions:
+        rows += _of_nodes(function.node, {}, counted, f"in function {function.name}")
+    return tuple(
         FloatNode(label, op, size, reasons.get(label, inside or default))
-        for label, op, size, inside in [
-            *_rows(model.graph, {}, counted, ""),
-            *(
-                row
-                for function in model.functions
-                for row in _of_nodes(function.node, {}, counted, f"in function {function.name}")
-            ),
-        ]
+        for label, op, size, inside in rows
         if size or label in reasons
-    ]
-    return tuple(rows)
+    )
 
 
 _Row = tuple[str, str, int, str]
@@ -464,9 +439,7 @@ def _of_nodes(
 
 
 def _origin(tensor: onnx.TensorProto, name: str) -> frozenset[str]:
-    count = 1
-    for size in tensor.dims:
-        count *= size
+    count = math.prod(tensor.dims)
     long = sum(size > 1 for size in tensor.dims)
     if tensor.data_type not in _BYTES or count < LEAST_ELEMENTS or long < 2:
         return frozenset()

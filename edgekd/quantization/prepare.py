@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
+import onnxruntime
 from google.protobuf.message import EncodeError
 
 from edgekd.errors import InputError, StageError, unknown_name
@@ -23,7 +24,13 @@ from edgekd.onnx.optimizer_faults import (
     optimizers_to_disable,
 )
 from edgekd.onnx.samples import Array, Samples, answers_of, outputs_of_random_inputs
-from edgekd.onnx.session import CPU_PROVIDER, first_line, open_session, session_options
+from edgekd.onnx.session import (
+    CPU_PROVIDER,
+    Optimization,
+    first_line,
+    open_session,
+    session_options,
+)
 from edgekd.quantization.rewrites import (
     LEAST_IR,
     all_nodes,
@@ -31,6 +38,7 @@ from edgekd.quantization.rewrites import (
     drop_leading_ones,
     name_nodes,
     plain_bias,
+    readers_of,
     restore_identity,
     separate_additions,
 )
@@ -41,16 +49,9 @@ LEAST_OPSET = 13
 _IR_OF_LEAST_OPSET = 7
 _QUANTIZED_STARTS = ("QLinear", "DynamicQuantize", "QGemm", "QAttention", "QMoE", "QEmbed")
 _QUANTIZED = {
-    "QuantizeLinear",
-    "DequantizeLinear",
-    "ConvInteger",
-    "MatMulInteger",
-    "MatMulIntegerToFloat",
-    "MatMulInteger16",
-    "MatMulNBits",
-    "MatMulBnb4",
-    "GatherBlockQuantized",
-}
+    "QuantizeLinear", "DequantizeLinear", "ConvInteger", "MatMulInteger", "MatMulIntegerToFloat",
+    "MatMulInteger16", "MatMulNBits", "MatMulBnb4", "GatherBlockQuantized",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -161,8 +162,7 @@ class _Comparison:
             return None
         with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
             path = Path(folder, "prepared.onnx")
-            save_onnx(model, path)
-            session = open_session(path, (CPU_PROVIDER,), self._threads, "disabled")
+            session = open_derived(model, path, self._source, self._threads)
             outputs = answers_of(session, self._inputs, self._source)
         return changed(self._reference, outputs, TOLERANCE)
 
@@ -174,7 +174,7 @@ def _prepare(source: Path, disabled: Sequence[str]) -> Prepared:
     _drop_initializer_inputs(model)
     name_nodes(model.graph)
     named = [(node.name, list(node.output)) for node in model.graph.node]
-    consumers = _consumers(model.graph)
+    readers = {n: [list(r.output) for r in each] for n, each in readers_of(model.graph).items()}
     raised = opset_of(model) < LEAST_OPSET
     if raised:
         model = _raise_opset(model, source)
@@ -191,7 +191,7 @@ def _prepare(source: Path, disabled: Sequence[str]) -> Prepared:
     drop_leading_ones(folded.graph)
     least = _IR_OF_LEAST_OPSET if raised else LEAST_IR
     restore_identity(folded, original, least)
-    return Prepared(folded, source, _origins(named, consumers, folded.graph))
+    return Prepared(folded, source, _origins(named, readers, folded.graph))
 
 
 def save_onnx(model: onnx.ModelProto, out: Path) -> None:
@@ -216,6 +216,38 @@ def save_onnx(model: onnx.ModelProto, out: Path) -> None:
             where=str(out),
             remedy="free space or choose another folder",
         ) from error
+
+
+def open_derived(
+    model: onnx.ModelProto,
+    path: Path,
+    source: Path,
+    threads: int = 1,
+    optimization: Optimization = "disabled",
+    *,
+    options: onnxruntime.SessionOptions | None = None,
+    disabled_optimizers: Sequence[str] = (),
+) -> onnxruntime.InferenceSession:
+    """Save a model that was made from ``source`` and open it on the CPU.
+
+    Raises:
+        InputError: it does not fit into one file, or is invalid; the error names ``source``.
+        StageError: the file cannot be written.
+    """
+    try:
+        save_onnx(model, path)
+        return open_session(
+            path,
+            (CPU_PROVIDER,),
+            threads,
+            optimization,
+            options,
+            disabled_optimizers=disabled_optimizers,
+        )
+    except InputError as error:
+        what = error.what.replace(f"Load model from {path} failed:", "")
+        what = what.replace(str(path), str(source))
+        raise InputError(what, where=str(source), remedy=error.remedy) from error
 
 
 def refuse_quantized(model: onnx.ModelProto, source: Path) -> None:
@@ -261,35 +293,19 @@ def _optimize(
 ) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
         before, after = Path(folder, "before.onnx"), Path(folder, "after.onnx")
-        try:
-            save_onnx(model, before)
-        except InputError as error:
-            raise InputError(error.what, where=str(source), remedy=error.remedy) from error
         options = session_options(1, "basic" if level == "basic" else "disabled")
         options.optimized_model_filepath = str(after)
-        try:
-            open_session(before, (CPU_PROVIDER,), 1, "basic", options, disabled_optimizers=disabled)
-        except InputError as error:
-            # The scratch file's path means nothing to the user.
-            what = error.what.replace(f"Load model from {before} failed:", "")
-            what = what.replace(str(before), str(source))
-            raise InputError(what, where=str(source), remedy=error.remedy) from error
+        open_derived(
+            model, before, source, 1, "basic", options=options, disabled_optimizers=disabled
+        )
         # Types by path: in memory it accepts no model above 2 GB.
         onnx.shape_inference.infer_shapes_path(str(after), str(before))
         return onnx.load(str(before))
 
 
-def _consumers(graph: onnx.GraphProto) -> dict[str, list[list[str]]]:
-    readers: dict[str, list[list[str]]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(list(node.output))
-    return readers
-
-
 def _origins(
     named: list[tuple[str, list[str]]],
-    consumers: dict[str, list[list[str]]],
+    readers: dict[str, list[list[str]]],
     graph: onnx.GraphProto,
 ) -> dict[str, str | None]:
     """The new node of each node of the file: by its name, else the node that now makes its output
@@ -301,6 +317,6 @@ def _origins(
         origins[name] = name if name in here else None
         while origins[name] is None and outputs:
             origins[name] = next((makers[o] for o in outputs if o in makers), None)
-            readers = [r for o in outputs for r in consumers.get(o, [])]
-            outputs = readers[0] if len(readers) == 1 else []
+            after = [reader for o in outputs for reader in readers.get(o, [])]
+            outputs = after[0] if len(after) == 1 else []
     return origins

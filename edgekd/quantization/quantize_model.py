@@ -97,6 +97,7 @@ def quantize_model(
     from edgekd.onnx.batch_inference import BatchedModel
     from edgekd.onnx.file import check_fits_one_file, check_onnx, describe_onnx
     from edgekd.onnx.sample_files import open_samples
+    from edgekd.quantization.calibration import check_count
 
     check_fits_one_file(model)
     check_onnx(model)
@@ -105,8 +106,8 @@ def quantize_model(
     check_output(out, "--output", inputs=files_read(model, calibration, validation))
     check_settings(model, info.spec, calibration, settings)
     samples = None if calibration is None else open_samples(calibration, info.spec)
-    if settings.method == "static" and samples is not None:
-        _check_count(min(samples.count, settings.samples), calibration)
+    if settings.method == "static" and samples is not None and calibration is not None:
+        check_count(min(samples.count, settings.samples), calibration)
     compared = samples if validation is None else open_samples(validation, info.spec)
     data = validation or calibration
     evaluator = None
@@ -336,17 +337,6 @@ def _remarks_on_random_inputs(model: Path) -> list[str]:
         f"the times are those of random inputs, which decide how much is computed ({work}): "
         "--calibration DATA.npz, or 'edgekd benchmark --inputs', gives real ones"
     ]
-
-
-def _check_count(count: int, calibration: Path | None) -> None:
-    from edgekd.quantization.calibration import LEAST_SAMPLES
-
-    if count < LEAST_SAMPLES:
-        raise InputError(
-            f"calibration needs at least {LEAST_SAMPLES} samples, there are {count}",
-            where=str(calibration),
-            remedy="give some hundred real inputs, preprocessed as the model takes them",
-        )
 
 
 def check_settings(

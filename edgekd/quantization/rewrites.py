@@ -118,8 +118,22 @@ def drop_unused(graph: onnx.GraphProto) -> None:
         assign(graph.initializer, kept)
 
 
-def _values(graph: onnx.GraphProto) -> Iterator[onnx.ValueInfoProto]:
-    yield from (*graph.value_info, *graph.input, *graph.output)
+def element_types(graph: onnx.GraphProto) -> dict[str, int]:
+    """The stated element type of each tensor that is no constant."""
+    return {value.name: value.type.tensor_type.elem_type for value in _values(graph)}
+
+
+def readers_of(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
+    """The nodes that read each tensor, in graph order."""
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    return readers
+
+
+def _values(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
+    return [*graph.value_info, *graph.input, *graph.output]
 
 
 def _ranks(graph: onnx.GraphProto) -> dict[str, int]:
@@ -179,7 +193,7 @@ def separate_additions(graph: onnx.GraphProto, before: onnx.GraphProto) -> None:
     """
     weights = {tensor.name: tensor for tensor in graph.initializer}
     makers = {name: node for node in before.node for name in node.output}
-    types = {value.name: value.type.tensor_type.elem_type for value in _values(graph)}
+    types = element_types(graph)
     taken = {name for node in graph.node for name in (node.name, *node.input, *node.output)}
     taken |= {tensor.name for tensor in graph.initializer}
     nodes: list[onnx.NodeProto] = []
@@ -351,12 +365,7 @@ def pool_spatial_means(model: onnx.ModelProto, wanted: Callable[[onnx.NodeProto]
         wanted: decides for each ReduceMean.
     """
     graph = model.graph
-    ranks = {
-        value.name: len(value.type.tensor_type.shape.dim)
-        for value in (*graph.value_info, *graph.input, *graph.output)
-        if value.type.tensor_type.elem_type == TensorProto.FLOAT
-        and value.type.tensor_type.HasField("shape")
-    }
+    ranks, types = _ranks(graph), element_types(graph)
     constants = {tensor.name: tensor for tensor in graph.initializer}
     by_input = opset_of(model) >= _AXES_ARE_INPUT
     taken = {name for node in graph.node for name in (node.name, *node.input, *node.output)}
@@ -367,6 +376,7 @@ def pool_spatial_means(model: onnx.ModelProto, wanted: Callable[[onnx.NodeProto]
             node.op_type != "ReduceMean"
             or node.domain not in ("", "ai.onnx")
             or ranks.get(node.input[0]) != _IMAGE
+            or types[node.input[0]] != TensorProto.FLOAT
             or _axes(node, settings, constants, by_input) != {2, 3}
             or not wanted(node)
         ):

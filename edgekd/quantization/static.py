@@ -32,8 +32,10 @@ from edgekd.quantization.prepare import prepare_onnx, save_onnx
 from edgekd.quantization.rewrites import (
     copy_shared_weights,
     drop_unused,
+    element_types,
     free_float_values,
     pool_spatial_means,
+    readers_of,
     restore_identity,
     set_aside_outputs,
 )
@@ -257,11 +259,10 @@ def _one_scale_each(
 
 def _joined(graph: onnx.GraphProto) -> set[str]:
     """The activations that Concats join, whose ranges show whether one scale fits them all."""
+    types = element_types(graph)
     weights = {tensor.name for tensor in graph.initializer}
-    values = [*graph.value_info, *graph.input, *graph.output]
-    floats = {v.name for v in values if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
-    joined = {name for n in graph.node if n.op_type == "Concat" for name in n.input}
-    return joined & floats - weights
+    joined = {name for n in graph.node if n.op_type == "Concat" for name in n.input} - weights
+    return {name for name in joined if types.get(name) == onnx.TensorProto.FLOAT}
 
 
 OUTPUT_RATIO = 4.0
@@ -306,10 +307,7 @@ def mixed_joins(
         ranges: the (lowest, highest) value of activations, calibrated.
         weighted: operators of layers with weights.
     """
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
+    readers = readers_of(graph)
     constants = {tensor.name: tensor for tensor in graph.initializer}
     found = []
     for node in graph.node:
