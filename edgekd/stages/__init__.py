@@ -13,7 +13,7 @@ from edgekd.stages.distill import DistillStage
 from edgekd.stages.engines import EnginesStage
 from edgekd.stages.export import ExportStage
 from edgekd.stages.gate import GateStage
-from edgekd.stages.quantize import QuantizeStage, runtimes_of
+from edgekd.stages.quantize import QuantizeStage, qat_objective, runtimes_of
 from edgekd.stages.report import ReportStage
 from edgekd.stages.student import StudentStage
 from edgekd.stages.teacher import TeacherStage
@@ -58,6 +58,7 @@ def preflight(job: Job, gated: bool = True) -> None:
     from edgekd.models.build import find_model
     from edgekd.release.rules import check_any_rule, check_direction
     from edgekd.stages.student import student_network
+    from edgekd.stages.training import augmentation_of
     from edgekd.students.pruning_plan import torch_pruning
     from edgekd.targets import open_target
     from edgekd.tasks import Classification, get_task
@@ -78,9 +79,7 @@ def preflight(job: Job, gated: bool = True) -> None:
     device = training_device()
     objective = Objective(config.loss_terms, task)
     check_step(config.distill, objective, device, None)
-    mixed = mixing(config.data.augment if config.distill.augment is None
-                   else config.distill.augment)  # fmt: skip
-    if mixed is not None and objective.needs_hard_label:
+    if mixing(augmentation_of(config, config.distill)) is not None and objective.needs_hard_label:
         raise InputError(
             f"{', '.join(objective.needs_hard_label)} needs one class per sample, and the images "
             "and labels of two are mixed",
@@ -108,7 +107,6 @@ def preflight(job: Job, gated: bool = True) -> None:
 
 def _check_quantization(job: Job, task: Task) -> None:
     """Check the settings of ``quantize`` and TensorRT before anything is trained."""
-    from edgekd.distill.objective import Objective
     from edgekd.engines.tensorrt import can_run_here, check_installed, where_built
 
     config = job.config
@@ -139,14 +137,7 @@ def _check_quantization(job: Job, task: Task) -> None:
                 remedy="use static or qat",
             )
     if quantize is not None and quantize.int8 == "qat":
-        from edgekd.distill.qat import check_training, terms_of_outputs
-        from edgekd.distill.qat_quantizer import check_torchao
-
-        check_torchao()
-        check_training(quantize.qat)
-        terms, _ = terms_of_outputs(config.loss_terms, quantize.qat.losses)
-        where = "distill.losses" if quantize.qat.losses is None else "quantize.qat.losses"
-        Objective(terms, task, quantize.qat.label_smoothing, where)
+        qat_objective(config, quantize.qat, task)
     for index, engine in enumerate(config.engines):
         where, first = f"engines[{index}]", index == 0
         elsewhere = where_built(engine.kind, job.profile) == "on the device"

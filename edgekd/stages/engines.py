@@ -31,7 +31,7 @@ from edgekd.stages.engine_builders import (
     write_further,
 )
 from edgekd.stages.quantize import STUDENT, Runtime, runtime_of
-from edgekd.stages.task_data import TaskEvaluator, open_task_data, write_json
+from edgekd.stages.task_data import TaskEvaluator, drop_unit_of, open_task_data, write_json
 
 if TYPE_CHECKING:
     from edgekd.targets import Target
@@ -81,7 +81,6 @@ class EnginesStage:
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """Build the engines, and select the student's candidate."""
         from edgekd.release.build_result import evidence_of
-        from edgekd.release.formatting import OF_CONSTANT, drop_unit
 
         first, *further = context.job.config.engines
         task_data = open_task_data(inputs["data"], context.job.config)
@@ -103,7 +102,7 @@ class EnginesStage:
             )
             write_further(context, engine, variant, open_builder(context, engine, samples), None)
         write_json(context.out / "engines.json", rows)
-        unit = drop_unit(task_data.task.metric) if task_data.task.higher_is_better else OF_CONSTANT
+        unit = drop_unit_of(task_data.task)
         write_json(context.out / "choice.json", choice.to_json() | {"drop_unit": unit})
         if len(choice.rows) > 1 or choice.refused:
             context.progress.message(f"  {choice.chosen} is selected: {choice.reason}")

@@ -19,6 +19,7 @@ from edgekd.tasks.classification import Classification
 
 if TYPE_CHECKING:
     from edgekd.models.dict_model import DictModel
+    from edgekd.onnx.samples import Array
 
 
 class ExportStage:
@@ -47,19 +48,12 @@ class ExportStage:
         from edgekd.models.weights import load_weights
         from edgekd.onnx.export import export_onnx
         from edgekd.onnx.import_onnx import adapt_onnx
-        from edgekd.onnx.parity import BATCH_SIZES, check_parity, parity
+        from edgekd.onnx.parity import check_parity, parity
 
         config = context.job.config
         task_data = open_task_data(inputs["data"], config)
-        dataset, task = task_data.dataset, task_data.task
-        count = min(config.export.samples, len(dataset.splits["validation"]))
-        # A validation split below the largest batch is repeated.
-        again = np.arange(max(count, max(BATCH_SIZES))) % count
-        samples = {
-            name: array[again]
-            for name, array in dataset.model_inputs("validation", 0, count).items()
-        }
-
+        task = task_data.task
+        samples = parity_samples(task_data)
         student = partial(build_student, folder=inputs["student"])
         teacher = partial(open_network, inputs["teacher"])
         sources: dict[str, tuple[Callable[[TaskData], DictModel], Path]] = {
@@ -99,6 +93,16 @@ class ExportStage:
                 task_data.spec,
             )
         write_json(context.out / "parity.json", reports)
+
+
+def parity_samples(task_data: TaskData) -> dict[str, Array]:
+    """Validation samples to compare an ONNX file on; fewer than the largest batch are repeated."""
+    from edgekd.onnx.parity import BATCH_SIZES
+
+    count = min(task_data.config.export.samples, len(task_data.dataset.splits["validation"]))
+    rows = np.arange(max(count, max(BATCH_SIZES))) % count
+    inputs = task_data.dataset.model_inputs("validation", 0, count)
+    return {name: array[rows] for name, array in inputs.items()}
 
 
 def metadata_of(task_data: TaskData, role: str) -> dict[str, str]:

@@ -3,12 +3,10 @@ decided in the engines stage, where they are measured."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
 
 from edgekd.config.engines import (
     ExportConfig,
@@ -23,7 +21,7 @@ from edgekd.errors import CrashError, InputError, StageError
 from edgekd.pipeline.stage import Context, Job
 from edgekd.quantization.evaluator import remarks_on_errors
 from edgekd.stages.distill import STUDENT_WEIGHTS
-from edgekd.stages.export import metadata_of
+from edgekd.stages.export import metadata_of, parity_samples
 from edgekd.stages.student import build_student
 from edgekd.stages.task_data import (
     EVALUATION_BATCH,
@@ -41,8 +39,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from edgekd.distill.checkpoint import History
+    from edgekd.distill.objective import Objective
     from edgekd.models.dict_model import DictModel
     from edgekd.quantization.quantize_onnx import Method, Quantized
+    from edgekd.tasks import Task
 
 Runtime = Literal["cpu", "tensorrt"]
 
@@ -369,24 +369,18 @@ def train_quantized(
         StageError: the network cannot be traced, the training diverged, or the file does not
             give PyTorch's outputs.
     """
-    from edgekd.distill.objective import Objective
-    from edgekd.distill.qat import check_training, quantization_aware, terms_of_outputs
+    from edgekd.distill.qat import quantization_aware
     from edgekd.distill.qat_model import computed_weights
-    from edgekd.distill.qat_quantizer import check_torchao
     from edgekd.models.weights import load_weights
     from edgekd.onnx.export import export_onnx
 
-    check_torchao()
-    check_training(config)
     pipeline, label = context.job.config, f"student int8 {runtime}"
-    terms, left_out = terms_of_outputs(pipeline.loss_terms, config.losses)
+    objective, left_out = qat_objective(pipeline, config, task_data.task)
     if left_out:
         context.progress.message(
             f"  {label}: without {', '.join(left_out)}: the layers that are compared are not in "
             "the graph that is trained"
         )
-    where = "distill.losses" if config.losses is None else "quantize.qat.losses"
-    objective = Objective(terms, task_data.task, config.label_smoothing, where)
     # The cache and the augmentation are the distillation's, so that the teacher is not run again.
     training = pipeline.distill.model_copy(
         update={name: getattr(config, name) for name in TrainConfig.model_fields}
@@ -406,11 +400,30 @@ def train_quantized(
     narrow = runtime == "cpu" and reduce_range(context.job)
     result = quantization_aware(student, runtime, train, narrow)
     export_onnx(result.model, out, pipeline.export.opset, metadata_of(task_data, "student"))
-    context.progress.message(f"  {label}: {_check_answers(result.model, out, task_data)}")
+    context.progress.message(f"  {label}: {_check_outputs(result.model, out, task_data)}")
     return result.history
 
 
-def _check_answers(model: DictModel, path: Path, task_data: TaskData) -> str:
+def qat_objective(
+    pipeline: PipelineConfig, config: QatConfig, task: Task
+) -> tuple[Objective, Sequence[str]]:
+    """The objective of quantization-aware training, and the losses that it leaves out.
+
+    Raises:
+        InputError: torchao is missing, no loss is left, or the training cannot be quantized so.
+    """
+    from edgekd.distill.objective import Objective
+    from edgekd.distill.qat import check_training, terms_of_outputs
+    from edgekd.distill.qat_quantizer import check_torchao
+
+    check_torchao()
+    check_training(config)
+    terms, left_out = terms_of_outputs(pipeline.loss_terms, config.losses)
+    where = "distill.losses" if config.losses is None else "quantize.qat.losses"
+    return Objective(terms, task, config.label_smoothing, where), left_out
+
+
+def _check_outputs(model: DictModel, path: Path, task_data: TaskData) -> str:
     """Compare the file with the converted network over validation samples.
 
     Returns:
@@ -421,13 +434,9 @@ def _check_answers(model: DictModel, path: Path, task_data: TaskData) -> str:
     """
     import torch
 
-    from edgekd.onnx.parity import BATCH_SIZES, parity
+    from edgekd.onnx.parity import parity
 
-    config = task_data.config.export
-    count = min(config.samples, len(task_data.dataset.splits["validation"]))
-    again = np.arange(max(count, max(BATCH_SIZES))) % count
-    arrays = task_data.dataset.model_inputs("validation", 0, count)
-    samples = {name: array[again] for name, array in arrays.items()}
+    samples = parity_samples(task_data)
     with torch.inference_mode():
         outputs = model({name: torch.from_numpy(array) for name, array in samples.items()})
     largest = {name: float(tensor.abs().max()) for name, tensor in outputs.items()}
@@ -436,7 +445,7 @@ def _check_answers(model: DictModel, path: Path, task_data: TaskData) -> str:
         path,
         samples,
         task_data.task.output,
-        ExportConfig(samples=config.samples),
+        ExportConfig(samples=task_data.config.export.samples),
         classification=isinstance(task_data.task, Classification),
     )
     shares: dict[str, float] = {}

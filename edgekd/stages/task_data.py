@@ -216,10 +216,8 @@ class TaskEvaluator:
 
     @property
     def drop_unit(self) -> str:
-        """The unit in which drops are stated; see :mod:`edgekd.release.formatting`."""
-        from edgekd.release.formatting import OF_CONSTANT, drop_unit
-
-        return drop_unit(self.task.metric) if self.task.higher_is_better else OF_CONSTANT
+        """The unit in which drops are stated, as of :func:`drop_unit_of`."""
+        return drop_unit_of(self.task)
 
     def change_text(self, drop: float) -> str:
         """How the metric moves with a drop of that size: ``−133.6 mae against float32's``."""
@@ -237,9 +235,11 @@ class TaskEvaluator:
             f"{value_text(moved, signed=True)} against float32's ({value_text(share, signed=True)})"
         )
 
-    def score(self, outputs: Mapping[str, Array]) -> Array:
-        """Each labelled sample's score, signed so that higher is better, (N,)."""
-        scores: Array = self._score(outputs, slice(None))[self.labelled]
+    def score(self, outputs: Mapping[str, Array], rows: slice = slice(None)) -> Array:
+        """The scores of the labelled samples among these rows, signed so that higher is better."""
+        sign = 1 if self.task.higher_is_better else -1
+        targets = {name: values[rows] for name, values in self.targets.items()}
+        scores: Array = sign * self.task.scores(outputs, targets)[self.labelled[rows]] / self.scale
         return scores
 
     def drop_of(self, path: Path, batch: int = BATCH) -> float:
@@ -255,16 +255,10 @@ class TaskEvaluator:
         found = self._reference.compare(
             path,
             self.task.output if isinstance(self.task, Classification) else None,
-            lambda _, outputs, rows: self._score(outputs, rows),
+            lambda _, outputs, rows: self.score(outputs, rows),
             batch=batch,
         )
-        return float((self.scores - found.scores[self.labelled]).mean()), found.errors
-
-    def _score(self, outputs: Mapping[str, Array], rows: slice) -> Array:
-        sign = 1 if self.task.higher_is_better else -1
-        targets = {name: values[rows] for name, values in self.targets.items()}
-        scores: Array = sign * self.task.scores(outputs, targets) / self.scale
-        return scores
+        return float((self.scores - found.scores).mean()), found.errors
 
     def _constant_error(self) -> float:
         known = {name: values[self.labelled] for name, values in self.targets.items()}
@@ -279,21 +273,25 @@ class TaskEvaluator:
         return error
 
     def _scores(self, path: Path, batch: int, optimization: Optimization = "all") -> Array:
-        from edgekd.onnx.batch_inference import answer_batches
-
-        batches = answer_batches(path, self.samples, batch=batch, optimization=optimization)
-        scores = np.concatenate([self._score(outputs, rows) for rows, outputs in batches])
-        labelled: Array = scores[self.labelled]
-        return labelled
+        batches = self._run(path, batch, optimization)
+        return np.concatenate([self.score(outputs, rows) for rows, outputs in batches])
 
     def _predictions(self) -> dict[str, Array]:
         """Float32's own predictions as targets."""
+        batches = self._run(self._file, BATCH, "disabled")
+        parts = [self.task.pseudo_targets(outputs) for _, outputs in batches]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _run(
+        self, path: Path, batch: int, optimization: Optimization
+    ) -> Iterator[tuple[slice, dict[str, Array]]]:
         from edgekd.onnx.batch_inference import answer_batches
 
-        parts: dict[str, list[Array]] = {}
-        for _, outputs in answer_batches(
-            self._file, self.samples, batch=BATCH, optimization="disabled"
-        ):
-            for name, values in self.task.pseudo_targets(outputs).items():
-                parts.setdefault(name, []).append(values)
-        return {name: np.concatenate(values) for name, values in parts.items()}
+        return answer_batches(path, self.samples, batch=batch, optimization=optimization)
+
+
+def drop_unit_of(task: Task) -> str:
+    """The unit in which a drop of the task's metric is stated."""
+    from edgekd.release.formatting import OF_CONSTANT, drop_unit
+
+    return drop_unit(task.metric) if task.higher_is_better else OF_CONSTANT
