@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from edgekd.onnx.error_metrics import PartError
     from edgekd.onnx.samples import Array, Samples
     from edgekd.onnx.session import Optimization
+    from edgekd.release.statistics import Estimate
 
 LEAST_SQNR_DB = 10.0
 """Below it the error has more than a tenth of the signal's power."""
@@ -32,7 +33,7 @@ def remarks_on_errors(errors: Sequence[Mapping[str, Any]]) -> list[str]:
     Args:
         errors: rows of :class:`edgekd.onnx.compare.OutputError`, as JSON.
     """
-    said = []
+    found = []
     for row in errors:
         parts = row["parts"]
         # Where there are parts, the complete output adds no information.
@@ -40,14 +41,14 @@ def remarks_on_errors(errors: Sequence[Mapping[str, Any]]) -> list[str]:
         if row["not_finite"] and parts:
             faults.append(f"{row['not_finite']} of {row['samples']} samples are not finite")
         if faults:
-            said.append(f"{row['name']}: {'; '.join(faults)}")
+            found.append(f"{row['name']}: {'; '.join(faults)}")
         for part in parts:
             if faults := _faults_of_part(part, row["cosine"] if len(parts) == 1 else None):
                 name = f"{row['name']} ({part['part']})" if part["part"] else row["name"]
-                said.append(f"{name}: {'; '.join(faults)}")
-    if not said:
+                found.append(f"{name}: {'; '.join(faults)}")
+    if not found:
         return []
-    return [f"the outputs have little in common with float32's: {', '.join(said)}"]
+    return [f"the outputs have little in common with float32's: {', '.join(found)}"]
 
 
 def _faults_of_classes(row: Mapping[str, Any]) -> list[str]:
@@ -163,7 +164,7 @@ RELATIVE = "1 - relative error"
 ABSOLUTE = "1 - error (float32 gives zeros)"
 
 
-class Evaluator:
+class SampleEvaluator:
     """Compares files with the float model on the same samples, batch by batch.
 
     Float32 is the model as written, run without graph optimizations. The metric is
@@ -202,27 +203,27 @@ class Evaluator:
 
         self._samples, self._threads, self._batch = samples, threads, batch
         self._reference = Reference(model, samples, threads=threads, batch=BATCH)
-        self._primary, answers = next(iter(self._reference.first.items()))
+        self._primary, outputs = next(iter(self._reference.first.items()))
         self._has_classes = (
-            answers.dtype.kind == "f"
+            outputs.dtype.kind == "f"
             and self._reference.parts[self._primary][0].kind != "decisions"
-            and answers.ndim == 2
-            and answers.shape[1] >= CLASSES_AT_LEAST
+            and outputs.ndim == 2
+            and outputs.shape[1] >= CLASSES_AT_LEAST
         )
-        self._class_count = answers.shape[-1] if self._has_classes else 0
+        self._class_count = outputs.shape[-1] if self._has_classes else 0
         self._alone = self._has_classes and len(self._reference.first) == 1
         if labels is not None and not self._has_classes:
             raise InputError(
                 f"labels need an output (N, classes), and {self._primary!r} is "
-                f"{('N', *answers.shape[1:])}",
+                f"{('N', *outputs.shape[1:])}",
                 where="--labels",
                 remedy="leave it out: the outputs are then compared with float32's",
             )
         if labels is not None:
-            check_labels(labels, samples.count, answers.shape[1])
+            check_labels(labels, samples.count, outputs.shape[1])
         self._labels = labels
         self._known: tuple[_Classes, Array] | None = None
-        self._answered: set[int] = set()
+        self._float_classes: set[int] = set()
         self.metric = AGREEMENT if labels is None else "accuracy"
         """The metric of the classes; without classes, each comparison returns its own."""
 
@@ -248,35 +249,30 @@ class Evaluator:
         found = self._side_by_side(path, optimization)
         errors = [error.to_json() for error in found.errors]
         warnings = remarks_on_errors(errors)
-        if self._has_classes:
-            return self._of_classes(found, errors, warnings)
-        from edgekd.release.statistics import mean_score, paired_difference, wilson
-
         part = found.worst
-        assert part is not None  # an output without classes has parts
-        metric = _metric_of(part)
-        if part.by_decision and part.kind == "scores":
-            same = wilson(round((part.agreement or 0.0) * part.decided), part.decided)
-            own = wilson(part.decided, part.decided)
-            drop = wilson(part.decided - round((part.agreement or 0) * part.decided), part.decided)
+        if self._has_classes:
+            metric, unit, of_drop = self.metric, self.metric.split()[0], "points"
+            float_score, score, drop = self._class_statistics(found)
+            warnings += self._remarks_on_classes(found)
         else:
-            same = mean_score(1 - part.losses)
-            own = mean_score(np.ones(len(part.losses)))
-            drop = paired_difference(np.ones(len(part.losses)), 1 - part.losses)
+            assert part is not None  # an output without classes has parts
+            metric, unit, of_drop = _metric_of(part), "", ""
+            float_score, score, drop = _part_statistics(part)
+        worst = None
+        if part is not None and (not self._has_classes or part.drop > (drop.value or 0.0)):
+            worst = {"part": part.label, "metric": _metric_of(part), "drop": part.drop}
         return {
             "metric": metric,
-            "float_score": own.figure("", "measured-on-host").to_json(),
-            "score": same.figure("", "measured-on-host").to_json(),
-            "drop": drop.figure("", "measured-on-host").to_json(),
-            "worst": {"part": part.label, "metric": metric, "drop": part.drop},
+            "float_score": float_score.figure(unit, "measured-on-host").to_json(),
+            "score": score.figure(unit, "measured-on-host").to_json(),
+            "drop": drop.figure(of_drop, "measured-on-host").to_json(),
+            "worst": worst,
             "errors": errors,
             "warnings": warnings,
         }
 
-    def _of_classes(
-        self, found: Comparison, errors: list[dict[str, Any]], warnings: list[str]
-    ) -> dict[str, Any]:
-        """The record for class outputs; another output may be the worst part."""
+    def _class_statistics(self, found: Comparison) -> tuple[Estimate, Estimate, Estimate]:
+        """Float32's score, the candidate's, and the drop, of the classes."""
         from edgekd.release.statistics import mean_score, paired_difference, wilson
 
         if self.metric == AGREEMENT:
@@ -284,34 +280,28 @@ class Evaluator:
             drop = wilson(int((found.scores == 0).sum()), len(found.scores))
         else:
             drop = paired_difference(found.reference_scores, found.scores)
-        if self.metric == AGREEMENT and len(self._answered) == 1 < len(found.scores):
-            warnings.append(
-                f"float32 predicts class {min(self._answered)} to all {len(found.scores)} samples: "
+        return mean_score(found.reference_scores), mean_score(found.scores), drop
+
+    def _remarks_on_classes(self, found: Comparison) -> list[str]:
+        """Warnings about samples, or labels, on which float32's classes say little."""
+        from edgekd.release.statistics import wilson
+
+        count = len(found.scores)
+        if self._labels is None:
+            if len(self._float_classes) != 1 or count <= 1:
+                return []
+            return [
+                f"float32 predicts class {min(self._float_classes)} to all {count} samples: "
                 "agreement on these says little"
-            )
-        unit = self.metric.split()[0]
-        if self._labels is not None:
-            right, chance = found.reference_scores, 1 / self._class_count
-            sure = wilson(int(right.sum()), len(right)).interval
-            if sure is not None and sure[0] <= chance:
-                warnings.append(
-                    f"float32 itself is right on {right.mean():.1%} of the samples, and chance is "
-                    f"{chance:.1%}: are they preprocessed as the model expects, the labels right?"
-                )
-        own, score = mean_score(found.reference_scores), mean_score(found.scores)
-        part = found.worst
-        worse = part is not None and part.drop > (drop.value or 0.0)
-        return {
-            "metric": self.metric,
-            "float_score": own.figure(unit, "measured-on-host").to_json(),
-            "score": score.figure(unit, "measured-on-host").to_json(),
-            "drop": drop.figure("points", "measured-on-host").to_json(),
-            "worst": {"part": part.label, "metric": _metric_of(part), "drop": part.drop}
-            if part is not None and worse
-            else None,
-            "errors": errors,
-            "warnings": warnings,
-        }
+            ]
+        right, chance = found.reference_scores, 1 / self._class_count
+        interval = wilson(int(right.sum()), count).interval
+        if interval is None or interval[0] > chance:
+            return []
+        return [
+            f"float32 itself is right on {right.mean():.1%} of the samples, and chance is "
+            f"{chance:.1%}: are they preprocessed as the model expects, the labels right?"
+        ]
 
     def _side_by_side(self, path: Path, optimization: Optimization = "all") -> Comparison:
         return self._reference.compare(
@@ -323,16 +313,16 @@ class Evaluator:
         )
 
     def _score(
-        self, reference: Mapping[str, Array], answers: Mapping[str, Array], rows: slice
+        self, reference: Mapping[str, Array], outputs: Mapping[str, Array], rows: slice
     ) -> Array:
         wanted = _Classes.of(reference[self._primary])
-        self._answered.update(np.unique(wanted.classes).tolist())
-        return self._right(wanted, _Classes.of(answers[self._primary]), rows)
+        self._float_classes.update(np.unique(wanted.classes).tolist())
+        return self._right(wanted, _Classes.of(outputs[self._primary]), rows)
 
-    def _right(self, reference: _Classes, answers: _Classes, rows: slice) -> Array:
+    def _right(self, reference: _Classes, outputs: _Classes, rows: slice) -> Array:
         """(n,) whether the predicted classes of these samples equal the labels, or float32's."""
         wanted = reference.classes if self._labels is None else self._labels[rows]
-        right: Array = (answers.classes == wanted) & (answers.not_finite == reference.not_finite)
+        right: Array = (outputs.classes == wanted) & (outputs.not_finite == reference.not_finite)
         return right.astype(np.float64)
 
     def _classes(self, path: Path) -> _Classes:
@@ -344,6 +334,15 @@ class Evaluator:
         return _Classes.joined([_Classes.of(outputs[self._primary]) for _, outputs in batches])
 
 
+def largest_drop(record: Mapping[str, Any]) -> float:
+    """The drop that is checked against a budget: the metric's, or that of a part which drops
+    more.
+    """
+    worst = record["worst"]
+    drop: float = record["drop"]["value"]
+    return drop if worst is None else max(drop, worst["drop"])
+
+
 class _Classes(NamedTuple):
     """(n,) each: the predicted class, and which values of the output are not finite."""
 
@@ -351,16 +350,29 @@ class _Classes(NamedTuple):
     not_finite: Array
 
     @classmethod
-    def of(cls, answers: Array) -> _Classes:
+    def of(cls, outputs: Array) -> _Classes:
         """From (n, classes)."""
         from edgekd.onnx.error_metrics import not_finite_places
 
-        return cls(answers.argmax(1), not_finite_places(answers))
+        return cls(outputs.argmax(1), not_finite_places(outputs))
 
     @classmethod
     def joined(cls, parts: Sequence[_Classes]) -> _Classes:
         """Concatenate the predictions of all batches."""
         return cls(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+
+
+def _part_statistics(part: PartError) -> tuple[Estimate, Estimate, Estimate]:
+    """Float32's score, the candidate's, and the drop, of a part without classes."""
+    from edgekd.release.statistics import mean_score, paired_difference, wilson
+
+    if part.by_decision and part.kind == "scores":
+        same = round((part.agreement or 0.0) * part.decided)
+        counts = (part.decided, same, part.decided - same)
+        float_score, score, drop = (wilson(count, part.decided) for count in counts)
+        return float_score, score, drop
+    ones, scores = np.ones(len(part.losses)), 1 - part.losses
+    return mean_score(ones), mean_score(scores), paired_difference(ones, scores)
 
 
 def _worst_drop(found: Comparison) -> float:
