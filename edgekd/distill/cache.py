@@ -19,8 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgekd.distill.cache_store import SCHEMA, CacheStore
-from edgekd.distill.logit_codec import LogitCodec, Records
+from edgekd.distill.cache_store import SCHEMA, CacheStore, LogitCodec, Records
 from edgekd.distill.teacher import Teacher
 from edgekd.errors import InputError, StageError
 from edgekd.progress import Progress

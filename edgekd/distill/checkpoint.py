@@ -120,7 +120,7 @@ def training_identity(
         "config": config.model_dump_json(),
         "seed": seed,
         "steps": steps,
-        "terms": objective.identity,
+        "terms": objective.fingerprint,
         "shapes": {key: list(tensor.shape) for key, tensor in model.state_dict().items()},
         **output_scales(model),
     }

@@ -60,7 +60,7 @@ class Step:
         teacher: Mapping[str, Tensor] | None,
         *,
         rate: float,
-        part: float,
+        progress: float,
         step: int,
         steps: int,
         seed: int,
@@ -72,7 +72,7 @@ class Step:
             size: its number of samples.
             teacher: the teacher's outputs for it.
             rate: the learning rate.
-            part: the share of the training that is done, 0 to 1.
+            progress: the share of the training that is done, 0 to 1.
             step: the batch's number in its epoch, from 0; the epoch's last batches may be fewer
                 than ``accumulate``.
             steps: batches of an epoch.
@@ -84,7 +84,7 @@ class Step:
         begun = step - step % self.accumulate
         batches = min(self.accumulate, steps - begun)
         student = self._answers(batch, size, seed + step)
-        total, terms = self.objective(student, teacher, batch, part)
+        total, terms = self.objective(student, teacher, batch, progress)
         if step == begun:
             self.optimizer.zero_grad(set_to_none=True)
         share = total if batches == 1 else total / batches

@@ -31,13 +31,11 @@ from edgekd.distill.distributed import (
 )
 from edgekd.distill.evaluate import BatchSource, Loaders, device_of, prepared, score
 from edgekd.distill.features import FeatureExtractor
-from edgekd.distill.gradient_check import check_gradients
-from edgekd.distill.loss_term import ConfiguredLoss
-from edgekd.distill.objective import Objective
+from edgekd.distill.loss_term import ConfiguredLoss, Named
+from edgekd.distill.objective import Objective, check_gradients
 from edgekd.distill.optimizer import EMA, learning_rate
 from edgekd.distill.step import Step, check_step, read_values
 from edgekd.distill.teacher import Teacher
-from edgekd.distill.term import Named
 from edgekd.errors import InputError
 from edgekd.progress import Progress
 from edgekd.tasks import Task
@@ -262,7 +260,7 @@ class _Run:
                     sizes[-1],
                     self._ask(batch),
                     rate=rate,
-                    part=at / of,
+                    progress=at / of,
                     step=step,
                     steps=steps,
                     seed=seed,

@@ -118,7 +118,7 @@ def _check_quantization(job: Job, task: Task) -> None:
             )
     if wanted is not None and wanted.int8 == "qat":
         from edgekd.distill.qat import check_training, terms_of_outputs
-        from edgekd.distill.qat_quantizer import check_torchao
+        from edgekd.distill.qat_graph import check_torchao
 
         check_torchao()
         check_training(wanted.qat)

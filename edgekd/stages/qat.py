@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from edgekd.distill.checkpoint import History
-    from edgekd.distill.qat_quantizer import QatRuntime
+    from edgekd.distill.qat_graph import QatRuntime
     from edgekd.models.dict_model import DictModel
 
 
@@ -78,8 +78,7 @@ def train_quantized(
     """
     from edgekd.distill.objective import Objective
     from edgekd.distill.qat import check_training, quantization_aware, terms_of_outputs
-    from edgekd.distill.qat_model import computed_weights
-    from edgekd.distill.qat_quantizer import check_torchao
+    from edgekd.distill.qat_graph import check_torchao, computed_weights
     from edgekd.models.weights import load_weights
     from edgekd.onnx.export import export_onnx
 

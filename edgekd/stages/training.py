@@ -172,7 +172,7 @@ def hub_fingerprint(name: str | None) -> dict[str, str]:
 
 _DECIDES_ANSWERS = (
     "edgekd.data.loader", "edgekd.models.build",
-    "edgekd.distill.teacher", "edgekd.distill.ensemble", "edgekd.distill.logit_codec",
+    "edgekd.distill.teacher", "edgekd.distill.schemes.offline", "edgekd.distill.cache_store",
 )  # fmt: skip
 """The modules whose code a teacher's outputs depend on, besides its weights."""
 

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from edgekd.distill.losses import traits
 from edgekd.distill.losses.relation import Width, pooled, pooled_width, unit
-from edgekd.distill.losses.traits import traits
 from edgekd.errors import InputError
 from edgekd.tasks.losses import at_least_float32
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from edgekd.distill.adapters import adapter, check_same_shape
+from edgekd.distill.features import adapter, check_same_shape
 from edgekd.distill.losses.relation import unit
 from edgekd.errors import InputError
 from edgekd.tasks.losses import at_least_float32, expand_mask

@@ -6,9 +6,8 @@ import torch
 
 from edgekd.config.networks import TeacherConfig
 from edgekd.config.training import SchemeConfig
-from edgekd.distill.ensemble import EnsembleTeacher
 from edgekd.distill.schemes import find_scheme
-from edgekd.distill.schemes.offline import ensemble
+from edgekd.distill.schemes.offline import EnsembleTeacher, ensemble
 from edgekd.errors import InputError
 from edgekd.tasks import Regression
 
