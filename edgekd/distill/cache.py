@@ -152,7 +152,7 @@ class CachedTeacher:
         """The digest of the wrapped teacher."""
         return self._asked.teacher.digest
 
-    def answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def predict(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs of each sample's view by name, float32, on the batch's device.
 
         Raises:
@@ -171,7 +171,7 @@ class CachedTeacher:
         records = self._records(views * self._file.samples + samples, blocks)
         return self._asked.layout.decode(records, batch[SAMPLE].device)
 
-    def watch(self, layers: Collection[str]) -> None:
+    def capture(self, layers: Collection[str]) -> None:
         """Refuse layers: the cache has outputs only (raises InputError)."""
         if layers:
             raise InputError(
@@ -262,7 +262,7 @@ class _Asked:
             if not torch.equal(rows, expected) or (batch[VIEW] != view).any():
                 break
             wanted = {name: tensor[: len(rows)] for name, tensor in batch.items()}
-            yield self.layout.encode(self.teacher.answer(wanted), view, at)
+            yield self.layout.encode(self.teacher.predict(wanted), view, at)
             at += len(rows)
             if at == stop:
                 return

@@ -1,4 +1,4 @@
-"""Training in several processes: collectives, sharded batches, synchronized batch norm.
+"""Devices, and training in several processes: collectives, sharded batches, synced batch norm.
 
 Every process iterates over the same batches and takes its rows of each. The network's outputs
 are gathered, so that every process computes the objective of the complete batch, whatever rows
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import atexit
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
@@ -41,6 +41,25 @@ def training_device() -> torch.device:
 
     device: torch.device = PartialState().device
     return device
+
+
+def to_device(
+    batch: Mapping[str, Tensor], device: torch.device, channels_last: bool
+) -> dict[str, Tensor]:
+    """A batch on the model's device, its images in the model's layout."""
+    moved = {name: tensor.to(device) for name, tensor in batch.items()}
+    if not channels_last:
+        return moved
+    return {
+        name: tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+        for name, tensor in moved.items()
+    }
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's parameters."""
+    first = next(model.parameters(), None)
+    return first.device if first is not None else torch.device("cpu")
 
 
 @cache
@@ -117,6 +136,16 @@ class ProcessGroup:
                 )
         gather: Any = _Gathered.apply
         return {name: gather(answer, self, total) for name, answer in answers.items()}
+
+    def run_sharded(
+        self,
+        predict: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+        batch: Mapping[str, Tensor],
+        total: int,
+    ) -> dict[str, Tensor]:
+        """``predict(batch)``, of which each process computes its own rows."""
+        outputs = predict(self.shard(batch, total))
+        return self.all_gather({k: t.to(self.device) for k, t in outputs.items()}, total)
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace each gradient by its mean over the processes.

@@ -172,9 +172,9 @@ class PreparedStudent(DictModel):
         super().__init__(_Graph(_prepare(model, runtime, reduce_range)), model.spec)
         self._check_against(model)
 
-    def on_progress(self, part: float) -> None:
+    def on_progress(self, progress: float) -> None:
         """Called before each step with the share of the training that is done, 0 to 1."""
-        self._graph.freeze(part >= FROZEN_FROM)
+        self._graph.freeze(progress >= FROZEN_FROM)
 
     def convert(self) -> DictModel:
         """The network with real int8 weights and rounding, for export; this one is unchanged.

@@ -13,7 +13,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from edgekd.distill.evaluate import device_of, prepared
+from edgekd.distill.distributed import device_of, to_device
 from edgekd.distill.features import FeatureExtractor
 from edgekd.errors import InputError
 from edgekd.models.adapted import Adaptation, AdaptedModel
@@ -41,11 +41,11 @@ class Teacher(Protocol):
         """A hash that identifies its weights."""
         ...
 
-    def answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def predict(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs by name, and the features of captured layers, without a graph."""
         ...
 
-    def watch(self, layers: Collection[str]) -> None:
+    def capture(self, layers: Collection[str]) -> None:
         """Return the features of these layers too, from now on; an empty argument removes them.
 
         Args:
@@ -76,13 +76,13 @@ class ModuleTeacher:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be part of the student's graph
-    def answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def predict(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs by name, without a graph."""
-        moved = prepared(batch, self._device, self._channels_last)
+        moved = to_device(batch, self._device, self._channels_last)
         answers: dict[str, Tensor] = self.model(moved)
         return answers | self._capture.take()
 
-    def watch(self, layers: Collection[str]) -> None:
+    def capture(self, layers: Collection[str]) -> None:
         """Return the features of these layers too; raises InputError for an unknown one."""
         self._capture.remove()
         self._capture = FeatureExtractor(self.model, layers, "teacher")
@@ -103,7 +103,7 @@ def check_repeatable_answers(teacher: OnnxTeacher, batch: Mapping[str, Tensor], 
     Raises:
         InputError: the outputs differ; the nodes that draw random numbers are named.
     """
-    first, second = teacher.raw_answer(batch), teacher.raw_answer(batch)
+    first, second = teacher.raw_outputs(batch), teacher.raw_outputs(batch)
     if all(torch.allclose(v, second[k], rtol=1e-4, equal_nan=True) for k, v in first.items()):
         return
     nodes = onnx.load(str(teacher.path), load_external_data=False).graph.node
@@ -195,12 +195,12 @@ class OnnxTeacher:
         inputs = {node: name for name, node, _ in self._inputs}
         return inputs | dict(zip(self._fetched, self._names, strict=True))
 
-    def answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def predict(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs by name, float32 where the file has floats of another width."""
-        given = self.raw_answer(batch)
+        given = self.raw_outputs(batch)
         return self.adaptation.finish(given) if self.adaptation.output in given else given
 
-    def raw_answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def raw_outputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The file's own outputs, before the conversion to logits in the order of the classes."""
         batch = self.adaptation.prepare(batch)
         arrays = {}
@@ -217,7 +217,7 @@ class OnnxTeacher:
             for name, array in zip(self._names, answers, strict=True)
         }
 
-    def watch(self, layers: Collection[str]) -> None:
+    def capture(self, layers: Collection[str]) -> None:
         """Refuse layers: an ONNX file gives no access to them (raises InputError)."""
         if layers:
             raise InputError(

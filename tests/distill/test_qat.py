@@ -26,7 +26,7 @@ from edgekd.distill.qat import (
     terms_of_outputs,
 )
 from edgekd.distill.qat_graph import computed_weights, with_plain_weights
-from edgekd.distill.trainer import train
+from edgekd.distill.trainer import Trainer
 from edgekd.errors import InputError, StageError
 from edgekd.models import DictModel
 from edgekd.models.networks import Mlp, Policy
@@ -114,16 +114,17 @@ TRAIN, HELD_OUT = slice(0, 640), slice(640, 900)
 def fit(model, folder, stop_in=None, epochs=3, **keys):
     keys = {"batch_size": 32, "learning_rate": 3e-3, **keys}
     task = Classification()
-    return train(
+    return Trainer(
         model,
         Objective.supervised(task),
-        (Digits(TRAIN, stop_in), Digits(HELD_OUT)),
+        Digits(TRAIN, stop_in),
+        Digits(HELD_OUT),
         task,
         TrainConfig(epochs=epochs, **keys),
         0,
         checkpoint_folder=folder,
         progress=Silent(),
-    )
+    ).fit()
 
 
 @pytest.fixture(scope="module")

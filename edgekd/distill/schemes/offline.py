@@ -250,13 +250,13 @@ class EnsembleTeacher:
         self.digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     @torch.no_grad()
-    def answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def predict(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The combined outputs by name, and the first member's captured features.
 
         Raises:
             InputError: the members' outputs differ in name or shape.
         """
-        answers = [member.answer(batch) for member in self.members]
+        answers = [member.predict(batch) for member in self.members]
         combined = dict(answers[0])
         for name in combined.keys() - self._layers:
             values = self._stacked(name, answers)
@@ -267,9 +267,9 @@ class EnsembleTeacher:
                 combined[name] = torch.tensordot(shares, values, dims=1)
         return combined
 
-    def watch(self, layers: Collection[str]) -> None:
+    def capture(self, layers: Collection[str]) -> None:
         """Capture layers of the first member; see :class:`edgekd.distill.teacher.Teacher`."""
-        self.members[0].watch(layers)
+        self.members[0].capture(layers)
         self._layers = frozenset(map(layer_key, layers))
 
     def member_weights(self, log_p: Tensor) -> Tensor:
