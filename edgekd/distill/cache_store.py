@@ -9,7 +9,7 @@ A folder holds
 - ``.lock``: held by the writer. Readers need no lock.
 
 A block's checksum is written after its records have reached the disk, and covers the cache's
-key and the block's place too: a block that is half written, truncated, corrupt, in the wrong place
+key and the block's number too: a block that is half written, truncated, corrupt, in the wrong place
 or of another cache is never used.
 
 A record has a fixed size. Class logits are stored as the k largest, so that the temperature stays
@@ -74,7 +74,7 @@ class CacheStore:
         self.blocks_per_view = -(-samples // self.block_samples)
         self.path = folder / ANSWERS
 
-    def place(self, block: int) -> tuple[int, int, int]:
+    def span(self, block: int) -> tuple[int, int, int]:
         """(view, first sample, the sample after its last) of a block."""
         view, number = divmod(block, self.blocks_per_view)
         start = number * self.block_samples
@@ -82,12 +82,12 @@ class CacheStore:
 
     def length(self, block: int) -> int:
         """The samples of a block."""
-        _, start, stop = self.place(block)
+        _, start, stop = self.span(block)
         return stop - start
 
     def describe(self, block: int) -> str:
         """A block's name for messages."""
-        view, start, stop = self.place(block)
+        view, start, stop = self.span(block)
         return f"the teacher cache's block {block} (view {view}, samples {start} to {stop - 1})"
 
     def header_fits(self) -> bool:
@@ -216,12 +216,12 @@ class CacheStore:
             lock.release()
 
     def _unwritable(self, error: OSError) -> StageError:
-        kept = int(self._entries(0, None)["samples"].sum())
+        stored = int(self._entries(0, None)["samples"].sum())
         return StageError(
             f"the teacher's outputs cannot be written: {error.strerror or error}",
             where=str(self.folder),
             remedy="free space on the disk, or name another folder in distill.cache.folder; "
-            f"{kept} outputs are cached, and the next run computes only the others",
+            f"{stored} outputs are cached, and the next run computes only the others",
         )
 
     def _entries(self, start: int, count: int | None) -> NDArray[np.void]:
@@ -233,7 +233,7 @@ class CacheStore:
         return entries
 
     def _offset(self, block: int) -> int:
-        view, start, _ = self.place(block)
+        view, start, _ = self.span(block)
         return (view * self.samples + start) * self.record_bytes
 
     def _bytes(self, block: int) -> int:
@@ -318,28 +318,28 @@ class LogitCodec:
             for name, shape in self._shapes.items()
         ]
 
-    def encode(self, answers: Mapping[str, Tensor], view: int = 0, start: int = 0) -> Records:
+    def encode(self, outputs: Mapping[str, Tensor], view: int = 0, start: int = 0) -> Records:
         """The records (B,) of a batch's outputs.
 
         Args:
-            answers: outputs by name, (B, ...); other names are ignored.
+            outputs: by name, (B, ...); other names are ignored.
             view: for error messages, like ``start``, the number of the first sample.
 
         Raises:
             InputError: an output is missing or has another shape.
             StageError: an output is NaN, or its largest value is infinite.
         """
-        count = len(next(iter(answers.values()))) if answers else 0
+        count = len(next(iter(outputs.values()))) if outputs else 0
         records = np.zeros(count, self.dtype)
         for name, shape in self._shapes.items():
-            given = list(answers[name].shape) if name in answers else "nothing"
+            given = list(outputs[name].shape) if name in outputs else "nothing"
             if given != [count, *shape]:
                 raise InputError(
                     f"the teacher outputs {name} as {given}, and the cache stores it as "
                     f"{[count, *shape]}",
                     remedy="declare the outputs that the teacher has",
                 )
-            values = answers[name].detach().to(torch.float32)
+            values = outputs[name].detach().to(torch.float32)
             shortened = name in self._shortened
             # The largest of values with a NaN among them is NaN.
             largest = values.amax(dim=-1) if shortened else values.reshape(count, -1).amax(dim=1)

@@ -46,24 +46,19 @@ class History:
     epochs: list[Epoch] = field(default_factory=list)
     best_epoch: int = 0
 
+    @property
+    def best(self) -> Epoch:
+        """The epoch whose weights are saved; ``epochs[-1]`` is the last one."""
+        return self.epochs[self.best_epoch - 1]
+
     def add(self, epoch: Epoch) -> bool:
         """Append an epoch; whether it is the best so far. Of equal ones the later is better."""
-        best = next((row for row in self.epochs if row.epoch == self.best_epoch), None)
+        sign = 1 if self.higher_is_better else -1
+        is_best = not self.epochs or sign * epoch.validation >= sign * self.best.validation
         self.epochs.append(epoch)
-        if best is None:
-            is_best = True
-        elif self.higher_is_better:
-            is_best = epoch.validation >= best.validation
-        else:
-            is_best = epoch.validation <= best.validation
         if is_best:
             self.best_epoch = epoch.epoch
         return is_best
-
-    @property
-    def kept(self) -> Epoch:
-        """The epoch whose weights are saved; ``epochs[-1]`` is the last one."""
-        return self.epochs[self.best_epoch - 1]
 
     @property
     def epochs_since_better(self) -> int:

@@ -275,8 +275,8 @@ class ConfiguredLoss(Term):
         of_student = _chosen(student, self.student_layers, self.task.output)
         of_teacher: Sequence[Tensor | None] = [None] * len(of_student)
         if self.needs_teacher:
-            answers = _present(teacher, self.teacher_layers, self.task.output, self.where)
-            of_teacher = _chosen(answers, self.teacher_layers, self.task.output)
+            outputs = _present(teacher, self.teacher_layers, self.task.output, self.where)
+            of_teacher = _chosen(outputs, self.teacher_layers, self.task.output)
         if self._takes_lists:
             return [(of_student, of_teacher if self.needs_teacher else None)]
         count = self._pair_count
@@ -383,8 +383,8 @@ def _schedules(args: Mapping[str, Any], trained: bool, where: str) -> dict[str, 
     return schedules
 
 
-def _chosen(answers: Mapping[str, Tensor], layers: Sequence[str], output: str) -> list[Tensor]:
-    return [answers[layer_key(layer)] for layer in layers] if layers else [answers[output]]
+def _chosen(outputs: Mapping[str, Tensor], layers: Sequence[str], output: str) -> list[Tensor]:
+    return [outputs[layer_key(layer)] for layer in layers] if layers else [outputs[output]]
 
 
 def _repeated(values: Sequence[Any], count: int) -> Sequence[Any]:

@@ -55,11 +55,11 @@ def output_loss(
     Returns:
         A scalar.
     """
-    own, answer = student[task.output], teacher[task.output].detach()
+    own, soft = student[task.output], teacher[task.output].detach()
     if isinstance(task, ContinuousTask):
         unit = task.unit
-        return output_regression(own / unit, answer / unit, task.loss, batch.get(task.mask))
-    return soft_labels(own, answer, temperature)
+        return output_regression(own / unit, soft / unit, task.loss, batch.get(task.mask))
+    return soft_labels(own, soft, temperature)
 
 
 class TaskLoss(Term):
@@ -222,11 +222,11 @@ class Objective(nn.Module):
 
 def _named_first(named: Iterable[tuple[Sequence[str], str]]) -> dict[str, str]:
     """Each layer with the position at which it is named first."""
-    places: dict[str, str] = {}
-    for layers, place in named:
+    paths: dict[str, str] = {}
+    for layers, path in named:
         for layer in layers:
-            places.setdefault(layer, place)
-    return places
+            paths.setdefault(layer, path)
+    return paths
 
 
 def check_gradients(

@@ -140,16 +140,16 @@ def terms_of_outputs(
                     remedy="use losses on the outputs",
                 )
         return tuple(own), ()
-    kept = tuple(term for term in terms if term.args.get("student") is None)
-    left_out = tuple(term.name for term in terms if term not in kept)
-    if not any(term.weight for term in kept):
+    used = tuple(term for term in terms if term.args.get("student") is None)
+    left_out = tuple(term.name for term in terms if term not in used)
+    if not any(term.weight for term in used):
         raise InputError(
             f"all losses compare layers of the student ({', '.join(left_out)}), and the graph "
             "that is trained for int8 has no layers",
             where="distill.losses",
             remedy="name losses on the outputs (quantize.qat.losses), or set int8: static",
         )
-    return kept, left_out
+    return used, left_out
 
 
 class PreparedStudent(DictModel):
@@ -262,8 +262,8 @@ class _Graph(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Inputs by name to outputs by name."""
-        answers: dict[str, Tensor] = self.graph(batch)
-        return answers
+        outputs: dict[str, Tensor] = self.graph(batch)
+        return outputs
 
     def train(self, mode: bool = True) -> _Graph:
         """Switch dropout, batch norm and the observation of ranges."""
@@ -329,8 +329,8 @@ class _Converted(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Inputs by name to outputs by name."""
-        answers: dict[str, Tensor] = self.graph(batch)
-        return answers
+        outputs: dict[str, Tensor] = self.graph(batch)
+        return outputs
 
     def train(self, mode: bool = True) -> _Converted:
         """Nothing changes: torchao's graph raises on train() and eval()."""

@@ -79,8 +79,8 @@ class ModuleTeacher:
     def predict(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs by name, without a graph."""
         moved = to_device(batch, self._device, self._channels_last)
-        answers: dict[str, Tensor] = self.model(moved)
-        return answers | self._capture.take()
+        outputs: dict[str, Tensor] = self.model(moved)
+        return outputs | self._capture.take()
 
     def capture(self, layers: Collection[str]) -> None:
         """Return the features of these layers too; raises InputError for an unknown one."""
@@ -97,7 +97,7 @@ def adaptation_of_teacher(teacher: Teacher) -> Adaptation:
     return Adaptation()
 
 
-def check_repeatable_answers(teacher: OnnxTeacher, batch: Mapping[str, Tensor], where: str) -> None:
+def check_repeatable_outputs(teacher: OnnxTeacher, batch: Mapping[str, Tensor], where: str) -> None:
     """Run an ONNX file twice on one batch and compare the outputs.
 
     Raises:
@@ -211,10 +211,10 @@ class OnnxTeacher:
                 )
             arrays[node] = np.ascontiguousarray(batch[name].detach().cpu().numpy(), dtype=dtype)
         device = batch[self._inputs[0][0]].device
-        answers = self._run(arrays)
+        values = self._run(arrays)
         return {
             name: torch.from_numpy(_float32(array)).to(device)
-            for name, array in zip(self._names, answers, strict=True)
+            for name, array in zip(self._names, values, strict=True)
         }
 
     def capture(self, layers: Collection[str]) -> None:
@@ -238,8 +238,8 @@ class OnnxTeacher:
                 else part
                 for name, part in piece.items()
             }
-            answers = self._session.run(self._fetched, filled)
-            pieces.append([answer[: min(size, count - start)] for answer in answers])
+            found = self._session.run(self._fetched, filled)
+            pieces.append([array[: min(size, count - start)] for array in found])
         return [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
 
     def _probe(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
@@ -251,7 +251,7 @@ class OnnxTeacher:
             sizes = [2, *(s if isinstance(s, int) else 4 for s in specs[name].shape[1:])]
             arrays[node] = noise.random(sizes).astype(dtype)
         try:
-            answers = self._run(arrays)
+            found = self._run(arrays)
         except Exception as error:
             raise InputError(
                 f"the ONNX teacher cannot take {', '.join(map(str, inputs))}: "
@@ -259,7 +259,7 @@ class OnnxTeacher:
                 where=str(self.path),
                 remedy="give data in the shape it was exported for",
             ) from error
-        for spec, array in zip(outputs, answers, strict=False):
+        for spec, array in zip(outputs, found, strict=False):
             wanted = [size for size in spec.shape[1:] if isinstance(size, int)]
             if array.ndim != len(spec.shape) or len(array) != 2 or list(array.shape[1:]) != wanted:
                 raise InputError(

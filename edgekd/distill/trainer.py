@@ -377,7 +377,7 @@ class Trainer:
         """The network's outputs and features for the complete batch, with their graph."""
         if self.processes is None:
             return self._forward(batch)
-        with self.processes.own_draws(_epoch_seed(self.seed, epoch) + step):
+        with self.processes.fork_rng(_epoch_seed(self.seed, epoch) + step):
             return self.processes.run_sharded(self._forward, batch, len(batch[self.task.target]))
 
     def _forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -139,7 +139,7 @@ def _black_box(
     task_data: TaskData, config: TeacherConfig, path: Path, where: str, context: Context
 ) -> OnnxTeacher:
     """An ONNX file as a teacher, with its adaptation to the data."""
-    from edgekd.distill.teacher import OnnxTeacher, check_repeatable_answers
+    from edgekd.distill.teacher import OnnxTeacher, check_repeatable_outputs
     from edgekd.models.class_order import class_names_in_metadata
     from edgekd.onnx.file import describe_onnx
 
@@ -148,7 +148,7 @@ def _black_box(
     planned = plan_adaptation(task_data, config, where, named, say)
     teacher = OnnxTeacher(path, task_data.dataset.inputs, outputs, adaptation=planned)
     batch = some_samples(task_data)
-    check_repeatable_answers(teacher, batch, where)
+    check_repeatable_outputs(teacher, batch, where)
     if isinstance(task_data.task, Classification):
         answers = teacher.raw_outputs(batch)[task_data.task.output]
         teacher.adaptation = with_form(planned, answers, config, where, say)

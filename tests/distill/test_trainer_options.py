@@ -80,9 +80,9 @@ def test_the_last_batches_of_an_epoch_step_although_they_are_fewer(tmp_path):
 def test_the_average_is_what_is_validated_and_kept(tmp_path):
     model, history = fit(tmp_path, ema=0.99, learning_rate=1e-2)
     state = torch.load(tmp_path / NAME, weights_only=True)
-    kept = history.kept
-    assert score(model, Source(50, seed=1), TASK).mean() == pytest.approx(kept.validation)
-    if kept is history.epochs[-1]:
+    best = history.best
+    assert score(model, Source(50, seed=1), TASK).mean() == pytest.approx(best.validation)
+    if best is history.epochs[-1]:
         for key, value in model.state_dict().items():
             assert torch.equal(value, state["step"]["average"][f"module.{key}"])
     assert not same(model, fit(tmp_path / "plain", learning_rate=1e-2)[0])

@@ -231,8 +231,8 @@ class Review(nn.Module):
         deeper: Tensor | None = None
         for level, s, t in reversed(list(zip(self.levels, student, teacher, strict=True))):
             check_maps(s, t)
-            answer, deeper = level(at_least_float32(s), deeper, tuple(t.shape[2:]))
-            fused.append(answer)
+            adapted, deeper = level(at_least_float32(s), deeper, tuple(t.shape[2:]))
+            fused.append(adapted)
         return review(fused[::-1], teacher)
 
 

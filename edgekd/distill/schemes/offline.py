@@ -57,9 +57,7 @@ def assistant(
     for config, model in zip(models, assistants, strict=True):
         layers = objective.teacher_layers | objective.student_layers
         role = f"for the assistant {config.model}"
-        FeatureExtractor(
-            model, {name: f"{place}, {role}" for name, place in layers.items()}
-        ).remove()
+        FeatureExtractor(model, {name: f"{path}, {role}" for name, path in layers.items()}).remove()
     FeatureExtractor(context.student, objective.student_layers).remove()
     histories: dict[str, History] = {}
     teacher = context.teacher
@@ -135,7 +133,7 @@ def ensemble(
         context.open_teacher(section, f"{_WHERE}.teachers[{index}]")
         for index, section in enumerate(teachers)
     ]
-    together = EnsembleTeacher(
+    teacher = EnsembleTeacher(
         [context.teacher, *others],
         context.task.output,
         classes=classes,
@@ -143,7 +141,7 @@ def ensemble(
         combine=combine,
         where=_WHERE,
     )
-    return {"student": context.fit(context.student, objective, "student", together)}
+    return {"student": context.fit(context.student, objective, "student", teacher)}
 
 
 def offline(context: SchemeContext) -> dict[str, History]:
@@ -256,10 +254,10 @@ class EnsembleTeacher:
         Raises:
             InputError: the members' outputs differ in name or shape.
         """
-        answers = [member.predict(batch) for member in self.members]
-        combined = dict(answers[0])
+        outputs = [member.predict(batch) for member in self.members]
+        combined = dict(outputs[0])
         for name in combined.keys() - self._layers:
-            values = self._stacked(name, answers)
+            values = self._stacked(name, outputs)
             if name == self._output and self._classes:
                 combined[name] = self._mixture(values)
             else:
@@ -292,11 +290,11 @@ class EnsembleTeacher:
         log_p = log_probabilities(logits)
         return torch.logsumexp(log_p + self.member_weights(log_p).log().unsqueeze(-1), dim=0)
 
-    def _stacked(self, name: str, answers: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    def _stacked(self, name: str, outputs: Sequence[Mapping[str, Tensor]]) -> Tensor:
         """An output of all members, (M, ...), in float32 or better."""
-        for number, answer in enumerate(answers[1:], start=2):
-            wanted = list(answers[0][name].shape)
-            given = list(answer[name].shape) if name in answer else "nothing"
+        for number, output in enumerate(outputs[1:], start=2):
+            wanted = list(outputs[0][name].shape)
+            given = list(output[name].shape) if name in output else "nothing"
             if given != wanted:
                 raise InputError(
                     f"teacher {number} gives {given} as {name!r}, and the first one {wanted}",
@@ -304,5 +302,5 @@ class EnsembleTeacher:
                     remedy="all teachers must have the same classes or targets, in the same order",
                 )
         # An ONNX member's outputs are on the batch's device, a module's on its weights' device.
-        device = answers[0][name].device
-        return torch.stack([at_least_float32(answer[name].to(device)) for answer in answers])
+        device = outputs[0][name].device
+        return torch.stack([at_least_float32(output[name].to(device)) for output in outputs])

@@ -79,8 +79,8 @@ class Peers(nn.Module):
         if self.training:
             for number, member in enumerate(self.members):
                 if number:
-                    answer = member(batch).items()
-                    outputs = outputs | {name + _suffix(number): value for name, value in answer}
+                    own = {k + _suffix(number): v for k, v in member(batch).items()}
+                    outputs = outputs | own
         return outputs
 
     def check_batch(self, batch: Mapping[str, Tensor]) -> None:

@@ -65,8 +65,8 @@ class Exit(Term):
             InputError: the layer outputs no map, sequence or vector.
         """
         if self.head is None:
-            feature, answer = pooled(student[self._key], self._key[1:]), student[self._task.output]
-            self.head = nn.Linear(feature.shape[1], answer[0].numel()).to(feature.device)
+            feature, output = pooled(student[self._key], self._key[1:]), student[self._task.output]
+            self.head = nn.Linear(feature.shape[1], output[0].numel()).to(feature.device)
 
     def forward(
         self, student: Named, teacher: Named | None, batch: Named, progress: float
@@ -74,8 +74,8 @@ class Exit(Term):
         """The loss, a scalar."""
         assert self.head is not None
         deepest = student[self._task.output]
-        answer = self.head(pooled(student[self._key], self._key[1:])).reshape(deepest.shape)
-        own = {self._task.output: answer}
+        early = self.head(pooled(student[self._key], self._key[1:])).reshape(deepest.shape)
+        own = {self._task.output: early}
         hard = self._task.hard_loss(own, batch, self._label_smoothing)
         soft = output_loss(self._task, own, student, batch, self._temperature)
         return (1 - self._share) * hard + self._share * soft
