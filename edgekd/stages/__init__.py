@@ -52,8 +52,8 @@ def preflight(job: Job, gated: bool = True) -> None:
     from edgekd.data.transforms import check_augmentations, mixing
     from edgekd.distill.distributed import training_device
     from edgekd.distill.objective import Objective
+    from edgekd.distill.optimizer import check_train_config
     from edgekd.distill.schemes import find_scheme
-    from edgekd.distill.step import check_step
     from edgekd.engines.onnxruntime import provider_chain
     from edgekd.models.build import find_model
     from edgekd.release.rules import check_any_rule, check_direction
@@ -78,7 +78,7 @@ def preflight(job: Job, gated: bool = True) -> None:
         torch_pruning()
     device = training_device()
     objective = Objective(config.loss_terms, task)
-    check_step(config.distill, objective, device, None)
+    check_train_config(config.distill, objective, device)
     if mixing(augmentation_of(config, config.distill)) is not None and objective.needs_hard_label:
         raise InputError(
             f"{', '.join(objective.needs_hard_label)} needs one class per sample, and the images "
@@ -93,7 +93,7 @@ def preflight(job: Job, gated: bool = True) -> None:
             remedy="remove it: there are no labels to smooth",
         )
     if config.teacher.train is not None:
-        check_step(config.teacher.train, Objective.supervised(task), device, None)
+        check_train_config(config.teacher.train, Objective.supervised(task), device)
     find_scheme(config.distill.scheme)
     open_target(config.target)
     for engine in config.engines:

@@ -370,7 +370,7 @@ def train_quantized(
             give PyTorch's outputs.
     """
     from edgekd.distill.qat import quantization_aware
-    from edgekd.distill.qat_model import computed_weights
+    from edgekd.distill.qat_graph import computed_weights
     from edgekd.models.weights import load_weights
     from edgekd.onnx.export import export_onnx
 
@@ -414,7 +414,7 @@ def qat_objective(
     """
     from edgekd.distill.objective import Objective
     from edgekd.distill.qat import check_training, terms_of_outputs
-    from edgekd.distill.qat_quantizer import check_torchao
+    from edgekd.distill.qat_graph import check_torchao
 
     check_torchao()
     check_training(config)

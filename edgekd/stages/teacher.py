@@ -146,7 +146,7 @@ def _black_box(
     task_data: TaskData, config: TeacherConfig, path: Path, where: str, context: Context
 ) -> OnnxTeacher:
     """An ONNX file as a teacher, with its adaptation to the data."""
-    from edgekd.distill.teacher import OnnxTeacher, check_repeatable_answers
+    from edgekd.distill.teacher import OnnxTeacher, check_repeatable_outputs
     from edgekd.models.weights import class_names_in_metadata
     from edgekd.onnx.file import describe_onnx
 
@@ -155,9 +155,9 @@ def _black_box(
     planned = plan_adaptation(task_data, config, where, named, say)
     teacher = OnnxTeacher(path, spec.inputs, spec.outputs, adaptation=planned)
     batch = some_samples(task_data)
-    check_repeatable_answers(teacher, batch, where)
+    check_repeatable_outputs(teacher, batch, where)
     if isinstance(task_data.task, Classification):
-        outputs = teacher.raw_answer(batch)[task_data.task.output]
+        outputs = teacher.raw_outputs(batch)[task_data.task.output]
         teacher.adaptation = with_form(planned, outputs, config, where, say)
     return teacher
 
@@ -202,8 +202,8 @@ def check_teacher(
     Raises:
         InputError: the teacher's outputs are in another order, or it is not better than chance.
     """
-    from edgekd.distill.evaluate import score
     from edgekd.distill.teacher import adaptation_of_teacher
+    from edgekd.distill.trainer import score
     from edgekd.release.statistics import paired_difference
 
     task = task_data.task
@@ -216,7 +216,7 @@ def check_teacher(
     arrays = task_data.dataset.splits["validation"].arrays
     targets = {s.name: arrays[s.name][rows] for s in task_data.dataset.targets}
     seen = _Decisions(teacher, task)
-    scores = score(seen.answer, task_data.validation_loader(), task)
+    scores = score(seen.predict, task_data.validation_loader(), task)
     by_chance = task.scores(task.constant(targets), targets)
     metric, chance = float(scores.mean()), float(by_chance.mean())
     context.progress.message(
@@ -251,8 +251,8 @@ class _Decisions:
         self._teacher, self._task = teacher, task
         self._pairs: list[tuple[Tensor, Tensor]] = []
 
-    def answer(self, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        outputs = self._teacher.answer(batch)
+    def predict(self, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        outputs = self._teacher.predict(batch)
         if isinstance(self._task, Classification):
             chosen = outputs[self._task.output].argmax(dim=-1).cpu()
             self._pairs.append((batch[self._task.target].cpu(), chosen))

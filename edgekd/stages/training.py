@@ -94,7 +94,7 @@ def fit(
     """
     from edgekd.data.dataset import Split, take
     from edgekd.data.loader import Loader
-    from edgekd.distill.trainer import train
+    from edgekd.distill.trainer import Trainer
 
     if isinstance(train_config, DistillConfig):
         task_data = task_data.keep_labels(train_config.labelled)
@@ -137,18 +137,19 @@ def fit(
         teacher = cached_teacher(
             task_data, teacher, objective, training, train_config, label, context
         )
-    return train(
+    return Trainer(
         model,
         objective,
-        (training, validation),
+        training,
+        validation,
         task,
         train_config,
         config.seed,
-        teacher=teacher,
         checkpoint_folder=context.scratch / label.replace(" ", "-"),
         progress=context.progress,
+        teacher=teacher,
         label=label,
-    )
+    ).fit()
 
 
 def hub_fingerprint(name: str | None) -> dict[str, str]:
@@ -172,7 +173,7 @@ def hub_fingerprint(name: str | None) -> dict[str, str]:
 
 _DECIDES_ANSWERS = (
     "edgekd.data.loader", "edgekd.models.build",
-    "edgekd.distill.teacher", "edgekd.distill.ensemble", "edgekd.distill.logit_codec",
+    "edgekd.distill.teacher", "edgekd.distill.schemes.offline", "edgekd.distill.cache_store",
 )  # fmt: skip
 """The modules whose code a teacher's outputs depend on, besides its weights."""
 
@@ -216,7 +217,7 @@ def cached_teacher(
     from edgekd.distill.cache import fill_cache
 
     layers = objective.teacher_layers
-    teacher.watch(layers)
+    teacher.capture(layers)
     cache = train_config.cache if isinstance(train_config, DistillConfig) else None
     if cache is None or training.views is None:
         return teacher
@@ -282,7 +283,7 @@ def pseudo_labelled_validation(
     predicted = []
     for batch in task_data.validation_loader().ordered():
         outputs = {
-            name: tensor.float().cpu().numpy() for name, tensor in teacher.answer(batch).items()
+            name: tensor.float().cpu().numpy() for name, tensor in teacher.predict(batch).items()
         }
         predicted.append(task_data.task.pseudo_targets(outputs))
     arrays = dict(task_data.dataset.splits["validation"].arrays)

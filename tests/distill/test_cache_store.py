@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from edgekd.distill.logit_codec import LogitCodec
+from edgekd.distill.cache_store import LogitCodec
 from edgekd.spec import TensorSpec
 
 

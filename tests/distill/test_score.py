@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgekd.distill.evaluate import score
+from edgekd.distill.trainer import score
 from edgekd.errors import InputError
 from edgekd.tasks import Classification
 

@@ -1,4 +1,4 @@
-"""The torchao quantizer for QAT, and batch norms within the exported graph.
+"""The torchao quantizer for QAT, and the batch norms and weights within the exported graph.
 
 torchao is imported when it is needed: it is an extra, and importing it takes seconds.
 """
@@ -6,18 +6,23 @@ torchao is imported when it is needed: it is an extra, and importing it takes se
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from edgekd.errors import InputError
+from edgekd.models.dict_model import DictModel
 
 QatRuntime = Literal["cpu", "tensorrt"]
 
@@ -229,3 +234,83 @@ def _attribute(graph: GraphModule, node: Node) -> Tensor:
         value = getattr(value, name)
     assert isinstance(value, Tensor)
     return value
+
+
+def computed_weights(model: nn.Module) -> tuple[str, ...]:
+    """The tensors that a weight norm, a spectral norm or another parametrization computes."""
+    found = []
+    for name, module in model.named_modules():
+        prefix = f"{name.removeprefix('module.')}." if name else ""
+        if parametrize.is_parametrized(module):
+            found += [prefix + tensor for tensor in cast(nn.ModuleDict, module.parametrizations)]
+        found += [prefix + hook.name for hook in _norm_hooks(module)]
+    return tuple(found)
+
+
+def with_plain_weights(model: DictModel) -> DictModel:
+    """A copy whose :func:`computed_weights` are replaced by their values: plain parameters.
+
+    Its outputs are the same. In further training its weights are unconstrained, as in the export.
+    """
+    for module in model.modules():
+        for hook in _norm_hooks(module):
+            # Recomputed in each forward pass; with its graph it could not be copied.
+            setattr(module, hook.name, getattr(module, hook.name).detach())
+    copied = copy.deepcopy(model).eval()
+    for module in copied.modules():
+        for hook in _norm_hooks(module):
+            if isinstance(hook, WeightNorm):
+                nn.utils.remove_weight_norm(module, hook.name)
+            else:
+                nn.utils.remove_spectral_norm(module, hook.name)
+        if parametrize.is_parametrized(module):
+            _make_plain(module)
+    copied.train(model.training)
+    return copied
+
+
+def _make_plain(module: nn.Module) -> None:
+    """Replace a copied module's parametrizations by their values.
+
+    Not by torch's ``remove_parametrizations``: a copy shares its class, and with it the computed
+    properties, with the module that it was copied from.
+    """
+    names = list(cast(nn.ModuleDict, module.parametrizations))
+    values = {name: getattr(module, name).detach().clone() for name in names}
+    del module.parametrizations
+    module.__class__ = type(module).__bases__[0]
+    for name, value in values.items():
+        module.register_parameter(name, nn.Parameter(value))
+
+
+def _norm_hooks(module: nn.Module) -> list[Any]:
+    """The norms of torch before parametrizations, which compute a weight before each forward."""
+    hooks = module._forward_pre_hooks.values()
+    return [hook for hook in hooks if isinstance(hook, WeightNorm | SpectralNorm)]
+
+
+_WEIGHTED = (
+    aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default,
+    aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input,
+)  # fmt: skip
+
+
+def check_plain_weights(graph: GraphModule) -> None:
+    """Refuse a weight that forward computes: torchao would fail on it after the training.
+
+    Raises:
+        InputError: there is one; its layer is named.
+    """
+    for node in graph.graph.nodes:
+        if node.target not in _WEIGHTED or node.args[1].op == "get_attr":
+            continue
+        stack = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+        inside = [path.partition("module.")[2] for path in stack]
+        layer = next((path for path in reversed(inside) if path), node.name)
+        raise InputError(
+            f"the weight of {layer!r} is computed in forward ({node.args[1].target}), and only a "
+            "weight that is a parameter can be rounded in training",
+            where="quantize.int8",
+            remedy="make it a parameter before (torch.nn.utils.parametrize."
+            "remove_parametrizations, remove_weight_norm), or set int8: static",
+        )
