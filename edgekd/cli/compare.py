@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from edgekd.errors import InputError
+from edgekd.measurement import full_text, interval_text, value_text
 from edgekd.release.compare import Comparison, SeedMeans, compare_files
-from edgekd.release.formatting import full_text, interval_text, value_text
 
 
 @click.command()

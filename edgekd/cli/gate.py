@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from edgekd.errors import GateFailed, InputError
-from edgekd.release.formatting import full_text
+from edgekd.measurement import full_text
 from edgekd.release.rules import Verdict, passed, summary_line
 
 if TYPE_CHECKING:

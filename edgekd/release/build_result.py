@@ -11,9 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from edgekd.measurement import Evidence, Measurement
+from edgekd.measurement import OF_CONSTANT, Evidence, Measurement, drop_unit
 from edgekd.release import statistics
-from edgekd.release.formatting import OF_CONSTANT, drop_unit
 from edgekd.release.result import SCHEMA
 
 MB = 1e6

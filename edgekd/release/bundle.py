@@ -17,9 +17,8 @@ import numpy.typing as npt
 
 from edgekd.errors import StageError
 from edgekd.files import write_npz
-from edgekd.measurement import Measurement
+from edgekd.measurement import Measurement, full_text, value_text
 from edgekd.release.bundle_verify import MANIFEST, SCHEMA, sha256_of
-from edgekd.release.formatting import full_text, value_text
 from edgekd.spec import ModelSpec
 
 

@@ -9,8 +9,7 @@ from typing import Literal
 import numpy as np
 from markupsafe import Markup
 
-from edgekd.measurement import Measurement
-from edgekd.release.formatting import display_scale, full_text, number
+from edgekd.measurement import Measurement, display_scale, full_text, number
 from edgekd.release.plot import (
     BOTTOM,
     DASHES,

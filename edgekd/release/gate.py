@@ -16,8 +16,7 @@ from xml.etree import ElementTree
 
 from edgekd.config.budgets import GateConfig
 from edgekd.errors import InputError
-from edgekd.measurement import EVIDENCE_STRENGTH, Evidence, Measurement
-from edgekd.release.formatting import bound_text, full_text
+from edgekd.measurement import EVIDENCE_STRENGTH, Evidence, Measurement, bound_text, full_text
 from edgekd.release.result import Result
 from edgekd.release.rules import (
     DeviceProfile,

@@ -10,8 +10,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from edgekd.measurement import Measurement
-from edgekd.release.formatting import ABSENT, drop_unit, full_text, value_text
+from edgekd.measurement import ABSENT, Measurement, drop_unit, full_text, value_text
 from edgekd.release.report_charts import charts_of
 from edgekd.release.report_tables import (
     Cell,

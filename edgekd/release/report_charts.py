@@ -8,9 +8,8 @@ from typing import Any, Literal
 
 from markupsafe import Markup
 
-from edgekd.measurement import Measurement
+from edgekd.measurement import Measurement, display_scale, display_unit
 from edgekd.release.charts import Line, Point, curves, latency_histogram, scatter
-from edgekd.release.formatting import display_scale, display_unit
 from edgekd.release.report_tables import ROLES, warmup_text
 from edgekd.release.result import Result
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edgekd.measurement import Measurement
-from edgekd.release.formatting import (
+from edgekd.measurement import (
     ABSENT,
+    Measurement,
     full_text,
     interval_text,
     metric_change,

@@ -11,8 +11,7 @@ from edgekd.config.budgets import GateConfig
 from edgekd.config.loader import load_section
 from edgekd.config.yaml_source import read_yaml
 from edgekd.errors import InputError
-from edgekd.measurement import Measurement
-from edgekd.release.formatting import OF_CONSTANT, bound_text, value_text
+from edgekd.measurement import OF_CONSTANT, Measurement, bound_text, value_text
 from edgekd.release.result import PERCENTILES, Result
 
 Status = Literal["pass", "fail", "not shown"]

@@ -80,8 +80,8 @@ class EnginesStage:
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """Build the engines, and select the student's candidate."""
+        from edgekd.measurement import OF_CONSTANT, drop_unit
         from edgekd.release.build_result import evidence_of
-        from edgekd.release.formatting import OF_CONSTANT, drop_unit
 
         first, *further = context.job.config.engines
         task_data = open_task_data(inputs["data"], context.job.config)

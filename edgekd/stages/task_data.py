@@ -192,15 +192,14 @@ class Validation:
 
     @property
     def drop_unit(self) -> str:
-        """The unit in which drops are stated; see :mod:`edgekd.release.formatting`."""
-        from edgekd.release.formatting import OF_CONSTANT, drop_unit
+        """The unit in which drops are stated; see :mod:`edgekd.measurement`."""
+        from edgekd.measurement import OF_CONSTANT, drop_unit
 
         return drop_unit(self.task.metric) if self.task.higher_is_better else OF_CONSTANT
 
     def change_text(self, drop: float) -> str:
         """How the metric moves with a drop of that size: ``−133.6 mae against float32's``."""
-        from edgekd.measurement import Measurement
-        from edgekd.release.formatting import drop_unit, metric_change, value_text
+        from edgekd.measurement import Measurement, drop_unit, metric_change, value_text
 
         better = self.task.higher_is_better
         moved = Measurement(metric_change(drop * self.scale, better), drop_unit(self.task.metric))

@@ -7,8 +7,8 @@ import pytest
 
 from edgekd.config.budgets import GateConfig
 from edgekd.errors import InputError
+from edgekd.measurement import metric_change
 from edgekd.release.build_result import Measured, RunInfo, build_result
-from edgekd.release.formatting import metric_change
 from edgekd.release.gate import evaluate
 from edgekd.release.report_tables import cautions
 from edgekd.release.result import Result
