@@ -12,7 +12,7 @@ from rich.table import Table
 
 from edgekd.errors import GateFailed, InputError
 from edgekd.measurement import full_text
-from edgekd.release.rules import Verdict, passed, summary_line
+from edgekd.release.gate import Verdict, passed, summary_line
 
 if TYPE_CHECKING:
     from edgekd.config.profile import Profile
@@ -86,16 +86,15 @@ def _evaluate(
 ) -> list[Verdict]:
     from edgekd.config.budgets import GateConfig
     from edgekd.config.profile import load_profile
-    from edgekd.release.compare import find_result
-    from edgekd.release.device_bench import (
+    from edgekd.release.build_result import (
         evidence_of_bench,
         read_bench,
         result_of_bench,
         with_bench,
     )
-    from edgekd.release.gate import evaluate, write_gate_json, write_junit
+    from edgekd.release.compare import find_result
+    from edgekd.release.gate import evaluate, load_budgets, write_gate_json, write_junit
     from edgekd.release.result import read_result
-    from edgekd.release.rules import load_budgets
 
     budgets = GateConfig() if budget is None else load_budgets(budget)
     limits = load_profile(profile) if profile else None

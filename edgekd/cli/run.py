@@ -15,7 +15,7 @@ from edgekd.measurement import full_text, value_text
 from edgekd.pipeline.runner import RunOutcome
 from edgekd.pipeline.runner import plan as plan_run
 from edgekd.pipeline.workers import join_workers
-from edgekd.release.gate import read_gate
+from edgekd.release.gate import passed, read_gate
 from edgekd.release.report_tables import (
     constant_caution,
     distillation_effect,
@@ -23,7 +23,6 @@ from edgekd.release.report_tables import (
     thread_caution,
 )
 from edgekd.release.result import ModelResult, Result, read_result
-from edgekd.release.rules import passed
 from edgekd.stages import STAGES
 
 Command = TypeVar("Command", bound=Callable[..., Any])

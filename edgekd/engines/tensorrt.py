@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from edgekd.config.engines import TensorRTConfig
+from edgekd.config.pipeline import TensorRTConfig
 from edgekd.config.profile import Profile
 from edgekd.errors import InputError
 from edgekd.files import edgerun_folder

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from edgekd.config.engines import ExportConfig
+from edgekd.config.pipeline import ExportConfig
 from edgekd.errors import InputError, StageError
 from edgekd.onnx.session import CPU_PROVIDER, first_line, open_session
 

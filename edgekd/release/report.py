@@ -11,7 +11,8 @@ import jinja2
 import yaml
 
 from edgekd.measurement import ABSENT, Measurement, drop_unit, full_text, value_text
-from edgekd.release.report_charts import charts_of
+from edgekd.release.charts import charts_of
+from edgekd.release.gate import Verdict, passed, summary_line
 from edgekd.release.report_tables import (
     Cell,
     cautions,
@@ -26,7 +27,6 @@ from edgekd.release.report_tables import (
     verdict_word,
 )
 from edgekd.release.result import Result
-from edgekd.release.rules import Verdict, passed, summary_line
 
 MOST_SENSITIVE = 5
 """Layers that are listed by their sensitivity to INT8."""

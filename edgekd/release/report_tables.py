@@ -16,8 +16,8 @@ from edgekd.measurement import (
     number,
     value_text,
 )
+from edgekd.release.gate import Verdict, passed
 from edgekd.release.result import ModelResult, Result
-from edgekd.release.rules import Verdict, passed
 
 ROLES = {"teacher": "teacher", "baseline": "student alone", "student": "student distilled"}
 _PERCENTILES = {"p50_ms": "p50", "p90_ms": "p90", "p95_ms": "p95", "p99_ms": "p99"}

@@ -37,8 +37,7 @@ class BundleStage:
         from edgekd.files import edgerun_folder
         from edgekd.onnx.export import describe_onnx
         from edgekd.release.bundle import write_bundle
-        from edgekd.release.gate import read_gate
-        from edgekd.release.rules import passed
+        from edgekd.release.gate import passed, read_gate
 
         config = context.job.config
         verdicts = read_gate(inputs["gate"])

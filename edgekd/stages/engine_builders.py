@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from edgekd.config.engines import OnnxRuntimeConfig, TensorRTConfig
+from edgekd.config.pipeline import OnnxRuntimeConfig, TensorRTConfig
 from edgekd.errors import CrashError, EdgekdError
 from edgekd.files import write_npz
 from edgekd.pipeline.stage import Context

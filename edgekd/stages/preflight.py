@@ -34,7 +34,7 @@ def preflight(job: Job, gated: bool = True) -> None:
     from edgekd.distill.step import check_step
     from edgekd.engines.onnxruntime import provider_chain
     from edgekd.models.build import find_model
-    from edgekd.release.rules import check_any_rule, check_direction
+    from edgekd.release.gate import check_any_rule, check_direction
     from edgekd.stages.student import student_network
     from edgekd.students.pruning_plan import torch_pruning
     from edgekd.targets import open_target

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgekd.config.engines import (
+from edgekd.config.pipeline import (
     ExportConfig,
     QatConfig,
 )

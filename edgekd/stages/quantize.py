@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from edgekd.config.engines import OnnxRuntimeConfig, QuantizeConfig, TensorRTConfig
-from edgekd.config.pipeline import PipelineConfig
+from edgekd.config.pipeline import OnnxRuntimeConfig, PipelineConfig, QuantizeConfig, TensorRTConfig
 from edgekd.errors import CrashError, EdgekdError, InputError
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.evaluator import remarks_on_errors

@@ -9,10 +9,9 @@ from edgekd.config.budgets import GateConfig
 from edgekd.errors import InputError
 from edgekd.measurement import metric_change
 from edgekd.release.build_result import Measured, RunInfo, build_result
-from edgekd.release.gate import evaluate
+from edgekd.release.gate import check_any_rule, check_direction, evaluate
 from edgekd.release.report_tables import cautions
 from edgekd.release.result import Result
-from edgekd.release.rules import check_any_rule, check_direction
 
 MAE = SimpleNamespace(name="regression", metric="mae", higher_is_better=False)
 ACCURACY = SimpleNamespace(name="classification", metric="accuracy", higher_is_better=True)

@@ -10,7 +10,7 @@ from edgekd.cli import main
 from edgekd.config.budgets import GateConfig
 from edgekd.config.profile import load_profile
 from edgekd.errors import InputError
-from edgekd.release.device_bench import evidence_of_bench, result_of_bench, with_bench
+from edgekd.release.build_result import evidence_of_bench, result_of_bench, with_bench
 from edgekd.release.gate import evaluate
 from edgekd.release.report_tables import cautions, thread_remark
 from edgekd.release.result import Result
