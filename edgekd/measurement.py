@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import ConfigDict, Field
+
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+"""A finite number; pydantic refuses a boolean and a text in its place."""
 Evidence = Literal["measured-on-target", "measured-on-host", "estimated"]
 EVIDENCE_STRENGTH: dict[str, int] = {
     "estimated": 0,
@@ -37,11 +41,13 @@ class Measurement:
     None for a figure that has no sampling error, such as a file's size.
     """
 
-    value: float | None
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    value: Number | None
     unit: str
-    n: int = 1
-    interval: tuple[float, float] | None = None
-    confidence: float = 0.95
+    n: Annotated[int, Field(strict=True, ge=0)] = 1
+    interval: tuple[Number, Number] | None = None
+    confidence: Annotated[Number, Field(gt=0, lt=1)] = 0.95
     evidence: Evidence = "measured-on-host"
     note: str = ""
 

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from edgekd.config.budgets import Budgets, GateConfig, load_budgets
+from edgekd.config.profile import Profile, load_profile
 from edgekd.errors import GateFailed, InputError
 from edgekd.measurement import full_text
-from edgekd.release.gate import Verdict, passed, summary_line
-
-if TYPE_CHECKING:
-    from edgekd.config.profile import Profile
+from edgekd.release.build_result import evidence_of_bench, read_bench, result_of_bench, with_bench
+from edgekd.release.compare import find_result
+from edgekd.release.gate import (
+    Verdict,
+    evaluate,
+    passed,
+    read_gate,
+    summary_line,
+    write_gate_json,
+    write_junit,
+)
+from edgekd.release.result import read_result
 
 _COLOURS = {"pass": "green", "fail": "red", "not shown": "yellow"}
 
@@ -59,7 +68,6 @@ def gate(
                 remedy="a pipeline names its profile, and its gate stage writes both files",
             )
         from edgekd.cli.run import run_pipeline_until
-        from edgekd.release.gate import read_gate
 
         # The run prints its result and the verdicts itself.
         verdicts = read_gate(run_pipeline_until(result, "gate").folder("gate"))
@@ -84,19 +92,7 @@ def _evaluate(
     junit: Path | None,
     json_path: Path | None,
 ) -> list[Verdict]:
-    from edgekd.config.budgets import GateConfig
-    from edgekd.config.profile import load_profile
-    from edgekd.release.build_result import (
-        evidence_of_bench,
-        read_bench,
-        result_of_bench,
-        with_bench,
-    )
-    from edgekd.release.compare import find_result
-    from edgekd.release.gate import evaluate, load_budgets, write_gate_json, write_junit
-    from edgekd.release.result import read_result
-
-    budgets = GateConfig() if budget is None else load_budgets(budget)
+    section = GateConfig() if budget is None else load_budgets(budget)
     limits = load_profile(profile) if profile else None
     alone = read_bench(result)
     if alone is not None and device is not None:
@@ -107,7 +103,7 @@ def _evaluate(
         )
     if alone is not None:
         evidence, why = evidence_of_bench(alone, limits, None)
-        lower = budgets.accuracy.max is not None
+        lower = section.accuracy.max is not None
         content = result_of_bench(alone, str(result), evidence, lower)
     else:
         content, why = read_result(find_result(result)), ""
@@ -119,16 +115,16 @@ def _evaluate(
                 where=str(device),
                 remedy="on the device: python -m edgerun bench model.onnx --json bench.json",
             )
-        meant = limits or _profile_of(content["profile"])
-        evidence, why = evidence_of_bench(bench, meant, content["environment"])
+        meant = limits or _profile_of(content.profile)
+        evidence, why = evidence_of_bench(bench, meant, content.environment)
         content = with_bench(content, bench, str(device), evidence)
     if why:
         click.echo(f"{device or result}: {why}; its figures are measured-on-host", err=True)
-    verdicts = evaluate(content, budgets, limits)
+    verdicts = evaluate(content, Budgets.resolve(section, limits))
     for path, write in ((json_path, write_gate_json), (junit, write_junit)):
         if path is not None:
             try:
-                write(path, content["name"], verdicts)
+                write(path, content.name, verdicts)
             except OSError as error:
                 raise InputError(
                     f"the verdicts cannot be written: {error.strerror}",
@@ -140,8 +136,6 @@ def _evaluate(
 
 def _profile_of(name: str) -> Profile | None:
     """The built-in profile that a result names; None for a profile of the user's own file."""
-    from edgekd.config.profile import load_profile
-
     try:
         return load_profile(name)
     except InputError:

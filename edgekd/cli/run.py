@@ -103,8 +103,7 @@ _STATUS = {"pass": "green", "fail": "red", "not shown": "yellow"}
 
 def print_result(console: Console, outcome: RunOutcome) -> None:
     """Print the models side by side, and the gate's verdicts when it was reached."""
-    file = outcome.folder("benchmark") / "result.json"
-    result = Result.from_json(read_result(file), str(file))
+    result = read_result(outcome.folder("benchmark") / "result.json")
     console.print(_models(result))
     for name, figure in result.comparison.items():
         if name in _COMPARISONS and figure.value is not None:
@@ -127,8 +126,7 @@ def print_result(console: Console, outcome: RunOutcome) -> None:
 
 def print_headline(console: Console, outcome: RunOutcome) -> None:
     """Print what was gained in one sentence, and after a gate that passed what to do next."""
-    file = outcome.folder("benchmark") / "result.json"
-    result = Result.from_json(read_result(file), str(file))
+    result = read_result(outcome.folder("benchmark") / "result.json")
     harmed = distillation_effect(result).startswith("distillation harmed")
     style = "bold red" if harmed else "bold"
     console.print(headline(result), style=style, markup=False, highlight=False, soft_wrap=True)

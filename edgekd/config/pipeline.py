@@ -4,13 +4,15 @@ and ``benchmark``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from edgekd.config.base import ConfigModel, Fraction, PositiveFloat, PositiveInt
 from edgekd.config.budgets import GateConfig
+from edgekd.config.loader import load_section
 from edgekd.config.networks import StudentConfig, TeacherConfig
 from edgekd.config.training import DistillConfig, LossTerm, TrainConfig
 
@@ -289,6 +291,19 @@ class PipelineConfig(ConfigModel):
             engines = [{"kind": e} if isinstance(e, str) else e for e in value["engines"]]
             return {**value, "engines": engines}
         return value
+
+
+def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
+    """Read and validate a pipeline file.
+
+    Args:
+        path: the YAML file.
+        overrides: ``key.sub=value`` strings that replace values of the file (``--set``).
+
+    Raises:
+        InputError: anything in the file or the overrides is wrong; all problems are named.
+    """
+    return load_section(path, PipelineConfig, overrides=overrides)
 
 
 SCHEMA = "edgekd.pipeline/1"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from edgekd.config.budgets import Budgets
 from edgekd.config.pipeline import PipelineConfig
 from edgekd.config.profile import Profile
 from edgekd.progress import Progress
@@ -20,6 +21,11 @@ class Job:
     base: Path
     """The folder of the pipeline file: relative paths and own modules are found from here."""
     profile: Profile
+
+    @property
+    def budgets(self) -> Budgets:
+        """Those of the section ``gate``, else the profile's limits."""
+        return Budgets.resolve(self.config.gate, self.profile)
 
     def path(self, name: str) -> Path:
         """A path of the pipeline file; a relative one is resolved from the file's folder."""

@@ -19,6 +19,7 @@ from edgekd.errors import StageError
 from edgekd.files import write_npz
 from edgekd.measurement import Measurement, full_text, value_text
 from edgekd.release.bundle_verify import MANIFEST, SCHEMA, sha256_of
+from edgekd.release.result import Result
 from edgekd.spec import ModelSpec
 
 
@@ -144,7 +145,7 @@ def write_bundle(
     labels: Sequence[str] | None,
     task: Mapping[str, Any],
     runtime: Mapping[str, Any],
-    result: Mapping[str, Any],
+    result: Result,
     example: Mapping[str, npt.NDArray[Any]],
     engines: Path | None = None,
 ) -> Path:
@@ -165,7 +166,7 @@ def write_bundle(
         task: ``{"name", "output"}``.
         runtime: ``{"providers", "threads"}`` that the figures were measured with, and the level of
             ``optimization`` where it differs from edgerun's default.
-        result: the content of the result file; its figures, versions and fingerprints go in.
+        result: of the benchmark; its figures, versions and fingerprints go in.
         example: a few real samples by input name, (N, …): raw where they are uint8, otherwise
             as the model expects them.
         engines: a folder for each additional runtime, with the ONNX file and ``build.json``: how
@@ -212,10 +213,10 @@ def write_bundle(
             }
             for kind, build in builds.items()
         },
-        "figures": _figures(result),
-        "environment": result.get("environment", {}),
-        "versions": result.get("versions", {}),
-        "fingerprints": result.get("fingerprints", {}),
+        "figures": _figures(result.to_json()),
+        "environment": result.environment,
+        "versions": result.versions,
+        "fingerprints": result.fingerprints,
     }
     (folder / "README.md").write_text(readme_text(manifest), encoding="utf-8")
     _write_manifest(folder, manifest)

@@ -101,7 +101,7 @@ def compare_files(paths: Sequence[Path]) -> Comparison:
     labels, results = [], []
     for path in paths:
         file = find_result(path)
-        results.append(Result.from_json(read_result(file), str(file)))
+        results.append(read_result(file))
         labels.append(str(path))
     return compare(_distinct(labels), results)
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 from xml.etree import ElementTree
 
-from edgekd.config.budgets import GateConfig
-from edgekd.config.loader import load_section, read_yaml
-from edgekd.errors import InputError
+from pydantic import BaseModel, Field
+
+from edgekd.config.budgets import Budgets
 from edgekd.measurement import (
     EVIDENCE_STRENGTH,
     OF_CONSTANT,
@@ -27,7 +27,7 @@ from edgekd.measurement import (
     full_text,
     value_text,
 )
-from edgekd.release.result import PERCENTILES, Result
+from edgekd.release.result import PERCENTILES, SHARES, Result, read_json, validate
 from edgekd.release.statistics import samples_to_show
 
 Status = Literal["pass", "fail", "not shown"]
@@ -59,11 +59,6 @@ class Verdict:
         """A plain mapping for a JSON file."""
         return asdict(self)
 
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Verdict:
-        """The inverse of :meth:`to_json`."""
-        return cls(**{**value, "figure": Measurement.from_json(value["figure"])})
-
 
 def passed(verdicts: Sequence[Verdict]) -> bool:
     """Whether there are verdicts and each of them is a pass."""
@@ -81,49 +76,6 @@ def summary_line(verdicts: Sequence[Verdict]) -> str:
     return f"FAILED: of {len(verdicts)} rules, {' and '.join(parts)}"
 
 
-SHARES = ("accuracy", "agreement")
-"""Metrics that count correct predictions."""
-
-_LARGEST_SHARE = 10
-"""A drop above ten times a constant's error is no limit: it was meant in another unit."""
-
-
-class Limit(Protocol):
-    """A number of a profile."""
-
-    @property
-    def value(self) -> float:
-        """The number, in the unit of its key."""
-
-
-class Limits(Protocol):
-    """The budgets of one model on a device, each None when the profile leaves it out."""
-
-    @property
-    def latency_ms(self) -> Limit | None:
-        """One query; bounds p95."""
-
-    @property
-    def memory_mb(self) -> Limit | None:
-        """Peak of the process above an empty one."""
-
-    @property
-    def storage_mb(self) -> Limit | None:
-        """The shipped file."""
-
-
-class DeviceProfile(Protocol):
-    """The part of a device profile that the gate reads."""
-
-    @property
-    def name(self) -> str:
-        """The profile's name."""
-
-    @property
-    def budget(self) -> Limits:
-        """Its limits."""
-
-
 @dataclass(frozen=True)
 class Rule:
     """One budget and the figure it bounds."""
@@ -139,120 +91,37 @@ class Rule:
     origin: str = "gate"
     remark: str = ""
     """Added to the reason where the rule is not passed."""
-    implied: bool = False
-    """Applied by default: it does not count as a configured rule."""
 
 
-def example_budget(higher_is_better: bool) -> str:
-    """A budget that fits the direction of the metric, as it is written in YAML."""
-    bound = "max_drop: 0.01" if higher_is_better else "max: …"
-    return f"gate: {{accuracy: {{{bound}}}}}"
-
-
-def check_any_rule(
-    budgets: GateConfig, profile: DeviceProfile | None, higher_is_better: bool = True
-) -> None:
-    """Refuse a gate without any budget, before time is spent on training.
-
-    Raises:
-        InputError: neither the budgets nor the profile bound anything.
-    """
-    given = budgets.model_dump(exclude={"evidence"}, exclude_none=True)
-    if not given["accuracy"].get("beat_constant", True):
-        del given["accuracy"]["beat_constant"]
-    limits = profile.budget if profile else None
-    bounded = any(getattr(limits, name, None) for name in ("latency_ms", "memory_mb", "storage_mb"))
-    if not any(given.values()) and not bounded:
-        raise InputError(
-            "the gate has no rule, and a gate that checks nothing must not pass",
-            where="gate",
-            remedy=f"add a budget, for example {example_budget(higher_is_better)}",
-        )
-
-
-def check_direction(budgets: GateConfig, metric: str, higher_is_better: bool) -> None:
-    """Refuse a budget of accuracy that contradicts the metric.
-
-    Raises:
-        InputError: a floor for a metric that is better when lower, or a ceiling for one that is
-            better when higher; percents for an accuracy, which ranges from 0 to 1; a drop of an
-            error in its own unit.
-    """
-    wrong, right = ("max", "min") if higher_is_better else ("min", "max")
-    if getattr(budgets.accuracy, wrong) is not None:
-        better = "higher" if higher_is_better else "lower"
-        bound = "smallest" if higher_is_better else "largest"
-        raise InputError(
-            f"the budget contradicts the metric: {metric} is better when {better}",
-            where=f"gate.accuracy.{wrong}",
-            remedy=f"write accuracy.{right}: …, the {bound} {metric} that is allowed; or "
-            "accuracy.max_drop: … against the teacher",
-        )
-    if not higher_is_better and (budgets.accuracy.max_drop or 0) > _LARGEST_SHARE:
-        raise InputError(
-            f"the budget is {budgets.accuracy.max_drop:g}, and a drop of {metric} is a share of "
-            "the error of the best constant prediction: 0.01 is one hundredth of it",
-            where="gate.accuracy.max_drop",
-            remedy=f"write accuracy.max: … for a bound in the unit of {metric}",
-        )
-    for name, value in budgets.accuracy.model_dump(exclude_none=True).items():
-        if metric == "accuracy" and value > 1:
-            raise InputError(
-                f"the budget is {value:g}, and an accuracy ranges from 0 to 1",
-                where=f"gate.accuracy.{name}",
-                remedy=f"write {value / 100:g} for {value:g} %",
-            )
-
-
-def rules_of(result: Result, budgets: GateConfig, profile: DeviceProfile | None) -> Iterator[Rule]:
-    """The rules that budgets and profile make, in the order of the section's keys.
-
-    A limit of the profile makes a rule only where ``budgets`` has none of the same key.
-    """
+def rules_of(result: Result, budgets: Budgets) -> list[Rule]:
+    """The rules that the budgets make, in the order of the section's keys."""
     student, against = result.student, result.comparison
-    accuracy, size, parameters = budgets.accuracy, budgets.size, budgets.parameters
-    limits = profile.budget if profile else None
-    origin = f"profile {profile.name}" if profile else ""
-
-    if accuracy.min is not None:
-        yield Rule("accuracy.min", accuracy.min, "at least", student.metric, True)
-    if accuracy.max is not None:
-        yield Rule("accuracy.max", accuracy.max, "at most", student.metric, True)
-    if accuracy.max_drop is not None:
-        yield Rule("accuracy.max_drop", accuracy.max_drop, "at most", _drop(result), True)
-    if accuracy.min_gain is not None:
-        gain = against.get("baseline_gain")
-        yield Rule("accuracy.min_gain", accuracy.min_gain, "at least", gain, True)
-    yield from _beat_constant(result, accuracy.beat_constant)
-    if size.max_mb is not None:
-        yield Rule("size.max_mb", size.max_mb, "at most", student.size_mb, False)
-    elif limits and limits.storage_mb:
-        storage = limits.storage_mb.value
-        yield Rule("size.max_mb", storage, "at most", student.size_mb, False, origin)
-    if size.min_ratio is not None:
-        ratio = against.get("size_ratio")
-        yield Rule("size.min_ratio", size.min_ratio, "at least", ratio, False)
-    if parameters.max is not None:
-        yield Rule("parameters.max", parameters.max, "at most", student.parameters, False)
-    if parameters.max_ratio is not None:
-        ratio = against.get("parameter_ratio")
-        yield Rule("parameters.max_ratio", parameters.max_ratio, "at most", ratio, False)
-    for key in PERCENTILES:
-        figure, given = student.latency.get(key), getattr(budgets.latency, key)
-        if given is not None:
-            yield Rule(f"latency.{key}", given, "at most", figure, True)
-        elif key == "p95_ms" and limits and limits.latency_ms:
-            milliseconds = limits.latency_ms.value
-            yield Rule("latency.p95_ms", milliseconds, "at most", figure, True, origin)
-    if budgets.latency.min_speedup is not None:
-        speedup, least = against.get("speedup"), budgets.latency.min_speedup
-        yield Rule("latency.min_speedup", least, "at least", speedup, True)
-    if budgets.memory.peak_mb is not None:
-        peak = budgets.memory.peak_mb
-        yield Rule("memory.peak_mb", peak, "at most", student.peak_memory_mb, True)
-    elif limits and limits.memory_mb:
-        peak = limits.memory_mb.value
-        yield Rule("memory.peak_mb", peak, "at most", student.peak_memory_mb, True, origin)
+    figures = {
+        "accuracy.min": student.metric,
+        "accuracy.max": student.metric,
+        "accuracy.max_drop": _drop(result),
+        "accuracy.min_gain": against.get("baseline_gain"),
+        "size.max_mb": student.size_mb,
+        "size.min_ratio": against.get("size_ratio"),
+        "parameters.max": student.parameters,
+        "parameters.max_ratio": against.get("parameter_ratio"),
+        **{f"latency.{name}": student.latency.get(name) for name in PERCENTILES},
+        "latency.min_speedup": against.get("speedup"),
+        "memory.peak_mb": student.peak_memory_mb,
+    }
+    rules = [
+        Rule(
+            key,
+            budget,
+            "at least" if key.partition(".")[2].startswith("min") else "at most",
+            figures[key],
+            performance=not key.startswith(("size.", "parameters.")),
+            origin=budgets.origin(key),
+        )
+        for key, budget in budgets.given.items()
+    ]
+    last = sum(rule.key.startswith("accuracy.") for rule in rules)
+    return [*rules[:last], *_beat_constant(result, budgets.beat_constant), *rules[last:]]
 
 
 def _drop(result: Result) -> Measurement | None:
@@ -263,15 +132,15 @@ def _drop(result: Result) -> Measurement | None:
     return result.comparison.get("relative_drop") or Measurement(None, OF_CONSTANT, 0, note=note)
 
 
-def _beat_constant(result: Result, asked: bool | None) -> Iterator[Rule]:
+def _beat_constant(result: Result, required: bool | None) -> Iterator[Rule]:
     """The rule that the student is better than a constant, where it is configured or the default.
 
     An accuracy near that of the most frequent class may be all that rare classes allow; an error
     that a constant also reaches means that the network has learned nothing.
     """
     gain = result.comparison.get("gain_over_constant")
-    implied = asked is None
-    if asked is False or (implied and (result.metric in SHARES or gain is None)):
+    implied = required is None
+    if required is False or (implied and (result.metric in SHARES or gain is None)):
         return
     constant = value_text(result.constant) if result.constant is not None else "an unknown figure"
     yield Rule(
@@ -284,21 +153,7 @@ def _beat_constant(result: Result, asked: bool | None) -> Iterator[Rule]:
         remark=f"the student's {result.metric} is {value_text(result.student.metric)}, and that of "
         f"the best constant prediction is {constant}: train it longer, check that it can "
         "learn targets of this range, or set gate.accuracy.beat_constant: false",
-        implied=implied,
     )
-
-
-def load_budgets(path: Path) -> GateConfig:
-    """Read the budgets of a file.
-
-    A file with a ``gate`` key (a pipeline) is read for that section; any other is the section
-    itself.
-
-    Raises:
-        InputError: the file cannot be read or a key is wrong; the error names its line.
-    """
-    key = "gate" if "gate" in read_yaml(path).content else None
-    return load_section(path, GateConfig, key)
 
 
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -339,51 +194,25 @@ def _text(text: str) -> str:
     return _NOT_XML.sub("�", text)
 
 
-__all__ = [
-    "Verdict",
-    "check_direction",
-    "evaluate",
-    "passed",
-    "read_gate",
-    "summary_line",
-    "write_gate",
-    "write_gate_json",
-]
-
 SCHEMA = "edgekd.gate/1"
 
 
-def evaluate(
-    result: Mapping[str, Any], budgets: GateConfig, profile: DeviceProfile | None = None
-) -> list[Verdict]:
-    """Judge a result.
+def evaluate(result: Result, budgets: Budgets) -> list[Verdict]:
+    """Check a result against budgets.
 
-    ``budgets.evidence`` is demanded of latency, memory and speed-up, and of accuracy too:
+    ``budgets.evidence`` is required of latency, memory and speed-up, and of accuracy too:
     reduced precision and other providers may give other predictions on the device. The size and
     the parameters of a file are the same on every machine.
-
-    Args:
-        result: the content of a result file.
-        budgets: the pipeline's ``gate`` section or a budget file.
-        profile: the device's limits, used for keys that ``budgets`` leaves out.
 
     Returns:
         One verdict per rule, in the order of the section's keys.
 
     Raises:
-        InputError: the result is not complete, no rule is configured, or a rule
-            contradicts the direction of the metric.
+        InputError: there is no rule, or one contradicts the direction of the metric.
     """
-    parsed = Result.from_json(result)
-    check_direction(budgets, parsed.metric, parsed.higher_is_better)
-    rules = list(rules_of(parsed, budgets, profile))
-    if all(rule.implied for rule in rules):
-        raise InputError(
-            "the gate has no rule, and a gate that checks nothing must not pass",
-            where="gate" if profile is None else f"gate, profile {profile.name}",
-            remedy=f"add a budget, such as '{example_budget(parsed.higher_is_better)}'",
-        )
-    return [_judge(rule, budgets.evidence) for rule in rules]
+    budgets.check_metric(result.metric, result.higher_is_better)
+    budgets.require_any(result.higher_is_better)
+    return [_verdict(rule, budgets.evidence) for rule in rules_of(result, budgets)]
 
 
 def write_gate(folder: Path, name: str, verdicts: Sequence[Verdict]) -> None:
@@ -409,21 +238,17 @@ def read_gate(folder: Path) -> list[Verdict]:
     Raises:
         InputError: ``gate.json`` is missing or is not one.
     """
-    path = folder / "gate.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {content['schema']!r}, not {SCHEMA!r}")
-        return [Verdict.from_json(row) for row in content["verdicts"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"the gate file cannot be read: {error}",
-            where=str(path),
-            remedy="run the gate stage again",
-        ) from error
+    path, remedy = folder / "gate.json", "run the gate stage again"
+    content = read_json(path, "the gate file", remedy)
+    return list(validate(_GateFile, content, "the gate file", str(path), remedy).verdicts)
 
 
-def _judge(rule: Rule, required: Evidence) -> Verdict:
+class _GateFile(BaseModel):
+    format: Literal["edgekd.gate/1"] = Field(alias="schema")
+    verdicts: tuple[Verdict, ...]
+
+
+def _verdict(rule: Rule, required: Evidence) -> Verdict:
     figure = rule.figure or Measurement(None, _unit_of(rule.key), 0, note="it was not measured")
     status, reason = _status(rule, figure, required)
     if status != "pass" and rule.remark:
@@ -440,6 +265,8 @@ def _status(rule: Rule, figure: Measurement, required: Evidence) -> tuple[Status
             "device (edgekd gate result.json --device bench.json), or write evidence: "
             f"{figure.evidence} in the gate's section"
         )
+    if figure.interval is None and rule.key.startswith(("accuracy.", "latency.")):
+        return "not shown", f"{full_text(figure)} has no interval (n = {figure.n:,})"
     low, high = figure.interval or (figure.value, figure.value)
     text, budget = full_text(figure), bound_text(rule.budget, figure.unit)
     if rule.side == "at most":

@@ -162,7 +162,7 @@ _TEMPLATE = "report.html.jinja"
 
 def write_report(
     folder: Path,
-    result: Mapping[str, Any],
+    result: Result,
     verdicts: Sequence[Verdict],
     histories: Mapping[str, Mapping[str, Any] | None],
     pipeline: Mapping[str, Any],
@@ -172,7 +172,7 @@ def write_report(
 
     Args:
         folder: an existing folder.
-        result: the content of a result file.
+        result: of the benchmark stage.
         verdicts: of the gate; may be empty, and the report then states that nothing was gated.
         histories: training histories by role (``teacher``, ``baseline``, ``student``); a role
             that was not trained here is absent or None.
@@ -182,11 +182,7 @@ def write_report(
 
     Returns:
         The three files.
-
-    Raises:
-        InputError: the result is not complete.
     """
-    parsed = Result.from_json(result)
     trained = {role: history for role, history in histories.items() if history}
     more = dict(extras or {})
     choice = more.pop("choice", {})
@@ -194,24 +190,24 @@ def write_report(
         _environment()
         .get_template(_TEMPLATE)
         .render(
-            result=parsed,
-            headline=headline(parsed),
+            result=result,
+            headline=headline(result),
             verdict_line=summary_line(verdicts) if verdicts else "Nothing was gated",
             passed=passed(verdicts),
             gated=bool(verdicts),
-            cautions=cautions(parsed),
-            key_figures=key_figures(parsed),
-            table=result_table(parsed),
-            comparison=comparison_rows(parsed),
+            cautions=cautions(result),
+            key_figures=key_figures(result),
+            table=result_table(result),
+            comparison=comparison_rows(result),
             gate=gate_rows(verdicts),
-            candidates=candidate_rows(choice, parsed.metric),
+            candidates=candidate_rows(choice, result.metric),
             choice_line=f"{choice.get('chosen')} is shipped: {choice.get('reason')}.",
-            charts=charts_of(parsed, trained),
+            charts=charts_of(result, trained),
             parity=parity_rows(more.pop("parity", {})),
-            environment=flat_rows(parsed.environment),
-            runs=run_rows(parsed),
-            versions=flat_rows(parsed.versions),
-            fingerprints=flat_rows(parsed.fingerprints),
+            environment=flat_rows(result.environment),
+            runs=run_rows(result),
+            versions=flat_rows(result.versions),
+            fingerprints=flat_rows(result.fingerprints),
             extras={title: flat_rows(content) for title, content in more.items()},
             pipeline=yaml.safe_dump(
                 json.loads(json.dumps(pipeline)), sort_keys=False, allow_unicode=True, width=88
@@ -224,7 +220,7 @@ def write_report(
             {
                 "schema": SCHEMA,
                 "passed": passed(verdicts),
-                "result": _without_samples(result),
+                "result": _without_samples(result.to_json()),
                 "verdicts": [verdict.to_json() for verdict in verdicts],
                 "histories": trained,
                 "pipeline": pipeline,
@@ -233,7 +229,7 @@ def write_report(
             indent=1,
         )
         + "\n",
-        "summary.md": summary_markdown(parsed, verdicts),
+        "summary.md": summary_markdown(result, verdicts),
     }
     for name, content in files.items():
         (folder / name).write_text(content, encoding="utf-8")

@@ -156,7 +156,7 @@ class TensorRTBuilder:
         from edgekd.targets import open_target
 
         job = context.job
-        self.engine, self.profile = engine, job.profile
+        self.engine, self.profile, self.budgets = engine, job.profile, job.budgets
         self.batch = job.config.benchmark.batch_size
         self.target = open_target(job.config.target)
         context.cache.mkdir(parents=True, exist_ok=True)
@@ -172,6 +172,7 @@ class TensorRTBuilder:
         settings = engine_settings(
             self._for(precision),
             self.profile,
+            self.budgets,
             batch=self.batch,
             precision=precision,
             keep=keep,
@@ -197,7 +198,12 @@ class TensorRTBuilder:
         from edgekd.engines.tensorrt import engine_settings
 
         settings = engine_settings(
-            self._for(precision), self.profile, batch=self.batch, precision=precision, keep=keep
+            self._for(precision),
+            self.profile,
+            self.budgets,
+            batch=self.batch,
+            precision=precision,
+            keep=keep,
         )
         return settings.command(model, f"{Path(model).stem}.engine")
 

@@ -61,8 +61,11 @@ class EnginesStage:
         measured = {
             "max_drop": config.quantize.max_drop,
             "select": config.quantize.select,
-            "size": config.gate.size.model_dump(mode="json"),
-            "latency": config.gate.latency.model_dump(mode="json"),
+            "budgets": {
+                key: value
+                for key, value in job.budgets.given.items()
+                if key.startswith(("size.", "latency."))
+            },
             "task": [config.task, config.task_args],
         } if config.quantize is not None else None  # fmt: skip
         kinds = {engine.kind for engine in config.engines}
@@ -71,7 +74,8 @@ class EnginesStage:
         return {
             "engines": [engine.model_dump(mode="json") for engine in config.engines],
             "batch_size": config.benchmark.batch_size,
-            "profile": job.profile.model_dump(mode="json", include={"runtime", "budget", "gpu"}),
+            "profile": job.profile.model_dump(mode="json", include={"runtime", "gpu"}),
+            "memory": job.budgets["memory.peak_mb"] if kinds != {"onnxruntime"} else None,
             "choice": measured,
             "target": config.target if bound else None,
             "machine": [platform.node(), platform.machine()] if bound else None,
@@ -197,12 +201,12 @@ class _CandidateBuilder:
         rows: Mapping[str, Mapping[str, Any]],
         crashed: Mapping[str, str],
     ) -> Choice:
-        from edgekd.engines.selection import FLOAT, Budgets, Candidate, choose
+        from edgekd.engines.selection import FLOAT, Candidate, choose
 
         config = self.context.job.config
         refused = {**refused_variants(self.inputs, self.runtime), **crashed}
         allowed = config.quantize.max_drop if config.quantize is not None else 0.0
-        budgets = Budgets.of(config.gate, self.context.job.profile)
+        budgets = self.context.job.budgets
         select = config.quantize.select if config.quantize is not None else "measured"
         if len(ways) == 1:
             # With one candidate nothing needs to be measured.
@@ -219,7 +223,7 @@ class _CandidateBuilder:
             allowed,
             teacher.stat().st_size if has_teacher else None,
             measured.speedup_over(teacher)
-            if has_teacher and budgets.min_speedup is not None
+            if has_teacher and budgets["latency.min_speedup"] is not None
             else None,
             refused,
             select,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from edgekd.config import base
-from edgekd.config.loader import load_pipeline
+from edgekd.config.pipeline import load_pipeline
 from edgekd.distill.losses import LOSSES
 from edgekd.errors import InputError
 

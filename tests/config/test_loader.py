@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from edgekd.config.budgets import GateConfig
-from edgekd.config.loader import load_pipeline, load_section
+from edgekd.config.loader import load_section
+from edgekd.config.pipeline import load_pipeline
 from edgekd.errors import InputError
 
 GOOD = """\

@@ -16,6 +16,7 @@ from edgekd.errors import InputError, StageError
 from edgekd.files import edgerun_folder
 from edgekd.release.bundle import write_archive, write_bundle
 from edgekd.release.bundle_verify import verify_bundle
+from edgekd.release.result import Result
 from edgekd.spec import ModelSpec, TensorSpec
 
 SPEC = ModelSpec((TensorSpec("image", ("batch", 1, 2, 2)),), (TensorSpec("logits", ("batch", 3)),))
@@ -48,7 +49,7 @@ def build(folder, model, result, **changes):
         "labels": ("a", "b", "c"),
         "task": {"name": "classification", "output": "logits"},
         "runtime": {"providers": ["CPUExecutionProvider"], "threads": 1},
-        "result": result,
+        "result": Result.from_json(result),
         "example": {"image": np.arange(16, dtype=np.uint8).reshape(4, 1, 2, 2) * 15},
         **changes,
     }
