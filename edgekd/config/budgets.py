@@ -10,8 +10,9 @@ from pathlib import Path
 from pydantic import model_validator
 
 from edgekd.config.base import ConfigModel, PositiveFloat, PositiveInt
-from edgekd.config.loader import load_section, read_yaml
+from edgekd.config.loader import load_section
 from edgekd.config.profile import Profile
+from edgekd.config.yaml_source import read_yaml
 from edgekd.errors import InputError
 from edgekd.measurement import Evidence
 

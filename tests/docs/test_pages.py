@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from edgekd.config.budgets import GateConfig
-from edgekd.config.loader import read_yaml
 from edgekd.config.pipeline import PipelineConfig, load_pipeline, pipeline_schema
 from edgekd.config.profile import load_profile
+from edgekd.config.yaml_source import read_yaml
 from edgekd.errors import InputError
 from tests.docs.blocks import PAGES, ROOT, Block, blocks
 
