@@ -66,7 +66,9 @@ PositiveInt = Annotated[int, Field(gt=0)]
 class ConfigModel(BaseModel):
     """Base of every section: unknown keys are errors, values are not changed after reading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     renamed: ClassVar[Mapping[str, str]] = {}
     """Old key → new key; the old one is read until version 0.3, with a notice."""

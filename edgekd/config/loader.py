@@ -44,9 +44,15 @@ class Override:
             parsed = parse_scalar(value)
         except yaml.YAMLError as error:
             raise InputError(
-                f"the value {value!r} is not valid YAML", where=f"--set {text}", remedy="quote it"
+                f"the value is not valid YAML: {getattr(error, 'problem', None) or error}",
+                where=f"--set {text}",
+                remedy="quote it",
             ) from error
-        return cls(text, tuple(int(p) if p.isdigit() else p for p in parts), parsed)
+        return cls(text, tuple(int(p) if _is_index(p) else p for p in parts), parsed)
+
+
+def _is_index(part: str) -> bool:
+    return part.isascii() and part.isdigit() and len(part) < 10
 
 
 def apply_overrides(content: dict[str, Any], overrides: Sequence[Override]) -> dict[str, Any]:
