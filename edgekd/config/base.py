@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -75,7 +76,23 @@ class ConfigModel(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _renamed_keys(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            value = current_keys(value, cls.renamed)
-        return value
+    def _as_written(cls, value: Any) -> Any:
+        """The section with its keys in their current spelling.
+
+        A boolean where a number belongs becomes the text that it is written as, which no number
+        is: pydantic would read true as 1.
+        """
+        if not isinstance(value, dict):
+            return value
+        section = current_keys(value, cls.renamed)
+        for key, field in cls.model_fields.items():
+            if isinstance(section.get(key), bool):
+                types = _types_in(field.annotation)
+                if types & {int, float} and bool not in types:
+                    section[key] = str(section[key]).lower()
+        return section
+
+
+def _types_in(annotation: Any) -> set[Any]:
+    inner = typing.get_args(annotation)
+    return {found for part in inner for found in _types_in(part)} if inner else {annotation}
