@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgekd.config.budgets import Budgets, GateConfig
+from edgekd.release.charts import linear_axis, log_axis
 from edgekd.release.gate import evaluate
-from edgekd.release.plot import linear_axis, log_axis
 from edgekd.release.report import write_report
 from edgekd.release.result import Result
 
