@@ -26,7 +26,7 @@ from edgekd.release.gate import (
 )
 from edgekd.release.result import read_result
 
-_COLOURS = {"pass": "green", "fail": "red", "not shown": "yellow"}
+_COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
 
 @click.command()
@@ -80,7 +80,8 @@ def gate(
         raise GateFailed(
             "the gate did not pass",
             where=str(result),
-            remedy="change the student or the budget; 'not shown' needs more samples or evidence",
+            remedy="change the student or the budget; an inconclusive rule needs more samples or "
+            "evidence",
         )
 
 

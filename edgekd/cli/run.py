@@ -98,7 +98,7 @@ NEXT = (
     "(teacher); the bundle's README.md says how to run it on the device"
 )
 
-_STATUS = {"pass": "green", "fail": "red", "not shown": "yellow"}
+_STATUS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
 
 def print_result(console: Console, outcome: RunOutcome) -> None:
@@ -118,7 +118,9 @@ def print_result(console: Console, outcome: RunOutcome) -> None:
     verdicts = read_gate(outcome.folder("gate"))
     for verdict in verdicts:
         color = _STATUS[verdict.status]
-        console.print(f"  [{color}]{verdict.status:9}[/] {verdict.rule}: ", end="", highlight=False)
+        console.print(
+            f"  [{color}]{verdict.status:12}[/] {verdict.rule}: ", end="", highlight=False
+        )
         console.print(verdict.reason, markup=False, highlight=False, soft_wrap=True)
     verdict_text = "[bold green]passed" if passed(verdicts) else "[bold red]not passed"
     console.print(f"gate: {verdict_text}[/]", highlight=False)

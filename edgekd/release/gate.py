@@ -2,7 +2,7 @@
 
 A rule passes only when the complete interval of its figure meets the budget. When
 the interval contains the budget, or the figure rests on weaker evidence than required, or was not
-measured, the rule is *not shown*, and what is not shown does not pass.
+measured, the rule is *inconclusive*, and an inconclusive rule does not pass.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from xml.etree import ElementTree
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from edgekd.config.budgets import Budgets
 from edgekd.measurement import (
@@ -30,9 +30,14 @@ from edgekd.measurement import (
 from edgekd.release.result import PERCENTILES, SHARES, Result, read_json, validate
 from edgekd.release.statistics import samples_to_show
 
-Status = Literal["pass", "fail", "not shown"]
+Status = Literal["pass", "fail", "inconclusive"]
 
 Side = Literal["at most", "at least", "more than"]
+
+
+def _current_status(status: Any) -> Any:
+    """A verdict as it is named since ``edgekd.gate/2``."""
+    return "inconclusive" if status == "not shown" else status
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Verdict:
 
     rule: str
     """The budget's key, such as ``latency.p95_ms``."""
-    status: Status
+    status: Annotated[Status, BeforeValidator(_current_status)]
     figure: Measurement
     budget: float
     reason: str
@@ -66,13 +71,13 @@ def passed(verdicts: Sequence[Verdict]) -> bool:
 
 
 def summary_line(verdicts: Sequence[Verdict]) -> str:
-    """``PASSED: 5 of 5 rules`` or ``FAILED: 2 of 5 rules fail, 1 is not shown``."""
+    """``PASSED: 5 of 5 rules`` or ``FAILED: 2 of 5 rules fail, 1 is inconclusive``."""
     failed = sum(verdict.status == "fail" for verdict in verdicts)
-    open_ = sum(verdict.status == "not shown" for verdict in verdicts)
+    open_ = sum(verdict.status == "inconclusive" for verdict in verdicts)
     if passed(verdicts):
         return f"PASSED: all {len(verdicts)} rules" if len(verdicts) > 1 else "PASSED: its one rule"
     parts = [f"{failed} fail" + ("s" if failed == 1 else "")] if failed else []
-    parts += [f"{open_} {'is' if open_ == 1 else 'are'} not shown"] if open_ else []
+    parts += [f"{open_} {'is' if open_ == 1 else 'are'} inconclusive"] if open_ else []
     return f"FAILED: of {len(verdicts)} rules, {' and '.join(parts)}"
 
 
@@ -160,7 +165,7 @@ _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 
 def write_junit(path: Path, name: str, verdicts: Sequence[Verdict]) -> None:
-    """Write one test case per rule; *fail* and *not shown* are failures, distinguished by type.
+    """Write one test case per rule; *fail* and *inconclusive* are failures, distinguished by type.
 
     Args:
         path: the XML file.
@@ -194,7 +199,7 @@ def _text(text: str) -> str:
     return _NOT_XML.sub("�", text)
 
 
-SCHEMA = "edgekd.gate/1"
+SCHEMA = "edgekd.gate/2"
 
 
 def evaluate(result: Result, budgets: Budgets) -> list[Verdict]:
@@ -244,7 +249,7 @@ def read_gate(folder: Path) -> list[Verdict]:
 
 
 class _GateFile(BaseModel):
-    format: Literal["edgekd.gate/1"] = Field(alias="schema")
+    format: Literal["edgekd.gate/1", "edgekd.gate/2"] = Field(alias="schema")
     verdicts: tuple[Verdict, ...]
 
 
@@ -258,15 +263,15 @@ def _verdict(rule: Rule, required: Evidence) -> Verdict:
 
 def _status(rule: Rule, figure: Measurement, required: Evidence) -> tuple[Status, str]:
     if figure.value is None:
-        return "not shown", figure.note or "there are too few samples to state it"
+        return "inconclusive", figure.note or "there are too few samples to state it"
     if rule.performance and EVIDENCE_STRENGTH[figure.evidence] < EVIDENCE_STRENGTH[required]:
-        return "not shown", (
+        return "inconclusive", (
             f"its evidence is {figure.evidence}, and the gate requires {required}: measure on the "
             "device (edgekd gate result.json --device bench.json), or write evidence: "
             f"{figure.evidence} in the gate's section"
         )
     if figure.interval is None and rule.key.startswith(("accuracy.", "latency.")):
-        return "not shown", f"{full_text(figure)} has no interval (n = {figure.n:,})"
+        return "inconclusive", f"{full_text(figure)} has no interval (n = {figure.n:,})"
     low, high = figure.interval or (figure.value, figure.value)
     text, budget = full_text(figure), bound_text(rule.budget, figure.unit)
     if rule.side == "at most":
@@ -279,7 +284,7 @@ def _status(rule: Rule, figure: Measurement, required: Evidence) -> tuple[Status
         return "pass", f"{text} is {rule.side} {budget}"
     if bad:
         return "fail", f"{text} is not {rule.side} {budget}"
-    return "not shown", f"{text} does not exclude {budget}{_more(rule.key, figure, rule.budget)}"
+    return "inconclusive", f"{text} does not exclude {budget}{_more(rule.key, figure, rule.budget)}"
 
 
 def _more(rule: str, figure: Measurement, budget: float) -> str:

@@ -108,7 +108,7 @@ def _ends(interval: Sequence[float] | None) -> tuple[float, float] | None:
     return (interval[0], interval[1]) if interval else None
 
 
-_MARKS = {"pass": "✅ pass", "fail": "❌ fail", "not shown": "⚠️ not shown"}
+_MARKS = {"pass": "✅ pass", "fail": "❌ fail", "inconclusive": "⚠️ inconclusive"}
 
 
 def summary_markdown(result: Result, verdicts: Sequence[Verdict]) -> str:
@@ -155,7 +155,7 @@ def _plain(text: str) -> str:
     return escaped.replace("<", "&lt;").replace("_", "\\_").replace("*", "\\*").replace("`", "\\`")
 
 
-SCHEMA = "edgekd.report/1"
+SCHEMA = "edgekd.report/2"
 
 _TEMPLATE = "report.html.jinja"
 

@@ -177,7 +177,7 @@ def gate_rows(verdicts: Sequence[Verdict]) -> list[dict[str, str]]:
             "budget": verdict.budget_text,
             "origin": "" if verdict.origin == "gate" else verdict.origin,
             "evidence": verdict.figure.evidence,
-            "reason": verdict.reason if verdict.status == "not shown" else "",
+            "reason": verdict.reason if verdict.status == "inconclusive" else "",
         }
         for verdict in verdicts
     ]

@@ -80,21 +80,23 @@ def test_a_bench_alone_does_not_show_an_accuracy(accuracy):
     lower = "max" in accuracy
     content = result_of_bench(record(), "bench.json", "measured-on-target", lower)
     (verdict,) = judge(content, accuracy=accuracy).values()
-    assert verdict.status == "not shown"
+    assert verdict.status == "inconclusive"
 
 
 def test_the_device_gives_a_result_its_latency_and_leaves_the_accuracy(workstation):
     workstation = Result.from_json(workstation)
     before = judge(workstation, latency={"p95_ms": 8}, accuracy={"min": 0.9})
-    assert [v.status for v in before.values()] == ["not shown", "not shown"]
+    assert [v.status for v in before.values()] == ["inconclusive", "inconclusive"]
     assert "evidence: measured-on-host" in before["latency.p95_ms"].reason
     assert "--device bench.json" in before["latency.p95_ms"].reason
     content = with_bench(workstation, record(), "bench.json", "measured-on-target")
     after = judge(content, latency={"p95_ms": 8}, accuracy={"min": 0.9})
     assert after["latency.p95_ms"].status == "pass"
     assert after["latency.p95_ms"].figure.value == 6.0
-    assert after["accuracy.min"].status == "not shown"
-    assert judge(content, latency={"min_speedup": 2})["latency.min_speedup"].status == "not shown"
+    assert after["accuracy.min"].status == "inconclusive"
+    assert (
+        judge(content, latency={"min_speedup": 2})["latency.min_speedup"].status == "inconclusive"
+    )
 
 
 def test_the_devices_own_speed_up_replaces_the_workstations(workstation):

@@ -53,7 +53,7 @@ def test_the_whole_interval_decides(result):
     assert judge(result, accuracy={"max_drop": 0.02})["accuracy.max_drop"].status == "pass"
     assert judge(result, accuracy={"max_drop": 0.005})["accuracy.max_drop"].status == "fail"
     near = judge(result, accuracy={"max_drop": 0.015})["accuracy.max_drop"]
-    assert near.status == "not shown"
+    assert near.status == "inconclusive"
     assert "more test samples" in near.reason
     assert not passed([near])
 
@@ -61,10 +61,10 @@ def test_the_whole_interval_decides(result):
 def test_the_gain_over_the_student_alone_is_gated(result):
     # gain 0.0109 with interval 0.0059 to 0.0159
     assert judge(result, accuracy={"min_gain": 0.005})["accuracy.min_gain"].status == "pass"
-    assert judge(result, accuracy={"min_gain": 0.01})["accuracy.min_gain"].status == "not shown"
+    assert judge(result, accuracy={"min_gain": 0.01})["accuracy.min_gain"].status == "inconclusive"
     assert judge(result, accuracy={"min_gain": 0.02})["accuracy.min_gain"].status == "fail"
     del result["comparison"]["baseline_gain"]
-    assert judge(result, accuracy={"min_gain": 0})["accuracy.min_gain"].status == "not shown"
+    assert judge(result, accuracy={"min_gain": 0})["accuracy.min_gain"].status == "inconclusive"
 
 
 @given(st.floats(-1, 1), st.floats(0, 1), st.floats(0, 1), st.floats(-1, 1))
@@ -105,7 +105,7 @@ def test_a_percentile_without_enough_queries_is_not_shown(result):
     p99 = result["models"]["student"]["latency"]["p99_ms"]
     p99.update(value=None, interval=None, n=50, note="n too small: 50 of 662 queries")
     verdict = judge(result, latency={"p99_ms": 1000})["latency.p99_ms"]
-    assert verdict.status == "not shown"
+    assert verdict.status == "inconclusive"
     assert "662" in verdict.reason
 
 
@@ -115,8 +115,8 @@ def test_weak_evidence_shows_nothing_but_the_facts_of_the_file(result):
             figure["evidence"] = "measured-on-host"
     budgets = {"accuracy": {"min": 0.5}, "latency": {"p95_ms": 100}, "size": {"max_mb": 10}}
     rules = judge(result, **budgets)
-    assert rules["accuracy.min"].status == "not shown"
-    assert rules["latency.p95_ms"].status == "not shown"
+    assert rules["accuracy.min"].status == "inconclusive"
+    assert rules["latency.p95_ms"].status == "inconclusive"
     assert rules["size.max_mb"].status == "pass"
     relaxed = judge(result, evidence="measured-on-host", **budgets)
     assert {verdict.status for verdict in relaxed.values()} == {"pass"}
@@ -125,7 +125,7 @@ def test_weak_evidence_shows_nothing_but_the_facts_of_the_file(result):
 def test_a_figure_that_was_not_measured_is_not_shown(result):
     del result["comparison"]["speedup"]
     verdict = judge(result, latency={"min_speedup": 2})["latency.min_speedup"]
-    assert verdict.status == "not shown"
+    assert verdict.status == "inconclusive"
     assert "not measured" in verdict.reason
 
 
@@ -251,7 +251,7 @@ def test_a_result_is_written_as_it_was_read(result):
 def test_a_sampled_figure_without_an_interval_is_inconclusive(result):
     result["models"]["student"]["metric"].update(interval=None, n=1)
     verdict = judge(result, accuracy={"min": 0.5})["accuracy.min"]
-    assert (verdict.status, "has no interval (n = 1)" in verdict.reason) == ("not shown", True)
+    assert (verdict.status, "has no interval (n = 1)" in verdict.reason) == ("inconclusive", True)
 
 
 def test_missing_and_broken_result_files(tmp_path):
@@ -266,6 +266,17 @@ def test_missing_and_broken_result_files(tmp_path):
             read_result(tmp_path / "other.json")
 
 
+def test_a_gate_file_of_before_inconclusive_is_read(result, tmp_path):
+    budgets = GateConfig.model_validate({"accuracy": {"max_drop": 0.015}})
+    verdicts = evaluate(Result.from_json(result), Budgets.resolve(budgets))
+    write_gate(tmp_path, "x", verdicts)
+    text = (tmp_path / "gate.json").read_text()
+    assert '"inconclusive"' in text
+    old = text.replace("inconclusive", "not shown").replace("edgekd.gate/2", "edgekd.gate/1")
+    (tmp_path / "gate.json").write_text(old)
+    assert read_gate(tmp_path) == verdicts
+
+
 def test_verdicts_come_back_and_junit_counts_what_did_not_pass(result, tmp_path):
     budgets = GateConfig.model_validate(
         {"accuracy": {"max_drop": 0.015}, "size": {"max_mb": 0.01}, "latency": {"p95_ms": 2}}
@@ -276,7 +287,7 @@ def test_verdicts_come_back_and_junit_counts_what_did_not_pass(result, tmp_path)
     suite = ElementTree.parse(tmp_path / "gate.xml").getroot().find("testsuite")
     assert (suite.get("tests"), suite.get("failures")) == ("3", "2")
     types = sorted(failure.get("type") for failure in suite.iter("failure"))
-    assert types == ["fail", "not shown"]
+    assert types == ["fail", "inconclusive"]
 
 
 def test_recipe_is_the_same_for_all_seeds_and_names():
