@@ -116,8 +116,8 @@ def _evaluate(
                 where=str(device),
                 remedy="on the device: python -m edgerun bench model.onnx --json bench.json",
             )
-        meant = limits or _profile_of(content.profile)
-        evidence, why = evidence_of_bench(bench, meant, content.environment)
+        expected = limits or _profile_of(content.profile)
+        evidence, why = evidence_of_bench(bench, expected, content.environment)
         content = with_bench(content, bench, str(device), evidence)
     if why:
         click.echo(f"{device or result}: {why}; its figures are measured-on-host", err=True)

@@ -370,10 +370,10 @@ def _curves(
     """Lines over the epoch; the best epoch has a ring, every epoch a tooltip."""
     epochs = [x for line in lines for x, _ in line.points]
     span = linear_axis(epochs, 0.02) if max(epochs) > min(epochs) else linear_axis([0, 2], 0)
-    whole = tuple((mark, label) for mark, label in span.ticks if float(mark).is_integer())
+    integers = tuple((mark, label) for mark, label in span.ticks if float(mark).is_integer())
     if axis is None:
         axis = _axis_for(y for line in lines for _, y in line.points)
-    plot = _Plot(title, Axis(span.low, span.high, False, whole), axis, "epoch", y_title, note)
+    plot = _Plot(title, Axis(span.low, span.high, False, integers), axis, "epoch", y_title, note)
     for index, line in enumerate(lines):
         dash = _DASHES[index % len(_DASHES)]
         places = [(x, y, plot.x_at(x), plot.y_at(y)) for x, y in line.points]
@@ -392,14 +392,14 @@ def _curves(
             ]
         for x, y, across, up in places:
             if x == line.best:
-                tip = f"{line.label}: epoch {x:.0f} is kept ({number(y)})"
-                parts.append(_element("circle", tip=tip, class_="kept", cx=across, cy=up, r=6))
+                tip = f"{line.label}: best epoch {x:.0f} ({number(y)})"
+                parts.append(_element("circle", tip=tip, class_="best", cx=across, cy=up, r=6))
         plot.add(f"line {line.series}", *parts)
         swatch = _element("line", x1=0, x2=28, y1=7, y2=7, stroke_dasharray=dash)
         plot.add_key(f"line {line.series}", line.label, swatch)
     if any(line.best is not None for line in lines):
-        ring = _element("circle", class_="kept", cx=14, cy=7, r=5)
-        plot.add_key("line neutral", "the epoch that is kept", ring)
+        ring = _element("circle", class_="best", cx=14, cy=7, r=5)
+        plot.add_key("line neutral", "best epoch, whose weights are used", ring)
     return plot.render()
 
 

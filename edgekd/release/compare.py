@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +185,7 @@ def _mean_row(row: Row, seeds: int) -> Row | None:
     figure = estimate.figure(known[0].unit, weakest)
     if len(known) < seeds:
         note = f"{seeds - len(known)} of {seeds} seeds have no value"
-        figure = Measurement(**{**figure.__dict__, "note": note})
+        figure = replace(figure, note=note)
     return Row(row.label, (figure,))
 
 

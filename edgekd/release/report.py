@@ -50,7 +50,7 @@ def candidate_rows(choice: Mapping[str, Any], metric: str) -> list[dict[str, str
         drop = Measurement(row["drop"], unit, interval=_ends(row["drop_interval"]))
         speedup = Measurement(row["speedup"], "×", interval=_ends(row["speedup_interval"]))
         reasons = [f"misses {miss}" for miss in row["misses"]] + row["against"] + row["notes"]
-        taken = ["taken"] if row["name"] == choice["chosen"] else []
+        shipped = ["shipped"] if row["name"] == choice["chosen"] else []
         found.append(
             {
                 "name": row["name"],
@@ -58,7 +58,7 @@ def candidate_rows(choice: Mapping[str, Any], metric: str) -> list[dict[str, str
                 "drop": ABSENT if is_float else full_text(drop),
                 "p50": value_text(Measurement(row["latency_ms"].get("p50"), "ms")),
                 "speedup": full_text(speedup) if row["speedup"] is not None else ABSENT,
-                "found": "; ".join(taken + reasons),
+                "found": "; ".join(shipped + reasons),
             }
         )
     blank = dict.fromkeys(("size", "drop", "p50", "speedup"), ABSENT)
@@ -83,8 +83,8 @@ def _quantized(entry: Mapping[str, Any]) -> dict[str, Any]:
     if entry.get("kept"):
         found["layers in float32"] = ", ".join(entry["kept"])
     if decision is not None:
-        whole = decision["drop_all"]
-        found["drop with every layer in INT8"] = "not finite" if whole is None else round(whole, 5)
+        drop = decision["drop_all"]
+        found["drop with every layer in INT8"] = "not finite" if drop is None else round(drop, 5)
         found["drop allowed"] = decision["budget"]
         found["files measured"] = decision["evaluations"]
         ranked = [row for row in decision["rows"] if row["sensitivity"] is not None]
