@@ -1,17 +1,22 @@
-"""The command line: parse, call, print. A command's module is imported when it is used."""
+"""The command line: parse, call, print. A command's module is imported when it is used.
+
+The two shortest commands, ``init`` and ``verify``, are here.
+"""
 
 from __future__ import annotations
 
 import importlib
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
-from edgekd.errors import EdgekdError, StageError, nearest
+from edgekd.errors import EdgekdError, InputError, StageError, nearest, unknown_name
 
 _COMMANDS = {
-    "init": ("edgekd.cli.init:init", "Write an example pipeline to start from."),
+    "init": ("edgekd.cli:init", "Write an example pipeline to start from."),
     "run": ("edgekd.cli.run:run", "Run a pipeline: from the teacher to the gated bundle."),
     "plan": ("edgekd.cli.run:plan", "Show what a run would do, without doing it."),
     "distill": ("edgekd.cli.run:distill", "Run a pipeline up to the distilled student."),
@@ -23,7 +28,7 @@ _COMMANDS = {
     "gate": ("edgekd.cli.gate:gate", "Check a result against its budgets."),
     "report": ("edgekd.cli.run:report", "Run a pipeline up to its report."),
     "bundle": ("edgekd.cli.run:bundle", "Run a pipeline up to the bundle for the device."),
-    "verify": ("edgekd.cli.verify:verify", "Find changed, missing or extra files in a bundle."),
+    "verify": ("edgekd.cli:verify", "Find changed, missing or extra files in a bundle."),
     "compare": ("edgekd.cli.compare:compare", "Compare the results of several runs side by side."),
     "layers": ("edgekd.cli.layers:layers", "List the layers that a loss can name, with shapes."),
     "profiles": ("edgekd.cli.profiles:profiles", "List, show and check device profiles."),
@@ -123,3 +128,45 @@ def main() -> None:
     Exit codes: 0 done and the gate passed, 1 the gate failed, 2 the input is wrong,
     3 a stage failed, 4 the target could not be reached, 130 interrupted.
     """
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path), default=Path("pipeline.yaml"))
+@click.option("--example", default="digits", show_default=True, help="Which shipped pipeline.")
+@click.option("--schema", is_flag=True, help="Write the JSON schema for editors instead.")
+def init(path: Path, example: str, schema: bool) -> None:
+    """Write an example pipeline to PATH (never over an existing file)."""
+    from edgekd.files import pipelines_folder, write_errors
+
+    if path.exists():
+        raise InputError("the file exists already", where=str(path), remedy="give another path")
+    if schema:
+        from edgekd.config.pipeline import pipeline_schema
+
+        text = json.dumps(pipeline_schema(), indent=1)
+    else:
+        examples = {file.stem: file for file in pipelines_folder().glob("*.yaml")}
+        if example not in examples:
+            raise unknown_name("example", example, examples, where="--example")
+        text = examples[example].read_text(encoding="utf-8")
+    with write_errors(path, error=InputError):
+        path.write_text(text, encoding="utf-8")
+    click.echo(f"wrote {path}" + ("" if schema else f"; next: edgekd run {path}"))
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+def verify(bundle: Path) -> None:
+    """Check every file of BUNDLE (a folder or .tar.gz) against its manifest.
+
+    Exit code 1 when a file is changed, missing or extra.
+    """
+    from edgekd.release.bundle_verify import verify_bundle
+
+    problems = verify_bundle(bundle)
+    for problem in problems:
+        click.echo(problem)
+    if problems:
+        click.echo(f"{bundle}: {len(problems)} problem(s)")
+        sys.exit(1)
+    click.echo(f"{bundle}: intact")

@@ -204,14 +204,11 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
     Raises:
         StageError: the file cannot be written.
     """
-    try:
+    from edgekd.files import write_errors
+
+    remedy = "give --json a file in a folder that exists and has space"
+    with write_errors(path, "the record", remedy):
         path.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise StageError(
-            f"the record cannot be written: {error.strerror}",
-            where=str(path),
-            remedy="give --json a file in a folder that exists and has space",
-        ) from error
 
 
 PERCENTILES = {"p50": "p50", "p90": "p90", "p95": "p95", "p99": "p99", "p99_9": "p99.9"}

@@ -12,6 +12,7 @@ from rich.table import Table
 from edgekd.config.budgets import Budgets, GateConfig, load_budgets
 from edgekd.config.profile import Profile, load_profile
 from edgekd.errors import GateFailed, InputError
+from edgekd.files import write_errors
 from edgekd.measurement import full_text
 from edgekd.release.build_result import evidence_of_bench, read_bench, result_of_bench, with_bench
 from edgekd.release.compare import find_result
@@ -124,14 +125,8 @@ def _evaluate(
     verdicts = evaluate(content, Budgets.resolve(section, limits))
     for path, write in ((json_path, write_gate_json), (junit, write_junit)):
         if path is not None:
-            try:
+            with write_errors(path, "the verdicts", error=InputError):
                 write(path, content.name, verdicts)
-            except OSError as error:
-                raise InputError(
-                    f"the verdicts cannot be written: {error.strerror}",
-                    where=str(path),
-                    remedy="give a path in a folder that exists and that you may write to",
-                ) from error
     return verdicts
 
 

@@ -27,13 +27,15 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from edgekd.errors import InputError, StageError
+from edgekd.errors import InputError
+from edgekd.files import write_errors, write_whole
 
 SCHEMA = "edgekd.teacher-cache/1"
 ANSWERS, BLOCKS, HEADER, LOCK = "answers.bin", "blocks.bin", "header.json", ".lock"
 
 _ENTRY = np.dtype([("samples", "<u4"), ("crc", "<u4")])
 _BLOCK_BYTES = 4 << 20
+_OUTPUTS = "the teacher's outputs"
 
 
 class CacheStore:
@@ -107,15 +109,9 @@ class CacheStore:
             "record_bytes": self.record_bytes,
             "block_samples": self.block_samples,
         }
-        partial = self.folder / f"{HEADER}.partial"
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(json.dumps(header, indent=1, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.folder / HEADER)
-        except OSError as error:
-            raise self._unwritable(error) from error
+        text = json.dumps(header, indent=1, ensure_ascii=False) + "\n"
+        path = self.folder / HEADER
+        write_whole(path, text, _OUTPUTS, self._full_remedy(), durable=True)
 
     def missing(self, views: int) -> list[int]:
         """The blocks of the first ``views`` views that were not written or are truncated.
@@ -167,12 +163,10 @@ class CacheStore:
             StageError: they cannot be written. Every other block stays valid.
         """
         entry = np.array((self.length(block), self._crc(block, content)), _ENTRY)
-        try:
+        with self._write_errors():
             _write(self.path, self._offset(block), content, durable=True)
             # Not flushed: a checksum lost in a power cut only costs the block.
             _write(self.folder / BLOCKS, block * _ENTRY.itemsize, entry.tobytes(), durable=False)
-        except OSError as error:
-            raise self._unwritable(error) from error
 
     @contextmanager
     def writing(self, wait: Callable[[str], None]) -> Iterator[None]:
@@ -184,7 +178,7 @@ class CacheStore:
         Raises:
             StageError: the folder cannot be made or written.
         """
-        try:
+        with self._write_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.folder / LOCK)
             try:
@@ -192,20 +186,24 @@ class CacheStore:
             except Timeout:
                 wait(f"another run writes the teacher cache {self.folder}: waiting for it")
                 lock.acquire()
-        except OSError as error:
-            raise self._unwritable(error) from error
         try:
             yield
         finally:
             lock.release()
 
-    def _unwritable(self, error: OSError) -> StageError:
-        kept = int(self._entries(0, None)["samples"].sum())
-        return StageError(
-            f"the teacher's outputs cannot be written: {error.strerror or error}",
-            where=str(self.folder),
-            remedy="free space on the disk, or name another folder in distill.cache.folder; "
-            f"{kept} outputs are cached, and the next run computes only the others",
+    @contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            with write_errors(self.folder, _OUTPUTS, self._full_remedy()):
+                raise
+
+    def _full_remedy(self) -> str:
+        cached = int(self._entries(0, None)["samples"].sum())
+        return (
+            "free space on the disk, or name another folder in distill.cache.folder; "
+            f"{cached} outputs are cached, and the next run computes only the others"
         )
 
     def _entries(self, start: int, count: int | None) -> NDArray[np.void]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 
 from edgekd.config.training import TrainConfig
 from edgekd.distill.objective import Objective
-from edgekd.errors import StageError
+from edgekd.files import write_errors, write_whole
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,6 @@ def save_checkpoint(state: TrainingState, folder: Path) -> None:
         StageError: it cannot be written; an earlier checkpoint is still intact.
     """
     path = folder / NAME
-    partial = folder / f"{NAME}.partial"
     content = {
         "version": _VERSION,
         "run": dict(state.run),
@@ -157,21 +154,10 @@ def save_checkpoint(state: TrainingState, folder: Path) -> None:
     # Through memory: torch's own writer reports a full disk with a cryptic error.
     serialized = io.BytesIO()
     torch.save(content, serialized)
-    try:
+    what, remedy = "the training state", "free space; the next run resumes from the epoch before"
+    with write_errors(path, what, remedy):
         folder.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(serialized.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)  # noqa: PTH105 - os.replace says that it is atomic
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise StageError(
-            f"the training state cannot be written: {error.strerror or error}",
-            where=str(path),
-            remedy="free space on the disk; the next run resumes from the epoch before",
-        ) from error
+    write_whole(path, serialized.getbuffer(), what, remedy, durable=True)
 
 
 def load_checkpoint(folder: Path, run: Mapping[str, Any]) -> tuple[TrainingState | None, str]:

@@ -134,6 +134,15 @@ class LogitCodec:
             for name, shape in self._shapes.items()
         }
 
+    def as_tensors(self, records: Records) -> dict[str, Tensor] | None:
+        """The outputs (N, ...) of records as float32 tensors that share their memory.
+
+        None where an output is shortened: it has to be decoded.
+        """
+        if self._shortened:
+            return None
+        return {name: torch.from_numpy(records[name]) for name in self._shapes}
+
 
 def _fixed(spec: TensorSpec) -> tuple[int, ...]:
     shape = tuple(size for size in spec.sample_shape if isinstance(size, int))

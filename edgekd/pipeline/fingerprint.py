@@ -22,13 +22,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from edgekd.entry_points import InstalledExtension, extensions_named
-from edgekd.extension import is_reference, parse, source_files
-from edgekd.files import edgerun_folder, file_sha256
+from edgekd.errors import StageError
+from edgekd.extension import InstalledExtension, extensions_named, is_reference, parse, source_files
+from edgekd.files import edgerun_folder, file_sha256, write_whole
 
 PLUMBING = (
     *("edgekd.pipeline", "edgekd.errors", "edgekd.progress"),
-    *("edgekd.extension", "edgekd.entry_points"),
+    *("edgekd.extension", "edgekd.extension"),
 )
 """Packages and modules that no result depends on, so that they are not followed.
 
@@ -319,12 +319,10 @@ def _cached_hashes(state: str) -> dict[str, str]:
 
 def _cache_hashes(state: str, hashes: Mapping[str, str]) -> None:
     """Cache the hashes; a failure to write is ignored, because they only save time."""
-    with suppress(OSError, RuntimeError):
+    with suppress(OSError, RuntimeError, StageError):
         file = _hashes_file()
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{os.getpid()}-{file.name}")
-        partial.write_text(json.dumps({"state": state, "hashes": hashes}), encoding="utf-8")
-        partial.replace(file)
+        write_whole(file, json.dumps({"state": state, "hashes": hashes}))
 
 
 def library_versions(names: Iterable[str]) -> dict[str, str]:

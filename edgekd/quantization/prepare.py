@@ -14,6 +14,7 @@ from google.protobuf.message import EncodeError
 from onnx import TensorProto, numpy_helper
 
 from edgekd.errors import InputError, StageError, unknown_name
+from edgekd.files import write_errors
 from edgekd.onnx.batch_inference import fixed_sizes, model_inputs
 from edgekd.onnx.file import check_fits_one_file, check_onnx, describe_onnx, read_onnx
 from edgekd.onnx.graph import opset_of, subgraphs
@@ -195,19 +196,14 @@ def save_onnx(model: onnx.ModelProto, out: Path) -> None:
         StageError: the file cannot be written.
     """
     try:
-        onnx.save(model, str(out))
+        with write_errors(out, "the ONNX file"):
+            onnx.save(model, str(out))
     except (EncodeError, ValueError) as error:
         raise InputError(
             f"the model does not fit into one ONNX file, which is limited to 2.15 GB: "
             f"{first_line(error)}",
             where=out.name,
             remedy="quantize a smaller model",
-        ) from error
-    except OSError as error:
-        raise StageError(
-            f"the ONNX file cannot be written: {error.strerror}",
-            where=str(out),
-            remedy="free space or choose another folder",
         ) from error
 
 

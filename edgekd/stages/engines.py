@@ -130,7 +130,7 @@ class EnginesStage:
 
 def _tensorrt_versions(kinds: Collection[str]) -> dict[str, str | None]:
     """The installed releases: an engine loads only with the release that built it."""
-    from edgekd.doctor import version_of
+    from edgekd.config.host import version_of
 
     packages = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
     return {kind: version_of(packages[kind]) for kind in sorted(set(kinds) & set(packages))}

@@ -35,7 +35,7 @@ def open_scheme_context(
     from edgekd.distill.objective import Objective
     from edgekd.distill.schemes import SchemeContext
     from edgekd.models.build import build_model
-    from edgekd.models.repeatable import check_repeatable
+    from edgekd.models.dict_model import check_repeatable
     from edgekd.models.weights import load_weights
 
     pipeline = context.job.config

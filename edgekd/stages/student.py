@@ -63,8 +63,7 @@ class StudentStage:
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """Build, and where configured prune, the student."""
-        from edgekd.models.dict_model import count_parameters
-        from edgekd.models.repeatable import check_repeatable
+        from edgekd.models.dict_model import check_repeatable, count_parameters
         from edgekd.models.weights import load_weights, save_weights
 
         job = context.job

@@ -95,10 +95,8 @@ def _trained_or_loaded(
     """A teacher network with its weights, and its history when it was trained here."""
     from edgekd.distill.objective import Objective
     from edgekd.models.adapted import adapt
-    from edgekd.models.class_order import class_names_in
-    from edgekd.models.dict_model import DictModel
-    from edgekd.models.repeatable import check_repeatable
-    from edgekd.models.weights import load_weights, read_checkpoint
+    from edgekd.models.dict_model import DictModel, check_repeatable
+    from edgekd.models.weights import class_names_in, load_weights, read_checkpoint
 
     say = context.progress.message
     read = None
@@ -140,7 +138,7 @@ def _black_box(
 ) -> OnnxTeacher:
     """An ONNX file as a teacher, with its adaptation to the data."""
     from edgekd.distill.teacher import OnnxTeacher, check_repeatable_answers
-    from edgekd.models.class_order import class_names_in_metadata
+    from edgekd.models.weights import class_names_in_metadata
     from edgekd.onnx.file import describe_onnx
 
     say, outputs = context.progress.message, task_data.task.outputs(task_data.dataset)

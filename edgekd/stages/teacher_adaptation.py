@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from edgekd.models.adapted import Adaptation
-    from edgekd.models.class_order import ClassNames
+    from edgekd.models.weights import ClassNames
 
 ADAPTATION = "adaptation.json"
 
@@ -38,8 +38,8 @@ def plan_adaptation(
     Raises:
         InputError: keys that do not fit the data, or names that are not all the data's classes.
     """
-    from edgekd.models.adapted import Adaptation, input_adaptation
-    from edgekd.models.class_order import ClassNames, output_order
+    from edgekd.models.adapted import Adaptation, input_adaptation, output_order
+    from edgekd.models.weights import ClassNames
 
     dataset, task = task_data.dataset, task_data.task
     own = input_adaptation(
@@ -144,7 +144,7 @@ def check_order(
     Raises:
         InputError: there is such an order; it is given as the line to add.
     """
-    from edgekd.models.class_order import class_list, fitting_permutation
+    from edgekd.models.adapted import class_list, fitting_permutation
 
     names = class_labels(task_data)
     better = fitting_permutation(labels, predictions, len(names))

@@ -160,7 +160,7 @@ def hub_fingerprint(name: str | None) -> dict[str, str]:
     if package not in HUB_PACKAGES or not rest:
         return {}
     from edgekd.files import hash_path
-    from edgekd.models.hub import find_folder
+    from edgekd.models.build import find_folder
 
     try:
         found = library_versions((package,))

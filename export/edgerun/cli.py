@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Sequence
 
 import edgerun
-from edgerun.errors import BadInput, CannotWrite, EdgerunError, RunFailed
-from edgerun.files import check_output
+from edgerun.errors import BadInput, EdgerunError, RunFailed
+from edgerun.files import check_output, write_errors
 
 if TYPE_CHECKING:
     from edgerun.model import Settings
@@ -363,10 +363,8 @@ def _parse(options: argparse.Namespace) -> int:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    try:
+    with write_errors(path, "the result"):
         path.write_text(json.dumps(value, allow_nan=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise CannotWrite(f"the result cannot be written: {error.strerror}", str(path)) from error
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

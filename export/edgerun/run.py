@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from edgerun.errors import BadInput, RunFailed
-from edgerun.inputs import Samples, load_arrays, write_npz
+from edgerun.files import write_errors
+from edgerun.inputs import Samples, load_arrays
 from edgerun.manifest import Manifest
 from edgerun.model import LoadedModel
+from edgerun.npz import write_npz
 
 BATCH = 64
 """Batch size, for a model of open batch size."""
@@ -34,11 +36,8 @@ class Answers:
         arrays: dict[str, Any] = dict(self.outputs)
         if self.labels is not None:
             arrays.setdefault("label", self.labels)
-        try:
-            with path.open("wb") as file:
-                write_npz(file, arrays)
-        except OSError as error:
-            raise RunFailed(f"the outputs cannot be written: {error}", str(path)) from error
+        with write_errors(path, "the output", error=RunFailed), path.open("wb") as file:
+            write_npz(file, arrays)
 
 
 def run(

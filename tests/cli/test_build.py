@@ -123,7 +123,7 @@ def test_measuring_an_engine_where_none_can_run_is_one_message(rtx, model, tmp_p
         ("pipe", 2, "this is a device or a pipe, which a file would replace"),
         ("folder", 2, "this is a folder, not a file to write"),
         ("none/m.engine", 2, "the file to write lies in a folder that does not exist"),
-        ("e" * 250, 3, "cannot be written: File name too long"),
+        ("e" * 256, 3, "cannot be written: File name too long"),
     ],
 )
 def test_an_output_that_cannot_be_is_told_in_the_same_words(

@@ -205,11 +205,15 @@ def test_readers_at_once_mend_a_block_once(tmp_path):
         ({SAMPLE: [SAMPLES], VIEW: [0]}, f"sample {SAMPLES} is not in the teacher cache"),
         ({SAMPLE: [-1], VIEW: [0]}, "sample -1 is not"),
         ({SAMPLE: [0], VIEW: [VIEWS]}, f"view {VIEWS} is not in the teacher cache"),
+        ({SAMPLE: [0], VIEW: [-1]}, "view -1 is not"),
         ({"x": [0.0]}, "lacks @sample"),
     ],
 )
-def test_what_is_not_there_is_said(tmp_path, batch, message):
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_what_is_not_there_is_said(tmp_path, batch, message, in_memory):
     cached = fill(tmp_path)
+    if in_memory:
+        everything(cached)
     with pytest.raises(InputError, match=message):
         cached.answer({name: torch.tensor(value) for name, value in batch.items()})
 

@@ -57,11 +57,11 @@ def soft_labels(student: Tensor, teacher: Tensor, temperature: Temperature = 4.0
     check_same_shape(student, teacher, SAME_CLASSES)
     log_p = log_probabilities(teacher, temperature)
     log_q = log_probabilities(student, temperature)
-    rows = log_p[..., 0].numel()
+    rows = log_p.numel() // log_p.shape[-1]
     # On small tensors a loss costs as much as it has operations: the sum over classes and the
     # mean over rows are one dot product.
-    total = torch.dot(log_p.exp().flatten(), (log_p - log_q).flatten())
-    return total * (temperature**2 / rows)
+    total = torch.dot(log_p.exp().flatten(), (log_q - log_p).flatten())
+    return total * (-(temperature**2) / rows)
 
 
 @traits(needs_full_logits=False, compares="classes")

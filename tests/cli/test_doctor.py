@@ -5,9 +5,9 @@ import sys
 
 from click.testing import CliRunner
 
-from edgekd import doctor
+from edgekd.cli import doctor
 from edgekd.cli.doctor import doctor as command
-from edgekd.doctor import examine
+from edgekd.cli.doctor import examine
 
 
 def named(checks, name):

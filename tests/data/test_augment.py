@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from edgekd.data.sample_rng import SampleRng, _mixed
+from edgekd.data.augment import SampleRng, _mixed
 
 KINDS = {
     "uniform": lambda draws: draws.uniform(),
