@@ -13,7 +13,7 @@ from rich.table import Table
 
 from edgekd.cli.options import PIPELINE_SUFFIXES, refuse_options_of_a_model
 from edgekd.errors import InputError, StageError
-from edgekd.release.formatting import ABSENT, number
+from edgekd.measurement import ABSENT, number
 from edgerun.cli import LEVELS
 
 if TYPE_CHECKING:

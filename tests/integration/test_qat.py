@@ -12,7 +12,7 @@ import pytest
 from commandline import DIGITS
 
 from edgekd import api
-from edgekd.config.engines import QatConfig
+from edgekd.config.pipeline import QatConfig
 from edgekd.config.training import LossTerm
 from edgekd.errors import InputError, StageError
 from edgekd.onnx import export as engine
