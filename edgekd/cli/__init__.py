@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import traceback
 from typing import Any
@@ -77,6 +78,8 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Suggest the nearest command for a misspelt one."""
+        if any(re.fullmatch(r"(--[^=]*=)?", word) for word in args):
+            ctx.fail("An argument is empty. Give a name, or leave the option out.")
         if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
             guess = nearest(args[0], _COMMANDS)
             hint = f" Did you mean {guess!r}?" if guess else ""

@@ -171,8 +171,10 @@ class Workers:
 def _take_part(stage: Stage, order: Command) -> None:
     assert order.context is not None
     assert order.inputs is not None
-    with tempfile.TemporaryDirectory(prefix="edgekd-") as folder, searching(order.context.job.base):
-        stage.run(replace(order.context, out=Path(folder)), order.inputs)
+    context = order.context
+    # What a kill leaves there is removed with the scratch folder.
+    with tempfile.TemporaryDirectory(dir=context.scratch) as folder, searching(context.job.base):
+        stage.run(replace(context, out=Path(folder)), order.inputs)
 
 
 def _told(error: BaseException, rank: int) -> EdgekdError:

@@ -14,6 +14,7 @@ from typing import Any
 
 from edgekd.errors import CrashError, EdgekdError, InputError, StageError, TargetError
 from edgekd.files import edgerun_folder
+from edgerun.system import PARENT
 
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -294,6 +295,7 @@ def clean_environment(threads: int | None) -> dict[str, str]:
     """
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     kept["PYTHONPATH"] = str(edgerun_folder().parent)
+    kept[PARENT] = str(os.getpid())
     # numpy's libraries allocate buffers for each thread when imported: memory that no model needs.
     kept.update(dict.fromkeys(THREAD_VARIABLES, str(threads or 1)))
     return kept

@@ -26,6 +26,7 @@ from edgerun.inputs import Feed
 from edgerun.model import LoadedModel, Settings
 from edgerun.model_loading import open_model
 from edgerun.nvml import MemoryWatch, Unread, open_nvml
+from edgerun.system import PARENT, end_with_parent
 from edgerun.tensorrt.library import MODULES
 
 MB = 1e6
@@ -113,6 +114,7 @@ def model_memory(
 def _child(job: dict[str, Any]) -> dict[str, Any]:
     """The report of a fresh process: ``{"peak_mb", "device"}``."""
     environment = dict(os.environ, PYTHONPATH=str(Path(__file__).resolve().parent.parent))
+    environment[PARENT] = str(os.getpid())
     done = subprocess.run(
         [sys.executable, "-m", "edgerun.memory", json.dumps(job)],
         env=environment,
@@ -176,4 +178,5 @@ def _main(job: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     _main(json.loads(sys.argv[1]))

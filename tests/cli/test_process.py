@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import click
+import psutil
 import pytest
 from click.testing import CliRunner
 
 from edgekd import cli
 from edgekd.errors import InputError, printable
+from tests.onnx_builders import Graph
 
 
 @click.command()
@@ -108,3 +112,39 @@ def test_a_terminal_without_unicode_gets_escapes(tmp_path):
     assert code == 2
     assert "\\u732b.yaml" in err
     assert "Traceback" not in err
+
+
+def test_an_empty_argument_is_refused(run):
+    for words in (["run", "p.yaml", "-o", ""], ["gate", "", "--budget", "x"], ["check", "--json="]):
+        done = run(*words)
+        assert done.exit_code == 2
+        assert "empty" in done.output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's prctl")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_children_end_with_a_command_that_is_ended(number, tmp_path):
+    """Whether of the two processes of a command that opens models the first or its child."""
+    graph = Graph()
+    graph.add("Relu", ["x"], "y")
+    graph.save(tmp_path / "m.onnx", {"x": [1, 4]}, {"y": [1, 4]})
+    (tmp_path / "tmp").mkdir()
+    words = ["benchmark", "m.onnx", "--min-queries", "1000000000", "--max-seconds", "600"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "edgekd", *words],
+        cwd=tmp_path,
+        env=os.environ | {"TMPDIR": str(tmp_path / "tmp")},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        children = []
+        while not any("edgerun" in " ".join(child.cmdline()) for child in children):
+            assert process.poll() is None
+            time.sleep(0.05)
+            children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        process.wait(60)
+    assert psutil.wait_procs(children, 60)[1] == []
+    if number == signal.SIGTERM:
+        assert process.returncode == 143
+        assert list((tmp_path / "tmp").iterdir()) == []
