@@ -63,9 +63,10 @@ VALUES: tuple[Any, ...] = (
 IN_YAML: tuple[Any, ...] = (
     *(Raw("010"), Raw("1:30"), Raw("0x1F"), Raw("1_000"), Raw("yes"), Raw("~"), Raw("2001-99-99")),
     *(Raw("2001-12-31"), Raw("!!int abc"), Raw("!!float x"), Raw("!!python/name:os.system")),
-    *(Raw("!!binary x"), Raw("!!set {a}"), Raw("!!omap [a]"), Raw("!x y"), Raw("&a [*a]"), Raw("*b")),
-    *(Raw("&x {<<: *x}"), Raw('"\\U00110000"'), Raw("{? [a] : b}"), Raw("{a: 1, a: 2}"), Raw("|")),
-    *(Raw(".nan"), Raw(".inf"), Raw("-.INF"), Raw("@x"), Raw("%TAG"), Raw("\t"), Raw("{"), Raw("]")),
+    *(Raw("!!binary x"), Raw("!!set {a}"), Raw("!!omap [a]"), Raw("!x y"), Raw("&a [*a]")),
+    *(Raw("*b"), Raw("&x {<<: *x}"), Raw('"\\U00110000"'), Raw("{? [a] : b}"), Raw("{a: 1, a: 2}")),
+    *(Raw("|"), Raw(".nan"), Raw(".inf"), Raw("@x"), Raw("%TAG"), Raw("\t"), Raw("{")),
+    Raw("]"),
     Raw("[&a [x,x,x,x,x,x,x,x],&b [*a,*a,*a,*a,*a,*a,*a],&c [*b,*b,*b,*b,*b,*b],&d [*c,*c,*c,*c,*c]"
         ",&e [*d,*d,*d,*d,*d,*d],&f [*e,*e,*e,*e,*e,*e],&g [*f,*f,*f,*f,*f,*f]]"),
 )  # fmt: skip

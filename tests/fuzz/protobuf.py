@@ -73,8 +73,7 @@ def _messages(message: Message) -> list[Message]:
     found = [message]
     for field, value in message.ListFields():
         if field.type == FieldDescriptor.TYPE_MESSAGE:
-            repeated = field.label == FieldDescriptor.LABEL_REPEATED
-            for inner in value if repeated else (value,):
+            for inner in (value,) if isinstance(value, Message) else value:
                 found += _messages(inner)
     return found
 
@@ -105,8 +104,7 @@ def changed_model(built: onnx.ModelProto, random_: random.Random) -> None:
             field = random_.choice(message.DESCRIPTOR.fields)
         if random_.random() < 0.15:
             message.ClearField(field.name)
-        elif field.label == FieldDescriptor.LABEL_REPEATED:
-            values = getattr(message, field.name)
+        elif hasattr(values := getattr(message, field.name), "append"):
             if len(values) and random_.random() < 0.5:
                 del values[random_.randrange(len(values))]
             elif field.type == FieldDescriptor.TYPE_MESSAGE:

@@ -194,7 +194,7 @@ def _changed_images(random_: random.Random) -> None:
             suffix = random_.choice(("png", "jpeg", "bmp", "gif"))
             Image.fromarray(pixels).save(stream, suffix)
             data = stream.getvalue()
-            if number in (0, 5):
+            if number in (0, 5) and random_.random() < 0.6:
                 data = changed_bytes(data, random_)
             _write(f"i/{kind}-{number}", b"")
             Path("i", kind).mkdir(exist_ok=True)
@@ -263,6 +263,9 @@ def _changed_onnx(random_: random.Random) -> None:
 
     built = model(random_.choice([*MODELS, "external"]))
     _write("w.bin", bytes(48))
+    shape = [size.dim_value or 1 for size in built.graph.input[0].type.tensor_type.shape.dim]
+    rows = np.random.default_rng(0).standard_normal((6 * shape[0], *shape[1:]))
+    np.savez("c.npz", x=rows.astype(np.float32))
     if random_.random() < 0.6:
         changed_model(built, random_)
     data = built.SerializeToString()
@@ -357,7 +360,9 @@ TARGETS: dict[str, Target] = {
     "images": Target(_changed_images, ("run", "p.yaml", "-o", "r", "--until", "data", "-q")),
     "safetensors": Target(_safetensors, _load("w.safetensors")),
     "checkpoint": Target(_torch_file, _load("w.pt")),
-    "onnx-check": Target(_changed_onnx, ("check", "m.onnx", "--profile", "raspberry-pi-5")),
+    "onnx-check": Target(
+        _changed_onnx, ("check", "m.onnx", "--profile", "raspberry-pi-5"), (0, 1, 2)
+    ),
     "onnx-quantize": Target(
         _changed_onnx, ("quantize", "m.onnx", "-o", "q.onnx", "--no-timing"), (0, 2, 3), 0.5
     ),
