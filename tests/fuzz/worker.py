@@ -364,7 +364,10 @@ TARGETS: dict[str, Target] = {
         _changed_onnx, ("check", "m.onnx", "--profile", "raspberry-pi-5"), (0, 1, 2)
     ),
     "onnx-quantize": Target(
-        _changed_onnx, ("quantize", "m.onnx", "-o", "q.onnx", "--no-timing"), (0, 2, 3), 0.5
+        _changed_onnx,
+        ("quantize", "m.onnx", "-o", "q.onnx", "--no-timing", "--calibration", "c.npz"),
+        (0, 2, 3),
+        0.5,
     ),
     "onnx-benchmark": Target(
         _changed_onnx,
