@@ -1,8 +1,9 @@
 # make demo   the main job, on data that needs no download
 # make test   ruff, mypy and pytest
+# make fuzz   many changed inputs for every parser (COUNT=2000 for each)
 # make docs   the documentation, in site/; a broken link is an error
 # make setup  only the virtual environment
-.PHONY: setup demo test test-setup docs system-packages
+.PHONY: setup demo test test-setup fuzz docs system-packages
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -36,6 +37,12 @@ test: test-setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest
+
+# Thousands of changed inputs for each parser; make test reads the first few of them.
+COUNT ?= 2000
+
+fuzz: test-setup
+	EDGEKD_FUZZ=$(COUNT) $(BIN)/python -m pytest tests/fuzz
 
 # The references are written from the code; then the pages are built.
 docs: .venv/.test-installed

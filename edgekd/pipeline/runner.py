@@ -380,11 +380,10 @@ class Workers:
 def _join(stage: Stage, command: Command) -> None:
     assert command.context is not None
     assert command.inputs is not None
-    with (
-        tempfile.TemporaryDirectory(prefix="edgekd-") as folder,
-        searching(command.context.job.base),
-    ):
-        stage.run(replace(command.context, out=Path(folder)), command.inputs)
+    context = command.context
+    # What a kill leaves there is removed with the scratch folder.
+    with tempfile.TemporaryDirectory(dir=context.scratch) as folder, searching(context.job.base):
+        stage.run(replace(context, out=Path(folder)), command.inputs)
 
 
 def _as_edgekd_error(error: BaseException, rank: int) -> EdgekdError:
