@@ -8,24 +8,19 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 
 from edgekd.cli import main
 from edgekd.errors import TargetError
 from edgekd.targets import LocalTarget
+from tests.onnx_builders import save_onnx
 
 
 @pytest.fixture
 def model(tmp_path):
-    """y = x + x, float32 (batch, 3, height, width)."""
-    shape = ["batch", 3, "height", "width"]
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xy")
-    graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "g", [x], [y])
-    path = tmp_path / "model.onnx"
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path
-    )
-    return path
+    text = """(float[batch,3,height,width] x) => (float[batch,3,height,width] y)
+    { y = Add (x, x) }"""
+    return save_onnx(tmp_path / "model.onnx", text)
 
 
 def invoke(*words):
@@ -113,30 +108,11 @@ def test_torch_is_never_imported(model):
 
 def counted(path):
     """y = tanh(… tanh(x)), as many times as the input ``steps`` says."""
-    scalars = {"i": TensorProto.INT64, "go": TensorProto.BOOL, "acc": TensorProto.FLOAT}
-    nodes = [
-        helper.make_node("Identity", ["go"], ["again"]),
-        helper.make_node("Tanh", ["acc"], ["next"]),
-    ]
-    body = helper.make_graph(
-        nodes,
-        "body",
-        [helper.make_tensor_value_info(name, kind, []) for name, kind in scalars.items()],
-        [
-            helper.make_tensor_value_info("again", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("next", TensorProto.FLOAT, []),
-        ],
-    )
-    node = helper.make_node("Loop", ["steps", "", "x"], ["y"], "rounds", body=body)
-    inputs = [
-        helper.make_tensor_value_info("x", TensorProto.FLOAT, []),
-        helper.make_tensor_value_info("steps", TensorProto.INT64, []),
-    ]
-    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [])
-    graph = helper.make_graph([node], "g", inputs, [output])
-    opsets = [helper.make_opsetid("", 18)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
-    return path
+    text = """(float[] x, int64[] steps) => (float[] y) {
+        [rounds] y = Loop (steps, , x) <body = body (int64[] i, bool[] go, float[] acc)
+            => (bool[] again, float[] next) { again = Identity (go)  next = Tanh (acc) }>
+    }"""
+    return save_onnx(path, text, opset=18)
 
 
 def test_made_up_values_that_decide_the_work_are_named_and_real_ones_are_not(tmp_path):

@@ -11,30 +11,20 @@ import onnx
 import onnxruntime
 import pytest
 from click.testing import CliRunner
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from edgekd.cli import main
 from edgekd.engines.tensorrt import can_run_here
 from edgekd.errors import TargetError
 from edgekd.targets import LocalTarget, local
+from tests.onnx_builders import save_onnx
 
 
 @pytest.fixture
 def model(tmp_path):
-    """y = relu(conv(x)): x (batch, 1, 8, 8), float32."""
-    weights = numpy_helper.from_array(np.ones((2, 1, 3, 3), np.float32), "w")
-    nodes = [
-        helper.make_node("Conv", ["x", "w"], ["c"], name="conv"),
-        helper.make_node("Relu", ["c"], ["y"], name="relu"),
-    ]
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 1, 8, 8])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 2, 6, 6])
-    graph = helper.make_graph(nodes, "g", [x], [y], [weights])
-    path = tmp_path / "m.onnx"
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path
-    )
-    return path
+    text = """(float[batch,1,8,8] x) => (float[batch,2,6,6] y)
+    { [conv] c = Conv (x, w)  [relu] y = Relu (c) }"""
+    return save_onnx(tmp_path / "m.onnx", text, {"w": np.ones((2, 1, 3, 3), np.float32)})
 
 
 @pytest.fixture

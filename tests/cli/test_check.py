@@ -9,21 +9,18 @@ import platform
 import onnx
 import pytest
 from click.testing import CliRunner
-from onnx import TensorProto, helper
 
 from edgekd.cli import main
+from tests.onnx_builders import parse_onnx
 
 
 @pytest.fixture
 def model(tmp_path):
-    """y = relu(x), float32 (batch, length); the node's name would be markup on the terminal."""
-    shape = ["batch", "length"]
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xy")
-    nodes = [helper.make_node("Relu", ["x"], ["y"], name="[bold]relu")]
-    graph = helper.make_graph(nodes, "g", [x], [y])
-    path = tmp_path / "model.onnx"
-    opsets = [helper.make_opsetid("", 18)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), path)
+    """The node's name would be markup on the terminal."""
+    text = "(float[batch,length] x) => (float[batch,length] y) { y = Relu (x) }"
+    path, made = tmp_path / "model.onnx", parse_onnx(text, opset=18)
+    made.graph.node[0].name = "[bold]relu"
+    onnx.save(made, path)
     return path
 
 

@@ -8,15 +8,14 @@ import sys
 import tarfile
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
 
 from edgekd.errors import InputError, StageError
 from edgekd.files import edgerun_folder
 from edgekd.release.bundle import write_archive, write_bundle
 from edgekd.release.bundle_verify import verify_bundle
 from edgekd.spec import ModelSpec, TensorSpec
+from tests.onnx_builders import save_onnx
 
 SPEC = ModelSpec((TensorSpec("image", ("batch", 1, 2, 2)),), (TensorSpec("logits", ("batch", 3)),))
 
@@ -24,19 +23,9 @@ SPEC = ModelSpec((TensorSpec("image", ("batch", 1, 2, 2)),), (TensorSpec("logits
 def tiny_model(path):
     """logits = flatten(image) · W"""
     weights = np.arange(12, dtype=np.float32).reshape(4, 3)
-    graph = helper.make_graph(
-        [
-            helper.make_node("Flatten", ["image"], ["flat"]),
-            helper.make_node("MatMul", ["flat", "w"], ["logits"]),
-        ],
-        "tiny",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 1, 2, 2])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])],
-        [onnx.numpy_helper.from_array(weights, "w")],
-    )
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path
-    )
+    text = """(float[batch,1,2,2] image) => (float[batch,3] logits)
+    { flat = Flatten (image)  logits = MatMul (flat, w) }"""
+    save_onnx(path, text, {"w": weights}, opset=18)
     return weights
 
 
