@@ -13,6 +13,7 @@ def parse_onnx(text, weights=(), *, opset=17, ir=8, domains=(), metadata=None):
     """A model from ONNX text, for example
     ``(float[b,4] x) => (float[b,3] y) { [fc] y = MatMul (x, w) }``.
 
+    ``float x`` is a scalar, ``float[] x`` is of unknown shape, ``float[?] x`` of unknown size.
     ``weights``: the arrays that become initializers, by name; ``domains``: further operator sets.
     """
     opsets = ", ".join(

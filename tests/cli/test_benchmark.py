@@ -108,9 +108,9 @@ def test_torch_is_never_imported(model):
 
 def counted(path):
     """y = tanh(… tanh(x)), as many times as the input ``steps`` says."""
-    text = """(float[] x, int64[] steps) => (float[] y) {
-        [rounds] y = Loop (steps, , x) <body = body (int64[] i, bool[] go, float[] acc)
-            => (bool[] again, float[] next) { again = Identity (go)  next = Tanh (acc) }>
+    text = """(float x, int64 steps) => (float y) {
+        [rounds] y = Loop (steps, , x) <body = body (int64 i, bool go, float acc)
+            => (bool again, float next) { again = Identity (go)  next = Tanh (acc) }>
     }"""
     return save_onnx(path, text, opset=18)
 
