@@ -7,13 +7,13 @@ import json
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
 from edgekd.onnx.samples import ArraySamples
 from edgekd.release.statistics import wilson
 from edgekd.stages.evaluator import Evaluator
 from tests.cli.quantizing import CLASSES, quantize, samples
-from tests.onnx_builders import Graph, run
+from tests.onnx_builders import Graph, run, save_onnx
 
 
 @pytest.fixture
@@ -274,13 +274,8 @@ def test_a_quantized_model_in_16_bits_is_refused(written, data, tmp_path, method
 @pytest.mark.parametrize("method", ["fp16", "bf16"])
 @pytest.mark.parametrize("with_samples", [True, False])
 def test_a_model_in_float64_is_refused_in_words(tmp_path, written, method, with_samples):
-    weights = numpy_helper.from_array(np.eye(4), "w")
-    values = [helper.make_tensor_value_info(n, TensorProto.DOUBLE, ["b", 4]) for n in "xy"]
-    node = helper.make_node("MatMul", ["x", "w"], ["y"], "first")
-    graph = helper.make_graph([node], "g", values[:1], values[1:], [weights])
-    opset = [helper.make_opsetid("", 17)]
-    path = tmp_path / "m.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), path)
+    text = "(double[b,4] x) => (double[b,4] y) { [first] y = MatMul (x, w) }"
+    path = save_onnx(tmp_path / "m.onnx", text, {"w": np.eye(4)})
     np.savez(tmp_path / "x.npz", x=np.ones((4, 4)))
     given = ["--calibration", tmp_path / "x.npz"] if with_samples else []
     done, _, _ = written("--method", method, *given, model=path)
