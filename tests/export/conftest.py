@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -9,15 +8,6 @@ from pathlib import Path
 import pytest
 
 EXPORT = Path(__file__).resolve().parents[2] / "export"
-
-
-@pytest.fixture(scope="session")
-def models():
-    """The model makers: tests are not a package, so that they are loaded by path."""
-    spec = importlib.util.spec_from_file_location("models", Path(__file__).parent / "models.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")

@@ -7,11 +7,14 @@ import numpy as np
 import onnx
 import pytest
 
+from tests.export import models
+from tests.onnx_builders import save_onnx
+
 QUICK = ("--threads", 1, "--min-queries", 70, "--max-seconds", 4)
 
 
 @pytest.fixture(scope="module")
-def record(models, edgerun, tmp_path_factory):
+def record(edgerun, tmp_path_factory):
     """One model against a heavier one, measured once for the tests below."""
     folder = tmp_path_factory.mktemp("bench")
     model = models.linear(folder / "light.onnx")
@@ -56,7 +59,7 @@ def test_a_sensor_that_is_missing_is_null(record):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="VmHWM is Linux's")
-def test_peak_memory_grows_with_what_the_model_holds(models, edgerun, tmp_path):
+def test_peak_memory_grows_with_what_the_model_holds(edgerun, tmp_path):
     peaks = []
     for size in (16, 2048):
         model = models.heavy(tmp_path / f"{size}.onnx", size)
@@ -69,7 +72,7 @@ def test_peak_memory_grows_with_what_the_model_holds(models, edgerun, tmp_path):
     assert large["above_empty_mb"] - small["above_empty_mb"] > 16
 
 
-def test_weights_outside_the_file_count_in_its_size(models, edgerun, tmp_path):
+def test_weights_outside_the_file_count_in_its_size(edgerun, tmp_path):
     model = onnx.load(models.heavy(tmp_path / "m.onnx"))
     onnx.save(
         model, tmp_path / "split.onnx", save_as_external_data=True, location="w.bin",
@@ -87,7 +90,7 @@ def test_weights_outside_the_file_count_in_its_size(models, edgerun, tmp_path):
     assert "weights are in another file" in done.stderr
 
 
-def test_a_model_of_branches_states_and_constants_is_measured(models, edgerun, tmp_path):
+def test_a_model_of_branches_states_and_constants_is_measured(edgerun, tmp_path):
     model = models.stateful_if(tmp_path / "m.onnx")
     done = edgerun("bench", model, *QUICK, "--batch", 2, "--no-memory")
     assert done.returncode == 0, done.stderr
@@ -96,7 +99,7 @@ def test_a_model_of_branches_states_and_constants_is_measured(models, edgerun, t
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", None])
-def test_a_file_that_is_not_a_whole_model_is_bad_input(models, edgerun, tmp_path, content):
+def test_a_file_that_is_not_a_whole_model_is_bad_input(edgerun, tmp_path, content):
     path = models.heavy(tmp_path / "m.onnx")
     path.write_bytes(path.read_bytes()[:1000] if content is None else content)
     done = edgerun("bench", path)
@@ -118,23 +121,16 @@ def test_a_file_that_is_not_a_whole_model_is_bad_input(models, edgerun, tmp_path
         (("--max-seconds", "nan"), "not a number of seconds"),
     ],
 )
-def test_a_wrong_option_is_bad_input(models, edgerun, tmp_path, words, message):
+def test_a_wrong_option_is_bad_input(edgerun, tmp_path, words, message):
     done = edgerun("bench", models.linear(tmp_path / "m.onnx"), *words)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_size_that_was_chosen_and_does_not_run_is_told(models, edgerun, tmp_path):
-    from onnx import helper, numpy_helper
-
-    model = models.save(
-        tmp_path / "m.onnx",
-        [helper.make_node("Reshape", ["x", "pairs"], ["y"])],
-        [models.value("x", ["n"])],
-        [models.value("y", [None, 2])],
-        [numpy_helper.from_array(np.array([-1, 2]), "pairs")],
-    )
+def test_a_size_that_was_chosen_and_does_not_run_is_told(edgerun, tmp_path):
+    text = "(float[n] x) => (float[?,2] y) { y = Reshape (x, pairs) }"
+    model = save_onnx(tmp_path / "m.onnx", text, {"pairs": np.array([-1, 2])})
     done = edgerun("bench", model)
     assert done.returncode == 2
     assert "axis 0 (n) = 1 (batch)" in done.stderr

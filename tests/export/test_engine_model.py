@@ -24,6 +24,7 @@ from edgerun.tensorrt.library import find_gpu, open_library
 from edgerun.tensorrt.loading import LoadedEngine
 from edgerun.tensorrt.runner import EngineModel, open_engine
 from edgerun.timing import Stopwatch, device_times
+from tests.export import models
 
 trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx: pip install tensorrt_rtx")
 GPU = find_gpu()
@@ -292,7 +293,7 @@ def test_a_file_of_samples_is_cut_to_the_batches_that_the_engine_takes(
     np.testing.assert_allclose(answers.outputs["y"], x @ WEIGHTS, rtol=0, atol=1e-5)
 
 
-def test_the_gpu_s_part_is_timed_by_events_without_copies(make_engine, models, tmp_path):
+def test_the_gpu_s_part_is_timed_by_events_without_copies(make_engine, tmp_path):
     model, _ = make_engine()
     watch = Stopwatch(model, make_feeds(model.inputs, {}, 2))
     # The stand-in's clock moves in execute_async_v3 alone, by a quarter of a millisecond.
@@ -352,7 +353,7 @@ def test_an_engine_opens_where_onnx_runtime_is_not(engine):
     assert done.stdout.strip()
 
 
-def test_an_engine_s_layers_are_counted_by_precision(make_engine, models, tmp_path):
+def test_an_engine_s_layers_are_counted_by_precision(make_engine, tmp_path):
     model, _ = make_engine()
     assert engine_precisions(model) == {"fp16": 1}
     assert provider_nodes(Path("m.engine"), Settings(), {}) is None
@@ -360,7 +361,7 @@ def test_an_engine_s_layers_are_counted_by_precision(make_engine, models, tmp_pa
 
 
 @pytest.fixture(scope="module")
-def built(models, edgerun, tmp_path_factory):
+def built(edgerun, tmp_path_factory):
     """A real engine with its record, for GPUs of another kind than any that may be here."""
     folder = tmp_path_factory.mktemp("engine")
     model = models.linear(folder / "m.onnx")
@@ -500,7 +501,7 @@ def test_a_path_that_is_no_file_is_bad_input(edgerun, tmp_path, name):
 
 
 @pytest.mark.skipif(GPU is None, reason="needs an NVIDIA GPU and its driver")
-def test_a_real_engine_answers_like_the_model_and_is_measured(models, edgerun, tmp_path):
+def test_a_real_engine_answers_like_the_model_and_is_measured(edgerun, tmp_path):
     model = models.linear(tmp_path / "m.onnx")
     path = tmp_path / "here.engine"
     words = ("build", model, "--engine", path, "--library", "tensorrt-rtx", "--batch", 8)

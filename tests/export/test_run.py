@@ -5,6 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from tests.export import models
+from tests.onnx_builders import save_onnx
+
 
 def write_manifest(folder, model="m.onnx", labels=None, **constants):
     manifest = {
@@ -23,9 +26,7 @@ def answers(edgerun, folder, *words):
 
 
 @pytest.mark.parametrize(("batch", "samples"), [("batch", 1), ("batch", 200), (4, 10), (1, 3)])
-def test_every_sample_is_answered_in_order_whatever_the_batch(
-    models, edgerun, tmp_path, batch, samples
-):
+def test_every_sample_is_answered_in_order_whatever_the_batch(edgerun, tmp_path, batch, samples):
     model = models.linear(tmp_path / "m.onnx", batch)
     x = np.random.default_rng(0).random((samples, 4), dtype=np.float32)
     np.savez(tmp_path / "d.npz", x=x, label=np.zeros(samples))
@@ -34,7 +35,7 @@ def test_every_sample_is_answered_in_order_whatever_the_batch(
     np.testing.assert_allclose(got["y"], models.linear_answer(x), rtol=1e-6)
 
 
-def test_raw_data_is_preprocessed_and_named_by_the_manifest_beside(models, edgerun, tmp_path):
+def test_raw_data_is_preprocessed_and_named_by_the_manifest_beside(edgerun, tmp_path):
     models.linear(tmp_path / "m.onnx")
     constants = {"scale": 0.5, "mean": [1, 2, 3, 4], "std": [1, 2, 4, 8]}
     write_manifest(tmp_path, labels=["a", "b", "c"], **constants)
@@ -49,7 +50,7 @@ def test_raw_data_is_preprocessed_and_named_by_the_manifest_beside(models, edger
         assert "labels: " in printed
 
 
-def test_float_data_is_taken_as_prepared_unless_it_is_said_to_be_raw(models, edgerun, tmp_path):
+def test_float_data_is_taken_as_prepared_unless_it_is_said_to_be_raw(edgerun, tmp_path):
     models.linear(tmp_path / "m.onnx")
     write_manifest(tmp_path, scale=2.0, mean=[0.0], std=[1.0])
     x = np.ones((2, 4), np.float32)
@@ -59,23 +60,17 @@ def test_float_data_is_taken_as_prepared_unless_it_is_said_to_be_raw(models, edg
     np.testing.assert_allclose(raw["y"], 2 * prepared["y"])
 
 
-def test_a_manifest_that_does_not_list_the_model_is_another_programs(models, edgerun, tmp_path):
+def test_a_manifest_that_does_not_list_the_model_is_another_programs(edgerun, tmp_path):
     models.linear(tmp_path / "m.onnx")
     (tmp_path / "manifest.json").write_text('{"name": "a web page", "icons": []}')
     np.savez(tmp_path / "d.npz", x=np.ones((2, 4), np.float32))
     answers(edgerun, tmp_path, tmp_path / "m.onnx")
 
 
-def test_answers_that_change_their_shape_are_an_error_and_leave_no_file(models, edgerun, tmp_path):
+def test_answers_that_change_their_shape_are_an_error_and_leave_no_file(edgerun, tmp_path):
     # The output has as many rows as there are values above 0: another number in each batch.
-    from onnx import helper
-
-    model = models.save(
-        tmp_path / "m.onnx",
-        [helper.make_node("NonZero", ["x"], ["y"])],
-        [models.value("x", ["batch", 4])],
-        [models.value("y", [2, "found"], 7)],
-    )
+    text = "(float[batch,4] x) => (int64[2,found] y) { y = NonZero (x) }"
+    model = save_onnx(tmp_path / "m.onnx", text)
     np.savez(tmp_path / "d.npz", x=(np.eye(4)[[0, 1]] * [[1], [0]]).astype(np.float32))
     done = edgerun(
         *("run", model, "--batch", 1),
@@ -86,7 +81,7 @@ def test_answers_that_change_their_shape_are_an_error_and_leave_no_file(models, 
     assert not (tmp_path / "y.npz").exists()
 
 
-def test_one_initial_state_serves_every_sample(models, edgerun, tmp_path):
+def test_one_initial_state_serves_every_sample(edgerun, tmp_path):
     model = models.stateful_if(tmp_path / "m.onnx")
     x = np.arange(9, dtype=np.float32).reshape(3, 3)
     state = np.full((1, 1, 3), 5, np.float32)
