@@ -17,7 +17,7 @@ from onnx import TensorProto
 from edgekd.errors import CrashError
 from edgekd.quantization.mixed_precision import convert_mixed_precision
 from edgekd.targets import LocalTarget
-from tests.integration.commandline import call
+from tests.command_line import edgekd_process
 from tests.onnx_builders import save_onnx
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
@@ -70,8 +70,7 @@ def crashing(tmp_path_factory):
 def test_a_model_that_kills_the_runtime_is_named_with_a_level_that_was_tried(
     crashing, tmp_path, command, code
 ):
-    done = call(command[0], crashing, *command[1:], cwd=tmp_path)
-    assert done.returncode == code, done.stderr
+    done = edgekd_process(command[0], crashing, *command[1:], cwd=tmp_path, code=code)
     said = " ".join((done.stdout + done.stderr).split())
     name = "out.onnx" if command[0] == "build" else crashing.name
     assert f"ONNX Runtime was killed by signal 11 (SIGSEGV) while it opened {name}" in said
@@ -80,11 +79,9 @@ def test_a_model_that_kills_the_runtime_is_named_with_a_level_that_was_tried(
 
 
 def test_the_level_that_the_error_names_works(crashing, tmp_path):
-    done = call("build", crashing, "-o", "o.onnx", "--optimization", "extended", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    edgekd_process("build", crashing, "-o", "o.onnx", "--optimization", "extended", cwd=tmp_path)
     quick = ("--optimization", "extended", "--max-seconds", "1", "--min-queries", "10")
-    done = call("benchmark", crashing, *quick, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    edgekd_process("benchmark", crashing, *quick, cwd=tmp_path)
 
 
 def test_a_killed_build_leaves_the_old_file_and_no_temporary_one(tmp_path):
@@ -129,8 +126,7 @@ def test_fp16_keeps_what_kills_the_runtime_in_float32(crashing, tmp_path, sample
     np.savez(tmp_path / "d.npz", x=x)
     given = ("--calibration", "d.npz") if samples else ()
     quick = ("--method", "fp16", "--no-timing", "--json", "q.json")
-    done = call("quantize", "m.onnx", "-o", "q.onnx", *quick, *given, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = edgekd_process("quantize", "m.onnx", "-o", "q.onnx", *quick, *given, cwd=tmp_path)
     half = json.loads((tmp_path / "q.json").read_text())["half"]
     assert len(half["kept"]) == len(half["low"]) == 1
     assert "in float16, ONNX Runtime was killed by signal 11 (SIGSEGV)" in done.stdout

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from random import Random
@@ -11,14 +10,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
 
-from edgekd.cli import main
 from tests.cli.random_graphs import random_graph
-from tests.integration.commandline import call
+from tests.command_line import edgekd, edgekd_process
 from tests.onnx_builders import parse_onnx, save_onnx
 
 METHODS = ("static", "dynamic", "weights-only", "fp16", "bf16")
@@ -27,15 +24,8 @@ QUICK = ("--min-queries", "1", "--max-seconds", "0.05")
 
 
 def run(folder, *words):
-    """A command in this process: what it left beside its answer, and how it ended."""
-    before = os.getcwd()  # noqa: PTH109 - put back with os.chdir
-    os.chdir(folder)
-    try:
-        done = CliRunner().invoke(main, list(words))
-    finally:
-        os.chdir(before)
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise AssertionError(f"{' '.join(words)} ends with a traceback") from done.exception
+    """A command in this process: how it ended, and that it left no partial file."""
+    done = edgekd(*words, cwd=folder, code=None)
     assert done.exit_code in CODES, done.output
     left = [path.name for path in folder.iterdir() if "partial" in path.name]
     assert not left, f"{' '.join(words)} leaves {left}"
@@ -68,7 +58,7 @@ def test_a_random_graph_is_built_and_measured_without_a_traceback_or_a_signal(se
     with tempfile.TemporaryDirectory() as name:
         onnx.save(model, Path(name) / "m.onnx")
         for words in (("benchmark", "m.onnx", *QUICK), ("build", "m.onnx", "-o", "b.onnx")):
-            done = call(*words, cwd=Path(name))
+            done = edgekd_process(*words, cwd=Path(name), code=None)
             assert done.returncode in CODES, done.stderr
             assert "Traceback" not in done.stderr
 

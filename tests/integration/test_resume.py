@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from commandline import DIGITS, Edgekd
+
+from tests.integration.pipelines import DIGITS
 
 UNTIL = "distill"
 
@@ -56,14 +57,13 @@ def _reached(log: Path, label: str, epoch: int) -> bool:
 
 
 @pytest.mark.slow
-def test_killed_run_goes_on_to_the_same_weights(tmp_path: Path, edgekd: Edgekd) -> None:
+def test_killed_run_goes_on_to_the_same_weights(tmp_path: Path, edgekd) -> None:
     (tmp_path / "p.yaml").write_text(DIGITS)
-    assert edgekd("run", "p.yaml", "-o", "straight", "--until", UNTIL).returncode == 0
+    edgekd("run", "p.yaml", "-o", "straight", "--until", UNTIL)
     killed = tmp_path / "killed"
     kill_when(killed, tmp_path, "teacher", 3)
     kill_when(killed, tmp_path, "student", 4)
     done = edgekd("run", "p.yaml", "-o", "killed", "--until", UNTIL)
-    assert done.returncode == 0, done.stdout + done.stderr
     assert "resuming after epoch" in done.stdout
     assert weights(killed) == weights(tmp_path / "straight")
     assert len(weights(killed)) == 4

@@ -16,6 +16,7 @@ from edgekd.release.bundle import write_archive, write_bundle
 from edgekd.release.bundle_verify import verify_bundle
 from edgekd.spec import ModelSpec, TensorSpec
 from tests.onnx_builders import save_onnx
+from tests.release.conftest import make_result
 
 SPEC = ModelSpec((TensorSpec("image", ("batch", 1, 2, 2)),), (TensorSpec("logits", ("batch", 3)),))
 
@@ -47,15 +48,9 @@ def build(folder, model, result, **changes):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """One bundle for all tests that only read it: (archive, folder, weights)."""
-    from importlib import util
-    from pathlib import Path
-
-    spec = util.spec_from_file_location("sample", Path(__file__).parent / "conftest.py")
-    sample = util.module_from_spec(spec)
-    spec.loader.exec_module(sample)
     base = tmp_path_factory.mktemp("bundle")
     weights = tiny_model(base / "m.onnx")
-    archive = build(base / "fashion-mnist", base / "m.onnx", sample.make_result())
+    archive = build(base / "fashion-mnist", base / "m.onnx", make_result())
     return archive, base / "fashion-mnist", weights
 
 
