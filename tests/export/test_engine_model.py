@@ -26,17 +26,11 @@ from edgerun.tensorrt.runner import EngineModel, open_engine
 from edgerun.timing import Stopwatch, device_times
 from tests.command_line import edgerun
 from tests.export import models
+from tests.export.cuda_library import CudaLibrary
 
 trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx: pip install tensorrt_rtx")
 GPU = find_gpu()
 WEIGHTS = np.arange(12, dtype=np.float32).reshape(4, 3)
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Engine:
@@ -152,7 +146,7 @@ class Context:
 
 @pytest.fixture
 def cuda_library():
-    return load("cuda_library").CudaLibrary()
+    return CudaLibrary()
 
 
 @pytest.fixture

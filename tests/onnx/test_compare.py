@@ -11,33 +11,11 @@ from edgekd.onnx.compare import AnswerErrors, compare_answers, compare_models, r
 from edgekd.onnx.samples import ArraySamples
 from edgekd.release.statistics import wilson
 from tests.onnx_builders import save_onnx
+from tests.samples import CountedSamples, GeneratedSamples
 
 RANDOM = np.random.default_rng(0)
 INPUT = RANDOM.standard_normal((11, 6)).astype(np.float32)
 WEIGHTS = RANDOM.standard_normal((6, 3)).astype(np.float32)
-
-
-class Counted(ArraySamples):
-    """Samples that remember how many were asked for at a time."""
-
-    def __init__(self, arrays):
-        super().__init__(arrays)
-        self.sizes = []
-
-    def batches(self, size):
-        self.sizes.append(size)
-        return super().batches(size)
-
-
-class Made:
-    """Samples that are made when asked for."""
-
-    def __init__(self, count):
-        self.count = count
-
-    def batches(self, size):
-        for start in range(0, self.count, size):
-            yield {"x": np.full((min(size, self.count - start), 6), start, np.float32)}
 
 
 def linear(path, batch="batch", dtype="float", output="", node="", weights=WEIGHTS):
@@ -65,7 +43,7 @@ def test_neither_the_batch_of_the_model_nor_that_of_the_run_changes_an_answer(
 
 def test_large_samples_are_run_few_at_a_time(tmp_path):
     wide = {"x": INPUT, "image": np.broadcast_to(np.float32(0), (11, 1 << 20))}
-    samples = Counted(wide)
+    samples = CountedSamples(wide)
     run_samples(linear(tmp_path / "m.onnx"), samples, batch=64)
     # 4 MB each and 8 MB at a time.
     assert max(samples.sizes) <= 2
@@ -220,7 +198,8 @@ def test_a_comparison_of_models_holds_one_batch_in_memory(tmp_path):
 
     def compare(count):
         tracemalloc.start()
-        compare_models(path, path, Made(count), None, lambda *args: np.zeros(len(args[1]["label"])))
+        made = GeneratedSamples("x", count, lambda row: np.full(6, row))
+        compare_models(path, path, made, None, lambda *args: np.zeros(len(args[1]["label"])))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak
