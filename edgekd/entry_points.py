@@ -18,6 +18,7 @@ from functools import lru_cache
 from edgekd.errors import InputError
 
 GROUPS = (
+    "edgekd.engines",
     "edgekd.losses",
     "edgekd.models",
     "edgekd.schemes",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from edgekd.config.base import ConfigModel, Fraction, PositiveFloat, PositiveInt
 from edgekd.config.training import LossTerm, TrainConfig
+from edgekd.entry_points import installed_extensions
+from edgekd.extension import is_reference
 
 
 class ExportConfig(ConfigModel):
@@ -136,4 +138,36 @@ class TensorRTConfig(ConfigModel):
     """Whether layers that the DLA cannot run may run on the GPU."""
 
 
-EngineConfig = Annotated[OnnxRuntimeConfig | TensorRTConfig, Field(discriminator="kind")]
+class ExternalEngineConfig(ConfigModel):
+    """An engine of your own. ``kind`` may be its name at once: ``{kind: "mine:Compiler"}``."""
+
+    kind: Literal["external"]
+    """An engine that is not built in."""
+    name: str
+    """``package.module:name`` of an :class:`edgekd.engines.builder.EngineBuilder` or of what makes
+    one, or an entry point of ``edgekd.engines``."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of what makes the engine."""
+    runtime: Literal["cpu", "tensorrt"] = "cpu"
+    """The INT8 scheme of the files it is given; see ``quantize.runtime``."""
+
+
+EngineConfig = Annotated[
+    OnnxRuntimeConfig | TensorRTConfig | ExternalEngineConfig, Field(discriminator="kind")
+]
+
+
+def expand_engine(entry: Any) -> Any:
+    """An entry of ``engines`` as a mapping with a ``kind``, from a name or a short form."""
+    engine = {"kind": entry} if isinstance(entry, str) else entry
+    name = engine.get("kind") if isinstance(engine, dict) else None
+    if isinstance(name, str) and (
+        is_reference(name) or (name not in _BUILT_IN and installed_extensions(GROUP).get(name))
+    ):
+        return {**engine, "kind": "external", "name": name}
+    return engine
+
+
+GROUP = "edgekd.engines"
+"""The group of entry points."""
+_BUILT_IN = ("onnxruntime", "tensorrt", "tensorrt-rtx", "external")

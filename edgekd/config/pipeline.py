@@ -8,7 +8,13 @@ from pydantic import Field, field_validator, model_validator
 
 from edgekd.config.base import ConfigModel, PositiveFloat, PositiveInt
 from edgekd.config.budgets import GateConfig
-from edgekd.config.engines import EngineConfig, ExportConfig, OnnxRuntimeConfig, QuantizeConfig
+from edgekd.config.engines import (
+    EngineConfig,
+    ExportConfig,
+    OnnxRuntimeConfig,
+    QuantizeConfig,
+    expand_engine,
+)
 from edgekd.config.networks import StudentConfig, TeacherConfig
 from edgekd.config.training import DistillConfig, LossTerm
 
@@ -156,8 +162,7 @@ class PipelineConfig(ConfigModel):
     @classmethod
     def _short_engines(cls, value: Any) -> Any:
         if isinstance(value, dict) and isinstance(value.get("engines"), list):
-            engines = [{"kind": e} if isinstance(e, str) else e for e in value["engines"]]
-            return {**value, "engines": engines}
+            return {**value, "engines": [expand_engine(entry) for entry in value["engines"]]}
         return value
 
 

@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgekd.engines.builder import EngineBuilder, Precision
 from edgekd.errors import CrashError
 from edgekd.files import write_npz
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.engine_builders import (
-    Builder,
-    Precision,
     StudentVariant,
-    TensorRTBuilder,
     common_level,
     lowest_precision,
     open_builder,
@@ -95,7 +93,7 @@ class EnginesStage:
                 out = context.out / f"{exported.stem}{builder.suffix}"
                 rows[exported.stem] = work.build(exported, out, "fp32")
         choice, chosen, rows["student"] = work.student()
-        if isinstance(builder, TensorRTBuilder):
+        if builder.suffix != ".onnx":
             write_further(context, first, chosen, builder, rows["student"])
         for engine in further:
             way = lowest_precision(context, variants_of(inputs, runtime_of(context.job, engine)))
@@ -136,7 +134,7 @@ class _CandidateBuilder:
     """Builds engines for the measured runtime, and selects the best of the student's candidates."""
 
     def __init__(
-        self, context: Context, inputs: Mapping[str, Path], builder: Builder, runtime: Runtime
+        self, context: Context, inputs: Mapping[str, Path], builder: EngineBuilder, runtime: Runtime
     ) -> None:
         self.context, self.inputs = context, inputs
         self.builder, self.runtime = builder, runtime

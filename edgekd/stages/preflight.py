@@ -32,6 +32,7 @@ def preflight(job: Job, gated: bool = True) -> None:
     from edgekd.distill.objective import Objective
     from edgekd.distill.schemes import find_scheme
     from edgekd.distill.step import check_step
+    from edgekd.engines.builder import ExternalBuilder
     from edgekd.engines.onnxruntime import provider_chain
     from edgekd.models.build import find_model
     from edgekd.release.rules import check_any_rule, check_direction
@@ -78,6 +79,8 @@ def preflight(job: Job, gated: bool = True) -> None:
     for engine in config.engines:
         if engine.kind == "onnxruntime":
             provider_chain(job.profile.runtime.providers, engine.providers, engine.fallback)
+        if engine.kind == "external":
+            ExternalBuilder(engine)
     _check_quantization(job, task)
     check_direction(config.gate, task.metric, task.higher_is_better)
     if gated:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from edgekd.config.engines import OnnxRuntimeConfig, QuantizeConfig, TensorRTConfig
+from edgekd.config.engines import EngineConfig, ExternalEngineConfig, QuantizeConfig, TensorRTConfig
 from edgekd.config.pipeline import PipelineConfig
 from edgekd.errors import CrashError, EdgekdError, InputError
 from edgekd.pipeline.stage import Context, Job
@@ -73,11 +73,13 @@ class QuantizeStage:
         write_json(context.out / INDEX, index)
 
 
-def runtime_of(job: Job, engine: OnnxRuntimeConfig | TensorRTConfig) -> Runtime:
+def runtime_of(job: Job, engine: EngineConfig) -> Runtime:
     """The runtime whose INT8 scheme an engine needs; the pipeline may override it."""
     config = job.config
     if config.quantize is not None and config.quantize.runtime is not None:
         return config.quantize.runtime
+    if isinstance(engine, ExternalEngineConfig):
+        return engine.runtime
     if isinstance(engine, TensorRTConfig):
         return "tensorrt"
     chain = engine.providers or job.profile.runtime.providers
