@@ -202,8 +202,8 @@ class Positional(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Positional inputs and outputs, in the order of the specification."""
-        answers = self.model(dict(zip(self.names, tensors, strict=True)))
-        return tuple(answers[name] for name in self.outputs)
+        outputs = self.model(dict(zip(self.names, tensors, strict=True)))
+        return tuple(outputs[name] for name in self.outputs)
 
 
 def to_onnx_proto(model: SpecModule, opset: int, where: str) -> onnx.ModelProto:

@@ -85,7 +85,7 @@ class Part:
 def find_parts(
     path: Path,
     samples: Samples,
-    answers: Mapping[str, Array],
+    outputs: Mapping[str, Array],
     output_axes: Mapping[str, int | None] = MappingProxyType({}),
 ) -> dict[str, tuple[Part, ...]]:
     """The parts of each output of a float model; an output of one piece has one part.
@@ -93,7 +93,7 @@ def find_parts(
     Args:
         path: the float model.
         samples: its real inputs; the first ones are run again where a Concat makes an output.
-        answers: the model's outputs for the first samples, (n, …) by output name.
+        outputs: the model's outputs for the first samples, (n, …) by output name.
         output_axes: where an output counts samples in the model, if not on the first axis.
 
     Raises:
@@ -101,7 +101,7 @@ def find_parts(
     """
     graph = _Makers(read_onnx(path))
     found: dict[str, tuple[Part, ...]] = {}
-    for name, values in answers.items():
+    for name, values in outputs.items():
         if is_ragged(values):
             numbers = values[0].dtype.kind == "f"
             found[name] = (Part("", None, "values" if numbers else "decisions", sets=True),)
@@ -307,12 +307,12 @@ def _traced(
             session_options(1, "disabled"),
             providers=["CPUExecutionProvider"],
         )
-        answer = runner.run([name], tensors)[0]
+        traced = runner.run([name], tensors)[0]
     except Exception:  # the runtime's own exception classes have no public base
         # A tail that does not run by itself; the parts are then found by the output's scales.
         return None
     axis = output_axes.get(name, 0)
-    sample = answer[0] if axis is None or answer.ndim == 0 else np.moveaxis(answer, axis, 0)[0]
+    sample = traced[0] if axis is None or traced.ndim == 0 else np.moveaxis(traced, axis, 0)[0]
     labels: Array = np.rint(sample).astype(np.int64)
     return labels
 
