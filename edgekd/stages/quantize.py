@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgekd.config.pipeline import (
+    EngineConfig,
     ExportConfig,
-    OnnxRuntimeConfig,
+    ExternalEngineConfig,
     PipelineConfig,
     QatConfig,
     QuantizeConfig,
@@ -94,11 +95,13 @@ class QuantizeStage:
         write_json(context.out / INDEX, index)
 
 
-def runtime_of(job: Job, engine: OnnxRuntimeConfig | TensorRTConfig) -> Runtime:
+def runtime_of(job: Job, engine: EngineConfig) -> Runtime:
     """The runtime whose INT8 scheme an engine needs; the pipeline may override it."""
     config = job.config
     if config.quantize is not None and config.quantize.runtime is not None:
         return config.quantize.runtime
+    if isinstance(engine, ExternalEngineConfig):
+        return engine.runtime
     if isinstance(engine, TensorRTConfig):
         return "tensorrt"
     chain = engine.providers or job.profile.runtime.providers
