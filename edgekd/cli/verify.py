@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from edgekd.release.bundle_verify import verify_bundle
+from edgekd.errors import edgerun_errors
+from edgerun.manifest import verify as verify_bundle
 
 
 @click.command()
@@ -17,7 +18,8 @@ def verify(bundle: Path) -> None:
 
     Exit code 1 when a file is changed, missing or extra.
     """
-    problems = verify_bundle(bundle)
+    with edgerun_errors():
+        problems = verify_bundle(bundle).problems
     for problem in problems:
         click.echo(problem)
     if problems:

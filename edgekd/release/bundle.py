@@ -18,9 +18,10 @@ import numpy.typing as npt
 from edgekd.errors import StageError
 from edgekd.files import write_npz
 from edgekd.measurement import Measurement
-from edgekd.release.bundle_verify import MANIFEST, SCHEMA, sha256_of
 from edgekd.release.formatting import full_text, value_text
 from edgekd.spec import ModelSpec
+from edgerun.files import sha256
+from edgerun.manifest import BUNDLE_SCHEMA, MANIFEST
 
 
 def readme_text(manifest: Mapping[str, Any]) -> str:
@@ -40,7 +41,8 @@ def readme_text(manifest: Mapping[str, Any]) -> str:
         "",
         "Run them in this folder; their output is written next to it, so that the bundle stays "
         "unchanged. The outputs for `example.npz` (real samples) were, when this "
-        "was packed, those in `expected.npz`:",
+        "was packed, those in `expected.npz`. The empty files named `__pycache__` belong to it: "
+        "they keep Python from writing byte code here, and from running any that was put here.",
         "",
         "```sh",
         "python -c \"import numpy as n; a, e = n.load('../answers.npz'), n.load('expected.npz'); "
@@ -187,6 +189,9 @@ def write_bundle(
         folder / "edgerun",
         ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"),
     )
+    for package in [path.parent for path in (folder / "edgerun").rglob("__init__.py")]:
+        # A file where Python's cache would be: no byte code is written there, nor read from there.
+        (package / "__pycache__").touch()
     builds = {}
     if engines is not None and engines.is_dir():
         shutil.copytree(engines, folder / ENGINES)
@@ -195,7 +200,7 @@ def write_bundle(
     (folder / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
     write_npz(folder / EXAMPLE, example)
     manifest = {
-        "schema": SCHEMA,
+        "schema": BUNDLE_SCHEMA,
         "name": name,
         "task": dict(task),
         "model": {"file": MODEL},
@@ -222,6 +227,8 @@ def write_bundle(
     _write_manifest(folder, manifest)
     _answer_example(folder, runtime)
     _write_manifest(folder, manifest)
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
     archive = folder.parent / f"{folder.name}.tar.gz"
     write_archive(folder, archive)
     return archive
@@ -248,7 +255,7 @@ def write_archive(folder: Path, archive: Path) -> None:
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     files = {
         path.relative_to(folder).as_posix(): {
-            "sha256": sha256_of(path),
+            "sha256": sha256(path),
             "bytes": path.stat().st_size,
         }
         for path in sorted(folder.rglob("*"))
@@ -260,7 +267,7 @@ def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 def _answer_example(folder: Path, runtime: Mapping[str, Any]) -> None:
     """Run the bundle on its own example, as the device will."""
-    command = [sys.executable, "-B", "-m", "edgerun", "run", MODEL]
+    command = [sys.executable, "-m", "edgerun", "run", MODEL]
     command += ["--inputs", EXAMPLE, "--output", EXPECTED]
     if runtime.get("threads"):
         command += ["--threads", str(runtime["threads"])]

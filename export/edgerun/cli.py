@@ -62,7 +62,7 @@ def command_parser() -> argparse.ArgumentParser:
     _add_settings(bench)
 
     verify = commands.add_parser("verify", help="whether a bundle is intact")
-    verify.add_argument("folder", type=Path, metavar="FOLDER")
+    verify.add_argument("bundle", type=Path, metavar="FOLDER", help="or its .tar.gz")
 
     info = commands.add_parser("info", help="describe this device, or a model")
     info.add_argument("model", type=Path, nargs="?", metavar="MODEL.onnx")
@@ -322,8 +322,8 @@ def _bench(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from edgerun.manifest import verify
 
-    verdict = verify(options.folder)
-    print("\n".join(verdict.lines()))
+    verdict = verify(options.bundle)
+    print("\n".join(verdict.problems or (f"intact: {verdict.listed} files",)))
     return 0 if verdict.intact else 1
 
 
