@@ -120,7 +120,7 @@ def _build_onnxruntime(
     if info.disabled_optimizers:
         click.echo(
             f"  without {', '.join(info.disabled_optimizers)}, which ONNX Runtime changes the "
-            "answers by"
+            "outputs by"
         )
     if info.run_level != "all":
         click.echo(

@@ -196,12 +196,8 @@ def _onnxruntime(
         nodes = tuple(node_label(node) for node in model.graph.node if node.op_type in ops)
         remedy = OTHERWISE.partition(", or")[0] if nodes else error.remedy or ""
         return (), [Diagnostic(subject, bad, error.what, remedy, nodes)]
-    found = [
-        _provider(row, rows, chain[0], requested)
-        for row in rows
-        if row.provider in chain or row.nodes
-    ]
-    return rows, found
+    shown = [row for row in rows if row.provider in chain or row.nodes]
+    return rows, [_provider(row, rows, chain[0], requested) for row in shown]
 
 
 def _optimized(path: Path, memory: MemoryEstimate, requested: bool) -> list[Diagnostic]:
