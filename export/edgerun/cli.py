@@ -27,8 +27,8 @@ from typing import (
 )
 
 import edgerun
-from edgerun.errors import BadInput, CannotWrite, EdgerunError, RunFailed
-from edgerun.files import check_output
+from edgerun.errors import BadInput, EdgerunError, RunFailed
+from edgerun.files import check_output, write_errors
 
 if TYPE_CHECKING:
     from edgerun.model import Settings
@@ -49,7 +49,7 @@ def command_parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="outputs for every sample of an npz file")
     run.add_argument("model", type=Path, nargs="?", metavar="MODEL.onnx")
     run.add_argument("--inputs", type=Path, required=True, metavar="DATA.npz")
-    run.add_argument("--output", type=Path, required=True, metavar="ANSWERS.npz")
+    run.add_argument("--output", type=Path, required=True, metavar="OUTPUTS.npz")
     run.add_argument("--bundle", type=Path, metavar="FOLDER", help="with model and manifest")
     run.add_argument("--manifest", type=Path, metavar="manifest.json")
     run.add_argument("--raw", action="store_true", help="preprocess data of any dtype")
@@ -399,10 +399,8 @@ def _parse(options: argparse.Namespace) -> Done:
 
 
 def _write_json(path: Path, value: Dict[str, Any]) -> None:
-    try:
+    with write_errors(path, "the result"):
         path.write_text(json.dumps(value, allow_nan=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise CannotWrite(f"the result cannot be written: {error.strerror}", str(path)) from error
 
 
 _COMMANDS: Dict[str, Callable[[argparse.Namespace], Done]] = {

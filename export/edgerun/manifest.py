@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Mapping, Set, Tuple
 
-from edgerun.errors import BadInput
+from edgerun.errors import BadInput, printable
 from edgerun.files import sha256
 
 if TYPE_CHECKING:
@@ -184,14 +184,7 @@ def verify(bundle: Path) -> Verdict:
         problems.append(f"changed: {MANIFEST} cannot be read ({type(error).__name__}: {error})")
     else:
         problems += _differences(listed, found)
-    return Verdict(len(listed), tuple(printable(line) for line in problems))
-
-
-def printable(text: str) -> str:
-    """A text whose control characters and surrogates are escaped: a name must not move the cursor
-    or write another line.
-    """
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return Verdict(len(listed), tuple(printable(line).replace("\n", "\\n") for line in problems))
 
 
 @dataclass

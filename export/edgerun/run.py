@@ -9,10 +9,11 @@ from typing import Any, Callable, Iterator, Mapping
 import numpy as np
 
 from edgerun.errors import BadInput, EdgerunError, NoDevice, RunFailed
-from edgerun.files import describe_files, is_engine
-from edgerun.inputs import Samples, feeds_from, load_arrays, make_feeds, write_npz
+from edgerun.files import describe_files, is_engine, write_errors
+from edgerun.inputs import Samples, feeds_from, load_arrays, make_feeds
 from edgerun.manifest import Manifest, manifest_beside
 from edgerun.model import LoadedModel, Settings, TensorInfo
+from edgerun.npz import write_npz
 
 PROBE_SCHEMA = "edgerun.probe/1"
 OPENS, RUNS = "opens", "runs"
@@ -148,11 +149,8 @@ class Outputs:
         arrays: dict[str, Any] = dict(self.arrays)
         if self.labels is not None:
             arrays.setdefault("label", self.labels)
-        try:
-            with path.open("wb") as file:
-                write_npz(file, arrays)
-        except OSError as error:
-            raise RunFailed(f"the outputs cannot be written: {error}", str(path)) from error
+        with write_errors(path, "the output", error=RunFailed), path.open("wb") as file:
+            write_npz(file, arrays)
 
 
 def run(

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from edgerun.manifest import verify
+from tests.command_line import edgerun
 
 
 @pytest.fixture
@@ -22,17 +23,16 @@ def bundle(tmp_path):
     return tmp_path
 
 
-def test_an_untouched_bundle_is_intact(bundle, edgerun):
+def test_an_untouched_bundle_is_intact(bundle):
     assert verify(bundle).intact
     done = edgerun("verify", bundle)
-    assert (done.returncode, done.stdout) == (0, "intact: 3 files\n")
+    assert done.stdout == "intact: 3 files\n"
 
 
 @pytest.mark.parametrize("content", [b"mode1", b"longer model", b""])
-def test_a_changed_file_is_named_also_when_its_size_is_the_same(bundle, edgerun, content):
+def test_a_changed_file_is_named_also_when_its_size_is_the_same(bundle, content):
     (bundle / "model.onnx").write_bytes(content)
-    done = edgerun("verify", bundle)
-    assert done.returncode == 1
+    done = edgerun("verify", bundle, code=1)
     assert done.stdout.startswith("changed: model.onnx (")
     assert done.stdout.count("\n") == 1
 
@@ -66,9 +66,8 @@ def test_a_manifest_that_reaches_outside_is_refused(bundle, name):
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"files": 3}', '{"files": {"a": "b"}}', "\xff"])
-def test_an_unreadable_manifest_is_a_change(bundle, edgerun, content):
+def test_an_unreadable_manifest_is_a_change(bundle, content):
     (bundle / "manifest.json").write_text(content, encoding="latin-1")
-    done = edgerun("verify", bundle)
-    assert done.returncode == 1
+    done = edgerun("verify", bundle, code=1)
     assert "changed: manifest.json cannot be read" in done.stdout
     assert "Traceback" not in done.stderr
