@@ -185,7 +185,7 @@ def _read(module: str) -> _Module:
             elif isinstance(node, str):
                 if module_file(node.partition(":")[0]):
                     modules.add(node.partition(":")[0])
-                elif "/" not in node and (file.parent / node).is_file():
+                elif "/" not in node and len(node) < 256 and (file.parent / node).is_file():
                     files.add(file.parent / node)
             else:
                 for local, origin in _imported(node, package):
