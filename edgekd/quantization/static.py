@@ -18,7 +18,6 @@ from onnxruntime.quantization.quant_utils import add_infer_metadata
 from edgekd.config.host import saturates
 from edgekd.onnx.batch_inference import BatchedModel
 from edgekd.onnx.batch_layout import is_ragged
-from edgekd.onnx.file import check_onnx
 from edgekd.onnx.output_parts import APART, find_parts
 from edgekd.onnx.samples import Array, Samples
 from edgekd.quantization.calibration import Calibration, Ranges, calibrate
@@ -36,7 +35,6 @@ from edgekd.quantization.rewrites import (
     free_float_values,
     pool_spatial_means,
     readers_of,
-    restore_identity,
     set_aside_outputs,
 )
 
@@ -76,7 +74,6 @@ class StaticQuantizer:
         threads: int = 1,
         reduce_range: bool | None = None,
     ) -> None:
-        self._source = onnx_path
         self._prepared = prepare_onnx(onnx_path, samples, threads)
         graph = self._prepared.model.graph
         kept = self.kept = self._prepared.named(keep)
@@ -91,9 +88,7 @@ class StaticQuantizer:
             )
         self._candidates = Candidates(graph, runtime, kept)
         if not self._candidates.all:
-            raise nothing_to_quantize(
-                self._prepared.model, onnx_path, self._candidates.weighted, kept
-            )
+            raise nothing_to_quantize(self._prepared, self._candidates.weighted, kept)
         self.runtime = runtime
         self._reduce_range = runtime == "cpu" and (
             saturates() if reduce_range is None else reduce_range
@@ -125,13 +120,8 @@ class StaticQuantizer:
         }
         """Nodes that cannot be in 8 bits because of their values, with the reason."""
         if not self._candidates.all:
-            raise nothing_to_quantize(
-                self._prepared.model,
-                onnx_path,
-                self._candidates.weighted,
-                kept,
-                self.left_in_float,
-            )
+            weighted = self._candidates.weighted
+            raise nothing_to_quantize(self._prepared, weighted, kept, self.left_in_float)
         self.mixed: tuple[MixedRange, ...] = ()
         """Nodes that stay in float because one 8-bit scale would lose a part of them."""
         self._leave_mixed_in_float(samples, kept)
@@ -193,11 +183,8 @@ class StaticQuantizer:
         floats = self._prepared.named(float_nodes)
         chosen = self._candidates.select(floats)
         if not chosen:
-            raise nothing_to_quantize(
-                self._prepared.model, self._source, self._candidates.weighted, floats
-            )
-        model = onnx.ModelProto()
-        model.CopyFrom(self._prepared.model)
+            raise nothing_to_quantize(self._prepared, self._candidates.weighted, floats)
+        model = self._prepared.copy()
         copy_shared_weights(model.graph, chosen)
         put_outputs_back = set_aside_outputs(model.graph)
         # Tells ONNX Runtime that the types are inferred: preparation did that.
@@ -230,11 +217,7 @@ class StaticQuantizer:
         free_float_values(written.graph, self._prepared.model.graph, chosen)
         quantizer.model.topological_sort()
         drop_unused(written.graph)
-        # Types of tensors that are gone; a runtime infers those that it needs.
-        del written.graph.value_info[:]
-        restore_identity(written, self._prepared.model)
-        save_onnx(written, out)
-        check_onnx(out)
+        self._prepared.write(written, out)
 
     def _tensor_ranges(self) -> TensorsData:
         # A fresh one for each file: the quantizer narrows those before a Relu in place.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +62,7 @@ class StudentStage:
             "task": job.task_settings,
             **files,
             **hub_fingerprint(network.model),
-            **(_pruning_library() if student.prune is not None else {}),
+            **(library_versions(("torch-pruning",)) if student.prune is not None else {}),
         }
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
@@ -240,11 +239,3 @@ def _preprocess_of(job: Job) -> dict[str, Any] | None:
     if own is None or job.config.student.model != TEACHERS_OWN:
         return None
     return own.model_dump(mode="json")
-
-
-def _pruning_library() -> dict[str, str]:
-    try:
-        return library_versions(("torch-pruning",))
-    except PackageNotFoundError:
-        # Its absence is reported when the names are resolved.
-        return {}

@@ -22,8 +22,6 @@ from edgekd.stages.training import fit, hub_fingerprint, scale_output
 from edgekd.tasks.classification import Classification
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from edgekd.distill.checkpoint import History
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
     from edgekd.models.adapted import Adaptation, InputAdaptation
     from edgekd.models.class_order import ClassNames
     from edgekd.models.dict_model import DictModel
-    from edgekd.tasks import Task
 
 
 WEIGHTS, BLACK_BOX = "teacher.safetensors", "teacher.onnx"
@@ -204,6 +201,8 @@ def check_teacher(
     Raises:
         InputError: the teacher's outputs are in another order, or it is not better than chance.
     """
+    import torch
+
     from edgekd.distill.evaluate import score
     from edgekd.distill.teacher import adaptation_of_teacher
     from edgekd.release.statistics import paired_difference
@@ -217,8 +216,17 @@ def check_teacher(
         return {task.metric: None, "chance": None, "labelled": 0}
     arrays = task_data.dataset.splits["validation"].arrays
     targets = {s.name: arrays[s.name][rows] for s in task_data.dataset.targets}
-    seen = _Decisions(teacher, task)
-    scores = score(seen.answer, task_data.validation_loader(), task)
+    labels: list[Tensor] = []
+    predictions: list[Tensor] = []
+
+    def predict(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        outputs = teacher.answer(batch)
+        if isinstance(task, Classification):
+            labels.append(batch[task.target].cpu().flatten())
+            predictions.append(outputs[task.output].argmax(dim=-1).cpu().flatten())
+        return outputs
+
+    scores = score(predict, task_data.validation_loader(), task)
     by_chance = task.scores(task.constant(targets), targets)
     metric, chance = float(scores.mean()), float(by_chance.mean())
     context.progress.message(
@@ -227,7 +235,9 @@ def check_teacher(
     )
     if isinstance(task, Classification):
         figures = f"{task.metric} {metric:.4f}"
-        check_order(task_data, adaptation_of_teacher(teacher), *seen.labelled(), figures, where)
+        known, predicted = torch.cat(labels).numpy(), torch.cat(predictions).numpy()
+        adaptation, labelled = adaptation_of_teacher(teacher), known >= 0
+        check_order(task_data, adaptation, known[labelled], predicted[labelled], figures, where)
     if len(rows) >= ENOUGH_LABELS:
         sign = 1 if task.higher_is_better else -1
         # The lower end of a two-sided 90 % interval is a one-sided 95 % bound.
@@ -244,29 +254,6 @@ def check_teacher(
                 "here, train it longer",
             )
     return {task.metric: metric, "chance": chance, "labelled": len(rows)}
-
-
-class _Decisions:
-    """A teacher that records its predictions and the labels of a classification."""
-
-    def __init__(self, teacher: Teacher, task: Task) -> None:
-        self._teacher, self._task = teacher, task
-        self._pairs: list[tuple[Tensor, Tensor]] = []
-
-    def answer(self, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        outputs = self._teacher.answer(batch)
-        if isinstance(self._task, Classification):
-            chosen = outputs[self._task.output].argmax(dim=-1).cpu()
-            self._pairs.append((batch[self._task.target].cpu(), chosen))
-        return outputs
-
-    def labelled(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Labels and decisions, (N,) each, of all samples and positions that have a label."""
-        import numpy as np
-
-        labels = np.concatenate([label.reshape(-1).numpy() for label, _ in self._pairs])
-        chosen = np.concatenate([decision.reshape(-1).numpy() for _, decision in self._pairs])
-        return labels[labels >= 0], chosen[labels >= 0]
 
 
 def build_teacher(

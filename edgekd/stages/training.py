@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from importlib.metadata import PackageNotFoundError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -162,11 +161,8 @@ def hub_fingerprint(name: str | None) -> dict[str, str]:
     from edgekd.files import hash_path
     from edgekd.models.hub import find_folder
 
-    try:
-        found = library_versions((package,))
-    except PackageNotFoundError:
-        return {}
-    folder = find_folder(rest) if package == "transformers" else None
+    found = library_versions((package,))
+    folder = find_folder(rest) if found and package == "transformers" else None
     return found if folder is None else {**found, "folder": hash_path(folder)}
 
 
