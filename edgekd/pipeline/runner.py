@@ -324,9 +324,6 @@ class Workers:
     def serve(self, stages: Sequence[Stage]) -> None:
         """Execute the first process's commands until it exits.
 
-        Args:
-            stages: the stages that the first process runs.
-
         Raises:
             SystemExit: it exited with an exit code other than 0.
             StageError: it ended without a final command.

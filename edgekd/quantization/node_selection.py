@@ -52,7 +52,7 @@ _ONE_SIDED = 20.0
 _NORMALIZING = {"Add", "Sub", "Mul", "Div", "Cast"}
 
 
-class Candidates:
+class NodeSelection:
     """The nodes of a prepared graph that a runtime computes in 8 bits.
 
     For TensorRT, Q/DQ is only at the inputs of weighted layers: it moves them through pooling

@@ -280,14 +280,7 @@ def compare_latency(
     """p50 of both, interleaved, in a fresh process: ``p50_ms``, ``float_p50_ms``, ``speedup``
     with its ``interval``, ``threads``.
 
-    Where they could not be timed, ``failed`` says why.
-
-    Args:
-        model: the file that was made.
-        against: the float model.
-        spec: the specs of its inputs.
-        samples: None takes random inputs.
-        threads: number of threads of ONNX Runtime.
+    Where they could not be timed, ``failed`` says why. Without samples inputs are random.
 
     Raises:
         CrashError: ONNX Runtime crashes on one of the files.

@@ -240,11 +240,7 @@ def opener(
     """A function that opens a file in another process and runs it once; raises as
     :meth:`edgekd.targets.LocalTarget.probe` does.
 
-    Args:
-        folder: a folder that exists for as long as the function is used.
-        spec: the inputs of the files.
-        samples: None takes random inputs.
-        threads: of ONNX Runtime.
+    ``folder`` exists for as long as the function is used; without samples inputs are random.
     """
     from edgekd.targets import LocalTarget
 

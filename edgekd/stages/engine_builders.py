@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgekd.config.engines import OnnxRuntimeConfig, TensorRTConfig
 from edgekd.engines.selection import FLOAT
@@ -35,49 +35,12 @@ def common_level(levels: Iterable[str]) -> str:
     return "disabled" if "disabled" in each else each[0]
 
 
-class Builder(Protocol):
-    """Builds an engine file for a runtime from an ONNX file."""
-
-    suffix: str
-    settings: dict[str, Any]
-    """Keyword arguments of a target's ``run`` and ``bench`` for all of its engines; a file's own
-    ``provider_options`` and ``run_level`` are in its row."""
-
-    def build(
-        self, source: Path, out: Path, precision: Precision, keep: tuple[str, ...] = ()
-    ) -> dict[str, Any]:
-        """Write ``out``, and return how: ``providers_requested``, ``threads``, ``run_level`` and
-        more.
-
-        Args:
-            source: the ONNX file.
-            out: where to write; its suffix is :attr:`suffix`.
-            precision: the precision that the file computes in.
-            keep: nodes left in float32 intentionally.
-        """
-        ...
-
-    def describe(self) -> str:
-        """A short description of what runs the engine."""
-        ...
-
-
-def open_builder(
-    context: Context, engine: OnnxRuntimeConfig | TensorRTConfig, samples: Mapping[str, Array]
-) -> Builder:
-    """The builder for one entry of ``engines``; ``samples`` are real inputs to compare on, (N, …).
-
-    Raises:
-        InputError: a provider or TensorRT is not available, or cannot build for the profile on this
-        machine.
-    """
-    if isinstance(engine, OnnxRuntimeConfig):
-        return OnnxRuntimeBuilder(context, engine, samples)
-    return TensorRTBuilder(context, engine)
-
-
 class OnnxRuntimeBuilder:
-    """ONNX Runtime: a model optimized offline."""
+    """ONNX Runtime: a model optimized offline.
+
+    ``settings`` are keyword arguments of a target's ``run`` and ``bench`` for all engines of a
+    builder; a file's own ``provider_options`` and ``run_level`` are in its row.
+    """
 
     suffix = ".onnx"
 
@@ -98,7 +61,14 @@ class OnnxRuntimeBuilder:
     def build(
         self, source: Path, out: Path, precision: Precision, keep: tuple[str, ...] = ()
     ) -> dict[str, Any]:
-        """Write the optimized model; see :meth:`Builder.build`.
+        """Write ``out``, and return how: ``providers_requested``, ``threads``, ``run_level`` and
+        more.
+
+        Args:
+            source: the ONNX file.
+            out: where to write, with the builder's ``suffix``.
+            precision: the precision that the file computes in.
+            keep: nodes left in float32 intentionally.
 
         Raises:
             CrashError: ONNX Runtime crashes on the file.
@@ -167,7 +137,7 @@ class TensorRTBuilder:
     def build(
         self, source: Path, out: Path, precision: Precision, keep: tuple[str, ...] = ()
     ) -> dict[str, Any]:
-        """Build the engine; see :meth:`Builder.build`."""
+        """Build the engine, as :meth:`OnnxRuntimeBuilder.build` does."""
         from edgekd.engines.tensorrt import check_runtime, engine_settings
 
         settings = engine_settings(
@@ -205,6 +175,23 @@ class TensorRTBuilder:
     def describe(self) -> str:
         """A short description of what runs the engine."""
         return self.engine.kind
+
+
+Builder = OnnxRuntimeBuilder | TensorRTBuilder
+
+
+def open_builder(
+    context: Context, engine: OnnxRuntimeConfig | TensorRTConfig, samples: Mapping[str, Array]
+) -> Builder:
+    """The builder for one entry of ``engines``; ``samples`` are real inputs to compare on, (N, …).
+
+    Raises:
+        InputError: a provider or TensorRT is not available, or cannot build for the profile on this
+        machine.
+    """
+    if isinstance(engine, OnnxRuntimeConfig):
+        return OnnxRuntimeBuilder(context, engine, samples)
+    return TensorRTBuilder(context, engine)
 
 
 @dataclass(frozen=True)

@@ -353,15 +353,8 @@ def train_quantized(
     """Continue the student's training with simulated 8-bit rounding, and write it as Q/DQ ONNX.
 
     The teacher, its cache, the augmentation and the data are those of the distillation; the
-    objective is that of its terms that compare outputs, or ``config.losses``.
-
-    Args:
-        task_data: the data and the task.
-        context: the stage's context; a stopped training is resumed from its scratch folder.
-        inputs: the artifacts of the stages ``teacher``, ``student`` and ``distill``.
-        runtime: determines how activations are rounded.
-        config: the training.
-        out: the ONNX file to write.
+    objective is that of its terms that compare outputs, or ``config.losses``. ``runtime``
+    determines how activations are rounded. A stopped training is resumed.
 
     Raises:
         InputError: torchao is missing, no loss is left, or the training or the network cannot
@@ -424,10 +417,7 @@ def qat_objective(
 
 
 def _check_outputs(model: DictModel, path: Path, task_data: TaskData) -> str:
-    """Compare the file with the converted network over validation samples.
-
-    Returns:
-        A one-line summary.
+    """Compare the file with the converted network over validation samples, in a line.
 
     Raises:
         StageError: they are further apart than rounding explains.

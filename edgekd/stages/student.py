@@ -109,13 +109,9 @@ class StudentStage:
 def build_student(task_data: TaskData, folder: Path | None, index: int = 0) -> DictModel:
     """The student's network with fresh weights drawn from the pipeline's seed.
 
-    Args:
-        task_data: the data and the task.
-        folder: the student stage's artifact, which records what was pruned; None: the network
-        before
-            pruning.
-        index: 0 for the student; another index draws other weights, for a scheme's additional
-        students.
+    ``folder`` is the student stage's artifact, which records what was pruned; None: the network
+    before pruning. ``index`` is 0 for the student; another one draws other weights, for a
+    scheme's additional students.
 
     Raises:
         InputError: the student is the teacher's network, and that is an ONNX file.

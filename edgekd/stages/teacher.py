@@ -166,11 +166,7 @@ def load_teacher(
 ) -> Teacher:
     """A teacher in addition to the pipeline's own, such as a member of an ensemble.
 
-    Args:
-        task_data: the data and the task.
-        config: its section.
-        context: the context of the calling stage; a training writes its checkpoints there.
-        where: its YAML position, for errors and as the label of its training.
+    ``where`` is its YAML position, for errors and as the label of its training.
     """
     from edgekd.distill.distributed import training_device
     from edgekd.distill.teacher import ModuleTeacher
@@ -264,11 +260,8 @@ def build_teacher(
 ) -> DictModel:
     """The teacher's network with fresh weights drawn from the pipeline's seed.
 
-    Args:
-        task_data: the data and the task.
-        config: its section; None: the pipeline's.
-        where: its YAML position, for errors.
-        adaptation: its adaptation to the data; None: that of the section alone.
+    Without ``config`` it is the pipeline's teacher, and without ``adaptation`` it is adapted to
+    the data as its section alone states.
     """
     import torch
 
@@ -320,12 +313,7 @@ def plan_adaptation(
 ) -> Adaptation:
     """The preprocessing and the order of the outputs, from the section and from the file.
 
-    Args:
-        task_data: the data and the task.
-        config: the teacher's section; its ``classes`` take precedence over the file's.
-        where: its YAML position, for errors.
-        found: the class names in its file.
-        say: prints a progress message.
+    ``found`` are the class names in the teacher's file; ``classes`` of its section take precedence.
 
     Raises:
         InputError: keys that do not fit the data, or names that are not all the data's classes.
@@ -375,12 +363,7 @@ def with_form(
 ) -> Adaptation:
     """The adaptation with the form of the teacher's outputs: configured, else detected.
 
-    Args:
-        planned: the rest of the adaptation.
-        outputs: the network's own outputs for real samples, (N, ..., outputs).
-        config: the teacher's section.
-        where: its YAML position, for errors.
-        say: prints a progress message.
+    ``outputs`` are the network's own for real samples, (N, ..., outputs).
 
     Raises:
         InputError: the outputs cannot have the configured form.
@@ -420,13 +403,7 @@ def check_order(
 ) -> None:
     """Refuse a teacher whose outputs, in another order, fit the labels far better.
 
-    Args:
-        task_data: the data and the task.
-        adaptation: the teacher's.
-        labels: (N,) classes of labelled validation samples.
-        predictions: (N,) the teacher's predictions.
-        figures: the measured figures, for the error.
-        where: the teacher's YAML position.
+    ``labels`` and ``predictions`` are classes of labelled validation samples, (N,).
 
     Raises:
         InputError: there is such an order; it is given as the line to add.
