@@ -32,7 +32,6 @@ from edgekd.progress import EventLog, Progress
 if TYPE_CHECKING:
     from edgekd.distill.distributed import ProcessGroup
 
-
 _LINKED = ("benchmark", "report", "bundle")
 
 

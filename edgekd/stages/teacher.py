@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from edgekd.models.class_order import ClassNames
     from edgekd.models.dict_model import DictModel
 
-
 WEIGHTS, BLACK_BOX = "teacher.safetensors", "teacher.onnx"
 ADAPTATION = "adaptation.json"
 ENOUGH_LABELS = 20
