@@ -196,8 +196,8 @@ class _CandidateBuilder:
                 self.context.progress.message(f"  {name}: {line}")
             more["decision"] = decision.to_json()
             if quantized.refused:
-                whole = decision.drop_all
-                drop = "give no numbers" if whole is None else f"drop it by {whole:.4f}"
+                drop_all = decision.drop_all
+                drop = "give no numbers" if drop_all is None else f"drop it by {drop_all:.4f}"
                 reason = f"no layer can stay in INT8 within a drop of {config.max_drop:g}"
                 refused = f"{reason}; all of them {drop}"
                 entry = {"method": method, "runtime": runtime, **more, "refused": refused}

@@ -197,8 +197,8 @@ def _pruned(task_data: TaskData, model: DictModel, context: Context) -> Pruned:
     write_cuts(pruned.cuts, context.out / STRUCTURE)
     context.progress.message(f"  pruned: {pruned.summary()}")
     if pruned.left:
-        whole = "; ".join(f"{name} ({reason})" for name, reason in pruned.left.items())
-        context.progress.message(f"  not pruned: {whole}")
+        left = "; ".join(f"{name} ({reason})" for name, reason in pruned.left.items())
+        context.progress.message(f"  not pruned: {left}")
     return pruned
 
 
