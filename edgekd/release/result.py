@@ -248,8 +248,9 @@ def _explain(details: ErrorDetails) -> str:
         return f"{key} is missing"
     if kind == "unexpected_keyword_argument":
         return f"{parent} is not a figure: it has the unknown key {location[-1]!r}"
+    message = details["msg"].replace("a valid tuple", "a list")
     shown = reprlib.repr(details["input"])
-    return f"{key} is {shown}: {details['msg'][0].lower()}{details['msg'][1:]}"
+    return f"{key} is {shown}: {message[0].lower()}{message[1:]}"
 
 
 def read_json(path: Path, what: str, remedy: str) -> Any:
