@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import edgerun
-from edgekd.crash_notes import writing
+from edgekd.crashes import writing
 from edgekd.errors import EdgekdError, InputError, StageError
 from edgerun import files
 from edgerun.npz import write_npz as write_npz

@@ -34,7 +34,7 @@ MODULE = """\
 import numpy as np
 from torch import nn
 
-from edgekd.distill.losses.traits import traits
+from edgekd.distill.losses import traits
 from edgekd.targets import LocalTarget
 from edgekd.tasks import Classification
 

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from edgekd.config.host import NVIDIA_DRIVER, TEGRA_RELEASE, this_machine, version_of
 from edgekd.data.sources.fashion_mnist import PACKAGE_FOLDER
+from edgerun.nvml import Unread, open_nvml
 
 Status = Literal["ok", "missing", "note"]
 LOW_MEMORY_MB = 4000
@@ -154,25 +155,12 @@ def _first_line(path: Path) -> str:
 
 
 def _nvml() -> str | None:
-    """The GPUs by NVML; None without its package, a driver or a GPU."""
-    if importlib.util.find_spec("pynvml") is None:
-        return None
-    import pynvml
-
+    """The GPUs by NVML; None without a driver or a GPU."""
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
+        gpus = [open_nvml(index=index) for index in range(open_nvml().count())]
+        return f"{', '.join(g.name() for g in gpus)}; driver {gpus[0].driver()}" if gpus else None
+    except Unread:
         return None
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        names = [pynvml.nvmlDeviceGetName(handle) for handle in handles]
-        return (
-            f"{', '.join(names)}; driver {pynvml.nvmlSystemGetDriverVersion()}" if names else None
-        )
-    except pynvml.NVMLError:
-        return None
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def _machine(folder: Path) -> list[Check]:

@@ -12,9 +12,8 @@ from rich.table import Table
 
 from edgekd.api import execute, open_job, run_folder
 from edgekd.measurement import full_text, value_text
-from edgekd.pipeline.runner import RunOutcome
+from edgekd.pipeline.runner import RunOutcome, join_workers
 from edgekd.pipeline.runner import plan as plan_run
-from edgekd.pipeline.workers import join_workers
 from edgekd.release.gate import passed, read_gate
 from edgekd.release.report_tables import (
     constant_caution,

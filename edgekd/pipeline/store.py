@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from edgekd.errors import InputError
-from edgekd.files import file_sha256, json_sha256, write_errors, write_whole
+from edgekd.files import file_sha256, json_sha256, write_errors
 
 _RECORD = "artifact.json"
 
@@ -135,7 +135,9 @@ class Store:
             "files": files,
             "made_from": made_from,
         }
-        write_whole(temporary / _RECORD, json.dumps(record, indent=1, default=str))
+        # Not atomic by itself: the artifact appears with the rename of its folder.
+        text = json.dumps(record, indent=1, default=str)
+        (temporary / _RECORD).write_text(text, encoding="utf-8")
         final = self._place(stage, fingerprint)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)

@@ -14,9 +14,9 @@ import numpy as np
 
 from edgekd.errors import InputError
 from edgekd.files import write_errors
-from edgekd.onnx.batch_inference import run_samples
 from edgekd.onnx.error_metrics import ErrorSums
 from edgekd.onnx.file import read_onnx
+from edgekd.onnx.inference import run_samples
 from edgekd.onnx.output_parts import Part, find_parts
 from edgekd.onnx.samples import Array, ArraySamples, Samples
 

@@ -10,9 +10,15 @@ import numpy as np
 
 from edgerun.errors import BadInput
 from edgerun.manifest import Manifest
-from edgerun.model import TensorInfo, written
+from edgerun.model import (
+    BatchLayout,
+    ChosenShape,
+    TensorInfo,
+    check_shape,
+    choose_shapes,
+    written,
+)
 from edgerun.npz import NpzFile
-from edgerun.shapes import BatchLayout, ChosenShape, check_shape, choose_shapes
 
 Feed = Dict[str, "np.ndarray[Any, Any]"]
 """Input name → contiguous array, ready for the runtime."""

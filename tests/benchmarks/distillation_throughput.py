@@ -52,7 +52,7 @@ from edgekd.data.loader import Loader
 from edgekd.distill.cache import fill_cache
 from edgekd.distill.objective import Objective
 from edgekd.distill.teacher import ModuleTeacher, Teacher
-from edgekd.distill.trainer import train
+from edgekd.distill.trainer import Trainer
 from edgekd.models import DictModel, build_model, count_parameters
 from edgekd.tasks import get_task
 
@@ -188,10 +188,11 @@ def with_edgekd(bench: Bench, laps: Laps) -> float:
         objective = Objective([LossTerm(name="hard_labels", weight=HARD), soft], bench.task)
     few = {name: array[:BATCH] for name, array in bench.dataset.splits["validation"].arrays.items()}
     with tempfile.TemporaryDirectory(dir=bench.options.work) as folder:
-        history = train(
+        history = Trainer(
             bench.student,
             objective,
-            (loader, Loader(Split(few), bench.dataset, BATCH, channels_last=True)),
+            loader,
+            Loader(Split(few), bench.dataset, BATCH, channels_last=True),
             bench.task,
             TrainConfig(
                 epochs=bench.options.epochs,
@@ -204,7 +205,7 @@ def with_edgekd(bench: Bench, laps: Laps) -> float:
             checkpoint_folder=Path(folder),
             progress=Mock(),
             teacher=teacher,
-        )
+        ).fit()
     return float(history.epochs[-1].loss)
 
 

@@ -4,66 +4,35 @@ import json
 import tracemalloc
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.errors import InputError
-from edgekd.onnx.compare import AnswerErrors, compare_answers, compare_models, run_samples
+from edgekd.onnx.compare import ComparisonSums, Reference
+from edgekd.onnx.inference import run_samples
 from edgekd.onnx.samples import ArraySamples
 from edgekd.release.statistics import wilson
+from tests.onnx_builders import save_onnx
+from tests.samples import CountedSamples, GeneratedSamples
 
 RANDOM = np.random.default_rng(0)
 INPUT = RANDOM.standard_normal((11, 6)).astype(np.float32)
 WEIGHTS = RANDOM.standard_normal((6, 3)).astype(np.float32)
 
 
-class Counted(ArraySamples):
-    """Samples that remember how many were asked for at a time."""
-
-    def __init__(self, arrays):
-        super().__init__(arrays)
-        self.sizes = []
-
-    def batches(self, size):
-        self.sizes.append(size)
-        return super().batches(size)
+def compare_outputs(reference, candidate, classes):
+    """The errors of outputs (N, …) by name."""
+    sums = ComparisonSums(classes)
+    sums.add(reference, candidate)
+    return sums.rows()
 
 
-class Made:
-    """Samples that are made when asked for."""
-
-    def __init__(self, count):
-        self.count = count
-
-    def batches(self, size):
-        for start in range(0, self.count, size):
-            yield {"x": np.full((min(size, self.count - start), 6), start, np.float32)}
-
-
-def linear(path, batch="batch", kind=TensorProto.FLOAT, extra=(), weights=WEIGHTS):
-    """x (batch, 6) → logits = x·W and label = argmax."""
-    dtype = helper.tensor_dtype_to_np_dtype(kind)
-    nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["logits"]),
-        helper.make_node("ArgMax", ["logits"], ["label"], axis=1, keepdims=0),
-        *extra,
-    ]
-    outputs = [
-        helper.make_tensor_value_info("logits", kind, [batch, weights.shape[1]]),
-        helper.make_tensor_value_info("label", TensorProto.INT64, [batch]),
-        *(onnx.ValueInfoProto(name=name) for node in extra for name in node.output),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "linear",
-        [helper.make_tensor_value_info("x", kind, [batch, 6])],
-        outputs,
-        [numpy_helper.from_array(weights.astype(dtype), "w")],
-    )
-    opset = [helper.make_opsetid("", 18)]
-    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=9), path)
-    return path
+def linear(path, batch="batch", dtype="float", output="", node="", weights=WEIGHTS):
+    """x (batch, 6) → logits = x·W and label = argmax; ``output`` and ``node`` are further ones."""
+    text = f"""({dtype}[{batch},6] x)
+        => ({dtype}[{batch},{weights.shape[1]}] logits, int64[{batch}] label {output})
+    {{ logits = MatMul (x, w)  label = ArgMax <axis = 1, keepdims = 0> (logits) {node} }}"""
+    weights = weights.astype({"float": "f4", "float16": "f2"}[dtype])
+    return save_onnx(path, text, {"w": weights}, opset=18)
 
 
 @pytest.mark.parametrize("batch", ["batch", 1, 4, 11, 16])
@@ -82,14 +51,14 @@ def test_neither_the_batch_of_the_model_nor_that_of_the_run_changes_an_answer(
 
 def test_large_samples_are_run_few_at_a_time(tmp_path):
     wide = {"x": INPUT, "image": np.broadcast_to(np.float32(0), (11, 1 << 20))}
-    samples = Counted(wide)
+    samples = CountedSamples(wide)
     run_samples(linear(tmp_path / "m.onnx"), samples, batch=64)
     # 4 MB each and 8 MB at a time.
     assert max(samples.sizes) <= 2
 
 
 def test_a_model_that_takes_16_bits_is_given_them(tmp_path):
-    path = linear(tmp_path / "m.onnx", kind=TensorProto.FLOAT16)
+    path = linear(tmp_path / "m.onnx", dtype="float16")
     answers = run_samples(path, ArraySamples({"x": INPUT}))
     expected = INPUT.astype(np.float16).astype(float) @ WEIGHTS.astype(np.float16).astype(float)
     # The result is rounded to float16: 2⁻¹¹ of values below 8.
@@ -111,8 +80,8 @@ def test_samples_that_do_not_fit_are_the_users_error(tmp_path, arrays, message):
 
 
 def test_an_output_without_an_axis_for_the_samples_is_run_one_by_one(tmp_path):
-    mean = helper.make_node("ReduceMean", ["logits"], ["mean"], keepdims=0)
-    path = linear(tmp_path / "m.onnx", extra=[mean])
+    mean = "mean = ReduceMean <keepdims = 0> (logits)"
+    path = linear(tmp_path / "m.onnx", output=", mean", node=mean)
     answers = run_samples(path, ArraySamples({"x": INPUT}))
     for found, row in zip(answers["mean"], answers["logits"], strict=True):
         assert found == pytest.approx(row.mean(), abs=1e-6)
@@ -121,7 +90,7 @@ def test_an_output_without_an_axis_for_the_samples_is_run_one_by_one(tmp_path):
 def test_the_figures_are_those_worked_out_by_hand():
     reference = {"logits": np.array([[3.0, 4.0], [0.0, 2.0]], np.float32)}
     candidate = {"logits": np.array([[4.0, 3.0], [0.0, 1.0]], np.float32)}
-    (row,) = compare_answers(reference, candidate, "logits")
+    (row,) = compare_outputs(reference, candidate, "logits")
     assert row.max_absolute == 1.0
     assert row.rmse == pytest.approx((3 / 4) ** 0.5)
     assert row.sqnr_db == pytest.approx(10 * np.log10(29 / 3))
@@ -133,7 +102,7 @@ def test_the_figures_are_those_worked_out_by_hand():
 
 def test_the_same_answers_have_no_error_and_no_ratio():
     answers = {"logits": INPUT, "zero": np.zeros((11, 2)), "label": INPUT.argmax(1)}
-    rows = {row.name: row for row in compare_answers(answers, answers, "logits")}
+    rows = {row.name: row for row in compare_outputs(answers, answers, "logits")}
     assert all(row.max_absolute == row.rmse == 0.0 for row in rows.values())
     assert all(row.sqnr_db is None and row.not_finite == 0 for row in rows.values())
     assert rows["logits"].cosine_worst == pytest.approx(1.0)
@@ -145,9 +114,9 @@ def test_the_order_and_the_number_of_samples_do_not_change_the_mean_figures():
     """More samples than are compared at a time."""
     noise = 0.1 * RANDOM.standard_normal((1100, 4))
     reference = RANDOM.standard_normal((1100, 4))
-    once = compare_answers({"y": reference}, {"y": reference + noise}, "y")[0]
+    once = compare_outputs({"y": reference}, {"y": reference + noise}, "y")[0]
     order = RANDOM.permutation(1100)
-    again = compare_answers({"y": reference[order]}, {"y": (reference + noise)[order]}, "y")[0]
+    again = compare_outputs({"y": reference[order]}, {"y": (reference + noise)[order]}, "y")[0]
     assert once.rmse == pytest.approx(np.sqrt((noise**2).mean()))
     assert once.samples == 1100
     for key, value in once.to_json().items():
@@ -160,7 +129,7 @@ def test_a_value_that_is_not_finite_on_one_side_is_shown(bad, side):
     """It stands where the largest class is, so that argmax alone would not notice it."""
     sides = {"reference": np.tile([1.0, 2.0], (5, 1)), "candidate": np.tile([1.0, 2.0], (5, 1))}
     sides[side][3, 1] = bad
-    (row,) = compare_answers({"y": sides["reference"]}, {"y": sides["candidate"]}, "y")
+    (row,) = compare_outputs({"y": sides["reference"]}, {"y": sides["candidate"]}, "y")
     assert row.not_finite == 1
     assert {row.max_absolute, row.rmse, row.sqnr_db, row.cosine, row.cosine_worst} == {None}
     assert row.argmax_agreement == 0.8
@@ -171,21 +140,21 @@ def test_values_that_are_not_finite_on_both_sides_alike_are_no_error():
     reference = np.array([[1.0, -np.inf, np.nan], [1.0, 2.0, 3.0]])
     candidate = reference.copy()
     candidate[0, 0] += 0.5
-    (row,) = compare_answers({"y": reference}, {"y": candidate}, None)
+    (row,) = compare_outputs({"y": reference}, {"y": candidate}, None)
     assert row.not_finite == 0
     assert row.max_absolute == 0.5
     assert row.sqnr_db == pytest.approx(10 * np.log10((1 + 1 + 4 + 9) / 0.25))
-    opposite = compare_answers({"y": reference}, {"y": -reference}, None)[0]
+    opposite = compare_outputs({"y": reference}, {"y": -reference}, None)[0]
     assert opposite.not_finite == 1
 
 
 def test_answers_that_cannot_be_compared_say_why():
     with pytest.raises(InputError, match="no output of the candidate named 'y'"):
-        compare_answers({"y": INPUT}, {"z": INPUT}, None)
+        compare_outputs({"y": INPUT}, {"z": INPUT}, None)
     with pytest.raises(InputError, match="no output named 'z'"):
-        compare_answers({"y": INPUT}, {"y": INPUT}, "z")
+        compare_outputs({"y": INPUT}, {"y": INPUT}, "z")
     with pytest.raises(InputError, match=r"\(11, 6\) in one model and \(10, 6\)"):
-        compare_answers({"y": INPUT}, {"y": INPUT[:10]}, None)
+        compare_outputs({"y": INPUT}, {"y": INPUT[:10]}, None)
 
 
 @pytest.mark.parametrize("batches", [("batch", "batch"), (4, "batch"), ("batch", 4), (16, 3)])
@@ -200,11 +169,10 @@ def test_models_side_by_side_give_the_figures_of_all_answers_at_once(tmp_path, b
     def right(_, answers, rows):
         return answers["label"] == labels[rows]
 
-    found = compare_models(
-        one, other, samples, "logits", right, batch=sizes[0], candidate_batch=sizes[1]
-    )
+    reference = Reference(one, samples, batch=sizes[0])
+    found = reference.compare(other, "logits", right, batch=sizes[1])
     answers = run_samples(one, samples), run_samples(other, samples)
-    for row, whole in zip(found.errors, compare_answers(*answers, "logits"), strict=True):
+    for row, whole in zip(found.errors, compare_outputs(*answers, "logits"), strict=True):
         for key, value in whole.to_json().items():
             if key == "parts":  # of a model's graph, which answers alone do not have
                 continue
@@ -220,11 +188,11 @@ def test_answers_may_come_in_any_parts():
     random = np.random.default_rng(0)
     reference = random.standard_normal((300, 5000))
     candidate = reference + 0.1 * random.standard_normal(reference.shape)
-    errors = AnswerErrors("y")
+    errors = ComparisonSums("y")
     for rows in (slice(0, 7), slice(7, 8), slice(8, 300)):
         errors.add({"y": reference[rows]}, {"y": candidate[rows]})
     (parts,) = errors.rows()
-    (whole,) = compare_answers({"y": reference}, {"y": candidate}, "y")
+    (whole,) = compare_outputs({"y": reference}, {"y": candidate}, "y")
     assert parts.samples == 300
     assert parts.rmse == pytest.approx(np.sqrt(((candidate - reference) ** 2).mean()))
     for key, value in whole.to_json().items():
@@ -237,7 +205,8 @@ def test_a_comparison_of_models_holds_one_batch_in_memory(tmp_path):
 
     def compare(count):
         tracemalloc.start()
-        compare_models(path, path, Made(count), None, lambda *args: np.zeros(len(args[1]["label"])))
+        reference = Reference(path, GeneratedSamples("x", count, lambda row: np.full(6, row)))
+        reference.compare(path, None, lambda *args: np.zeros(len(args[1]["label"])))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak
@@ -250,6 +219,6 @@ def test_a_comparison_of_models_holds_one_batch_in_memory(tmp_path):
 def test_words_count_as_the_same_or_not():
     reference = {"word": np.array(["cat", "dog", "cat", "owl"], dtype=object)}
     candidate = {"word": np.array(["cat", "dog", "owl", "owl"], dtype=object)}
-    (row,) = compare_answers(reference, candidate, None)
+    (row,) = compare_outputs(reference, candidate, None)
     assert row.max_absolute == 1.0
     assert row.rmse == 0.5

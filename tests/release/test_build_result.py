@@ -4,9 +4,7 @@ import copy
 import json
 
 import pytest
-from click.testing import CliRunner
 
-from edgekd.cli import main
 from edgekd.config.budgets import Budgets, GateConfig
 from edgekd.config.profile import load_profile
 from edgekd.errors import InputError
@@ -14,6 +12,7 @@ from edgekd.release.build_result import BenchRecord, evidence_of_bench, result_o
 from edgekd.release.gate import evaluate
 from edgekd.release.report_tables import cautions, thread_remark
 from edgekd.release.result import Result
+from tests.command_line import edgekd
 
 
 def percentile(value):
@@ -54,10 +53,6 @@ def judge(content, **budgets):
     return {v.rule: v for v in evaluate(content, resolved)}
 
 
-def on_the_command_line(*arguments):
-    return CliRunner().invoke(main, ["gate", *map(str, arguments)])
-
-
 @pytest.fixture
 def workstation(result):
     """A result of a stand-in for a Raspberry Pi."""
@@ -68,11 +63,9 @@ def workstation(result):
 def test_a_bench_alone_is_gated_by_what_it_measured(tmp_path):
     (tmp_path / "bench.json").write_text(json.dumps(bench()))
     (tmp_path / "budget.yaml").write_text("latency: {p95_ms: 7}\nsize: {max_mb: 1}\n")
-    done = on_the_command_line(tmp_path / "bench.json", "--budget", tmp_path / "budget.yaml")
-    assert done.exit_code == 0, done.output
+    edgekd("gate", tmp_path / "bench.json", "--budget", tmp_path / "budget.yaml")
     (tmp_path / "budget.yaml").write_text("latency: {p95_ms: 3}\n")
-    done = on_the_command_line(tmp_path / "bench.json", "--budget", tmp_path / "budget.yaml")
-    assert done.exit_code == 1
+    edgekd("gate", tmp_path / "bench.json", "--budget", tmp_path / "budget.yaml", code=1)
 
 
 @pytest.mark.parametrize("accuracy", [{"min": 0.5}, {"max": 5.0}, {"max_drop": 0.1}])
@@ -126,9 +119,7 @@ def test_a_damaged_bench_is_an_error_that_names_the_file(tmp_path, key):
     del damaged[key]
     (tmp_path / "bench.json").write_text(json.dumps(damaged))
     (tmp_path / "budget.yaml").write_text("latency: {p95_ms: 7}\n")
-    done = on_the_command_line(tmp_path / "bench.json", "--budget", tmp_path / "budget.yaml")
-    assert type(done.exception).__name__ in ("SystemExit", "InputError")
-    assert done.exit_code == 2
+    edgekd("gate", tmp_path / "bench.json", "--budget", tmp_path / "budget.yaml", code=2)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,7 @@ import sys
 import tarfile
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
 
 from edgekd.errors import InputError, StageError
 from edgekd.files import edgerun_folder
@@ -18,6 +16,8 @@ from edgekd.release.bundle import write_archive, write_bundle
 from edgekd.release.bundle_verify import verify_bundle
 from edgekd.release.result import Result
 from edgekd.spec import ModelSpec, TensorSpec
+from tests.onnx_builders import save_onnx
+from tests.release.conftest import make_result
 
 SPEC = ModelSpec((TensorSpec("image", ("batch", 1, 2, 2)),), (TensorSpec("logits", ("batch", 3)),))
 
@@ -25,19 +25,9 @@ SPEC = ModelSpec((TensorSpec("image", ("batch", 1, 2, 2)),), (TensorSpec("logits
 def tiny_model(path):
     """logits = flatten(image) · W"""
     weights = np.arange(12, dtype=np.float32).reshape(4, 3)
-    graph = helper.make_graph(
-        [
-            helper.make_node("Flatten", ["image"], ["flat"]),
-            helper.make_node("MatMul", ["flat", "w"], ["logits"]),
-        ],
-        "tiny",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 1, 2, 2])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])],
-        [onnx.numpy_helper.from_array(weights, "w")],
-    )
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path
-    )
+    text = """(float[batch,1,2,2] image) => (float[batch,3] logits)
+    { flat = Flatten (image)  logits = MatMul (flat, w) }"""
+    save_onnx(path, text, {"w": weights}, opset=18)
     return weights
 
 
@@ -59,15 +49,9 @@ def build(folder, model, result, **changes):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """One bundle for all tests that only read it: (archive, folder, weights)."""
-    from importlib import util
-    from pathlib import Path
-
-    spec = util.spec_from_file_location("sample", Path(__file__).parent / "conftest.py")
-    sample = util.module_from_spec(spec)
-    spec.loader.exec_module(sample)
     base = tmp_path_factory.mktemp("bundle")
     weights = tiny_model(base / "m.onnx")
-    archive = build(base / "fashion-mnist", base / "m.onnx", sample.make_result())
+    archive = build(base / "fashion-mnist", base / "m.onnx", make_result())
     return archive, base / "fashion-mnist", weights
 
 
