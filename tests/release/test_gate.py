@@ -5,15 +5,14 @@ from dataclasses import dataclass
 from xml.etree import ElementTree
 
 import pytest
-from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgekd.cli import main
 from edgekd.config.budgets import Budgets, GateConfig
 from edgekd.errors import InputError
 from edgekd.release.gate import evaluate, passed, read_gate, write_gate
 from edgekd.release.result import Result, read_result, recipe_sha256
+from tests.command_line import edgekd
 
 
 @dataclass
@@ -222,8 +221,7 @@ def test_a_result_that_contradicts_itself_is_refused(result, part, change, where
     path = tmp_path / "result.json"
     path.write_text(json.dumps(result))
     (tmp_path / "budget.yaml").write_text("latency: {p95_ms: 50}\n")
-    command = ["gate", str(path), "--budget", str(tmp_path / "budget.yaml")]
-    done = CliRunner().invoke(main, command)
+    done = edgekd("gate", path, "--budget", tmp_path / "budget.yaml")
     assert done.exit_code == 2, done.output
     assert f"models.student.{part if 'samples' in part else part.partition('.')[0]}" in done.output
     assert where in " ".join(done.output.split())
