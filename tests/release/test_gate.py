@@ -221,8 +221,7 @@ def test_a_result_that_contradicts_itself_is_refused(result, part, change, where
     path = tmp_path / "result.json"
     path.write_text(json.dumps(result))
     (tmp_path / "budget.yaml").write_text("latency: {p95_ms: 50}\n")
-    done = edgekd("gate", path, "--budget", tmp_path / "budget.yaml")
-    assert done.exit_code == 2, done.output
+    done = edgekd("gate", path, "--budget", tmp_path / "budget.yaml", code=2)
     assert f"models.student.{part if 'samples' in part else part.partition('.')[0]}" in done.output
     assert where in " ".join(done.output.split())
     assert str(path) in done.output
