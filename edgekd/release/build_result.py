@@ -154,8 +154,8 @@ def build_result(
     Raises:
         InputError: the record is damaged, or contradicts itself.
     """
-    where, evidence = f"target {run.target}", run.evidence
-    record = BenchRecord.from_json(bench, where)
+    evidence = run.evidence
+    record = BenchRecord.from_json(bench, f"target {run.target}")
     timed = dict(zip(("student", "teacher"), record.models, strict=False))
     content: dict[str, Any] = {
         **run.__dict__,
@@ -171,7 +171,8 @@ def build_result(
     }
     if constant is not None:
         content["constant"] = statistics.mean_score(constant).figure(task.metric, evidence)
-    return validate(Result, content, "the result", where, "run the benchmark stage again")
+    where = f"task {task.name}, target {run.target}"
+    return validate(Result, content, "the result", where, "check the task's scores and the target")
 
 
 def _model(
