@@ -13,7 +13,7 @@ from rich.table import Table
 from edgekd.errors import InputError
 from edgekd.files import write_errors
 from edgekd.measurement import full_text, interval_text, value_text
-from edgekd.release.compare import Comparison, SeedMeans, compare_files
+from edgekd.release.compare import ResultComparison, SeedMeans, compare_files
 
 
 @click.command()
@@ -39,7 +39,7 @@ def compare(paths: tuple[Path, ...], json_path: Path | None) -> None:
             json_path.write_text(text, encoding="utf-8")
 
 
-def _side_by_side(comparison: Comparison) -> Table:
+def _side_by_side(comparison: ResultComparison) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("figure")
     for label in comparison.labels:

@@ -13,8 +13,8 @@ from edgekd.config.profile import (
     PowerMode,
     Profile,
     Quantity,
+    SourcedText,
     SourcedValue,
-    Text,
     list_profiles,
     load_profile,
 )
@@ -119,7 +119,7 @@ def shown(stated: SourcedValue) -> str:
     """The value of a sourced figure as text."""
     if isinstance(stated, Quantity):
         return f"{stated.value:g}" if stated.value < 1e5 else f"{stated.value:.0f}"
-    if isinstance(stated, Text):
+    if isinstance(stated, SourcedText):
         return stated.value
     if isinstance(stated, PowerMode):
         return f"{stated.watts:g} W" if stated.watts else "no limit"
