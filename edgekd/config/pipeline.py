@@ -132,7 +132,9 @@ class TensorRTConfig(ConfigModel):
     sizes range from 1 over ``benchmark.batch_size`` to the larger of both.
     """
     workspace_mb: PositiveFloat | None = None
-    """Memory that the builder may use. Left out: the profile's ``budget.memory_mb``."""
+    """Memory that the builder may use. Left out: ``gate.memory.peak_mb``, else the limit of the
+    profile.
+    """
     version_compatible: bool = False
     """Whether the engine also loads in later releases."""
     hardware_compatible: bool = False
