@@ -11,13 +11,13 @@ import onnxruntime
 import pytest
 
 from edgekd import api
-from edgekd.config.engines import QatConfig
+from edgekd.config.pipeline import QatConfig
 from edgekd.config.training import LossTerm
 from edgekd.errors import InputError, StageError
 from edgekd.onnx import export as engine
-from edgekd.onnx.export import describe_onnx
+from edgekd.onnx.file import describe_onnx
 from edgekd.pipeline.stage import Context
-from edgekd.stages.qat import train_quantized
+from edgekd.stages.quantize import train_quantized
 from edgekd.stages.task_data import open_task_data
 from tests.integration.pipelines import DIGITS
 from tests.progress import RecordedProgress

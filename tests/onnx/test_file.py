@@ -10,7 +10,7 @@ from onnx import TensorProto
 from edgekd.errors import InputError
 from edgekd.onnx.file import ENGINE_SUFFIXES, check_onnx, describe_onnx
 from edgerun import files
-from tests.onnx_builders import parse_onnx, save_onnx
+from tests.onnx_builders import Graph, parse_onnx, save_onnx
 
 
 @pytest.fixture
@@ -200,3 +200,81 @@ def test_a_link_out_of_the_folder_is_refused(external, tmp_path):
     (external.parent / "weights.bin").symlink_to(secret)
     with pytest.raises(InputError, match="outside the model's folder"):
         check_onnx(external)
+
+
+LOOP = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    g (float[2] x) => (float[2] y)
+    <int64 m = {ROUNDS}, bool c = {1}>
+    { y = Loop (m, c, x) <body = b (int64 i, bool go, float[2] a) => (bool on, float[2] o)
+        { on = CONDITION o = Add (a, a) }> }
+"""
+
+
+@pytest.mark.parametrize(
+    ("rounds", "condition", "ends"),
+    [
+        (2**62, "Identity (go)", False),
+        (2**62, "Constant <value = bool {1}> ()", False),
+        (2**62, "Not (go)", True),
+        (1000, "Identity (go)", True),
+    ],
+)
+def test_a_loop_that_never_ends_is_refused(tmp_path, rounds, condition, ends):
+    text = LOOP.replace("ROUNDS", str(rounds)).replace("CONDITION", condition)
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
+    if ends:
+        check_onnx(tmp_path / "m.onnx")
+        return
+    with pytest.raises(InputError, match=r"loop 'y' has 4,611,686,018,427,387,904 rounds"):
+        check_onnx(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda data: data.replace(b"Relu", b"Re\xff\xfe"), "is not UTF-8"),
+        (lambda data: data.replace(b"inner", b"inn\xff\xfe"), "is not UTF-8"),
+        (lambda data: data.replace(b"key", b"k\xff\xfe"), "is not UTF-8"),
+    ],
+)
+def test_names_that_are_no_text_are_refused(tmp_path, change, says):
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17], metadata_props: ["key" : "b"]>
+        g (float[2] x) => (float[2] y) { inner = Relu (x) y = Relu (inner) }""")
+    (tmp_path / "m.onnx").write_bytes(change(model.SerializeToString()))
+    with pytest.raises(InputError, match=says):
+        describe_onnx(tmp_path / "m.onnx")
+
+
+def test_functions_that_call_each_other_are_refused(tmp_path):
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17, "own" : 1]>
+        g (float[2] x) => (float[2] y) { y = own.f (x) }
+        <domain: "own", opset_import: ["" : 17, "own" : 1]> f (a) => (b) { b = own.h (a) }
+        <domain: "own", opset_import: ["" : 17, "own" : 1]> h (a) => (b) { b = own.f (a) }""")
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(InputError, match="calls itself"):
+        describe_onnx(tmp_path / "m.onnx")
+
+
+def test_a_graph_of_too_many_nodes_is_refused_soon(tmp_path):
+    graph = Graph()
+    for number in range(20_001):
+        graph.add("Relu", [f"t{number}"], f"t{number + 1}", "n")
+    graph.save(tmp_path / "m.onnx", {"t0": [2]}, {"t20001": [2]})
+    with pytest.raises(InputError, match="20,001 nodes, more than 20,000"):
+        describe_onnx(tmp_path / "m.onnx")
+
+
+def test_external_data_at_an_impossible_name_is_refused(tmp_path):
+    graph = Graph()
+    graph.add("Add", ["x", graph.weight("w", 2)], "y")
+    model = onnx.load(graph.save(tmp_path / "m.onnx", {"x": [2]}, {"y": [2]}))
+    weight = model.graph.initializer[0]
+    weight.ClearField("raw_data")
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="w\0.bin")
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match="outside the model's folder"):
+        check_onnx(tmp_path / "m.onnx")

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from edgekd.onnx.export import describe_onnx
+from edgekd.onnx.file import describe_onnx
 from edgekd.onnx.import_onnx import pack_onnx, rename_onnx
 from tests.onnx_builders import parse_onnx
 

@@ -14,6 +14,7 @@ from edgekd.errors import InputError, StageError
 from edgekd.files import edgerun_folder
 from edgekd.release.bundle import write_archive, write_bundle
 from edgekd.release.bundle_verify import verify_bundle
+from edgekd.release.result import Result
 from edgekd.spec import ModelSpec, TensorSpec
 from tests.onnx_builders import save_onnx
 from tests.release.conftest import make_result
@@ -38,7 +39,7 @@ def build(folder, model, result, **changes):
         "labels": ("a", "b", "c"),
         "task": {"name": "classification", "output": "logits"},
         "runtime": {"providers": ["CPUExecutionProvider"], "threads": 1},
-        "result": result,
+        "result": Result.from_json(result),
         "example": {"image": np.arange(16, dtype=np.uint8).reshape(4, 1, 2, 2) * 15},
         **changes,
     }
@@ -60,7 +61,7 @@ def bundle(made, tmp_path):
     return shutil.copytree(made[1], tmp_path / "copy")
 
 
-def test_expected_answers_are_those_of_the_preprocessed_example(made):
+def test_expected_outputs_are_those_of_the_preprocessed_example(made):
     _, folder, weights = made
     raw = np.load(folder / "example.npz")["image"]
     prepared = (raw.astype(np.float32) / 255 - 0.5) / 0.25
@@ -110,8 +111,8 @@ def test_the_three_lines_of_the_readme_run_in_the_unpacked_archive(made, tmp_pat
     for line in lines[1:]:
         command = [sys.executable, *line.split("#")[0].split()[1:]]
         subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=60)
-    answers = np.load(tmp_path / "answers.npz")["logits"]
-    assert np.array_equal(answers, np.load(folder / "expected.npz")["logits"])
+    outputs = np.load(tmp_path / "outputs.npz")["logits"]
+    assert np.array_equal(outputs, np.load(folder / "expected.npz")["logits"])
     # Python's caches, which running it made, are not a change.
     assert verify_bundle(folder) == []
 
