@@ -44,9 +44,8 @@ def fit_plain(folder, batch, **keys):
     )
     sources = Ordered(batch), Ordered(16)
     arguments = (Objective.supervised(TASK), *sources, TASK, config, 0)
-    history = Trainer(
-        model, *arguments, checkpoint_folder=folder, progress=RecordedProgress()
-    ).fit()
+    progress = RecordedProgress()
+    history = Trainer(model, *arguments, checkpoint_folder=folder, progress=progress).fit()
     return model, history
 
 

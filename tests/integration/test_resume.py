@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.command_line import edgekd_process
 from tests.integration.pipelines import DIGITS
 
 UNTIL = "distill"
@@ -92,10 +93,10 @@ def test_interrupted_run_leaves_with_its_code(tmp_path: Path, number: int, code:
     assert not (tmp_path / "run" / "tmp").exists()
 
 
-def test_files_that_a_killed_run_left_are_removed(tmp_path: Path, edgekd) -> None:
+def test_files_that_a_killed_run_left_are_removed(tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text(DIGITS)
     left = tmp_path / "run" / "tmp" / "edgekd-1234"
     left.mkdir(parents=True)
     (left / "feed.npz").touch()
-    edgekd("run", "p.yaml", "-o", "run", "--until", "data")
+    edgekd_process("run", "p.yaml", "-o", "run", "--until", "data", cwd=tmp_path)
     assert not left.parent.exists()

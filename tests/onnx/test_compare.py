@@ -205,8 +205,7 @@ def test_a_comparison_of_models_holds_one_batch_in_memory(tmp_path):
 
     def compare(count):
         tracemalloc.start()
-        made = GeneratedSamples("x", count, lambda row: np.full(6, row))
-        reference = Reference(path, made)
+        reference = Reference(path, GeneratedSamples("x", count, lambda row: np.full(6, row)))
         reference.compare(path, None, lambda *args: np.zeros(len(args[1]["label"])))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
