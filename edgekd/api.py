@@ -17,13 +17,11 @@ from edgekd.config.budgets import GateConfig
 from edgekd.config.loader import load_pipeline, load_section
 from edgekd.config.profile import Profile, load_profile
 from edgekd.errors import InputError, StageError
-from edgekd.pipeline.runner import Runner, RunOutcome, stages_until
+from edgekd.pipeline.runner import Runner, RunOutcome, Workers, join_workers, stages_until
 from edgekd.pipeline.stage import Job
 from edgekd.pipeline.store import Store
-from edgekd.pipeline.workers import Workers, join_workers
 from edgekd.progress import ConsoleProgress, EventLog
-from edgekd.stages import STAGES
-from edgekd.stages.preflight import preflight
+from edgekd.stages import STAGES, preflight
 
 if TYPE_CHECKING:
     from edgekd.release.gate import Verdict
@@ -180,16 +178,16 @@ def quantize(
 ) -> dict[str, Any]:
     """Write an ONNX model in fewer bits, and return the record of gains and losses.
 
-    The settings are those of :class:`edgekd.quantization.settings.QuantizeSettings`; the samples
-    are an npz file of real inputs by name.
+    The settings are those of :class:`edgekd.quantization.quantize_onnx.QuantizeSettings`; the
+    samples are an npz file of real inputs by name.
 
     Raises:
         InputError: the model, the samples or a setting do not fit.
         StageError: the file cannot be written or does not run.
     """
     from edgekd.extension import check_arguments
-    from edgekd.quantization.settings import QuantizeSettings
-    from edgekd.stages.quantize_onnx import quantize_model
+    from edgekd.quantization.quantize_model import quantize_model
+    from edgekd.quantization.quantize_onnx import QuantizeSettings
 
     given = check_arguments(QuantizeSettings, settings, name="quantize", where="settings")
     samples = None if calibration is None else Path(calibration)

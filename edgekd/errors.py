@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from edgerun.errors import BadInput, EdgerunError
 
 
-class EdgekdError(Exception):
+class EdgekdError(EdgerunError):
     """Base of all errors of the project.
 
     Args:
@@ -18,22 +21,6 @@ class EdgekdError(Exception):
         where: the file, key, line or layer it concerns.
         remedy: what the user can do about it.
     """
-
-    exit_code = 3
-
-    def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
-        self.what = what
-        self.where = where
-        self.remedy = remedy
-        super().__init__(str(self))
-
-    def __str__(self) -> str:
-        lines = [self.what]
-        if self.where:
-            lines.append(f"  where: {self.where}")
-        if self.remedy:
-            lines.append(f"  to do: {self.remedy}")
-        return "\n".join(lines)
 
 
 class GateFailed(EdgekdError):
@@ -72,6 +59,22 @@ class TargetError(EdgekdError):
     """The machine to measure on could not be reached or could not run the model."""
 
     exit_code = 4
+
+
+@contextmanager
+def edgerun_errors() -> Iterator[None]:
+    """Raise the errors of edgerun, whose functions are called in this process, as this package's.
+
+    Raises:
+        InputError: for its BadInput.
+        StageError: for all others.
+    """
+    try:
+        yield
+    except BadInput as error:
+        raise InputError(error.what, where=error.where, remedy=error.remedy) from error
+    except EdgerunError as error:
+        raise StageError(error.what, where=error.where, remedy=error.remedy) from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

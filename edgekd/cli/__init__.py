@@ -1,19 +1,31 @@
-"""The command line: parse, call, print. A command's module is imported when it is used."""
+"""The command line: parse, call, print. A command's module is imported when it is used.
+
+The two shortest commands, ``init`` and ``verify``, are here.
+"""
 
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import sys
 import traceback
+from pathlib import Path
 from typing import Any
 
 import click
 
-from edgekd.errors import EdgekdError, StageError, nearest, printable
+from edgekd.errors import (
+    EdgekdError,
+    InputError,
+    StageError,
+    nearest,
+    printable,
+    unknown_name,
+)
 
 _COMMANDS = {
-    "init": ("edgekd.cli.init:init", "Write an example pipeline to start from."),
+    "init": ("edgekd.cli:init", "Write an example pipeline to start from."),
     "run": ("edgekd.cli.run:run", "Run a pipeline: from the teacher to the gated bundle."),
     "plan": ("edgekd.cli.run:plan", "Show what a run would do, without doing it."),
     "distill": ("edgekd.cli.run:distill", "Run a pipeline up to the distilled student."),
@@ -25,7 +37,7 @@ _COMMANDS = {
     "gate": ("edgekd.cli.gate:gate", "Check a result against its budgets."),
     "report": ("edgekd.cli.run:report", "Run a pipeline up to its report."),
     "bundle": ("edgekd.cli.run:bundle", "Run a pipeline up to the bundle for the device."),
-    "verify": ("edgekd.cli.verify:verify", "Find changed, missing or extra files in a bundle."),
+    "verify": ("edgekd.cli:verify", "Find changed, missing or extra files in a bundle."),
     "compare": ("edgekd.cli.compare:compare", "Compare the results of several runs side by side."),
     "layers": ("edgekd.cli.layers:layers", "List the layers that a loss can name, with shapes."),
     "profiles": ("edgekd.cli.profiles:profiles", "List, show and check device profiles."),
@@ -54,10 +66,10 @@ class LazyGroup(click.Group):
             words = [word for word in sys.argv[1:] if word != "--debug"]
             pipeline = any(word.lower().endswith((".yaml", ".yml")) for word in words)
             if words[:1] and words[0] in _OPENING_MODELS and not pipeline:
-                from edgekd.cli.supervision import supervise
+                from edgekd.crashes import supervise
 
                 # Its child may be in native code, which only the default of SIGTERM ends.
-                supervise()
+                supervise(_probe)
             else:
                 interrupt_on_sigterm()
         return super().main(args, *rest, **extra)
@@ -121,7 +133,7 @@ def _explained(error: BaseException) -> EdgekdError:
         from edgekd.cli.process import unexpected
 
         return unexpected(error)
-    from edgekd.crash_notes import noted_file
+    from edgekd.crashes import noted_file
 
     return StageError(
         f"{type(error).__module__.partition('.')[0]} fails: {' '.join(str(error).split())}",
@@ -129,6 +141,12 @@ def _explained(error: BaseException) -> EdgekdError:
         remedy="'edgekd check' shows what the model needs; export it again, in another "
         "opset or with another exporter",
     )
+
+
+def _probe(model: Path, level: str) -> None:
+    from edgekd.targets import LocalTarget
+
+    LocalTarget().probe(model, optimization=level)
 
 
 def _print_error(text: str) -> None:
@@ -145,3 +163,45 @@ def main(debug: bool) -> None:
     Exit codes: 0 done and the gate passed, 1 the gate failed, 2 the input is wrong,
     3 a stage failed, 4 the target could not be reached, 130 interrupted (143 by SIGTERM).
     """
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path), default=Path("pipeline.yaml"))
+@click.option("--example", default="digits", show_default=True, help="Which shipped pipeline.")
+@click.option("--schema", is_flag=True, help="Write the JSON schema for editors instead.")
+def init(path: Path, example: str, schema: bool) -> None:
+    """Write an example pipeline to PATH (never over an existing file)."""
+    from edgekd.files import pipelines_folder, write_errors
+
+    if path.exists():
+        raise InputError("the file exists already", where=str(path), remedy="give another path")
+    if schema:
+        from edgekd.config.pipeline import pipeline_schema
+
+        text = json.dumps(pipeline_schema(), indent=1)
+    else:
+        examples = {file.stem: file for file in pipelines_folder().glob("*.yaml")}
+        if example not in examples:
+            raise unknown_name("example", example, examples, where="--example")
+        text = examples[example].read_text(encoding="utf-8")
+    with write_errors(path, error=InputError):
+        path.write_text(text, encoding="utf-8")
+    click.echo(f"wrote {path}" + ("" if schema else f"; next: edgekd run {path}"))
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+def verify(bundle: Path) -> None:
+    """Check every file of BUNDLE (a folder or .tar.gz) against its manifest.
+
+    Exit code 1 when a file is changed, missing or extra.
+    """
+    from edgekd.release.bundle_verify import verify_bundle
+
+    problems = verify_bundle(bundle)
+    for problem in problems:
+        click.echo(problem)
+    if problems:
+        click.echo(f"{bundle}: {len(problems)} problem(s)")
+        sys.exit(1)
+    click.echo(f"{bundle}: intact")

@@ -58,7 +58,7 @@ def check(
     from rich.console import Console
 
     from edgekd.config.profile import load_profile
-    from edgekd.crash_notes import note_model
+    from edgekd.crashes import note_model
     from edgekd.engines.check import check_model
     from edgekd.files import check_output
     from edgekd.targets import LocalTarget, open_target

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from edgekd.errors import GateFailed, InputError
+from edgekd.files import write_errors
 from edgekd.release.formatting import full_text
 from edgekd.release.rules import Verdict, passed, summary_line
 
@@ -128,14 +129,8 @@ def _evaluate(
     verdicts = evaluate(content, budgets, limits)
     for path, write in ((json_path, write_gate_json), (junit, write_junit)):
         if path is not None:
-            try:
+            with write_errors(path, "the verdicts", error=InputError):
                 write(path, content["name"], verdicts)
-            except OSError as error:
-                raise InputError(
-                    f"the verdicts cannot be written: {error.strerror}",
-                    where=str(path),
-                    remedy="give a path in a folder that exists and that you may write to",
-                ) from error
     return verdicts
 
 

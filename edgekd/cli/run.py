@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from edgekd.api import execute, open_job, run_folder
-from edgekd.pipeline.runner import RunOutcome
+from edgekd.pipeline.runner import RunOutcome, join_workers
 from edgekd.pipeline.runner import plan as plan_run
-from edgekd.pipeline.workers import join_workers
 from edgekd.release.formatting import full_text, value_text
 from edgekd.release.gate import read_gate
 from edgekd.release.report_tables import (

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from edgekd.errors import InputError
+from edgekd.files import require_regular_file
 
 Location = Sequence[str | int]
 
@@ -179,6 +180,7 @@ def read_yaml(path: Path) -> YamlSource:
     Raises:
         InputError: the file is missing, unreadable, not YAML, or not a mapping.
     """
+    require_regular_file(path, "give a text file in YAML")
     try:
         with path.open("rb") as stream:
             data = stream.read(LARGEST + 1)

@@ -19,7 +19,7 @@ from edgekd.engines.provider_assignment import (
     listed,
     provider_coverage,
 )
-from edgekd.engines.tensorrt_support import OTHERWISE, Diagnostic, Parse, Status, tensorrt_verdict
+from edgekd.engines.tensorrt import OTHERWISE, Diagnostic, Parse, Status, tensorrt_verdict
 from edgekd.errors import InputError, StageError, unknown_name
 from edgekd.onnx.file import OnnxInfo, describe_onnx, files_of_onnx, read_onnx
 from edgekd.onnx.graph import node_label, precisions_of

@@ -22,11 +22,12 @@ from edgekd.engines.provider_assignment import (
     nodes_in_trace,
 )
 from edgekd.errors import StageError
-from edgekd.files import atomic_write
+from edgekd.files import atomic_write, write_errors
 from edgekd.onnx.file import check_onnx, describe_onnx
 from edgekd.onnx.graph import precisions_of
+from edgekd.onnx.inference import outputs_of, outputs_of_random_inputs
 from edgekd.onnx.optimizer_faults import guarded, optimizers_to_disable
-from edgekd.onnx.samples import Array, answers_of, outputs_of_random_inputs
+from edgekd.onnx.samples import Array
 from edgekd.onnx.session import (
     CPU_PROVIDER,
     RECORD_ASSIGNMENT,
@@ -150,7 +151,7 @@ def build_engine(
         spec = describe_onnx(onnx_path).spec
         inputs, reference = outputs_of_random_inputs(exported, spec, onnx_path)
     else:
-        inputs, reference = dict(samples), answers_of(exported, samples, onnx_path)
+        inputs, reference = dict(samples), outputs_of(exported, samples, onnx_path)
     del exported
     disabled: tuple[str, ...] = ()
     run_level = optimization
@@ -235,7 +236,7 @@ def _run(
             provider_options=provider_options,
             fallback=fallback,
         )
-        answers = answers_of(session, inputs, path)
+        answers = outputs_of(session, inputs, path)
         nodes = nodes_in_trace(Path(session.end_profiling()), path)
     placed = assigned_nodes(session, path)
     # The profile knows the nodes as well, but a compiled subgraph only as one.
@@ -257,14 +258,8 @@ def _save_optimized(
     without: Sequence[str],
 ) -> None:
     if level == "disabled":
-        try:
+        with write_errors(out_path, "the model"):
             shutil.copyfile(onnx_path, out_path)
-        except OSError as error:
-            raise StageError(
-                f"the model cannot be written: {error.strerror}",
-                where=str(out_path),
-                remedy="free space or choose another folder",
-            ) from error
         return
     options = session_options(threads, level)
     options.optimized_model_filepath = str(out_path)

@@ -11,25 +11,11 @@ from typing import Any
 import numpy as np
 
 from edgekd.errors import InputError, unknown_name
-from edgekd.onnx.batch_inference import BatchedModel, numbered_batches, run_samples
-from edgekd.onnx.batch_layout import comparable
-from edgekd.onnx.error_metrics import ErrorSums, cosines
+from edgekd.onnx.error_metrics import ErrorSums, PartError, PartSums, cosines
+from edgekd.onnx.inference import BatchedModel, is_ragged, numbered_batches
 from edgekd.onnx.output_parts import Part, find_parts
-from edgekd.onnx.part_errors import PartError, PartSums
 from edgekd.onnx.samples import Array, Samples
-from edgekd.onnx.session import CPU_PROVIDER, Optimization
-
-__all__ = [
-    "AnswerErrors",
-    "Comparison",
-    "OutputError",
-    "PartError",
-    "Reference",
-    "Score",
-    "compare_answers",
-    "compare_models",
-    "run_samples",
-]
+from edgekd.onnx.session import Optimization
 
 Score = Callable[[Mapping[str, Array], Mapping[str, Array], slice], Array]
 """(the reference's outputs, a model's, the slice of all samples) → each one's score, (n,)."""
@@ -38,6 +24,7 @@ REFERENCE_BYTES = 128 << 20
 """Largest size, in bytes, of a reference's outputs that are cached for the next candidate."""
 _VALUES = 1 << 20  # compared at a time in float64
 _CONFIDENCE = 0.95
+_MATCHED_ROWS = 2048  # of a sample; the cost of an assignment grows with their cube
 
 
 @dataclass(frozen=True)
@@ -100,56 +87,38 @@ class Reference:
     Args:
         path: the model.
         samples: real inputs.
-        providers: of all models, like ``threads``.
-        threads: of ONNX Runtime.
-        batch: samples run at a time, see :class:`edgekd.onnx.batch_inference.BatchedModel`.
+        threads: of ONNX Runtime, also for candidates.
+        batch: samples run at a time, see :class:`edgekd.onnx.inference.BatchedModel`.
 
     Raises:
-        InputError, StageError: as :func:`run_samples` for the model.
+        InputError, StageError: as :class:`edgekd.onnx.inference.BatchedModel`.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        samples: Samples,
-        *,
-        providers: Sequence[str] = (CPU_PROVIDER,),
-        threads: int = 1,
-        batch: int = 64,
-    ) -> None:
+    def __init__(self, path: Path, samples: Samples, *, threads: int = 1, batch: int = 64) -> None:
         self.path, self.samples = path, samples
-        self._providers, self._threads = tuple(providers), threads
-        self._model = self._opened(path, "disabled", batch)
-        self._batch = batch
-        self._known: list[tuple[slice, dict[str, Array]]] = []
-        self._known_size = 0
-        self.first = self._model.answer(next(samples.batches(self._model.size)))
+        self._threads, self._batch = threads, batch
+        self._model = BatchedModel(
+            path, samples, threads=threads, optimization="disabled", batch=batch
+        )
+        self._cached: list[dict[str, Array]] = []
+        self._cached_size = 0
+        self.first = self._model.predict(next(samples.batches(self._model.size)))
         """The outputs for the first batch."""
         self.parts = find_parts(path, samples, self.first, self._model.outputs.axes)
         """The parts of each output, by its name."""
 
-    def _opened(self, path: Path, optimization: Optimization, batch: int) -> BatchedModel:
-        return BatchedModel(
-            path,
-            self.samples,
-            providers=self._providers,
-            threads=self._threads,
-            optimization=optimization,
-            batch=batch,
-        )
-
-    def answers(self, size: int) -> Iterator[tuple[slice, dict[str, Array], dict[str, Array]]]:
+    def predictions(self, size: int) -> Iterator[tuple[slice, dict[str, Array], dict[str, Array]]]:
         """Batch by batch: the slice of the samples, their inputs, and the outputs."""
-        known = dict(enumerate(self._known)) if self._known_size == size else {}
-        kept: list[tuple[slice, dict[str, Array]]] = []
+        cached = self._cached if self._cached_size == size else []
+        stored: list[dict[str, Array]] = []
         left = REFERENCE_BYTES
         for number, (rows, inputs) in enumerate(numbered_batches(self.samples, size)):
-            answers = known[number][1] if number in known else self._model.answer(inputs)
-            left -= sum(values.nbytes for values in answers.values())
+            outputs = cached[number] if number < len(cached) else self._model.predict(inputs)
+            left -= sum(values.nbytes for values in outputs.values())
             if left >= 0:
-                kept.append((rows, answers))
-            yield rows, inputs, answers
-        self._known, self._known_size = kept, size
+                stored.append(outputs)
+            yield rows, inputs, outputs
+        self._cached, self._cached_size = stored, size
 
     def compare(
         self,
@@ -164,7 +133,7 @@ class Reference:
 
         Args:
             candidate: the model to compare.
-            classes: as in :func:`compare_answers`.
+            classes: the output whose largest value is the predicted class; None when there is none.
             score: the score function, also applied to the reference itself.
             optimization: of the candidate.
             batch: the candidate's, where that is another than the reference's: dynamic
@@ -172,81 +141,38 @@ class Reference:
                 for one query.
 
         Raises:
-            InputError: as :func:`run_samples` for the candidate and :func:`compare_answers`.
+            InputError: as :class:`edgekd.onnx.inference.BatchedModel` for the candidate, and
+                :meth:`ComparisonSums.add`.
             StageError: a model fails while it runs.
         """
-        model = self._opened(candidate, optimization, batch or self._batch)
-        errors = AnswerErrors(classes, self.parts)
+        model = BatchedModel(
+            candidate,
+            self.samples,
+            threads=self._threads,
+            optimization=optimization,
+            batch=batch or self._batch,
+        )
+        errors = ComparisonSums(classes, self.parts)
         scores: tuple[list[Array], list[Array]] = ([], [])
-        for rows, inputs, expected in self.answers(max(self._model.size, model.size)):
-            expected, answers = comparable(expected, model.answer(inputs))
-            errors.add(expected, answers)
+        for rows, inputs, expected in self.predictions(max(self._model.size, model.size)):
+            expected, found = comparable(expected, model.predict(inputs))
+            errors.add(expected, found)
             if score is not None:
                 scores[0].append(score(expected, expected, rows))
-                scores[1].append(score(expected, answers, rows))
+                scores[1].append(score(expected, found, rows))
         own, others = (
             np.concatenate(parts).astype(np.float64) if parts else np.zeros(0) for parts in scores
         )
         return Comparison(errors.rows(), own, others)
 
 
-def compare_models(
-    reference: Path,
-    candidate: Path,
-    samples: Samples,
-    classes: str | None,
-    score: Score,
-    *,
-    providers: Sequence[str] = (CPU_PROVIDER,),
-    threads: int = 1,
-    optimization: Optimization = "all",
-    batch: int = 64,
-    candidate_batch: int | None = None,
-) -> Comparison:
-    """:meth:`Reference.compare` for a single candidate.
+class ComparisonSums:
+    """The errors of a candidate's outputs over any number of batches, in constant memory.
 
     Args:
-        reference: the model that is right, run without optimizations.
-        candidate: the model to compare.
-        samples: real inputs.
-        classes: as in :func:`compare_answers`.
-        score: the score function, also applied to the reference itself.
-        providers: of both, like ``threads``.
-        threads: of ONNX Runtime.
-        optimization: the candidate's.
-        batch: samples run at a time.
-        candidate_batch: the candidate's, where that is another.
-
-    Raises:
-        InputError, StageError: as :class:`Reference` and its ``compare``.
-    """
-    right = Reference(reference, samples, providers=providers, threads=threads, batch=batch)
-    return right.compare(
-        candidate, classes, score, optimization=optimization, batch=candidate_batch
-    )
-
-
-def compare_answers(
-    reference: Mapping[str, Array], candidate: Mapping[str, Array], classes: str | None
-) -> tuple[OutputError, ...]:
-    """The error of every output of the reference, in its order.
-
-    Args:
-        reference: (N, …) by output name, as returned by :func:`run_samples`.
-        candidate: the other model's, to the same samples.
         classes: the output whose largest value is the predicted class; None when there is none.
-
-    Raises:
-        InputError: the candidate lacks an output or has another shape; there are no samples;
-            ``classes`` is no output.
+        parts: the parts of each output, by its name.
     """
-    errors = AnswerErrors(classes)
-    errors.add(reference, candidate)
-    return errors.rows()
-
-
-class AnswerErrors:
-    """:func:`compare_answers` over any number of batches, in constant memory."""
 
     def __init__(
         self, classes: str | None, parts: Mapping[str, Sequence[Part]] | None = None
@@ -259,17 +185,18 @@ class AnswerErrors:
         """Take (n, …) by output name of both.
 
         Raises:
-            InputError: as :func:`compare_answers`.
+            InputError: the candidate lacks an output or has another shape; there are no samples;
+                ``classes`` is no output.
         """
         if self._classes is not None and self._classes not in reference:
             raise unknown_name("output", self._classes, reference)
         for name, expected in reference.items():
             if name not in candidate:
                 raise unknown_name("output of the candidate", name, candidate)
-            answer = candidate[name]
-            if expected.shape != answer.shape or expected.ndim == 0 or len(expected) == 0:
+            found = candidate[name]
+            if expected.shape != found.shape or expected.ndim == 0 or len(expected) == 0:
                 raise InputError(
-                    f"output {name!r} is {expected.shape} in one model and {answer.shape} in "
+                    f"output {name!r} is {expected.shape} in one model and {found.shape} in "
                     "the other",
                     where="comparison of two models' outputs",
                     remedy="run both models on the same samples, at least one",
@@ -278,7 +205,7 @@ class AnswerErrors:
                 classes = name == self._classes
                 parts = () if classes else self._parts.get(name, ())
                 self._outputs[name] = _OutputSums(name, classes, parts)
-            self._outputs[name].add(expected, answer)
+            self._outputs[name].add(expected, found)
 
     def rows(self) -> tuple[OutputError, ...]:
         """The error of every output so far, in the reference's order."""
@@ -338,3 +265,89 @@ def _interval(successes: int, n: int) -> tuple[float, float]:
 
     interval = binomtest(successes, n).proportion_ci(_CONFIDENCE, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def comparable(
+    reference: Mapping[str, Array], candidate: Mapping[str, Array]
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Answers of two models with ragged outputs as arrays of one shape, (n, …).
+
+    Floats (K, F): each row of the reference paired with the nearest row of the candidate
+    (the assignment of least total distance); rows without a partner are paired with zeros. Anything
+    else (indices of boxes, words): for each row that either has, 1 where it is in the sample's
+    output and 0 elsewhere. Other outputs are unchanged.
+    """
+    first, second = dict(reference), dict(candidate)
+    for name, expected in reference.items():
+        answer = candidate.get(name)
+        if answer is None or not len(expected) or not is_ragged(expected):
+            continue
+        if not is_ragged(answer):
+            raise InputError(
+                f"output {name!r} has one size for all samples in one model only",
+                where="comparison of two models' outputs",
+                remedy="derive one from the other, or export both with the same settings",
+            )
+        pairs = [_pair(p, o) for p, o in zip(expected, answer, strict=True)]
+        first[name], second[name] = (_padded([pair[side] for pair in pairs]) for side in (0, 1))
+    return first, second
+
+
+def _pair(expected: Array, answer: Array) -> tuple[Array, Array]:
+    """(values,) of both sides of one sample."""
+    if expected.dtype.kind != "f":
+        return _memberships(expected, answer)
+    p, o = (_as_rows(a) for a in (expected, answer))
+    columns = max(p.shape[1], o.shape[1])
+    p, o = (np.pad(a, ((0, 0), (0, columns - a.shape[1]))).astype(np.float64) for a in (p, o))
+    if p.shape[0] != 1 or o.shape[0] != 1:
+        p, o = _matched(p, o)
+    return p.ravel(), o.ravel()
+
+
+def _as_rows(values: Array) -> Array:
+    """(K, F) of any number of dimensions and elements."""
+    if not values.ndim:
+        return values.reshape(1, 1)
+    return values.reshape(len(values), math.prod(values.shape[1:]))
+
+
+def _matched(p: Array, o: Array) -> tuple[Array, Array]:
+    """Pair rows with their nearest ones."""
+    if max(len(p), len(o)) <= _MATCHED_ROWS and len(p) and len(o):
+        # Imported here: it takes longer than the rest of the command line's imports.
+        from scipy.optimize import linear_sum_assignment
+        from scipy.spatial.distance import cdist
+
+        known = [np.nan_to_num(a, posinf=0.0, neginf=0.0) for a in (p, o)]
+        rows, partners = linear_sum_assignment(cdist(*known))
+        rest = [np.setdiff1d(np.arange(len(a)), i) for a, i in ((p, rows), (o, partners))]
+        p, o = (
+            np.concatenate([p[rows], p[rest[0]], np.zeros((len(rest[1]), p.shape[1]))]),
+            np.concatenate([o[partners], np.zeros((len(rest[0]), o.shape[1])), o[rest[1]]]),
+        )
+    longest = max(len(p), len(o))
+    first, second = (np.pad(a, ((0, longest - len(a)), (0, 0))) for a in (p, o))
+    return first, second
+
+
+def _memberships(expected: Array, answer: Array) -> tuple[Array, Array]:
+    """Of each row that either has, whether it is in the one and in the other; of a list of
+    numbers, each with its place."""
+
+    def rows(values: Array) -> list[tuple[Any, ...]]:
+        if values.ndim < 2:
+            return list(enumerate(values.ravel().tolist()))
+        return [tuple(row.tolist()) for row in _as_rows(values)]
+
+    ours, theirs = set(rows(expected)), set(rows(answer))
+    union = sorted(ours | theirs, key=repr)
+    return (
+        np.array([row in ours for row in union], np.float64),
+        np.array([row in theirs for row in union], np.float64),
+    )
+
+
+def _padded(values: Sequence[Array]) -> Array:
+    longest = max((len(each) for each in values), default=0)
+    return np.stack([np.pad(each, (0, longest - len(each))) for each in values])

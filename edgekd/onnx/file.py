@@ -11,8 +11,9 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError
 
-from edgekd.crash_notes import note_step
+from edgekd.crashes import note_step
 from edgekd.errors import InputError
+from edgekd.files import require_regular_file
 from edgekd.onnx.session import CPU_PROVIDER, first_line, open_session
 from edgekd.spec import Dimension, ModelSpec, TensorSpec
 from edgerun.model import dimension_name
@@ -123,10 +124,10 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         InputError: the file is missing, empty, truncated, not ONNX (an engine for example), or
             its external data is missing, too short or outside the model's folder.
     """
-    where = str(path)
+    where, remedy = str(path), "give the path of an .onnx file"
+    require_regular_file(path, remedy)
     if not path.is_file():
-        what = "this is a folder, not an ONNX file" if path.is_dir() else "the file does not exist"
-        raise InputError(what, where=where, remedy="give the path of an .onnx file")
+        raise InputError("the file does not exist", where=where, remedy=remedy)
     if path.stat().st_size >= LARGEST:
         # Not read at all: protobuf would refuse it after gigabytes.
         raise InputError(

@@ -1,14 +1,20 @@
-"""The graph of an ONNX model: nodes, subgraphs, precisions, and layers as operators name them."""
+"""The graph of an ONNX model: nodes, subgraphs, types, and inputs that decide what is computed."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TypedDict
 
 import onnx
+import onnx.inliner
+import onnxruntime
 
-from edgekd.onnx.file import read_onnx
+from edgekd.onnx.file import files_of_onnx, read_onnx
+from edgekd.onnx.session import CPU_PROVIDER, open_session
 
 
 class Precisions(TypedDict):
@@ -87,80 +93,153 @@ def reads(node: onnx.NodeProto) -> set[str]:
     return names
 
 
-_HALVES = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+class ProbedModel:
+    """A model whose intermediate tensors can be read, by copies with more outputs."""
 
-_SHOWN = 3  # operators of one layer that are spelt out
+    def __init__(self, path: Path, folder: Path) -> None:
+        self.path = path
+        self._model = read_onnx(path)
+        self._copy = folder / "model.onnx"
+        folder.mkdir()
+        for file in files_of_onnx(path)[1:]:
+            place = folder / file.relative_to(path.resolve().parent)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(file, place)
+            except OSError:  # another file system
+                shutil.copyfile(file, place)
+        graph = self._model.graph
+        self._outputs = [value.name for value in graph.output]
+        self.tensors = {value.name for value in graph.input}
+        self.tensors |= {name for node in graph.node for name in node.output if name}
+        self.graph = graph
+
+    def open(self, tensors: Iterable[str] = ()) -> onnxruntime.InferenceSession:
+        """A session that returns these tensors in addition to its outputs."""
+        outputs = self._model.graph.output
+        for name in set(tensors) - set(self._outputs):
+            # Without a type: ONNX Runtime infers it, also of operators that onnx does not know.
+            outputs.append(onnx.ValueInfoProto(name=name))
+        self._copy.write_bytes(self._model.SerializeToString())
+        del outputs[len(self._outputs) :]
+        return open_session(self._copy, (CPU_PROVIDER,), 1, "disabled")
 
 
-class LayerGraph:
-    """Which node of a float model makes a tensor, and what that is made from.
+DECIDES: Mapping[str, Mapping[int, str]] = {
+    "Loop": {0: "the number of rounds", 1: "whether there are any rounds"},
+    "If": {0: "the branch"},
+    "Range": dict.fromkeys(range(3), "the length"),
+    "ConstantOfShape": {0: "the shape"},
+    "Expand": {1: "the shape"},
+    "Reshape": {1: "the shape"},
+    "Tile": {1: "the repeats", 2: "the repeats"},
+    "TopK": {1: "k"},
+    "Slice": dict.fromkeys(range(1, 5), "what is cut out"),
+    "Split": {1: "the sizes"},
+    "Pad": {1: "the padding", 3: "the padding"},
+    "Resize": dict.fromkeys(range(1, 4), "the size"),
+    "Upsample": {1: "the size"},
+    "OneHot": {1: "the number of classes"},
+    "CenterCropPad": {1: "the shape"},
+    "AffineGrid": {1: "the size"},
+    "MaxUnpool": {2: "the shape"},
+    "NonMaxSuppression": {2: "the number of boxes"},
+    "DFT": {1: "the length"},
+    "STFT": {1: "the step", 3: "the length"},
+    **{name: {0: "the length"} for name in ("HannWindow", "HammingWindow", "BlackmanWindow")},
+    **{name: {4: "the number of steps"} for name in ("LSTM", "GRU", "RNN")},
+    "NonZero": {0: "how many there are"},
+    "Compress": {1: "how many there are"},
+    "Unique": {0: "how many there are"},
+}
+"""What the value of an input of an operator decides about how much is computed, by position."""
 
-    ``order`` has all activations, the inputs first; ``maker`` the node of each that is no input.
+_CARRIES = frozenset(
+    (
+        "Cast", "Identity", "Squeeze", "Unsqueeze", "Reshape", "Flatten",
+        "Transpose", "Gather", "GatherElements", "Concat", "Slice", "Split",
+        "Expand", "Tile", "Add", "Sub", "Mul", "Div",
+        "Mod", "Neg", "Abs", "Min", "Max", "Floor",
+        "Ceil", "Round", "Clip", "Where", "Sum", "Sign",
+        "ReduceMax", "ReduceMin", "ReduceSum", "ReduceProd", "CumSum", "Equal",
+        "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "And", "Or",
+        "Not", "Xor", "OneHot", "SequenceConstruct", "SequenceAt", "ConcatFromSequence",
+        "Pow", "Sqrt", "Range", "ConstantOfShape",
+    )
+)  # fmt: skip
+"""Operators whose result is a number made of their inputs' numbers, and no feature of them."""
+
+
+def deciding_inputs(model: onnx.ModelProto) -> dict[str, str]:
+    """Inputs whose values decide how much a model computes, and what each of them decides.
+
+    Whole numbers and truth values of any shape, and other numbers of at most one dimension,
+    followed through arithmetic into :data:`DECIDES`, into the bodies of If, Loop and Scan too:
+    a latency that was measured with random values is not representative of such a model.
     """
-
-    def __init__(self, graph: onnx.GraphProto) -> None:
-        self._matrices = {tensor.name for tensor in graph.initializer if len(tensor.dims) > 1}
-        filled = {tensor.name for tensor in graph.initializer}
-        self.order = [value.name for value in graph.input if value.name not in filled]
-        self.maker: dict[str, onnx.NodeProto] = {}
-        live = set(self.order)
-        for node in graph.node:
-            # A tensor that no input reaches is a weight in disguise, not an activation.
-            if live & reads(node):
-                made = [name for name in node.output if name]
-                live.update(made)
-                self.maker |= dict.fromkeys(made, node)
-                self.order += made
-
-    def weighted(self, nodes: Sequence[onnx.NodeProto]) -> str:
-        """The name of the first node with a matrix of weights, else of the last one."""
-        with_weights = [node for node in nodes if self._matrices & set(node.input)]
-        node = next(iter(with_weights or nodes[-1:]), onnx.NodeProto())
-        return node.name or next(iter(node.output), "")
-
-    def between(self, tensor: str, known: Container[str]) -> tuple[list[onnx.NodeProto], set[str]]:
-        """The nodes that make a tensor, in graph order, and the known tensors they start from."""
-        needed: set[str] = set()
-        sources: set[str] = set()
-        todo = [tensor]
-        while todo:
-            name = todo.pop()
-            if name not in self.maker or name in needed:
-                continue
-            needed.add(name)
-            taken = sorted(reads(self.maker[name]))
-            sources.update(other for other in taken if other in known)
-            todo += [other for other in taken if other not in known]
-        nodes: dict[str, onnx.NodeProto] = {}
-        for name in self.order:
-            if name in needed:
-                node = self.maker[name]
-                nodes.setdefault(next(out for out in node.output if out), node)
-        return list(nodes.values()), sources
+    # A function that cannot be inlined is analysed from the outside only.
+    with suppress(RuntimeError, ValueError):
+        model = onnx.inliner.inline_local_functions(model) if model.functions else model
+    filled = {tensor.name for tensor in model.graph.initializer}
+    sources: dict[str, frozenset[str]] = {}
+    for value in model.graph.input:
+        tensor = value.type.tensor_type
+        whole = tensor.elem_type in _WHOLE
+        few = tensor.HasField("shape") and len(tensor.shape.dim) <= 1
+        if value.name not in filled and (whole or few):
+            sources[value.name] = frozenset([value.name])
+    found: dict[str, str] = {}
+    if sources:
+        _follow(model.graph, sources, found)
+    return {name: found[name] for name in sources if name in found}
 
 
-def seen_tensors(graph: onnx.GraphProto) -> dict[str, str]:
-    """By tensor: the one that its consumers read, after Q and DQ or a cast to 16 bits, which may
-    be cast back again."""
-    seen: dict[str, str] = {}
-    quantized: dict[str, str] = {}
-    halved: dict[str, str] = {}
+_WHOLE = frozenset(
+    (
+        onnx.TensorProto.BOOL,
+        *(
+            getattr(onnx.TensorProto, f"{kind}INT{n}")
+            for kind in ("", "U")
+            for n in (8, 16, 32, 64)
+        ),
+    )
+)
+
+
+def _follow(
+    graph: onnx.GraphProto, sources: Mapping[str, frozenset[str]], found: dict[str, str]
+) -> dict[str, frozenset[str]]:
+    """Which of the model's inputs each tensor's value is made of; ``found`` is added to."""
+    made = dict(sources)
+    nothing: frozenset[str] = frozenset()
     for node in graph.node:
-        to = next((a.i for a in node.attribute if a.name == "to"), None)
-        if node.op_type == "QuantizeLinear":
-            quantized[node.output[0]] = node.input[0]
-        elif node.op_type == "DequantizeLinear" and node.input[0] in quantized:
-            seen.setdefault(quantized[node.input[0]], node.output[0])
-        elif node.op_type == "Cast" and to in _HALVES:
-            if seen.setdefault(node.input[0], node.output[0]) == node.output[0]:
-                halved[node.output[0]] = node.input[0]
-        elif node.op_type == "Cast" and node.input[0] in halved:
-            seen[halved[node.input[0]]] = node.output[0]
-    return seen
+        reads = [made.get(name, nothing) for name in node.input]
+        for position, what in DECIDES.get(node.op_type, {}).items():
+            for name in reads[position] if position < len(reads) else ():
+                found.setdefault(name, f"{what} of {_label(node)}")
+        given = nothing.union(*reads) if node.op_type in _CARRIES else nothing
+        results = [given] * len(node.output)
+        for attribute in node.attribute:
+            if not attribute.HasField("g"):
+                continue
+            body = attribute.g
+            # Only Loop's and Scan's bodies have inputs: the state's input has the type of its
+            # output.
+            state = {"Loop": reads[2:], "Scan": reads}.get(node.op_type, [])
+            first = 2 if node.op_type == "Loop" else 0
+            inner = dict(made)
+            for value, read in zip(body.input[first:], state, strict=False):
+                inner[value.name] = read
+            inside = _follow(body, inner, found)
+            ends = [inside.get(value.name, nothing) for value in body.output]
+            if node.op_type == "Loop":
+                for name in ends[0] if ends else ():
+                    found.setdefault(name, f"the number of rounds of {_label(node)}")
+                ends = ends[1:]
+            results = [one | end for one, end in zip(results, ends, strict=False)]
+        made.update(zip(node.output, results, strict=False))
+    return made
 
 
-def operators(types: Sequence[str]) -> str:
-    """The operators of a layer in a few words; ``Input`` for no node."""
-    if len(types) > _SHOWN:
-        return f"{types[0]}+…+{types[-1]} ({len(types)} nodes)"
-    return "+".join(types) or "Input"
+def _label(node: onnx.NodeProto) -> str:
+    return node.op_type + (f" {node.name!r}" if node.name else "")

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from edgekd.errors import InputError
-from edgekd.onnx.batch_inference import batch_size, fixed_sizes, model_inputs, run_batch
 from edgekd.onnx.error_metrics import ErrorSums
 from edgekd.onnx.file import read_onnx
-from edgekd.onnx.graph import LayerGraph, operators
-from edgekd.onnx.probed_model import ProbedModel
+from edgekd.onnx.graph import ProbedModel, reads
+from edgekd.onnx.inference import batch_size, fixed_batch, model_inputs, run_batch
 from edgekd.onnx.samples import Array, Samples
 
 MEMORY_BYTES = 256 << 20
@@ -93,8 +94,7 @@ def layer_errors(
         first = ProbedModel(reference, Path(folder) / "reference")
         second = ProbedModel(candidate, Path(folder) / "candidate")
         both = _Both(first, second, _pairs(graph, first, second))
-        size, fixed = _common_size(first, second, samples, min(batch, limit))
-        rows = size if fixed else None
+        size, rows = _common_size(first, second, samples, min(batch, limit))
         sizes = both.sizes(samples, rows)
         if not any(tensor in graph.maker for tensor in sizes):
             raise InputError(
@@ -102,7 +102,7 @@ def layer_errors(
                 where=str(candidate),
                 remedy="compare it with the float model that it was made from: names are the link",
             )
-        if not fixed:
+        if rows is None:
             size = max(1, min(size, memory_bytes // max(sum(sizes.values()), 1)))
         sums: dict[str, ErrorSums] = {}
         for group in _groups(sizes, memory_bytes // size):
@@ -162,32 +162,33 @@ def _pairs(
 ) -> dict[str, tuple[str, str]]:
     """The float tensors that both models have: the names of each in the one and in the other."""
     common = [name for name in graph.order if name in second.tensors]
-    pairs = {name: (name, second.seen.get(name, name)) for name in common}
+    seen = seen_tensors(second.graph)
+    pairs = {name: (name, seen.get(name, name)) for name in common}
     for name in common:
         # An input that the candidate does not round has no error.
         if name not in graph.maker and pairs[name][1] == name:
             del pairs[name]
     floats = [
         {value.name for value in model.open(names).get_outputs() if value.type in _FLOATS}
-        for model, names in ((first, pairs), (second, {seen for _, seen in pairs.values()}))
+        for model, names in ((first, pairs), (second, {read for _, read in pairs.values()}))
     ]
     return {n: pair for n, pair in pairs.items() if pair[0] in floats[0] and pair[1] in floats[1]}
 
 
 def _common_size(
     first: ProbedModel, second: ProbedModel, samples: Samples, batch: int
-) -> tuple[int, bool]:
-    """How many samples both models can run at a time, and whether one of them fixes it."""
+) -> tuple[int, int | None]:
+    """How many samples both models can run at a time, and the batch size that one fixes."""
     sessions = {model.path: model.open() for model in (first, second)}
-    sizes = {path: batch_size(s, samples, batch, path) for path, s in sessions.items()}
-    fixed = {size for s in sessions.values() for size in fixed_sizes(s)}
+    sizes = [batch_size(s, samples, batch, path) for path, s in sessions.items()]
+    fixed = {size for s in sessions.values() if (size := fixed_batch(s)) is not None}
     if len(fixed) > 1:
         raise InputError(
             f"one model takes batches of {min(fixed)} only, the other of {max(fixed)}",
             where=str(second.path),
             remedy="make the one from the other, or export both with a dynamic batch",
         )
-    return next(iter(fixed), min(sizes.values())), bool(fixed)
+    return next(iter(fixed), min(sizes)), next(iter(fixed), None)
 
 
 def _groups(sizes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
@@ -235,3 +236,82 @@ def _own(found: ErrorSums, sources: Sequence[ErrorSums]) -> float | None:
         return None
     worst = max((error for error in before if error is not None), default=0.0)
     return math.sqrt(max(0.0, found.relative**2 - worst**2))
+
+
+_HALVES = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+
+_SHOWN = 3  # operators of one layer that are spelt out
+
+
+class LayerGraph:
+    """Which node of a float model makes a tensor, and what that is made from.
+
+    ``order`` has all activations, the inputs first; ``maker`` the node of each that is no input.
+    """
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self._matrices = {tensor.name for tensor in graph.initializer if len(tensor.dims) > 1}
+        filled = {tensor.name for tensor in graph.initializer}
+        self.order = [value.name for value in graph.input if value.name not in filled]
+        self.maker: dict[str, onnx.NodeProto] = {}
+        live = set(self.order)
+        for node in graph.node:
+            # A tensor that no input reaches is a weight in disguise, not an activation.
+            if live & reads(node):
+                made = [name for name in node.output if name]
+                live.update(made)
+                self.maker |= dict.fromkeys(made, node)
+                self.order += made
+
+    def weighted(self, nodes: Sequence[onnx.NodeProto]) -> str:
+        """The name of the first node with a matrix of weights, else of the last one."""
+        with_weights = [node for node in nodes if self._matrices & set(node.input)]
+        node = next(iter(with_weights or nodes[-1:]), onnx.NodeProto())
+        return node.name or next(iter(node.output), "")
+
+    def between(self, tensor: str, known: Container[str]) -> tuple[list[onnx.NodeProto], set[str]]:
+        """The nodes that make a tensor, in graph order, and the known tensors they start from."""
+        needed: set[str] = set()
+        sources: set[str] = set()
+        todo = [tensor]
+        while todo:
+            name = todo.pop()
+            if name not in self.maker or name in needed:
+                continue
+            needed.add(name)
+            taken = sorted(reads(self.maker[name]))
+            sources.update(other for other in taken if other in known)
+            todo += [other for other in taken if other not in known]
+        nodes: dict[str, onnx.NodeProto] = {}
+        for name in self.order:
+            if name in needed:
+                node = self.maker[name]
+                nodes.setdefault(next(out for out in node.output if out), node)
+        return list(nodes.values()), sources
+
+
+def seen_tensors(graph: onnx.GraphProto) -> dict[str, str]:
+    """By tensor: the one that its consumers read, after Q and DQ or a cast to 16 bits, which may
+    be cast back again."""
+    seen: dict[str, str] = {}
+    quantized: dict[str, str] = {}
+    halved: dict[str, str] = {}
+    for node in graph.node:
+        to = next((a.i for a in node.attribute if a.name == "to"), None)
+        if node.op_type == "QuantizeLinear":
+            quantized[node.output[0]] = node.input[0]
+        elif node.op_type == "DequantizeLinear" and node.input[0] in quantized:
+            seen.setdefault(quantized[node.input[0]], node.output[0])
+        elif node.op_type == "Cast" and to in _HALVES:
+            if seen.setdefault(node.input[0], node.output[0]) == node.output[0]:
+                halved[node.output[0]] = node.input[0]
+        elif node.op_type == "Cast" and node.input[0] in halved:
+            seen[halved[node.input[0]]] = node.output[0]
+    return seen
+
+
+def operators(types: Sequence[str]) -> str:
+    """The operators of a layer in a few words; ``Input`` for no node."""
+    if len(types) > _SHOWN:
+        return f"{types[0]}+…+{types[-1]} ({len(types)} nodes)"
+    return "+".join(types) or "Input"

@@ -22,7 +22,8 @@ from onnx import TensorProto, helper, numpy_helper
 from edgekd.errors import StageError
 from edgekd.onnx.file import describe_onnx, read_onnx
 from edgekd.onnx.graph import node_label, opset_of, subgraphs, tensor_types
-from edgekd.onnx.samples import Array, answers_of, outputs_of_random_inputs
+from edgekd.onnx.inference import outputs_of, outputs_of_random_inputs
+from edgekd.onnx.samples import Array
 from edgekd.onnx.session import CPU_PROVIDER, Optimization, open_session
 
 TOLERANCE = 1e-3
@@ -130,7 +131,7 @@ def find_fault(
         session = open_session(
             path, (CPU_PROVIDER,), threads, level, disabled_optimizers=tuple(disabled)
         )
-        return answers_of(session, inputs, path)
+        return outputs_of(session, inputs, path)
 
     reference = answers("disabled")
     found = changed(reference, answers(optimization), tolerance)
@@ -156,7 +157,7 @@ def find_fault_on_random_inputs(path: Path, *, threads: int = 1) -> OptimizerFau
     """
     session = open_session(path, (CPU_PROVIDER,), threads, "disabled")
     inputs, answers = outputs_of_random_inputs(session, describe_onnx(path).spec, path)
-    if changed(answers, answers_of(session, inputs, path), TOLERANCE):
+    if changed(answers, outputs_of(session, inputs, path), TOLERANCE):
         return None
     return find_fault(path, inputs, threads=threads)
 

@@ -22,11 +22,9 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekd.onnx.batch_inference import fixed_sizes, model_inputs, run_batch
-from edgekd.onnx.batch_layout import is_ragged
 from edgekd.onnx.file import read_onnx
-from edgekd.onnx.graph import tensor_types
-from edgekd.onnx.probed_model import ProbedModel
+from edgekd.onnx.graph import ProbedModel, tensor_types
+from edgekd.onnx.inference import first_batch, is_ragged, run_batch
 from edgekd.onnx.samples import Array, Samples
 from edgekd.onnx.session import session_options
 
@@ -279,9 +277,7 @@ def _traced(
     with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
         model = ProbedModel(path, Path(folder) / "probed")
         session = model.open(wanted)
-        rows = next(iter(fixed_sizes(session)), None)
-        batch = next(samples.batches(rows or 1))
-        inputs = model_inputs(session, batch, path, rows)
+        inputs = first_batch(session, samples, path, 1)
         tensors = dict(zip(wanted, run_batch(session, wanted, inputs, path), strict=True))
     if any(not isinstance(tensors[s], np.ndarray) or tensors[s].dtype.kind != "f" for s in sources):
         return None

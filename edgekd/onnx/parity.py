@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from edgekd.config.engines import ExportConfig
 from edgekd.errors import InputError, StageError
+from edgekd.onnx.inference import joined
+from edgekd.onnx.samples import Array, ArraySamples
 from edgekd.onnx.session import CPU_PROVIDER, first_line, open_session
 
 if TYPE_CHECKING:
-    from edgekd.onnx.torch_export import SpecModule
+    from edgekd.onnx.export import SpecModule
 
-Array = npt.NDArray[Any]
 BATCH_SIZES = (1, 2, 7)
 RELATIVE_FLOOR = 1e-3
 """Lower bound of a reference value, as a share of the output's largest value, when a difference
@@ -133,13 +133,14 @@ def parity(
             remedy="give more validation samples",
         )
     rows = []
+    inputs = {t.name: np.asarray(samples[t.name]).astype(t.dtype) for t in model.spec.inputs}
     for size in batch_sizes:
-        whole = count - count % size
-        reference = _joined(_pytorch(model, samples, whole, size))
-        answers = _joined(_onnxruntime(onnx_path, model, samples, whole, size))
+        whole = ArraySamples({k: v[: count - count % size] for k, v in inputs.items()})
+        reference = joined(list(_pytorch(model, whole.batches(size))))
+        outputs = joined(list(_onnxruntime(onnx_path, model, whole.batches(size), size)))
         for name, expected in reference.items():
             classes = classification and name == output
-            rows.append(_compare(name, size, expected, answers[name], config, classes, onnx_path))
+            rows.append(_compare(name, size, expected, outputs[name], config, classes, onnx_path))
     return ParityReport(
         file=onnx_path.name,
         absolute_tolerance=config.absolute_tolerance,
@@ -178,20 +179,20 @@ def _compare(
     name: str,
     size: int,
     expected: Array,
-    answer: Array,
+    found: Array,
     config: ExportConfig,
     classes: bool,
     onnx_path: Path,
 ) -> ParityRow:
     where = f"parity of {onnx_path.name}"
-    if answer.shape != expected.shape:
+    if found.shape != expected.shape:
         raise StageError(
-            f"output {name!r} has shape {answer.shape} in ONNX Runtime and {expected.shape} in "
+            f"output {name!r} has shape {found.shape} in ONNX Runtime and {expected.shape} in "
             f"PyTorch at batch size {size}",
             where=where,
             remedy="forward makes a shape from Python values; take it from the tensor",
         )
-    p, o = expected.astype(np.float64), answer.astype(np.float64)
+    p, o = expected.astype(np.float64), found.astype(np.float64)
     if np.isnan(p).any():
         sample = int(np.argwhere(np.isnan(p))[0][0])
         raise StageError(
@@ -237,22 +238,7 @@ def _finite(value: np.floating[Any]) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _batches(
-    samples: Mapping[str, Array], count: int, size: int, model: SpecModule
-) -> Iterator[dict[str, Array]]:
-    inputs = {t.name: np.asarray(samples[t.name]).astype(t.dtype) for t in model.spec.inputs}
-    for start in range(0, count, size):
-        yield {name: values[start : start + size] for name, values in inputs.items()}
-
-
-def _joined(batches: Iterator[dict[str, Array]]) -> dict[str, Array]:
-    rows = list(batches)
-    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-
-
-def _pytorch(
-    model: SpecModule, samples: Mapping[str, Array], count: int, size: int
-) -> Iterator[dict[str, Array]]:
+def _pytorch(model: SpecModule, batches: Iterator[dict[str, Array]]) -> Iterator[dict[str, Array]]:
     import torch
     from torch import nn
 
@@ -262,22 +248,22 @@ def _pytorch(
     model.eval()
     try:
         with torch.inference_mode():
-            for batch in _batches(samples, count, size, model):
+            for batch in batches:
                 tensors = {k: torch.from_numpy(v).to(device) for k, v in batch.items()}
-                answers = model(tensors)
-                yield {t.name: answers[t.name].cpu().numpy() for t in model.spec.outputs}
+                outputs = model(tensors)
+                yield {t.name: outputs[t.name].cpu().numpy() for t in model.spec.outputs}
     finally:
         model.train(training)
 
 
 def _onnxruntime(
-    onnx_path: Path, model: SpecModule, samples: Mapping[str, Array], count: int, size: int
+    onnx_path: Path, model: SpecModule, batches: Iterator[dict[str, Array]], size: int
 ) -> Iterator[dict[str, Array]]:
     session = open_session(onnx_path, (CPU_PROVIDER,), 1, "disabled")
     names = [tensor.name for tensor in model.spec.outputs]
-    for batch in _batches(samples, count, size, model):
+    for batch in batches:
         try:
-            answers = session.run(names, batch)
+            outputs = session.run(names, batch)
         except Exception as error:  # the runtime's own exception classes have no public base
             raise StageError(
                 f"ONNX Runtime cannot run the exported graph at batch size {size}: "
@@ -286,4 +272,4 @@ def _onnxruntime(
                 remedy="the graph has a fixed batch size: forward makes a shape from Python "
                 "values; take it from the tensor",
             ) from error
-        yield dict(zip(names, answers, strict=True))
+        yield dict(zip(names, outputs, strict=True))

@@ -1,24 +1,26 @@
-"""Samples for an ONNX model: the interface, arrays, and random inputs where there are none."""
+"""Samples for an ONNX model: arrays, random inputs, and .npz or .npy files read as a stream."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-import onnx.inliner
-import onnxruntime
 
-from edgekd.errors import InputError, StageError
+from edgekd.errors import InputError, nearest
 from edgekd.onnx.file import UNKNOWN_RANK
-from edgekd.onnx.session import first_line
-from edgekd.spec import ModelSpec
+from edgekd.spec import Dimension, ModelSpec, TensorSpec
+from edgerun.model import BatchLayout, TensorInfo
 
 Array = npt.NDArray[Any]
+_NPY_MAGIC = b"\x93NUMPY"
+# Errors of zipfile and zlib for a truncated or corrupted file.
+_BROKEN = (zipfile.BadZipFile, EOFError, ValueError, OSError, NotImplementedError, RuntimeError)
 
 
 class Samples(Protocol):
@@ -41,30 +43,20 @@ class ArraySamples:
     """Samples that are in memory already: arrays (N, …) by input name."""
 
     def __init__(self, arrays: Mapping[str, Array]) -> None:
-        self._arrays = {name: np.asarray(array) for name, array in arrays.items()}
-
-    @property
-    def count(self) -> int:
-        """The number of samples."""
-        return min((len(array) for array in self._arrays.values()), default=0)
+        count = min(map(len, arrays.values()), default=0)
+        self._arrays = {name: np.asarray(array)[:count] for name, array in arrays.items()}
+        self.count = count
 
     def batches(self, size: int) -> Iterator[dict[str, Array]]:
-        """Batches of inputs by name, at most the limit in total."""
+        """As :meth:`Samples.batches`."""
         for start in range(0, self.count, size):
-            yield {
-                name: array[start : min(start + size, self.count)]
-                for name, array in self._arrays.items()
-            }
+            yield {name: array[start : start + size] for name, array in self._arrays.items()}
 
 
 def is_mask(values: Array) -> bool:
     """Whether floats are 0 or below, including -inf: a mask that is added before a softmax to
-    exclude places out. Other infinities, and NaN, are broken data."""
+    exclude places. Other infinities, and NaN, are broken data."""
     return values.dtype.kind == "f" and bool((values <= 0).all())
-
-
-TRIED_SIZES = (1, 16, 128, 512)
-"""Trial sizes of symbolic dimensions other than the batch when no samples are given."""
 
 
 def random_inputs(spec: ModelSpec, size: int = 1, seed: int = 0) -> dict[str, Array]:
@@ -94,161 +86,381 @@ def random_inputs(spec: ModelSpec, size: int = 1, seed: int = 0) -> dict[str, Ar
     return inputs
 
 
-def outputs_of_random_inputs(
-    session: onnxruntime.InferenceSession, spec: ModelSpec, path: Path
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Random inputs of the first size that the model can run, and its outputs for them.
+def spec_layout(inputs: Sequence[TensorSpec]) -> BatchLayout:
+    """Where a model's declared inputs count samples."""
+    return BatchLayout.of(
+        [
+            TensorInfo(t.name, t.dtype, (None,) if t.shape == (UNKNOWN_RANK,) else t.shape)
+            for t in inputs
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The header of one array of the file; ``member`` None is a plain .npy."""
+
+    member: str | None
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    fortran: bool
+
+
+def open_samples(path: Path, spec: ModelSpec) -> Samples:
+    """The samples of a file: an .npz with one array (N, …) per input of the model under the
+    input's name, or an .npy for a model of one input. Additional arrays (labels) are ignored.
+
+    A state whose batch is another axis, [2, batch, 6], is (2, N, 6) or (N, 2, 6); an input without
+    a batch, such as a sampling rate, is one for all samples or (N, …). Batches are (n, …) of all.
+
+    Only headers are read here; the elements are read, and checked for NaN and infinite values,
+    when batches are read.
 
     Raises:
-        InputError: as :func:`random_inputs`.
-        StageError: the model runs with none of :data:`TRIED_SIZES`.
+        InputError: the file is missing, truncated or neither kind; it has no samples; an input has
+            no array, or one of another shape, dtype or count; an array is in Fortran order or
+            pickled. While reading: the file is truncated or a value is NaN or infinite, other
+            than -inf in a mask.
     """
-    failure: StageError | None = None
-    for size in TRIED_SIZES:
-        inputs = random_inputs(spec, size)
-        try:
-            return inputs, answers_of(session, inputs, path)
-        except StageError as error:
-            failure = failure or error
-    assert failure is not None
-    raise failure
-
-
-def answers_of(
-    session: onnxruntime.InferenceSession, inputs: Mapping[str, Array], path: Path
-) -> dict[str, Array]:
-    """A model's outputs by name.
-
-    Raises:
-        StageError: it does not run on these inputs.
-    """
-    names = [output.name for output in session.get_outputs()]
-    try:
-        return dict(zip(names, session.run(names, dict(inputs)), strict=True))
-    except Exception as error:  # the runtime's own exception classes have no public base
-        shapes = ", ".join(f"{name} {value.shape}" for name, value in inputs.items())
-        raise StageError(
-            f"the model does not run on {shapes}: {first_line(error)}",
+    headers = _headers(path, spec)
+    layout = spec_layout(spec.inputs)
+    counts: dict[str, int] = {}
+    others: dict[str, _Arranged] = {}
+    for tensor in spec.inputs:
+        header = headers[tensor.name]
+        _check_type(path, tensor, header)
+        state = _state_of_fixed_batch(tensor, layout, header.shape) if counts else None
+        if state is not None and header.shape[:1] != (max(counts.values()),):
+            others[tensor.name] = state
+        elif layout.axes[tensor.name] == 0:
+            _check_shape(path, tensor, header)
+            counts[tensor.name] = header.shape[0]
+        else:
+            others[tensor.name] = _arranged(path, tensor, layout, header.shape)
+    for name, arranged in others.items():
+        shared = arranged.count in (1, layout.size) and arranged.count not in counts.values()
+        if not (counts and shared):
+            counts[name] = arranged.count
+    _check_symbols(path, spec, headers, set(others))
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name!r} {count}" for name, count in counts.items())
+        raise InputError(
+            f"the arrays have different numbers of samples: {listed}",
             where=str(path),
-            remedy="give samples of the shapes that the model expects",
-        ) from error
+            remedy="give each input one row per sample, in the same order",
+        )
+    count = min(counts.values(), default=0)
+    if count == 0:
+        raise InputError(
+            "the file has no samples",
+            where=str(path),
+            remedy="save some hundred real inputs, preprocessed as the model expects them",
+        )
+    return _FileSamples(path, headers, count, others)
 
 
-DECIDES: Mapping[str, Mapping[int, str]] = {
-    "Loop": {0: "the number of rounds", 1: "whether there are any rounds"},
-    "If": {0: "the branch"},
-    "Range": dict.fromkeys(range(3), "the length"),
-    "ConstantOfShape": {0: "the shape"},
-    "Expand": {1: "the shape"},
-    "Reshape": {1: "the shape"},
-    "Tile": {1: "the repeats", 2: "the repeats"},
-    "TopK": {1: "k"},
-    "Slice": dict.fromkeys(range(1, 5), "what is cut out"),
-    "Split": {1: "the sizes"},
-    "Pad": {1: "the padding", 3: "the padding"},
-    "Resize": dict.fromkeys(range(1, 4), "the size"),
-    "Upsample": {1: "the size"},
-    "OneHot": {1: "the number of classes"},
-    "CenterCropPad": {1: "the shape"},
-    "AffineGrid": {1: "the size"},
-    "MaxUnpool": {2: "the shape"},
-    "NonMaxSuppression": {2: "the number of boxes"},
-    "DFT": {1: "the length"},
-    "STFT": {1: "the step", 3: "the length"},
-    **{name: {0: "the length"} for name in ("HannWindow", "HammingWindow", "BlackmanWindow")},
-    **{name: {4: "the number of steps"} for name in ("LSTM", "GRU", "RNN")},
-    "NonZero": {0: "how many there are"},
-    "Compress": {1: "how many there are"},
-    "Unique": {0: "how many there are"},
-}
-"""What the value of an input of an operator decides about how much is computed, by position."""
+@dataclass(frozen=True)
+class _Arranged:
+    """How the array of an input that does not count samples on its first axis becomes (n, …):
+    reshaped, then one axis moved to the front. ``every``: a query takes one value for
+    all its samples, so that different ones must be run one at a time."""
 
-_CARRIES = frozenset(
-    (
-        "Cast", "Identity", "Squeeze", "Unsqueeze", "Reshape", "Flatten",
-        "Transpose", "Gather", "GatherElements", "Concat", "Slice", "Split",
-        "Expand", "Tile", "Add", "Sub", "Mul", "Div",
-        "Mod", "Neg", "Abs", "Min", "Max", "Floor",
-        "Ceil", "Round", "Clip", "Where", "Sum", "Sign",
-        "ReduceMax", "ReduceMin", "ReduceSum", "ReduceProd", "CumSum", "Equal",
-        "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "And", "Or",
-        "Not", "Xor", "OneHot", "SequenceConstruct", "SequenceAt", "ConcatFromSequence",
-        "Pow", "Sqrt", "Range", "ConstantOfShape",
-    )
-)  # fmt: skip
-"""Operators whose result is a number made of their inputs' numbers, and no feature of them."""
+    shape: tuple[int, ...]
+    axis: int
+    every: bool
+
+    @property
+    def count(self) -> int:
+        """The number of samples."""
+        return self.shape[self.axis]
+
+    def apply(self, array: Array) -> Array:
+        """Rows (n, …) of the array in the file's layout."""
+        return np.moveaxis(array.reshape(self.shape), self.axis, 0)
 
 
-def deciding_inputs(model: onnx.ModelProto) -> dict[str, str]:
-    """Inputs whose values decide how much a model computes, and what each of them decides.
+@dataclass
+class _FileSamples:
+    """Samples read from a file batch by batch; made by :func:`open_samples`.
 
-    Whole numbers and truth values of any shape, and other numbers of at most one dimension,
-    followed through arithmetic into :data:`DECIDES`, into the bodies of If, Loop and Scan too:
-    a latency that was measured with random values is not representative of such a model.
+    ``others`` are the inputs that do not count samples on their first axis: read completely.
     """
-    # A function that cannot be inlined is analysed from the outside only.
-    with suppress(RuntimeError, ValueError):
-        model = onnx.inliner.inline_local_functions(model) if model.functions else model
-    filled = {tensor.name for tensor in model.graph.initializer}
-    sources: dict[str, frozenset[str]] = {}
-    for value in model.graph.input:
-        tensor = value.type.tensor_type
-        whole = tensor.elem_type in _WHOLE
-        few = tensor.HasField("shape") and len(tensor.shape.dim) <= 1
-        if value.name not in filled and (whole or few):
-            sources[value.name] = frozenset([value.name])
-    found: dict[str, str] = {}
-    if sources:
-        _follow(model.graph, sources, found)
-    return {name: found[name] for name in sources if name in found}
+
+    path: Path
+    headers: dict[str, _Header]
+    count: int
+    others: dict[str, _Arranged]
+    _whole: dict[str, Array] | None = None
+
+    def batches(self, size: int) -> Iterator[dict[str, Array]]:
+        """As :meth:`Samples.batches`."""
+        with ExitStack() as stack:
+            streams = self._streams(stack)
+            if self._whole is None:
+                self._whole = {
+                    name: arranged.apply(self._read(streams[name], name, 0, None))
+                    for name, arranged in self.others.items()
+                }
+            if any(
+                arranged.every and not (self._whole[name] == self._whole[name][:1]).all()
+                for name, arranged in self.others.items()
+            ):
+                size = 1
+            for start in range(0, self.count, size):
+                rows = min(size, self.count - start)
+                batch = {}
+                for name in self.headers:
+                    if name in self._whole:
+                        whole = self._whole[name]
+                        batch[name] = whole[np.arange(start, start + rows) % len(whole)]
+                    else:
+                        batch[name] = self._read(streams[name], name, start, rows)
+                yield batch
+
+    def _streams(self, stack: ExitStack) -> dict[str, IO[bytes]]:
+        streams: dict[str, IO[bytes]] = {}
+        try:
+            archive: zipfile.ZipFile | None = None
+            for name, header in self.headers.items():
+                if header.member is None:
+                    streams[name] = stack.enter_context(self.path.open("rb"))
+                else:
+                    archive = archive or stack.enter_context(zipfile.ZipFile(self.path))
+                    streams[name] = stack.enter_context(archive.open(header.member))
+                _read_header(streams[name], header.member)
+        except _BROKEN as error:
+            raise _truncated(self.path) from error
+        return streams
+
+    def _read(self, stream: IO[bytes], name: str, start: int, rows: int | None) -> Array:
+        """The next rows of an array, or all of it."""
+        header = self.headers[name]
+        shape = header.shape if rows is None else (rows, *header.shape[1:])
+        wanted = int(np.prod(shape, dtype=np.int64)) * header.dtype.itemsize
+        try:
+            content = stream.read(wanted)
+        except (*_BROKEN, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
+            raise _truncated(self.path) from error
+        if len(content) < wanted:
+            raise _truncated(self.path)
+        array = np.frombuffer(content, header.dtype).reshape(shape)
+        array = array.astype(header.dtype.newbyteorder("="), copy=False)
+        if array.dtype.kind in "fc" and not np.isfinite(array).all() and not is_mask(array):
+            bad = ~np.isfinite(array).reshape(rows or 1, -1).all(axis=1)
+            which = "" if rows is None else f" of sample {start + int(bad.argmax())}"
+            raise InputError(
+                f"input {name!r}{which} has a NaN or infinite value",
+                where=str(self.path),
+                remedy="leave the sample out or repair it; samples are counted from 0",
+            )
+        return array
 
 
-_WHOLE = frozenset(
-    (
-        onnx.TensorProto.BOOL,
-        *(
-            getattr(onnx.TensorProto, f"{kind}INT{n}")
-            for kind in ("", "U")
-            for n in (8, 16, 32, 64)
-        ),
+def _headers(path: Path, spec: ModelSpec) -> dict[str, _Header]:
+    if not path.is_file():
+        what = "this is a folder, not a file" if path.is_dir() else "the file does not exist"
+        raise InputError(
+            what, where=str(path), remedy="give an .npz file with one array per input of the model"
+        )
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(len(_NPY_MAGIC))
+            stream.seek(0)
+            if start == _NPY_MAGIC:
+                header = _read_header(stream, None)
+                if len(spec.inputs) == 1:
+                    return {spec.inputs[0].name: header}
+                raise InputError(
+                    f"an .npy file holds one array, the model takes {len(spec.inputs)} inputs",
+                    where=str(path),
+                    remedy=f"write an .npz file with {_named(spec)}",
+                )
+        if zipfile.is_zipfile(path):
+            return _archived(path, spec)
+    except _BROKEN as error:
+        raise _truncated(path) from error
+    if start.startswith(b"PK"):
+        raise _truncated(path)
+    raise InputError(
+        "the file is neither .npz nor .npy",
+        where=str(path),
+        remedy="write it with numpy: np.savez(file, NAME=array, …) with the names of the inputs: "
+        + _named(spec),
     )
-)
 
 
-def _follow(
-    graph: onnx.GraphProto, sources: Mapping[str, frozenset[str]], found: dict[str, str]
-) -> dict[str, frozenset[str]]:
-    """Which of the model's inputs each tensor's value is made of; ``found`` is added to."""
-    made = dict(sources)
-    nothing: frozenset[str] = frozenset()
-    for node in graph.node:
-        reads = [made.get(name, nothing) for name in node.input]
-        for position, what in DECIDES.get(node.op_type, {}).items():
-            for name in reads[position] if position < len(reads) else ():
-                found.setdefault(name, f"{what} of {_label(node)}")
-        given = nothing.union(*reads) if node.op_type in _CARRIES else nothing
-        results = [given] * len(node.output)
-        for attribute in node.attribute:
-            if not attribute.HasField("g"):
+def _archived(path: Path, spec: ModelSpec) -> dict[str, _Header]:
+    headers: dict[str, _Header] = {}
+    with zipfile.ZipFile(path) as archive:
+        members = {name.removesuffix(".npy"): name for name in archive.namelist()}
+        for tensor in spec.inputs:
+            if tensor.name not in members:
+                guess = nearest(tensor.name, members)
+                hint = f"rename {guess!r} to {tensor.name!r}; " if guess else ""
+                raise InputError(
+                    f"the file has no array for input {tensor.name!r}",
+                    where=str(path),
+                    remedy=f"{hint}the model takes {_named(spec)}; "
+                    f"the file has {', '.join(sorted(members)) or 'nothing'}",
+                )
+            with archive.open(members[tensor.name]) as stream:
+                headers[tensor.name] = _read_header(stream, members[tensor.name])
+    return headers
+
+
+def _read_header(stream: IO[bytes], member: str | None) -> _Header:
+    version = np.lib.format.read_magic(stream)
+    read = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )
+    shape, fortran, dtype = read(stream)
+    return _Header(member, shape, dtype, fortran)
+
+
+def _arranged(
+    path: Path, tensor: TensorSpec, layout: BatchLayout, shape: tuple[int, ...]
+) -> _Arranged:
+    """The layout of an array for an input whose samples the model has on another axis than 0.
+
+    A state [2, batch, 6] may be in the file as the model expects it, (2, N, 6), or with its samples
+    first, (N, 2, 6) and (N, 2, 1, 6); of 1 sample, or of a fixed batch, it serves all. An input
+    without a batch is one for all samples, or one for each: (N, …).
+
+    Raises:
+        InputError: the array has none of these shapes.
+    """
+    axis, declared = layout.axes[tensor.name], tensor.shape
+    if axis is None:
+        if _fits(shape, declared) or (not declared and shape == (1,)):
+            return _Arranged((1, *(shape if declared else ())), 0, True)
+        if len(shape) == len(declared) + 1 and _fits(shape[1:], declared):
+            return _Arranged(shape, 0, True)
+        if declared and declared[0] == 1 and _fits((1, *shape[1:]), declared):
+            return _Arranged((shape[0], 1, *shape[1:]), 0, True)
+        forms = f"{_form(declared)} for all samples, or {_form(('N', *declared))}"
+    else:
+        one = (*declared[:axis], *declared[axis + 1 :])
+        opened = (*declared[:axis], "N", *declared[axis + 1 :])
+        if _fits(shape, opened):
+            return _Arranged(shape, axis, False)
+        if shape and _fits(shape[1:], one):
+            return _Arranged(shape, 0, False)
+        if shape and _fits(shape[1:], (*declared[:axis], 1, *declared[axis + 1 :])):
+            return _Arranged((shape[0], *shape[1 : axis + 1], *shape[axis + 2 :]), 0, False)
+        forms = f"{_form(opened)}, as the model expects it, or {_form(('N', *one))}"
+    raise InputError(
+        f"the array of {tensor.name!r} has shape {shape}, the model takes {tensor}",
+        where=str(path),
+        remedy=f"with N samples, give {forms}",
+    )
+
+
+def _state_of_fixed_batch(
+    tensor: TensorSpec, layout: BatchLayout, shape: tuple[int, ...]
+) -> _Arranged | None:
+    """A state next to the data of a model with a fixed batch: [1, 1, 5] may be that for all
+    samples, or (1, N, 5) where the second 1 is the batch."""
+    size = layout.size
+    if size is None or layout.axes[tensor.name] != 0 or len(shape) != len(tensor.shape):
+        return None
+    if _fits(shape, tensor.shape):
+        return _Arranged(shape, 0, False)
+    for axis, declared in list(enumerate(tensor.shape))[1:]:
+        opened = (*tensor.shape[:axis], "N", *tensor.shape[axis + 1 :])
+        if declared == size and _fits(shape, opened):
+            return _Arranged(shape, axis, False)
+    return None
+
+
+def _fits(shape: tuple[int, ...], declared: tuple[Dimension, ...]) -> bool:
+    return len(shape) == len(declared) and all(
+        not isinstance(wanted, int) or found == wanted
+        for found, wanted in zip(shape, declared, strict=True)
+    )
+
+
+def _form(shape: tuple[Dimension, ...]) -> str:
+    return f"({', '.join(map(str, shape))})"
+
+
+def _check_type(path: Path, tensor: TensorSpec, header: _Header) -> None:
+    where = str(path)
+    if header.dtype.hasobject:
+        raise InputError(
+            f"the array of {tensor.name!r} is pickled objects, not numbers",
+            where=where,
+            remedy=f"save it as {tensor.dtype}: np.stack(samples).astype(np.{tensor.dtype})",
+        )
+    text = tensor.dtype == "string"
+    if header.dtype.kind != "U" if text else header.dtype.newbyteorder("=").name != tensor.dtype:
+        raise InputError(
+            f"input {tensor.name!r} is {tensor.dtype}, the file has {header.dtype.name}",
+            where=where,
+            remedy=f"preprocess it as the model expects it, then array.astype(np.{tensor.dtype})",
+        )
+    if header.fortran:
+        raise InputError(
+            f"the array of {tensor.name!r} is in Fortran order, which cannot be read in batches",
+            where=where,
+            remedy="save np.ascontiguousarray(array)",
+        )
+
+
+def _check_shape(path: Path, tensor: TensorSpec, header: _Header) -> None:
+    """Raise InputError for an array whose rows do not fit the model."""
+    if tensor.shape == (UNKNOWN_RANK,):
+        wrong = None if header.shape else "it has no dimension for the samples"
+    elif len(header.shape) != len(tensor.shape) or not header.shape:
+        wrong = f"it has {len(header.shape)} dimensions, the model takes {len(tensor.shape)}"
+    else:
+        # Axis 0 counts the samples, also where the model's own batch is fixed.
+        wrong = next(
+            (
+                f"axis {axis} has {found}, the model takes {wanted}"
+                for axis, (found, wanted) in enumerate(zip(header.shape, tensor.shape, strict=True))
+                if axis and isinstance(wanted, int) and found != wanted
+            ),
+            None,
+        )
+    if wrong:
+        raise InputError(
+            f"the array of {tensor.name!r} has shape {header.shape}: {wrong}",
+            where=str(path),
+            remedy=f"the model takes {tensor}; put the samples along axis 0",
+        )
+
+
+def _check_symbols(
+    path: Path, spec: ModelSpec, headers: dict[str, _Header], others: set[str]
+) -> None:
+    """Dimensions of one name (sequence length) have one size in all inputs of data."""
+    sizes: dict[str, tuple[str, int]] = {}
+    for tensor in spec.inputs:
+        if tensor.shape == (UNKNOWN_RANK,) or tensor.name in others:
+            continue
+        shape = headers[tensor.name].shape
+        for axis, wanted in list(enumerate(tensor.shape))[1:]:
+            if not isinstance(wanted, str):
                 continue
-            body = attribute.g
-            # Only Loop's and Scan's bodies have inputs: the state's input has the type of its
-            # output.
-            state = {"Loop": reads[2:], "Scan": reads}.get(node.op_type, [])
-            first = 2 if node.op_type == "Loop" else 0
-            inner = dict(made)
-            for value, read in zip(body.input[first:], state, strict=False):
-                inner[value.name] = read
-            inside = _follow(body, inner, found)
-            ends = [inside.get(value.name, nothing) for value in body.output]
-            if node.op_type == "Loop":
-                for name in ends[0] if ends else ():
-                    found.setdefault(name, f"the number of rounds of {_label(node)}")
-                ends = ends[1:]
-            results = [one | end for one, end in zip(results, ends, strict=False)]
-        made.update(zip(node.output, results, strict=False))
-    return made
+            other, size = sizes.setdefault(wanted, (tensor.name, shape[axis]))
+            if size != shape[axis]:
+                raise InputError(
+                    f"dimension {wanted!r} is {size} in {other!r} and {shape[axis]} in "
+                    f"{tensor.name!r} (axis {axis})",
+                    where=str(path),
+                    remedy="give both inputs the same size there",
+                )
 
 
-def _label(node: onnx.NodeProto) -> str:
-    return node.op_type + (f" {node.name!r}" if node.name else "")
+def _named(spec: ModelSpec) -> str:
+    return ", ".join(map(str, spec.inputs))
+
+
+def _truncated(path: Path) -> InputError:
+    return InputError(
+        "the file of samples is truncated or damaged",
+        where=str(path),
+        remedy=f"it has {path.stat().st_size} bytes; copy or write it again",
+    )

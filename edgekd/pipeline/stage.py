@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from edgekd.config.pipeline import PipelineConfig
 from edgekd.config.profile import Profile
+from edgekd.errors import InputError
 from edgekd.progress import Progress
 
 
@@ -21,9 +22,29 @@ class Job:
     """The folder of the pipeline file: relative paths and own modules are found from here."""
     profile: Profile
 
+    @property
+    def task_settings(self) -> list[Any]:
+        """The task's name and arguments, for a stage's ``config_slice``."""
+        return [self.config.task, self.config.task_args]
+
     def path(self, name: str) -> Path:
         """A path of the pipeline file; a relative one is resolved from the file's folder."""
         return self.base / Path(name).expanduser()
+
+    def existing_file(self, name: str, where: str) -> Path:
+        """:meth:`path` of a file that the key ``where`` names.
+
+        Raises:
+            InputError: there is no such file.
+        """
+        path = self.path(name)
+        if not path.is_file():
+            raise InputError(
+                f"the file {name!r} does not exist",
+                where=where,
+                remedy=f"give a path from the pipeline file's folder; looked at {path}",
+            )
+        return path
 
 
 @dataclass(frozen=True)

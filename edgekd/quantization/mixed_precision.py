@@ -32,49 +32,37 @@ optimizer quantizes a float16 bias by a scale that float16 cannot represent, and
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import EncodeError
 
 from edgekd.errors import EdgekdError, InputError, StageError, unknown_name
+from edgekd.files import write_errors
 from edgekd.onnx.file import check_fits_one_file, check_onnx
+from edgekd.onnx.inference import fixed_batch, model_inputs, run_batch
 from edgekd.onnx.optimizer_faults import guard_padding
-from edgekd.onnx.samples import Samples
-from edgekd.onnx.session import first_line
-from edgekd.quantization.mixed_precision_graph import (
-    GROWING,
-    between_float,
-    beyond_range,
-    lower,
-    open_graph,
-    opset_of,
-    positions,
-)
+from edgekd.onnx.samples import Array, Samples
+from edgekd.onnx.session import CPU_PROVIDER, first_line, open_session
+from edgekd.quantization.mixed_precision_graph import lower, open_graph, opset_of, rounded
 from edgekd.quantization.mixed_precision_rules import (
     FLOAT,
     LOW_TYPES,
     Kind,
     LowType,
-    float_by_kind,
+    nodes_in_float,
     touches_float,
 )
-from edgekd.quantization.mixed_precision_verify import (
-    exceeds,
-    largest_difference,
-    measure_ranges,
-    measured_fault,
-    weight_fault,
-)
 
+BATCH = 16
+"""Samples run at a time while ranges and differences are measured."""
 _HARMFUL_KINDS = 8
 """Largest number of kinds of crashing nodes that are left in float32 before giving up."""
-
-__all__ = ["Kind", "MixedPrecisionInfo", "convert_mixed_precision"]
 
 
 @dataclass(frozen=True)
@@ -147,7 +135,7 @@ def convert_mixed_precision(
     ranges = _ranges(model, flat, samples) if samples is not None and kind == "fp16" else None
     if ranges is not None and not keep_io:
         _refuse_large_inputs(model, ranges, low, where)
-    kept = _kept(model, low, ranges, set(keep), keep_io=keep_io)
+    kept = nodes_in_float(model.graph, opset_of(model), low, ranges, set(keep), keep_io=keep_io)
     chosen = [n for n in model.graph if n not in kept and touches_float(n)]
     if not chosen:
         raise InputError(
@@ -174,14 +162,8 @@ def convert_mixed_precision(
     if samples is not None:
         difference = largest_difference(flat, converted, low, samples, names)
     content = _serialized(converted, where)
-    try:
+    with write_errors(out, "the ONNX file"):
         out.write_bytes(content)
-    except OSError as error:
-        raise StageError(
-            f"the ONNX file cannot be written: {error.strerror}",
-            where=str(out),
-            remedy="free space or choose another folder",
-        ) from error
     check_onnx(out)
     return MixedPrecisionInfo(
         kind=kind,
@@ -269,37 +251,6 @@ class _Trials:
         }
 
 
-def _kept(
-    model: ir.Model,
-    low: LowType,
-    ranges: dict[str, float] | None,
-    keep: set[str],
-    *,
-    keep_io: bool,
-) -> dict[ir.Node, str]:
-    """Every node that stays in float32, with the first reason that was found."""
-    graph, opset = model.graph, opset_of(model)
-    kept = {n: "listed in --keep" for n in graph if n.name in keep and touches_float(n)}
-    for node, reason in (float_by_kind(graph, opset, low) | positions(graph)).items():
-        kept.setdefault(node, reason)
-    large: set[ir.Node] = set()
-    for node in graph:
-        if not touches_float(node):
-            continue
-        fault = weight_fault(node, opset, low)
-        if fault is None and ranges is not None:
-            fault = measured_fault(node, ranges, opset, low)
-        if fault is not None:
-            kept.setdefault(node, fault)
-        squares = node.op_type == "Mul" and node.inputs[0] is node.inputs[1]
-        grows = ranges is None and low.kind == "fp16" and (node.op_type in GROWING or squares)
-        if grows or exceeds(node, low):
-            large.add(node)
-    for node, reason in beyond_range(graph, large, measured=ranges is not None).items():
-        kept.setdefault(node, reason)
-    return {**kept, **between_float(graph, kept, keep_io=keep_io)}
-
-
 def _ranges(model: ir.Model, flat: onnx.ModelProto, samples: Samples) -> dict[str, float]:
     values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
     # A sequence of tensors has their type, too.
@@ -372,3 +323,136 @@ def _serialized(proto: onnx.ModelProto, where: str) -> bytes:
             remedy="ONNX files can have at most 2 GB; give a smaller model",
         ) from error
     return content
+
+
+def measure_ranges(
+    model: onnx.ModelProto, names: Collection[str], samples: Samples
+) -> dict[str, float]:
+    """max |x| of each named tensor over all samples, inf when any of it is not finite.
+
+    The maximum is computed inside the graph: no activation outlives its last use, so that memory
+    is that of one batch, however many samples there are.
+
+    Raises:
+        InputError: the samples do not fit the model, or there are none.
+        StageError: ONNX Runtime cannot run the model.
+    """
+    if not names:
+        return {}  # A graph without outputs does not run.
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    del probe.graph.output[:]
+    chosen = list(names)
+    for index, name in enumerate(chosen):
+        for kind in ("ReduceMin", "ReduceMax"):
+            out = f"edgekd_{kind}_{index}"
+            probe.graph.node.append(onnx.helper.make_node(kind, [name], [out], keepdims=0))
+            probe.graph.output.append(
+                onnx.helper.make_tensor_value_info(out, onnx.TensorProto.FLOAT, [])
+            )
+    largest = np.zeros(len(chosen))
+    for answers in _run(probe, samples):
+        ends = np.array(answers, dtype=np.float64).reshape(len(chosen), 2)
+        extremes = np.abs(ends).max(axis=1)
+        extremes[~np.isfinite(extremes)] = np.inf
+        # The least of no elements is beyond their largest.
+        extremes[ends[:, 0] > ends[:, 1]] = 0
+        largest = np.maximum(largest, extremes)
+    return dict(zip(chosen, largest.tolist(), strict=True))
+
+
+def _run(model: onnx.ModelProto, samples: Samples) -> Iterator[list[Array]]:
+    """All outputs of a model for each batch of samples, on the CPU without optimizations.
+
+    Raises:
+        InputError: the samples do not fit the model, or there are none.
+        StageError: ONNX Runtime cannot run the model.
+    """
+    where = "samples for the 16-bit conversion"
+    if not samples.count:
+        raise InputError("there are no samples", where=where, remedy="give at least one")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        path.write_bytes(model.SerializeToString())
+        try:
+            session = open_session(path, (CPU_PROVIDER,), 1, "disabled")
+        except InputError as error:
+            # The scratch file's path means nothing to the user.
+            what = error.what.replace(f"Load model from {path} failed:", "")
+            raise StageError(
+                what.replace(str(path), "it"),
+                where="the graph of the 16-bit conversion",
+                remedy="convert it without samples, or keep the node that the message names in "
+                "float32",
+            ) from error
+    fixed = fixed_batch(session)
+    names = [output.name for output in session.get_outputs()]
+    for batch in samples.batches(fixed or BATCH):
+        inputs = model_inputs(session, batch, where, fixed)
+        yield [np.asarray(values) for values in run_batch(session, names, inputs, where)]
+
+
+def largest_difference(
+    reference: onnx.ModelProto,
+    converted: onnx.ModelProto,
+    low: LowType,
+    samples: Samples,
+    names: Collection[str],
+) -> float:
+    """max |converted − reference| over all float outputs of all samples.
+
+    Computed by :func:`rounded`, and for float16 also by running the model itself. That alone would
+    not do: on the CPU, ONNX Runtime computes float16 in float32 and drops the casts between its
+    nodes, so that what overflows elsewhere does not overflow there; bfloat16 it does not run.
+
+    Args:
+        reference: the float model.
+        converted: the same in 16 bits.
+        low: the type.
+        samples: real inputs.
+        names: the nodes of the float model, which an error can name.
+
+    Raises:
+        StageError: an output that is finite in float32 is not any more.
+    """
+    runs = [rounded(converted, low)[0], *([converted] if low.kind == "fp16" else [])]
+    outputs = [value.name for value in reference.graph.output]
+    worst = 0.0
+    for answers in zip(*(_run(m, samples) for m in (reference, *runs)), strict=True):
+        for name, wanted, *others in zip(outputs, *answers, strict=True):
+            if wanted.dtype.kind != "f":
+                continue
+            finite = np.isfinite(wanted)
+            for found in others:
+                if not bool(np.all(np.isfinite(found[finite]))):
+                    raise _overflow(name, converted, low, samples, names)
+                gap = np.abs(found[finite].astype(np.float64) - wanted[finite])
+                worst = max(worst, float(gap.max(initial=0.0)))
+    return worst
+
+
+def _overflow(
+    output: str,
+    converted: onnx.ModelProto,
+    low: LowType,
+    samples: Samples,
+    names: Collection[str],
+) -> StageError:
+    """The error for an output that is no number any more, naming the first node to blame."""
+    probe, makers = rounded(converted, low)
+    ranges = measure_ranges(probe, list(makers), samples)
+    order = {node.name: index for index, node in enumerate(converted.graph.node)}
+    broken = [makers[tensor] for tensor, largest in ranges.items() if not np.isfinite(largest)]
+    first = min(broken, key=lambda node: order.get(node, len(order)), default="")
+    if first not in names:
+        # An inserted cast: the node that needs 16 bits is the one to exclude.
+        made = {out for node in converted.graph.node if node.name == first for out in node.output}
+        first = next(
+            (n.name for n in converted.graph.node if n.name in names and made & set(n.input)), first
+        )
+    return StageError(
+        f"{output!r} is not finite any more in {low.name}; the first node to overflow is {first!r}",
+        where="16-bit conversion",
+        remedy=f"keep it in float32: --keep {first}; samples that show the largest activations "
+        "find such nodes by themselves",
+    )

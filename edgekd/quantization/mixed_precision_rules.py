@@ -8,6 +8,7 @@ A node that none of them names may compute in 16 bits.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -16,6 +17,8 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
+
+from edgekd.onnx.samples import Array
 
 Kind = Literal["fp16", "bf16"]
 FLOAT = ir.DataType.FLOAT
@@ -73,6 +76,41 @@ INTEGERS = {
     ir.DataType.INT16, ir.DataType.INT32, ir.DataType.INT64,
     ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64,
 }  # fmt: skip
+
+GROWING = {"Exp", "Pow", "Sinh", "Cosh", "ReduceSumSquare", "ReduceProd", "Det"}
+"""Their output may be far larger than their input: without samples nothing bounds it."""
+
+BOUNDING = {
+    "Softmax", "Hardmax", "Sigmoid", "HardSigmoid", "Tanh", "Erf", "Softsign",
+    "Sqrt", "Log", "Sin", "Cos", "Sign", "LayerNormalization", "GroupNormalization",
+    "RMSNormalization", "InstanceNormalization", "MeanVarianceNormalization",
+    "LpNormalization",
+}  # fmt: skip
+"""Operators whose outputs fit 16 bits for any input."""
+
+WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN"}
+
+EXACT = {
+    "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout", "Expand",
+    "Tile", "Concat", "Split", "Slice", "Gather", "GatherND", "GatherElements", "Pad", "Where",
+    "DepthToSpace", "SpaceToDepth", "Trilu", "Compress", "ReverseSequence", "CenterCropPad",
+    "ScatterND", "ScatterElements", "Max", "Min", "Neg", "Abs", "Relu", "Clip", "Sign",
+    "MaxPool", "GlobalMaxPool", "ReduceMax", "ReduceMin", "ArgMax", "ArgMin", "TopK", "Unique",
+    "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "IsNaN", "IsInf", "NonZero",
+    "Floor", "Ceil", "Round", "Shape", "Size", "Hardmax",
+}  # fmt: skip
+"""They move, compare or choose values: between float32 nodes they would only round them."""
+
+_READ_AS_POSITION = {"Sin", "Cos", "Tan", "Floor", "Ceil", "Round", "Mod"}
+
+HEADROOM = 2.0
+"""A safety margin for unseen data: activations may reach half of the range."""
+
+_EACH_COUNTS = {
+    **dict.fromkeys(("Div", "QuantizeLinear", "DequantizeLinear"), 1),
+    **dict.fromkeys(("Sqrt", "Reciprocal"), 0),
+}
+"""Inputs whose small elements matter as much as the large ones: they divide, or are divided."""
 
 
 def is_standard(node: ir.Node) -> bool:
@@ -233,3 +271,204 @@ def _axes(node: ir.Node) -> list[int] | None:
 def _integer(node: ir.Node, name: str, default: int) -> int:
     attribute = node.attributes.get(name)
     return default if attribute is None else attribute.as_int()
+
+
+def weight_fault(node: ir.Node, opset: int, low: LowType) -> str | None:
+    """Why a weight of the node cannot be stored in 16 bits, None when all can."""
+    attribute = node.attributes.get("value") if node.op_type == "ConstantOfShape" else None
+    if attribute is not None:
+        return _fault(attribute.as_tensor().numpy(), "its value", low, each=False)
+    for position in sorted(low_inputs(node, opset, low)):
+        value = node.inputs[position]
+        if value is None or value.const_value is None:
+            continue
+        each = _EACH_COUNTS.get(node.op_type) == position
+        fault = _fault(value.const_value.numpy(), f"its weight {value.name!r}", low, each=each)
+        if fault is not None:
+            return fault
+    return None
+
+
+def exceeds(node: ir.Node, low: LowType) -> bool:
+    """Whether a constant of the node is a finite number beyond the range of the type."""
+    constants = [v.const_value for v in node.inputs if v is not None and v.dtype == FLOAT]
+    if node.op_type == "ConstantOfShape" and "value" in node.attributes:
+        constants.append(node.attributes["value"].as_tensor())
+    return any(_largest(c.numpy()) > low.largest for c in constants if c is not None)
+
+
+def _largest(array: Array) -> float:
+    finite = np.abs(array[np.isfinite(array)]) if array.dtype.kind == "f" else np.zeros(0)
+    return float(finite.max()) if finite.size else 0.0
+
+
+def _fault(array: Array, what: str, low: LowType, *, each: bool) -> str | None:
+    largest = _largest(array)
+    if largest > low.largest:
+        return f"{what} reaches {largest:.3g}; {low.name} ends at {low.largest:.5g}"
+    # Below the smallest normal number the spacing no longer shrinks with the number. What a
+    # tensor loses there counts only when nothing in it is much larger.
+    if 0 < largest < low.normal:
+        return f"{what} is at most {largest:.3g}; {low.name} is exact down to {low.normal:.2g}"
+    if each and bool(np.any((np.abs(array) < low.normal) & (array != 0))):
+        return f"{what} has divisors too small for {low.name}"
+    return None
+
+
+def measured_fault(node: ir.Node, ranges: dict[str, float], opset: int, low: LowType) -> str | None:
+    """The reason why an input or output of the node does not fit, None when all do."""
+    values = [
+        *(node.inputs[i] for i in sorted(low_inputs(node, opset, low))),
+        *(node.outputs[i] for i in sorted(low_outputs(node, opset, low))),
+    ]
+    for value in values:
+        largest = ranges.get(str(value.name)) if value is not None else None
+        if value is None or largest is None or largest == 0:
+            continue
+        if not math.isfinite(largest):
+            return f"{value.name!r} is not finite on the samples"
+        if largest > low.largest / HEADROOM:
+            return f"{value.name!r} reaches {largest:.3g} on the samples"
+        if largest < low.normal:
+            return f"{value.name!r} is at most {largest:.3g} on the samples"
+    return None
+
+
+def beyond_range(
+    graph: ir.Graph, sources: Collection[ir.Node], *, measured: bool
+) -> dict[ir.Node, str]:
+    """The nodes that may get numbers beyond the range from a node that makes them.
+
+    Args:
+        graph: in topological order.
+        sources: nodes whose output may be beyond the range.
+        measured: activations were measured too, so that only what masks add is followed here,
+            as far as the next node with weights.
+    """
+    wide: dict[ir.Node, str] = {}
+    reasons: dict[ir.Node, str] = {}
+    for node in graph:
+        if not touches_float(node):
+            continue
+        origin = next((wide[p] for p in node.predecessors() if p in wide), None)
+        if origin is not None:
+            reasons[node] = f"it may take numbers beyond 16 bits from {origin!r}"
+        if node in sources:
+            wide[node] = str(node.name)
+        elif (
+            origin is not None
+            and node.op_type not in BOUNDING
+            and not (measured and node.op_type in WEIGHTED)
+        ):
+            wide[node] = origin
+    return reasons
+
+
+def between_float(
+    graph: ir.Graph, kept: dict[ir.Node, str], *, keep_io: bool
+) -> dict[ir.Node, str]:
+    """The exact nodes among ``kept`` ones: in 16 bits they would round float32 values.
+
+    With ``keep_io`` the model's inputs and outputs are float32 too.
+    """
+    found: dict[ir.Node, str] = {}
+
+    def stays(node: ir.Node) -> bool:
+        return node in kept or node in found or not touches_float(node)
+
+    def comes_in_float(node: ir.Node) -> bool:
+        values = [
+            v for v in node.inputs if v is not None and v.dtype == FLOAT and v.const_value is None
+        ]
+        return bool(values) and all(
+            keep_io if (p := v.producer()) is None else p in kept or p in found for v in values
+        )
+
+    def goes_out_float(node: ir.Node) -> bool:
+        leaves = any(v.is_graph_output() and v.dtype == FLOAT for v in node.outputs)
+        return (keep_io or not leaves) and all(stays(user) for user in node.successors())
+
+    changed = True
+    while changed:
+        changed = False
+        for node in graph:
+            if stays(node) or not is_standard(node) or node.op_type not in EXACT:
+                continue
+            if comes_in_float(node) and goes_out_float(node):
+                found[node] = "it passes values between nodes in float32"
+                changed = True
+    return found
+
+
+def positions(graph: ir.Graph) -> dict[ir.Node, str]:
+    """The nodes between integers and where a number is read as a position or an angle.
+
+    The angles of a rotary embedding are position × frequency: in 16 bits the positions above
+    1 / roundoff are no longer distinguishable.
+    """
+    made_of_integers: set[ir.Node] = set()
+    for node in graph:
+        inputs = [v for v in node.inputs if v is not None and v.dtype == FLOAT]
+        free = [v for v in inputs if v.const_value is None]
+        starts = node.op_type == "Range" or (
+            node.op_type == "Cast"
+            and node.inputs[0] is not None
+            and node.inputs[0].dtype in INTEGERS
+        )
+        if starts or (free and all(v.producer() in made_of_integers for v in free)):
+            made_of_integers.add(node)
+    pending = [n for n in made_of_integers if _reads_position(n)]
+    seen: set[ir.Node] = set()
+    while pending:
+        node = pending.pop()
+        if node in seen or node not in made_of_integers:
+            continue
+        seen.add(node)
+        pending.extend(node.predecessors())
+    return dict.fromkeys(seen, "it computes positions from integers")
+
+
+def _reads_position(node: ir.Node) -> bool:
+    if node.op_type == "Cast":
+        return node.outputs[0].dtype in {*INTEGERS, ir.DataType.UINT8, ir.DataType.INT8}
+    return node.op_type in _READ_AS_POSITION
+
+
+def nodes_in_float(
+    graph: ir.Graph,
+    opset: int,
+    low: LowType,
+    ranges: dict[str, float] | None,
+    listed: Collection[str],
+    *,
+    keep_io: bool,
+) -> dict[ir.Node, str]:
+    """Every node that stays in float32, with the first reason that was found.
+
+    Args:
+        graph: in topological order, with known types.
+        opset: of the standard operators.
+        low: the type of the other nodes.
+        ranges: max |x| of activations by name on samples; None where none were measured.
+        listed: names of nodes to leave in float32.
+        keep_io: the model's inputs and outputs stay float32.
+    """
+    kept = {n: "listed in --keep" for n in graph if n.name in listed and touches_float(n)}
+    for node, reason in (float_by_kind(graph, opset, low) | positions(graph)).items():
+        kept.setdefault(node, reason)
+    large: set[ir.Node] = set()
+    for node in graph:
+        if not touches_float(node):
+            continue
+        fault = weight_fault(node, opset, low)
+        if fault is None and ranges is not None:
+            fault = measured_fault(node, ranges, opset, low)
+        if fault is not None:
+            kept.setdefault(node, fault)
+        squares = node.op_type == "Mul" and node.inputs[0] is node.inputs[1]
+        grows = ranges is None and low.kind == "fp16" and (node.op_type in GROWING or squares)
+        if grows or exceeds(node, low):
+            large.add(node)
+    for node, reason in beyond_range(graph, large, measured=ranges is not None).items():
+        kept.setdefault(node, reason)
+    return {**kept, **between_float(graph, kept, keep_io=keep_io)}

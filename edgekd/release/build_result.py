@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from edgekd.files import file_sha256
 from edgekd.measurement import Evidence, Measurement
 from edgekd.release import statistics
 from edgekd.release.formatting import OF_CONSTANT, drop_unit
@@ -120,7 +120,7 @@ def _model(
     parameters = Measurement(float(entry.parameters), "parameters", evidence=evidence)
     row: dict[str, Any] = {
         "file": entry.file.name,
-        "sha256": hashlib.sha256(entry.file.read_bytes()).hexdigest(),
+        "sha256": file_sha256(entry.file),
         "metric": metric.to_json(),
         "size_mb": size.to_json(),
         "parameters": parameters.to_json(),

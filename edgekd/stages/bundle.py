@@ -35,7 +35,7 @@ class BundleStage:
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """Write the bundle, if the gate passed."""
         from edgekd.files import edgerun_folder
-        from edgekd.onnx.export import describe_onnx
+        from edgekd.onnx.file import describe_onnx
         from edgekd.release.bundle import write_bundle
         from edgekd.release.gate import read_gate
         from edgekd.release.rules import passed

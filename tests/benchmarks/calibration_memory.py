@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from edgekd.onnx.file import describe_onnx
-from edgekd.onnx.sample_files import open_samples
+from edgekd.onnx.samples import open_samples
 from edgekd.quantization.static import StaticQuantizer
 
 

@@ -21,9 +21,9 @@ import numpy as np
 import onnx
 
 from edgekd.api import quantize
-from edgekd.onnx.batch_inference import run_samples
 from edgekd.onnx.file import describe_onnx
-from edgekd.onnx.sample_files import open_samples
+from edgekd.onnx.inference import run_samples
+from edgekd.onnx.samples import open_samples
 from edgekd.targets import LocalTarget
 
 Way = Callable[[Path, Path, Path, Path], None]

@@ -17,6 +17,7 @@ from edgekd.cli import main
 from edgekd.engines.tensorrt import can_run_here
 from edgekd.errors import TargetError
 from edgekd.targets import LocalTarget, local
+from edgerun.tensorrt.settings import BuildSettings
 
 
 @pytest.fixture
@@ -123,7 +124,7 @@ def test_measuring_an_engine_where_none_can_run_is_one_message(rtx, model, tmp_p
         ("pipe", 2, "this is a device or a pipe, which a file would replace"),
         ("folder", 2, "this is a folder, not a file to write"),
         ("none/m.engine", 2, "the file to write lies in a folder that does not exist"),
-        ("e" * 250, 3, "cannot be written: File name too long"),
+        ("e" * 256, 3, "cannot be written: File name too long"),
     ],
 )
 def test_an_output_that_cannot_be_is_told_in_the_same_words(
@@ -212,7 +213,7 @@ def test_a_crash_of_the_builder_does_not_take_edgekd_down(tmp_path, model, monke
     (folder / "__main__.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
     monkeypatch.setattr(local, "edgerun_folder", lambda: folder)
     with pytest.raises(TargetError, match="edgerun build was killed by signal 11"):
-        LocalTarget().build(model, tmp_path / "e", library="tensorrt-rtx")
+        LocalTarget().build(model, tmp_path / "e", BuildSettings("tensorrt-rtx"))
 
 
 def test_neither_torch_nor_tensorrt_is_imported(rtx, model, tmp_path):

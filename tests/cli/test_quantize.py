@@ -10,9 +10,9 @@ import onnx
 import pytest
 
 from edgekd.errors import StageError, TargetError
-from edgekd.quantization.settings import QuantizeSettings
-from edgekd.stages.evaluator import Evaluator
-from edgekd.stages.quantize_onnx import quantize_model
+from edgekd.quantization.evaluator import SampleEvaluator
+from edgekd.quantization.quantize_model import quantize_model
+from edgekd.quantization.quantize_onnx import QuantizeSettings
 from edgekd.targets import LocalTarget
 from tests.cli.quantizing import quantize
 from tests.onnx_builders import Graph, run
@@ -57,7 +57,7 @@ def test_the_other_methods_write_too(written, method):
 
 def test_labels_make_the_metric_accuracy(written, data, model):
     _, record, _ = written("--labels", "label")
-    from edgekd.onnx.compare import run_samples
+    from edgekd.onnx.inference import run_samples
     from edgekd.onnx.samples import ArraySamples
 
     with np.load(data) as archive:
@@ -80,7 +80,7 @@ def test_a_drop_that_cannot_be_met_writes_nothing_and_exits_1(
     written, tmp_path, monkeypatch, before
 ):
     # Whatever is quantized is then off, as in a network that no 8 bits can carry.
-    monkeypatch.setattr(Evaluator, "drop_of", lambda self, path: 1.0)
+    monkeypatch.setattr(SampleEvaluator, "drop_of", lambda self, path: 1.0)
     out = tmp_path / "out.onnx"
     if before is not None:
         out.write_bytes(before)
@@ -100,7 +100,7 @@ def test_a_failure_after_the_file_was_made_leaves_what_was_there(
         assert path.stat().st_size > 1000
         raise StageError("the model does not run", where=str(path))
 
-    monkeypatch.setattr(Evaluator, "compare", fails)
+    monkeypatch.setattr(SampleEvaluator, "compare", fails)
     out = tmp_path / "out.onnx"
     if before is not None:
         out.write_bytes(before)

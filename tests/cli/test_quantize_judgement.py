@@ -10,8 +10,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.onnx.samples import ArraySamples
+from edgekd.quantization.evaluator import SampleEvaluator
 from edgekd.release.statistics import wilson
-from edgekd.stages.evaluator import Evaluator
 from tests.cli.quantizing import CLASSES, quantize, samples
 from tests.onnx_builders import Graph, run
 
@@ -134,14 +134,14 @@ def test_a_row_that_is_no_number_on_one_side_is_wrong(tmp_path, labels):
     x = np.tile(np.float32([5, 1, 1, 1, 1]), (8, 1))
     x[:2, 0] = 7
     sound, spoilt = spoiling(tmp_path / "a.onnx", -1), spoiling(tmp_path / "b.onnx", 7)
-    judge = Evaluator(sound, ArraySamples({"x": x}), labels)
+    judge = SampleEvaluator(sound, ArraySamples({"x": x}), labels)
     found = judge.compare(spoilt)
     assert judge.drop_of(spoilt) == pytest.approx(2 / 8)
     assert found["drop"]["value"] == pytest.approx(2 / 8)
     assert found["errors"][0]["argmax_agreement"] == pytest.approx(6 / 8)
     assert judge.drop_of(sound) == 0
     # The same NaN on both sides is no error.
-    assert Evaluator(spoilt, ArraySamples({"x": x}), None).drop_of(spoilt) == 0
+    assert SampleEvaluator(spoilt, ArraySamples({"x": x}), None).drop_of(spoilt) == 0
 
 
 def test_a_regression_that_is_no_number_is_as_wrong_as_zeros(tmp_path):
@@ -153,7 +153,7 @@ def test_a_regression_that_is_no_number_is_as_wrong_as_zeros(tmp_path):
 
     x = np.ones((4, 3, 4), np.float32)
     x[1, 2, 3] = 7
-    judge = Evaluator(model("a.onnx", 7), ArraySamples({"x": x}), None)
+    judge = SampleEvaluator(model("a.onnx", 7), ArraySamples({"x": x}), None)
     assert judge.drop_of(model("b.onnx", np.nan)) == pytest.approx(1 / 4)
 
 

@@ -115,7 +115,7 @@ def test_compare_shows_results_and_seeds(tmp_path):
 
 
 def test_release_and_its_commands_load_without_torch():
-    modules = "edgekd.cli.gate, edgekd.cli.verify, edgekd.cli.compare, edgekd.release.gate, "
+    modules = "edgekd.cli.gate, edgekd.cli.compare, edgekd.release.gate, "
     modules += "edgekd.release.report, edgekd.release.bundle, edgekd.release.build_result"
     code = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

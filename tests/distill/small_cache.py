@@ -35,7 +35,7 @@ class Teacher:
         self.fail_after = fail_after
         self.seconds = seconds
 
-    def answer(self, batch):
+    def predict(self, batch):
         time.sleep(self.seconds)
         if self.fail_after is not None and self.asked.total() >= self.fail_after:
             raise RuntimeError("the teacher fell over")
@@ -91,7 +91,7 @@ def everything(cached, views=VIEWS):
     """All that the cache answers, in a shuffled order with the views mixed."""
     order = torch.randperm(SAMPLES * views, generator=torch.Generator().manual_seed(0))
     batch = {SAMPLE: order % SAMPLES, VIEW: order // SAMPLES}
-    return batch, cached.answer(batch)
+    return batch, cached.predict(batch)
 
 
 def assert_right(cached, views=VIEWS):

@@ -5,7 +5,7 @@ from torch import nn
 
 from edgekd.config.training import LossTerm, TrainConfig
 from edgekd.distill.objective import Objective
-from edgekd.distill.trainer import train
+from edgekd.distill.trainer import Trainer
 from edgekd.models import DictModel
 from edgekd.spec import ModelSpec, TensorSpec
 from edgekd.tasks import Classification
@@ -94,17 +94,18 @@ DISTILL = [
 def fit(folder, *, seed=0, source=None, objective=None, teacher=None, progress=None, **keys):
     model = network()
     config = TrainConfig(**{"epochs": 4, "batch_size": 16, **keys})
-    history = train(
+    history = Trainer(
         model,
         objective or Objective.supervised(TASK),
-        (source or Source(), Source(50, seed=1)),
+        source or Source(),
+        Source(50, seed=1),
         TASK,
         config,
         seed,
         checkpoint_folder=folder,
         progress=progress or Silent(),
         teacher=teacher,
-    )
+    ).fit()
     return model, history
 
 

@@ -74,7 +74,7 @@ def test_imagenet_takes_at_most_48_bytes_with_its_share_of_the_checksum(tmp_path
     class WideTeacher:
         digest = "wide"
 
-        def answer(self, batch):
+        def predict(self, batch):
             return {"logits": torch.randn(len(batch[SAMPLE]), 1000)}
 
     spec = TensorSpec("logits", ("batch", 1000))
@@ -205,28 +205,32 @@ def test_readers_at_once_mend_a_block_once(tmp_path):
         ({SAMPLE: [SAMPLES], VIEW: [0]}, f"sample {SAMPLES} is not in the teacher cache"),
         ({SAMPLE: [-1], VIEW: [0]}, "sample -1 is not"),
         ({SAMPLE: [0], VIEW: [VIEWS]}, f"view {VIEWS} is not in the teacher cache"),
+        ({SAMPLE: [0], VIEW: [-1]}, "view -1 is not"),
         ({"x": [0.0]}, "lacks @sample"),
     ],
 )
-def test_what_is_not_there_is_said(tmp_path, batch, message):
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_what_is_not_there_is_said(tmp_path, batch, message, in_memory):
     cached = fill(tmp_path)
+    if in_memory:
+        everything(cached)
     with pytest.raises(InputError, match=message):
-        cached.answer({name: torch.tensor(value) for name, value in batch.items()})
+        cached.predict({name: torch.tensor(value) for name, value in batch.items()})
 
 
 def test_a_cache_shows_no_layers(tmp_path):
     cached = fill(tmp_path)
-    cached.watch([])
+    cached.capture([])
     with pytest.raises(InputError, match="layers are needed: stem"):
-        cached.watch(["stem"])
+        cached.capture(["stem"])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("top", [3, 40])
 def test_an_answer_that_is_no_number_is_not_kept(tmp_path, value, top):
     class Broken(Teacher):
-        def answer(self, batch):
-            answers = super().answer(batch)
+        def predict(self, batch):
+            answers = super().predict(batch)
             answers["logits"][batch[SAMPLE] == 6, 11] = value
             return answers
 

@@ -141,7 +141,7 @@ def test_a_disk_that_loses_what_it_is_given(tmp_path, monkeypatch):
     (cached.folder / "answers.bin").write_bytes(b"")
     monkeypatch.setattr("edgekd.distill.cache_store._write", lambda *a, **k: None)
     with pytest.raises(StageError, match=r"block 0 .* does not read as it was written"):
-        cached.answer({SAMPLE: torch.tensor([0]), VIEW: torch.tensor([0])})
+        cached.predict({SAMPLE: torch.tensor([0]), VIEW: torch.tensor([0])})
 
 
 def test_a_block_in_another_place_is_no_answer(tmp_path):

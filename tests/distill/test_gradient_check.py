@@ -7,7 +7,7 @@ from torch import nn
 from edgekd.config.training import LossTerm, TrainConfig
 from edgekd.distill.objective import Objective
 from edgekd.distill.teacher import ModuleTeacher
-from edgekd.distill.trainer import train
+from edgekd.distill.trainer import Trainer
 from edgekd.errors import InputError
 from edgekd.models import DictModel
 from edgekd.spec import ModelSpec, TensorSpec
@@ -31,17 +31,18 @@ def binary(seed):
 
 def train_binary(folder, losses, progress, batch=16):
     task = Classification(classes=2)
-    return train(
+    return Trainer(
         binary(0),
         Objective([LossTerm.model_validate(loss) for loss in losses], task),
-        (Binary(batch=batch), Binary(50, seed=1)),
+        Binary(batch=batch),
+        Binary(50, seed=1),
         task,
         TrainConfig(epochs=1, batch_size=batch),
         0,
         checkpoint_folder=folder,
         progress=progress,
         teacher=ModuleTeacher(binary(1)),
-    )
+    ).fit()
 
 
 @pytest.mark.parametrize(

@@ -16,20 +16,22 @@ from torch import nn
 from torch.nn import functional as F
 
 from edgekd.config.training import LossTerm, TrainConfig
-from edgekd.distill import qat, qat_quantizer
+from edgekd.distill import qat, qat_graph
 from edgekd.distill.objective import Objective
-from edgekd.distill.qat import QatResult, check_training, terms_of_outputs
-from edgekd.distill.qat_model import (
+from edgekd.distill.qat import (
     FROZEN_FROM,
     PreparedStudent,
-    computed_weights,
-    with_plain_weights,
+    QatResult,
+    check_training,
+    terms_of_outputs,
 )
-from edgekd.distill.trainer import train
+from edgekd.distill.qat_graph import computed_weights, with_plain_weights
+from edgekd.distill.trainer import Trainer
 from edgekd.errors import InputError, StageError
 from edgekd.models import DictModel
 from edgekd.models.networks import Mlp, Policy
-from edgekd.onnx.export import describe_onnx, export_onnx
+from edgekd.onnx.export import export_onnx
+from edgekd.onnx.file import describe_onnx
 from edgekd.spec import ModelSpec, TensorSpec
 from edgekd.tasks import Classification
 
@@ -113,16 +115,17 @@ TRAIN, HELD_OUT = slice(0, 640), slice(640, 900)
 def fit(model, folder, stop_in=None, epochs=3, **keys):
     keys = {"batch_size": 32, "learning_rate": 3e-3, **keys}
     task = Classification()
-    return train(
+    return Trainer(
         model,
         Objective.supervised(task),
-        (Digits(TRAIN, stop_in), Digits(HELD_OUT)),
+        Digits(TRAIN, stop_in),
+        Digits(HELD_OUT),
         task,
         TrainConfig(epochs=epochs, **keys),
         0,
         checkpoint_folder=folder,
         progress=Silent(),
-    )
+    ).fit()
 
 
 @pytest.fixture(scope="module")
@@ -472,7 +475,7 @@ def test_network_that_does_not_fit_is_refused(call, error, message):
 
 
 def test_without_torchao_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(qat_quantizer, "find_spec", lambda name: None)
+    monkeypatch.setattr(qat_graph, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'edgekd\[qat\]'"):
         qat.quantization_aware(network(), "cpu", lambda model: pytest.fail("called"))
 

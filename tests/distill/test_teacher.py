@@ -50,19 +50,19 @@ def expected(batch):
 @pytest.mark.parametrize("size", ["n", 1, 2, 5, 8])
 def test_any_batch_size_is_served_by_a_file_fixed_to_one(tmp_path, batch, size):
     teacher = OnnxTeacher(onnx_file(tmp_path / "t.onnx", size), [X], [LOGITS], threads=1)
-    answers = teacher.answer(batch)
+    answers = teacher.predict(batch)
     torch.testing.assert_close(answers["logits"], expected(batch))
 
 
 def test_names_that_differ_are_matched_by_order(tmp_path, batch):
     path = onnx_file(tmp_path / "t.onnx", names=("input.1", "output_7"))
-    answers = OnnxTeacher(path, [X], [LOGITS]).answer(batch)
+    answers = OnnxTeacher(path, [X], [LOGITS]).predict(batch)
     torch.testing.assert_close(answers, {"logits": expected(batch)})
 
 
 @pytest.mark.parametrize("dtype", [TensorProto.FLOAT16, TensorProto.DOUBLE])
 def test_other_widths_are_fed_and_answered_in_float32(tmp_path, batch, dtype):
-    answers = OnnxTeacher(onnx_file(tmp_path / "t.onnx", dtype=dtype), [X], [LOGITS]).answer(batch)
+    answers = OnnxTeacher(onnx_file(tmp_path / "t.onnx", dtype=dtype), [X], [LOGITS]).predict(batch)
     assert answers["logits"].dtype is torch.float32
     # float16 carries eleven bits.
     torch.testing.assert_close(answers["logits"], expected(batch), rtol=5e-3, atol=5e-3)
@@ -71,21 +71,21 @@ def test_other_widths_are_fed_and_answered_in_float32(tmp_path, batch, dtype):
 def test_probabilities_become_logits_that_mean_the_same(tmp_path, batch):
     path = onnx_file(tmp_path / "t.onnx", softmax=True)
     teacher = OnnxTeacher(path, [X], [LOGITS])
-    form = recognized_form(teacher.raw_answer(batch)["logits"])
+    form = recognized_form(teacher.raw_outputs(batch)["logits"])
     assert form == "probabilities"
     before = teacher.digest
     teacher.adaptation = Adaptation(form=form)
     assert teacher.digest != before
     student = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(
-        soft_labels(student, teacher.answer(batch)["logits"]),
+        soft_labels(student, teacher.predict(batch)["logits"]),
         soft_labels(student, expected(batch)),
     )
 
 
 def test_logits_are_not_taken_for_probabilities(tmp_path, batch):
     teacher = OnnxTeacher(onnx_file(tmp_path / "t.onnx"), [X], [LOGITS])
-    assert recognized_form(teacher.raw_answer(batch)["logits"]) == "logits"
+    assert recognized_form(teacher.raw_outputs(batch)["logits"]) == "logits"
 
 
 def test_wrong_input_shape_names_both(tmp_path):
@@ -123,7 +123,7 @@ def test_a_missing_file(tmp_path):
 def test_a_module_teacher_answers_frozen_and_in_evaluation_mode(batch):
     module = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.9))
     teacher = ModuleTeacher(DictModel(module, ModelSpec((X,), (LOGITS,))))
-    first, second = (teacher.answer(batch)["logits"] for _ in range(2))
+    first, second = (teacher.predict(batch)["logits"] for _ in range(2))
     assert torch.equal(first, second)
     assert not first.requires_grad
     student = torch.zeros(5, 3, requires_grad=True)

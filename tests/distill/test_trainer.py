@@ -7,7 +7,7 @@ from edgekd.config.training import LossTerm, TrainConfig
 from edgekd.distill.checkpoint import NAME
 from edgekd.distill.objective import Objective
 from edgekd.distill.teacher import ModuleTeacher
-from edgekd.distill.trainer import score, train
+from edgekd.distill.trainer import Trainer, score
 from edgekd.errors import InputError, StageError
 from tests.distill.small_training import DISTILL, TASK, Silent, Source, fit, network, same
 
@@ -56,16 +56,17 @@ def test_training_gives_the_callers_random_numbers_back(tmp_path):
     expected = torch.rand(3)
     model = network()
     torch.manual_seed(5)
-    train(
+    Trainer(
         model,
         Objective.supervised(TASK),
-        (Source(), Source(50)),
+        Source(),
+        Source(50),
         TASK,
         TrainConfig(epochs=1),
         0,
         checkpoint_folder=tmp_path,
         progress=Silent(),
-    )
+    ).fit()
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -207,7 +208,7 @@ def test_a_layer_that_does_not_exist_points_at_the_term(tmp_path, role):
     objective, teacher = Objective(terms, TASK), ModuleTeacher(network(9))
 
     def begin():
-        teacher.watch(objective.teacher_layers)
+        teacher.capture(objective.teacher_layers)
         fit(tmp_path, objective=objective, teacher=teacher)
 
     with pytest.raises(InputError) as error:
@@ -224,6 +225,6 @@ def test_layers_are_captured_from_the_network_that_is_trained(tmp_path):
     ]
     teacher = ModuleTeacher(network(9))
     objective = Objective(terms, TASK)
-    teacher.watch(objective.teacher_layers)
+    teacher.capture(objective.teacher_layers)
     _, history = fit(tmp_path, objective=objective, teacher=teacher, ema=0.9, epochs=2)
     assert history.epochs[1].terms["fitnets"] < history.epochs[0].terms["fitnets"]

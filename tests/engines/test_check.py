@@ -11,9 +11,9 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
 from edgekd.config.profile import load_profile
-from edgekd.engines import tensorrt_support
+from edgekd.engines import tensorrt
 from edgekd.engines.check import check_model
-from edgekd.engines.tensorrt_support import remedy_for, takes_opset
+from edgekd.engines.tensorrt import remedy_for, takes_opset
 from edgekd.errors import InputError, StageError, TargetError
 from edgekd.targets import open_target
 
@@ -35,7 +35,7 @@ def never(path, library):
 
 @pytest.fixture
 def without_tensorrt(monkeypatch):
-    monkeypatch.setattr(tensorrt_support, "is_installed", lambda name: False)
+    monkeypatch.setattr(tensorrt, "is_installed", lambda name: False)
 
 
 def findings(report, status):
@@ -163,7 +163,7 @@ def test_without_tensorrt_a_device_of_tensorrt_is_not_shown(exported, without_te
 
 
 def test_tensorrt_rtx_stands_in_for_tensorrt_and_says_so(exported, monkeypatch):
-    monkeypatch.setattr(tensorrt_support, "is_installed", lambda name: name == "tensorrt-rtx")
+    monkeypatch.setattr(tensorrt, "is_installed", lambda name: name == "tensorrt-rtx")
     asked = []
 
     def parse(path, library):
@@ -173,7 +173,7 @@ def test_tensorrt_rtx_stands_in_for_tensorrt_and_says_so(exported, monkeypatch):
     report = check_model(exported, parse, profile=load_profile("jetson-orin-nano-8gb"))
     assert asked == ["tensorrt-rtx"]
     assert any("stands in for TensorRT 10.3" in finding.detail for finding in report.findings)
-    monkeypatch.setattr(tensorrt_support, "is_installed", lambda name: True)
+    monkeypatch.setattr(tensorrt, "is_installed", lambda name: True)
     check_model(exported, parse, engines=["tensorrt"])
     check_model(exported, parse, engines=["tensorrt-rtx"])
     assert asked[1:] == ["tensorrt", "tensorrt-rtx"]
@@ -181,7 +181,7 @@ def test_tensorrt_rtx_stands_in_for_tensorrt_and_says_so(exported, monkeypatch):
 
 @pytest.mark.parametrize("supported", [True, False])
 def test_tensorrt_stands_in_for_tensorrt_rtx_and_says_so(exported, monkeypatch, supported):
-    monkeypatch.setattr(tensorrt_support, "is_installed", lambda name: name == "tensorrt")
+    monkeypatch.setattr(tensorrt, "is_installed", lambda name: name == "tensorrt")
 
     def parse(path, library):
         return {"library": library, "version": "10.3", "supported": supported, "problems": []}
@@ -198,7 +198,7 @@ def test_tensorrt_stands_in_for_tensorrt_rtx_and_says_so(exported, monkeypatch, 
 def test_a_tensorrt_that_cannot_be_asked_matters_only_to_who_asked_for_it(
     exported, monkeypatch, kind
 ):
-    monkeypatch.setattr(tensorrt_support, "is_installed", lambda name: name == "tensorrt")
+    monkeypatch.setattr(tensorrt, "is_installed", lambda name: name == "tensorrt")
 
     def parse(path, library):
         raise kind("tensorrt 10.3 does not start here", remedy="it needs a GPU")

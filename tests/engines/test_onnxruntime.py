@@ -16,7 +16,7 @@ from edgekd.engines.onnxruntime import (
     providers_for,
 )
 from edgekd.errors import InputError, StageError
-from edgekd.onnx.export import describe_onnx
+from edgekd.onnx.file import describe_onnx
 from edgekd.onnx.samples import random_inputs
 from edgekd.onnx.session import default_options, first_line
 from edgekd.spec import ModelSpec, TensorSpec
@@ -254,7 +254,7 @@ def test_no_unfinished_engine_is_ever_under_the_final_name(exported, tmp_path, m
 
         return run
 
-    for name in ("open_session", "answers_of", "check_fallback", "_difference"):
+    for name in ("open_session", "outputs_of", "check_fallback", "_difference"):
         monkeypatch.setattr(engine, name, watched(getattr(engine, name)))
     build_engine(exported, out, CPU)
     assert len(seen) >= 4
@@ -272,7 +272,7 @@ def test_a_folder_that_cannot_be_written_and_a_bad_model(exported, tmp_path):
 
 def test_samples_of_a_wrong_shape_are_named(exported, tmp_path):
     wrong = {"image": np.zeros((1, 3, 9, 9), np.float32)}
-    with pytest.raises(StageError, match=r"does not run on image \(1, 3, 9, 9\)"):
+    with pytest.raises(InputError, match=r"does not run on image float32\(1, 3, 9, 9\)"):
         build_engine(exported, tmp_path / "engine.onnx", CPU, samples=wrong)
 
 

@@ -12,16 +12,14 @@ import numpy as np
 import pytest
 
 import edgerun as edgerun_package
-from edgerun.bench import BenchmarkConfig, bench
+from edgerun.bench import BenchmarkConfig, bench, engine_precisions, provider_nodes
 from edgerun.cuda_runtime import CudaRuntime
 from edgerun.errors import BadInput, NoDevice, RunFailed
 from edgerun.inputs import make_feeds
 from edgerun.model import Settings, TensorInfo
-from edgerun.model_loading import open_model
-from edgerun.node_assignment import engine_precisions, provider_nodes
-from edgerun.run import run
+from edgerun.run import open_model, run
+from edgerun.tensorrt.engine import LoadedEngine
 from edgerun.tensorrt.library import find_gpu, open_library
-from edgerun.tensorrt.loading import LoadedEngine
 from edgerun.tensorrt.runner import EngineModel, open_engine
 from edgerun.timing import Stopwatch, device_times
 
@@ -286,10 +284,10 @@ def test_a_file_of_samples_is_cut_to_the_batches_that_the_engine_takes(
     model, _ = make_engine(profiles=(profile,), tensors=("x", "y"))
     x = batch(11)
     np.savez(tmp_path / "x.npz", x=x)
-    answers = run(model, tmp_path / "x.npz")
+    outputs = run(model, tmp_path / "x.npz")
     # Products of other sizes may add in another order: a few units in the last place of sums
     # of four terms below 50.
-    np.testing.assert_allclose(answers.outputs["y"], x @ WEIGHTS, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(outputs.arrays["y"], x @ WEIGHTS, rtol=0, atol=1e-5)
 
 
 def test_the_gpu_s_part_is_timed_by_events_without_copies(make_engine, models, tmp_path):
@@ -334,7 +332,7 @@ def test_an_engine_opens_where_onnx_runtime_is_not(engine):
         "from pathlib import Path\n"
         "from edgerun.system import describe_environment\n"
         "from edgerun.errors import EdgerunError\n"
-        "from edgerun.model import Settings; from edgerun.model_loading import open_model\n"
+        "from edgerun.model import Settings; from edgerun.run import open_model\n"
         "assert describe_environment()['providers_available'] == []\n"
         "try:\n"
         f"    print(open_model(Path({str(engine)!r}), Settings()).inputs)\n"
@@ -430,7 +428,7 @@ def test_a_library_that_misses_only_the_gpu_finds_nothing_wrong_with_the_file(
     def load(path, library):
         raise BadInput("another library's") if library == "tensorrt" else NoDevice("no GPU")
 
-    monkeypatch.setattr("edgerun.tensorrt.runner.find_spec", lambda name: True)
+    monkeypatch.setattr("edgerun.tensorrt.runner.is_installed", lambda name: True)
     monkeypatch.setattr("edgerun.tensorrt.runner.open_library", lambda name: name)
     monkeypatch.setattr("edgerun.tensorrt.runner.load_engine", load)
     with pytest.raises(NoDevice, match="tensorrt-rtx: no GPU"):
@@ -486,7 +484,7 @@ def test_an_engine_of_a_library_that_is_absent_says_what_to_install(edgerun, eng
 
 def test_a_machine_without_any_tensorrt_says_what_to_install(monkeypatch, engine):
     engine.with_name("m.engine.json").unlink()
-    monkeypatch.setattr("edgerun.tensorrt.runner.find_spec", lambda name: None)
+    monkeypatch.setattr("edgerun.tensorrt.runner.is_installed", lambda name: False)
     with pytest.raises(BadInput, match="no TensorRT is installed") as caught:
         open_engine(engine)
     assert "tensorrt-rtx" in caught.value.remedy

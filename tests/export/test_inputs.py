@@ -5,9 +5,8 @@ import pytest
 
 from edgerun.errors import BadInput
 from edgerun.inputs import Samples, feeds_from, load_arrays, make_feeds
-from edgerun.model import Settings, TensorInfo
+from edgerun.model import BatchLayout, Settings, TensorInfo, choose_shapes, parse_shapes
 from edgerun.onnx_session import OrtSession
-from edgerun.shapes import BatchLayout, choose_shapes, parse_shapes
 
 
 def tensor(name, shape, dtype="float32") -> TensorInfo:

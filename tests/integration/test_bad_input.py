@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import subprocess
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -71,6 +72,20 @@ def cut_onnx(folder: Path) -> None:
     (folder / "t.onnx").write_bytes(b"\x08\x09\x12\x07pytorch:\xff\xff")
 
 
+def deep_header(folder: Path) -> None:
+    save(folder)
+    text = b"{'descr': " + b"(" * 4000 + b")" * 4000 + b"}\n"
+    header = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+    with zipfile.ZipFile(folder / "d.npz", "a") as archive:
+        archive.writestr("train_state.npy", header)
+
+
+def many_arrays(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "d.npz", "w") as archive:
+        for number in range(100_000):
+            archive.writestr(f"{number}.npy", b"")
+
+
 CASES = {
     "no data file": (lambda folder: None, [], "d.npz"),
     "corrupt data": (cut_npz, [], "d.npz"),
@@ -93,6 +108,24 @@ CASES = {
     "missing ONNX": (save, ["teacher={onnx: t.onnx}"], "t.onnx"),
     "contradicting budget": (save, ["gate.latency={p50_ms: 2, p90_ms: 1}"], "contradicts"),
     "wrong model arguments": (save, ["student.args={hiden: [3]}"], "hidden"),
+    "a pipe as data": (lambda f: os.mkfifo(f / "d.npz"), [], "this is a pipe"),
+    "a pipe as checkpoint": (
+        lambda f: (save(f), os.mkfifo(f / "t.pt")),
+        ["teacher={model: mlp, checkpoint: t.pt}"],
+        "t.pt",
+    ),
+    "a pipe as ONNX": (
+        lambda f: (save(f), os.mkfifo(f / "t.onnx")),
+        ["teacher={onnx: t.onnx}"],
+        "t.onnx",
+    ),
+    "a deep header in the data": (deep_header, [], "train_state"),
+    "100,000 arrays": (many_arrays, [], "100,000 arrays"),
+    "a single number as data": (
+        lambda f: save(f, train_state=np.float32(1), test_state=np.float32(1)),
+        [],
+        "single number",
+    ),
     "no gate at all": (save, ["gate={}"], "gate"),
     "a file as run folder": (save, ["name=taken"], "taken"),
 }

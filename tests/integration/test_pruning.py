@@ -17,7 +17,7 @@ from edgekd.config.pipeline import PipelineConfig
 from edgekd.config.profile import load_profile
 from edgekd.errors import InputError
 from edgekd.pipeline.stage import Job
-from edgekd.stages.preflight import preflight
+from edgekd.stages import preflight
 from edgekd.stages.student import StudentStage
 
 PIPELINE = """\

@@ -16,9 +16,9 @@ from edgekd.config.engines import QatConfig
 from edgekd.config.training import LossTerm
 from edgekd.errors import InputError, StageError
 from edgekd.onnx import export as engine
-from edgekd.onnx.export import describe_onnx
+from edgekd.onnx.file import describe_onnx
 from edgekd.pipeline.stage import Context
-from edgekd.stages.qat import train_quantized
+from edgekd.stages.quantize import train_quantized
 from edgekd.stages.task_data import open_task_data
 
 pytest.importorskip("torchao", reason="quantization-aware training needs the extra qat")

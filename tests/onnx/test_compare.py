@@ -9,13 +9,21 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.errors import InputError
-from edgekd.onnx.compare import AnswerErrors, compare_answers, compare_models, run_samples
+from edgekd.onnx.compare import ComparisonSums, Reference
+from edgekd.onnx.inference import run_samples
 from edgekd.onnx.samples import ArraySamples
 from edgekd.release.statistics import wilson
 
 RANDOM = np.random.default_rng(0)
 INPUT = RANDOM.standard_normal((11, 6)).astype(np.float32)
 WEIGHTS = RANDOM.standard_normal((6, 3)).astype(np.float32)
+
+
+def compare_outputs(reference, candidate, classes):
+    """The errors of outputs (N, …) by name."""
+    sums = ComparisonSums(classes)
+    sums.add(reference, candidate)
+    return sums.rows()
 
 
 class Counted(ArraySamples):
@@ -121,7 +129,7 @@ def test_an_output_without_an_axis_for_the_samples_is_run_one_by_one(tmp_path):
 def test_the_figures_are_those_worked_out_by_hand():
     reference = {"logits": np.array([[3.0, 4.0], [0.0, 2.0]], np.float32)}
     candidate = {"logits": np.array([[4.0, 3.0], [0.0, 1.0]], np.float32)}
-    (row,) = compare_answers(reference, candidate, "logits")
+    (row,) = compare_outputs(reference, candidate, "logits")
     assert row.max_absolute == 1.0
     assert row.rmse == pytest.approx((3 / 4) ** 0.5)
     assert row.sqnr_db == pytest.approx(10 * np.log10(29 / 3))
@@ -133,7 +141,7 @@ def test_the_figures_are_those_worked_out_by_hand():
 
 def test_the_same_answers_have_no_error_and_no_ratio():
     answers = {"logits": INPUT, "zero": np.zeros((11, 2)), "label": INPUT.argmax(1)}
-    rows = {row.name: row for row in compare_answers(answers, answers, "logits")}
+    rows = {row.name: row for row in compare_outputs(answers, answers, "logits")}
     assert all(row.max_absolute == row.rmse == 0.0 for row in rows.values())
     assert all(row.sqnr_db is None and row.not_finite == 0 for row in rows.values())
     assert rows["logits"].cosine_worst == pytest.approx(1.0)
@@ -145,9 +153,9 @@ def test_the_order_and_the_number_of_samples_do_not_change_the_mean_figures():
     """More samples than are compared at a time."""
     noise = 0.1 * RANDOM.standard_normal((1100, 4))
     reference = RANDOM.standard_normal((1100, 4))
-    once = compare_answers({"y": reference}, {"y": reference + noise}, "y")[0]
+    once = compare_outputs({"y": reference}, {"y": reference + noise}, "y")[0]
     order = RANDOM.permutation(1100)
-    again = compare_answers({"y": reference[order]}, {"y": (reference + noise)[order]}, "y")[0]
+    again = compare_outputs({"y": reference[order]}, {"y": (reference + noise)[order]}, "y")[0]
     assert once.rmse == pytest.approx(np.sqrt((noise**2).mean()))
     assert once.samples == 1100
     for key, value in once.to_json().items():
@@ -160,7 +168,7 @@ def test_a_value_that_is_not_finite_on_one_side_is_shown(bad, side):
     """It stands where the largest class is, so that argmax alone would not notice it."""
     sides = {"reference": np.tile([1.0, 2.0], (5, 1)), "candidate": np.tile([1.0, 2.0], (5, 1))}
     sides[side][3, 1] = bad
-    (row,) = compare_answers({"y": sides["reference"]}, {"y": sides["candidate"]}, "y")
+    (row,) = compare_outputs({"y": sides["reference"]}, {"y": sides["candidate"]}, "y")
     assert row.not_finite == 1
     assert {row.max_absolute, row.rmse, row.sqnr_db, row.cosine, row.cosine_worst} == {None}
     assert row.argmax_agreement == 0.8
@@ -171,21 +179,21 @@ def test_values_that_are_not_finite_on_both_sides_alike_are_no_error():
     reference = np.array([[1.0, -np.inf, np.nan], [1.0, 2.0, 3.0]])
     candidate = reference.copy()
     candidate[0, 0] += 0.5
-    (row,) = compare_answers({"y": reference}, {"y": candidate}, None)
+    (row,) = compare_outputs({"y": reference}, {"y": candidate}, None)
     assert row.not_finite == 0
     assert row.max_absolute == 0.5
     assert row.sqnr_db == pytest.approx(10 * np.log10((1 + 1 + 4 + 9) / 0.25))
-    opposite = compare_answers({"y": reference}, {"y": -reference}, None)[0]
+    opposite = compare_outputs({"y": reference}, {"y": -reference}, None)[0]
     assert opposite.not_finite == 1
 
 
 def test_answers_that_cannot_be_compared_say_why():
     with pytest.raises(InputError, match="no output of the candidate named 'y'"):
-        compare_answers({"y": INPUT}, {"z": INPUT}, None)
+        compare_outputs({"y": INPUT}, {"z": INPUT}, None)
     with pytest.raises(InputError, match="no output named 'z'"):
-        compare_answers({"y": INPUT}, {"y": INPUT}, "z")
+        compare_outputs({"y": INPUT}, {"y": INPUT}, "z")
     with pytest.raises(InputError, match=r"\(11, 6\) in one model and \(10, 6\)"):
-        compare_answers({"y": INPUT}, {"y": INPUT[:10]}, None)
+        compare_outputs({"y": INPUT}, {"y": INPUT[:10]}, None)
 
 
 @pytest.mark.parametrize("batches", [("batch", "batch"), (4, "batch"), ("batch", 4), (16, 3)])
@@ -200,11 +208,10 @@ def test_models_side_by_side_give_the_figures_of_all_answers_at_once(tmp_path, b
     def right(_, answers, rows):
         return answers["label"] == labels[rows]
 
-    found = compare_models(
-        one, other, samples, "logits", right, batch=sizes[0], candidate_batch=sizes[1]
-    )
+    reference = Reference(one, samples, batch=sizes[0])
+    found = reference.compare(other, "logits", right, batch=sizes[1])
     answers = run_samples(one, samples), run_samples(other, samples)
-    for row, whole in zip(found.errors, compare_answers(*answers, "logits"), strict=True):
+    for row, whole in zip(found.errors, compare_outputs(*answers, "logits"), strict=True):
         for key, value in whole.to_json().items():
             if key == "parts":  # of a model's graph, which answers alone do not have
                 continue
@@ -220,11 +227,11 @@ def test_answers_may_come_in_any_parts():
     random = np.random.default_rng(0)
     reference = random.standard_normal((300, 5000))
     candidate = reference + 0.1 * random.standard_normal(reference.shape)
-    errors = AnswerErrors("y")
+    errors = ComparisonSums("y")
     for rows in (slice(0, 7), slice(7, 8), slice(8, 300)):
         errors.add({"y": reference[rows]}, {"y": candidate[rows]})
     (parts,) = errors.rows()
-    (whole,) = compare_answers({"y": reference}, {"y": candidate}, "y")
+    (whole,) = compare_outputs({"y": reference}, {"y": candidate}, "y")
     assert parts.samples == 300
     assert parts.rmse == pytest.approx(np.sqrt(((candidate - reference) ** 2).mean()))
     for key, value in whole.to_json().items():
@@ -237,7 +244,8 @@ def test_a_comparison_of_models_holds_one_batch_in_memory(tmp_path):
 
     def compare(count):
         tracemalloc.start()
-        compare_models(path, path, Made(count), None, lambda *args: np.zeros(len(args[1]["label"])))
+        reference = Reference(path, Made(count))
+        reference.compare(path, None, lambda *args: np.zeros(len(args[1]["label"])))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak
@@ -250,6 +258,6 @@ def test_a_comparison_of_models_holds_one_batch_in_memory(tmp_path):
 def test_words_count_as_the_same_or_not():
     reference = {"word": np.array(["cat", "dog", "cat", "owl"], dtype=object)}
     candidate = {"word": np.array(["cat", "dog", "owl", "owl"], dtype=object)}
-    (row,) = compare_answers(reference, candidate, None)
+    (row,) = compare_outputs(reference, candidate, None)
     assert row.max_absolute == 1.0
     assert row.rmse == 0.5

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from edgekd.errors import StageError
-from edgekd.onnx.export import check_onnx, describe_onnx, export_onnx
+from edgekd.onnx.export import export_onnx
+from edgekd.onnx.file import check_onnx, describe_onnx
 from edgekd.spec import ModelSpec, TensorSpec
 
 

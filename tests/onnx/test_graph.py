@@ -1,13 +1,13 @@
-"""Questions to a graph: the precisions of its own numbers, wherever they lie."""
+"""A graph: the precisions of its own numbers, and the inputs that decide how much is computed."""
 
 from __future__ import annotations
 
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper, parser
 
-from edgekd.onnx.graph import precisions_of
+from edgekd.onnx.graph import deciding_inputs, precisions_of
 
 HALF = numpy_helper.from_array(np.ones(2, np.float16), "w")
 
@@ -47,3 +47,94 @@ CAST = helper.make_node("Cast", ["x"], ["w"], to=TensorProto.FLOAT16)
 def test_weights_and_quantization_are_found_at_any_depth(tmp_path, nodes, initializers, half, int8):
     path = save(tmp_path / "m.onnx", nodes, initializers)
     assert precisions_of(path) == {"half": half, "int8": int8}
+
+
+def model(inputs, body, opset=18):
+    text = f'<ir_version: 8, opset_import: ["" : {opset}]> g ({inputs}) => (float y) {{ {body} }}'
+    return parser.parse_model(text)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "body", "what"),
+    [
+        ("int64 n, float[1] x", "y = Expand(x, n)", "the shape of Expand"),
+        ("int32 n", "c = Cast<to = 7>(n) y = ConstantOfShape(c)", "the shape of ConstantOfShape"),
+        ("int64 n, float[9] x", "y, i = TopK(x, n)", "k of TopK"),
+        ("int64[2] n, float[1,1] x", "y = Tile(x, n)", "the repeats of Tile"),
+        ("float n", "y = Range(n, n, n)", "the length of Range"),
+        ("int64 n, float[1] x", "o = Add(n, n) y = Slice(x, n, o)", "what is cut out of Slice"),
+        ("float[4] n, float[1,1,2,2] x", 'y = Resize(x, "", n)', "the size of Resize"),
+        ("bool[b,t] n", "i = NonZero(n) y = Cast<to = 1>(i)", "how many there are of NonZero"),
+        (
+            "int64[b] n",
+            "m = ReduceMax(n) k = Max(m, m) z = Cast<to = 1>(k) y = Range(z, z, z)",
+            "the length of Range",
+        ),
+    ],
+)
+def test_a_number_that_decides_a_size_is_found_through_arithmetic(inputs, body, what):
+    found = deciding_inputs(model(inputs, body))
+    assert set(found) == {"n"}
+    assert found["n"].startswith(what)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "body"),
+    [
+        ("int64[b,t] n, float[9,4] w", "y = Gather(w, n)"),
+        ("uint8[1,3,4,4] n", "c = Cast<to = 1>(n) y = Relu(c)"),
+        ("float[b,4] n", "s = Shape(n) y = ConstantOfShape(s)"),
+        ("float[b,4] n, int64[1] k", "y = Unsqueeze(n, k)"),
+    ],
+)
+def test_values_that_decide_no_size_are_none_of_them(inputs, body):
+    assert deciding_inputs(model(inputs, body)) == {}
+
+
+def looped(trips, condition, inner):
+    """A loop over ``acc`` whose body has ``inner`` before it says whether to go on."""
+    scalars = {"i": TensorProto.INT64, "go": TensorProto.BOOL, "acc": TensorProto.FLOAT}
+    body = helper.make_graph(
+        [*inner, helper.make_node("Tanh", ["acc"], ["next"])],
+        "body",
+        [helper.make_tensor_value_info(name, kind, []) for name, kind in scalars.items()],
+        [
+            helper.make_tensor_value_info("again", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, []),
+        ],
+    )
+    node = helper.make_node("Loop", [trips, condition, "x"], ["y"], "rounds", body=body)
+    inputs = {"n": TensorProto.INT64, "on": TensorProto.BOOL, "x": TensorProto.FLOAT}
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info(name, kind, []) for name, kind in inputs.items()],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [])],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+
+
+def test_a_loop_is_counted_by_its_trips_its_condition_and_what_its_body_compares():
+    same = [helper.make_node("Identity", ["go"], ["again"])]
+    below = [helper.make_node("Less", ["i", "n"], ["again"])]
+    assert set(deciding_inputs(looped("n", "", same))) == {"n"}
+    assert set(deciding_inputs(looped("n", "on", same))) == {"n", "on"}
+    assert deciding_inputs(looped("", "", below)) == {"n": "the number of rounds of Loop 'rounds'"}
+    assert deciding_inputs(looped("", "", same)) == {}
+
+
+def test_a_function_is_looked_into():
+    body = [helper.make_node("ConstantOfShape", ["a"], ["b"])]
+    opsets = [helper.make_opsetid("", 18)]
+    function = helper.make_function("local", "Zeros", ["a"], ["b"], body, opsets)
+    graph = helper.make_graph(
+        [helper.make_node("Zeros", ["n"], ["y"], "z", domain="local")],
+        "g",
+        [helper.make_tensor_value_info("n", TensorProto.INT64, [2])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, None])],
+    )
+    made = helper.make_model(
+        graph, opset_imports=[*opsets, helper.make_opsetid("local", 1)], functions=[function]
+    )
+    onnx.checker.check_model(made)
+    assert set(deciding_inputs(made)) == {"n"}

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from edgekd.onnx.export import describe_onnx
+from edgekd.onnx.file import describe_onnx
 from edgekd.onnx.import_onnx import pack_onnx, rename_onnx
 
 

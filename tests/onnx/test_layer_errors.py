@@ -13,7 +13,7 @@ from edgekd.errors import InputError
 from edgekd.onnx.layer_errors import layer_errors
 from edgekd.onnx.samples import ArraySamples
 from edgekd.quantization.mixed_precision import convert_mixed_precision
-from edgekd.quantization.mixed_precision_verify import write_rounded
+from edgekd.quantization.mixed_precision_graph import write_rounded
 from edgekd.quantization.static import StaticQuantizer
 
 RANDOM = np.random.default_rng(0)

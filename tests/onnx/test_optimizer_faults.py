@@ -197,7 +197,7 @@ def test_a_preparation_that_changes_the_answers_is_refused_whatever_the_method(
         weight = next(t for t in graph.initializer if t.name == "w")
         weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 2, "w"))
 
-    monkeypatch.setattr("edgekd.quantization.prepare._plain_bias", spoilt)
+    monkeypatch.setattr("edgekd.quantization.prepare.plain_bias", spoilt)
     with pytest.raises(StageError, match=r"output 'y' changed by .* when the model was prepared"):
         write(path, tmp_path / "o.onnx")
     assert not (tmp_path / "o.onnx").exists()

@@ -8,8 +8,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from edgekd.errors import InputError
-from edgekd.onnx.sample_files import open_samples
-from edgekd.onnx.samples import ArraySamples, is_mask
+from edgekd.onnx.samples import ArraySamples, is_mask, open_samples
 from edgekd.quantization.static import StaticQuantizer
 from edgekd.spec import ModelSpec, TensorSpec
 from tests.onnx_builders import Graph, distance, pairs_of, run

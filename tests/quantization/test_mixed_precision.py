@@ -23,10 +23,10 @@ from edgekd.models.build import build_model
 from edgekd.onnx.export import export_onnx
 from edgekd.onnx.file import describe_onnx
 from edgekd.onnx.samples import ArraySamples
-from edgekd.quantization import mixed_precision, mixed_precision_verify
+from edgekd.quantization import mixed_precision
 from edgekd.quantization.mixed_precision import convert_mixed_precision
+from edgekd.quantization.mixed_precision_graph import rounded
 from edgekd.quantization.mixed_precision_rules import LOW_TYPES
-from edgekd.quantization.mixed_precision_verify import rounded
 from edgekd.spec import ModelSpec, TensorSpec
 
 U = {"fp16": 2.0**-11, "bf16": 2.0**-8}
@@ -637,10 +637,8 @@ def test_measuring_holds_no_more_than_two_batches(loud):
                 del copied
 
     x = normal(200, 2)
-    found = mixed_precision_verify.measure_ranges(
-        onnx.load(str(loud)), ["x", "h"], Tracked({"x": x})
-    )
-    assert len(alive) == math.ceil(200 / mixed_precision_verify.BATCH)
+    found = mixed_precision.measure_ranges(onnx.load(str(loud)), ["x", "h"], Tracked({"x": x}))
+    assert len(alive) == math.ceil(200 / mixed_precision.BATCH)
     assert found["x"] == np.abs(x).max()
     assert found["h"] == pytest.approx(1e3 * np.abs(x).max(), rel=1e-6)
 
@@ -700,7 +698,7 @@ def test_wrong_input_is_told(loud, tmp_path):
     out = tmp_path / "half.onnx"
     with pytest.raises(InputError, match="did you mean 'between'"):
         convert_mixed_precision(loud, out, "fp16", keep=("betwen",))
-    with pytest.raises(InputError, match="the samples have no 'x'"):
+    with pytest.raises(InputError, match="the samples lack the model's input 'x'"):
         convert_mixed_precision(loud, out, "fp16", samples=ArraySamples({"z": normal(2, 2)}))
     every = ("up1", "up2", "between", "down1", "down2")
     with pytest.raises(InputError, match="no node of the model can compute in float16"):

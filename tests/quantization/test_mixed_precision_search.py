@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.errors import InputError
-from edgekd.onnx.compare import run_samples
+from edgekd.onnx.inference import run_samples
 from edgekd.onnx.samples import ArraySamples
 from edgekd.quantization.mixed_precision_search import UNITS, search_float_layers
 from edgekd.quantization.static import StaticQuantizer

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 
 from edgekd.errors import InputError
 from edgekd.spec import TensorSpec
-from edgekd.stages.task_data import Validation
+from edgekd.stages.task_data import TaskEvaluator
 from edgekd.tasks import Regression
 
 
@@ -53,7 +53,7 @@ class Data:
 
 def validation(tmp_path, values, off=0.0):
     task_data = SimpleNamespace(dataset=Data(values), task=Regression())
-    return Validation(task_data, add_constant(tmp_path / "float.onnx", off))
+    return TaskEvaluator(task_data, add_constant(tmp_path / "float.onnx", off))
 
 
 @pytest.mark.parametrize("unit", [1.0, 1e5])

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from edgekd.distill.losses.response import (
     dist,
+    dkd,
     hard_distillation,
     hard_labels,
     jsd,
@@ -15,8 +16,9 @@ from edgekd.distill.losses.response import (
     multi_label,
     output_regression,
     soft_labels,
+    tf_kd,
+    wsld,
 )
-from edgekd.distill.losses.response_labelled import dkd, tf_kd, wsld
 
 DIVERGENCES = {
     "soft_labels": lambda s, t, y: soft_labels(s, t),

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from edgekd.distill.losses.response import soft_labels
-from edgekd.distill.losses.response_labelled import dkd, tf_kd, wsld
+from edgekd.distill.losses.response import dkd, soft_labels, tf_kd, wsld
 from edgekd.errors import InputError
 
 SHAPES = [(5, 7), (3, 4, 6), (4, 2), (2, 1000)]

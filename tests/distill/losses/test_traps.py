@@ -9,13 +9,15 @@ import torch
 from edgekd.distill.losses import LOSSES
 from edgekd.distill.losses.response import (
     dist,
+    dkd,
     jsd,
     logit_standardization,
     mlkd,
     multi_label,
     soft_labels,
+    tf_kd,
+    wsld,
 )
-from edgekd.distill.losses.response_labelled import dkd, tf_kd, wsld
 from edgekd.errors import InputError
 from edgekd.extension import check_arguments
 

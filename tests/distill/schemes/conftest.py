@@ -12,7 +12,7 @@ from edgekd.config.training import LossTerm, TrainConfig
 from edgekd.distill.objective import Objective
 from edgekd.distill.schemes import SchemeContext
 from edgekd.distill.teacher import ModuleTeacher
-from edgekd.distill.trainer import train
+from edgekd.distill.trainer import Trainer
 from edgekd.models.build import build_model
 from edgekd.spec import TensorSpec
 from edgekd.tasks import Classification
@@ -84,11 +84,12 @@ def make_context(tmp_path, source):
             before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
             fits.append(Fit(label, model, objective, teacher, before))
             if teacher is not None:
-                teacher.watch(objective.teacher_layers)
-            return train(
+                teacher.capture(objective.teacher_layers)
+            return Trainer(
                 model,
                 objective,
-                (source, source),
+                source,
+                source,
                 task,
                 TrainConfig(epochs=epochs, batch_size=32),
                 0,
@@ -96,7 +97,7 @@ def make_context(tmp_path, source):
                 progress=Silent(),
                 teacher=teacher,
                 label=label,
-            )
+            ).fit()
 
         context = SchemeContext(
             student=build(network, 0),
