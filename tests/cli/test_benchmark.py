@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgekd.cli import main
 from edgekd.errors import TargetError
 from edgekd.targets import LocalTarget
+from tests.onnx_builders import Graph
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_providers_of_another_device_are_shown_as_left_out(model):
         (("--profile", "raspberry-pi-6"), "raspberry-pi-5"),
         (("--providers", "cuda"), "has no CUDAExecutionProvider"),
         (("--inputs", "none.npz"), "no such input file"),
-        (("--against", "none.onnx"), "no such model file"),
+        (("--against", "none.onnx"), "the file does not exist"),
         (("--json", "none/out.json"), "a folder that does not exist"),
     ],
 )
@@ -154,3 +155,31 @@ def test_made_up_values_that_decide_the_work_are_named_and_real_ones_are_not(tmp
     assert done.exit_code == 0, done.output
     assert "random values" not in done.output
     assert "decides_work" not in json.loads(out.read_text())["models"][0]["fed"]
+
+
+@pytest.mark.parametrize("command", ["benchmark", "check", "quantize"])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda data: data[:40], "truncated or is not ONNX"),
+        (lambda data: data.replace(b"Relu", b"Re\xff\xfe"), "not UTF-8"),
+    ],
+)
+def test_a_bad_model_is_exit_code_2_in_every_command(tmp_path, command, change, says):
+    graph = Graph()
+    graph.add("Relu", ["x"], "y")
+    path = graph.save(tmp_path / "m.onnx", {"x": [1, 4]}, {"y": [1, 4]})
+    path.write_bytes(change(path.read_bytes()))
+    more = ["-o", str(tmp_path / "q.onnx"), "--method", "fp16"] if command == "quantize" else []
+    done = CliRunner().invoke(main, [command, str(path), *more])
+    assert done.exit_code == 2, done.output
+    assert says in done.output
+
+
+def test_random_inputs_that_need_gigabytes_are_refused(tmp_path):
+    graph = Graph()
+    graph.add("Relu", ["x"], "y")
+    graph.save(tmp_path / "m.onnx", {"x": [1, 10**6, 10**6]}, {"y": [1, 10**6, 10**6]})
+    done = CliRunner().invoke(main, ["benchmark", str(tmp_path / "m.onnx")])
+    assert done.exit_code == 2
+    assert "1e+12 elements" in done.output
