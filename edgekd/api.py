@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from edgekd.config.budgets import GateConfig
-from edgekd.config.loader import load_pipeline, load_section
+from edgekd.config.budgets import Budgets, GateConfig, load_budgets
+from edgekd.config.pipeline import load_pipeline
 from edgekd.config.profile import Profile, load_profile
 from edgekd.errors import InputError, StageError
 from edgekd.pipeline.runner import Runner, RunOutcome, Workers, join_workers, stages_until
@@ -212,18 +212,23 @@ def benchmark(
 
 
 def gate(
-    result: Mapping[str, Any], budgets: GateConfig | str | Path, profile: Profile | None = None
+    result: Result | Mapping[str, Any],
+    budgets: GateConfig | str | Path,
+    profile: Profile | None = None,
 ) -> list[Verdict]:
     """Check a result against budgets, given as a model or as a YAML file.
+
+    A limit of the profile holds where the budgets leave its key out.
 
     Raises:
         InputError: the result or the budgets are wrong, or there is nothing to check.
     """
     from edgekd.release.gate import evaluate
+    from edgekd.release.result import Result
 
-    if not isinstance(budgets, GateConfig):
-        budgets = load_section(Path(budgets), GateConfig)
-    return evaluate(result, budgets, profile)
+    given = budgets if isinstance(budgets, GateConfig) else load_budgets(Path(budgets))
+    found = result if isinstance(result, Result) else Result.from_json(result)
+    return evaluate(found, Budgets.resolve(given, profile))
 
 
 def load_result(run: str | Path) -> Result:
@@ -240,7 +245,6 @@ def load_result(run: str | Path) -> Result:
         InputError: there is no result, or it is damaged.
     """
     from edgekd.release.compare import find_result
-    from edgekd.release.result import Result, read_result
+    from edgekd.release.result import read_result
 
-    file = find_result(Path(run))
-    return Result.from_json(read_result(file), str(file))
+    return read_result(find_result(Path(run)))

@@ -15,14 +15,7 @@ from typing import Any
 
 import click
 
-from edgekd.errors import (
-    EdgekdError,
-    InputError,
-    StageError,
-    nearest,
-    printable,
-    unknown_name,
-)
+from edgekd.errors import EdgekdError, InputError, StageError, nearest, printable, unknown_name
 
 _COMMANDS = {
     "init": ("edgekd.cli:init", "Write an example pipeline to start from."),

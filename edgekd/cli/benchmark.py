@@ -13,7 +13,7 @@ from rich.table import Table
 
 from edgekd.cli.options import PIPELINE_SUFFIXES, refuse_options_of_a_model
 from edgekd.errors import InputError, StageError
-from edgekd.release.formatting import ABSENT, number
+from edgekd.measurement import ABSENT, number
 from edgerun.cli import LEVELS
 
 if TYPE_CHECKING:
@@ -79,9 +79,9 @@ def benchmark(
     note_model(model)
     if out is not None:
         check_output(out, "--json", inputs=[path for path in (model, against) if path], stream=True)
-    for path in (model, *([against] if against else [])):
-        if path.suffix.lower() not in ENGINE_SUFFIXES:
-            read_onnx(path)
+    for given in (model, *([against] if against else [])):
+        if given.suffix.lower() not in ENGINE_SUFFIXES:
+            read_onnx(given)
     loaded = _load_profile(profile)
     target = open_target(LocalTarget.name)
     console = Console()

@@ -142,7 +142,7 @@ def _build_tensorrt(
 ) -> dict[str, Any]:
     from dataclasses import replace
 
-    from edgekd.config.engines import TensorRTConfig
+    from edgekd.config.pipeline import TensorRTConfig
     from edgekd.engines.tensorrt import check_runtime, engine_settings
     from edgekd.errors import edgerun_errors
     from edgekd.targets import LocalTarget

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from edgekd.errors import InputError
 from edgekd.files import write_errors
+from edgekd.measurement import full_text, interval_text, value_text
 from edgekd.release.compare import Comparison, SeedMeans, compare_files
-from edgekd.release.formatting import full_text, interval_text, value_text
 
 
 @click.command()

@@ -28,6 +28,8 @@ MOST_VALUES = 100_000
 _TAGS = frozenset(
     f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map")
 )
+_OTHER_BASE = re.compile(r"[-+]?0[\d_]+|.*:.*")
+"""Octal and sexagesimal numbers of YAML 1.1."""
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
 
 
@@ -58,6 +60,12 @@ class _Loader(yaml.SafeLoader):
             raise _wrong(f"{_shortened(node.value)} is no valid {kind}", node) from error
         if isinstance(value, str) and _UNPRINTABLE.search(value):
             raise _wrong(f"{_shortened(value)} has a control character in it", node)
+        if isinstance(value, int | float) and _OTHER_BASE.fullmatch(str(node.value)):
+            raise _wrong(
+                f"{_shortened(node.value)} is not a plain decimal number, YAML reads it as "
+                f"{value:g}: write {value:g}, or the text in quotes",
+                node,
+            )
         if isinstance(value, int) and value.bit_length() > 64:
             raise _wrong(f"the integer {_shortened(node.value)} is too large", node)
         return value

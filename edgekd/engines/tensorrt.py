@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 import onnx
 
-from edgekd.config.engines import TensorRTConfig
+from edgekd.config.budgets import Budgets
+from edgekd.config.pipeline import TensorRTConfig
 from edgekd.config.profile import Profile
 from edgekd.errors import InputError, StageError, TargetError
 from edgekd.files import edgerun_folder
@@ -54,6 +55,7 @@ def device_command(settings: BuildSettings, model: str, engine: str) -> str:
 def engine_settings(
     config: TensorRTConfig,
     profile: Profile | None,
+    budgets: Budgets | None = None,
     *,
     batch: int = 1,
     precision: BuildPrecision | None = None,
@@ -62,18 +64,21 @@ def engine_settings(
 ) -> BuildSettings:
     """The settings that a pipeline's engine and a device profile mean together.
 
-    Scratch memory is limited to the profile's budget, and TensorRT for RTX builds for the
+    Scratch memory is limited to the budget of the peak memory, and TensorRT for RTX builds for the
     profile's GPU, where the engine does not set another.
 
     Args:
+        config: an entry of ``engines``.
+        profile: of the device.
+        budgets: of the job; None: the profile's.
         batch: the benchmark's batch size, for open batch dimensions.
         precision: the precision of the model; None builds it unchanged.
         keep: nodes that were left in float32 intentionally.
         timing_cache: a file that later builds reuse.
     """
     workspace, capabilities = config.workspace_mb, config.compute_capabilities
-    if workspace is None and profile is not None and profile.budget.memory_mb is not None:
-        workspace = profile.budget.memory_mb.value
+    if workspace is None:
+        workspace = (budgets or Budgets.resolve(profile=profile))["memory.peak_mb"]
     if not capabilities and config.kind == "tensorrt-rtx" and profile is not None and profile.gpu:
         capabilities = (profile.gpu.compute_capability.value,)
     return BuildSettings(

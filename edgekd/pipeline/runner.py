@@ -378,12 +378,12 @@ class Workers:
 
 
 def _join(stage: Stage, command: Command) -> None:
-    context, inputs = command.context, command.inputs
-    assert context is not None
-    assert inputs is not None
+    assert command.context is not None
+    assert command.inputs is not None
+    context = command.context
     # What a kill leaves there is removed with the scratch folder.
     with tempfile.TemporaryDirectory(dir=context.scratch) as folder, searching(context.job.base):
-        stage.run(replace(context, out=Path(folder)), inputs)
+        stage.run(replace(context, out=Path(folder)), command.inputs)
 
 
 def _as_edgekd_error(error: BaseException, rank: int) -> EdgekdError:

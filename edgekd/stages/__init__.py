@@ -56,7 +56,6 @@ def preflight(job: Job, gated: bool = True) -> None:
     from edgekd.distill.schemes import find_scheme
     from edgekd.engines.onnxruntime import provider_chain
     from edgekd.models.build import find_model
-    from edgekd.release.rules import check_any_rule, check_direction
     from edgekd.stages.student import student_network
     from edgekd.stages.training import augmentation_of
     from edgekd.students.pruning_plan import torch_pruning
@@ -100,9 +99,9 @@ def preflight(job: Job, gated: bool = True) -> None:
         if engine.kind == "onnxruntime":
             provider_chain(job.profile.runtime.providers, engine.providers, engine.fallback)
     _check_quantization(job, task)
-    check_direction(config.gate, task.metric, task.higher_is_better)
+    job.budgets.check_metric(task.metric, task.higher_is_better)
     if gated:
-        check_any_rule(config.gate, job.profile, task.higher_is_better)
+        job.budgets.require_any(task.higher_is_better)
 
 
 def _check_quantization(job: Job, task: Task) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from edgekd.config.engines import OnnxRuntimeConfig, TensorRTConfig
+from edgekd.config.pipeline import OnnxRuntimeConfig, TensorRTConfig
 from edgekd.engines.selection import FLOAT
 from edgekd.errors import CrashError, EdgekdError
 from edgekd.files import write_npz
@@ -157,7 +157,7 @@ class TensorRTBuilder:
         from edgekd.targets import open_target
 
         job = context.job
-        self.engine, self.profile = engine, job.profile
+        self.engine, self.profile, self.budgets = engine, job.profile, job.budgets
         self.batch = job.config.benchmark.batch_size
         self.target = open_target(job.config.target)
         context.cache.mkdir(parents=True, exist_ok=True)
@@ -173,6 +173,7 @@ class TensorRTBuilder:
         settings = engine_settings(
             self._for(precision),
             self.profile,
+            self.budgets,
             batch=self.batch,
             precision=precision,
             keep=keep,
@@ -198,7 +199,12 @@ class TensorRTBuilder:
         from edgekd.engines.tensorrt import device_command, engine_settings
 
         settings = engine_settings(
-            self._for(precision), self.profile, batch=self.batch, precision=precision, keep=keep
+            self._for(precision),
+            self.profile,
+            self.budgets,
+            batch=self.batch,
+            precision=precision,
+            keep=keep,
         )
         return device_command(settings, model, f"{Path(model).stem}.engine")
 

@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgekd.config.engines import (
+from edgekd.config.pipeline import (
     ExportConfig,
     OnnxRuntimeConfig,
+    PipelineConfig,
     QatConfig,
     QuantizeConfig,
     TensorRTConfig,
 )
-from edgekd.config.pipeline import PipelineConfig
 from edgekd.config.training import TrainConfig
 from edgekd.errors import CrashError, InputError, StageError
 from edgekd.pipeline.stage import Context, Job

@@ -221,8 +221,7 @@ class TaskEvaluator:
 
     def change_text(self, drop: float) -> str:
         """How the metric moves with a drop of that size: ``−133.6 mae against float32's``."""
-        from edgekd.measurement import Measurement
-        from edgekd.release.formatting import drop_unit, metric_change, value_text
+        from edgekd.measurement import Measurement, drop_unit, metric_change, value_text
 
         better = self.task.higher_is_better
         moved = Measurement(metric_change(drop * self.scale, better), drop_unit(self.task.metric))
@@ -294,6 +293,6 @@ class TaskEvaluator:
 
 def drop_unit_of(task: Task) -> str:
     """The unit in which a drop of the task's metric is stated."""
-    from edgekd.release.formatting import OF_CONSTANT, drop_unit
+    from edgekd.measurement import OF_CONSTANT, drop_unit
 
     return drop_unit(task.metric) if task.higher_is_better else OF_CONSTANT

@@ -27,7 +27,6 @@ from edgerun.tensorrt.library import find_gpu
 ROOT = Path("/")
 PARENT = "EDGERUN_PARENT"
 """Environment variable: the number of the process with which this one has to end."""
-
 RUNTIMES = ("onnxruntime", "tensorrt", "tensorrt_rtx")
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from edgekd.config.budgets import GateConfig
-from edgekd.config.loader import load_pipeline, load_section
+from edgekd.config.loader import load_section
+from edgekd.config.pipeline import load_pipeline
+from edgekd.config.yaml_source import parse_scalar
 from edgekd.errors import InputError
 
 GOOD = """\
@@ -216,3 +218,33 @@ def test_a_date_is_text_and_a_number_has_to_be_finite(write) -> None:
         load_pipeline(path, ["name=!!int abc"])
     with pytest.raises(InputError, match="'²'"):
         load_pipeline(path, ["distill.losses.²=1"])
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("true", "valid number, .*; it is 'true'"),
+        ("no", "valid number, .*; it is 'false'"),
+        ("010", "YAML reads it as 8: write 8"),
+        ("1:30", "YAML reads it as 90: write 90"),
+        ("1:30.5", "YAML reads it as 90.5"),
+        ("-010", "YAML reads it as -8"),
+        (".nan", "finite"),
+        ("-.inf", "finite"),
+    ],
+)
+def test_a_number_is_a_plain_decimal_number(tmp_path, value, words):
+    file = tmp_path / "budget.yaml"
+    file.write_text(f"size: {{max_mb: 1}}\naccuracy:\n  min: {value}\n")
+    with pytest.raises(InputError, match=words) as caught:
+        load_section(file, GateConfig)
+    assert str(caught.value.where).startswith(f"{file}:3")
+    assert caught.value.remedy
+
+
+def test_other_numbers_and_texts_are_read_as_before(tmp_path):
+    file = tmp_path / "budget.yaml"
+    file.write_text("accuracy: {min: 0.9, max_drop: 1e-3}\nparameters: {max: 1_000}\n")
+    read = load_section(file, GateConfig)
+    assert (read.accuracy.min, read.accuracy.max_drop, read.parameters.max) == (0.9, 1e-3, 1000)
+    assert parse_scalar("['010', '1:30', 0, 0.5, 0x1F]") == ["010", "1:30", 0, 0.5, 31]

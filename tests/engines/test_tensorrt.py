@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from edgekd.config.engines import TensorRTConfig
+from edgekd.config.pipeline import TensorRTConfig
 from edgekd.config.profile import load_profile
 from edgekd.engines import tensorrt
 from edgekd.engines.tensorrt import (
