@@ -52,6 +52,9 @@ _OPENING_MODELS = ("benchmark", "build", "check", "quantize")
 
 _LIBRARIES = ("onnxruntime.", "onnx.", "google.protobuf.")
 
+_WRONG_MODEL = ("InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NotImplemented")
+"""The errors of ONNX Runtime that are the model's own; ONNX's all are."""
+
 
 class LazyGroup(click.Group):
     """Commands imported on use; every error of the project becomes a message and an exit code."""
@@ -136,8 +139,10 @@ def _explained(error: BaseException) -> EdgekdError:
         return unexpected(error)
     from edgekd.crashes import noted_file
 
-    return StageError(
-        f"{type(error).__module__.partition('.')[0]} fails: {' '.join(str(error).split())}",
+    library, name = type(error).__module__.partition(".")[0], type(error).__name__
+    wrong_model = library != "onnxruntime" or name in _WRONG_MODEL
+    return (InputError if wrong_model else StageError)(
+        f"{library} fails: {' '.join(str(error).split())}",
         where=noted_file(),
         remedy="'edgekd check' shows what the model needs; export it again, in another "
         "opset or with another exporter",

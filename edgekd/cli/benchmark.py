@@ -72,12 +72,16 @@ def benchmark(
 
     from edgekd.crashes import note_model
     from edgekd.files import check_output
+    from edgekd.onnx.file import ENGINE_SUFFIXES, read_onnx
     from edgekd.release.build_result import evidence_of
     from edgekd.targets import LocalTarget, open_target
 
     note_model(model)
     if out is not None:
         check_output(out, "--json", inputs=[path for path in (model, against) if path], stream=True)
+    for given in (model, *([against] if against else [])):
+        if given.suffix.lower() not in ENGINE_SUFFIXES:
+            read_onnx(given)
     loaded = _load_profile(profile)
     target = open_target(LocalTarget.name)
     console = Console()

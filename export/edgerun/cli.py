@@ -268,10 +268,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ).report()
     except KeyboardInterrupt:
         return 130
+    except MemoryError as error:
+        return RunFailed(
+            f"the memory ran out: {error}", remedy="give smaller inputs, or free some"
+        ).report()
     except BrokenPipeError:
         # The reader of the output closed it (| head); Python must not flush the rest.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except Exception as error:
+        if os.environ.get("EDGERUN_DEBUG"):
+            raise
+        text = " ".join(str(error).split())[:500]
+        return RunFailed(
+            f"edgerun failed unexpectedly: {type(error).__name__}: {text}",
+            remedy="EDGERUN_DEBUG=1 shows the traceback, to be reported",
+        ).report()
     return code
 
 

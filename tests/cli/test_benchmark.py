@@ -14,7 +14,7 @@ from onnx import numpy_helper
 from edgekd.errors import TargetError
 from edgekd.targets import LocalTarget
 from tests.command_line import edgekd
-from tests.onnx_builders import save_onnx
+from tests.onnx_builders import Graph, save_onnx
 
 
 @pytest.fixture
@@ -57,8 +57,8 @@ def test_providers_of_another_device_are_shown_as_left_out(model):
         (("--shape", "y=1x3x8x8"), "there is no input 'y'"),
         (("--profile", "raspberry-pi-6"), "raspberry-pi-5"),
         (("--providers", "cuda"), "has no CUDAExecutionProvider"),
-        (("--inputs", "none.npz"), "no such input file"),
-        (("--against", "none.onnx"), "no such model file"),
+        (("--inputs", "none.npz"), "there is no such file"),
+        (("--against", "none.onnx"), "the file does not exist"),
         (("--json", "none/out.json"), "a folder that does not exist"),
     ],
 )
@@ -159,3 +159,29 @@ def test_measuring_opens_no_socket_and_leaves_no_file(model, tmp_path, program):
     assert [path for path in home.rglob("*") if path != home / "tmp"] == []
     if traced:
         assert log.read_text() == ""
+
+
+@pytest.mark.parametrize("command", ["benchmark", "check", "quantize"])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda data: data[:40], "truncated or is not ONNX"),
+        (lambda data: data.replace(b"Relu", b"Re\xff\xfe"), "not UTF-8"),
+    ],
+)
+def test_a_bad_model_is_exit_code_2_in_every_command(tmp_path, command, change, says):
+    graph = Graph()
+    graph.add("Relu", ["x"], "y")
+    path = graph.save(tmp_path / "m.onnx", {"x": [1, 4]}, {"y": [1, 4]})
+    path.write_bytes(change(path.read_bytes()))
+    more = ["-o", str(tmp_path / "q.onnx"), "--method", "fp16"] if command == "quantize" else []
+    done = edgekd(command, path, *more, code=2)
+    assert says in done.output
+
+
+def test_random_inputs_that_need_gigabytes_are_refused(tmp_path):
+    graph = Graph()
+    graph.add("Relu", ["x"], "y")
+    graph.save(tmp_path / "m.onnx", {"x": [1, 10**6, 10**6]}, {"y": [1, 10**6, 10**6]})
+    done = edgekd("benchmark", tmp_path / "m.onnx", code=2)
+    assert "1e+12 elements" in done.output
