@@ -6,8 +6,6 @@ may be shared by several, also concurrent, runs.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
@@ -23,6 +21,7 @@ from torch import Tensor
 from edgekd.distill.cache_store import SCHEMA, CacheStore, LogitCodec, Records
 from edgekd.distill.teacher import Teacher
 from edgekd.errors import InputError, StageError
+from edgekd.files import json_sha256
 from edgekd.progress import Progress
 from edgekd.spec import SAMPLE, VIEW, TensorSpec
 
@@ -102,7 +101,7 @@ def fill_cache(
         "outputs": codec.to_json(),
         "block_samples": block_samples,
     }
-    key = cache_key(parts)
+    key = json_sha256({**parts, "schema": SCHEMA})
     folder = root.resolve() / key[:16]
     store = CacheStore(folder, key, codec.dtype.itemsize, loader.samples, block_samples)
     cached = CachedTeacher(teacher, loader, codec, store, seed, views, progress)
@@ -119,14 +118,6 @@ def fill_cache(
             finally:
                 progress.finish()
     return cached
-
-
-def cache_key(parts: Mapping[str, Any]) -> str:
-    """The SHA-256 of what the outputs depend on (JSON) and of the format, independent of key
-    order.
-    """
-    text = json.dumps({**parts, "schema": SCHEMA}, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class CachedTeacher:
