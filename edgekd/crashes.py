@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from edgekd.errors import CrashError, EdgekdError
+from edgekd.errors import CrashError, EdgekdError, printable
 
 OUT_OF_MEMORY = "it is often the system that ends a process so, for memory: free some"
 """The remedy for a process that was ended by SIGKILL."""
@@ -126,10 +126,7 @@ def supervise(probe: Callable[[Path, str], object]) -> None:
             code = _report(-code, folder, probe)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
-        os.kill(os.getpid(), -code)
-    sys.exit(code)
+    sys.exit(code if code >= 0 else 128 - code)
 
 
 def _use_temporary(folder: Path) -> None:
@@ -156,7 +153,8 @@ def _forwarding(child: int) -> Any:
 
 
 def _report(number: int, folder: Path, probe: Callable[[Path, str], object]) -> int:
-    """Report what ended the command, remove its partial files; the exit code, or −signal."""
+    """Report what ended the command, remove its partial files; the exit code, or −signal for a
+    signal that asked it to end."""
     import click
 
     if _shared is not None:
@@ -171,7 +169,7 @@ def _report(number: int, folder: Path, probe: Callable[[Path, str], object]) -> 
             with suppress(OSError):
                 Path(partial).unlink()
     click.secho("error: ", nl=False, err=True, fg="red", bold=True)
-    click.echo(str(error), err=True)
+    click.echo(printable(str(error)), err=True)
     return error.exit_code
 
 

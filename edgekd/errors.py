@@ -9,7 +9,20 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from edgerun.errors import BadInput, EdgerunError
+from edgerun.errors import BadInput, EdgerunError, printable
+
+__all__ = [
+    "CrashError",
+    "EdgekdError",
+    "GateFailed",
+    "InputError",
+    "StageError",
+    "TargetError",
+    "edgerun_errors",
+    "nearest",
+    "printable",
+    "unknown_name",
+]
 
 
 class EdgekdError(EdgerunError):

@@ -7,13 +7,23 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
 import click
 
-from edgekd.errors import EdgekdError, InputError, StageError, nearest, unknown_name
+from edgekd.errors import (
+    EdgekdError,
+    InputError,
+    StageError,
+    edgerun_errors,
+    nearest,
+    printable,
+    unknown_name,
+)
 
 _COMMANDS = {
     "init": ("edgekd.cli:init", "Write an example pipeline to start from."),
@@ -42,20 +52,30 @@ _OPENING_MODELS = ("benchmark", "build", "check", "quantize")
 
 _LIBRARIES = ("onnxruntime.", "onnx.", "google.protobuf.")
 
+_WRONG_MODEL = ("InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NotImplemented")
+"""The errors of ONNX Runtime that are the model's own; ONNX's all are."""
+
 
 class LazyGroup(click.Group):
     """Commands imported on use; every error of the project becomes a message and an exit code."""
 
     def main(self, args: Any = None, *rest: Any, **extra: Any) -> Any:
-        """Parse and run, as :meth:`click.Group.main`; the program's own command line runs
-        supervised.
+        """Parse and run, as :meth:`click.Group.main`; the program's own command line runs with
+        protected streams, and supervised where it opens a model.
         """
-        words = sys.argv[1:]
-        pipeline = any(word.lower().endswith((".yaml", ".yml")) for word in words)
-        if args is None and words[:1] and words[0] in _OPENING_MODELS and not pipeline:
-            from edgekd.crashes import supervise
+        if args is None:
+            from edgekd.cli.process import interrupt_on_sigterm, protect_streams
 
-            supervise(_probe)
+            protect_streams()
+            words = [word for word in sys.argv[1:] if word != "--debug"]
+            pipeline = any(word.lower().endswith((".yaml", ".yml")) for word in words)
+            if words[:1] and words[0] in _OPENING_MODELS and not pipeline:
+                from edgekd.crashes import supervise
+
+                # Its child may be in native code, which only the default of SIGTERM ends.
+                supervise(_probe)
+            else:
+                interrupt_on_sigterm()
         return super().main(args, *rest, **extra)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -74,6 +94,8 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Suggest the nearest command for a misspelt one."""
+        if any(re.fullmatch(r"(--[^=]*=)?", word) for word in args):
+            ctx.fail("An argument is empty. Give a name, or leave the option out.")
         if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
             guess = nearest(args[0], _COMMANDS)
             hint = f" Did you mean {guess!r}?" if guess else ""
@@ -89,30 +111,42 @@ class LazyGroup(click.Group):
         """Run the command; print errors without a traceback and exit with their exit code."""
         try:
             return super().invoke(ctx)
-        except EdgekdError as error:
-            _print_error(str(error))
-            ctx.exit(error.exit_code)
-        except MemoryError as error:
-            _print_error(f"the memory ran out: {error}\n  to do: free some, or give less")
-            ctx.exit(StageError.exit_code)
-        except Exception as error:
-            # What the runtimes raise has no common base class; a bug of the project is shown
-            # with its traceback.
-            if not type(error).__module__.startswith(_LIBRARIES):
-                raise
-            from edgekd.crashes import noted_file
+        except (click.ClickException, click.Abort, click.exceptions.Exit, SystemExit):
+            raise
+        except KeyboardInterrupt:
+            from edgekd.cli import process
 
-            failed = StageError(
-                f"{type(error).__module__.partition('.')[0]} fails: {' '.join(str(error).split())}",
-                where=noted_file(),
-                remedy="'edgekd check' shows what the model needs; export it again, in another "
-                "opset or with another exporter",
-            )
+            click.echo("\ninterrupted: finished stages are stored; run again to resume", err=True)
+            ctx.exit(143 if process.terminated else 130)
+        except BaseException as error:
+            # What the runtimes raise has no common base class, and Rust's panics are no Exception.
+            failed = _explained(error)
+            if ctx.params.get("debug"):
+                traceback.print_exception(error)
             _print_error(str(failed))
             ctx.exit(failed.exit_code)
-        except KeyboardInterrupt:
-            click.echo("\ninterrupted: finished stages are stored; run again to resume", err=True)
-            ctx.exit(130)
+
+
+def _explained(error: BaseException) -> EdgekdError:
+    """The error to show, with its exit code."""
+    if isinstance(error, EdgekdError):
+        return error
+    if isinstance(error, MemoryError):
+        return StageError(f"the memory ran out: {error}", remedy="free some, or give less")
+    if not type(error).__module__.startswith(_LIBRARIES):
+        from edgekd.cli.process import unexpected
+
+        return unexpected(error)
+    from edgekd.crashes import noted_file
+
+    library, name = type(error).__module__.partition(".")[0], type(error).__name__
+    wrong_model = library != "onnxruntime" or name in _WRONG_MODEL
+    return (InputError if wrong_model else StageError)(
+        f"{library} fails: {' '.join(str(error).split())}",
+        where=noted_file(),
+        remedy="'edgekd check' shows what the model needs; export it again, in another "
+        "opset or with another exporter",
+    )
 
 
 def _probe(model: Path, level: str) -> None:
@@ -123,16 +157,17 @@ def _probe(model: Path, level: str) -> None:
 
 def _print_error(text: str) -> None:
     click.secho("error: ", nl=False, err=True, fg="red", bold=True)
-    click.echo(text, err=True)
+    click.echo(printable(text), err=True)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="edgekd", prog_name="edgekd")
-def main() -> None:
+@click.option("--debug", is_flag=True, envvar="EDGEKD_DEBUG", help="Show the traceback of errors.")
+def main(debug: bool) -> None:
     """From a teacher network to a gated, deployable edge artifact.
 
     Exit codes: 0 done and the gate passed, 1 the gate failed, 2 the input is wrong,
-    3 a stage failed, 4 the target could not be reached, 130 interrupted.
+    3 a stage failed, 4 the target could not be reached, 130 interrupted (143 by SIGTERM).
     """
 
 
@@ -167,9 +202,10 @@ def verify(bundle: Path) -> None:
 
     Exit code 1 when a file is changed, missing or extra.
     """
-    from edgekd.release.bundle_verify import verify_bundle
+    from edgerun.manifest import verify as verify_bundle
 
-    problems = verify_bundle(bundle)
+    with edgerun_errors():
+        problems = verify_bundle(bundle).problems
     for problem in problems:
         click.echo(problem)
     if problems:

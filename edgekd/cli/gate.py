@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from edgekd.config.budgets import Budgets, GateConfig, load_budgets
+from edgekd.config.profile import Profile, load_profile
 from edgekd.errors import GateFailed, InputError
 from edgekd.files import write_errors
-from edgekd.release.formatting import full_text
-from edgekd.release.rules import Verdict, passed, summary_line
+from edgekd.measurement import full_text
+from edgekd.release.build_result import evidence_of_bench, read_bench, result_of_bench, with_bench
+from edgekd.release.compare import find_result
+from edgekd.release.gate import (
+    Verdict,
+    evaluate,
+    passed,
+    read_gate,
+    summary_line,
+    write_gate_json,
+    write_junit,
+)
+from edgekd.release.result import Result, read_result
 
-if TYPE_CHECKING:
-    from edgekd.config.profile import Profile
-
-_COLOURS = {"pass": "green", "fail": "red", "not shown": "yellow"}
+_COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
 
 @click.command()
@@ -60,12 +69,18 @@ def gate(
                 remedy="a pipeline names its profile, and its gate stage writes both files",
             )
         from edgekd.cli.run import run_pipeline_until
-        from edgekd.release.gate import read_gate
 
         # The run prints its result and the verdicts itself.
         verdicts = read_gate(run_pipeline_until(result, "gate").folder("gate"))
     else:
-        verdicts = _evaluate(result, budget, profile, device, junit, json_path)
+        section = GateConfig() if budget is None else load_budgets(budget)
+        limits = load_profile(profile) if profile else None
+        measured = _measured(result, device, limits, section.accuracy.max is not None)
+        verdicts = evaluate(measured, Budgets.resolve(section, limits))
+        for path, write in ((json_path, write_gate_json), (junit, write_junit)):
+            if path is not None:
+                with write_errors(path, "the verdicts", error=InputError):
+                    write(path, measured.name, verdicts)
         console = Console()
         console.print(verdict_table(verdicts))
         console.print(summary_line(verdicts), highlight=False, markup=False)
@@ -73,46 +88,31 @@ def gate(
         raise GateFailed(
             "the gate did not pass",
             where=str(result),
-            remedy="change the student or the budget; 'not shown' needs more samples or evidence",
+            remedy="change the student or the budget; an inconclusive rule needs more samples or "
+            "evidence",
         )
 
 
-def _evaluate(
-    result: Path,
-    budget: Path | None,
-    profile: str | None,
-    device: Path | None,
-    junit: Path | None,
-    json_path: Path | None,
-) -> list[Verdict]:
-    from edgekd.config.budgets import GateConfig
-    from edgekd.config.profile import load_profile
-    from edgekd.release.compare import find_result
-    from edgekd.release.device_bench import (
-        evidence_of_bench,
-        read_bench,
-        result_of_bench,
-        with_bench,
-    )
-    from edgekd.release.gate import evaluate, write_gate_json, write_junit
-    from edgekd.release.result import read_result
-    from edgekd.release.rules import load_budgets
+def _measured(
+    file: Path, device: Path | None, limits: Profile | None, lower_is_better: bool
+) -> Result:
+    """The result in a file, or the device's figures alone, or both together.
 
-    budgets = GateConfig() if budget is None else load_budgets(budget)
-    limits = load_profile(profile) if profile else None
-    alone = read_bench(result)
+    Raises:
+        InputError: a file is damaged, or is not what it is given as.
+    """
+    alone = read_bench(file)
     if alone is not None and device is not None:
         raise InputError(
             "two files of edgerun bench are given, and no result",
-            where=str(result),
+            where=str(file),
             remedy="give the pipeline's result.json first",
         )
     if alone is not None:
         evidence, why = evidence_of_bench(alone, limits, None)
-        lower = budgets.accuracy.max is not None
-        content = result_of_bench(alone, str(result), evidence, lower)
+        result = result_of_bench(alone, str(file), evidence, lower_is_better)
     else:
-        content, why = read_result(find_result(result)), ""
+        result, why = read_result(find_result(file)), ""
     if device is not None:
         bench = read_bench(device)
         if bench is None:
@@ -121,23 +121,16 @@ def _evaluate(
                 where=str(device),
                 remedy="on the device: python -m edgerun bench model.onnx --json bench.json",
             )
-        meant = limits or _profile_of(content["profile"])
-        evidence, why = evidence_of_bench(bench, meant, content["environment"])
-        content = with_bench(content, bench, str(device), evidence)
+        expected = limits or _profile_of(result.profile)
+        evidence, why = evidence_of_bench(bench, expected, result.environment)
+        result = with_bench(result, bench, str(device), evidence)
     if why:
-        click.echo(f"{device or result}: {why}; its figures are measured-on-host", err=True)
-    verdicts = evaluate(content, budgets, limits)
-    for path, write in ((json_path, write_gate_json), (junit, write_junit)):
-        if path is not None:
-            with write_errors(path, "the verdicts", error=InputError):
-                write(path, content["name"], verdicts)
-    return verdicts
+        click.echo(f"{device or file}: {why}; its figures are measured-on-host", err=True)
+    return result
 
 
 def _profile_of(name: str) -> Profile | None:
     """The built-in profile that a result names; None for a profile of the user's own file."""
-    from edgekd.config.profile import load_profile
-
     try:
         return load_profile(name)
     except InputError:

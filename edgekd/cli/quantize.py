@@ -21,9 +21,8 @@ from edgekd.cli.options import (
     typed_options,
 )
 from edgekd.errors import GateFailed, InputError
-from edgekd.measurement import Measurement
+from edgekd.measurement import Measurement, full_text
 from edgekd.onnx.error_metrics import SCORE_THRESHOLD
-from edgekd.release.formatting import full_text
 
 FOR_PIPELINE = frozenset({"model", "out", "overrides", "quiet"})
 

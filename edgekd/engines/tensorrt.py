@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 import onnx
 
-from edgekd.config.engines import TensorRTConfig
+from edgekd.config.budgets import Budgets
+from edgekd.config.pipeline import TensorRTConfig
 from edgekd.config.profile import Profile
 from edgekd.errors import InputError, StageError, TargetError
 from edgekd.files import edgerun_folder
@@ -54,6 +55,7 @@ def device_command(settings: BuildSettings, model: str, engine: str) -> str:
 def engine_settings(
     config: TensorRTConfig,
     profile: Profile | None,
+    budgets: Budgets | None = None,
     *,
     batch: int = 1,
     precision: BuildPrecision | None = None,
@@ -62,18 +64,21 @@ def engine_settings(
 ) -> BuildSettings:
     """The settings that a pipeline's engine and a device profile mean together.
 
-    Scratch memory is limited to the profile's budget, and TensorRT for RTX builds for the
+    Scratch memory is limited to the budget of the peak memory, and TensorRT for RTX builds for the
     profile's GPU, where the engine does not set another.
 
     Args:
+        config: an entry of ``engines``.
+        profile: of the device.
+        budgets: of the job; None: the profile's.
         batch: the benchmark's batch size, for open batch dimensions.
         precision: the precision of the model; None builds it unchanged.
         keep: nodes that were left in float32 intentionally.
         timing_cache: a file that later builds reuse.
     """
     workspace, capabilities = config.workspace_mb, config.compute_capabilities
-    if workspace is None and profile is not None and profile.budget.memory_mb is not None:
-        workspace = profile.budget.memory_mb.value
+    if workspace is None:
+        workspace = (budgets or Budgets.resolve(profile=profile))["memory.peak_mb"]
     if not capabilities and config.kind == "tensorrt-rtx" and profile is not None and profile.gpu:
         capabilities = (profile.gpu.compute_capability.value,)
     return BuildSettings(
@@ -212,7 +217,7 @@ def tensorrt_verdict(
     path: Path,
     model: onnx.ModelProto,
     parse: Parse,
-    asked: Collection[str],
+    requested: Collection[str],
     profile: Profile | None,
 ) -> tuple[dict[str, Any] | None, list[Diagnostic]]:
     """The record of the parser that was run, None without one, and its diagnostics.
@@ -224,15 +229,15 @@ def tensorrt_verdict(
         path: the ONNX file.
         model: what is in it.
         parse: runs a library's parser.
-        asked: engines that must take the model; TensorRT may be none of them.
+        requested: engines that must take the model; TensorRT may be none of them.
         profile: of the device.
     """
     found = []
-    wanted = [name for name in MODULES if name in asked]
+    wanted = [name for name in MODULES if name in requested]
     good: Status = "ok" if wanted else "note"
     bad: Status = "fails" if wanted else "note"
     gap: Status = "not shown" if wanted else "note"
-    version = profile.runtime.tensorrt if profile and "tensorrt" in asked else None
+    version = profile.runtime.tensorrt if profile and "tensorrt" in requested else None
     if version:
         found.append(_opset(model, version.value))
     chosen = next((n for n in (*wanted, *reversed(MODULES)) if is_installed(n)), None)
@@ -252,20 +257,22 @@ def tensorrt_verdict(
         "tensorrt-rtx": "TensorRT for RTX",
     }
     absent = " and ".join(names[name] for name in wanted if name != chosen)
-    said = f"; stands in for {absent}, which may differ" if absent else ""
+    substitute = f"; stands in for {absent}, which may differ" if absent else ""
     if verdict["supported"]:
-        detail = f"its parser takes the model; not built{said}"
+        detail = f"its parser takes the model; not built{substitute}"
         return verdict, [*found, Diagnostic(subject, good, detail, _build(path, wanted, profile))]
     for problem in verdict["problems"]:
         node, op, message = (str(problem.get(key) or "") for key in ("node", "op", "message"))
         # For an unknown operation the parser only reports a failed assertion without a message.
         why = "it has no such operation" if message in ("", "false") else message
-        text = f"its parser refuses {node or 'the model'}{f' ({op})' if op else ''}: {why}{said}"
+        text = (
+            f"its parser refuses {node or 'the model'}{f' ({op})' if op else ''}: {why}{substitute}"
+        )
         found.append(
             Diagnostic(subject, bad, text, remedy_for(op, message), (node,) if node else ())
         )
     if not verdict["problems"]:
-        found.append(Diagnostic(subject, bad, f"its parser refuses the model{said}"))
+        found.append(Diagnostic(subject, bad, f"its parser refuses the model{substitute}"))
     return verdict, found
 
 
@@ -290,8 +297,8 @@ def takes_opset(version: str, opset: int) -> bool | None:
 
 def remedy_for(op: str, message: str) -> str:
     """What to do about a node that TensorRT's parser refuses."""
-    said = f"{op} {message}"
-    return next((remedy for key, remedy in _REMEDIES.items() if re.search(key, said)), OTHERWISE)
+    text = f"{op} {message}"
+    return next((remedy for key, remedy in _REMEDIES.items() if re.search(key, text)), OTHERWISE)
 
 
 def _build(path: Path, wanted: Sequence[str], profile: Profile | None) -> str:

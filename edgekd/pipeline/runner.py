@@ -32,7 +32,6 @@ from edgekd.progress import EventLog, Progress
 if TYPE_CHECKING:
     from edgekd.distill.distributed import ProcessGroup
 
-
 _LINKED = ("benchmark", "report", "bundle")
 
 
@@ -324,9 +323,6 @@ class Workers:
     def serve(self, stages: Sequence[Stage]) -> None:
         """Execute the first process's commands until it exits.
 
-        Args:
-            stages: the stages that the first process runs.
-
         Raises:
             SystemExit: it exited with an exit code other than 0.
             StageError: it ended without a final command.
@@ -380,11 +376,10 @@ class Workers:
 def _join(stage: Stage, command: Command) -> None:
     assert command.context is not None
     assert command.inputs is not None
-    with (
-        tempfile.TemporaryDirectory(prefix="edgekd-") as folder,
-        searching(command.context.job.base),
-    ):
-        stage.run(replace(command.context, out=Path(folder)), command.inputs)
+    context = command.context
+    # What a kill leaves there is removed with the scratch folder.
+    with tempfile.TemporaryDirectory(dir=context.scratch) as folder, searching(context.job.base):
+        stage.run(replace(context, out=Path(folder)), command.inputs)
 
 
 def _as_edgekd_error(error: BaseException, rank: int) -> EdgekdError:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from edgekd.config.budgets import Budgets
 from edgekd.config.pipeline import PipelineConfig
 from edgekd.config.profile import Profile
 from edgekd.errors import InputError
@@ -26,6 +27,11 @@ class Job:
     def task_settings(self) -> list[Any]:
         """The task's name and arguments, for a stage's ``config_slice``."""
         return [self.config.task, self.config.task_args]
+
+    @property
+    def budgets(self) -> Budgets:
+        """Those of the section ``gate``, else the profile's limits."""
+        return Budgets.resolve(self.config.gate, self.profile)
 
     def path(self, name: str) -> Path:
         """A path of the pipeline file; a relative one is resolved from the file's folder."""

@@ -21,7 +21,6 @@ from edgekd.stages.teacher import TeacherStage
 if TYPE_CHECKING:
     from edgekd.tasks import Task
 
-
 STAGES: tuple[Stage, ...] = (
     DataStage(),
     TeacherStage(),
@@ -54,9 +53,9 @@ def preflight(job: Job, gated: bool = True) -> None:
     from edgekd.distill.objective import Objective
     from edgekd.distill.optimizer import check_train_config
     from edgekd.distill.schemes import find_scheme
+    from edgekd.engines.builder import ExternalBuilder
     from edgekd.engines.onnxruntime import provider_chain
     from edgekd.models.build import find_model
-    from edgekd.release.rules import check_any_rule, check_direction
     from edgekd.stages.student import student_network
     from edgekd.stages.training import augmentation_of
     from edgekd.students.pruning_plan import torch_pruning
@@ -99,10 +98,12 @@ def preflight(job: Job, gated: bool = True) -> None:
     for engine in config.engines:
         if engine.kind == "onnxruntime":
             provider_chain(job.profile.runtime.providers, engine.providers, engine.fallback)
+        if engine.kind == "external":
+            ExternalBuilder(engine)
     _check_quantization(job, task)
-    check_direction(config.gate, task.metric, task.higher_is_better)
+    job.budgets.check_metric(task.metric, task.higher_is_better)
     if gated:
-        check_any_rule(config.gate, job.profile, task.higher_is_better)
+        job.budgets.require_any(task.higher_is_better)
 
 
 def _check_quantization(job: Job, task: Task) -> None:

@@ -142,7 +142,7 @@ class BenchmarkStage:
         result = build_result(
             origin, task, measured, bench, None if constant is None else constant[labelled]
         )
-        write_json(context.out / "result.json", result)
+        write_json(context.out / "result.json", result.to_json())
         scores = {role: entry.scores for role, entry in measured.items()}
         write_npz(context.out / "scores.npz", scores)
 

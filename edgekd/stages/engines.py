@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from edgekd.engines.selection import FLOAT, PERCENTILES, Budgets, Candidate, Choice, choose
+from edgekd.engines.builder import EngineBuilder, Precision
+from edgekd.engines.selection import FLOAT, Candidate, Choice, choose
 from edgekd.errors import CrashError
 from edgekd.files import write_npz
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.engine_builders import (
-    Builder,
-    Precision,
     StudentVariant,
-    TensorRTBuilder,
     common_level,
     lowest_precision,
     open_builder,
@@ -61,8 +59,11 @@ class EnginesStage:
         measured = {
             "max_drop": config.quantize.max_drop,
             "select": config.quantize.select,
-            "size": config.gate.size.model_dump(mode="json"),
-            "latency": config.gate.latency.model_dump(mode="json"),
+            "budgets": {
+                key: value
+                for key, value in job.budgets.given.items()
+                if key.startswith(("size.", "latency."))
+            },
             "task": job.task_settings,
         } if config.quantize is not None else None  # fmt: skip
         kinds = {engine.kind for engine in config.engines}
@@ -71,7 +72,8 @@ class EnginesStage:
         return {
             "engines": [engine.model_dump(mode="json") for engine in config.engines],
             "batch_size": config.benchmark.batch_size,
-            "profile": job.profile.model_dump(mode="json", include={"runtime", "budget", "gpu"}),
+            "profile": job.profile.model_dump(mode="json", include={"runtime", "gpu"}),
+            "memory": job.budgets["memory.peak_mb"] if kinds != {"onnxruntime"} else None,
             "choice": measured,
             "target": config.target if bound else None,
             "machine": [platform.node(), platform.machine()] if bound else None,
@@ -94,7 +96,7 @@ class EnginesStage:
                 out = context.out / f"{exported.stem}{builder.suffix}"
                 rows[exported.stem] = engines.build(exported, out, "fp32")
         choice, chosen, rows["student"] = engines.select()
-        if isinstance(builder, TensorRTBuilder):
+        if builder.suffix != ".onnx":
             write_further(context, first, chosen, builder, rows["student"])
         for engine in further:
             variant = lowest_precision(
@@ -140,7 +142,7 @@ class _StudentEngines:
     """Builds engines for the measured runtime, and selects the best of the student's variants."""
 
     def __init__(
-        self, context: Context, inputs: Mapping[str, Path], builder: Builder, runtime: Runtime
+        self, context: Context, inputs: Mapping[str, Path], builder: EngineBuilder, runtime: Runtime
     ) -> None:
         self.context, self.inputs = context, inputs
         self.builder, self.runtime = builder, runtime
@@ -189,7 +191,7 @@ class _StudentEngines:
         config = self.context.job.config
         refused = {**refused_variants(self.inputs, self.runtime), **crashed}
         allowed = config.quantize.max_drop if config.quantize is not None else 0.0
-        budgets = Budgets.of(config.gate, self.context.job.profile)
+        budgets = self.context.job.budgets
         select = config.quantize.select if config.quantize is not None else "measured"
         if len(built) == 1:
             # With one candidate nothing needs to be measured.
@@ -204,7 +206,7 @@ class _StudentEngines:
             allowed,
             teacher.stat().st_size if has_teacher else None,
             benchmark.speedup_over(teacher)
-            if has_teacher and budgets.min_speedup is not None
+            if has_teacher and budgets["latency.min_speedup"] is not None
             else None,
             refused,
             select,
@@ -246,7 +248,8 @@ class _CandidateBenchmark:
             drop=drop.value,
             drop_interval=drop.interval,
             latency_ms={
-                name: record["models"][0]["latency"][name]["value"] for name in PERCENTILES
+                name: record["models"][0]["latency"][name]["value"]
+                for name in ("p50", "p90", "p95", "p99")
             },
             speedup=ratio["ratio"] if ratio else None,
             speedup_interval=tuple(ratio["interval"]) if ratio and ratio["interval"] else None,
@@ -278,7 +281,7 @@ class _CandidateBenchmark:
         )
 
     def _scores(self, built: _Built) -> Any:
-        outputs = self.context.scratch / "answers.npz"
+        outputs = self.context.scratch / "outputs.npz"
         self.target.run(
             built.file,
             self.samples,

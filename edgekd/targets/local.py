@@ -22,6 +22,7 @@ from edgekd.targets.target import BenchSettings, ProbeSettings, ProviderOptions,
 from edgerun.cli import LEVELS, command_words
 from edgerun.errors import AS_JSON, BadInput, CannotWrite, RunFailed
 from edgerun.files import is_engine
+from edgerun.system import PARENT
 from edgerun.tensorrt.settings import BuildSettings
 
 THREAD_VARIABLES = (
@@ -133,6 +134,7 @@ def clean_environment(threads: int | None) -> dict[str, str]:
     return {
         **inherited,
         "PYTHONPATH": str(edgerun_folder().parent),
+        PARENT: str(os.getpid()),
         AS_JSON: "json",
         # numpy's libraries allocate buffers for each thread when imported: memory that no model
         # needs.

@@ -27,6 +27,7 @@ from edgerun.inputs import Feed
 from edgerun.model import LoadedModel, Settings
 from edgerun.nvml import MB, Nvml, Unread, open_nvml
 from edgerun.run import open_model
+from edgerun.system import PARENT, end_with_parent
 from edgerun.tensorrt.library import MODULES
 
 PROCESSES = 3
@@ -108,6 +109,7 @@ def model_memory(model: LoadedModel, settings: Settings, feed: Feed) -> dict[str
 def _child(job: dict[str, Any]) -> dict[str, Any]:
     """The report of a fresh process: ``{"peak_mb", "device"}``."""
     environment = dict(os.environ, PYTHONPATH=str(Path(__file__).resolve().parent.parent))
+    environment[PARENT] = str(os.getpid())
     done = subprocess.run(
         [sys.executable, "-m", "edgerun.memory", json.dumps(job)],
         env=environment,
@@ -223,4 +225,5 @@ def _main(job: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     _main(json.loads(sys.argv[1]))

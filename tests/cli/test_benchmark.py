@@ -1,35 +1,31 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 
-from edgekd.cli import main
 from edgekd.errors import TargetError
 from edgekd.targets import LocalTarget
+from tests.command_line import edgekd
+from tests.onnx_builders import Graph, save_onnx
 
 
 @pytest.fixture
 def model(tmp_path):
-    """y = x + x, float32 (batch, 3, height, width)."""
-    shape = ["batch", 3, "height", "width"]
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xy")
-    graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "g", [x], [y])
-    path = tmp_path / "model.onnx"
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path
-    )
-    return path
+    text = """(float[batch,3,height,width] x) => (float[batch,3,height,width] y)
+    { y = Add (x, x) }"""
+    return save_onnx(tmp_path / "model.onnx", text)
 
 
-def invoke(*words):
-    return CliRunner().invoke(main, ["benchmark", *map(str, words)], env={"COLUMNS": "140"})
+def invoke(*words, **settings):
+    return edgekd("benchmark", *words, columns=140, **settings)
 
 
 def test_a_model_is_measured_alone_and_against_another(model, tmp_path):
@@ -38,7 +34,6 @@ def test_a_model_is_measured_alone_and_against_another(model, tmp_path):
         *(model, "--against", model, "--shape", "x=1x3x8x8", "--profile", "raspberry-pi-5"),
         *("--min-queries", 70, "--max-seconds", 3, "--json", out),
     )
-    assert done.exit_code == 0, done.output
     for word in ("p50", "p99.9", "queries", "times the p50", "above empty", "1 x 3 x 8 x 8"):
         assert word in done.output
     record = json.loads(out.read_text())
@@ -53,7 +48,6 @@ def test_providers_of_another_device_are_shown_as_left_out(model):
         *(model, "--profile", "jetson-orin-nano-8gb", "--shape", "x=1x3x8x8"),
         *("--min-queries", 11, "--max-seconds", 1),
     )
-    assert done.exit_code == 0, done.output
     assert "left out: TensorrtExecutionProvider" in done.output
 
 
@@ -63,14 +57,13 @@ def test_providers_of_another_device_are_shown_as_left_out(model):
         (("--shape", "y=1x3x8x8"), "there is no input 'y'"),
         (("--profile", "raspberry-pi-6"), "raspberry-pi-5"),
         (("--providers", "cuda"), "has no CUDAExecutionProvider"),
-        (("--inputs", "none.npz"), "no such input file"),
-        (("--against", "none.onnx"), "no such model file"),
+        (("--inputs", "none.npz"), "there is no such file"),
+        (("--against", "none.onnx"), "the file does not exist"),
         (("--json", "none/out.json"), "a folder that does not exist"),
     ],
 )
 def test_a_wrong_option_is_one_message_and_exit_code_2(model, words, message):
-    done = invoke(model, *words)
-    assert done.exit_code == 2, done.output
+    done = invoke(model, *words, code=2)
     assert message in done.output
 
 
@@ -85,7 +78,7 @@ def test_each_model_has_the_options_of_its_own_precision(model, tmp_path, monkey
         raise TargetError("not here")
 
     monkeypatch.setattr(LocalTarget, "bench", bench)
-    assert invoke(model, "--against", half, "--providers", "tensorrt,cpu").exit_code == 4
+    invoke(model, "--against", half, "--providers", "tensorrt,cpu", code=4)
     name = "TensorrtExecutionProvider"
     assert asked["providers"] == [name, "CPUExecutionProvider"]
     assert asked["provider_options"][name]["trt_fp16_enable"] == "False"
@@ -94,8 +87,7 @@ def test_each_model_has_the_options_of_its_own_precision(model, tmp_path, monkey
 
 def test_options_of_a_model_are_refused_for_a_pipeline(tmp_path):
     (tmp_path / "p.yaml").write_text("name: x\n")
-    done = invoke(tmp_path / "p.yaml", "--threads", 2)
-    assert done.exit_code == 2
+    done = invoke(tmp_path / "p.yaml", "--threads", 2, code=2)
     assert "--threads is for an ONNX model" in done.output
 
 
@@ -113,37 +105,17 @@ def test_torch_is_never_imported(model):
 
 def counted(path):
     """y = tanh(… tanh(x)), as many times as the input ``steps`` says."""
-    scalars = {"i": TensorProto.INT64, "go": TensorProto.BOOL, "acc": TensorProto.FLOAT}
-    nodes = [
-        helper.make_node("Identity", ["go"], ["again"]),
-        helper.make_node("Tanh", ["acc"], ["next"]),
-    ]
-    body = helper.make_graph(
-        nodes,
-        "body",
-        [helper.make_tensor_value_info(name, kind, []) for name, kind in scalars.items()],
-        [
-            helper.make_tensor_value_info("again", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("next", TensorProto.FLOAT, []),
-        ],
-    )
-    node = helper.make_node("Loop", ["steps", "", "x"], ["y"], "rounds", body=body)
-    inputs = [
-        helper.make_tensor_value_info("x", TensorProto.FLOAT, []),
-        helper.make_tensor_value_info("steps", TensorProto.INT64, []),
-    ]
-    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [])
-    graph = helper.make_graph([node], "g", inputs, [output])
-    opsets = [helper.make_opsetid("", 18)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
-    return path
+    text = """(float x, int64 steps) => (float y) {
+        [rounds] y = Loop (steps, , x) <body = body (int64 i, bool go, float acc)
+            => (bool again, float next) { again = Identity (go)  next = Tanh (acc) }>
+    }"""
+    return save_onnx(path, text, opset=18)
 
 
 def test_made_up_values_that_decide_the_work_are_named_and_real_ones_are_not(tmp_path):
     model, out = counted(tmp_path / "m.onnx"), tmp_path / "out.json"
     quick = ("--min-queries", 11, "--max-seconds", 1, "--json", out)
     done = invoke(model, *quick)
-    assert done.exit_code == 0, done.output
     told = "steps decides the number of rounds of Loop 'rounds'. Give real ones: --inputs DATA.npz"
     assert told in done.output
     fed = json.loads(out.read_text())["models"][0]["fed"]
@@ -151,6 +123,65 @@ def test_made_up_values_that_decide_the_work_are_named_and_real_ones_are_not(tmp
     assert "a count or a size needs a real one" in fed["inputs"]["steps"]["note"]
     np.savez(tmp_path / "d.npz", x=np.float32(1), steps=np.int64(200))
     done = invoke(model, "--inputs", tmp_path / "d.npz", *quick)
-    assert done.exit_code == 0, done.output
     assert "random values" not in done.output
     assert "decides_work" not in json.loads(out.read_text())["models"][0]["fed"]
+
+
+@pytest.mark.parametrize("program", ["edgekd benchmark", "edgerun bench"])
+def test_measuring_opens_no_socket_and_leaves_no_file(model, tmp_path, program):
+    """ONNX Runtime would look up a host for its telemetry and store an identifier in the cache.
+
+    Files are compared everywhere; system calls are seen only where strace may trace.
+    """
+    package, command = program.split()
+    home = tmp_path / "home"
+    (home / "tmp").mkdir(parents=True)
+    dropped = ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
+    inherited = {key: value for key, value in os.environ.items() if key not in dropped}
+    environment = {**inherited, "HOME": str(home), "TMPDIR": str(home / "tmp")}
+    log = tmp_path / "calls"
+    strace = ["strace", "-f", "-qq", "-e", "signal=none", "-o", str(log)]
+    tries = [*strace, "-e", "trace=connect", "true"]
+    traced = shutil.which("strace") and subprocess.run(tries, check=False).returncode == 0
+    words = [command, model, "--shape", "x=1x3x8x8", "--min-queries", 10, "--max-seconds", 0.5]
+    done = subprocess.run(
+        [
+            *([*strace, "-e", "trace=connect,sendto,sendmsg"] if traced else []),
+            *(sys.executable, "-B", "-m", package, *map(str, words)),
+        ],
+        cwd=home,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [path for path in home.rglob("*") if path != home / "tmp"] == []
+    if traced:
+        assert log.read_text() == ""
+
+
+@pytest.mark.parametrize("command", ["benchmark", "check", "quantize"])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda data: data[:40], "truncated or is not ONNX"),
+        (lambda data: data.replace(b"Relu", b"Re\xff\xfe"), "not UTF-8"),
+    ],
+)
+def test_a_bad_model_is_exit_code_2_in_every_command(tmp_path, command, change, says):
+    graph = Graph()
+    graph.add("Relu", ["x"], "y")
+    path = graph.save(tmp_path / "m.onnx", {"x": [1, 4]}, {"y": [1, 4]})
+    path.write_bytes(change(path.read_bytes()))
+    more = ["-o", str(tmp_path / "q.onnx"), "--method", "fp16"] if command == "quantize" else []
+    done = edgekd(command, path, *more, code=2)
+    assert says in done.output
+
+
+def test_random_inputs_that_need_gigabytes_are_refused(tmp_path):
+    graph = Graph()
+    graph.add("Relu", ["x"], "y")
+    graph.save(tmp_path / "m.onnx", {"x": [1, 10**6, 10**6]}, {"y": [1, 10**6, 10**6]})
+    done = edgekd("benchmark", tmp_path / "m.onnx", code=2)
+    assert "1e+12 elements" in done.output

@@ -7,6 +7,7 @@ import torch
 
 from edgekd.distill.cache import fill_cache
 from edgekd.spec import SAMPLE, VIEW, TensorSpec
+from tests.progress import RecordedProgress
 
 SAMPLES, VIEWS, BLOCK = 23, 3, 5
 LOGITS = TensorSpec("logits", ("batch", 40))
@@ -50,26 +51,6 @@ def answers_of(x):
     return {"logits": logits.float(), "feature": x[:, None, None] * torch.ones(2, 3) / 3}
 
 
-class Watcher:
-    """A progress that remembers."""
-
-    def __init__(self):
-        self.messages, self.total, self.done, self.open = [], 0, 0, False
-
-    def start(self, label, total, unit):
-        assert unit == "sample"
-        self.total, self.open = total, True
-
-    def advance(self, n=1, **figures):
-        self.done += n
-
-    def message(self, text):
-        self.messages.append(text)
-
-    def finish(self):
-        self.open = False
-
-
 def fill(root, teacher=None, progress=None, **changed):
     settings = {
         "outputs": (LOGITS, FEATURE),
@@ -83,7 +64,7 @@ def fill(root, teacher=None, progress=None, **changed):
     } | changed
     source = settings.pop("source", None) or Source()
     return fill_cache(
-        teacher or Teacher(), source, root, progress=progress or Watcher(), **settings
+        teacher or Teacher(), source, root, progress=progress or RecordedProgress(), **settings
     )
 
 

@@ -9,28 +9,10 @@ from edgekd.distill.trainer import Trainer
 from edgekd.models import DictModel
 from edgekd.spec import ModelSpec, TensorSpec
 from edgekd.tasks import Classification
+from tests.progress import RecordedProgress
 
 TASK = Classification()
 SPEC = ModelSpec((TensorSpec("image", ("batch", 1, 8, 8)),), (TensorSpec("logits", ("batch", 3)),))
-
-
-class Silent:
-    """A progress display that keeps what it was told."""
-
-    def __init__(self):
-        self.messages, self.done, self.total, self.finished = [], 0, 0, 0
-
-    def start(self, label, total, unit):
-        self.total += total
-
-    def advance(self, n=1, **figures):
-        self.done += n
-
-    def message(self, text):
-        self.messages.append(text)
-
-    def finish(self):
-        self.finished += 1
 
 
 class Source:
@@ -103,7 +85,7 @@ def fit(folder, *, seed=0, source=None, objective=None, teacher=None, progress=N
         config,
         seed,
         checkpoint_folder=folder,
-        progress=progress or Silent(),
+        progress=progress or RecordedProgress(),
         teacher=teacher,
     ).fit()
     return model, history

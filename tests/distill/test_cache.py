@@ -17,22 +17,23 @@ from tests.distill.small_cache import (
     VIEWS,
     Source,
     Teacher,
-    Watcher,
     answers_of,
     assert_right,
     everything,
     fill,
     once,
 )
+from tests.progress import RecordedProgress
 
 
 def test_dense_answers_come_back_bit_by_bit_and_are_asked_for_once(tmp_path):
-    teacher, progress = Teacher(), Watcher()
+    teacher, progress = Teacher(), RecordedProgress()
     assert_right(fill(tmp_path, teacher, progress))
     assert teacher.asked == once()
     assert progress.done == progress.total == SAMPLES * VIEWS
     assert not progress.open
-    again, silent = Teacher(), Watcher()
+    assert progress.units == {"sample"}
+    again, silent = Teacher(), RecordedProgress()
     cached = fill(tmp_path, again, silent)
     assert_right(cached)
     assert not again.asked
@@ -155,7 +156,7 @@ def test_the_same_folder_from_another_working_directory(tmp_path, monkeypatch):
 
 def test_two_writers_ask_once_and_the_second_says_that_it_waits(tmp_path):
     teachers = [Teacher(seconds=0.01), Teacher(seconds=0.01)]
-    watchers = [Watcher(), Watcher()]
+    watchers = [RecordedProgress(), RecordedProgress()]
     caches = [None, None]
 
     def write(number):

@@ -22,11 +22,11 @@ from tests.distill.small_cache import (
     SAMPLES,
     VIEWS,
     Teacher,
-    Watcher,
     assert_right,
     fill,
     once,
 )
+from tests.progress import RecordedProgress
 
 
 @pytest.fixture(params=["in memory", "on disk"], autouse=True)
@@ -39,7 +39,7 @@ def large(request, monkeypatch):
 
 
 def test_a_teacher_that_falls_over_leaves_whole_blocks(tmp_path):
-    first, progress = Teacher(fail_after=31), Watcher()
+    first, progress = Teacher(fail_after=31), RecordedProgress()
     with pytest.raises(RuntimeError, match="fell over"):
         fill(tmp_path, first, progress)
     assert not progress.open
@@ -95,7 +95,7 @@ def test_no_flipped_bit_is_ever_an_answer(tmp_path, file):
 
 
 def test_damage_found_while_training_is_mended_then_and_said(tmp_path):
-    teacher, progress = Teacher(), Watcher()
+    teacher, progress = Teacher(), RecordedProgress()
     cached = fill(tmp_path, teacher, progress)
     path = cached.folder / "answers.bin"
     with path.open("r+b") as stream:

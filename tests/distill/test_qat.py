@@ -34,6 +34,8 @@ from edgekd.onnx.export import export_onnx
 from edgekd.onnx.file import describe_onnx
 from edgekd.spec import ModelSpec, TensorSpec
 from edgekd.tasks import Classification
+from tests.distill.small_training import Source
+from tests.progress import RecordedProgress
 
 pytest.importorskip("torchao", reason="quantization-aware training needs the extra qat")
 
@@ -67,46 +69,14 @@ def network(seed=0):
     return DictModel(Network(), SPEC)
 
 
-class Digits:
+class Digits(Source):
     """Batches of scikit-learn's digits; ``stop_in`` is interrupted in the middle of that epoch."""
 
     def __init__(self, rows, stop_in=None):
         data = load_digits()
         self.image = torch.tensor(data.images[rows, None] / 16.0, dtype=torch.float32)
         self.label = torch.tensor(data.target[rows])
-        self.stop_in = stop_in
-
-    def __len__(self):
-        return len(self.label) // 32
-
-    @property
-    def samples(self):
-        return len(self.label)
-
-    def epoch(self, seed, epoch):
-        order = torch.randperm(
-            len(self.label), generator=torch.Generator().manual_seed(100 * seed + epoch)
-        )
-        for step in range(len(self)):
-            if epoch == self.stop_in and step == 2:
-                raise KeyboardInterrupt
-            rows = order[32 * step : 32 * (step + 1)]
-            yield {"image": self.image[rows], "label": self.label[rows]}
-
-    def ordered(self):
-        yield {"image": self.image, "label": self.label}
-
-
-class Silent:
-    """A progress display that shows nothing."""
-
-    def advance(self, n=1, **figures):
-        pass
-
-    def start(self, *_):
-        pass
-
-    message = finish = start
+        self.batch, self.stop_in, self.poison = 32, stop_in, None
 
 
 TRAIN, HELD_OUT = slice(0, 640), slice(640, 900)
@@ -124,7 +94,7 @@ def fit(model, folder, stop_in=None, epochs=3, **keys):
         TrainConfig(epochs=epochs, **keys),
         0,
         checkpoint_folder=folder,
-        progress=Silent(),
+        progress=RecordedProgress(),
     ).fit()
 
 

@@ -14,7 +14,8 @@ from edgekd.distill.teacher import ModuleTeacher
 from edgekd.distill.trainer import Trainer, score
 from edgekd.errors import InputError
 from edgekd.models import DictModel
-from tests.distill.small_training import SPEC, TASK, Silent, Source, fit, network, same
+from tests.distill.small_training import SPEC, TASK, Source, fit, network, same
+from tests.progress import RecordedProgress
 
 
 def plain_network(seed=0):
@@ -43,7 +44,8 @@ def fit_plain(folder, batch, **keys):
     )
     sources = Ordered(batch), Ordered(16)
     arguments = (Objective.supervised(TASK), *sources, TASK, config, 0)
-    history = Trainer(model, *arguments, checkpoint_folder=folder, progress=Silent()).fit()
+    progress = RecordedProgress()
+    history = Trainer(model, *arguments, checkpoint_folder=folder, progress=progress).fit()
     return model, history
 
 
@@ -90,7 +92,7 @@ def test_the_average_is_what_is_validated_and_kept(tmp_path):
 
 
 def test_patience_stops_and_says_so_and_resuming_does_not_go_on(tmp_path):
-    progress = Silent()
+    progress = RecordedProgress()
     keys = {"epochs": 40, "patience": 2, "learning_rate": 1e-6, "progress": progress}
     model, history = fit(tmp_path, **keys)
     values = [row.validation for row in history.epochs]

@@ -14,6 +14,7 @@ from edgekd.errors import InputError, StageError
 from edgekd.models import DictModel, load_weights, save_weights, weights
 from edgekd.models.weights import read_checkpoint
 from edgekd.spec import ModelSpec, TensorSpec
+from tests.distill.small_training import same
 
 
 def network(classes=3):
@@ -23,13 +24,6 @@ def network(classes=3):
 def named(module):
     spec = ModelSpec((TensorSpec("x", ("batch", 4)),), (TensorSpec("logits", ("batch", 3)),))
     return DictModel(module, spec)
-
-
-def same(a, b):
-    return all(
-        torch.equal(x, y)
-        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    )
 
 
 def test_round_trip_with_the_networks_own_keys(tmp_path):

@@ -5,53 +5,45 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper, parser
+from onnx import parser
 
 from edgekd.onnx.graph import deciding_inputs, precisions_of
+from tests.onnx_builders import parse_onnx, save_onnx
 
-HALF = numpy_helper.from_array(np.ones(2, np.float16), "w")
-
-
-def save(path, nodes, initializers=()):
-    """A graph of y = x and of more that need not be of use."""
-    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [2]) for n in "xy")
-    nodes = [helper.make_node("Identity", ["x"], ["y"]), *nodes]
-    graph = helper.make_graph(nodes, "g", [x], [y], list(initializers))
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), path)
-    return path
+CONSTANT = "w = Constant <value = float16[2] {1, 1}> ()"
+DEQUANTIZE = "w = DequantizeLinear (a, b)"
+CAST = "w = Cast <to = 10> (x)"
 
 
 def inside(node):
     """The node in both branches of an If."""
-    graph = helper.make_graph([node], "b", [], [helper.make_empty_tensor_value_info("w")])
-    return helper.make_node("If", ["x"], ["z"], then_branch=graph, else_branch=graph)
-
-
-CONSTANT = helper.make_node("Constant", [], ["w"], value=HALF)
-DEQUANTIZE = helper.make_node("DequantizeLinear", ["a", "b"], ["w"])
-CAST = helper.make_node("Cast", ["x"], ["w"], to=TensorProto.FLOAT16)
+    body = f"b () => (w) {{ {node} }}"
+    return f"z = If (x) <then_branch = {body}, else_branch = {body}>"
 
 
 @pytest.mark.parametrize(
-    ("nodes", "initializers", "half", "int8"),
+    ("node", "half_weight", "half", "int8"),
     [
-        ([], [], False, False),
-        ([CAST], [], False, False),
-        ([], [HALF], True, False),
-        ([CONSTANT], [], True, False),
-        ([inside(CONSTANT)], [], True, False),
-        ([DEQUANTIZE], [], False, True),
-        ([inside(DEQUANTIZE)], [HALF], True, True),
+        ("", False, False, False),
+        (CAST, False, False, False),
+        ("", True, True, False),
+        (CONSTANT, False, True, False),
+        (inside(CONSTANT), False, True, False),
+        (DEQUANTIZE, False, False, True),
+        (inside(DEQUANTIZE), True, True, True),
     ],
 )
-def test_weights_and_quantization_are_found_at_any_depth(tmp_path, nodes, initializers, half, int8):
-    path = save(tmp_path / "m.onnx", nodes, initializers)
+def test_weights_and_quantization_are_found_at_any_depth(tmp_path, node, half_weight, half, int8):
+    """y = x, and more that need not be of use."""
+    text = f"(float[2] x) => (float[2] y) {{ y = Identity (x)  {node} }}"
+    path = save_onnx(
+        tmp_path / "m.onnx", text, {"w": np.ones(2, np.float16)} if half_weight else {}
+    )
     assert precisions_of(path) == {"half": half, "int8": int8}
 
 
-def model(inputs, body, opset=18):
-    text = f'<ir_version: 8, opset_import: ["" : {opset}]> g ({inputs}) => (float y) {{ {body} }}'
-    return parser.parse_model(text)
+def model(inputs, body):
+    return parse_onnx(f"({inputs}) => (float y) {{ {body} }}", opset=18)
 
 
 @pytest.mark.parametrize(
@@ -91,32 +83,16 @@ def test_values_that_decide_no_size_are_none_of_them(inputs, body):
     assert deciding_inputs(model(inputs, body)) == {}
 
 
-def looped(trips, condition, inner):
-    """A loop over ``acc`` whose body has ``inner`` before it says whether to go on."""
-    scalars = {"i": TensorProto.INT64, "go": TensorProto.BOOL, "acc": TensorProto.FLOAT}
-    body = helper.make_graph(
-        [*inner, helper.make_node("Tanh", ["acc"], ["next"])],
-        "body",
-        [helper.make_tensor_value_info(name, kind, []) for name, kind in scalars.items()],
-        [
-            helper.make_tensor_value_info("again", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("next", TensorProto.FLOAT, []),
-        ],
-    )
-    node = helper.make_node("Loop", [trips, condition, "x"], ["y"], "rounds", body=body)
-    inputs = {"n": TensorProto.INT64, "on": TensorProto.BOOL, "x": TensorProto.FLOAT}
-    graph = helper.make_graph(
-        [node],
-        "g",
-        [helper.make_tensor_value_info(name, kind, []) for name, kind in inputs.items()],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [])],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+def looped(trips, condition, again):
+    """A loop over ``acc`` whose body computes ``again``, whether to go on."""
+    body = f"""body (int64 i, bool go, float acc) => (bool again, float next)
+    {{ again = {again}  next = Tanh (acc) }}"""
+    loop = f"[rounds] y = Loop ({trips}, {condition}, x) <body = {body}>"
+    return model("int64 n, bool on, float x", loop)
 
 
 def test_a_loop_is_counted_by_its_trips_its_condition_and_what_its_body_compares():
-    same = [helper.make_node("Identity", ["go"], ["again"])]
-    below = [helper.make_node("Less", ["i", "n"], ["again"])]
+    same, below = "Identity (go)", "Less (i, n)"
     assert set(deciding_inputs(looped("n", "", same))) == {"n"}
     assert set(deciding_inputs(looped("n", "on", same))) == {"n", "on"}
     assert deciding_inputs(looped("", "", below)) == {"n": "the number of rounds of Loop 'rounds'"}
@@ -124,17 +100,11 @@ def test_a_loop_is_counted_by_its_trips_its_condition_and_what_its_body_compares
 
 
 def test_a_function_is_looked_into():
-    body = [helper.make_node("ConstantOfShape", ["a"], ["b"])]
-    opsets = [helper.make_opsetid("", 18)]
-    function = helper.make_function("local", "Zeros", ["a"], ["b"], body, opsets)
-    graph = helper.make_graph(
-        [helper.make_node("Zeros", ["n"], ["y"], "z", domain="local")],
-        "g",
-        [helper.make_tensor_value_info("n", TensorProto.INT64, [2])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, None])],
-    )
-    made = helper.make_model(
-        graph, opset_imports=[*opsets, helper.make_opsetid("local", 1)], functions=[function]
-    )
+    made = parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 18, "local" : 1]>
+        g (int64[2] n) => (float[?,?] y) { [z] y = local.Zeros (n) }
+        <domain: "local", opset_import: ["" : 18]>
+        Zeros (a) => (b) { b = ConstantOfShape (a) }
+    """)
     onnx.checker.check_model(made)
     assert set(deciding_inputs(made)) == {"n"}

@@ -3,16 +3,15 @@
 import json
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from edgekd.onnx.compare import Reference
 from edgekd.onnx.error_metrics import SCORE_THRESHOLD
 from edgekd.onnx.output_parts import find_parts
 from edgekd.onnx.samples import ArraySamples
 from edgekd.quantization.evaluator import SampleEvaluator, remarks_on_errors
-from tests.onnx_builders import Graph
+from tests.onnx_builders import Graph, save_onnx
 
 X = np.random.default_rng(0).standard_normal((12, 4, 6)).astype(np.float32)
 SAMPLES = ArraySamples({"x": X})
@@ -116,26 +115,16 @@ def test_classes_of_a_softmax_are_one_part_however_rare(tmp_path):
 
 def segmenting(path, *, to=None, shift=0.0):
     """x (n, 4, 6) → the largest channel at each place; all but the first one are shifted."""
+    text = f"""(float[n,4,6] x) => ({to or "int64"}[n,6] y) {{
+        s = Add (x, shifts)
+        m = ArgMax <axis = 1, keepdims = 0> (s)
+        y = Cast <to = {TensorProto.DataType.Value((to or "int64").upper())}> (m)
+    }}"""
     shifts = np.array([0, shift, shift, shift], np.float32).reshape(4, 1)
-    nodes = [
-        helper.make_node("Add", ["x", "shifts"], ["s"]),
-        helper.make_node("ArgMax", ["s"], ["m" if to else "y"], axis=1, keepdims=0),
-    ]
-    if to:
-        nodes.append(helper.make_node("Cast", ["m"], ["y"], to=to))
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4, 6])],
-        [helper.make_tensor_value_info("y", to or TensorProto.INT64, ["n", 6])],
-        [onnx.numpy_helper.from_array(shifts, "shifts")],
-    )
-    opsets = [helper.make_opsetid("", 17)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), str(path))
-    return path
+    return save_onnx(path, text, {"shifts": shifts})
 
 
-@pytest.mark.parametrize("to", [None, TensorProto.INT32, TensorProto.UINT8, TensorProto.FLOAT])
+@pytest.mark.parametrize("to", [None, "int32", "uint8", "float"])
 def test_a_choice_of_classes_is_the_same_or_not(tmp_path, to):
     sound = segmenting(tmp_path / "a.onnx", to=to)
     spoilt = segmenting(tmp_path / "b.onnx", to=to, shift=-0.5)
@@ -153,16 +142,14 @@ def test_an_image_in_integers_is_a_number_and_no_choice(tmp_path):
     """One step of 255 off in each value is a small error, not another picture."""
 
     def image(name, offset):
-        g = Graph()
-        g.add("Sigmoid", ["x"], "unit")
-        g.add("Mul", ["unit", g.constant("scale", np.float32(255))], "scaled")
-        g.add("Add", ["scaled", g.constant("offset", np.float32(offset))], "shifted")
-        g.add("Cast", ["shifted"], "y", to=TensorProto.UINT8)
-        path = g.save(tmp_path / name, {"x": ["n", 4, 6]}, {"y": ["n", 4, 6]})
-        model = onnx.load(str(path))
-        model.graph.output[0].type.tensor_type.elem_type = TensorProto.UINT8
-        onnx.save(model, str(path))
-        return path
+        text = """(float[n,4,6] x) => (uint8[n,4,6] y) {
+            unit = Sigmoid (x)
+            scaled = Mul (unit, scale)
+            shifted = Add (scaled, offset)
+            y = Cast <to = 2> (shifted)
+        }"""
+        weights = {"scale": np.float32(255), "offset": np.float32(offset)}
+        return save_onnx(tmp_path / name, text, weights)
 
     small = ArraySamples({"x": X * 0.5})
     assert SampleEvaluator(image("a.onnx", 0), small, None).drop_of(image("b.onnx", 1)) < 0.02

@@ -1,4 +1,7 @@
-"""Ranges on real samples: the same in any chunks and order, in memory that does not grow."""
+"""Ranges on real samples: the same in any chunks and order, in memory that does not grow.
+
+Histograms of magnitudes: independent of batches, and thresholds against direct computation.
+"""
 
 import tracemalloc
 
@@ -8,26 +11,12 @@ import pytest
 
 from edgekd.errors import InputError
 from edgekd.onnx.samples import ArraySamples
-from edgekd.quantization.calibration import calibrate
+from edgekd.quantization.calibration import BINS, PERCENTILE, MagnitudeHistogram, calibrate
 from edgekd.quantization.prepare import prepare_onnx
 from tests.onnx_builders import run
+from tests.samples import CountedSamples, GeneratedSamples
 
 TENSORS = ("image", "r1", "pooled", "logits")
-
-
-class Made:
-    """Samples that are made when asked for, each from its own seed."""
-
-    def __init__(self, count):
-        self.count = count
-
-    def batches(self, size):
-        for start in range(0, self.count, size):
-            rows = [
-                np.random.default_rng(i).standard_normal((3, 8, 8)).astype(np.float32)
-                for i in range(start, min(start + size, self.count))
-            ]
-            yield {"image": np.stack(rows)}
 
 
 class InChunks(ArraySamples):
@@ -48,16 +37,9 @@ def prepared(convolutional, tmp_path_factory):
     return path
 
 
-def ranges(prepared, samples, scratch, calibration="minmax", symmetric=False):
-    return calibrate(
-        prepared,
-        TENSORS,
-        samples,
-        scratch,
-        calibration=calibration,
-        symmetric=symmetric,
-        threads=1,
-    ).ranges
+def ranges(prepared, samples, scratch, calibration="minmax", tensors=TENSORS):
+    settings = {"calibration": calibration, "symmetric": False, "threads": 1}
+    return calibrate(prepared, tensors, samples, scratch, **settings).ranges
 
 
 def test_minmax_is_the_extremes_of_what_the_model_computes(prepared, images, tmp_path):
@@ -98,7 +80,10 @@ def test_thresholds_lie_within_the_extremes(prepared, images, tmp_path, calibrat
 def test_memory_does_not_grow_with_the_samples(prepared, tmp_path, calibration):
     def peak(count):
         tracemalloc.start()
-        ranges(prepared, Made(count), tmp_path, calibration)
+        made = GeneratedSamples(
+            "image", count, lambda i: np.random.default_rng(i).standard_normal((3, 8, 8))
+        )
+        ranges(prepared, made, tmp_path, calibration)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak
@@ -149,41 +134,13 @@ def test_a_nan_that_arises_in_the_model_is_refused(logarithm, tmp_path, calibrat
     x[66, 1] = value
     said = r"tensor 'log' of the float model becomes NaN or infinite on samples 63 to 69"
     with pytest.raises(InputError, match=said):
-        calibrate(
-            logarithm(batch),
-            ("log",),
-            InChunks({"x": x}, 9),
-            tmp_path,
-            calibration=calibration,
-            symmetric=False,
-            threads=1,
-        )
+        ranges(logarithm(batch), InChunks({"x": x}, 9), tmp_path, calibration, ("log",))
 
 
 def test_values_whose_sum_leaves_float32_are_no_infinity(logarithm, tmp_path):
     x = np.full((4, 4), 3e38, np.float32)
-    found = calibrate(
-        logarithm(),
-        ("x", "log"),
-        ArraySamples({"x": x}),
-        tmp_path,
-        calibration="entropy",
-        symmetric=False,
-        threads=1,
-    ).ranges
+    found = ranges(logarithm(), ArraySamples({"x": x}), tmp_path, "entropy", ("x", "log"))
     assert found["x"] == (np.float32(3e38), np.float32(3e38))
-
-
-class Asked(ArraySamples):
-    """Samples that remember how many were asked for at a time."""
-
-    def __init__(self, arrays):
-        super().__init__(arrays)
-        self.sizes = []
-
-    def batches(self, size):
-        self.sizes.append(size)
-        return super().batches(size)
 
 
 @pytest.mark.parametrize("calibration", ["minmax", "percentile"])
@@ -191,15 +148,62 @@ def test_open_height_and_width_count_as_they_are_in_the_samples(graph, tmp_path,
     graph.add("Conv", ["image", graph.weight("w", 16, 3, 3, 3)], "y", pads=[1] * 4)
     open_shape = ["batch", 3, "height", "width"]
     path = graph.save(tmp_path / "m.onnx", {"image": open_shape}, {"y": ["batch", 16, "h", "w"]})
-    samples = Asked({"image": np.ones((6, 3, 224, 224), np.float32)})
-    calibrate(
-        path,
-        ("image", "y"),
-        samples,
-        tmp_path,
-        calibration=calibration,
-        symmetric=False,
-        threads=1,
-    )
+    samples = CountedSamples({"image": np.ones((6, 3, 224, 224), np.float32)})
+    ranges(path, samples, tmp_path, calibration, ("image", "y"))
     each = 4 * (3 + 16) * 224**2
     assert 1 < max(samples.sizes) * each <= 32 * 2**20
+
+
+def histogram(values, limit, parts=1):
+    result = MagnitudeHistogram(limit)
+    for part in np.array_split(values, parts):
+        result.add(part)
+    return result
+
+
+@pytest.fixture
+def values():
+    return np.random.default_rng(0).standard_normal(200_000).astype(np.float32)
+
+
+def test_counts_do_not_depend_on_batches_or_order(values):
+    limit = float(np.abs(values).max())
+    whole = histogram(values, limit)
+    shuffled = histogram(np.random.default_rng(1).permutation(values), limit, parts=7)
+    assert whole.counts.sum() == values.size
+    np.testing.assert_array_equal(whole.counts, shuffled.counts)
+
+
+def test_percentile_is_that_of_the_values_to_a_bin(values):
+    values = np.concatenate([values, np.full(1, 1000.0, np.float32)])
+    exact = np.quantile(np.abs(values), PERCENTILE / 100)
+    found = histogram(values, 1000.0).percentile()
+    assert exact <= found <= exact + 1000.0 / BINS + 1e-3
+
+
+def test_entropy_drops_one_outlier_and_keeps_a_uniform_distribution(values):
+    spiked = np.concatenate([values, np.full(1, 40.0, np.float32)])
+    threshold = histogram(spiked, 40.0).entropy(128)
+    # All normal values lie below 5; the outlier would spend 7 of 8 steps on nothing.
+    assert 2.5 < threshold < 8.0
+    uniform = np.random.default_rng(1).uniform(-1, 1, 200_000).astype(np.float32)
+    assert histogram(uniform, 1.0).entropy(128) > 0.95
+
+
+def test_zeros_of_a_relu_do_not_move_the_entropy_threshold(values):
+    positive = np.abs(values)
+    limit = float(positive.max())
+    padded = np.concatenate([positive, np.zeros(10 * positive.size, np.float32)])
+    assert histogram(padded, limit).entropy(128) == histogram(positive, limit).entropy(128)
+
+
+def test_a_tensor_of_zeros_has_no_threshold_to_find():
+    zeros = histogram(np.zeros(10, np.float32), 0.0)
+    assert zeros.percentile() == zeros.entropy(128) == 0.0
+
+
+@pytest.mark.parametrize("limit", [1e-44, 1e-38, 3e38])
+def test_values_at_the_ends_of_float32_are_counted(limit):
+    values = np.array([0, limit / 2, limit], np.float32)
+    counts = histogram(values, float(values.max())).counts
+    assert (counts.sum(), counts[0], counts[-1]) == (3, 1, 1)

@@ -4,26 +4,19 @@ import shutil
 import sys
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
 
 from edgekd.errors import InputError, StageError, TargetError
 from edgekd.files import edgerun_folder
 from edgekd.targets import LocalTarget, local, open_target
 from edgekd.targets.local import clean_environment
+from tests.onnx_builders import save_onnx
 
 
 @pytest.fixture
 def model(tmp_path):
-    """y = x + x, float32 (batch, 2)."""
-    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 2]) for n in "xy")
-    graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "g", [x], [y])
-    path = tmp_path / "model.onnx"
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path
-    )
-    return path
+    text = "(float[batch,2] x) => (float[batch,2] y) { y = Add (x, x) }"
+    return save_onnx(tmp_path / "model.onnx", text)
 
 
 def test_a_run_answers_and_a_bench_measures(model, tmp_path, monkeypatch):

@@ -4,16 +4,15 @@ import copy
 import json
 
 import pytest
-from click.testing import CliRunner
 
-from edgekd.cli import main
-from edgekd.config.budgets import GateConfig
+from edgekd.config.budgets import Budgets, GateConfig
 from edgekd.config.profile import load_profile
 from edgekd.errors import InputError
-from edgekd.release.device_bench import evidence_of_bench, result_of_bench, with_bench
+from edgekd.release.build_result import BenchRecord, evidence_of_bench, result_of_bench, with_bench
 from edgekd.release.gate import evaluate
 from edgekd.release.report_tables import cautions, thread_remark
 from edgekd.release.result import Result
+from tests.command_line import edgekd
 
 
 def percentile(value):
@@ -29,10 +28,14 @@ def timed(p50, size=147_000):
         "providers": {"session": ["CPUExecutionProvider"]},
         "threads": 4,
         "warmup": {"queries": 100, "steady": True},
-        "samples_ms": [p50] * 10,
+        "samples_ms": [p50] * 1500 + [2 * p50] * 1200 + [3 * p50] * 150 + [4 * p50] * 150,
         "latency": {name: percentile(k * p50) for k, name in enumerate(names, start=1)},
         "memory": {"above_empty_mb": 11.3},
     }
+
+
+def record(*arguments, **settings):
+    return BenchRecord.from_json(bench(*arguments, **settings), "bench.json")
 
 
 def bench(machine="aarch64", cpu="Cortex-A76", models=(2.0,), comparison=None):
@@ -46,11 +49,8 @@ def bench(machine="aarch64", cpu="Cortex-A76", models=(2.0,), comparison=None):
 
 
 def judge(content, **budgets):
-    return {v.rule: v for v in evaluate(content, GateConfig.model_validate(budgets))}
-
-
-def on_the_command_line(*arguments):
-    return CliRunner().invoke(main, ["gate", *map(str, arguments)])
+    resolved = Budgets.resolve(GateConfig.model_validate(budgets))
+    return {v.rule: v for v in evaluate(content, resolved)}
 
 
 @pytest.fixture
@@ -63,61 +63,81 @@ def workstation(result):
 def test_a_bench_alone_is_gated_by_what_it_measured(tmp_path):
     (tmp_path / "bench.json").write_text(json.dumps(bench()))
     (tmp_path / "budget.yaml").write_text("latency: {p95_ms: 7}\nsize: {max_mb: 1}\n")
-    done = on_the_command_line(tmp_path / "bench.json", "--budget", tmp_path / "budget.yaml")
-    assert done.exit_code == 0, done.output
+    edgekd("gate", tmp_path / "bench.json", "--budget", tmp_path / "budget.yaml")
     (tmp_path / "budget.yaml").write_text("latency: {p95_ms: 3}\n")
-    done = on_the_command_line(tmp_path / "bench.json", "--budget", tmp_path / "budget.yaml")
-    assert done.exit_code == 1
+    edgekd("gate", tmp_path / "bench.json", "--budget", tmp_path / "budget.yaml", code=1)
 
 
 @pytest.mark.parametrize("accuracy", [{"min": 0.5}, {"max": 5.0}, {"max_drop": 0.1}])
 def test_a_bench_alone_does_not_show_an_accuracy(accuracy):
     lower = "max" in accuracy
-    content = result_of_bench(bench(), "bench.json", "measured-on-target", lower)
+    content = result_of_bench(record(), "bench.json", "measured-on-target", lower)
     (verdict,) = judge(content, accuracy=accuracy).values()
-    assert verdict.status == "not shown"
+    assert verdict.status == "inconclusive"
 
 
 def test_the_device_gives_a_result_its_latency_and_leaves_the_accuracy(workstation):
+    workstation = Result.from_json(workstation)
     before = judge(workstation, latency={"p95_ms": 8}, accuracy={"min": 0.9})
-    assert [v.status for v in before.values()] == ["not shown", "not shown"]
+    assert [v.status for v in before.values()] == ["inconclusive", "inconclusive"]
     assert "evidence: measured-on-host" in before["latency.p95_ms"].reason
     assert "--device bench.json" in before["latency.p95_ms"].reason
-    content = with_bench(workstation, bench(), "bench.json", "measured-on-target")
+    content = with_bench(workstation, record(), "bench.json", "measured-on-target")
     after = judge(content, latency={"p95_ms": 8}, accuracy={"min": 0.9})
     assert after["latency.p95_ms"].status == "pass"
     assert after["latency.p95_ms"].figure.value == 6.0
-    assert after["accuracy.min"].status == "not shown"
-    assert judge(content, latency={"min_speedup": 2})["latency.min_speedup"].status == "not shown"
+    assert after["accuracy.min"].status == "inconclusive"
+    assert (
+        judge(content, latency={"min_speedup": 2})["latency.min_speedup"].status == "inconclusive"
+    )
 
 
 def test_the_devices_own_speed_up_replaces_the_workstations(workstation):
     ratio = {"ratio": 4.0, "rounds": 30, "interval": [3.8, 4.2]}
-    record = bench(models=(2.0, 8.0), comparison=ratio)
-    content = with_bench(workstation, record, "bench.json", "measured-on-target")
+    measured = record(models=(2.0, 8.0), comparison=ratio)
+    content = with_bench(
+        Result.from_json(workstation), measured, "bench.json", "measured-on-target"
+    )
     assert judge(content, latency={"min_speedup": 3})["latency.min_speedup"].status == "pass"
-    assert content["models"]["teacher"]["latency"]["p50_ms"]["value"] == 8.0
+    assert content.models["teacher"].latency["p50_ms"].value == 8.0
 
 
 def test_another_file_is_refused(workstation):
-    record = bench()
-    record["models"][0]["size_bytes"] = 99
+    other = bench()
+    other["models"][0]["size_bytes"] = 99
+    other = BenchRecord.from_json(other, "bench.json")
     with pytest.raises(InputError, match="another file"):
-        with_bench(workstation, record, "bench.json", "measured-on-target")
+        with_bench(Result.from_json(workstation), other, "bench.json", "measured-on-target")
     workstation["models"]["student"]["sha256"] = "b" * 64
     with pytest.raises(InputError, match="another file"):
-        with_bench(workstation, bench(), "bench.json", "measured-on-target")
+        with_bench(Result.from_json(workstation), record(), "bench.json", "measured-on-target")
 
 
 @pytest.mark.parametrize("key", ["models", "environment", "schema"])
 def test_a_damaged_bench_is_an_error_that_names_the_file(tmp_path, key):
-    record = bench()
-    del record[key]
-    (tmp_path / "bench.json").write_text(json.dumps(record))
+    damaged = bench()
+    del damaged[key]
+    (tmp_path / "bench.json").write_text(json.dumps(damaged))
     (tmp_path / "budget.yaml").write_text("latency: {p95_ms: 7}\n")
-    done = on_the_command_line(tmp_path / "bench.json", "--budget", tmp_path / "budget.yaml")
-    assert type(done.exception).__name__ in ("SystemExit", "InputError")
-    assert done.exit_code == 2
+    edgekd("gate", tmp_path / "bench.json", "--budget", tmp_path / "budget.yaml", code=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"value": 9999.0}, "models.student.latency.p95_ms is 9999, outside its interval"),
+        ({"n": 1, "interval": None}, "models.student.latency.p95_ms has no interval"),
+        ({"value": None, "interval": [1, 2]}, "has an interval and no value"),
+        ({"value": "fast"}, "models.0.latency.p95.value is 'fast'"),
+    ],
+)
+def test_a_bench_that_contradicts_itself_is_refused(tmp_path, change, words):
+    damaged = bench()
+    damaged["models"][0]["latency"]["p95"] |= change
+    (tmp_path / "bench.json").write_text(json.dumps(damaged))
+    (tmp_path / "budget.yaml").write_text("latency: {p95_ms: 50}\n")
+    done = edgekd("gate", tmp_path / "bench.json", "--budget", tmp_path / "budget.yaml", code=2)
+    assert words in " ".join(done.output.split())
 
 
 @pytest.mark.parametrize(
@@ -132,7 +152,7 @@ def test_a_damaged_bench_is_an_error_that_names_the_file(tmp_path, key):
 )
 def test_a_bench_of_another_processor_is_not_the_devices(machine, cpu, profile, evidence):
     device = load_profile(profile) if profile else None
-    found, why = evidence_of_bench(bench(machine, cpu), device, {"cpu": "AMD EPYC"})
+    found, why = evidence_of_bench(record(machine, cpu), device, {"cpu": "AMD EPYC"})
     assert found == evidence
     assert bool(why) == (evidence == "measured-on-host")
 

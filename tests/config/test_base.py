@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from edgekd.config import renamed
-from edgekd.config.loader import load_pipeline
+from edgekd.config import base
+from edgekd.config.pipeline import load_pipeline
 from edgekd.distill.losses import LOSSES
 from edgekd.errors import InputError
 
@@ -19,7 +19,7 @@ quantize: {half: fp16, keep: [head]}
 
 @pytest.fixture(autouse=True)
 def no_notice_yet(monkeypatch):
-    monkeypatch.setattr(renamed, "_noticed", set())
+    monkeypatch.setattr(base, "_noticed", set())
 
 
 def load(folder, text=PIPELINE):
@@ -51,7 +51,7 @@ def test_a_wrong_value_of_an_old_key_is_located(tmp_path):
     assert str(caught.value.where).endswith("p.yaml:7")
 
 
-@pytest.mark.parametrize(("old", "new"), renamed.LOSSES.items())
+@pytest.mark.parametrize(("old", "new"), base.LOSSES.items())
 def test_a_renamed_loss_exists_and_its_old_name_is_free(old, new):
     assert new in LOSSES
     assert old not in LOSSES
