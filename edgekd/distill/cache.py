@@ -64,8 +64,8 @@ def fill_cache(
 
     The outputs are in ``root/<first 16 digits of their key>``; the key covers everything that
     they depend on, so that a changed teacher, preprocessing or data set never reads stale outputs.
-    Further views are added to an existing cache. A kill at any moment loses
-    at most the unfinished block.
+    Further views are added to an existing cache. A kill at any moment loses at most the unfinished
+    block.
 
     Args:
         teacher: run here, and again where a block turns out to be damaged later.
@@ -80,7 +80,8 @@ def fill_cache(
         augment: the augmentations' configuration, as JSON.
         preprocess: how raw data become inputs, as JSON.
         progress: receives the number of finished samples, and a message when another run is waited
-        for. block_samples: samples that share a checksum.
+            for.
+        block_samples: samples that share a checksum.
 
     Returns:
         The teacher that reads its outputs from disk.
@@ -124,8 +125,8 @@ class CachedTeacher:
     """A teacher's outputs read from disk; made by :func:`fill_cache`.
 
     Each block's checksum is verified when the first of its records is read. A damaged block is
-    recomputed by the teacher immediately. A small cache stays in
-    memory once it is read; of a large one each record is read when it is needed.
+    recomputed by the teacher immediately. A small cache stays in memory once it is read; of a large
+    one each record is read when it is needed.
     """
 
     def __init__(
