@@ -1,11 +1,15 @@
-# make demo   the main job, on data that needs no download
-# make test   ruff, mypy and pytest
-# make docs   the documentation, in site/; a broken link is an error
-# make setup  only the virtual environment
-.PHONY: setup demo test test-setup docs system-packages
+# make demo       the main job, on data that needs no download
+# make test       ruff, mypy, import-linter and the quick tests
+# make test-slow  the tests marked slow
+# make fuzz       many changed inputs for every parser (COUNT=2000 for each)
+# make docs       the documentation, in site/; a broken link is an error
+# make setup      only the virtual environment
+.PHONY: setup demo test test-slow test-setup fuzz docs system-packages
 
 PYTHON ?= python3
 BIN := .venv/bin
+# One process per core, the tests of a file in one of them.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 setup: .venv/.installed
 
@@ -35,7 +39,16 @@ test: test-setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-slow: test-setup
+	$(PYTEST) -m slow
+
+# Thousands of changed inputs for each parser; make test reads the first few of them.
+COUNT ?= 2000
+
+fuzz: test-setup
+	EDGEKD_FUZZ=$(COUNT) $(BIN)/python -m pytest tests/fuzz
 
 # The references are written from the code; then the pages are built.
 docs: .venv/.test-installed

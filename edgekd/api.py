@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from edgekd.config.budgets import GateConfig
-from edgekd.config.loader import load_pipeline, load_section
+from edgekd.config.budgets import Budgets, GateConfig, load_budgets
+from edgekd.config.pipeline import load_pipeline
 from edgekd.config.profile import Profile, load_profile
-from edgekd.errors import InputError
-from edgekd.pipeline.runner import Runner, RunOutcome, stages_until
+from edgekd.errors import InputError, StageError
+from edgekd.pipeline.runner import Runner, RunOutcome, Workers, join_workers, stages_until
 from edgekd.pipeline.stage import Job
 from edgekd.pipeline.store import Store
-from edgekd.pipeline.workers import Workers, join_workers
 from edgekd.progress import ConsoleProgress, EventLog
-from edgekd.stages import STAGES
-from edgekd.stages.preflight import preflight
+from edgekd.stages import STAGES, preflight
 
 if TYPE_CHECKING:
     from edgekd.release.gate import Verdict
@@ -79,13 +81,48 @@ def execute(
     try:
         log = EventLog(folder / "log.jsonl")
         try:
-            with ConsoleProgress(console or Console(), log, quiet=console is None) as progress:
+            with (
+                _temporary_files(folder),
+                ConsoleProgress(console or Console(), log, quiet=console is None) as progress,
+            ):
                 runner = Runner(job, store, progress, STAGES, log, workers, preflight)
                 return runner.run(until)
         finally:
             log.close()
     finally:
         store.release()
+
+
+@contextmanager
+def _temporary_files(folder: Path) -> Iterator[None]:
+    """Put temporary files, also those of processes that are started, into the run folder.
+
+    What a killed run left is removed by the next one. Where the user set TMPDIR, for a larger
+    disk, they are in a folder of this run's name there.
+    """
+    chosen = os.environ.get("TMPDIR")
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    place = Path(chosen) / f"edgekd-{name}" if chosen else folder.resolve() / "tmp"
+    before = tempfile.tempdir
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        place.mkdir(mode=0o700)
+    except OSError as error:
+        raise StageError(
+            f"the folder of temporary files cannot be written: {error.strerror}",
+            where=str(place),
+            remedy="free space there, or set TMPDIR to a larger disk",
+        ) from error
+    tempfile.tempdir = os.environ["TMPDIR"] = str(place)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+        if chosen is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = chosen
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def run(
@@ -141,16 +178,16 @@ def quantize(
 ) -> dict[str, Any]:
     """Write an ONNX model in fewer bits, and return the record of gains and losses.
 
-    The settings are those of :class:`edgekd.quantization.settings.QuantizeSettings`; the samples
-    are an npz file of real inputs by name.
+    The settings are those of :class:`edgekd.quantization.quantize_onnx.QuantizeSettings`; the
+    samples are an npz file of real inputs by name.
 
     Raises:
         InputError: the model, the samples or a setting do not fit.
         StageError: the file cannot be written or does not run.
     """
     from edgekd.extension import check_arguments
-    from edgekd.quantization.settings import QuantizeSettings
-    from edgekd.stages.quantize_onnx import quantize_model
+    from edgekd.quantization.quantize_model import quantize_model
+    from edgekd.quantization.quantize_onnx import QuantizeSettings
 
     given = check_arguments(QuantizeSettings, settings, name="quantize", where="settings")
     samples = None if calibration is None else Path(calibration)
@@ -175,18 +212,23 @@ def benchmark(
 
 
 def gate(
-    result: Mapping[str, Any], budgets: GateConfig | str | Path, profile: Profile | None = None
+    result: Result | Mapping[str, Any],
+    budgets: GateConfig | str | Path,
+    profile: Profile | None = None,
 ) -> list[Verdict]:
     """Check a result against budgets, given as a model or as a YAML file.
+
+    A limit of the profile holds where the budgets leave its key out.
 
     Raises:
         InputError: the result or the budgets are wrong, or there is nothing to check.
     """
     from edgekd.release.gate import evaluate
+    from edgekd.release.result import Result
 
-    if not isinstance(budgets, GateConfig):
-        budgets = load_section(Path(budgets), GateConfig)
-    return evaluate(result, budgets, profile)
+    given = budgets if isinstance(budgets, GateConfig) else load_budgets(Path(budgets))
+    found = result if isinstance(result, Result) else Result.from_json(result)
+    return evaluate(found, Budgets.resolve(given, profile))
 
 
 def load_result(run: str | Path) -> Result:
@@ -203,7 +245,6 @@ def load_result(run: str | Path) -> Result:
         InputError: there is no result, or it is damaged.
     """
     from edgekd.release.compare import find_result
-    from edgekd.release.result import Result, read_result
+    from edgekd.release.result import read_result
 
-    file = find_result(Path(run))
-    return Result.from_json(read_result(file), str(file))
+    return read_result(find_result(Path(run)))

@@ -6,10 +6,14 @@ The command line prints one of these without a traceback and exits with its exit
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from edgerun.errors import BadInput, EdgerunError
 
 
-class EdgekdError(Exception):
+class EdgekdError(EdgerunError):
     """Base of all errors of the project.
 
     Args:
@@ -17,22 +21,6 @@ class EdgekdError(Exception):
         where: the file, key, line or layer it concerns.
         remedy: what the user can do about it.
     """
-
-    exit_code = 3
-
-    def __init__(self, what: str, *, where: str | None = None, remedy: str | None = None) -> None:
-        self.what = what
-        self.where = where
-        self.remedy = remedy
-        super().__init__(str(self))
-
-    def __str__(self) -> str:
-        lines = [self.what]
-        if self.where:
-            lines.append(f"  where: {self.where}")
-        if self.remedy:
-            lines.append(f"  to do: {self.remedy}")
-        return "\n".join(lines)
 
 
 class GateFailed(EdgekdError):
@@ -73,6 +61,22 @@ class TargetError(EdgekdError):
     exit_code = 4
 
 
+@contextmanager
+def edgerun_errors() -> Iterator[None]:
+    """Raise the errors of edgerun, whose functions are called in this process, as this package's.
+
+    Raises:
+        InputError: for its BadInput.
+        StageError: for all others.
+    """
+    try:
+        yield
+    except BadInput as error:
+        raise InputError(error.what, where=error.where, remedy=error.remedy) from error
+    except EdgerunError as error:
+        raise StageError(error.what, where=error.where, remedy=error.remedy) from error
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name closest to a misspelt one, or None when none is close."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
@@ -91,3 +95,15 @@ def unknown_name(
         where=where,
         remedy=f"{hint}known: {', '.join(choices)}",
     )
+
+
+_CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    """A text for a terminal or a log: control characters, which could move its cursor or hide
+    what follows, as escapes such as ``\\x1b``; line breaks and tabs stay.
+    """
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)

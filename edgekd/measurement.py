@@ -1,16 +1,35 @@
-"""A measurement: a number with its unit, number of samples and evidence."""
+"""A measurement: a number with its unit, number of samples and evidence; and its text."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import ConfigDict, Field
+
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+"""A finite number; pydantic refuses a boolean and a text in its place."""
 Evidence = Literal["measured-on-target", "measured-on-host", "estimated"]
 EVIDENCE_STRENGTH: dict[str, int] = {
     "estimated": 0,
     "measured-on-host": 1,
     "measured-on-target": 2,
 }
+
+ABSENT = "–"
+MINUS = "−"
+OF_CONSTANT = "of the constant's error"
+"""The unit of a drop of an error: a share of the error of the best constant prediction."""
+_SHOWN_UNIT = {
+    "accuracy": "%",
+    "agreement": "%",
+    "of the gap": "% of the gap",
+    OF_CONSTANT: f"% {OF_CONSTANT}",
+    "parameters": "",
+}
+_PERCENT = ("accuracy", "agreement", "points", "of the gap", OF_CONSTANT)
+"""Units whose values are fractions of one, and are shown times 100."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +41,13 @@ class Measurement:
     None for a figure that has no sampling error, such as a file's size.
     """
 
-    value: float | None
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    value: Number | None
     unit: str
-    n: int = 1
-    interval: tuple[float, float] | None = None
-    confidence: float = 0.95
+    n: Annotated[int, Field(strict=True, ge=0)] = 1
+    interval: tuple[Number, Number] | None = None
+    confidence: Annotated[Number, Field(gt=0, lt=1)] = 0.95
     evidence: Evidence = "measured-on-host"
     note: str = ""
 
@@ -39,3 +60,79 @@ class Measurement:
         """The inverse of :meth:`to_json`."""
         interval = value.get("interval")
         return cls(**{**value, "interval": tuple(interval) if interval else None})
+
+
+def number(value: float, digits: int = 4) -> str:
+    """A number with ``digits`` significant digits, without zeros at its end."""
+    if value == 0:
+        return "0"
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{value:,.0f}".replace("-", MINUS)
+    places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    if places > digits + 3:
+        return f"{value:.{digits - 1}e}"
+    text = f"{value:,.{places}f}"
+    return (text.rstrip("0").rstrip(".") if places else text).replace("-", MINUS)
+
+
+def value_text(figure: Measurement | None, signed: bool = False) -> str:
+    """``92.13 %``, ``0.0412 ms``; a dash for a figure that is absent or has no value."""
+    if figure is None or figure.value is None:
+        return ABSENT
+    sign = "+" if signed and figure.value > 0 else ""
+    return f"{sign}{_scaled(figure.value, figure.unit)}{_unit(figure.unit)}"
+
+
+def drop_unit(metric: str) -> str:
+    """The unit of a difference of two values: points for shares of correct predictions."""
+    # "1 %" of an accuracy could mean a ratio.
+    return "points" if metric in ("accuracy", "agreement") else metric
+
+
+def metric_change(worse: float, higher_is_better: bool) -> float:
+    """How a metric itself moves when it is worse by ``worse``: an accuracy falls, an error rises.
+
+    The one place where a drop, positive when worse, becomes a signed change.
+    """
+    return -worse if higher_is_better else worse
+
+
+def interval_text(figure: Measurement | None) -> str:
+    """``91.6 to 92.6``, in the unit of :func:`value_text`; empty when there is none."""
+    if figure is None or figure.value is None or figure.interval is None:
+        return ""
+    low, high = (_scaled(end, figure.unit) for end in figure.interval)
+    return f"{low} to {high}"
+
+
+def full_text(figure: Measurement | None) -> str:
+    """Value, unit and interval: ``92.13 % (91.6 to 92.6)``."""
+    interval = interval_text(figure)
+    return value_text(figure) + (f" ({interval})" if interval else "")
+
+
+def bound_text(value: float, unit: str) -> str:
+    """A budget in the unit of the figure it bounds."""
+    return f"{number(value * display_scale(unit))}{_unit(unit)}"
+
+
+def _scaled(value: float, unit: str) -> str:
+    if unit in _PERCENT:
+        return f"{100 * value:.2f}".replace("-", MINUS)
+    return number(value)
+
+
+def _unit(unit: str) -> str:
+    shown = display_unit(unit)
+    # A factor is written 9.8×, as a percentage never is.
+    return shown if shown == "×" else f" {shown}" if shown else ""
+
+
+def display_scale(unit: str) -> float:
+    """What a value of this unit is multiplied by for display (100 for a share shown in %)."""
+    return 100.0 if unit in _PERCENT else 1.0
+
+
+def display_unit(unit: str) -> str:
+    """The unit as shown: ``%`` for an accuracy, empty for a plain count."""
+    return _SHOWN_UNIT.get(unit, unit)

@@ -1,11 +1,36 @@
-"""Models built node by node, and what a quantized file is made of."""
+"""Models from ONNX text or built node by node, and what a quantized file is made of."""
 
 from collections import Counter
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
+
+
+def parse_onnx(text, weights=(), *, opset=17, ir=8, domains=(), metadata=None):
+    """A model from ONNX text, for example
+    ``(float[b,4] x) => (float[b,3] y) { [fc] y = MatMul (x, w) }``.
+
+    ``float x`` is a scalar, ``float[] x`` is of unknown shape, ``float[?] x`` of unknown size.
+    ``weights``: the arrays that become initializers, by name; ``domains``: further operator sets.
+    """
+    opsets = ", ".join(
+        f'"{name}" : {version}' for name, version in {"": opset, **dict(domains)}.items()
+    )
+    model = onnx.parser.parse_model(f"<ir_version: {ir}, opset_import: [{opsets}]> g {text}")
+    model.graph.initializer.extend(
+        numpy_helper.from_array(np.asarray(value), name) for name, value in dict(weights).items()
+    )
+    helper.set_model_props(model, metadata or {})
+    return model
+
+
+def save_onnx(path, text, weights=(), **settings):
+    """:func:`parse_onnx` into a file; its path."""
+    onnx.save(parse_onnx(text, weights, **settings), str(path))
+    return path
 
 
 class Graph:

@@ -54,6 +54,14 @@ def exported_bytes(classifier, tmp_path_factory):
 
 
 @pytest.fixture
+def exported(exported_bytes, tmp_path):
+    """The classifier's file, in the test's own folder."""
+    path = tmp_path / "student.onnx"
+    path.write_bytes(exported_bytes)
+    return path
+
+
+@pytest.fixture
 def policy():
     """Image and state in, action and value out."""
     torch.manual_seed(0)

@@ -15,16 +15,15 @@ import pytest
 import torch
 
 from edgekd.api import execute, open_job
-from edgekd.config.engines import ExternalEngineConfig, expand_engine
 from edgekd.config.networks import ModelConfig
-from edgekd.config.pipeline import DataConfig
+from edgekd.config.pipeline import DataConfig, ExternalEngineConfig, expand_engine
 from edgekd.config.training import LossTerm, SchemeConfig
 from edgekd.data import load_dataset, source_fingerprint
 from edgekd.distill.objective import Objective
 from edgekd.distill.schemes import find_scheme
 from edgekd.engines.builder import ExternalBuilder
-from edgekd.entry_points import installed_extensions
 from edgekd.errors import InputError
+from edgekd.extension import installed_extensions
 from edgekd.models import build_model
 from edgekd.pipeline.fingerprint import extension_versions, references_sha256
 from edgekd.pipeline.runner import plan
@@ -37,7 +36,7 @@ MODULE = """\
 import numpy as np
 from torch import nn
 
-from edgekd.distill.losses.traits import traits
+from edgekd.distill.losses import traits
 from edgekd.targets import LocalTarget
 from edgekd.tasks import Classification
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ from PIL import Image
 from edgekd.config.pipeline import DataConfig
 from edgekd.data import load_dataset, source_fingerprint
 from edgekd.errors import InputError, StageError
-from edgekd.files import check_output, files_in, hash_path, write_npz
-from edgerun.inputs import write_npz as write_npz_on_device
+from edgekd.files import check_output, files_in, hash_path, require_regular_file, write_npz
+from edgerun.npz import write_npz as write_npz_on_device
 
 
 def put(folder, count, value=0):
@@ -173,3 +174,67 @@ def test_what_is_only_written_to_may_be_a_device_or_a_pipe(tmp_path):
 def test_a_name_that_no_folder_takes_is_no_traceback(tmp_path):
     with pytest.raises(StageError, match="too long"):
         check_output(tmp_path / ("a" * 300), "-o")
+
+
+def readers():
+    """What reads a file that a user names, by what it is."""
+    from edgekd.config.budgets import GateConfig
+    from edgekd.config.loader import load_section
+    from edgekd.data.sources.fashion_mnist import read_bytes
+    from edgekd.models.weights import read_checkpoint
+    from edgekd.onnx.file import check_onnx, describe_onnx
+    from edgerun.npz import NpzFile
+
+    def images(path):
+        put(path.parent / "photos" / "b", 5)
+        folder = path.parent / "photos" / "a"
+        put(folder, 5)
+        (folder / "x.png").symlink_to(path)
+        config = DataConfig(source="image-folder", path=str(folder.parent))
+        assert source_fingerprint(config, folder)
+        load_dataset(config, folder, seed=0)
+
+    def source(path):
+        load_dataset(DataConfig(source="npz", path=str(path)), path.parent, seed=0)
+
+    def fingerprint(path):
+        source_fingerprint(DataConfig(source="npz", path=str(path)), path.parent)
+
+    return {
+        "yaml": lambda path: load_section(path, GateConfig),
+        "safetensors": lambda path: read_checkpoint(path.rename(path.with_suffix(".safetensors"))),
+        "torch": lambda path: read_checkpoint(path.rename(path.with_suffix(".pt"))),
+        "onnx": describe_onnx,
+        "checked onnx": check_onnx,
+        "npz": lambda path: NpzFile(path, InputError),
+        "data": source,
+        "fingerprint": fingerprint,
+        "idx": read_bytes,
+        "image": images,
+        "hash": hash_path,
+    }
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes with a name")
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device"])
+@pytest.mark.parametrize("reader", sorted(readers()))
+def test_pipes_sockets_and_devices_are_refused_before_they_are_read(tmp_path, kind, reader):
+    path = tmp_path / "input"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=f"this is a {kind}, not a file"):
+        readers()[reader](path)
+
+
+def test_a_loop_of_links_and_a_name_of_a_zero_are_errors_too(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    for path in (tmp_path / "a", tmp_path / "zero\0"):
+        with pytest.raises(InputError, match="cannot be read"):
+            require_regular_file(path)
+    require_regular_file(tmp_path / "none")

@@ -1,17 +1,24 @@
-"""The command line: parse, call, print. A command's module is imported when it is used."""
+"""The command line: parse, call, print. A command's module is imported when it is used.
+
+The two shortest commands, ``init`` and ``verify``, are here.
+"""
 
 from __future__ import annotations
 
 import importlib
+import json
+import re
 import sys
+import traceback
+from pathlib import Path
 from typing import Any
 
 import click
 
-from edgekd.errors import EdgekdError, StageError, nearest
+from edgekd.errors import EdgekdError, InputError, StageError, nearest, printable, unknown_name
 
 _COMMANDS = {
-    "init": ("edgekd.cli.init:init", "Write an example pipeline to start from."),
+    "init": ("edgekd.cli:init", "Write an example pipeline to start from."),
     "run": ("edgekd.cli.run:run", "Run a pipeline: from the teacher to the gated bundle."),
     "plan": ("edgekd.cli.run:plan", "Show what a run would do, without doing it."),
     "distill": ("edgekd.cli.run:distill", "Run a pipeline up to the distilled student."),
@@ -23,7 +30,7 @@ _COMMANDS = {
     "gate": ("edgekd.cli.gate:gate", "Check a result against its budgets."),
     "report": ("edgekd.cli.run:report", "Run a pipeline up to its report."),
     "bundle": ("edgekd.cli.run:bundle", "Run a pipeline up to the bundle for the device."),
-    "verify": ("edgekd.cli.verify:verify", "Find changed, missing or extra files in a bundle."),
+    "verify": ("edgekd.cli:verify", "Find changed, missing or extra files in a bundle."),
     "compare": ("edgekd.cli.compare:compare", "Compare the results of several runs side by side."),
     "layers": ("edgekd.cli.layers:layers", "List the layers that a loss can name, with shapes."),
     "profiles": ("edgekd.cli.profiles:profiles", "List, show and check device profiles."),
@@ -42,15 +49,22 @@ class LazyGroup(click.Group):
     """Commands imported on use; every error of the project becomes a message and an exit code."""
 
     def main(self, args: Any = None, *rest: Any, **extra: Any) -> Any:
-        """Parse and run, as :meth:`click.Group.main`; the program's own command line runs
-        supervised.
+        """Parse and run, as :meth:`click.Group.main`; the program's own command line runs with
+        protected streams, and supervised where it opens a model.
         """
-        words = sys.argv[1:]
-        pipeline = any(word.lower().endswith((".yaml", ".yml")) for word in words)
-        if args is None and words[:1] and words[0] in _OPENING_MODELS and not pipeline:
-            from edgekd.cli.supervision import supervise
+        if args is None:
+            from edgekd.cli.process import interrupt_on_sigterm, protect_streams
 
-            supervise()
+            protect_streams()
+            words = [word for word in sys.argv[1:] if word != "--debug"]
+            pipeline = any(word.lower().endswith((".yaml", ".yml")) for word in words)
+            if words[:1] and words[0] in _OPENING_MODELS and not pipeline:
+                from edgekd.crashes import supervise
+
+                # Its child may be in native code, which only the default of SIGTERM ends.
+                supervise(_probe)
+            else:
+                interrupt_on_sigterm()
         return super().main(args, *rest, **extra)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -69,6 +83,8 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Suggest the nearest command for a misspelt one."""
+        if any(re.fullmatch(r"(--[^=]*=)?", word) for word in args):
+            ctx.fail("An argument is empty. Give a name, or leave the option out.")
         if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
             guess = nearest(args[0], _COMMANDS)
             hint = f" Did you mean {guess!r}?" if guess else ""
@@ -84,42 +100,101 @@ class LazyGroup(click.Group):
         """Run the command; print errors without a traceback and exit with their exit code."""
         try:
             return super().invoke(ctx)
-        except EdgekdError as error:
-            _print_error(str(error))
-            ctx.exit(error.exit_code)
-        except MemoryError as error:
-            _print_error(f"the memory ran out: {error}\n  to do: free some, or give less")
-            ctx.exit(StageError.exit_code)
-        except Exception as error:
-            # What the runtimes raise has no common base class; a bug of the project is shown
-            # with its traceback.
-            if not type(error).__module__.startswith(_LIBRARIES):
-                raise
-            from edgekd.crash_notes import noted_file
+        except (click.ClickException, click.Abort, click.exceptions.Exit, SystemExit):
+            raise
+        except KeyboardInterrupt:
+            from edgekd.cli import process
 
-            failed = StageError(
-                f"{type(error).__module__.partition('.')[0]} fails: {' '.join(str(error).split())}",
-                where=noted_file(),
-                remedy="'edgekd check' shows what the model needs; export it again, in another "
-                "opset or with another exporter",
-            )
+            click.echo("\ninterrupted: finished stages are stored; run again to resume", err=True)
+            ctx.exit(143 if process.terminated else 130)
+        except BaseException as error:
+            # What the runtimes raise has no common base class, and Rust's panics are no Exception.
+            failed = _explained(error)
+            if ctx.params.get("debug"):
+                traceback.print_exception(error)
             _print_error(str(failed))
             ctx.exit(failed.exit_code)
-        except KeyboardInterrupt:
-            click.echo("\ninterrupted: finished stages are stored; run again to resume", err=True)
-            ctx.exit(130)
+
+
+def _explained(error: BaseException) -> EdgekdError:
+    """The error to show, with its exit code."""
+    if isinstance(error, EdgekdError):
+        return error
+    if isinstance(error, MemoryError):
+        return StageError(f"the memory ran out: {error}", remedy="free some, or give less")
+    if not type(error).__module__.startswith(_LIBRARIES):
+        from edgekd.cli.process import unexpected
+
+        return unexpected(error)
+    from edgekd.crashes import noted_file
+
+    return StageError(
+        f"{type(error).__module__.partition('.')[0]} fails: {' '.join(str(error).split())}",
+        where=noted_file(),
+        remedy="'edgekd check' shows what the model needs; export it again, in another "
+        "opset or with another exporter",
+    )
+
+
+def _probe(model: Path, level: str) -> None:
+    from edgekd.targets import LocalTarget
+
+    LocalTarget().probe(model, optimization=level)
 
 
 def _print_error(text: str) -> None:
     click.secho("error: ", nl=False, err=True, fg="red", bold=True)
-    click.echo(text, err=True)
+    click.echo(printable(text), err=True)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="edgekd", prog_name="edgekd")
-def main() -> None:
+@click.option("--debug", is_flag=True, envvar="EDGEKD_DEBUG", help="Show the traceback of errors.")
+def main(debug: bool) -> None:
     """From a teacher network to a gated, deployable edge artifact.
 
     Exit codes: 0 done and the gate passed, 1 the gate failed, 2 the input is wrong,
-    3 a stage failed, 4 the target could not be reached, 130 interrupted.
+    3 a stage failed, 4 the target could not be reached, 130 interrupted (143 by SIGTERM).
     """
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path), default=Path("pipeline.yaml"))
+@click.option("--example", default="digits", show_default=True, help="Which shipped pipeline.")
+@click.option("--schema", is_flag=True, help="Write the JSON schema for editors instead.")
+def init(path: Path, example: str, schema: bool) -> None:
+    """Write an example pipeline to PATH (never over an existing file)."""
+    from edgekd.files import pipelines_folder, write_errors
+
+    if path.exists():
+        raise InputError("the file exists already", where=str(path), remedy="give another path")
+    if schema:
+        from edgekd.config.pipeline import pipeline_schema
+
+        text = json.dumps(pipeline_schema(), indent=1)
+    else:
+        examples = {file.stem: file for file in pipelines_folder().glob("*.yaml")}
+        if example not in examples:
+            raise unknown_name("example", example, examples, where="--example")
+        text = examples[example].read_text(encoding="utf-8")
+    with write_errors(path, error=InputError):
+        path.write_text(text, encoding="utf-8")
+    click.echo(f"wrote {path}" + ("" if schema else f"; next: edgekd run {path}"))
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+def verify(bundle: Path) -> None:
+    """Check every file of BUNDLE (a folder or .tar.gz) against its manifest.
+
+    Exit code 1 when a file is changed, missing or extra.
+    """
+    from edgekd.release.bundle_verify import verify_bundle
+
+    problems = verify_bundle(bundle)
+    for problem in problems:
+        click.echo(problem)
+    if problems:
+        click.echo(f"{bundle}: {len(problems)} problem(s)")
+        sys.exit(1)
+    click.echo(f"{bundle}: intact")

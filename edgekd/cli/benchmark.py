@@ -13,7 +13,8 @@ from rich.table import Table
 
 from edgekd.cli.options import PIPELINE_SUFFIXES, refuse_options_of_a_model
 from edgekd.errors import InputError, StageError
-from edgekd.release.formatting import ABSENT, number
+from edgekd.measurement import ABSENT, number
+from edgerun.cli import LEVELS
 
 if TYPE_CHECKING:
     from edgekd.config.profile import Profile
@@ -22,8 +23,6 @@ FILE = click.Path(path_type=Path)
 
 COMPARED_BYTES = 64 << 20
 """Model files up to this size are also run without graph optimizations, to compare the outputs."""
-
-LEVELS = ("all", "extended", "basic", "disabled")
 
 
 @click.command()
@@ -71,7 +70,7 @@ def benchmark(
         return
     from rich.console import Console
 
-    from edgekd.crash_notes import note_model
+    from edgekd.crashes import note_model
     from edgekd.files import check_output
     from edgekd.release.build_result import evidence_of
     from edgekd.targets import LocalTarget, open_target
@@ -204,14 +203,11 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
     Raises:
         StageError: the file cannot be written.
     """
-    try:
+    from edgekd.files import write_errors
+
+    remedy = "give --json a file in a folder that exists and has space"
+    with write_errors(path, "the record", remedy):
         path.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise StageError(
-            f"the record cannot be written: {error.strerror}",
-            where=str(path),
-            remedy="give --json a file in a folder that exists and has space",
-        ) from error
 
 
 PERCENTILES = {"p50": "p50", "p90": "p90", "p95": "p95", "p99": "p99", "p99_9": "p99.9"}

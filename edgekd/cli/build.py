@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from edgekd.cli.benchmark import LEVELS, write_record
+from edgekd.cli.benchmark import write_record
 from edgekd.cli.options import (
     PIPELINE_SUFFIXES,
     refuse_options,
@@ -16,6 +16,7 @@ from edgekd.cli.options import (
     typed_options,
 )
 from edgekd.errors import InputError
+from edgerun.cli import LEVELS
 
 if TYPE_CHECKING:
     from edgekd.config.profile import Profile
@@ -72,7 +73,7 @@ def build(model: Path, output: Path | None, **options: Any) -> None:
     if output is None:
         raise InputError("no file to write is given", where="edgekd build", remedy="add -o OUT")
     from edgekd.config.profile import load_profile
-    from edgekd.crash_notes import note_model
+    from edgekd.crashes import note_model
     from edgekd.files import check_output
     from edgekd.onnx.file import read_onnx
 
@@ -141,9 +142,11 @@ def _build_tensorrt(
 ) -> dict[str, Any]:
     from dataclasses import replace
 
-    from edgekd.config.engines import TensorRTConfig
+    from edgekd.config.pipeline import TensorRTConfig
     from edgekd.engines.tensorrt import check_runtime, engine_settings
+    from edgekd.errors import edgerun_errors
     from edgekd.targets import LocalTarget
+    from edgerun.tensorrt.settings import parse_ranges
 
     config = TensorRTConfig(
         kind=engine,
@@ -161,14 +164,15 @@ def _build_tensorrt(
         keep=options["keep"],
         timing_cache=options["timing_cache"],
     )
-    # As typed: the builder parses and validates them, and its messages name these options.
+    with edgerun_errors():
+        shapes = parse_ranges(options["shapes"])
     settings = replace(
         settings,
-        shapes=tuple(options["shapes"]),
+        shapes=shapes,
         compute_capabilities=tuple(options["sm"]) or settings.compute_capabilities,
     )
     check_runtime(settings, profile, model)
-    record = LocalTarget().build(model, output, **settings.arguments())
+    record = LocalTarget().build(model, output, settings)
     _print_build(output, record)
     return record
 

@@ -58,7 +58,7 @@ def check(
     from rich.console import Console
 
     from edgekd.config.profile import load_profile
-    from edgekd.crash_notes import note_model
+    from edgekd.crashes import note_model
     from edgekd.engines.check import check_model
     from edgekd.files import check_output
     from edgekd.targets import LocalTarget, open_target
@@ -125,8 +125,8 @@ def _print(console: Console, report: CheckReport) -> None:
     for finding in to_do:
         line = f"  {finding.subject}: {finding.remedy}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    asked = " and ".join(report.engines) + (f" on {report.profile}" if report.profile else "")
+    checked = " and ".join(report.engines) + (f" on {report.profile}" if report.profile else "")
     verdict = "[green]all holds[/green]" if report.passed else "[red]not everything holds[/red]"
     unbuilt = report.passed and any(name.startswith("tensorrt") for name in report.engines)
     so_far = ", as far as can be determined without a build" if unbuilt else ""
-    console.print(f"\n{verdict} for {asked}{so_far}", highlight=False)
+    console.print(f"\n{verdict} for {checked}{so_far}", highlight=False)

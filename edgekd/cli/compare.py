@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from edgekd.errors import InputError
+from edgekd.files import write_errors
+from edgekd.measurement import full_text, interval_text, value_text
 from edgekd.release.compare import Comparison, SeedMeans, compare_files
-from edgekd.release.formatting import full_text, interval_text, value_text
 
 
 @click.command()
@@ -33,14 +34,8 @@ def compare(paths: tuple[Path, ...], json_path: Path | None) -> None:
         console.print(f"note: {note}", highlight=False, markup=False)
     if json_path is not None:
         text = json.dumps(comparison.to_json(), indent=1) + "\n"
-        try:
+        with write_errors(json_path, "the figures", error=InputError):
             json_path.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise InputError(
-                f"the figures cannot be written: {error.strerror}",
-                where=str(json_path),
-                remedy="give a path in a folder that exists and that you may write to",
-            ) from error
 
 
 def _side_by_side(comparison: Comparison) -> Table:

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from edgekd.config.budgets import Budgets, GateConfig, load_budgets
+from edgekd.config.profile import Profile, load_profile
 from edgekd.errors import GateFailed, InputError
-from edgekd.release.formatting import full_text
-from edgekd.release.rules import Verdict, passed, summary_line
+from edgekd.files import write_errors
+from edgekd.measurement import full_text
+from edgekd.release.build_result import evidence_of_bench, read_bench, result_of_bench, with_bench
+from edgekd.release.compare import find_result
+from edgekd.release.gate import (
+    Verdict,
+    evaluate,
+    passed,
+    read_gate,
+    summary_line,
+    write_gate_json,
+    write_junit,
+)
+from edgekd.release.result import read_result
 
-if TYPE_CHECKING:
-    from edgekd.config.profile import Profile
-
-_COLOURS = {"pass": "green", "fail": "red", "not shown": "yellow"}
+_COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
 
 @click.command()
@@ -59,7 +69,6 @@ def gate(
                 remedy="a pipeline names its profile, and its gate stage writes both files",
             )
         from edgekd.cli.run import run_pipeline_until
-        from edgekd.release.gate import read_gate
 
         # The run prints its result and the verdicts itself.
         verdicts = read_gate(run_pipeline_until(result, "gate").folder("gate"))
@@ -72,7 +81,8 @@ def gate(
         raise GateFailed(
             "the gate did not pass",
             where=str(result),
-            remedy="change the student or the budget; 'not shown' needs more samples or evidence",
+            remedy="change the student or the budget; an inconclusive rule needs more samples or "
+            "evidence",
         )
 
 
@@ -84,20 +94,7 @@ def _evaluate(
     junit: Path | None,
     json_path: Path | None,
 ) -> list[Verdict]:
-    from edgekd.config.budgets import GateConfig
-    from edgekd.config.profile import load_profile
-    from edgekd.release.compare import find_result
-    from edgekd.release.device_bench import (
-        evidence_of_bench,
-        read_bench,
-        result_of_bench,
-        with_bench,
-    )
-    from edgekd.release.gate import evaluate, write_gate_json, write_junit
-    from edgekd.release.result import read_result
-    from edgekd.release.rules import load_budgets
-
-    budgets = GateConfig() if budget is None else load_budgets(budget)
+    section = GateConfig() if budget is None else load_budgets(budget)
     limits = load_profile(profile) if profile else None
     alone = read_bench(result)
     if alone is not None and device is not None:
@@ -108,7 +105,7 @@ def _evaluate(
         )
     if alone is not None:
         evidence, why = evidence_of_bench(alone, limits, None)
-        lower = budgets.accuracy.max is not None
+        lower = section.accuracy.max is not None
         content = result_of_bench(alone, str(result), evidence, lower)
     else:
         content, why = read_result(find_result(result)), ""
@@ -120,29 +117,21 @@ def _evaluate(
                 where=str(device),
                 remedy="on the device: python -m edgerun bench model.onnx --json bench.json",
             )
-        meant = limits or _profile_of(content["profile"])
-        evidence, why = evidence_of_bench(bench, meant, content["environment"])
+        expected = limits or _profile_of(content.profile)
+        evidence, why = evidence_of_bench(bench, expected, content.environment)
         content = with_bench(content, bench, str(device), evidence)
     if why:
         click.echo(f"{device or result}: {why}; its figures are measured-on-host", err=True)
-    verdicts = evaluate(content, budgets, limits)
+    verdicts = evaluate(content, Budgets.resolve(section, limits))
     for path, write in ((json_path, write_gate_json), (junit, write_junit)):
         if path is not None:
-            try:
-                write(path, content["name"], verdicts)
-            except OSError as error:
-                raise InputError(
-                    f"the verdicts cannot be written: {error.strerror}",
-                    where=str(path),
-                    remedy="give a path in a folder that exists and that you may write to",
-                ) from error
+            with write_errors(path, "the verdicts", error=InputError):
+                write(path, content.name, verdicts)
     return verdicts
 
 
 def _profile_of(name: str) -> Profile | None:
     """The built-in profile that a result names; None for a profile of the user's own file."""
-    from edgekd.config.profile import load_profile
-
     try:
         return load_profile(name)
     except InputError:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,15 @@ from edgekd.cli.options import (
     typed_options,
 )
 from edgekd.errors import GateFailed, InputError
-from edgekd.measurement import Measurement
+from edgekd.measurement import Measurement, full_text
 from edgekd.onnx.error_metrics import SCORE_THRESHOLD
-from edgekd.release.formatting import full_text
 
 FOR_PIPELINE = frozenset({"model", "out", "overrides", "quiet"})
 
 
 @click.command()
 @click.argument("model", type=FILE, metavar="MODEL.onnx")
-@click.option(
-    "-o",
-    "--output",
-    "out",
-    type=FILE,
-    metavar="OUT.onnx",
-    help="What to write.",
-)
+@click.option("-o", "--output", "out", type=FILE, metavar="OUT.onnx", help="What to write.")
 @click.option("--calibration", type=FILE, metavar="DATA.npz", help="Real inputs by name, or .npy.")
 @click.option(
     "--for",
@@ -90,20 +83,11 @@ def quantize(
     model: Path,
     out: Path | None,
     calibration: Path | None,
-    runtime: str,
-    method: str,
-    calibrator: str,
-    samples: int,
-    max_drop: float | None,
-    validation: Path | None,
-    labels: str | None,
-    keep: tuple[str, ...],
-    threads: int,
-    per_layer: bool,
     no_timing: bool,
     record_to: Path | None,
     overrides: tuple[str, ...],
     quiet: bool,
+    **settings: Any,
 ) -> None:
     """Write MODEL.onnx in fewer bits, and report what that gains and costs on real samples.
 
@@ -122,58 +106,46 @@ def quantize(
         run_pipeline_until(model, "quantize", overrides, out, quiet)
         return
     refuse_options(typed_options() & {"overrides", "quiet"}, "a pipeline, not for an ONNX model")
-    if method != "static":
+    if settings["method"] != "static":
         unused = typed_options() & {"runtime", "calibrator", "samples"}
-        refuse_options(unused, f"--method static, not for --method {method}")
+        refuse_options(unused, f"--method static, not for --method {settings['method']}")
     if out is None:
         raise InputError("no file to write is given", where="--output", remedy="give -o OUT.onnx")
-    from rich.console import Console
     from rich.markup import escape
 
-    from edgekd.crash_notes import note_model
+    from edgekd.crashes import note_model
     from edgekd.files import check_output
-    from edgekd.quantization.settings import QuantizeSettings
-    from edgekd.stages.quantize_onnx import files_read, quantize_model
+    from edgekd.quantization.quantize_model import files_read, quantize_model
+    from edgekd.quantization.quantize_onnx import QuantizeSettings
 
     note_model(model)
     if record_to is not None:
-        read = files_read(model, calibration, validation)
+        read = files_read(model, calibration, settings["validation"])
         check_output(record_to, "--json", inputs=[*read, out], stream=True)
 
-    settings: dict[str, Any] = {"method": method, "runtime": runtime, "calibrator": calibrator}
     doing = "quantizing and comparing"
     with Console(stderr=True).status(doing) as status:
         record = quantize_model(
             model,
             out,
             calibration,
-            QuantizeSettings(
-                **settings,
-                samples=samples,
-                max_drop=max_drop,
-                labels=labels,
-                validation=validation,
-                keep=keep,
-                threads=threads,
-                timing=not no_timing,
-                per_layer=per_layer,
-            ),
+            QuantizeSettings(**settings, timing=not no_timing),
             progress=lambda text: status.update(f"{doing}: {escape(text)}"),
         )
     if record_to is not None:
         write_record(record_to, record)
     print_quantized(Console(), record)
-    if record["output"] is None and max_drop is not None:
-        raise _not_met(record, max_drop)
+    if record["output"] is None and settings["max_drop"] is not None:
+        raise _not_met(record, settings["max_drop"])
 
 
 def _not_met(record: Mapping[str, Any], max_drop: float) -> GateFailed:
     """The failure of a model whose metric fell by more than allowed."""
     if "drop" not in record:
         drop_all = record["decision"]["drop_all"]
-        drop = (
-            "they give no numbers" if drop_all is None else f"all of them drop it by {drop_all:.4g}"
-        )
+        drop = "they give no numbers"
+        if drop_all is not None:
+            drop = f"all of them drop it by {drop_all:.4g}"
         return GateFailed(
             f"no layer can stay in INT8 within a drop of {max_drop:g} ({drop}); nothing was "
             "written",
@@ -202,65 +174,58 @@ NODES_SHOWN = 8
 
 def print_quantized(console: Console, record: Mapping[str, Any]) -> None:
     """Print size, metric, errors, latency and the layers of a record ``edgekd.quantize/1``."""
+    say = partial(console.print, highlight=False, markup=False)
     for line in record.get("decision_lines", ()):
-        console.print(f"  {line}", highlight=False, markup=False)
+        say(f"  {line}")
     if record["output"] is not None:
         if record.get("float_inputs"):
-            _print_float_inputs(console, record["float_inputs"])
-        _print_size(console, record)
-        _print_float_nodes(console, record)
+            _print_float_inputs(say, record["float_inputs"])
+        _print_size(say, record)
+        _print_float_nodes(say, record)
     if record.get("mixed"):
-        console.print(
-            "  in float32, as 8 bits of one scale would lose the smaller part: "
-            f"{', '.join(record['mixed'])}",
-            highlight=False,
-            markup=False,
-        )
+        part = "in float32, as 8 bits of one scale would lose the smaller part"
+        say(f"  {part}: {', '.join(record['mixed'])}")
     half = record.get("half")
     if half:
-        total = len(half["kept"]) + len(half["low"])
-        console.print(f"  {len(half['kept'])} of {total} nodes stay in float32", highlight=False)
-        for name, reason in half["kept"].items():
-            console.print(f"    {name}: {reason}", highlight=False, markup=False)
-    if "metric" in record:
-        drop = Measurement.from_json(record["drop"])
-        worst = record["worst"]
-        of = f" of {worst['part']}" if worst and worst["metric"] == record["metric"] else ""
-        console.print(
-            f"  {record['metric']}{of}: {full_text(Measurement.from_json(record['score']))}, "
-            f"drop {full_text(drop)}",
-            highlight=False,
-            markup=False,
+        say(
+            f"  {len(half['kept'])} of {len(half['kept']) + len(half['low'])} nodes stay in float32"
         )
-        if worst and not of:
-            console.print(
-                f"  {worst['metric']} of {worst['part']}: drop {worst['drop']:.4g}",
-                highlight=False,
-                markup=False,
-            )
+        for name, reason in half["kept"].items():
+            say(f"    {name}: {reason}")
+    if "metric" in record:
+        _print_metric(say, record)
         console.print(_errors(record["errors"], record["compared_on"]))
         for name, note in record["compared_on"].get("outputs", {}).items():
-            console.print(f"  {name}: {note}", highlight=False, markup=False)
+            say(f"  {name}: {note}")
         if record["compared_on"]["calibrated_on"]:
             console.print("  other samples are a better test: --validation DATA.npz")
     for warning in record["warnings"]:
-        console.print(f"  {warning}", style="yellow", highlight=False, markup=False)
+        say(f"  {warning}", style="yellow")
     if "timing" in record:
-        _print_timing(console, record["timing"])
+        _print_timing(say, record["timing"])
     if record.get("layers"):
         console.print(_layers(record["layers"]))
 
 
-def _print_size(console: Console, record: Mapping[str, Any]) -> None:
-    console.print(f"{record['output']}", highlight=False, markup=False)
+def _print_metric(say: Callable[..., None], record: Mapping[str, Any]) -> None:
+    metric, worst = record["metric"], record["worst"]
+    of = f" of {worst['part']}" if worst and worst["metric"] == metric else ""
+    score, drop = (full_text(Measurement.from_json(record[name])) for name in ("score", "drop"))
+    say(f"  {metric}{of}: {score}, drop {drop}")
+    if worst and not of:
+        say(f"  {worst['metric']} of {worst['part']}: drop {worst['drop']:.4g}")
+
+
+def _print_size(say: Callable[..., None], record: Mapping[str, Any]) -> None:
     size, before = record["bytes"], record["float_bytes"]
     change = f"{before / size:.2f}× smaller" if size <= before else f"{size / before:.2f}× larger"
-    console.print(f"  size: {size:,} bytes, {change} ({before:,})", highlight=False)
+    say(f"{record['output']}")
+    say(f"  size: {size:,} bytes, {change} ({before:,})")
     if size >= before:
-        console.print("  [yellow]not smaller than float32[/]")
+        say("  not smaller than float32", style="yellow")
 
 
-def _print_float_nodes(console: Console, record: Mapping[str, Any]) -> None:
+def _print_float_nodes(say: Callable[..., None], record: Mapping[str, Any]) -> None:
     """Print which nodes stay in float32, those with most weights first."""
     from edgekd.quantization.node_selection import STORED_IN_8_BITS
 
@@ -270,55 +235,44 @@ def _print_float_nodes(console: Console, record: Mapping[str, Any]) -> None:
     total = sum(row["bytes"] for row in rows)
     stay = "node stays" if len(rows) == 1 else "nodes stay"
     weights = f", with {total:,} bytes of weights" if total else ""
-    console.print(f"  {len(rows)} {stay} in float32{weights}", highlight=False)
+    say(f"  {len(rows)} {stay} in float32{weights}")
     for row in rows[:NODES_SHOWN]:
         weights = f", {row['bytes']:,} bytes" if row["bytes"] else ""
-        said = f"    {row['node']} ({row['op']}{weights}): {row['reason']}"
-        console.print(said, highlight=False, markup=False)
+        say(f"    {row['node']} ({row['op']}{weights}): {row['reason']}")
     if len(rows) > NODES_SHOWN:
-        console.print(f"    and {len(rows) - NODES_SHOWN} more (--json)", highlight=False)
+        say(f"    and {len(rows) - NODES_SHOWN} more (--json)")
     others = {row["op"] for row in rows if row["bytes"]} & STORED_IN_8_BITS
     if others and record["method"] == "static":
-        console.print(
-            f"  --method dynamic or weights-only stores the weights of {', '.join(sorted(others))} "
-            "in 8 bits",
-            highlight=False,
-        )
+        names = ", ".join(sorted(others))
+        say(f"  --method dynamic or weights-only stores the weights of {names} in 8 bits")
 
 
-def _print_float_inputs(console: Console, tried: Mapping[str, Any]) -> None:
+def _print_float_inputs(say: Callable[..., None], tried: Mapping[str, Any]) -> None:
     if tried["taken"]:
         stay = "stays" if len(tried["nodes"]) == 1 else "stay"
-        console.print(
-            f"  {', '.join(tried['nodes'])} at the input {stay} in float32: "
-            f"{tried['speedup']:.2f}× faster so",
-            highlight=False,
-            markup=False,
-        )
+        nodes = ", ".join(tried["nodes"])
+        say(f"  {nodes} at the input {stay} in float32: {tried['speedup']:.2f}× faster so")
 
 
-def _print_timing(console: Console, timing: Mapping[str, Any]) -> None:
+def _print_timing(say: Callable[..., None], timing: Mapping[str, Any]) -> None:
     if "failed" in timing:
-        said = f"  latency not compared: {timing['failed']}"
-        console.print(said, style="yellow", highlight=False, markup=False)
+        say(f"  latency not compared: {timing['failed']}", style="yellow")
         return
     low, high = timing["interval"] or (None, None)
-    shown = "" if low is None else f" ({low:.2f} to {high:.2f})"
-    console.print(
+    interval = "" if low is None else f" ({low:.2f} to {high:.2f})"
+    say(
         f"  p50 here, {timing['threads']} thread(s): {_milliseconds(timing['p50_ms'])}, float32 "
-        f"{_milliseconds(timing['float_p50_ms'])}: {timing['speedup']:.2f}×{shown}",
-        highlight=False,
+        f"{_milliseconds(timing['float_p50_ms'])}: {timing['speedup']:.2f}×{interval}"
     )
     if timing["p50_ms"] is None or timing["float_p50_ms"] is None:
-        console.print(
+        say(
             "  a query takes so long that too few were timed for a median; "
-            "'edgekd benchmark --against' takes the time that you give it",
-            highlight=False,
+            "'edgekd benchmark --against' takes the time that you give it"
         )
     if low is None or low <= 1:
         slower = high is not None and high < 1
-        said = "slower than float32" if slower else "not shown to be faster than float32"
-        console.print(f"  [yellow]{said} on this machine[/]")
+        outcome = "slower than float32" if slower else "not shown to be faster than float32"
+        say(f"  {outcome} on this machine", style="yellow")
 
 
 def _errors(rows: list[Mapping[str, Any]], on: Mapping[str, Any]) -> Table:
@@ -365,14 +319,14 @@ def _errors(rows: list[Mapping[str, Any]], on: Mapping[str, Any]) -> Table:
 def _caption(rows: list[Mapping[str, Any]]) -> str | None:
     """The footnote that defines the column "same"."""
     kinds = {p["kind"] for row in rows for p in row["parts"] if p["agreement"] is not None}
-    said = []
+    meanings = []
     if any(row["argmax_agreement"] is not None for row in rows):
-        said.append("samples of the same class")
+        meanings.append("samples of the same class")
     if "decisions" in kinds:
-        said.append("values that are equal")
+        meanings.append("values that are equal")
     if "scores" in kinds:
-        said.append(f"scores over {SCORE_THRESHOLD:g} on either side that are so on both")
-    return f"same: {'; '.join(said)}" if said else None
+        meanings.append(f"scores over {SCORE_THRESHOLD:g} on either side that are so on both")
+    return f"same: {'; '.join(meanings)}" if meanings else None
 
 
 def _decibels(value: float | None) -> str:
@@ -384,9 +338,8 @@ def _layers(rows: list[Mapping[str, Any]]) -> Table:
     table = Table(title="layers, the noisiest of their own first")
     for heading in ("node", "operation", "SQNR", "own error"):
         table.add_column(heading, justify="left" if heading in ("node", "operation") else "right")
-    for row in sorted(rows, key=lambda row: -(math.inf if row["own"] is None else row["own"]))[
-        :LAYERS_SHOWN
-    ]:
+    rows = sorted(rows, key=lambda row: -(math.inf if row["own"] is None else row["own"]))
+    for row in rows[:LAYERS_SHOWN]:
         table.add_row(row["node"], row["op"], _decibels(row["sqnr_db"]), _number(row["own"]))
     return table
 

@@ -11,11 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from edgekd.api import execute, open_job, run_folder
-from edgekd.pipeline.runner import RunOutcome
+from edgekd.measurement import full_text, value_text
+from edgekd.pipeline.runner import RunOutcome, join_workers
 from edgekd.pipeline.runner import plan as plan_run
-from edgekd.pipeline.workers import join_workers
-from edgekd.release.formatting import full_text, value_text
-from edgekd.release.gate import read_gate
+from edgekd.release.gate import passed, read_gate
 from edgekd.release.report_tables import (
     constant_caution,
     distillation_effect,
@@ -23,7 +22,6 @@ from edgekd.release.report_tables import (
     thread_caution,
 )
 from edgekd.release.result import ModelResult, Result, read_result
-from edgekd.release.rules import passed
 from edgekd.stages import STAGES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -99,13 +97,12 @@ NEXT = (
     "(teacher); the bundle's README.md says how to run it on the device"
 )
 
-_STATUS = {"pass": "green", "fail": "red", "not shown": "yellow"}
+_STATUS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
 
 def print_result(console: Console, outcome: RunOutcome) -> None:
     """Print the models side by side, and the gate's verdicts when it was reached."""
-    file = outcome.folder("benchmark") / "result.json"
-    result = Result.from_json(read_result(file), str(file))
+    result = read_result(outcome.folder("benchmark") / "result.json")
     console.print(_models(result))
     for name, figure in result.comparison.items():
         if name in _COMPARISONS and figure.value is not None:
@@ -120,7 +117,9 @@ def print_result(console: Console, outcome: RunOutcome) -> None:
     verdicts = read_gate(outcome.folder("gate"))
     for verdict in verdicts:
         color = _STATUS[verdict.status]
-        console.print(f"  [{color}]{verdict.status:9}[/] {verdict.rule}: ", end="", highlight=False)
+        console.print(
+            f"  [{color}]{verdict.status:12}[/] {verdict.rule}: ", end="", highlight=False
+        )
         console.print(verdict.reason, markup=False, highlight=False, soft_wrap=True)
     verdict_text = "[bold green]passed" if passed(verdicts) else "[bold red]not passed"
     console.print(f"gate: {verdict_text}[/]", highlight=False)
@@ -128,8 +127,7 @@ def print_result(console: Console, outcome: RunOutcome) -> None:
 
 def print_headline(console: Console, outcome: RunOutcome) -> None:
     """Print what was gained in one sentence, and after a gate that passed what to do next."""
-    file = outcome.folder("benchmark") / "result.json"
-    result = Result.from_json(read_result(file), str(file))
+    result = read_result(outcome.folder("benchmark") / "result.json")
     harmed = distillation_effect(result).startswith("distillation harmed")
     style = "bold red" if harmed else "bold"
     console.print(headline(result), style=style, markup=False, highlight=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -117,3 +118,17 @@ def saturates(machine: str | None = None, cpuinfo: Path = Path("/proc/cpuinfo"))
 def world_size() -> int:
     """The number of processes of ``torchrun`` or a launcher that sets the same variables."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+ONNXRUNTIME_BUILDS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino")
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a distribution; of any of its builds for ONNX Runtime."""
+    for name in ONNXRUNTIME_BUILDS if package == "onnxruntime" else (package,):
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return version if name == package else f"{version} ({name})"
+    return None

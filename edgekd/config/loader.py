@@ -13,7 +13,6 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from edgekd.config.pipeline import PipelineConfig
 from edgekd.config.yaml_source import YamlSource, parse_scalar, read_yaml
 from edgekd.errors import InputError, nearest
 
@@ -45,9 +44,15 @@ class Override:
             parsed = parse_scalar(value)
         except yaml.YAMLError as error:
             raise InputError(
-                f"the value {value!r} is not valid YAML", where=f"--set {text}", remedy="quote it"
+                f"the value is not valid YAML: {getattr(error, 'problem', None) or error}",
+                where=f"--set {text}",
+                remedy="quote it",
             ) from error
-        return cls(text, tuple(int(p) if p.isdigit() else p for p in parts), parsed)
+        return cls(text, tuple(int(p) if _is_index(p) else p for p in parts), parsed)
+
+
+def _is_index(part: str) -> bool:
+    return part.isascii() and part.isdigit() and len(part) < 10
 
 
 def apply_overrides(content: dict[str, Any], overrides: Sequence[Override]) -> dict[str, Any]:
@@ -85,11 +90,15 @@ def apply_overrides(content: dict[str, Any], overrides: Sequence[Override]) -> d
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
-    """Read and validate a pipeline file.
+def load_section(
+    path: Path, model: type[Model], key: str | None = None, overrides: Sequence[str] = ()
+) -> Model:
+    """Read and validate a YAML file, or one section of it.
 
     Args:
         path: the YAML file.
+        model: the pydantic model of the content.
+        key: take this top-level key's value; None takes the complete file.
         overrides: ``key.sub=value`` strings that replace values of the file (``--set``).
 
     Raises:
@@ -97,29 +106,14 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> PipelineConfig:
     """
     source = read_yaml(path)
     parsed = [Override.parse(text) for text in overrides]
-    content = apply_overrides(source.content, parsed)
-    return _validate(PipelineConfig, content, source, (), parsed)
-
-
-def load_section(path: Path, model: type[Model], key: str | None = None) -> Model:
-    """Read one section of a YAML file.
-
-    Args:
-        path: the YAML file.
-        model: the pydantic model of the section.
-        key: take this top-level key's value; None takes the complete file.
-
-    Raises:
-        InputError: the file cannot be read, lacks the key, or does not fit the model.
-    """
-    source = read_yaml(path)
+    content: Any = apply_overrides(source.content, parsed)
     if key is None:
-        return _validate(model, source.content, source, (), ())
-    if key not in source.content:
+        return _validate(model, content, source, (), parsed)
+    if key not in content:
         raise InputError(
             f"the file has no key {key!r}", where=str(path), remedy=f"add a '{key}:' section"
         )
-    return _validate(model, source.content[key], source, (key,), ())
+    return _validate(model, content[key], source, (key,), parsed)
 
 
 def _validate(

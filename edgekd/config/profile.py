@@ -172,7 +172,7 @@ class Runtime(ConfigModel):
     """CUDA version."""
 
 
-class Budget(ConfigModel):
+class DeviceBudget(ConfigModel):
     """Default budgets of one model, for keys that the pipeline's ``gate`` leaves out."""
 
     latency_ms: Quantity | None = None
@@ -210,7 +210,7 @@ class Profile(ConfigModel):
     """Number formats that the device runs."""
     runtime: Runtime
     """How models are run there."""
-    budget: Budget = Budget()
+    budget: DeviceBudget = DeviceBudget()
     """Default budgets of one model."""
     note: str | None = None
     """A remark."""

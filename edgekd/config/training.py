@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from edgekd.config.base import ConfigModel, PositiveFloat, PositiveInt
-from edgekd.config.renamed import current_loss
+from edgekd.config.base import ConfigModel, PositiveFloat, PositiveInt, current_loss
 
 
 class Schedule(ConfigModel):

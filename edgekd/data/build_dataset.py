@@ -7,11 +7,20 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from edgekd.config.pipeline import DataConfig
-from edgekd.data.checks import check_alike, check_arrays, check_finite
 from edgekd.data.classes import LABEL_CLASSES, ClassTarget, read_classes
-from edgekd.data.dataset import Array, Dataset, Preprocess, Split, is_image, take
-from edgekd.data.layout import IMAGE_NAMES, Layout, layout_of, layouts_given
-from edgekd.data.normalization import fit_preprocess
+from edgekd.data.dataset import (
+    Array,
+    Arrays,
+    Dataset,
+    Preprocess,
+    Split,
+    check_arrays,
+    check_axes,
+    check_samples,
+    is_image,
+    take,
+)
+from edgekd.data.preprocessing import IMAGE_NAMES, Layout, fit_preprocess, layout_of, layouts_given
 from edgekd.data.source import SPLITS, UNSPLIT, RawData
 from edgekd.data.splits import cut, fill_labels, keep_share, without_labels
 from edgekd.errors import InputError, unknown_name
@@ -27,8 +36,6 @@ _CLASS_NAMES = ("label", "labels", "y")
 """Arrays that are the target ``label`` where they hold classes."""
 
 _IMAGE_LAYOUTS = ("nchw", "nhwc", "nhw")
-
-Arrays = Mapping[str, Array]
 
 
 def build_dataset(
@@ -46,7 +53,7 @@ def build_dataset(
        ``label``; ``y`` becomes ``label`` when it holds integers, else ``target``. An array keeps
        its name when the new one is in use. ``data.targets`` may use either name.
     3. The axes of an input: by ``data.args: {layout: …}``, else by the rule of
-       :mod:`~edgekd.data.layout`. Images (N, H, W) get a channel axis, (N, H, W, C) are
+       :mod:`~edgekd.data.preprocessing`. Images (N, H, W) get a channel axis, (N, H, W, C) are
        transposed. Floats become float32, integer targets int64 (and (N, 1) integer targets
        (N,)); other inputs keep their integers.
     4. ``test`` is split off when the source has none, then ``validation`` from the rest of
@@ -71,6 +78,7 @@ def build_dataset(
             where=raw.where,
             remedy="give train, or unsplit samples",
         )
+    check_axes(splits, raw.where)
     splits, config = _usual_case(splits, config)
     splits, labels, remarks = _read_classes(splits, raw, config, classes)
     splits = fill_labels(splits, config.targets or DEFAULT_TARGETS)
@@ -87,11 +95,8 @@ def build_dataset(
                 for n, a in arrays.items()}
         for split, arrays in splits.items()
     }  # fmt: skip
-    check_alike(splits, raw.where)
     # Before splitting, so that messages give a sample's index in the user's own array.
-    for split, arrays in splits.items():
-        for name, array in arrays.items():
-            check_finite(split, name, array, raw.where)
+    check_samples(splits, raw.where)
     splits = keep_share(_split(splits, targets, raw, config), config.labelled, targets)
     train = splits["train"]
     inputs = [name for name in train if name not in targets]

@@ -1,7 +1,7 @@
-"""Detect the classes in a target array: the form of its labels, and the set of classes.
+"""Detect the classes in a target array, and number them from 0.
 
-The form is detected, and reported, where only one reading makes sense; where two do, an error
-asks for it and names the key.
+What is detected without being declared is reported. Where more than one reading makes sense, an
+error asks for it and names the key.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import numpy as np
 
 from edgekd.config.pipeline import DataConfig
 from edgekd.data.dataset import Array
+from edgekd.data.label_format import IntegerLabels, integer_labels, plain_labels
 from edgekd.errors import InputError
 from edgekd.spec import UNLABELLED
 
 _SHOWN = 12
 _LISTED = 30
-_ROW_SUM_TOLERANCE = 1e-3
-"""Of probabilities that were saved in 16 bits or rounded to a few digits."""
 _COUNTED_RANGE = 1 << 20
 """Largest range of integers that is counted in a table; sorting a large array is far slower."""
 
@@ -89,7 +88,7 @@ def read_classes(
         InputError: the labels are ambiguous, or of no known form.
     """
     reader = _Reader(config, array, tuple(names) if names else None, count, where)
-    found = {split: reader.plain(values) for split, values in arrays.items()}
+    found = {split: plain_labels(values, array, where) for split, values in arrays.items()}
     kinds = {"text" if values.dtype.kind == "U" else "number" for values in found.values()}
     if len(kinds) > 1:
         raise reader.error(
@@ -98,7 +97,7 @@ def read_classes(
         )
     if kinds == {"text"}:
         return reader.from_text(found)
-    numbers = reader.as_integers(found)
+    numbers = integer_labels(found, config.label_format, array, where)
     return None if numbers is None else reader.from_integers(numbers)
 
 
@@ -115,27 +114,6 @@ class _Reader:
 
     def error(self, what: str, remedy: str) -> InputError:
         return InputError(what, where=self.where or None, remedy=remedy)
-
-    def plain(self, values: Array) -> Array:
-        """Numbers or text, (N, 1) as (N,); Python objects converted by their type."""
-        if values.dtype.kind == "O":
-            flat = values.ravel()
-            kinds = {type(value) for value in flat}
-            if kinds and all(issubclass(kind, str) for kind in kinds):
-                values = values.astype(str)
-            elif kinds and all(issubclass(kind, (int, np.integer, np.bool_)) for kind in kinds):
-                values = np.array(flat.tolist()).reshape(values.shape)
-            else:
-                shown = ", ".join(sorted(kind.__name__ for kind in kinds))
-                raise self.error(
-                    f"{self.name!r} holds Python objects: {shown}",
-                    "give class numbers or names, all of one type",
-                )
-        elif values.dtype.kind == "S":
-            values = np.char.decode(values, "utf-8", errors="replace")
-        if values.ndim == 2 and values.shape[1] == 1:
-            values = values[:, 0]
-        return values
 
     def from_text(self, found: Mapping[str, Array]) -> ClassLabels:
         """Labels that are names: in the order given, else sorted, numbers by their size."""
@@ -167,49 +145,13 @@ class _Reader:
             arrays[split] = numbers[inverse].reshape(values.shape)
         return self._labels(arrays, given)
 
-    def as_integers(self, found: Mapping[str, Array]) -> dict[str, Array] | None:
-        """Class numbers as in the file, converted from any form."""
-        form = self.config.label_format
-        if any(values.dtype.kind not in "biuf" for values in found.values()):
-            return None
-        matrix = all(values.ndim >= 2 and values.shape[-1] >= 2 for values in found.values())
-        if form in ("one-hot", "probabilities") and not matrix:
-            shape = next(iter(found.values())).shape
-            raise self.error(
-                f"{self.name!r} of shape {shape} has no column for each class",
-                f"remove data.label_format: {form}",
-            )
-        if form == "one-hot" and not _all(found, _is_one_hot):
-            raise self.error(
-                f"the rows of {self.name!r} are not one-hot: a single 1 and otherwise 0",
-                "write data.label_format: probabilities to take the largest of each row, or "
-                "index when each number is a separate class",
-            )
-        if form == "probabilities":
-            self._columns(next(iter(found.values())).shape[-1], recognized=False)
-            self.remarks.append(f"the class of {self.name!r} is the largest of each row")
-            return {split: _largest(values) for split, values in found.items()}
-        if form == "one-hot" or (form is None and matrix and _all(found, _is_one_hot)):
-            classes = next(iter(found.values())).shape[-1]
-            self._columns(classes, form is None)
-            return {split: _largest(values) for split, values in found.items()}
-        if form is None and matrix:
-            self._refuse_matrix(found)
-        if any(values.dtype.kind == "f" for values in found.values()):
-            if not _all(found, _is_whole) or _all(found, _is_constant):
-                return None
-            self.remarks.append(f"the floats of {self.name!r} are whole and taken as class numbers")
-        return {split: self._int64(values) for split, values in found.items()}
-
-    def _columns(self, classes: int, recognized: bool) -> None:
+    def _take_columns(self, classes: int) -> None:
         """Every column is a class, whether a training sample has it or not."""
+        given = self._names_given()
         for count, said in (
             (self.count, "task_args.classes says"),
             (len(self.class_names) if self.class_names else None, "the class names say"),
-            (
-                len(given) if (given := self._names_given()) is not None else None,
-                "data.classes says",
-            ),
+            (None if given is None else len(given), "data.classes says"),
         ):
             if count is not None and count != classes:
                 raise self.error(
@@ -219,41 +161,14 @@ class _Reader:
         self.count, self.columns = classes, True
         if given is not None:
             self.class_names = given
-        if recognized:
-            self.remarks.append(
-                f"{self.name!r} is one-hot: {classes} classes, the n-th column is class n "
-                "(data.label_format: index reads each number as a separate class)"
-            )
 
-    def _refuse_matrix(self, found: Mapping[str, Array]) -> None:
-        """Refuse 0/1 matrices and soft labels: more than one reading makes sense.
-
-        Raises:
-            InputError: it is one of these.
-        """
-        shape = next(iter(found.values())).shape
-        columns = shape[-1]
-        if len(shape) == 2 and _all(found, _is_binary):
-            several = sum(int((v.sum(-1, dtype=np.int64) != 1).sum()) for v in found.values())
-            samples = sum(len(values) for values in found.values())
-            raise self.error(
-                f"{self.name!r} of shape {shape} holds 0 and 1 only, and {several:,} of "
-                f"{samples:,} rows do not have exactly one 1: several classes per sample "
-                f"(multi-label), or {columns} questions of 2 classes",
-                "write data.label_format: index for one yes-or-no question per column (logits "
-                f"(batch, {columns}, 2), accuracy over all of them); for one class per sample "
-                "give class numbers",
-            )
-        if all(v.dtype.kind == "f" for v in found.values()) and _all(found, _is_probability):
-            raise self.error(
-                f"{self.name!r} of shape {shape} holds probabilities, not classes: its rows sum "
-                "to one",
-                "write data.label_format: probabilities to take the most probable class of each "
-                "row as the label; a teacher's own outputs come from the teacher section",
-            )
-
-    def from_integers(self, found: Mapping[str, Array]) -> ClassLabels:
+    def from_integers(self, labels: IntegerLabels) -> ClassLabels:
         """Class numbers from 0: those in the file, or their places among ``data.classes``."""
+        found = labels.arrays
+        if labels.columns is not None:
+            self._take_columns(labels.columns)
+        if labels.remark is not None:
+            self.remarks.append(labels.remark)
         if self.config.unlabelled != UNLABELLED:
             value = self.config.unlabelled
             found = {s: np.where(v == value, UNLABELLED, v) for s, v in found.items()}
@@ -374,17 +289,6 @@ class _Reader:
             names = tuple(self.config.classes.values())
         return ClassLabels(arrays, None if names is None else tuple(names), tuple(self.remarks))
 
-    def _int64(self, values: Array) -> Array:
-        if values.size and (
-            (values.dtype.kind == "u" and int(values.max()) > np.iinfo(np.int64).max)
-            or (values.dtype.kind == "f" and float(np.abs(values).max()) >= 2.0**63)
-        ):
-            raise self.error(
-                f"{self.name!r} holds {values.max()}, which is no class number",
-                "number the classes from 0",
-            )
-        return values.astype(np.int64, copy=False)
-
     def _say_unseen(
         self,
         present: Mapping[str, set[Any]],
@@ -451,43 +355,6 @@ class _Reader:
             f"write data.unlabelled: {low} when these samples have no label ({UNLABELLED} says so "
             "by itself), or list the classes in data.classes",
         )
-
-
-def _all(found: Mapping[str, Array], test: Any) -> bool:
-    return all(test(values) for values in found.values())
-
-
-def _is_binary(values: Array) -> bool:
-    return bool(((values == 0) | (values == 1)).all())
-
-
-def _blank(values: Array) -> Array:
-    """Where a complete row is ``UNLABELLED``."""
-    return np.asarray((values == UNLABELLED).all(axis=-1))
-
-
-def _is_one_hot(values: Array) -> bool:
-    rows = values[~_blank(values)]
-    return _is_binary(rows) and bool((rows.sum(-1, dtype=np.float64) == 1).all())
-
-
-def _is_probability(values: Array) -> bool:
-    rows = values[~_blank(values)].astype(np.float64)
-    if not (len(rows) and np.isfinite(rows).all() and (rows >= 0).all()):
-        return False
-    return bool((np.abs(rows.sum(-1) - 1) <= _ROW_SUM_TOLERANCE * rows.shape[-1]).all())
-
-
-def _is_whole(values: Array) -> bool:
-    return bool(np.isfinite(values).all() and (values == np.floor(values)).all())
-
-
-def _is_constant(values: Array) -> bool:
-    return bool((values == values.flat[0]).all()) if values.size else True
-
-
-def _largest(values: Array) -> Array:
-    return np.where(_blank(values), UNLABELLED, values.argmax(axis=-1)).astype(np.int64)
 
 
 def _distinct(values: Array) -> set[int]:

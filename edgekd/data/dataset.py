@@ -1,4 +1,4 @@
-"""A dataset: splits of named arrays, in memory or mapped, and its folder on disk."""
+"""A dataset: splits of named arrays, in memory or mapped, its folder on disk, and its checks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgekd.errors import InputError, StageError
+from edgekd.files import write_errors
 from edgekd.spec import TensorSpec
 
 Array = NDArray[Any]
@@ -164,30 +165,24 @@ def save_dataset(dataset: Dataset, folder: Path) -> None:
     Raises:
         StageError: it cannot be written (a full disk, no permission).
     """
-    try:
+    index = {
+        "schema": SCHEMA,
+        "source": dataset.source,
+        "splits": {split: list(s.arrays) for split, s in dataset.splits.items()},
+        "samples": {split: len(s) for split, s in dataset.splits.items()},
+        "inputs": [asdict(spec) for spec in dataset.inputs],
+        "targets": [asdict(spec) for spec in dataset.targets],
+        "labels": dataset.labels,
+        "preprocess": {name: p.to_json() for name, p in dataset.preprocess.items()},
+        "remarks": list(dataset.remarks),
+    }
+    with write_errors(folder, "the dataset"):
         for split, samples in dataset.splits.items():
             (folder / split).mkdir(parents=True, exist_ok=True)
             for name, array in samples.arrays.items():
                 np.save(folder / split / f"{name}.npy", array, allow_pickle=False)
-        index = {
-            "schema": SCHEMA,
-            "source": dataset.source,
-            "splits": {split: list(s.arrays) for split, s in dataset.splits.items()},
-            "samples": {split: len(s) for split, s in dataset.splits.items()},
-            "inputs": [asdict(spec) for spec in dataset.inputs],
-            "targets": [asdict(spec) for spec in dataset.targets],
-            "labels": dataset.labels,
-            "preprocess": {name: p.to_json() for name, p in dataset.preprocess.items()},
-            "remarks": list(dataset.remarks),
-        }
         text = json.dumps(index, indent=1, ensure_ascii=False) + "\n"
         (folder / _INDEX).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StageError(
-            f"the dataset cannot be written: {error.strerror or error}",
-            where=str(folder),
-            remedy="free space on the disk, or fix the folder's permissions",
-        ) from error
 
 
 def open_dataset(folder: Path) -> Dataset:
@@ -228,3 +223,121 @@ def _open(path: Path) -> Array:
 
 def _specs(rows: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(row["name"], tuple(row["shape"]), row["dtype"]) for row in rows)
+
+
+Arrays = Mapping[str, Array]
+
+
+def check_axes(splits: Mapping[str, Arrays], where: str) -> None:
+    """Check that each split has arrays, and each array an axis of samples.
+
+    Raises:
+        InputError: one has not.
+    """
+    for split, arrays in splits.items():
+        if not arrays:
+            raise InputError(
+                f"the {split} split has no array", where=where, remedy="give inputs and targets"
+            )
+        for name, array in arrays.items():
+            if array.ndim == 0:
+                raise InputError(
+                    f"{name!r} of {split} is a single number, not an array of samples",
+                    where=where,
+                    remedy="the first axis counts the samples",
+                )
+
+
+def check_arrays(splits: Mapping[str, Arrays], where: str) -> None:
+    """Check that each array can be trained on, and that all splits have the same names.
+
+    Raises:
+        InputError: the first problem found.
+    """
+    check_axes(splits, where)
+    reference = splits["train"]
+    for split, arrays in splits.items():
+        for name, array in arrays.items():
+            _check_one(split, name, array, where)
+        lengths = {name: len(array) for name, array in arrays.items()}
+        if len(set(lengths.values())) > 1:
+            found = ", ".join(f"{name}: {length}" for name, length in lengths.items())
+            raise InputError(
+                f"the arrays of {split} differ in length ({found})",
+                where=where,
+                remedy="every array needs one row per sample",
+            )
+        if set(arrays) != set(reference):
+            odd = sorted(set(arrays) ^ set(reference))
+            raise InputError(
+                f"the splits have different arrays: {', '.join(odd)} "
+                f"{'is' if len(odd) == 1 else 'are'} not in both train and {split}",
+                where=where,
+                remedy="give every split the same names",
+            )
+
+
+def _check_one(split: str, name: str, array: Array, where: str) -> None:
+    if not name.isidentifier():
+        raise InputError(
+            f"{name!r} is no usable name for an array",
+            where=where,
+            remedy="use letters, digits and underscores: the name becomes a model's input",
+        )
+    if array.dtype.kind not in "biuf":
+        raise InputError(
+            f"{name!r} of {split} has dtype {array.dtype}, which no model takes",
+            where=where,
+            remedy="give numbers: uint8 images, float32 vectors, int64 labels",
+        )
+    if array.size == 0:
+        raise InputError(
+            f"{name!r} of {split} is empty: its shape is {array.shape}",
+            where=where,
+            remedy="give at least one sample",
+        )
+
+
+def check_samples(splits: Mapping[str, Arrays], where: str) -> None:
+    """Check that each array has one sample shape and dtype in all splits, no NaN and no infinity.
+
+    Raises:
+        InputError: one has not; the first sample is named and such samples are counted.
+    """
+    for split, arrays in splits.items():
+        for name, array in arrays.items():
+            first = splits["train"][name]
+            if array.shape[1:] != first.shape[1:] or array.dtype != first.dtype:
+                raise InputError(
+                    f"{name!r} is {_kind(array)} in {split} but {_kind(first)} in train",
+                    where=where,
+                    remedy="give every split the same sample shape and dtype",
+                )
+    for split, arrays in splits.items():
+        for name, array in arrays.items():
+            if array.dtype.kind == "f":
+                _check_finite(split, name, array, where)
+
+
+def _check_finite(split: str, name: str, array: Array, where: str) -> None:
+    bad: list[int] = []
+    kind = ""
+    for start, piece in chunks(array):
+        finite = np.isfinite(piece)
+        if finite.all():
+            continue
+        rows = np.flatnonzero(~finite.reshape(len(piece), -1).all(axis=1))
+        if not bad:
+            kind = "NaN" if np.isnan(piece[rows[0]]).any() else "infinity"
+        bad.extend(int(start + row) for row in rows)
+    if bad:
+        more = f" ({len(bad)} such samples)" if len(bad) > 1 else ""
+        raise InputError(
+            f"{name!r} holds {kind} in sample {bad[0]} of {split}{more}",
+            where=where,
+            remedy="remove or fix these samples (counted from 0)",
+        )
+
+
+def _kind(array: Array) -> str:
+    return f"{array.dtype} {tuple(array.shape[1:])}"

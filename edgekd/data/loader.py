@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Generator, Tensor
 
+from edgekd.data.augment import SampleRng
 from edgekd.data.dataset import Array, Dataset, Preprocess, Split, is_image
-from edgekd.data.sample_rng import SampleRng
 from edgekd.data.transforms import (
     augmentations,
     check_mixing,

@@ -9,7 +9,7 @@ from typing import Any
 
 from edgekd.config.pipeline import DataConfig
 from edgekd.data.dataset import Array
-from edgekd.data.layout import Layout
+from edgekd.data.preprocessing import Layout
 from edgekd.errors import InputError, unknown_name
 
 UNSPLIT = "all"

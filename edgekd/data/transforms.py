@@ -16,9 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgekd.data.augment import AUGMENTATIONS, check_within, restored
+from edgekd.data.augment import AUGMENTATIONS, SampleRng, check_within, restored
 from edgekd.data.dataset import Array, Dataset, is_image
-from edgekd.data.sample_rng import SampleRng
 from edgekd.errors import EdgekdError, InputError, unknown_name
 from edgekd.extension import resolve
 

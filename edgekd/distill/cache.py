@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from shutil import disk_usage
@@ -19,8 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from edgekd.distill.cache_store import SCHEMA, CacheStore
-from edgekd.distill.logit_codec import LogitCodec, Records
+from edgekd.distill.cache_store import SCHEMA, CacheStore, LogitCodec, Records
 from edgekd.distill.teacher import Teacher
 from edgekd.errors import InputError, StageError
 from edgekd.progress import Progress
@@ -90,7 +90,7 @@ def fill_cache(
         InputError: an output is missing or of another shape; the folder holds something else.
         StageError: an output is NaN or infinite; the disk is too small or cannot be written.
     """
-    layout = LogitCodec(outputs, logits, top)
+    codec = LogitCodec(outputs, logits, top)
     parts = {
         "teacher": teacher.digest,
         "data": data,
@@ -99,26 +99,26 @@ def fill_cache(
         "preprocess": preprocess,
         "seed": seed,
         "top": top,
-        "outputs": layout.to_json(),
+        "outputs": codec.to_json(),
         "block_samples": block_samples,
     }
     key = cache_key(parts)
     folder = root.resolve() / key[:16]
-    file = CacheStore(folder, key, layout.dtype.itemsize, loader.samples, block_samples)
-    asked = _Asked(teacher, loader, layout, file, seed)
-    if not file.header_fits() or file.missing(views):
-        with file.writing(progress.message):
+    store = CacheStore(folder, key, codec.dtype.itemsize, loader.samples, block_samples)
+    cached = CachedTeacher(teacher, loader, codec, store, seed, views, progress)
+    if not store.header_fits() or store.missing(views):
+        with store.writing(progress.message):
             # Checked again: the previous holder of the lock may have filled it.
-            file.header_fits()
-            missing = file.missing(views)
-            _check_room(file, missing)
-            file.write_header({**parts, "views": max(views, file.views_begun())})
-            progress.start("teacher's answers", sum(map(file.length, missing)), "sample")
+            store.header_fits()
+            missing = store.missing(views)
+            _check_disk_space(store, missing)
+            store.write_header({**parts, "views": max(views, store.views_begun())})
+            progress.start("teacher's answers", sum(map(store.length, missing)), "sample")
             try:
-                asked.fill(missing, progress.advance)
+                cached.fill(missing, progress.advance)
             finally:
                 progress.finish()
-    return CachedTeacher(asked, views, progress)
+    return cached
 
 
 def cache_key(parts: Mapping[str, Any]) -> str:
@@ -137,23 +137,29 @@ class CachedTeacher:
     memory once it is read; of a large one each record is read when it is needed.
     """
 
-    def __init__(self, asked: _Asked, views: int, progress: Progress) -> None:
-        self.folder = asked.file.folder
-        self._asked = asked
-        self._file = asked.file
+    def __init__(
+        self,
+        teacher: Teacher,
+        loader: ViewSource,
+        codec: LogitCodec,
+        store: CacheStore,
+        seed: int,
+        views: int,
+        progress: Progress,
+    ) -> None:
+        self.digest = teacher.digest
+        self.folder = store.folder
+        self._teacher, self._loader, self._seed = teacher, loader, seed
+        self._codec, self._store = codec, store
         self._views = views
         self._progress = progress
-        self._verified = np.zeros(views * asked.file.blocks_per_view, np.bool_)
-        records = views * asked.file.samples
-        small = records * asked.file.record_bytes <= HELD_BYTES
-        self._held = np.empty(records, asked.layout.dtype) if small else None
+        self._verified = np.zeros(views * store.blocks_per_view, np.bool_)
+        records = views * store.samples
+        small = records * store.record_bytes <= HELD_BYTES
+        self._held = np.empty(records, codec.dtype) if small else None
+        self._unverified = len(self._verified)
 
-    @property
-    def digest(self) -> str:
-        """The digest of the wrapped teacher."""
-        return self._asked.teacher.digest
-
-    def answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def predict(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs of each sample's view by name, float32, on the batch's device.
 
         Raises:
@@ -166,13 +172,15 @@ class CachedTeacher:
                 f"the batch lacks {SAMPLE} or {VIEW}: the cached outputs cannot be identified",
                 remedy="use the cache for training batches only",
             )
-        samples = _within(batch[SAMPLE], self._file.samples, "sample", self.folder)
+        if self._unverified == 0 and (outputs := self._stored(batch)) is not None:
+            return outputs
+        samples = _within(batch[SAMPLE], self._store.samples, "sample", self.folder)
         views = _within(batch[VIEW], self._views, "view", self.folder)
-        blocks = views * self._file.blocks_per_view + samples // self._file.block_samples
-        records = self._records(views * self._file.samples + samples, blocks)
-        return self._asked.layout.decode(records, batch[SAMPLE].device)
+        blocks = views * self._store.blocks_per_view + samples // self._store.block_samples
+        records = self._records(views * self._store.samples + samples, blocks)
+        return self._codec.decode(records, batch[SAMPLE].device)
 
-    def watch(self, layers: Collection[str]) -> None:
+    def capture(self, layers: Collection[str]) -> None:
         """Refuse layers: the cache has outputs only (raises InputError)."""
         if layers:
             raise InputError(
@@ -181,89 +189,87 @@ class CachedTeacher:
                 remedy="set distill.cache: false, or use losses on the teacher's outputs",
             )
 
+    def _stored(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """The outputs by one indexing operation each, where the complete cache is in memory as
+        float32; None: not there, or a number out of range.
+
+        A student's step takes few milliseconds, of which each small operation costs a part.
+        """
+        if self._stored_outputs is None:
+            return None
+        lowest, highest = torch.aminmax(batch[SAMPLE])
+        if lowest.item() < 0 or highest.item() >= self._store.samples:
+            return None
+        rows = torch.add(batch[SAMPLE], batch[VIEW], alpha=self._store.samples)
+        try:
+            return {name: t.index_select(0, rows) for name, t in self._stored_outputs.items()}
+        except IndexError:  # A view out of range: :meth:`predict` names it.
+            return None
+
+    @cached_property
+    def _stored_outputs(self) -> dict[str, Tensor] | None:
+        return None if self._held is None else self._codec.as_tensors(self._held)
+
     def _records(self, rows: NDArray[np.int64], blocks: NDArray[np.int64]) -> Records:
         for _ in range(2):
             for block in np.unique(blocks[~self._verified[blocks]]).tolist():
                 self._verify(block)
             if self._held is not None:
                 return self._held[rows]
-            taken = self._file.take(rows.tolist())
+            taken = self._store.take(rows.tolist())
             if taken is not None:
-                return np.frombuffer(taken, self._asked.layout.dtype)
+                return np.frombuffer(taken, self._codec.dtype)
             # Truncated or removed since it was verified.
             self._verified[:] = False
+            self._unverified = len(self._verified)
         raise self._unreadable("the teacher cache")
 
     def _verify(self, block: int) -> None:
-        content = self._file.read(block)
+        content = self._store.read(block)
         if content is None:
-            with self._file.writing(self._progress.message):
-                if self._file.read(block) is None:
+            with self._store.writing(self._progress.message):
+                if self._store.read(block) is None:
                     self._progress.message(
-                        f"{self._file.describe(block)} is damaged: running the teacher again"
+                        f"{self._store.describe(block)} is damaged: running the teacher again"
                     )
-                    self._asked.fill([block], lambda n: None)
-            content = self._file.read(block)
+                    self.fill([block], lambda n: None)
+            content = self._store.read(block)
         if content is None:
-            raise self._unreadable(self._file.describe(block))
+            raise self._unreadable(self._store.describe(block))
         if self._held is not None:
-            view, start, stop = self._file.place(block)
-            first = view * self._file.samples
+            view, start, stop = self._store.span(block)
+            first = view * self._store.samples
             self._held[first + start : first + stop] = np.frombuffer(content, self._held.dtype)
         self._verified[block] = True
-
-    def _unreadable(self, what: str) -> StageError:
-        return StageError(
-            f"{what} does not read as it was written",
-            where=str(self._file.path),
-            remedy="check the disk, or name another folder in distill.cache.folder",
-        )
-
-
-class _Asked:
-    """A teacher, the loader of its inputs, and the file for its outputs."""
-
-    def __init__(
-        self,
-        teacher: Teacher,
-        loader: ViewSource,
-        layout: LogitCodec,
-        file: CacheStore,
-        seed: int,
-    ) -> None:
-        self.teacher = teacher
-        self.layout = layout
-        self.file = file
-        self._loader = loader
-        self._seed = seed
+        self._unverified = int(np.count_nonzero(~self._verified))
 
     def fill(self, blocks: Sequence[int], done: Callable[[int], None]) -> None:
         """Compute these blocks, ascending, and write each as soon as it is complete."""
-        per_view = self.file.blocks_per_view
+        per_view = self._store.blocks_per_view
         # Within a run of consecutive blocks, sample number minus position is constant.
         runs = groupby(enumerate(blocks), lambda pair: (pair[1] // per_view, pair[1] - pair[0]))
         for _, run in runs:
             neighbours = [block for _, block in run]
-            held = np.zeros(0, self.layout.dtype)
-            for records in self._records(neighbours[0], neighbours[-1]):
+            held = np.zeros(0, self._codec.dtype)
+            for records in self._compute(neighbours[0], neighbours[-1]):
                 held = np.concatenate([held, records])
-                while neighbours and len(held) >= self.file.length(neighbours[0]):
+                while neighbours and len(held) >= self._store.length(neighbours[0]):
                     block = neighbours.pop(0)
-                    whole, held = np.split(held, [self.file.length(block)])
-                    self.file.write(block, whole.tobytes())
+                    whole, held = np.split(held, [self._store.length(block)])
+                    self._store.write(block, whole.tobytes())
                 done(len(records))
 
     @torch.no_grad()
-    def _records(self, first: int, last: int) -> Iterator[Records]:
-        view, at, _ = self.file.place(first)
-        _, _, stop = self.file.place(last)
+    def _compute(self, first: int, last: int) -> Iterator[Records]:
+        view, at, _ = self._store.span(first)
+        _, _, stop = self._store.span(last)
         for batch in self._loader.view(self._seed, view, start=at):
             rows = batch[SAMPLE][: stop - at]
             expected = torch.arange(at, at + len(rows), device=rows.device)
             if not torch.equal(rows, expected) or (batch[VIEW] != view).any():
                 break
             wanted = {name: tensor[: len(rows)] for name, tensor in batch.items()}
-            yield self.layout.encode(self.teacher.answer(wanted), view, at)
+            yield self._codec.encode(self._teacher.predict(wanted), view, at)
             at += len(rows)
             if at == stop:
                 return
@@ -272,14 +278,21 @@ class _Asked:
             remedy="report this: view() must return all samples from its start, in order",
         )
 
+    def _unreadable(self, what: str) -> StageError:
+        return StageError(
+            f"{what} does not read as it was written",
+            where=str(self._store.path),
+            remedy="check the disk, or name another folder in distill.cache.folder",
+        )
 
-def _check_room(file: CacheStore, blocks: Sequence[int]) -> None:
-    needed = sum(map(file.length, blocks)) * file.record_bytes
-    free = disk_usage(file.folder).free
+
+def _check_disk_space(store: CacheStore, blocks: Sequence[int]) -> None:
+    needed = sum(map(store.length, blocks)) * store.record_bytes
+    free = disk_usage(store.folder).free
     if needed > free:
         raise StageError(
             f"the teacher's outputs need {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free",
-            where=str(file.folder),
+            where=str(store.folder),
             remedy="free space, name another folder in distill.cache.folder, or lower "
             "distill.cache.views or distill.cache.top",
         )

@@ -9,31 +9,49 @@ A folder holds
 - ``.lock``: held by the writer. Readers need no lock.
 
 A block's checksum is written after its records have reached the disk, and covers the cache's
-key and the block's place too: a block that is half written, truncated, corrupt, in the wrong place
+key and the block's number too: a block that is half written, truncated, corrupt, in the wrong place
 or of another cache is never used.
+
+A record has a fixed size. Class logits are stored as the k largest, so that the temperature stays
+free (FKD and TinyViT fix it in), and the logsumexp of the others, so that no probability is
+lost.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
+from torch import Tensor
 
 from edgekd.errors import InputError, StageError
+from edgekd.files import write_errors, write_whole
+from edgekd.spec import TensorSpec
 
 SCHEMA = "edgekd.teacher-cache/1"
 ANSWERS, BLOCKS, HEADER, LOCK = "answers.bin", "blocks.bin", "header.json", ".lock"
 
 _ENTRY = np.dtype([("samples", "<u4"), ("crc", "<u4")])
 _BLOCK_BYTES = 4 << 20
+_OUTPUTS = "the teacher's outputs"
+
+
+Records = NDArray[np.void]
+Json = dict[str, Any]
+
+_LOWEST = float(np.finfo(np.float16).min)
+"""Replaces every logit further than this below the largest: its probability is 0 either way,
+and a loss stays finite."""
 
 
 class CacheStore:
@@ -58,7 +76,7 @@ class CacheStore:
         self.blocks_per_view = -(-samples // self.block_samples)
         self.path = folder / ANSWERS
 
-    def place(self, block: int) -> tuple[int, int, int]:
+    def span(self, block: int) -> tuple[int, int, int]:
         """(view, first sample, the sample after its last) of a block."""
         view, number = divmod(block, self.blocks_per_view)
         start = number * self.block_samples
@@ -66,12 +84,12 @@ class CacheStore:
 
     def length(self, block: int) -> int:
         """The samples of a block."""
-        _, start, stop = self.place(block)
+        _, start, stop = self.span(block)
         return stop - start
 
     def describe(self, block: int) -> str:
         """A block's name for messages."""
-        view, start, stop = self.place(block)
+        view, start, stop = self.span(block)
         return f"the teacher cache's block {block} (view {view}, samples {start} to {stop - 1})"
 
     def header_fits(self) -> bool:
@@ -107,15 +125,9 @@ class CacheStore:
             "record_bytes": self.record_bytes,
             "block_samples": self.block_samples,
         }
-        partial = self.folder / f"{HEADER}.partial"
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(json.dumps(header, indent=1, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.folder / HEADER)
-        except OSError as error:
-            raise self._unwritable(error) from error
+        text = json.dumps(header, indent=1, ensure_ascii=False) + "\n"
+        path = self.folder / HEADER
+        write_whole(path, text, _OUTPUTS, self._full_remedy(), durable=True)
 
     def missing(self, views: int) -> list[int]:
         """The blocks of the first ``views`` views that were not written or are truncated.
@@ -167,12 +179,10 @@ class CacheStore:
             StageError: they cannot be written. Every other block stays valid.
         """
         entry = np.array((self.length(block), self._crc(block, content)), _ENTRY)
-        try:
+        with self._write_errors():
             _write(self.path, self._offset(block), content, durable=True)
             # Not flushed: a checksum lost in a power cut only costs the block.
             _write(self.folder / BLOCKS, block * _ENTRY.itemsize, entry.tobytes(), durable=False)
-        except OSError as error:
-            raise self._unwritable(error) from error
 
     @contextmanager
     def writing(self, wait: Callable[[str], None]) -> Iterator[None]:
@@ -184,7 +194,7 @@ class CacheStore:
         Raises:
             StageError: the folder cannot be made or written.
         """
-        try:
+        with self._write_errors():
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.folder / LOCK)
             try:
@@ -192,20 +202,24 @@ class CacheStore:
             except Timeout:
                 wait(f"another run writes the teacher cache {self.folder}: waiting for it")
                 lock.acquire()
-        except OSError as error:
-            raise self._unwritable(error) from error
         try:
             yield
         finally:
             lock.release()
 
-    def _unwritable(self, error: OSError) -> StageError:
-        kept = int(self._entries(0, None)["samples"].sum())
-        return StageError(
-            f"the teacher's outputs cannot be written: {error.strerror or error}",
-            where=str(self.folder),
-            remedy="free space on the disk, or name another folder in distill.cache.folder; "
-            f"{kept} outputs are cached, and the next run computes only the others",
+    @contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            with write_errors(self.folder, _OUTPUTS, self._full_remedy()):
+                raise
+
+    def _full_remedy(self) -> str:
+        cached = int(self._entries(0, None)["samples"].sum())
+        return (
+            "free space on the disk, or name another folder in distill.cache.folder; "
+            f"{cached} outputs are cached, and the next run computes only the others"
         )
 
     def _entries(self, start: int, count: int | None) -> NDArray[np.void]:
@@ -217,7 +231,7 @@ class CacheStore:
         return entries
 
     def _offset(self, block: int) -> int:
-        view, start, _ = self.place(block)
+        view, start, _ = self.span(block)
         return (view * self.samples + start) * self.record_bytes
 
     def _bytes(self, block: int) -> int:
@@ -245,3 +259,162 @@ def _write(path: Path, offset: int, content: bytes, *, durable: bool) -> None:
         file.flush()
         if durable:
             os.fsync(descriptor)
+
+
+class LogitCodec:
+    """The layout of the outputs in a record, little-endian.
+
+    Class logits (..., C) take, at each position: the ``top`` largest logits as their class
+    (uint16, or uint32 above 65,536 classes) and float16 of their distance to the largest;
+    float16 of the others' logsumexp, as a distance too; float32 of the largest. With 10 of 1000
+    classes that is 46 bytes. Everything else, and logits that are no larger uncompressed (C ≤ top
+    among them), is plain float32.
+
+    Args:
+        outputs: the outputs to store, batch dimension first, the other dimensions fixed.
+        logits: the names of those that are class logits, classes last.
+        top: k.
+
+    Raises:
+        InputError: a dimension is not fixed, or a name in ``logits`` is not an output.
+    """
+
+    def __init__(
+        self, outputs: Sequence[TensorSpec], logits: Collection[str] = (), top: int = 10
+    ) -> None:
+        unknown = sorted(set(logits) - {spec.name for spec in outputs})
+        if unknown:
+            raise InputError(f"the teacher has no output named {', '.join(unknown)}")
+        if top < 1:
+            raise InputError(f"{top} is not a number of logits to store", where="distill.cache.top")
+        self.outputs = tuple(outputs)
+        self.top = top
+        self._shapes = {spec.name: _fixed(spec) for spec in outputs}
+        top_k = {name: _top_k(self._shapes[name][-1], top) for name in logits}
+        self._shortened = {
+            name for name, kind in top_k.items() if kind.itemsize < 4 * self._shapes[name][-1]
+        }
+        self.dtype = np.dtype(
+            [
+                (name, top_k[name], shape[:-1])
+                if name in self._shortened
+                else (name, np.dtype("<f4"), shape)
+                for name, shape in self._shapes.items()
+            ]
+        )
+
+    def to_json(self) -> list[Json]:
+        """The outputs, their shapes per sample and how they are stored, readable and for the cache
+        key.
+        """
+        return [
+            {
+                "name": name,
+                "shape": list(shape),
+                "kept": f"top {self.top}" if name in self._shortened else "float32",
+            }
+            for name, shape in self._shapes.items()
+        ]
+
+    def encode(self, outputs: Mapping[str, Tensor], view: int = 0, start: int = 0) -> Records:
+        """The records (B,) of a batch's outputs.
+
+        Args:
+            outputs: by name, (B, ...); other names are ignored.
+            view: for error messages, like ``start``, the number of the first sample.
+
+        Raises:
+            InputError: an output is missing or has another shape.
+            StageError: an output is NaN, or its largest value is infinite.
+        """
+        count = len(next(iter(outputs.values()))) if outputs else 0
+        records = np.zeros(count, self.dtype)
+        for name, shape in self._shapes.items():
+            given = list(outputs[name].shape) if name in outputs else "nothing"
+            if given != [count, *shape]:
+                raise InputError(
+                    f"the teacher outputs {name} as {given}, and the cache stores it as "
+                    f"{[count, *shape]}",
+                    remedy="declare the outputs that the teacher has",
+                )
+            values = outputs[name].detach().to(torch.float32)
+            shortened = name in self._shortened
+            # The largest of values with a NaN among them is NaN.
+            largest = values.amax(dim=-1) if shortened else values.reshape(count, -1).amax(dim=1)
+            bad = ~largest.reshape(count, -1).isfinite().all(dim=1)
+            if bad.any():
+                sample = start + int(bad.nonzero()[0])
+                raise StageError(
+                    f"the teacher's {name} for sample {sample} in view {view} is NaN or infinite",
+                    remedy="check this sample, and at the teacher's weights and precision",
+                )
+            if shortened:
+                _shorten(values, largest, records[name])
+            else:
+                records[name] = values.cpu().numpy()
+        return records
+
+    def decode(self, records: Records, device: torch.device) -> dict[str, Tensor]:
+        """The outputs (B, ...) of records, float32, in newly allocated memory.
+
+        Plain float32 values are restored exactly. Of shortened logits the k largest are restored
+        within float16: a relative 2⁻¹¹ of their distance to the largest, which is exact. The
+        others share the rest evenly: softmax at T = 1 gives all of them together their
+        probability; at another T the share of each is an estimate.
+        """
+        return {
+            name: _lengthen(records[name], shape[-1], device)
+            if name in self._shortened
+            else torch.from_numpy(np.array(records[name], np.float32)).to(device)
+            for name, shape in self._shapes.items()
+        }
+
+    def as_tensors(self, records: Records) -> dict[str, Tensor] | None:
+        """The outputs (N, ...) of records as float32 tensors that share their memory.
+
+        None where an output is shortened: it has to be decoded.
+        """
+        if self._shortened:
+            return None
+        return {name: torch.from_numpy(records[name]) for name in self._shapes}
+
+
+def _fixed(spec: TensorSpec) -> tuple[int, ...]:
+    shape = tuple(size for size in spec.sample_shape if isinstance(size, int))
+    if len(shape) != len(spec.sample_shape) or 0 in shape:
+        raise InputError(
+            f"the teacher's output {spec} has no fixed size, and the cache's records do",
+            where="distill.cache",
+            remedy="set distill.cache: false",
+        )
+    return shape
+
+
+def _top_k(classes: int, top: int) -> np.dtype[np.void]:
+    index = "<u2" if classes <= 1 << 16 else "<u4"
+    return np.dtype(
+        [("index", index, (top,)), ("below", "<f2", (top,)), ("rest", "<f2"), ("largest", "<f4")]
+    )
+
+
+def _shorten(logits: Tensor, largest: Tensor, out: Records) -> None:
+    top, index = logits.topk(out.dtype["index"].shape[0], dim=-1)
+    # Subtracting the top's share from 1 would cancel where the rest is small.
+    rest = logits.scatter(-1, index, -math.inf).logsumexp(dim=-1)
+    out["index"] = index.cpu().numpy()
+    out["below"] = (top - largest[..., None]).clamp_min(_LOWEST).cpu().numpy()
+    out["rest"] = (rest - largest).clamp_min(_LOWEST).cpu().numpy()
+    out["largest"] = largest.cpu().numpy()
+
+
+def _lengthen(records: Records, classes: int, device: torch.device) -> Tensor:
+    # The short form is copied to the device and expanded there.
+    index = torch.from_numpy(records["index"].astype(np.int64)).to(device)
+    below, rest, largest = (
+        torch.from_numpy(records[field].astype(np.float32)).to(device)
+        for field in ("below", "rest", "largest")
+    )
+    # Rounded to float16 the rest could overtake the top, and become the teacher's prediction.
+    each = torch.minimum(rest - math.log(classes - index.shape[-1]), below.amin(dim=-1))
+    dense = (largest + each)[..., None].repeat(*[1] * each.ndim, classes)
+    return dense.scatter_(-1, index, largest[..., None] + below)

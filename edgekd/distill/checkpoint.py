@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
-import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -13,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from edgekd.config.training import TrainConfig
 from edgekd.distill.objective import Objective
-from edgekd.errors import StageError
+from edgekd.files import write_errors, write_whole
 
 
 @dataclass(frozen=True)
@@ -46,24 +44,19 @@ class History:
     epochs: list[Epoch] = field(default_factory=list)
     best_epoch: int = 0
 
+    @property
+    def best(self) -> Epoch:
+        """The epoch whose weights are saved; ``epochs[-1]`` is the last one."""
+        return self.epochs[self.best_epoch - 1]
+
     def add(self, epoch: Epoch) -> bool:
         """Append an epoch; whether it is the best so far. Of equal ones the later is better."""
-        best = next((row for row in self.epochs if row.epoch == self.best_epoch), None)
+        sign = 1 if self.higher_is_better else -1
+        is_best = not self.epochs or sign * epoch.validation >= sign * self.best.validation
         self.epochs.append(epoch)
-        if best is None:
-            is_best = True
-        elif self.higher_is_better:
-            is_best = epoch.validation >= best.validation
-        else:
-            is_best = epoch.validation <= best.validation
         if is_best:
             self.best_epoch = epoch.epoch
         return is_best
-
-    @property
-    def kept(self) -> Epoch:
-        """The epoch whose weights are saved; ``epochs[-1]`` is the last one."""
-        return self.epochs[self.best_epoch - 1]
 
     @property
     def epochs_since_better(self) -> int:
@@ -91,28 +84,7 @@ NAME = "checkpoint.pt"
 _VERSION = 3
 
 
-@dataclass
-class TrainingState:
-    """The training state: everything that the next epoch depends on.
-
-    Attributes:
-        run: the configuration of the training; a state of another configuration is not resumed.
-        model: the weights and buffers after the last epoch.
-        objective: the weights and buffers of the loss terms' adapters.
-        step: the state of :class:`edgekd.distill.step.Step`: optimizer, loss scale, average.
-        best: the weights and buffers of the best epoch; the averaged ones with EMA.
-        history: the epochs so far.
-    """
-
-    run: Mapping[str, Any]
-    model: Mapping[str, Tensor]
-    objective: Mapping[str, Tensor]
-    step: Mapping[str, Any]
-    best: Mapping[str, Tensor]
-    history: History
-
-
-def training_identity(
+def training_fingerprint(
     model: nn.Module, objective: Objective, config: TrainConfig, seed: int, steps: int
 ) -> dict[str, Any]:
     """The values that must be equal for a checkpoint to be resumed, as plain values."""
@@ -120,7 +92,7 @@ def training_identity(
         "config": config.model_dump_json(),
         "seed": seed,
         "steps": steps,
-        "terms": objective.identity,
+        "terms": objective.fingerprint,
         "shapes": {key: list(tensor.shape) for key, tensor in model.state_dict().items()},
         **output_scales(model),
     }
@@ -137,71 +109,54 @@ def output_scales(model: nn.Module) -> dict[str, Any]:
     return {"outputs": found} if found else {}
 
 
-def save_checkpoint(state: TrainingState, folder: Path) -> None:
-    """Write the state into a folder, atomically.
+def save_checkpoint(
+    folder: Path, run: Mapping[str, Any], state: Mapping[str, Any], history: History
+) -> None:
+    """Write a training's state into a folder, atomically.
+
+    Args:
+        folder: created if missing.
+        run: the training's :func:`training_fingerprint`.
+        state: ``model``, ``objective`` and ``best``: weights and buffers after the last epoch, of
+            the adapters, and of the best epoch; ``step``: optimizer, loss scale and average.
+        history: the epochs so far.
 
     Raises:
         StageError: it cannot be written; an earlier checkpoint is still intact.
     """
     path = folder / NAME
-    partial = folder / f"{NAME}.partial"
-    content = {
-        "version": _VERSION,
-        "run": dict(state.run),
-        "model": dict(state.model),
-        "objective": dict(state.objective),
-        "step": dict(state.step),
-        "best": dict(state.best),
-        "history": state.history.to_json(),
-    }
+    content = {"version": _VERSION, "run": run, **state, "history": history.to_json()}
     # Through memory: torch's own writer reports a full disk with a cryptic error.
     serialized = io.BytesIO()
     torch.save(content, serialized)
-    try:
+    what, remedy = "the training state", "free space; the next run resumes from the epoch before"
+    with write_errors(path, what, remedy):
         folder.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(serialized.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)  # noqa: PTH105 - os.replace says that it is atomic
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise StageError(
-            f"the training state cannot be written: {error.strerror or error}",
-            where=str(path),
-            remedy="free space on the disk; the next run resumes from the epoch before",
-        ) from error
+    write_whole(path, serialized.getbuffer(), what, remedy, durable=True)
 
 
-def load_checkpoint(folder: Path, run: Mapping[str, Any]) -> tuple[TrainingState | None, str]:
-    """The state to resume from.
+def load_checkpoint(
+    folder: Path, run: Mapping[str, Any]
+) -> tuple[dict[str, Any], History | None, str]:
+    """The state to resume from, as given to :func:`save_checkpoint`.
 
     Returns:
-        The state or None, and why an existing file was not used ("" if there is no
-        file). A damaged file is no error: the training can start again.
+        The state, the history (None if there is nothing to resume), and why an existing file was
+        not used ("" if there is no file). A damaged file is no error: the training can start again.
     """
     path = folder / NAME
     if not path.is_file():
-        return None, ""
+        return {}, None, ""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["version"] != _VERSION or content["run"] != dict(run):
-            return None, "it is of another training"
-        return (
-            TrainingState(
-                content["run"],
-                content["model"],
-                content["objective"],
-                content["step"],
-                content["best"],
-                History.from_json(content["history"]),
-            ),
-            "",
-        )
+            return {}, None, "it is of another training"
+        state = {key: content[key] for key in ("model", "objective", "step", "best")}
+        return state, History.from_json(content["history"]), ""
     except (
         OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile,
         KeyError, TypeError, ValueError, IndexError, AttributeError,
     ) as error:  # fmt: skip
         reason = str(error).strip().splitlines()
-        return None, f"it cannot be read ({reason[0][:120] if reason else type(error).__name__})"
+        first = reason[0][:120] if reason else type(error).__name__
+        return {}, None, f"it cannot be read ({first})"

@@ -1,4 +1,4 @@
-"""Training in several processes: collectives, sharded batches, synchronized batch norm.
+"""Devices, and training in several processes: collectives, sharded batches, synced batch norm.
 
 Every process iterates over the same batches and takes its rows of each. The network's outputs
 are gathered, so that every process computes the objective of the complete batch, whatever rows
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import atexit
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
@@ -43,6 +43,25 @@ def training_device() -> torch.device:
     return device
 
 
+def to_device(
+    batch: Mapping[str, Tensor], device: torch.device, channels_last: bool
+) -> dict[str, Tensor]:
+    """A batch on the model's device, its images in the model's layout."""
+    moved = {name: tensor.to(device) for name, tensor in batch.items()}
+    if not channels_last:
+        return moved
+    return {
+        name: tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+        for name, tensor in moved.items()
+    }
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's parameters."""
+    first = next(model.parameters(), None)
+    return first.device if first is not None else torch.device("cpu")
+
+
 @cache
 def open_process_group() -> ProcessGroup:
     """Initialise the process group of this run.
@@ -63,7 +82,7 @@ def open_process_group() -> ProcessGroup:
         ) from error
     # Destroyed explicitly: the threads of a group may outlive the interpreter and abort the
     # process. Not before: the others wait for this process's end
-    # (:meth:`edgekd.pipeline.workers.Workers.follow`).
+    # (:meth:`edgekd.pipeline.runner.Workers.follow`).
     atexit.register(processes.close)
     return processes
 
@@ -101,22 +120,32 @@ class ProcessGroup:
         rows = self.rows(total)
         return {name: tensor[rows] for name, tensor in batch.items()}
 
-    def all_gather(self, answers: Mapping[str, Tensor], total: int) -> dict[str, Tensor]:
+    def all_gather(self, outputs: Mapping[str, Tensor], total: int) -> dict[str, Tensor]:
         """The outputs of all processes, (total, …) each, with their graph.
 
         Raises:
             InputError: an output does not have a row per sample.
         """
         rows = self.rows(total)
-        for name, answer in answers.items():
-            if answer.ndim == 0 or len(answer) != rows.stop - rows.start:
+        for name, output in outputs.items():
+            if output.ndim == 0 or len(output) != rows.stop - rows.start:
                 raise InputError(
-                    f"{name!r} is {list(answer.shape)} for {rows.stop - rows.start} samples, and "
+                    f"{name!r} is {list(output.shape)} for {rows.stop - rows.start} samples, and "
                     "several processes need one row per sample",
                     remedy="give the batch as the first dimension, or train in one process",
                 )
         gather: Any = _Gathered.apply
-        return {name: gather(answer, self, total) for name, answer in answers.items()}
+        return {name: gather(output, self, total) for name, output in outputs.items()}
+
+    def run_sharded(
+        self,
+        predict: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+        batch: Mapping[str, Tensor],
+        total: int,
+    ) -> dict[str, Tensor]:
+        """``predict(batch)``, of which each process computes its own rows."""
+        outputs = predict(self.shard(batch, total))
+        return self.all_gather({k: t.to(self.device) for k, t in outputs.items()}, total)
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace each gradient by its mean over the processes.
@@ -151,19 +180,19 @@ class ProcessGroup:
 
     def broadcast_object(self, value: Value | None) -> Value:
         """Broadcast a value from the first process; the others' ``value`` is ignored."""
-        said: list[Any] = [value]
-        torch.distributed.broadcast_object_list(said, src=0, group=self.control)
-        broadcast_object: Value = said[0]
-        return broadcast_object
+        values: list[Any] = [value]
+        torch.distributed.broadcast_object_list(values, src=0, group=self.control)
+        broadcast: Value = values[0]
+        return broadcast
 
     def all_gather_object(self, value: Value) -> list[Value]:
         """The value of each process, by rank."""
-        said: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(said, value, group=self.control)
-        return said
+        values: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(values, value, group=self.control)
+        return values
 
     @contextmanager
-    def own_draws(self, seed: int) -> Iterator[None]:
+    def fork_rng(self, seed: int) -> Iterator[None]:
         """Seed dropout for this process's rows; the common random state is restored afterwards."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
@@ -275,11 +304,11 @@ class SyncedBatchNorm(_BatchNorm):
             return
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        share = self.momentum
-        if share is None:  # a plain mean over all batches
-            share = 1.0 / float(self.num_batches_tracked)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
-        self.running_var.lerp_(variance.to(self.running_var.dtype), share)
+        momentum = self.momentum
+        if momentum is None:  # a plain mean over all batches
+            momentum = 1.0 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), momentum)
 
 
 @contextmanager

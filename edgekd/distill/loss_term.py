@@ -1,4 +1,5 @@
-"""A loss term by the loss's name, with its layers, arguments and schedules bound."""
+"""The terms of an objective, and the one that a pipeline names: a loss with its layers, arguments
+and schedules bound."""
 
 from __future__ import annotations
 
@@ -11,9 +12,7 @@ from torch import Tensor, nn
 
 from edgekd.config.training import LossTerm, Schedule
 from edgekd.distill.features import layer_key
-from edgekd.distill.losses import LOSSES, Loss, takes_sequence
-from edgekd.distill.losses.traits import traits_of
-from edgekd.distill.term import Named
+from edgekd.distill.losses import LOSSES, Loss, takes_sequence, traits_of
 from edgekd.errors import EdgekdError, InputError
 from edgekd.extension import check_arguments, parameters_of, resolve
 from edgekd.spec import SAMPLE
@@ -26,7 +25,61 @@ TENSORS = ("student", "teacher", "target", "mask", "sample")
 _SUPPLIED = (*TENSORS, "samples")
 
 
-class ConfiguredLoss(nn.Module):
+Named = Mapping[str, Tensor]
+"""Tensors by name: outputs and features, or a batch."""
+
+
+class Term(nn.Module):
+    """One weighted summand of an objective: the base class of all loss terms.
+
+    Its ``forward(student, teacher, batch, progress)`` gives its value, a scalar; ``progress`` is
+    the share of the training that is done, 0 to 1.
+
+    Args:
+        label: its name in the history.
+        weight: its constant factor in the sum.
+        layers: the layers of the trained network that it reads; none: the primary output.
+
+    Attributes:
+        needs_teacher: whether it compares with the teacher.
+        needs_full_logits: whether it needs each of the teacher's logits, not only the largest.
+        needs_hard_label: whether it needs one class per sample, not a mixture of two.
+        needs_shapes: whether it has trained parts, made from shapes by :meth:`prepare`.
+        teacher_layers: the teacher's layers it compares; none: the primary output.
+    """
+
+    needs_teacher: bool = False
+    needs_full_logits: bool = False
+    needs_hard_label: bool = False
+    needs_shapes: bool = False
+    teacher_layers: tuple[str, ...] = ()
+
+    def __init__(
+        self, label: str, weight: float | Schedule = 1.0, layers: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__()
+        self.label = label
+        self.student_layers = layers
+        self._weight = weight
+
+    @property
+    def fingerprint(self) -> str:
+        """Everything that decides its value, as text."""
+        return f"{self.label} {self._weight} {self.student_layers}"
+
+    def config_path(self, role: Literal["student", "teacher"]) -> str:
+        """Where the pipeline file names its layers of the student or the teacher, for errors."""
+        return f"distill.scheme, {self.label}"
+
+    def weight(self, progress: float) -> float:
+        """Its factor in the sum."""
+        return self._weight.at(progress) if isinstance(self._weight, Schedule) else self._weight
+
+    def prepare(self, student: Named, teacher: Named | None, samples: int) -> None:
+        """Make its trained parts from the shapes of a first batch; by default there are none."""
+
+
+class ConfiguredLoss(Term):
     """A loss of the pipeline, a pure function or a module with trained parts.
 
     Raises:
@@ -36,11 +89,11 @@ class ConfiguredLoss(nn.Module):
     def __init__(
         self, term: LossTerm, label: str, task: Task, label_smoothing: float, where: str
     ) -> None:
-        super().__init__()
-        self.label, self.task, self.where = label, task, where
+        super().__init__(label, term.weight)
+        self.task, self.where = task, where
         self.loss: Loss = resolve(term.name, LOSSES, "loss", where, group="edgekd.losses")
         self.traits = traits_of(self.loss)
-        self._trained = inspect.isclass(self.loss)
+        self.needs_shapes = inspect.isclass(self.loss)
         made_with = parameters_of(self.loss, where)
         called_with = _called_with(self.loss, where)
         if "student" not in called_with:
@@ -49,17 +102,21 @@ class ConfiguredLoss(nn.Module):
                 where=where,
                 remedy="write it as def name(student, teacher, …) or def name(student, target, …)",
             )
-        self._weight = term.weight
         if not all(map(math.isfinite, _numbers(term.weight))):
             raise InputError(f"the weight is {term.weight}", where=where, remedy="give a number")
         self.tensors = tuple(name for name in TENSORS if name in called_with)
+        self.needs_teacher = "teacher" in self.tensors
         self._takes_lists = takes_sequence(called_with["student"])
         args = dict(term.args)
         self.student_layers = _layers(args.pop("student", None), "student", where)
         self.teacher_layers = _layers(args.pop("teacher", None), "teacher", where)
+        self.needs_full_logits = (
+            self.needs_teacher and not self.teacher_layers and self.traits.needs_full_logits
+        )
+        self.needs_hard_label = self.traits.needs_hard_label
         self._check_layers()
         self._check_task(term.name)
-        self._schedules = _schedules(args, self._trained, where)
+        self._schedules = _schedules(args, self.needs_shapes, where)
         first = {key: schedule.start for key, schedule in self._schedules.items()}
         last = {key: schedule.end for key, schedule in self._schedules.items()}
         for ends in (last, first):
@@ -72,43 +129,23 @@ class ConfiguredLoss(nn.Module):
             )
         if label_smoothing and "label_smoothing" in made_with:
             self.args.setdefault("label_smoothing", label_smoothing)
-        self._takes_samples = self._trained and "samples" in made_with
+        self._takes_samples = self.needs_shapes and "samples" in made_with
         self._calls: list[Callable[..., Tensor]] = []
         self.pairs = nn.ModuleList()
-        if not self._trained:
+        if not self.needs_shapes:
             self._calls = [self.loss] * self._pair_count
 
     @property
-    def identity(self) -> str:
+    def fingerprint(self) -> str:
         """Everything that decides the term's value, as text."""
         layers = f"{self.student_layers} {self.teacher_layers}"
-        unit = unit_identity(self.task) if self._in_units else ""
+        unit = unit_fingerprint(self.task) if self._in_units else ""
         return f"{self.label} {self._weight} {self.args} {self._schedules} {layers}{unit}"
 
     @property
     def is_built_in(self) -> bool:
         """Whether the loss is the project's own, and not the user's."""
         return self.loss in LOSSES.values()
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether the loss has a parameter ``teacher``."""
-        return "teacher" in self.tensors
-
-    @property
-    def needs_full_logits(self) -> bool:
-        """Whether it needs each of the teacher's logits, not only the largest."""
-        return self.needs_teacher and not self.teacher_layers and self.traits.needs_full_logits
-
-    @property
-    def needs_hard_label(self) -> bool:
-        """Whether it needs one class per sample, not a mixture of two."""
-        return self.traits.needs_hard_label
-
-    @property
-    def needs_shapes(self) -> bool:
-        """Whether it has trained parts, made by :meth:`prepare`."""
-        return self._trained
 
     @property
     def ever_weighs(self) -> bool:
@@ -131,17 +168,13 @@ class ConfiguredLoss(nn.Module):
     def _continuous(self) -> bool:
         return isinstance(self.task, ContinuousTask)
 
-    def place(self, role: Literal["student", "teacher"]) -> str:
-        """The config path that names a layer, for errors."""
+    def config_path(self, role: Literal["student", "teacher"]) -> str:
+        """The config path of its layers of the student or the teacher."""
         return f"{self.where}.{role}"
-
-    def weight(self, part: float) -> float:
-        """Its factor in the sum when ``part`` (0 to 1) of the training is done."""
-        return self._weight.at(part) if isinstance(self._weight, Schedule) else self._weight
 
     def prepare(self, student: Named, teacher: Named | None, samples: int) -> None:
         """Make the trained parts from the shapes of a first batch."""
-        if not self._trained or len(self.pairs):
+        if not self.needs_shapes or len(self.pairs):
             return
         extra = {"samples": samples} if self._takes_samples else {}
         for of_student, of_teacher in self._pairs(student, teacher):
@@ -158,7 +191,7 @@ class ConfiguredLoss(nn.Module):
         self._calls = list(self.pairs)
 
     def forward(
-        self, student: Named, teacher: Named | None, batch: Named, part: float = 0.0
+        self, student: Named, teacher: Named | None, batch: Named, progress: float = 0.0
     ) -> Tensor:
         """The loss, a scalar; over several pairs of layers the sum of theirs.
 
@@ -172,8 +205,8 @@ class ConfiguredLoss(nn.Module):
             supplied["sample"] = batch[SAMPLE]
         args = self.args
         if self._schedules:
-            args = args | {key: schedule.at(part) for key, schedule in self._schedules.items()}
-        hyper = {} if self._trained else args
+            args = args | {key: schedule.at(progress) for key, schedule in self._schedules.items()}
+        hyper = {} if self.needs_shapes else args
         values = []
         for call, (of_student, of_teacher) in zip(
             self._calls, self._pairs(student, teacher), strict=True
@@ -242,8 +275,8 @@ class ConfiguredLoss(nn.Module):
         of_student = _chosen(student, self.student_layers, self.task.output)
         of_teacher: Sequence[Tensor | None] = [None] * len(of_student)
         if self.needs_teacher:
-            answers = _present(teacher, self.teacher_layers, self.task.output, self.where)
-            of_teacher = _chosen(answers, self.teacher_layers, self.task.output)
+            outputs = _present(teacher, self.teacher_layers, self.task.output, self.where)
+            of_teacher = _chosen(outputs, self.teacher_layers, self.task.output)
         if self._takes_lists:
             return [(of_student, of_teacher if self.needs_teacher else None)]
         count = self._pair_count
@@ -290,7 +323,7 @@ class ConfiguredLoss(nn.Module):
             )
 
 
-def unit_identity(task: Task) -> str:
+def unit_fingerprint(task: Task) -> str:
     """The unit in which the task's losses compare, as text; empty where it is 1."""
     unit = getattr(task, "unit", 1.0)
     return "" if unit == 1.0 else f" in units of {unit!r}"
@@ -350,8 +383,8 @@ def _schedules(args: Mapping[str, Any], trained: bool, where: str) -> dict[str, 
     return schedules
 
 
-def _chosen(answers: Mapping[str, Tensor], layers: Sequence[str], output: str) -> list[Tensor]:
-    return [answers[layer_key(layer)] for layer in layers] if layers else [answers[output]]
+def _chosen(outputs: Mapping[str, Tensor], layers: Sequence[str], output: str) -> list[Tensor]:
+    return [outputs[layer_key(layer)] for layer in layers] if layers else [outputs[output]]
 
 
 def _repeated(values: Sequence[Any], count: int) -> Sequence[Any]:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from functools import reduce
 from operator import add
 
+import torch
 from torch import Tensor, nn
 
 from edgekd.config.training import LossTerm
-from edgekd.distill.loss_term import ConfiguredLoss, unit_identity
+from edgekd.distill.loss_term import ConfiguredLoss, Named, Term, unit_fingerprint
 from edgekd.distill.losses.response import output_regression, soft_labels
-from edgekd.distill.term import BuiltinTerm, Named, Term
 from edgekd.errors import InputError
 from edgekd.tasks import Task
 from edgekd.tasks.continuous import ContinuousTask
+
+GRADIENT_BATCHES = 4
+"""Number of batches that must all show no gradient before a term is refused."""
+
+_BINARY = 2
+_TWO_CLASSES = (
+    "use soft_labels or wsld: of two classes the standardized logits are always (1, -1) or "
+    "(-1, 1), dkd without alpha is constant, and dist without gamma correlates fully"
+)
+
+_NOTHING = {torch.float64: 1e-9, torch.float32: 1e-5}
+"""‖gradient‖ · ‖outputs‖ as a share of the loss, below which a gradient is rounding."""
 
 
 def has_classes(task: Task) -> bool:
@@ -42,14 +55,14 @@ def output_loss(
     Returns:
         A scalar.
     """
-    own, answer = student[task.output], teacher[task.output].detach()
+    own, soft = student[task.output], teacher[task.output].detach()
     if isinstance(task, ContinuousTask):
         unit = task.unit
-        return output_regression(own / unit, answer / unit, task.loss, batch.get(task.mask))
-    return soft_labels(own, answer, temperature)
+        return output_regression(own / unit, soft / unit, task.loss, batch.get(task.mask))
+    return soft_labels(own, soft, temperature)
 
 
-class TaskLoss(BuiltinTerm):
+class TaskLoss(Term):
     """The task's own loss against the data's targets."""
 
     def __init__(self, task: Task, label_smoothing: float) -> None:
@@ -58,11 +71,13 @@ class TaskLoss(BuiltinTerm):
         self.label_smoothing = label_smoothing
 
     @property
-    def identity(self) -> str:
+    def fingerprint(self) -> str:
         """Everything that decides the term's value, as text."""
-        return f"{super().identity} {self.label_smoothing}{unit_identity(self.task)}"
+        return f"{super().fingerprint} {self.label_smoothing}{unit_fingerprint(self.task)}"
 
-    def forward(self, student: Named, teacher: Named | None, batch: Named, part: float) -> Tensor:
+    def forward(
+        self, student: Named, teacher: Named | None, batch: Named, progress: float
+    ) -> Tensor:
         """The task's hard loss, a scalar."""
         return self.task.hard_loss(student, batch, self.label_smoothing)
 
@@ -121,8 +136,8 @@ class Objective(nn.Module):
         return objective
 
     def _hold(self, terms: Sequence[Term]) -> None:
-        self.terms: tuple[Term, ...] = tuple(terms)
-        self._modules_of_terms = nn.ModuleList(t for t in terms if isinstance(t, nn.Module))
+        self.terms = tuple(terms)
+        self._modules_of_terms = nn.ModuleList(terms)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -130,9 +145,9 @@ class Objective(nn.Module):
         return tuple(term.label for term in self.terms)
 
     @property
-    def identity(self) -> list[str]:
+    def fingerprint(self) -> list[str]:
         """The fingerprint that must be equal for a training to be resumed."""
-        return [term.identity for term in self.terms]
+        return [term.fingerprint for term in self.terms]
 
     @property
     def needs_teacher(self) -> bool:
@@ -157,12 +172,12 @@ class Objective(nn.Module):
     @property
     def student_layers(self) -> dict[str, str]:
         """The student's layers whose features the terms compare, and where each is first named."""
-        return _named_first((t.student_layers, t.place("student")) for t in self.terms)
+        return _named_first((t.student_layers, t.config_path("student")) for t in self.terms)
 
     @property
     def teacher_layers(self) -> dict[str, str]:
         """The teacher's layers whose features the terms compare, and where each is first named."""
-        return _named_first((t.teacher_layers, t.place("teacher")) for t in self.terms)
+        return _named_first((t.teacher_layers, t.config_path("teacher")) for t in self.terms)
 
     def prepare(self, student: Named, teacher: Named | None, samples: int) -> None:
         """Make the adapters for the shapes of a first batch; repeated calls do nothing.
@@ -179,7 +194,7 @@ class Objective(nn.Module):
             term.prepare(student, teacher, samples)
 
     def forward(
-        self, student: Named, teacher: Named | None, batch: Named, part: float = 0.0
+        self, student: Named, teacher: Named | None, batch: Named, progress: float = 0.0
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective of one batch.
 
@@ -187,14 +202,14 @@ class Objective(nn.Module):
             student: outputs and features by name, with their graph.
             teacher: the same without a graph; None is allowed when no term needs the teacher.
             batch: inputs and targets by name.
-            part: the share of the training that is done, 0 to 1, for schedules.
+            progress: the share of the training that is done, 0 to 1, for schedules.
 
         Returns:
             The weighted sum, a scalar to be differentiated; and each term's value before
             weighting, detached, by the term's label.
         """
-        values = {term.label: term(student, teacher, batch, part) for term in self.terms}
-        weights = {term.label: term.weight(part) for term in self.terms}
+        values = {term.label: term(student, teacher, batch, progress) for term in self.terms}
+        weights = {term.label: term.weight(progress) for term in self.terms}
         # A term of weight zero is only recorded: 0 · NaN would otherwise make the sum NaN.
         weighted = [
             value if weights[label] == 1 else weights[label] * value
@@ -207,8 +222,114 @@ class Objective(nn.Module):
 
 def _named_first(named: Iterable[tuple[Sequence[str], str]]) -> dict[str, str]:
     """Each layer with the position at which it is named first."""
-    places: dict[str, str] = {}
-    for layers, place in named:
+    paths: dict[str, str] = {}
+    for layers, path in named:
         for layer in layers:
-            places.setdefault(layer, place)
-    return places
+            paths.setdefault(layer, path)
+    return paths
+
+
+def check_gradients(
+    objective: Objective, batches: Iterable[tuple[Named, Named | None, Named]]
+) -> list[str]:
+    """Refuse a term whose gradient to the student is zero on every batch that could have one.
+
+    The gradient is taken at the student's outputs and at perturbed ones, because a student
+    that starts with its teacher's outputs has none at first. Terms that a scheme makes are not
+    checked. The objective and the random state are left unchanged.
+
+    Args:
+        objective: prepared.
+        batches: the student's outputs and features, the teacher's, and the batch; as many are
+            taken as needed, most often one.
+
+    Returns:
+        A remark on each loss of the user's own that was 0 on all of these batches: one that counts
+        some samples only, such as those that the teacher is sure of, may find them later.
+
+    Raises:
+        InputError: a term has no gradient.
+    """
+    remarks = []
+    silent = [t for t in objective.terms if isinstance(t, ConfiguredLoss) and t.ever_weighs]
+    tried = dict.fromkeys((term.label for term in silent), 0)
+    largest = dict.fromkeys(tried, 0.0)
+    student: Named = {}
+    for number, (student, teacher, batch) in enumerate(batches, start=1):
+        for term in list(silent):
+            if not term.can_teach(batch):
+                continue
+            tried[term.label] += 1
+            found, value = _has_gradient(term, student, teacher, batch)
+            largest[term.label] = max(largest[term.label], abs(value))
+            if found:
+                silent.remove(term)
+        if not silent or number == GRADIENT_BATCHES:
+            break
+    for term in silent:
+        if tried[term.label] and largest[term.label] == 0 and not term.is_built_in:
+            remarks.append(
+                f"the loss {term.label!r} is 0 on the first {tried[term.label]} batches, and "
+                "teaches nothing until it is not"
+            )
+        elif tried[term.label]:
+            size = student[term.task.output].shape[-1]
+            raise InputError(
+                f"the loss {term.label!r} has no gradient to the student: whatever the student "
+                f"predicts, it is the same (on {tried[term.label]} of the first batches)",
+                where=term.where,
+                remedy=_TWO_CLASSES
+                if size == _BINARY and has_classes(term.task)
+                else "remove it, or change what makes it constant: a batch of one sample, a "
+                "factor of 0, a .detach() or a decision such as argmax",
+            )
+    return remarks
+
+
+def _has_gradient(
+    term: ConfiguredLoss, student: Named, teacher: Named | None, batch: Named
+) -> tuple[bool, float]:
+    """Whether there is a gradient, and the loss; 1 for one that is not connected to the student."""
+    # Modules have weights in float32, and may update buffers when called.
+    own = copy.deepcopy(term) if term.needs_shapes else term
+    dtype = torch.float32 if term.needs_shapes else torch.float64
+    largest = 0.0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for share in (0.0, 0.1):
+            leaves = {k: _leaf(t, dtype, share) for k, t in student.items()}
+            taught = None if teacher is None else {k: _wide(t, dtype) for k, t in teacher.items()}
+            floats = [t for t in leaves.values() if t.requires_grad]
+            with torch.enable_grad():
+                value = own(leaves, taught, batch, 0.5)
+            if not value.requires_grad:
+                largest = 1.0
+                continue
+            largest = max(largest, abs(float(value.detach())))
+            found = torch.autograd.grad(value, floats, allow_unused=True)
+            size = sum(
+                float(g.double().norm() * t.detach().double().norm())
+                for g, t in zip(found, floats, strict=True)
+                if g is not None
+            )
+            # NaN is a gradient too: the training itself reports it.
+            if not size <= _NOTHING[dtype] * abs(float(value.detach())):
+                return True, largest
+    return False, largest
+
+
+def _wide(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _leaf(tensor: Tensor, dtype: torch.dtype, share: float) -> Tensor:
+    """The tensor as a leaf that requires a gradient, with noise proportional to its spread."""
+    if not tensor.is_floating_point():
+        return tensor
+    wide = tensor.detach().to(dtype)
+    if share:
+        spread = wide.std() if wide.numel() > 1 else wide.abs().mean()
+        wide = wide + share * (spread + 1e-3) * torch.randn_like(wide)
+    else:
+        wide = wide.clone()
+    return wide.requires_grad_()

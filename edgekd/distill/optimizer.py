@@ -1,15 +1,19 @@
-"""Optimizer, learning-rate schedule, and the exponential moving average of weights (EMA)."""
+"""Optimizer, learning-rate schedule, moving average of weights (EMA) and compilation, as a
+:class:`TrainConfig` sets them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from edgekd.config.host import world_size
 from edgekd.config.training import TrainConfig
+from edgekd.distill.objective import Objective
 from edgekd.errors import InputError
 
 
@@ -109,3 +113,61 @@ def build_optimizer(
         nesterov=config.momentum > 0,
         fused=True,
     )
+
+
+def compiled(model: nn.Module) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    """The model's forward, compiled when it is first called.
+
+    Raises:
+        InputError: the network cannot be compiled; raised at the first call.
+    """
+    from torch._dynamo.exc import TorchDynamoException
+
+    network: Any = torch.compile(model)
+
+    def forward(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        try:
+            outputs: dict[str, Tensor] = network(batch)
+        except TorchDynamoException as error:
+            raise InputError(
+                f"the network cannot be compiled: {str(error).strip().splitlines()[0]}",
+                where="compile",
+                remedy="set compile: false, or install what it says (on a CPU a C++ compiler)",
+            ) from error
+        return outputs
+
+    return forward
+
+
+def check_train_config(config: TrainConfig, objective: Objective, device: torch.device) -> None:
+    """Refuse settings that would fail, or silently be ignored, later.
+
+    Raises:
+        InputError: float16 on a CPU, ``compile`` where layers are captured or processes share a
+            batch, or a warm-up in addition to one-cycle's own.
+    """
+    if config.precision == "float16" and device.type == "cpu":
+        raise InputError(
+            "float16 is not trained on a CPU: its gradients are lost to underflow",
+            where="precision",
+            remedy="use bfloat16 or float32",
+        )
+    if config.compile and objective.student_layers:
+        raise InputError(
+            f"the student is to be compiled, and its layers {', '.join(objective.student_layers)} "
+            "are compared, which a compiled network does not show",
+            where="compile",
+            remedy="set compile: false, or use losses on the outputs",
+        )
+    if config.compile and world_size() > 1:
+        raise InputError(
+            "compile is for a training in one process",
+            where="compile",
+            remedy="set compile: false, or start one process",
+        )
+    if config.warm_up and config.schedule == "one-cycle":
+        raise InputError(
+            "one-cycle has a warm-up of its own, and another is set",
+            where="warm_up",
+            remedy="leave warm_up out, or set schedule: cosine",
+        )

@@ -13,7 +13,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from edgekd.distill.evaluate import device_of, prepared
+from edgekd.distill.distributed import device_of, to_device
 from edgekd.distill.features import FeatureExtractor
 from edgekd.errors import InputError
 from edgekd.models.adapted import Adaptation, AdaptedModel
@@ -41,11 +41,11 @@ class Teacher(Protocol):
         """A hash that identifies its weights."""
         ...
 
-    def answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def predict(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs by name, and the features of captured layers, without a graph."""
         ...
 
-    def watch(self, layers: Collection[str]) -> None:
+    def capture(self, layers: Collection[str]) -> None:
         """Return the features of these layers too, from now on; an empty argument removes them.
 
         Args:
@@ -76,13 +76,13 @@ class ModuleTeacher:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.no_grad()  # not inference_mode: its tensors cannot be part of the student's graph
-    def answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def predict(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs by name, without a graph."""
-        moved = prepared(batch, self._device, self._channels_last)
-        answers: dict[str, Tensor] = self.model(moved)
-        return answers | self._capture.take()
+        moved = to_device(batch, self._device, self._channels_last)
+        outputs: dict[str, Tensor] = self.model(moved)
+        return outputs | self._capture.take()
 
-    def watch(self, layers: Collection[str]) -> None:
+    def capture(self, layers: Collection[str]) -> None:
         """Return the features of these layers too; raises InputError for an unknown one."""
         self._capture.remove()
         self._capture = FeatureExtractor(self.model, layers, "teacher")
@@ -97,13 +97,13 @@ def adaptation_of_teacher(teacher: Teacher) -> Adaptation:
     return Adaptation()
 
 
-def check_repeatable_answers(teacher: OnnxTeacher, batch: Mapping[str, Tensor], where: str) -> None:
+def check_repeatable_outputs(teacher: OnnxTeacher, batch: Mapping[str, Tensor], where: str) -> None:
     """Run an ONNX file twice on one batch and compare the outputs.
 
     Raises:
         InputError: the outputs differ; the nodes that draw random numbers are named.
     """
-    first, second = teacher.raw_answer(batch), teacher.raw_answer(batch)
+    first, second = teacher.raw_outputs(batch), teacher.raw_outputs(batch)
     if all(torch.allclose(v, second[k], rtol=1e-4, equal_nan=True) for k, v in first.items()):
         return
     nodes = onnx.load(str(teacher.path), load_external_data=False).graph.node
@@ -195,12 +195,12 @@ class OnnxTeacher:
         inputs = {node: name for name, node, _ in self._inputs}
         return inputs | dict(zip(self._fetched, self._names, strict=True))
 
-    def answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def predict(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs by name, float32 where the file has floats of another width."""
-        given = self.raw_answer(batch)
+        given = self.raw_outputs(batch)
         return self.adaptation.finish(given) if self.adaptation.output in given else given
 
-    def raw_answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def raw_outputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The file's own outputs, before the conversion to logits in the order of the classes."""
         batch = self.adaptation.prepare(batch)
         arrays = {}
@@ -211,13 +211,13 @@ class OnnxTeacher:
                 )
             arrays[node] = np.ascontiguousarray(batch[name].detach().cpu().numpy(), dtype=dtype)
         device = batch[self._inputs[0][0]].device
-        answers = self._run(arrays)
+        values = self._run(arrays)
         return {
             name: torch.from_numpy(_float32(array)).to(device)
-            for name, array in zip(self._names, answers, strict=True)
+            for name, array in zip(self._names, values, strict=True)
         }
 
-    def watch(self, layers: Collection[str]) -> None:
+    def capture(self, layers: Collection[str]) -> None:
         """Refuse layers: an ONNX file gives no access to them (raises InputError)."""
         if layers:
             raise InputError(
@@ -238,8 +238,8 @@ class OnnxTeacher:
                 else part
                 for name, part in piece.items()
             }
-            answers = self._session.run(self._fetched, filled)
-            pieces.append([answer[: min(size, count - start)] for answer in answers])
+            found = self._session.run(self._fetched, filled)
+            pieces.append([array[: min(size, count - start)] for array in found])
         return [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
 
     def _probe(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
@@ -251,7 +251,7 @@ class OnnxTeacher:
             sizes = [2, *(s if isinstance(s, int) else 4 for s in specs[name].shape[1:])]
             arrays[node] = noise.random(sizes).astype(dtype)
         try:
-            answers = self._run(arrays)
+            found = self._run(arrays)
         except Exception as error:
             raise InputError(
                 f"the ONNX teacher cannot take {', '.join(map(str, inputs))}: "
@@ -259,7 +259,7 @@ class OnnxTeacher:
                 where=str(self.path),
                 remedy="give data in the shape it was exported for",
             ) from error
-        for spec, array in zip(outputs, answers, strict=False):
+        for spec, array in zip(outputs, found, strict=False):
             wanted = [size for size in spec.shape[1:] if isinstance(size, int)]
             if array.ndim != len(spec.shape) or len(array) != 2 or list(array.shape[1:]) != wanted:
                 raise InputError(

@@ -11,6 +11,7 @@ from typing import Any
 import onnx
 import onnxruntime
 
+from edgekd.config.budgets import Budgets
 from edgekd.config.profile import Profile
 from edgekd.engines.provider_assignment import (
     ProviderCoverage,
@@ -19,7 +20,7 @@ from edgekd.engines.provider_assignment import (
     listed,
     provider_coverage,
 )
-from edgekd.engines.tensorrt_support import OTHERWISE, Diagnostic, Parse, Status, tensorrt_verdict
+from edgekd.engines.tensorrt import OTHERWISE, Diagnostic, Parse, Status, tensorrt_verdict
 from edgekd.errors import InputError, StageError, unknown_name
 from edgekd.onnx.file import OnnxInfo, describe_onnx, files_of_onnx, read_onnx
 from edgekd.onnx.graph import node_label, precisions_of
@@ -106,7 +107,8 @@ def check_model(
         asked.add("onnxruntime")
     chain = tuple(providers) or (profile.runtime.providers if profile else ()) or (CPU_PROVIDER,)
     _known_providers(chain)
-    findings = [*_format(model, info), *_dynamic(info, profile), *_size(info, path, profile)]
+    budgets = Budgets.resolve(profile=profile)
+    findings = [*_format(model, info), *_dynamic(info, profile), *_size(info, path, budgets)]
     coverage, found = _onnxruntime(path, model, chain, "onnxruntime" in asked, opens)
     findings += found
     verdict, found = tensorrt_verdict(path, model, parse, asked, profile)
@@ -114,7 +116,7 @@ def check_model(
     memory = estimate_memory(path, shapes, batch)
     if CPU_PROVIDER in chain and coverage:
         findings += _optimized(path, memory, "onnxruntime" in asked)
-    findings.append(_memory(memory, info, profile))
+    findings.append(_memory(memory, info, budgets))
     return CheckReport(
         model=str(path),
         engines=tuple(sorted(asked)),
@@ -153,20 +155,20 @@ def _dynamic(info: OnnxInfo, profile: Profile | None) -> list[Diagnostic]:
     return found
 
 
-def _size(info: OnnxInfo, path: Path, profile: Profile | None) -> list[Diagnostic]:
+def _size(info: OnnxInfo, path: Path, budgets: Budgets) -> list[Diagnostic]:
     data = files_of_onnx(path)[1:]
     detail = f"{info.parameters:,} parameters, {info.size_bytes / 1e6:.3f} MB"
     if data:
         detail += f", of it external: {', '.join(file.name for file in data)}"
-    budget = profile.budget.storage_mb if profile else None
+    budget = budgets["size.max_mb"]
     if budget is None:
         return [Diagnostic("size", "note", detail)]
-    fits = info.size_bytes <= budget.value * 1e6
+    fits = info.size_bytes <= budget * 1e6
     return [
         Diagnostic(
             "size",
             "ok" if fits else "fails",
-            f"{detail}; budget {budget.value:g} MB",
+            f"{detail}; budget {budget:g} MB",
             "" if fits else "prune or quantize the model ('edgekd quantize')",
         )
     ]
@@ -252,7 +254,7 @@ def _provider(
     )
 
 
-def _memory(memory: MemoryEstimate, info: OnnxInfo, profile: Profile | None) -> Diagnostic:
+def _memory(memory: MemoryEstimate, info: OnnxInfo, budgets: Budgets) -> Diagnostic:
     mb = memory.total_bytes / 1e6
     sizes = ", ".join(f"{name} = {size}" for name, size in memory.dimensions.items())
     at = f" at {sizes}" if sizes else ""
@@ -268,10 +270,10 @@ def _memory(memory: MemoryEstimate, info: OnnxInfo, profile: Profile | None) -> 
         declared = {d for tensor in info.spec.inputs for d in tensor.shape if isinstance(d, str)}
         if declared - set(memory.dimensions):
             remedy = "give open sizes: --shape NAME=1x3x224x224"
-    budget = profile.budget.memory_mb if profile else None
+    budget = budgets["memory.peak_mb"]
     if budget is None:
         return Diagnostic("memory", "note", detail, remedy)
-    detail += f"; budget {budget.value:g} MB"
-    if mb > budget.value:
+    detail += f"; budget {budget:g} MB"
+    if mb > budget:
         return Diagnostic("memory", "fails", detail, "a smaller batch or input, or a smaller model")
     return Diagnostic("memory", "not shown" if memory.unknown else "ok", detail, remedy)

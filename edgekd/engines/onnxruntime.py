@@ -22,7 +22,7 @@ from edgekd.engines.provider_assignment import (
     nodes_in_trace,
 )
 from edgekd.errors import StageError
-from edgekd.files import atomic_write
+from edgekd.files import atomic_write, write_errors
 from edgekd.onnx.file import check_onnx, describe_onnx
 from edgekd.onnx.graph import precisions_of
 from edgekd.onnx.inference import outputs_of, outputs_of_random_inputs
@@ -258,14 +258,8 @@ def _save_optimized(
     without: Sequence[str],
 ) -> None:
     if level == "disabled":
-        try:
+        with write_errors(out_path, "the model"):
             shutil.copyfile(onnx_path, out_path)
-        except OSError as error:
-            raise StageError(
-                f"the model cannot be written: {error.strerror}",
-                where=str(out_path),
-                remedy="free space or choose another folder",
-            ) from error
         return
     options = session_options(threads, level)
     options.optimized_model_filepath = str(out_path)

@@ -10,14 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from edgekd.config.budgets import GateConfig
-from edgekd.config.profile import Profile
+from edgekd.config.budgets import Budgets
 from edgekd.errors import StageError
 
 FLOAT = "float32"
 """The name of the candidate that the others are compared with."""
 Select = Literal["measured", "smallest", "int8", "half", "float32"]
-PERCENTILES = ("p50", "p90", "p95", "p99")
 _MB = 1e6
 
 
@@ -88,37 +86,6 @@ class Choice:
         }
 
 
-@dataclass(frozen=True)
-class Budgets:
-    """What a file may cost: the gate's budgets of size and latency, else the profile's limits.
-
-    Those of accuracy and memory are not included: one is checked on the test split, the other is
-    not measured for a choice.
-    """
-
-    max_mb: float | None = None
-    min_ratio: float | None = None
-    latency_ms: Mapping[str, float] = field(default_factory=dict)
-    """By percentile, such as ``p95``."""
-    min_speedup: float | None = None
-
-    @classmethod
-    def of(cls, gate: GateConfig, profile: Profile | None = None) -> Budgets:
-        """The budgets as the gate will apply them."""
-        storage = profile.budget.storage_mb if profile else None
-        query = profile.budget.latency_ms if profile else None
-        given = {name: getattr(gate.latency, f"{name}_ms") for name in PERCENTILES}
-        if given["p95"] is None and query is not None:
-            given["p95"] = query.value
-        limit = storage.value if storage is not None else None
-        return cls(
-            gate.size.max_mb if gate.size.max_mb is not None else limit,
-            gate.size.min_ratio,
-            {name: budget for name, budget in given.items() if budget is not None},
-            gate.latency.min_speedup,
-        )
-
-
 def choose(
     candidates: Sequence[Candidate],
     budgets: Budgets,
@@ -138,7 +105,8 @@ def choose(
 
     Args:
         candidates: one of them is named :data:`FLOAT`.
-        budgets: of size and latency.
+        budgets: of the job; those of size and latency count here: accuracy is checked on the
+            test split, and memory is not measured for a choice.
         max_drop: the largest drop of the metric allowed, in the unit of :class:`Candidate`.
         teacher_bytes: the size of the teacher's file; None when there is none to compare with.
         teacher_speedup: the teacher's p50 over float32's.
@@ -238,20 +206,19 @@ def _misses(
     teacher_bytes: int | None,
     teacher_speedup: float | None,
 ) -> list[str]:
+    ratio = teacher_bytes / candidate.size_bytes if teacher_bytes else None
+    over_float = 1.0 if candidate.name == FLOAT else candidate.speedup
+    speedup = teacher_speedup * over_float if teacher_speedup and over_float else None
+    figures = {
+        "size.max_mb": candidate.size_bytes / _MB,
+        **{f"latency.{name}_ms": ms for name, ms in candidate.latency_ms.items()},
+    }
+    ratios = {"size.min_ratio": ratio, "latency.min_speedup": speedup}
     found = []
-    if budgets.max_mb is not None and candidate.size_bytes / _MB > budgets.max_mb:
-        found.append(f"size.max_mb = {budgets.max_mb:g}")
-    times = budgets.min_ratio
-    if times is not None and teacher_bytes and teacher_bytes / candidate.size_bytes < times:
-        found.append(f"size.min_ratio = {times:g}")
-    for percentile, budget in budgets.latency_ms.items():
-        seen = candidate.latency_ms.get(percentile)
-        if seen is not None and seen > budget:
-            found.append(f"latency.{percentile}_ms = {budget:g}")
-    if budgets.min_speedup is not None and teacher_speedup is not None:
-        over_float = 1.0 if candidate.name == FLOAT else candidate.speedup
-        if over_float is not None and teacher_speedup * over_float < budgets.min_speedup:
-            found.append(f"latency.min_speedup = {budgets.min_speedup:g}")
+    for key, budget in budgets.given.items():
+        largest, smallest = figures.get(key), ratios.get(key)
+        if (largest or 0) > budget or (smallest is not None and smallest < budget):
+            found.append(f"{key} = {budget:g}")
     return found
 
 

@@ -1,4 +1,4 @@
-"""What a TensorRT engine is built with, and where: from the pipeline and the profile to settings.
+"""TensorRT for a model and a device: the settings and place of a build, and its parser's verdict.
 
 The builder itself is edgerun's, as an engine for a Jetson is built on the Jetson; it is called
 through a target, in a separate process, so that a crash of TensorRT is contained.
@@ -6,34 +6,31 @@ through a target, in a separate process, so that a crash of TensorRT is containe
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from edgekd.config.engines import TensorRTConfig
-from edgekd.config.profile import Profile
-from edgekd.errors import InputError
-from edgekd.files import edgerun_folder
+import onnx
 
-Library = Literal["tensorrt", "tensorrt-rtx"]
+from edgekd.config.budgets import Budgets
+from edgekd.config.pipeline import TensorRTConfig
+from edgekd.config.profile import Profile
+from edgekd.errors import InputError, StageError, TargetError
+from edgekd.files import edgerun_folder
+from edgekd.onnx.graph import opset_of
+from edgerun.cli import command_words
+from edgerun.tensorrt.library import MODULES, installation, is_installed
+from edgerun.tensorrt.settings import BuildSettings, Range
+
 BuildPrecision = Literal["fp32", "fp16", "bf16", "int8"]
 
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-"""Library → the module that it is imported as; edgerun, which is independent, has its own table."""
-
-INSTALL = {
-    "tensorrt": "on a Jetson it comes with JetPack (apt install python3-libnvinfer, and a virtual "
-    "environment with --system-site-packages); elsewhere: pip install tensorrt; "
-    "without a GPU use tensorrt-rtx",
-    "tensorrt-rtx": "pip install 'edgekd[rtx]', or pip install tensorrt-rtx",
-}
 JETSON_MACHINE = "aarch64"
 Place = Literal["here", "on the device"]
 
@@ -47,89 +44,49 @@ except EdgerunError as error:
 """
 
 
-@dataclass(frozen=True)
-class EngineSettings:
-    """The arguments of :meth:`edgekd.targets.LocalTarget.build`, which explains them."""
-
-    library: Library
-    compute_capabilities: tuple[str, ...] = ()
-    precision: BuildPrecision | None = None
-    keep: tuple[str, ...] = ()
-    shapes: tuple[str, ...] = ()
-    batch: int = 1
-    workspace_mb: float | None = None
-    timing_cache: Path | None = None
-    version_compatible: bool = False
-    hardware_compatible: bool = False
-    dla: int | None = None
-    gpu_fallback: bool = True
-
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments for a target's ``build``."""
-        return asdict(self)
-
-    def command(self, model: str, engine: str) -> str:
-        """What to type on the device, in a bundle's folder, to build the engine there."""
-        words = ["python3", "-m", "edgerun", "build", model, "--engine", engine]
-        words += ["--library", self.library]
-        for option, values in (
-            ("--sm", self.compute_capabilities),
-            ("--keep", self.keep),
-            ("--shape", self.shapes),
-        ):
-            for value in values:
-                words += [option, value]
-        for option, one in (
-            ("--precision", self.precision),
-            ("--batch", self.batch if self.batch != 1 else None),
-            ("--workspace-mb", self.workspace_mb),
-            ("--timing-cache", self.timing_cache),
-            ("--dla", self.dla),
-        ):
-            if one is not None:
-                words += [option, f"{one:g}" if isinstance(one, float) else str(one)]
-        switches = {
-            "--version-compatible": self.version_compatible,
-            "--hardware-compatible": self.hardware_compatible,
-            "--no-gpu-fallback": not self.gpu_fallback,
-        }
-        return shlex.join([*words, *(switch for switch, on in switches.items() if on)])
+def device_command(settings: BuildSettings, model: str, engine: str) -> str:
+    """What to type on the device, in a bundle's folder, to build the engine there."""
+    given = {"engine": engine, **vars(settings)}
+    if settings.batch == 1:
+        del given["batch"]
+    return shlex.join(["python3", "-m", "edgerun", *command_words("build", Path(model), given)])
 
 
 def engine_settings(
     config: TensorRTConfig,
     profile: Profile | None,
+    budgets: Budgets | None = None,
     *,
     batch: int = 1,
     precision: BuildPrecision | None = None,
     keep: Sequence[str] = (),
     timing_cache: Path | None = None,
-) -> EngineSettings:
+) -> BuildSettings:
     """The settings that a pipeline's engine and a device profile mean together.
 
-    Scratch memory is limited to the profile's budget, and TensorRT for RTX builds for the
+    Scratch memory is limited to the budget of the peak memory, and TensorRT for RTX builds for the
     profile's GPU, where the engine does not set another.
 
     Args:
+        config: an entry of ``engines``.
+        profile: of the device.
+        budgets: of the job; None: the profile's.
         batch: the benchmark's batch size, for open batch dimensions.
         precision: the precision of the model; None builds it unchanged.
         keep: nodes that were left in float32 intentionally.
         timing_cache: a file that later builds reuse.
     """
     workspace, capabilities = config.workspace_mb, config.compute_capabilities
-    if workspace is None and profile is not None and profile.budget.memory_mb is not None:
-        workspace = profile.budget.memory_mb.value
+    if workspace is None:
+        workspace = (budgets or Budgets.resolve(profile=profile))["memory.peak_mb"]
     if not capabilities and config.kind == "tensorrt-rtx" and profile is not None and profile.gpu:
         capabilities = (profile.gpu.compute_capability.value,)
-    return EngineSettings(
+    return BuildSettings(
         library=config.kind,
         compute_capabilities=capabilities,
         precision=precision,
         keep=tuple(keep),
-        shapes=tuple(
-            f"{name}={':'.join('x'.join(map(str, shape)) for shape in shapes)}"
-            for name, shapes in config.shapes.items()
-        ),
+        shapes={name: Range(*shapes) for name, shapes in config.shapes.items()},
         batch=batch,
         workspace_mb=workspace,
         timing_cache=timing_cache,
@@ -138,11 +95,6 @@ def engine_settings(
         dla=config.dla,
         gpu_fallback=config.gpu_fallback,
     )
-
-
-def is_installed(library: str) -> bool:
-    """Whether a TensorRT can be imported by this interpreter; it is not imported."""
-    return importlib.util.find_spec(MODULES[library]) is not None
 
 
 def where_built(kind: str, profile: Profile | None) -> Place:
@@ -165,10 +117,10 @@ def check_installed(kind: str, where: str | None = None) -> None:
         InputError: it is not; with what to install.
     """
     if kind in MODULES and not is_installed(kind):
-        raise InputError(f"{kind} is not installed", where=where, remedy=INSTALL[kind])
+        raise InputError(f"{kind} is not installed", where=where, remedy=installation(kind))
 
 
-def check_runtime(settings: EngineSettings, profile: Profile | None, model: Path) -> None:
+def check_runtime(settings: BuildSettings, profile: Profile | None, model: Path) -> None:
     """Check that the engine can be built on this machine.
 
     Raises:
@@ -177,7 +129,7 @@ def check_runtime(settings: EngineSettings, profile: Profile | None, model: Path
     """
     if where_built(settings.library, profile) == "on the device":
         assert profile is not None
-        command = settings.command(model.name, f"{model.stem}.engine")
+        command = device_command(settings, model.name, f"{model.stem}.engine")
         raise InputError(
             f"an engine for {profile.name} is built on the device: TensorRT does not build for "
             f"a Jetson on {platform.machine()}",
@@ -214,3 +166,163 @@ def can_run_here(kind: str) -> str | None:
         return done.stdout.strip() or None
     last = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
     return f"CUDA cannot be started: {last}"
+
+
+Status = Literal["ok", "fails", "not shown", "note"]
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    """The result of one check: with ``fails`` and ``not shown`` the model does not pass.
+
+    ``note`` is information, also about engines that were not requested. ``nodes`` are those
+    affected.
+    """
+
+    subject: str
+    status: Status
+    detail: str
+    remedy: str = ""
+    nodes: tuple[str, ...] = ()
+
+
+Parse = Callable[[Path, str], Mapping[str, Any]]
+"""(model, library) → a record ``edgerun.parse/1``: the parser's verdict."""
+
+OPSETS = {(10, 0): (9, 20), (10, 15): (9, 24), (11, 0): (9, 25)}
+"""TensorRT version → the ONNX opsets that its parser accepts, as its documentation states: of 10.0
+and 10.15 onnx-tensorrt's docs/operators.md, of 11.x NVIDIA's ONNX opset guide."""
+
+OTHERWISE = "replace the operation in the network and export again, or run it in ONNX Runtime"
+
+_REMEDIES = {
+    r"zero point|Int32 but must|DynamicQuantizeLinear|MatMulInteger|ConvInteger|QLinear": (
+        "quantize the float model for TensorRT (symmetric int8, biases in float): "
+        "edgekd quantize MODEL.onnx --calibration DATA -o OUT.onnx --for tensorrt"
+    ),
+    r"^(NonZero|Unique|NonMaxSuppression|Compress)\b": (
+        "the shape of its output depends on values: select a fixed number of elements (TopK), "
+        "or leave this step to the program around the model"
+    ),
+    r"^(Loop|Scan|If|Sequence\w*)\b": "export the model without control flow and lists",
+    r"STRING|^String": "strings stay outside: turn them into numbers before the model",
+    r"[Pp]lugin not found": (
+        "the operation is not one of ONNX: export the model without it, or run it where its "
+        "plugin is installed"
+    ),
+}
+
+
+def tensorrt_verdict(
+    path: Path,
+    model: onnx.ModelProto,
+    parse: Parse,
+    asked: Collection[str],
+    profile: Profile | None,
+) -> tuple[dict[str, Any] | None, list[Diagnostic]]:
+    """The record of the parser that was run, None without one, and its diagnostics.
+
+    One library is run: the requested one, else a substitute, TensorRT for RTX
+    before TensorRT (which needs a GPU even to parse).
+
+    Args:
+        path: the ONNX file.
+        model: what is in it.
+        parse: runs a library's parser.
+        asked: engines that must take the model; TensorRT may be none of them.
+        profile: of the device.
+    """
+    found = []
+    wanted = [name for name in MODULES if name in asked]
+    good: Status = "ok" if wanted else "note"
+    bad: Status = "fails" if wanted else "note"
+    gap: Status = "not shown" if wanted else "note"
+    version = profile.runtime.tensorrt if profile and "tensorrt" in asked else None
+    if version:
+        found.append(_opset(model, version.value))
+    chosen = next((n for n in (*wanted, *reversed(MODULES)) if is_installed(n)), None)
+    if chosen is None:
+        if wanted:
+            remedy = installation("tensorrt-rtx")
+            found.append(Diagnostic("TensorRT", gap, "not checked: no TensorRT here", remedy))
+        return None, found
+    try:
+        verdict = dict(parse(path, chosen))
+    except (InputError, StageError, TargetError) as error:
+        detail = f"its parser could not be run: {error.what}"
+        return None, [*found, Diagnostic(chosen, gap, detail, error.remedy or "")]
+    subject = f"{verdict['library']} {verdict['version']}"
+    names = {
+        "tensorrt": f"TensorRT {version.value}" if version else "TensorRT itself",
+        "tensorrt-rtx": "TensorRT for RTX",
+    }
+    absent = " and ".join(names[name] for name in wanted if name != chosen)
+    said = f"; stands in for {absent}, which may differ" if absent else ""
+    if verdict["supported"]:
+        detail = f"its parser takes the model; not built{said}"
+        return verdict, [*found, Diagnostic(subject, good, detail, _build(path, wanted, profile))]
+    for problem in verdict["problems"]:
+        node, op, message = (str(problem.get(key) or "") for key in ("node", "op", "message"))
+        # For an unknown operation the parser only reports a failed assertion without a message.
+        why = "it has no such operation" if message in ("", "false") else message
+        text = f"its parser refuses {node or 'the model'}{f' ({op})' if op else ''}: {why}{said}"
+        found.append(
+            Diagnostic(subject, bad, text, remedy_for(op, message), (node,) if node else ())
+        )
+    if not verdict["problems"]:
+        found.append(Diagnostic(subject, bad, f"its parser refuses the model{said}"))
+    return verdict, found
+
+
+def takes_opset(version: str, opset: int) -> bool | None:
+    """Whether a TensorRT version accepts an opset.
+
+    For a version between two documented ones, only what both have in common is claimed; None
+    where it is not documented.
+    """
+    numbers = [int(part) for part in re.findall(r"\d+", version)[:2]]
+    ours = (numbers[0], numbers[1] if len(numbers) > 1 else 0) if numbers else (0, 0)
+    older = [span for known, span in OPSETS.items() if known <= ours]
+    newer = [span for known, span in OPSETS.items() if known >= ours]
+    if older and older[-1][0] <= opset <= older[-1][1]:
+        return True
+    if newer and opset > newer[0][1]:
+        return False
+    if older and opset < older[-1][0]:
+        return False
+    return None
+
+
+def remedy_for(op: str, message: str) -> str:
+    """What to do about a node that TensorRT's parser refuses."""
+    said = f"{op} {message}"
+    return next((remedy for key, remedy in _REMEDIES.items() if re.search(key, said)), OTHERWISE)
+
+
+def _build(path: Path, wanted: Sequence[str], profile: Profile | None) -> str:
+    """The remedy where only a build is conclusive; empty for engines that were not requested."""
+    if not wanted:
+        return ""
+    words = ["edgekd", "build", str(path), "--engine", wanted[0]]
+    words += ["--profile", profile.name] if profile else []
+    command = shlex.join([*words, "-o", f"{path.stem}.engine"])
+    if where_built(wanted[0], profile) == "on the device":
+        return (
+            "only a build on the device shows that an engine can be made of it; the command "
+            f"there: {command}"
+        )
+    return f"only a build shows that an engine can be made of it: {command}"
+
+
+def _opset(model: onnx.ModelProto, version: str) -> Diagnostic:
+    opset = opset_of(model)
+    takes = takes_opset(version, opset)
+    subject = f"opset in TensorRT {version}"
+    if takes is None:
+        return Diagnostic(
+            subject, "note", f"whether it takes opset {opset} is not stated anywhere here"
+        )
+    if takes:
+        return Diagnostic(subject, "ok", f"opset {opset} is one that it takes")
+    remedy = "export again, or convert it: onnx.version_converter.convert_version(model, 18)"
+    return Diagnostic(subject, "fails", f"it does not take opset {opset}", remedy)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from edgekd.config.networks import OutputForm, PreprocessConfig
-from edgekd.errors import InputError
+from edgekd.errors import InputError, nearest
 from edgekd.models.dict_model import DictModel
+from edgekd.models.weights import ClassNames
 from edgekd.spec import Dimension, ModelSpec, TensorSpec
 
 _LUMA = (0.299, 0.587, 0.114)
@@ -284,3 +289,142 @@ def _constant(numbers: Sequence[float], like: Tensor) -> Tensor:
     """Numbers per channel or feature, shaped to broadcast over an input."""
     constant = torch.tensor(tuple(numbers), dtype=torch.float32, device=like.device)
     return constant.reshape(-1, 1, 1) if like.ndim == 4 else constant
+
+
+_SIGNIFICANCE = 1e-3
+_CLEARLY = 2.0
+"""How many times as many samples another order must have right."""
+
+
+def output_order(
+    found: ClassNames, labels: Sequence[str], where: str, stated: bool
+) -> tuple[int, ...] | None:
+    """Which output is each of the data's classes.
+
+    Args:
+        found: the outputs' names.
+        labels: the data's class names in their order.
+        where: the YAML key, for errors.
+        stated: the user wrote the names; those of a file may be another language's.
+
+    Returns:
+        A position for each label; None when names of a file are none of the data's.
+
+    Raises:
+        InputError: some of the data's classes are named and some are not.
+    """
+    positions = _positions(found.names, labels)
+    lacking = [label for label, at in zip(labels, positions, strict=True) if at is None]
+    if not lacking:
+        return tuple(at for at in positions if at is not None)
+    if len(lacking) == len(labels) and not stated:
+        return None
+    guess = nearest(lacking[0], found.names)
+    raise InputError(
+        f"{found.source} names {len(found.names)} outputs of the teacher, and none of them is the "
+        f"class {lacking[0]!r}"
+        + (f" ({len(lacking)} of the data's {len(labels)} are missing)" if lacking[1:] else ""),
+        where=where,
+        remedy=(f"is it {guess!r}? " if guess else "")
+        + "name the outputs in their order as the data name their classes: "
+        f"teacher.classes: [{', '.join(labels[:4])}{', …' if labels[4:] else ''}]",
+    )
+
+
+def class_list(names: Sequence[str]) -> str:
+    """Names as a line of YAML."""
+    return f"classes: {json.dumps(list(names), ensure_ascii=False)}"
+
+
+def fitting_permutation(
+    labels: NDArray[np.int64], predictions: NDArray[np.int64], classes: int
+) -> tuple[int, ...] | None:
+    """The order of outputs in which a classifier would be right far more often.
+
+    The permutation is found on one half of the samples (Kuhn 1955, on the matrix of confusions)
+    and tested on the other, and vice versa, so that a good fit by chance does not count:
+    a one-sided sign test of the samples that only one order has right must be below 0.001. Only
+    cycles count that have most samples right, at least twice as many as before, and in which no
+    class clearly fits better unmoved; all other classes keep their position.
+
+    Args:
+        labels: (N,) the right classes.
+        predictions: (N,) the largest outputs.
+        classes: how many there are.
+
+    Returns:
+        For each class the index of its output; None when the order is correct, or
+        the samples are inconclusive.
+    """
+    # By class, so that each half has samples of every one.
+    order = np.argsort(labels, kind="stable")
+    halves = [_confusion(labels[order[i::2]], predictions[order[i::2]], classes) for i in (0, 1)]
+    gained = lost = 0
+    for found_on, tried_on in (halves, halves[::-1]):
+        permutation = _clear_cycles(found_on)
+        moved = permutation != np.arange(classes)
+        rows = np.arange(classes)[moved]
+        gained += int(tried_on[rows, permutation[moved]].sum())
+        lost += int(tried_on[rows, rows].sum())
+    if gained <= _CLEARLY * lost or _sign_test(gained, lost) >= _SIGNIFICANCE:
+        return None
+    best = _clear_cycles(halves[0] + halves[1])
+    return None if (best == np.arange(classes)).all() else tuple(map(int, best))
+
+
+def _clear_cycles(confusion: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The best assignment of outputs to classes, without its cycles that are hardly better."""
+    from scipy.optimize import linear_sum_assignment
+
+    classes = len(confusion)
+    # Of equally good assignments the one that moves least.
+    _, best = linear_sum_assignment(confusion + 0.5 * np.eye(classes), maximize=True)
+    kept = np.arange(classes)
+    seen: set[int] = set()
+    for start in range(classes):
+        cycle, at = [], start
+        while at not in seen:
+            seen.add(at)
+            cycle.append(at)
+            at = int(best[at])
+        moved, stay = confusion[cycle, best[cycle]], confusion[cycle, cycle]
+        better_off = (stay - moved > 2 * np.sqrt(stay + moved)) & (
+            2 * stay > confusion[cycle].sum(axis=1)
+        )
+        # A network without skill, such as one with wrongly preprocessed inputs, is not right
+        # most of the time in any order.
+        knows = 2 * moved.sum() > confusion[cycle].sum()
+        clearly = moved.sum() >= _CLEARLY * stay.sum() and not better_off.any()
+        if len(cycle) > 1 and knows and clearly:
+            kept[cycle] = best[cycle]
+    return kept
+
+
+def _confusion(
+    labels: NDArray[np.int64], predictions: NDArray[np.int64], classes: int
+) -> NDArray[np.int64]:
+    """How often each class (row) got each output (column) as the largest."""
+    counts = np.bincount(labels * classes + predictions, minlength=classes * classes)
+    return counts.reshape(classes, classes)
+
+
+def _sign_test(gained: int, lost: int) -> float:
+    """The chance of so many gains or more if gains and losses were equally likely."""
+    from scipy.special import bdtrc
+
+    return float(bdtrc(gained - 1, gained + lost, 0.5)) if gained else 1.0
+
+
+def _positions(names: Sequence[str], labels: Sequence[str]) -> list[int | None]:
+    exact = {name.strip(): at for at, name in enumerate(names)}
+    if all(label.strip() in exact for label in labels):
+        return [exact[label.strip()] for label in labels]
+    loose = {_plain(name): at for at, name in enumerate(names)}
+    if len(loose) < len(names) or len(set(map(_plain, labels))) < len(labels):
+        return [exact.get(label.strip()) for label in labels]
+    return [loose.get(_plain(label)) for label in labels]
+
+
+def _plain(name: str) -> str:
+    """A name without case, spaces, hyphens and underscores."""
+    return re.sub(r"[\s_\-/]+", "", name).casefold()

@@ -1,18 +1,21 @@
-"""Weights on disk: safetensors, and state dicts of torch without their code."""
+"""Weights on disk: safetensors and state dicts of torch without their code, and class names."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import codecs
-import contextlib
-import os
+import json
 import pathlib
 import pickle
+import re
+import struct
 import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from edgekd.errors import InputError, StageError
-from edgekd.models.class_order import ClassNames, class_names_in, class_names_in_metadata
+from edgekd.errors import InputError
+from edgekd.files import require_regular_file, write_whole
 from edgekd.models.dict_model import DictModel
 from edgekd.models.state_dicts import find_state
 
@@ -32,6 +35,15 @@ _HARMLESS = [
     *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"},
 ]  # fmt: skip
 """Types that many checkpoints contain besides weights, and whose loading runs no code."""
+_UNREADABLE = (
+    EOFError, zipfile.BadZipFile, OSError, ValueError, KeyError, IndexError, OverflowError,
+    MemoryError, AssertionError, struct.error,
+)  # fmt: skip
+"""What torch raises for a damaged file, besides UnpicklingError and RuntimeError."""
+_UNKNOWN = (ImportError, AttributeError, TypeError)
+"""What it raises for a name that is not there."""
+_LARGE, _RATIO = 100_000_000, 10
+"""An archive of more than these bytes unpacked, and this many times its size, is refused."""
 _SCALING = ("@output_scale", "@output_offset")
 
 
@@ -48,18 +60,7 @@ def save_weights(model: nn.Module, path: Path) -> None:
         key: tensor.detach().cpu().contiguous().clone()
         for key, tensor in {**_inner(model).state_dict(), **output_scaling(model)}.items()
     }
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(save(tensors, {"format": "pt"}))
-        os.replace(partial, path)  # noqa: PTH105 - os.replace says that it is atomic
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise StageError(
-            f"the weights cannot be written: {error.strerror or error}",
-            where=str(path),
-            remedy="free space on the disk, or give a folder that can be written to",
-        ) from error
+    write_whole(path, save(tensors, {"format": "pt"}), "the weights")
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def read_checkpoint(path: Path, allow_pickle: bool = False, where: str | None = 
         InputError: no such file, a truncated one, or a pickle that needs code.
     """
     place = f"{where}: {path}" if where else str(path)
+    require_regular_file(path, "give a checkpoint")
     if not path.is_file():
         raise InputError("the checkpoint does not exist", where=place, remedy="check the path")
     metadata: dict[str, str] = {}
@@ -148,7 +150,15 @@ def load_weights(
         content = {name: value for name, value in content.items() if name not in scaling}
     state, notes = find_state(content, network.state_dict(), read.place, read.section, key, prefix)
     for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_complex() or tensor.layout != torch.strided or tensor.is_quantized:
+            raise InputError(
+                f"the checkpoint's {name!r} is {tensor.layout} {tensor.dtype}, not plain numbers",
+                where=read.place,
+                remedy="save it as a dense tensor of float32",
+            )
+        # torch cannot compare 8-bit floats.
+        wide = tensor.float() if tensor.is_floating_point() else tensor
+        if not bool(torch.isfinite(wide).all()):
             raise InputError(
                 f"the checkpoint's {name!r} holds NaN or infinity",
                 where=read.place,
@@ -178,7 +188,7 @@ def _read_safetensors(path: Path, place: str) -> tuple[dict[str, Tensor], dict[s
             metadata: dict[str, str] = dict(file.metadata() or {})
             names: list[str] = file.keys()
             state: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
-    except SafetensorError as error:
+    except (SafetensorError, OSError, *_UNREADABLE, *_UNKNOWN) as error:
         raise InputError(
             f"this is not a complete safetensors file: {error}",
             where=place,
@@ -190,6 +200,7 @@ def _read_safetensors(path: Path, place: str) -> tuple[dict[str, Tensor], dict[s
 
 
 def _read_torch(path: Path, allow_pickle: bool, place: str) -> object:
+    _refuse_bomb(path, place)
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
             # Suppresses torch's warnings: the errors below are clearer.
@@ -204,7 +215,7 @@ def _read_torch(path: Path, allow_pickle: bool, place: str) -> object:
             remedy="save tensors only: torch.save(model.state_dict(), …) or safetensors; if you "
             "trust the file, write 'allow_pickle: true'",
         ) from error
-    except (EOFError, zipfile.BadZipFile, OSError, ValueError, KeyError, IndexError) as error:
+    except _UNREADABLE as error:
         raise _damaged(error, place) from error
     except RuntimeError as error:
         if "TorchScript" in str(error):
@@ -214,13 +225,27 @@ def _read_torch(path: Path, allow_pickle: bool, place: str) -> object:
                 remedy="save torch.jit.load(…).state_dict(), or export it to ONNX",
             ) from error
         raise _damaged(error, place) from error
-    except (ImportError, AttributeError, TypeError) as error:
+    except _UNKNOWN as error:
         raise InputError(
             f"this pickle needs code that is not here: {error}",
             where=place,
             remedy="save its state dict where that code is, and give that",
         ) from error
     return content
+
+
+def _refuse_bomb(path: Path, place: str) -> None:
+    """Refuse an archive that is far larger unpacked; torch does not compress its own."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    if size > _LARGE and size > _RATIO * path.stat().st_size:
+        raise InputError(
+            f"the checkpoint has {path.stat().st_size:,} bytes, and {size:,} unpacked",
+            where=place,
+            remedy="save it again with torch.save, which does not compress",
+        )
 
 
 def _needs_code(path: Path, error: pickle.UnpicklingError) -> bool:
@@ -235,3 +260,85 @@ def _damaged(error: Exception, place: str) -> InputError:
         where=place,
         remedy="copy or download it again; it may be truncated",
     )
+
+
+_KEYS = (
+    "class_to_idx", "idx_to_class", "id2label", "label2id", "classes", "class_names", "names",
+    "labels", "label_names", "classnames", "categories", "CLASSES", "class_labels",
+)  # fmt: skip
+_CONTAINERS = (
+    "hyper_parameters", "hparams", "config", "cfg", "args", "opt", "meta", "metadata",
+    "dataset_meta", "info", "extra", "data",
+)  # fmt: skip
+"""Keys under which trainers store them; the first one found is used."""
+
+_NESTING = 3
+
+
+@dataclass(frozen=True)
+class ClassNames:
+    """The classes of a network's outputs in their order, and where that is written."""
+
+    names: tuple[str, ...]
+    source: str
+
+
+def class_names_in(content: object, nesting: int = _NESTING) -> ClassNames | None:
+    """The class names in a checkpoint's content next to its weights; None without any."""
+    held = content if isinstance(content, Mapping) else getattr(content, "__dict__", None)
+    if not isinstance(held, Mapping):
+        return None
+    for key in _KEYS:
+        names = _as_names(held.get(key))
+        if names is not None:
+            return ClassNames(names, key)
+    for key in _CONTAINERS if nesting else ():
+        found = class_names_in(held.get(key), nesting - 1)
+        if found is not None:
+            return ClassNames(found.names, f"{key}.{found.source}")
+    return None
+
+
+def class_names_in_metadata(metadata: Mapping[str, str]) -> ClassNames | None:
+    """The class names in the texts of an ONNX or safetensors file: JSON, a Python literal (as
+    Ultralytics writes them), one to a line, or separated by commas."""
+    for key in _KEYS:
+        names = _as_names(_parsed(metadata[key])) if key in metadata else None
+        if names is not None:
+            return ClassNames(names, key)
+    return None
+
+
+def _as_names(value: Any) -> tuple[str, ...] | None:
+    """Names in their order: of a list, or of a mapping from or to numbers 0 to K - 1."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        pairs = list(value.items())
+        if all(isinstance(v, int) for _, v in pairs):
+            pairs = [(v, k) for k, v in pairs]
+        try:
+            numbered = {int(number): name for number, name in pairs}
+        except (TypeError, ValueError):
+            return None
+        if sorted(numbered) != list(range(len(pairs))):
+            return None
+        value = [numbered[number] for number in range(len(pairs))]
+    if not isinstance(value, list | tuple) or len(value) < 2:
+        return None
+    if not all(isinstance(name, str) for name in value) or len(set(value)) < len(value):
+        return None
+    # The placeholder names of transformers.
+    if all(re.fullmatch(r"LABEL_\d+", name) for name in value):
+        return None
+    return tuple(value)
+
+
+def _parsed(text: str) -> Any:
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError):
+            continue
+    lines = [line.strip() for line in text.strip().splitlines()]
+    return lines if len(lines) > 1 else [part.strip() for part in text.split(",")]

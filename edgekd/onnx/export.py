@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from edgekd.errors import StageError
+from edgekd.files import write_errors
 from edgekd.onnx.file import describe_onnx
 from edgekd.onnx.graph import all_graphs, opset_of
 from edgekd.onnx.optimizer_faults import guard_padding
@@ -63,13 +64,8 @@ def export_onnx(
         ) from error
     _check_opset(proto, opset, where)
     try:
-        path.write_bytes(proto.SerializeToString())
-    except OSError as error:
-        raise StageError(
-            f"the ONNX file cannot be written: {error.strerror}",
-            where=str(path),
-            remedy="free space or choose another folder",
-        ) from error
+        with write_errors(path, "the ONNX file"):
+            path.write_bytes(proto.SerializeToString())
     except ValueError as error:
         raise StageError(
             f"the model does not fit in one ONNX file: {first_line(error)}",

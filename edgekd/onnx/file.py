@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError
 
-from edgekd.crash_notes import note_step
+from edgekd.crashes import note_step
 from edgekd.errors import InputError
+from edgekd.files import require_regular_file
 from edgekd.onnx.session import CPU_PROVIDER, first_line, open_session
 from edgekd.spec import Dimension, ModelSpec, TensorSpec
 from edgerun.model import dimension_name
@@ -122,10 +124,10 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         InputError: the file is missing, empty, truncated, not ONNX (an engine for example), or
             its external data is missing, too short or outside the model's folder.
     """
-    where = str(path)
+    where, remedy = str(path), "give the path of an .onnx file"
+    require_regular_file(path, remedy)
     if not path.is_file():
-        what = "this is a folder, not an ONNX file" if path.is_dir() else "the file does not exist"
-        raise InputError(what, where=where, remedy="give the path of an .onnx file")
+        raise InputError("the file does not exist", where=where, remedy=remedy)
     if path.stat().st_size >= LARGEST:
         # Not read at all: protobuf would refuse it after gigabytes.
         raise InputError(
@@ -148,8 +150,113 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         raise _not_onnx(
             path, "the file is truncated or is not ONNX: it has no graph with an output"
         )
+    problem = _problem(model)
+    if problem is not None:
+        raise InputError(
+            f"the ONNX model cannot be used: {problem}",
+            where=where,
+            remedy="export it again with a current exporter",
+        )
     _external(model, path)
     return model
+
+
+MOST_NODES = 20_000
+"""Limit of a graph with its bodies; exports of language models have about 10,000 nodes."""
+
+_MOST_ROUNDS = 10**9
+"""Rounds of a loop without a condition, each of at least a microsecond."""
+
+
+def _problem(model: onnx.ModelProto) -> str | None:
+    """What makes a model unreadable or endless, which what reads it further on does not expect."""
+    graphs = [model.graph]
+    nodes: list[onnx.NodeProto] = []
+    calls: dict[tuple[str, str], set[tuple[str, str]]] = {}
+    texts: list[Any] = [entry.domain for entry in model.opset_import]
+    for function in model.functions:
+        called = list(_all_nodes(function.node, graphs))
+        nodes += called
+        calls[function.domain, function.name] = {(n.domain, n.op_type) for n in called}
+        texts += [function.domain, function.name, *function.input, *function.output]
+    nodes += _all_nodes(model.graph.node, graphs)
+    if len(nodes) > MOST_NODES:
+        return f"it has {len(nodes):,} nodes, more than {MOST_NODES:,}"
+    constants: dict[str, onnx.TensorProto] = {}
+    for graph in graphs:
+        constants |= {tensor.name: tensor for tensor in graph.initializer}
+        texts += [graph.name, *(tensor.values.name for tensor in graph.sparse_initializer)]
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            shape = value.type.tensor_type.shape.dim
+            texts += [value.name, *(size.dim_param for size in shape)]
+    for node in nodes:
+        texts += [node.name, node.op_type, node.domain, *node.input, *node.output]
+        texts += [attribute.name for attribute in node.attribute]
+        if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t"):
+            constants |= dict.fromkeys(node.output, node.attribute[0].t)
+    texts += [text for entry in model.metadata_props for text in (entry.key, entry.value)]
+    # Protobuf gives bytes for a text that is not UTF-8.
+    strange = next((text for text in (*texts, *constants) if isinstance(text, bytes)), None)
+    if strange is not None:
+        return f"the name {strange!r} in it is not UTF-8"
+    if (recursive := _recursive(calls)) is not None:
+        return f"the function {recursive[1]!r} calls itself"
+    return next((why for node in nodes if (why := _endless(node, constants)) is not None), None)
+
+
+def _all_nodes(nodes: Any, graphs: list[onnx.GraphProto]) -> Iterator[onnx.NodeProto]:
+    """The nodes and those of their bodies, which are added to ``graphs``."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
+                graphs.append(graph)
+                yield from _all_nodes(graph.node, graphs)
+
+
+def _recursive(
+    calls: Mapping[tuple[str, str], Collection[tuple[str, str]]],
+) -> tuple[str, str] | None:
+    """A function that calls itself, directly or not."""
+    left = {key: {called for called in inner if called in calls} for key, inner in calls.items()}
+    while left:
+        leaves = [key for key, inner in left.items() if not inner & left.keys()]
+        if not leaves:
+            return next(iter(left))
+        for key in leaves:
+            del left[key]
+    return None
+
+
+def _endless(node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]) -> str | None:
+    """Why a node does not end in hours: a loop with a constant number of rounds."""
+    if node.op_type != "Loop" or len(node.input) < 2 or not node.attribute:
+        return None
+    body = node.attribute[0].g
+    rounds, condition = (_number(constants.get(name)) if name else 1 for name in node.input[:2])
+    if not node.input[0]:
+        rounds = 2**63
+    if rounds is None or rounds <= _MOST_ROUNDS or not condition or len(body.input) < 2:
+        return None
+    going = body.output[0].name if body.output else ""
+    source = {n.output[0]: n.input[0] for n in body.node if n.op_type == "Identity" and n.input}
+    while going in source:
+        going = source.pop(going)
+    if going == body.input[1].name or _number(constants.get(going)):
+        return f"the loop {node.name or node.output[0]!r} has {rounds:,} rounds"
+    return None
+
+
+def _number(tensor: onnx.TensorProto | None) -> int | None:
+    """The value of a constant whole number or truth value; None for another tensor."""
+    if tensor is None or tensor.data_type not in (onnx.TensorProto.INT64, onnx.TensorProto.BOOL):
+        return None
+    if tensor.data_location == onnx.TensorProto.EXTERNAL or math.prod(tensor.dims) != 1:
+        return None
+    try:
+        return int(onnx.numpy_helper.to_array(tensor).item())
+    except (TypeError, ValueError):
+        return None
 
 
 def _not_onnx(path: Path, what: str) -> InputError:
@@ -272,9 +379,10 @@ def _external(model: onnx.ModelProto, path: Path) -> list[Path]:
             continue
         entry = {item.key: item.value for item in tensor.external_data}
         location = entry.get("location", "")
-        file = (folder / location).resolve()
         # A model may name any file of this machine as its data; only its own folder is read.
-        if not location or Path(location).is_absolute() or not file.is_relative_to(folder):
+        usable = location and "\0" not in location and not Path(location).is_absolute()
+        file = (folder / location).resolve() if usable else folder.parent
+        if not file.is_relative_to(folder):
             raise InputError(
                 f"the weights of {tensor.name!r} are outside the model's folder: {location!r}",
                 where=str(path),

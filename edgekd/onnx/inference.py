@@ -17,9 +17,8 @@ from edgekd.errors import InputError, StageError
 from edgekd.onnx.samples import Array, Samples, random_inputs
 from edgekd.onnx.session import CPU_PROVIDER, Optimization, first_line, open_session
 from edgekd.spec import ModelSpec
-from edgerun.model import TensorInfo
+from edgerun.model import BatchLayout, TensorInfo
 from edgerun.onnx_session import shape_of
-from edgerun.shapes import BatchLayout
 
 INPUT_BYTES = 8 << 20
 """Largest size of a batch's inputs, in bytes; a network's activations take tens of times as

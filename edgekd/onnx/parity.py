@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgekd.config.engines import ExportConfig
+from edgekd.config.pipeline import ExportConfig
 from edgekd.errors import InputError, StageError
 from edgekd.onnx.inference import joined
 from edgekd.onnx.samples import Array, ArraySamples

@@ -15,8 +15,7 @@ import numpy.typing as npt
 from edgekd.errors import InputError, nearest
 from edgekd.onnx.file import UNKNOWN_RANK
 from edgekd.spec import Dimension, ModelSpec, TensorSpec
-from edgerun.model import TensorInfo
-from edgerun.shapes import BatchLayout
+from edgerun.model import BatchLayout, TensorInfo
 
 Array = npt.NDArray[Any]
 _NPY_MAGIC = b"\x93NUMPY"

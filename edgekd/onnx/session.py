@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,29 +9,32 @@ from typing import Any, Literal
 
 import onnxruntime
 
-from edgekd.crash_notes import note_step
+from edgekd.crashes import note_step
 from edgekd.errors import InputError, unknown_name
+from edgerun import onnx_session
+from edgerun.errors import EdgerunError
+from edgerun.onnx_session import CONFIGURATION, first_line, session_options
+
+__all__ = [
+    "CPU_PROVIDER",
+    "Fallback",
+    "Optimization",
+    "default_options",
+    "first_line",
+    "open_session",
+    "options_record",
+    "provider_chain",
+    "providers_for",
+    "session_options",
+    "source_of",
+]
 
 CPU_PROVIDER = "CPUExecutionProvider"
 Optimization = Literal["disabled", "basic", "extended", "all"]
 Fallback = Literal["error", "allow"]
 """Policy for nodes that another provider runs than the preferred one, and for absent providers."""
 
-LEVELS = {
-    "disabled": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
-    "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-    "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
-    "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
-}
-_FATAL_ONLY = 4  # ONNX Runtime's log severity; errors are raised as well as logged
 RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
-CONFIGURATION = {"session.qdq_matmulnbits_accuracy_level": "1"}
-"""Entries of every session's configuration, here and in edgerun.
-
-A MatMul of weights stored in 8 bits is fused into MatMulNBits at level 4 by default,
-which rounds the activations to 8 bits as well; level 1 computes in float32.
-"""
-
 PACKAGES = {
     "CUDAExecutionProvider": "pip install onnxruntime-gpu (on a Jetson: NVIDIA's own build)",
     "TensorrtExecutionProvider": "pip install onnxruntime-gpu (on a Jetson: NVIDIA's own build)",
@@ -109,22 +111,6 @@ def source_of(provider: str) -> str:
     return PACKAGES.get(provider, "a build of ONNX Runtime with it")
 
 
-def session_options(threads: int, optimization: Optimization) -> onnxruntime.SessionOptions:
-    """Session options: every one that changes latency or memory is set explicitly.
-
-    Sequential execution, as an edge device runs one query at a time.
-    """
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.graph_optimization_level = LEVELS[optimization]
-    options.log_severity_level = _FATAL_ONLY
-    for key, value in CONFIGURATION.items():
-        options.add_session_config_entry(key, value)
-    return options
-
-
 def options_record(threads: int, optimization: Optimization) -> dict[str, str | int]:
     """What :func:`session_options` sets, for a record."""
     return {
@@ -188,7 +174,7 @@ def default_options(
 
 
 class Session(onnxruntime.InferenceSession):  # type: ignore[misc]  # it has no types
-    """A session that records its runs in :mod:`edgekd.crash_notes`."""
+    """A session that records its runs in :mod:`edgekd.crashes`."""
 
     file: Path
     level: Optimization
@@ -227,68 +213,22 @@ def open_session(
         InputError: ONNX Runtime refuses the file, or a provider does not start on this machine
             (ONNX Runtime alone would continue on the CPU and report it in its log only).
     """
-    # It would otherwise write an identifier of this machine to disk.
-    onnxruntime.disable_telemetry_events()
-    options = options or session_options(threads, optimization)
-    chosen = provider_options or {}
-    # A pair only with options: every build accepts plain names.
-    named = [(name, dict(chosen[name])) if chosen.get(name) else name for name in providers]
-    less = {"disabled_optimizers": list(disabled_optimizers)} if disabled_optimizers else {}
     note_step("opened", path, optimization)
     try:
-        session = Session(str(path), options, providers=named, **less)
-    except Exception as error:  # the runtime's own exception classes have no public base
-        if match := _SHAPE_IN_FILE.search(str(error)):
-            tensor = f" (here {match['tensor']!r})" if match["tensor"] else ""
-            raise InputError(
-                "ONNX Runtime reads weights from an external file, but no constants that shapes "
-                f"and axes depend on{tensor}",
-                where=str(path),
-                remedy="save the model with its small tensors inside: onnx.save(model, FILE, "
-                "save_as_external_data=True, size_threshold=1024)",
-            ) from error
+        session: Session = onnx_session.open_session(
+            path,
+            options or session_options(threads, optimization),
+            providers,
+            provider_options or {},
+            fallback == "error",
+            Session,
+            disabled_optimizers,
+        )
+    except EdgerunError as error:
         raise InputError(
-            f"ONNX Runtime cannot open the model: {first_line(error)}",
-            where=str(path),
-            remedy="'edgekd doctor' shows the runtime's version; export the model for its opset",
+            error.what,
+            where=error.where,
+            remedy=f"{error.remedy}; 'edgekd doctor' shows what is installed here",
         ) from error
     session.file, session.level = path, optimization
-    missing = [name for name in providers if name not in session.get_providers()]
-    if missing and fallback == "error":
-        raise InputError(
-            f"{', '.join(missing)} did not start; ONNX Runtime would run the model on "
-            f"{', '.join(session.get_providers())}",
-            where=str(path),
-            remedy="install the provider's driver and libraries ('edgekd doctor'), "
-            "or choose another provider",
-        )
     return session
-
-
-_SHAPE_IN_FILE = re.compile(r"external tensors(?:.*for tensor: *(?P<tensor>\S+))?", re.DOTALL)
-_SOURCE_PLACE = re.compile(r"/\S+:\d+ [^()]*")
-
-
-def first_line(error: BaseException, limit: int = 300) -> str:
-    """The first informative line of an error, shortened.
-
-    ONNX Runtime's source location and C++ function are removed: they do not help a user.
-    """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    if place := _SOURCE_PLACE.search(text):
-        end = place.end()
-        while text[end : end + 1] == "(":
-            end = _closing(text, end) + 1
-        text = text[: place.start()] + (text[end:].strip() or text[place.start() :])
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def _closing(text: str, opening: int) -> int:
-    """Where the bracket at ``opening`` is closed; the end of the text where it is not."""
-    depth = 0
-    for index in range(opening, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[index], 0)
-        if depth == 0:
-            return index
-    return len(text)

@@ -15,20 +15,24 @@ import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edgekd.entry_points import InstalledExtension, extensions_named
-from edgekd.extension import is_reference, parse, source_files
-from edgekd.files import edgerun_folder, file_sha256
+from edgekd.errors import StageError
+from edgekd.extension import InstalledExtension, extensions_named, is_reference, parse, source_files
+from edgekd.files import edgerun_folder, file_sha256, write_whole
+
+if TYPE_CHECKING:
+    from edgekd.pipeline.stage import Job, Stage
+    from edgekd.pipeline.store import Artifact
 
 PLUMBING = (
     *("edgekd.pipeline", "edgekd.errors", "edgekd.progress"),
-    *("edgekd.extension", "edgekd.entry_points"),
+    *("edgekd.extension", "edgekd.extension"),
 )
 """Packages and modules that no result depends on, so that they are not followed.
 
@@ -319,12 +323,10 @@ def _cached_hashes(state: str) -> dict[str, str]:
 
 def _cache_hashes(state: str, hashes: Mapping[str, str]) -> None:
     """Cache the hashes; a failure to write is ignored, because they only save time."""
-    with suppress(OSError, RuntimeError):
+    with suppress(OSError, RuntimeError, StageError):
         file = _hashes_file()
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{os.getpid()}-{file.name}")
-        partial.write_text(json.dumps({"state": state, "hashes": hashes}), encoding="utf-8")
-        partial.replace(file)
+        write_whole(file, json.dumps({"state": state, "hashes": hashes}))
 
 
 def library_versions(names: Iterable[str]) -> dict[str, str]:
@@ -367,3 +369,58 @@ def _texts(value: Any) -> Iterable[str]:
     elif isinstance(value, list | tuple):
         for entry in value:
             yield from _texts(entry)
+
+
+def fingerprint_inputs(stage: Stage, job: Job, done: Mapping[str, Artifact]) -> dict[str, Any]:
+    """Everything that a stage's result depends on."""
+    chosen = stage.config_slice(job)
+    return {
+        "stage": stage.name,
+        "config": chosen,
+        "references": references_sha256(chosen),
+        "inputs": {name: done[name].digest for name in stage.inputs},
+        "code": code_sha256((type(stage).__module__,)),
+        "libraries": {**library_versions(stage.libraries), **extension_versions(chosen)},
+    }
+
+
+def why_outdated(now: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:
+    """A short reason why a stage is run again."""
+    if before is None:
+        return "not made yet"
+    changes = _changes(now["config"], before.get("config", {}), "")
+    if changes:
+        return "changed: " + "; ".join(changes[:3]) + (" …" if len(changes) > 3 else "")
+    inputs = _changed_keys(now["inputs"], before.get("inputs", {}))
+    if inputs:
+        return f"new input from {', '.join(inputs)}"
+    libraries = _changed_keys(now["libraries"], before.get("libraries", {}))
+    if libraries:
+        return f"other version of {', '.join(libraries)}"
+    if now["references"] != before.get("references"):
+        return "your own source changed"
+    if now["code"] != before.get("code"):
+        return "edgekd's own code changed"
+    return "its files were damaged or removed"
+
+
+def _changed_keys(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    return [key for key, value in now.items() if before.get(key) != value]
+
+
+def _changes(now: Any, before: Any, key: str) -> list[str]:
+    if isinstance(now, Mapping) and isinstance(before, Mapping):
+        names = sorted({*now, *before})
+        return [
+            change
+            for name in names
+            for change in _changes(now.get(name), before.get(name), f"{key}.{name}".lstrip("."))
+        ]
+    if isinstance(now, Sequence) and not isinstance(now, str):
+        now = list(now)
+    return [] if now == before else [f"{key} {_short(before)} → {_short(now)}"]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "…"

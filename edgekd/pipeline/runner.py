@@ -1,29 +1,37 @@
-"""Run the stages of a job in order; skip those whose fingerprint is already in the store."""
+"""Run the stages of a job in order, in one process or several; skip what is in the store.
+
+``torchrun --nproc-per-node 2 -m edgekd run …``: the first process runs the stages, writes the
+store and prints. The others wait for its commands and join the trainings, with an output
+folder that is discarded. All need access to the same files.
+"""
 
 from __future__ import annotations
 
 import errno
+import os
 import shutil
+import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from edgekd.config.host import world_size
 from edgekd.errors import EdgekdError, GateFailed, StageError, unknown_name
 from edgekd.extension import searching
 from edgekd.files import json_sha256
-from edgekd.pipeline.fingerprint import (
-    code_sha256,
-    extension_versions,
-    library_versions,
-    references_sha256,
-)
+from edgekd.pipeline.fingerprint import fingerprint_inputs, why_outdated
 from edgekd.pipeline.stage import Context, Job, Stage
 from edgekd.pipeline.store import Artifact, Store
-from edgekd.pipeline.workers import Workers
 from edgekd.progress import EventLog, Progress
+
+if TYPE_CHECKING:
+    from edgekd.distill.distributed import ProcessGroup
+
 
 _LINKED = ("benchmark", "report", "bundle")
 
@@ -82,7 +90,7 @@ def plan(
             material = fingerprint_inputs(stage, job, done)
             artifact = store.find(stage.name, json_sha256(material))
             if artifact is None:
-                reason = _why(material, store.latest(stage.name))
+                reason = why_outdated(material, store.latest(stage.name))
                 rows.append(PlanRow(stage.name, "run", reason))
             else:
                 done[stage.name] = artifact
@@ -148,7 +156,7 @@ class Runner:
                         if self.preflight is not None:
                             self.preflight(self.job, "gate" in names)
                         checked = True
-                    reason = _why(material, self.store.latest(stage.name))
+                    reason = why_outdated(material, self.store.latest(stage.name))
                     self.progress.message(f"{stage.name}: {reason}")
                     artifact = self._run_stage(stage, fingerprint, material)
                     self.outcome.ran.append(stage.name)
@@ -225,56 +233,177 @@ def is_disk_full(error: BaseException | None, folder: Path) -> bool:
     return False
 
 
-def fingerprint_inputs(stage: Stage, job: Job, done: Mapping[str, Artifact]) -> dict[str, Any]:
-    """Everything that a stage's result depends on."""
-    chosen = stage.config_slice(job)
-    return {
-        "stage": stage.name,
-        "config": chosen,
-        "references": references_sha256(chosen),
-        "inputs": {name: done[name].digest for name in stage.inputs},
-        "code": code_sha256((type(stage).__module__,)),
-        "libraries": {**library_versions(stage.libraries), **extension_versions(chosen)},
-    }
+_TRAINING = ("teacher", "distill")
 
 
-def _why(now: Mapping[str, Any], before: Mapping[str, Any] | None) -> str:
-    """A short reason why a stage is run again."""
-    if before is None:
-        return "not made yet"
-    changes = _changes(now["config"], before.get("config", {}), "")
-    if changes:
-        return "changed: " + "; ".join(changes[:3]) + (" …" if len(changes) > 3 else "")
-    inputs = _changed_keys(now["inputs"], before.get("inputs", {}))
-    if inputs:
-        return f"new input from {', '.join(inputs)}"
-    libraries = _changed_keys(now["libraries"], before.get("libraries", {}))
-    if libraries:
-        return f"other version of {', '.join(libraries)}"
-    if now["references"] != before.get("references"):
-        return "your own source changed"
-    if now["code"] != before.get("code"):
-        return "edgekd's own code changed"
-    return "its files were damaged or removed"
+@dataclass(frozen=True)
+class Command:
+    """A command of the first process to the others: join a stage or, without one, exit."""
+
+    stage: str | None
+    context: Context | None = None
+    inputs: Mapping[str, Path] | None = None
+    exit_code: int = 0
 
 
-def _changed_keys(now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
-    return [key for key, value in now.items() if before.get(key) != value]
+@dataclass(frozen=True)
+class _Failure:
+    """How a process failed; the first to fail is the cause of the others' failures."""
+
+    at: float
+    rank: int
+    error: EdgekdError
+    trace: str
 
 
-def _changes(now: Any, before: Any, key: str) -> list[str]:
-    if isinstance(now, Mapping) and isinstance(before, Mapping):
-        names = sorted({*now, *before})
-        return [
-            change
-            for name in names
-            for change in _changes(now.get(name), before.get(name), f"{key}.{name}".lstrip("."))
-        ]
-    if isinstance(now, Sequence) and not isinstance(now, str):
-        now = list(now)
-    return [] if now == before else [f"{key} {_short(before)} → {_short(now)}"]
+class _Silent:
+    """The silent progress of the processes other than the first."""
+
+    def start(self, label: str, total: int, unit: str) -> None: ...
+    def advance(self, n: int = 1, **figures: float) -> None: ...
+    def message(self, text: str) -> None: ...
+    def finish(self) -> None: ...
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else text[:37] + "…"
+@contextmanager
+def join_workers() -> Iterator[Workers | None]:
+    """The processes of this run; None with a single process.
+
+    When the first process exits, also by an error, the others exit with its exit code.
+
+    Raises:
+        StageError: the processes could not connect.
+    """
+    if world_size() == 1:
+        yield None
+        return
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in edgekd.api.execute
+    from edgekd.distill.distributed import open_process_group
+
+    workers = Workers(open_process_group())
+    if not workers.is_main:
+        yield workers
+        return
+    try:
+        yield workers
+    except BaseException as error:
+        workers.end(_exit_code(error))
+        raise
+    workers.end(0)
+
+
+class Workers:
+    """The processes of a run, from the view of one of them."""
+
+    def __init__(self, processes: ProcessGroup) -> None:
+        self._processes = processes
+        self.is_main = processes.rank == 0
+
+    def run(self, stage: Stage, context: Context, inputs: Mapping[str, Path]) -> None:
+        """Run a stage in the first process, or in all processes when it trains.
+
+        Raises:
+            Exception: that of the process that failed first.
+        """
+        if stage.name not in _TRAINING:
+            stage.run(context, inputs)
+            return
+        context.progress.message(f"  {stage.name}: {self._processes.count} processes train")
+        sent = replace(context, progress=_Silent(), fingerprints=dict(context.fingerprints))
+        self._broadcast(Command(stage.name, sent, dict(inputs)))
+        own, failures = self._gather_failures(partial(stage.run, context, inputs))
+        if own is not None and not isinstance(own, Exception):
+            raise own
+        cause = min(failures, key=lambda failure: failure.at, default=None)
+        if cause is None:
+            return
+        if own is not None and cause.rank == 0:
+            raise own
+        raise cause.error from RuntimeError(f"in process {cause.rank}:\n{cause.trace}")
+
+    def serve(self, stages: Sequence[Stage]) -> None:
+        """Execute the first process's commands until it exits.
+
+        Args:
+            stages: the stages that the first process runs.
+
+        Raises:
+            SystemExit: it exited with an exit code other than 0.
+            StageError: it ended without a final command.
+        """
+        while (command := self._broadcast(None)).stage is not None:
+            stage = next(stage for stage in stages if stage.name == command.stage)
+            self._gather_failures(partial(_join, stage, command))
+        if command.exit_code:
+            # Launchers end all processes when one fails, and the first has not printed its error
+            # yet.
+            with suppress(EdgekdError, KeyboardInterrupt):
+                self._broadcast(None)
+            raise SystemExit(command.exit_code)
+
+    def end(self, exit_code: int) -> None:
+        """Tell the other processes to exit."""
+        with suppress(EdgekdError):
+            self._broadcast(Command(None, exit_code=exit_code))
+
+    def _broadcast(self, command: Command | None) -> Command:
+        """Broadcast the first process's command; the others' is ignored."""
+        try:
+            return self._processes.broadcast_object(command)
+        except RuntimeError as error:
+            raise _process_lost() from error
+
+    def _gather_failures(
+        self, work: Callable[[], None]
+    ) -> tuple[BaseException | None, tuple[_Failure, ...]]:
+        """Gather the failures of a training from all processes."""
+        own: BaseException | None = None
+        failure: _Failure | None = None
+        rank = self._processes.rank
+        try:
+            work()
+        except BaseException as error:
+            own = error
+            failure = _Failure(
+                time.time(), rank, _as_edgekd_error(error, rank), traceback.format_exc()
+            )
+            self._processes.abort()
+        try:
+            failures = self._processes.all_gather_object(failure)
+        except RuntimeError as error:
+            if own is not None and not isinstance(own, RuntimeError):
+                raise own from error
+            raise _process_lost() from error
+        return own, tuple(found for found in failures if found is not None)
+
+
+def _join(stage: Stage, command: Command) -> None:
+    assert command.context is not None
+    assert command.inputs is not None
+    context = command.context
+    # What a kill leaves there is removed with the scratch folder.
+    with tempfile.TemporaryDirectory(dir=context.scratch) as folder, searching(context.job.base):
+        stage.run(replace(context, out=Path(folder)), command.inputs)
+
+
+def _as_edgekd_error(error: BaseException, rank: int) -> EdgekdError:
+    """An error in a form that can be sent to another process."""
+    if isinstance(error, EdgekdError):
+        return error
+    return StageError(
+        f"process {rank} failed: {type(error).__name__}: {error}",
+        remedy="the complete traceback is in the run folder's log.jsonl",
+    )
+
+
+def _process_lost() -> StageError:
+    return StageError(
+        f"one of the {world_size()} processes of this run is gone",
+        remedy="see what ended it (memory, a signal); the next run resumes from the last epoch",
+    )
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, EdgekdError):
+        return error.exit_code
+    return 130 if isinstance(error, KeyboardInterrupt) else 1

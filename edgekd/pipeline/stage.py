@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from edgekd.config.budgets import Budgets
 from edgekd.config.pipeline import PipelineConfig
 from edgekd.config.profile import Profile
+from edgekd.errors import InputError
 from edgekd.progress import Progress
 
 
@@ -21,9 +23,34 @@ class Job:
     """The folder of the pipeline file: relative paths and own modules are found from here."""
     profile: Profile
 
+    @property
+    def task_settings(self) -> list[Any]:
+        """The task's name and arguments, for a stage's ``config_slice``."""
+        return [self.config.task, self.config.task_args]
+
+    @property
+    def budgets(self) -> Budgets:
+        """Those of the section ``gate``, else the profile's limits."""
+        return Budgets.resolve(self.config.gate, self.profile)
+
     def path(self, name: str) -> Path:
         """A path of the pipeline file; a relative one is resolved from the file's folder."""
         return self.base / Path(name).expanduser()
+
+    def existing_file(self, name: str, where: str) -> Path:
+        """:meth:`path` of a file that the key ``where`` names.
+
+        Raises:
+            InputError: there is no such file.
+        """
+        path = self.path(name)
+        if not path.is_file():
+            raise InputError(
+                f"the file {name!r} does not exist",
+                where=where,
+                remedy=f"give a path from the pipeline file's folder; looked at {path}",
+            )
+        return path
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from edgekd.errors import InputError
-from edgekd.files import file_sha256, json_sha256
+from edgekd.files import file_sha256, json_sha256, write_errors
 
 _RECORD = "artifact.json"
 
@@ -64,12 +64,10 @@ class Store:
                 where=str(self.folder),
                 remedy="wait until it ends, or give this run its own folder with --output",
             ) from error
-        except OSError as error:
-            raise InputError(
-                f"the run folder cannot be written: {error.strerror or error}",
-                where=str(self.folder),
-                remedy="give a folder that you may write to with --output",
-            ) from error
+        except OSError:
+            remedy = "give a folder that you may write to with --output"
+            with write_errors(self.folder, "the run folder", remedy, InputError):
+                raise
         # Best effort: the name of the owner is only for the other run's message.
         (self.folder / ".owner").write_text(str(os.getpid()), encoding="utf-8")
         for leftover in self.artifacts.glob("*/.tmp-*"):
@@ -137,7 +135,9 @@ class Store:
             "files": files,
             "made_from": made_from,
         }
-        write_atomically(temporary / _RECORD, json.dumps(record, indent=1, default=str))
+        # Not atomic by itself: the artifact appears with the rename of its folder.
+        text = json.dumps(record, indent=1, default=str)
+        (temporary / _RECORD).write_text(text, encoding="utf-8")
         final = self._place(stage, fingerprint)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
@@ -172,13 +172,6 @@ class Store:
         except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
             return None
         return record
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _stamp(file: Path) -> dict[str, Any]:

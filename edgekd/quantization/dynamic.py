@@ -15,13 +15,8 @@ from edgekd.config.host import saturates
 from edgekd.onnx.file import check_onnx
 from edgekd.onnx.samples import Samples
 from edgekd.quantization.node_selection import nothing_to_quantize
-from edgekd.quantization.prepare import (
-    drop_unused,
-    prepare_onnx,
-    restore_identity,
-    save_onnx,
-    set_aside_outputs,
-)
+from edgekd.quantization.prepare import prepare_onnx, save_onnx
+from edgekd.quantization.rewrites import assign, drop_unused, restore_identity, set_aside_outputs
 from edgekd.quantization.weights_only import check_finite_weight, dequantize_weights
 
 # Without an 8-bit kernel for dynamic scales: their weights are stored in 8 bits.
@@ -149,15 +144,14 @@ def _split_gemms(graph: onnx.GraphProto, keep: Collection[str]) -> None:
                 values = onnx.numpy_helper.to_array(weight).T.copy()
                 weights[name] = onnx.numpy_helper.from_array(values, name)
                 graph.initializer.append(weights[name])
-        answer = node.output[0]
+        output = node.output[0]
         biased = len(node.input) > 2 and bool(node.input[2])
-        product = f"{answer}.product" if biased else answer
+        product = f"{output}.product" if biased else output
         nodes.append(helper.make_node("MatMul", [node.input[0], name], [product], node.name))
         if biased:
             graph.value_info.append(helper.make_tensor_value_info(product, TensorProto.FLOAT, None))
             nodes.append(
-                helper.make_node("Add", [product, node.input[2]], [answer], f"{node.name}.bias")
+                helper.make_node("Add", [product, node.input[2]], [output], f"{node.name}.bias")
             )
-    del graph.node[:]
-    graph.node.extend(nodes)
+    assign(graph.node, nodes)
     drop_unused(graph)

@@ -43,6 +43,7 @@ import onnx_ir as ir
 from google.protobuf.message import EncodeError
 
 from edgekd.errors import EdgekdError, InputError, StageError, unknown_name
+from edgekd.files import write_errors
 from edgekd.onnx.file import check_fits_one_file, check_onnx
 from edgekd.onnx.inference import fixed_batch, model_inputs, outputs_of
 from edgekd.onnx.optimizer_faults import guard_padding
@@ -161,14 +162,8 @@ def convert_mixed_precision(
     if samples is not None:
         difference = largest_difference(flat, converted, low, samples, names)
     content = _serialized(converted, where)
-    try:
+    with write_errors(out, "the ONNX file"):
         out.write_bytes(content)
-    except OSError as error:
-        raise StageError(
-            f"the ONNX file cannot be written: {error.strerror}",
-            where=str(out),
-            remedy="free space or choose another folder",
-        ) from error
     check_onnx(out)
     return MixedPrecisionInfo(
         kind=kind,

@@ -12,7 +12,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from edgekd.errors import InputError, StageError
+from edgekd.errors import InputError
+from edgekd.files import write_errors
 from edgekd.onnx.error_metrics import ErrorSums
 from edgekd.onnx.file import read_onnx
 from edgekd.onnx.inference import run_samples
@@ -251,15 +252,9 @@ class _Search:
 
     def hand_over(self, out: Path) -> None:
         """Move the best file, as it was measured, with its external data."""
-        try:
+        with write_errors(out, "the ONNX file"):
             for file in self._kept.parent.iterdir():
                 shutil.move(file, out.parent / file.name)
-        except OSError as error:
-            raise StageError(
-                f"the ONNX file cannot be written: {error.strerror}",
-                where=str(out),
-                remedy="free space or choose another folder",
-            ) from error
 
 
 class _Ranking:

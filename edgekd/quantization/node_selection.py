@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
 from edgekd.errors import InputError
-from edgekd.onnx.graph import subgraphs
-from edgekd.quantization.prepare import all_nodes, inner_names
+from edgekd.onnx.file import read_onnx
+from edgekd.onnx.graph import node_label, subgraphs
+from edgekd.quantization.rewrites import all_nodes, element_types, inner_names, readers_of
 
 QuantizationRuntime = Literal["cpu", "tensorrt"]
 
@@ -27,26 +30,14 @@ _CPU_JOINED = {"Add", "Mul", "Concat", "GlobalAveragePool", "LeakyRelu", "Sigmoi
 
 # These pass on 8 bits with the scale of their input, and do nothing to a float one.
 _CPU_PASSED = {
-    "Relu",
-    "Clip",
-    "Reshape",
-    "Transpose",
-    "Squeeze",
-    "Unsqueeze",
-    "Flatten",
-    "MaxPool",
-    "AveragePool",
-    "Slice",
-    "Resize",
-    "Pad",
-    "Split",
-    "Gather",
-}
+    "Relu", "Clip", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "MaxPool",
+    "AveragePool", "Slice", "Resize", "Pad", "Split", "Gather",
+}  # fmt: skip
 
 # Where a mask's values end: values far below the others have no weight there.
 _MASKED_BY = {"Softmax", "LogSoftmax", "Hardmax", "ArgMax", "TopK"}
 
-_WAY_TO_SOFTMAX = {*_CPU_PASSED, "Add", "Sub", "Mul", "Div", "Where", "Cast", "Identity", "Concat"}
+_BEFORE_SOFTMAX = {*_CPU_PASSED, "Add", "Sub", "Mul", "Div", "Where", "Cast", "Identity", "Concat"}
 
 # From here on a constant that is 0 elsewhere is a mask (Swin's is -100); a range, whose other end
 # is this many times closer to 0, from where 8 bits cannot distinguish the other values.
@@ -88,16 +79,11 @@ class Candidates:
         self.weighted = _CPU_WEIGHTED if runtime == "cpu" else WEIGHTED
         """The operators whose arithmetic the runtime has in 8 bits."""
         self._weights = {t.name: t for t in graph.initializer}
-        values = [*graph.value_info, *graph.input, *graph.output]
-        self._floats = {
-            v.name for v in values if v.type.tensor_type.elem_type == TensorProto.FLOAT
-        } | {t.name for t in graph.initializer if t.data_type == TensorProto.FLOAT}
+        types = {t.name: t.data_type for t in graph.initializer} | element_types(graph)
+        self._floats = {name for name, kind in types.items() if kind == TensorProto.FLOAT}
         # Their values are model outputs before a following Relu or Clip.
         self._seen = inner_names(graph) | {value.name for value in graph.output}
-        self._readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in graph.node:
-            for name in node.input:
-                self._readers.setdefault(name, []).append(node)
+        self._readers = readers_of(graph)
         self.all = self.select(())
         """Every node that can compute in 8 bits or pass them on, in graph order."""
 
@@ -111,10 +97,8 @@ class Candidates:
     @property
     def nodes(self) -> tuple[str, ...]:
         """The nodes that the search decides on: all but those that only pass 8 bits on."""
-        passed = _CPU_PASSED
-        return tuple(
-            n.name for n in self._graph.node if n.name in self.all and n.op_type not in passed
-        )
+        chosen = (node for node in self._graph.node if node.name in self.all)
+        return tuple(node.name for node in chosen if node.op_type not in _CPU_PASSED)
 
     def input_layers(self, float_nodes: Collection[str]) -> tuple[str, ...]:
         """The convolutions in 8 bits that read the model's inputs, when some nodes stay in float;
@@ -247,14 +231,14 @@ def masked_tensors(
     weights = {tensor.name: tensor for tensor in graph.initializer}
     to_softmax: set[str] = set()
     for node in reversed(graph.node):
-        follows = node.op_type in _WAY_TO_SOFTMAX and not to_softmax.isdisjoint(node.output)
+        follows = node.op_type in _BEFORE_SOFTMAX and not to_softmax.isdisjoint(node.output)
         if node.op_type in _MASKED_BY:
             to_softmax.update(node.input[:1])
         elif follows:
             to_softmax.update(node.input)
     masked: dict[str, str] = {}
     for node in graph.node:
-        if node.op_type not in _WAY_TO_SOFTMAX or to_softmax.isdisjoint(node.output):
+        if node.op_type not in _BEFORE_SOFTMAX or to_softmax.isdisjoint(node.output):
             continue
         low, high = ranges.get(node.output[0], (0.0, 0.0))
         larger, other = max(abs(low), abs(high)), min(abs(low), abs(high))
@@ -359,3 +343,104 @@ def _why_not(
         ", ".join(nodes[:_NAMED]) + (" and others " if len(nodes) > _NAMED else " ") + why
         for why, nodes in list(reasons.items())[:_NAMED]
     )
+
+
+LEAST_ELEMENTS = 64
+_BYTES: dict[int, int] = {
+    TensorProto.FLOAT: 4, TensorProto.DOUBLE: 8,
+    TensorProto.FLOAT16: 2, TensorProto.BFLOAT16: 2,
+}  # fmt: skip
+_PASSED_ON = {
+    "Identity", "Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice",
+    "Expand", "Tile", "Concat", "Split",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FloatNode:
+    """A node that stays in float, the ``bytes`` of weights that it reads, and the reason.
+
+    Weights are constants of 64 elements or more with two dimensions or more that are longer than
+    1: biases, and scales of normalizations, are not counted. A tensor that several nodes read
+    counts for the first.
+    """
+
+    node: str
+    op: str
+    bytes: int
+    reason: str
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain mapping for a JSON file."""
+        return asdict(self)
+
+
+def float_nodes(path: Path, reasons: Mapping[str, str], default: str) -> tuple[FloatNode, ...]:
+    """The nodes of a quantized file that read float weights, and those that have a reason to stay
+    in float; in graph order, those in bodies of If, Loop and Scan and in functions too.
+
+    Args:
+        path: the file.
+        reasons: by node name.
+        default: the reason of a node that has none.
+
+    Raises:
+        InputError: as :func:`edgekd.onnx.file.read_onnx`.
+    """
+    model = read_onnx(path)
+    counted: set[str] = set()
+    rows = list(_rows(model.graph, {}, counted, ""))
+    for function in model.functions:
+        rows += _of_nodes(function.node, {}, counted, f"in function {function.name}")
+    return tuple(
+        FloatNode(label, op, size, reasons.get(label, inside or default))
+        for label, op, size, inside in rows
+        if size or label in reasons
+    )
+
+
+_Row = tuple[str, str, int, str]
+
+
+def _rows(
+    graph: onnx.GraphProto, outer: Mapping[str, frozenset[str]], counted: set[str], inside: str
+) -> Iterable[_Row]:
+    own = {tensor.name: _origin(tensor, tensor.name) for tensor in graph.initializer}
+    return _of_nodes(graph.node, {**outer, **own}, counted, inside)
+
+
+def _of_nodes(
+    nodes: Iterable[onnx.NodeProto],
+    weights: Mapping[str, frozenset[str]],
+    counted: set[str],
+    inside: str,
+) -> Iterable[_Row]:
+    """``weights``: tensor → the constants in it, each as ``name:bytes``."""
+    known = dict(weights)
+    for node in nodes:
+        if node.op_type == "Constant":
+            for attribute in node.attribute:
+                if attribute.name == "value":
+                    known[node.output[0]] = _origin(attribute.t, node.output[0])
+            continue
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        read = frozenset[str]().union(*(known.get(name, frozenset()) for name in node.input))
+        constant = all(not name or name in known for name in node.input[:1])
+        if node.op_type in _PASSED_ON and read and constant:
+            known.update(dict.fromkeys(node.output, read))
+            continue
+        new = read - counted
+        counted |= new
+        size = sum(int(origin.rpartition(":")[2]) for origin in new)
+        yield node_label(node), node.op_type, size, inside
+        for body in subgraphs(node):
+            yield from _rows(body, known, counted, f"in a body of {node.op_type} {node.name!r}")
+
+
+def _origin(tensor: onnx.TensorProto, name: str) -> frozenset[str]:
+    count = math.prod(tensor.dims)
+    long = sum(size > 1 for size in tensor.dims)
+    if tensor.data_type not in _BYTES or count < LEAST_ELEMENTS or long < 2:
+        return frozenset()
+    return frozenset([f"{name}:{count * _BYTES[tensor.data_type]}"])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationMethod, QuantType
 from onnxruntime.quantization.calibrate import TensorData, TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
@@ -15,23 +17,27 @@ from onnxruntime.quantization.quant_utils import add_infer_metadata
 
 from edgekd.config.host import saturates
 from edgekd.onnx.file import check_onnx
-from edgekd.onnx.samples import Samples
-from edgekd.quantization.calibration import Calibration, calibrate
-from edgekd.quantization.mixed_ranges import MixedRange, mixed_joins, mixed_outputs
+from edgekd.onnx.inference import BatchedModel, is_ragged
+from edgekd.onnx.output_parts import APART, find_parts
+from edgekd.onnx.samples import Array, Samples
+from edgekd.quantization.calibration import Calibration, Ranges, calibrate
 from edgekd.quantization.node_selection import (
     Candidates,
     QuantizationRuntime,
     masked_tensors,
     nothing_to_quantize,
 )
-from edgekd.quantization.prepare import (
+from edgekd.quantization.prepare import prepare_onnx, save_onnx
+from edgekd.quantization.rewrites import (
+    copy_shared_weights,
     drop_unused,
-    prepare_onnx,
+    element_types,
+    free_float_values,
+    pool_spatial_means,
+    readers_of,
     restore_identity,
-    save_onnx,
     set_aside_outputs,
 )
-from edgekd.quantization.rewrites import copy_shared_weights, free_float_values, pool_spatial_means
 
 
 class StaticQuantizer:
@@ -87,7 +93,7 @@ class StaticQuantizer:
             raise nothing_to_quantize(
                 self._prepared.model, onnx_path, self._candidates.weighted, kept
             )
-        self._runtime = runtime
+        self.runtime = runtime
         self._reduce_range = runtime == "cpu" and (
             saturates() if reduce_range is None else reduce_range
         )
@@ -132,12 +138,12 @@ class StaticQuantizer:
     def _among(self, kept: Collection[str]) -> Candidates:
         """What can be in 8 bits when ``kept`` stays in float."""
         graph = self._prepared.model.graph
-        return Candidates(graph, self._runtime, kept, self._without, self._masked)
+        return Candidates(graph, self.runtime, kept, self._without, self._masked)
 
     def _leave_mixed_in_float(self, samples: Samples, kept: Collection[str]) -> None:
         graph, before = self._prepared.model.graph, self._candidates
         found = mixed_joins(graph, self.ranges, before.weighted)
-        if self._runtime == "cpu":
+        if self.runtime == "cpu":
             found += mixed_outputs(self.prepared, samples)
         found = tuple(mixed for mixed in found if before.all & set(mixed.floats))
         floats = {name for mixed in found for name in mixed.floats}
@@ -197,7 +203,7 @@ class StaticQuantizer:
         add_infer_metadata(model)
         nodes = [node for node in model.graph.node if node.name in chosen]
         types = {node.op_type for node in nodes}
-        cpu = self._runtime == "cpu"
+        cpu = self.runtime == "cpu"
         quantizer = QDQQuantizer(
             model,
             True,
@@ -252,8 +258,138 @@ def _one_scale_each(
 
 def _joined(graph: onnx.GraphProto) -> set[str]:
     """The activations that Concats join, whose ranges show whether one scale fits them all."""
+    types = element_types(graph)
     weights = {tensor.name for tensor in graph.initializer}
-    values = [*graph.value_info, *graph.input, *graph.output]
-    floats = {v.name for v in values if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
-    joined = {name for n in graph.node if n.op_type == "Concat" for name in n.input}
-    return joined & floats - weights
+    joined = {name for n in graph.node if n.op_type == "Concat" for name in n.input} - weights
+    return {name for name in joined if types.get(name) == onnx.TensorProto.FLOAT}
+
+
+OUTPUT_RATIO = 4.0
+"""Ratio of a Concat's input ranges above which it stays in float where no layer reads it: that
+costs next to nothing, and the smaller part would lose two of its 8 bits."""
+INNER_RATIO = 16.0
+"""The ratio where a layer reads it, which then stays in float too: a part may have 16 of 256
+steps.
+"""
+
+_MOVED = {
+    "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Gather",
+    "Identity", "Pad", "Resize", "MaxPool", "AveragePool", "Relu", "Clip", "LeakyRelu",
+}  # fmt: skip
+_JOINED = {"Concat", "Add", "Sub", "Mul", "Div"}
+_LOOKED_AT = 16  # samples whose outputs show the scales of an output
+
+
+@dataclass(frozen=True)
+class MixedRange:
+    """A node whose result has parts of different ranges."""
+
+    node: str
+    smallest: float
+    largest: float
+    """The largest absolute value of the parts with the smallest and the largest."""
+    floats: tuple[str, ...]
+    """All nodes that stay in float for it: this one, the nodes that pass its result on, and the
+    layers that read it."""
+
+    def __str__(self) -> str:
+        return f"{self.node} (±{self.smallest:.3g} next to ±{self.largest:.3g})"
+
+
+def mixed_joins(
+    graph: onnx.GraphProto, ranges: Ranges, weighted: Collection[str]
+) -> tuple[MixedRange, ...]:
+    """The Concats that would bring inputs of different ranges under one scale, in graph order.
+
+    Args:
+        graph: prepared, see :func:`edgekd.quantization.prepare.prepare_onnx`.
+        ranges: the (lowest, highest) value of activations, calibrated.
+        weighted: operators of layers with weights.
+    """
+    readers = readers_of(graph)
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    found = []
+    for node in graph.node:
+        if node.op_type != "Concat":
+            continue
+        # Zeros fit any scale.
+        sizes = [size for name in node.input if (size := _size(name, ranges, constants))]
+        if len(sizes) < 2:
+            continue
+        tail, layers = _behind(node, readers, weighted)
+        if max(sizes) > (INNER_RATIO if layers else OUTPUT_RATIO) * min(sizes):
+            names = (node.name, *tail, *layers)
+            found.append(MixedRange(node.name, min(sizes), max(sizes), names))
+    return tuple(found)
+
+
+def mixed_outputs(prepared: Path, samples: Samples) -> tuple[MixedRange, ...]:
+    """The nodes that make outputs whose channels are of different ranges without a Concat.
+
+    Args:
+        prepared: the float model.
+        samples: its real inputs; the first are run.
+
+    Raises:
+        InputError, StageError: as :class:`edgekd.onnx.inference.BatchedModel`.
+    """
+    model = BatchedModel(prepared, samples, optimization="disabled", batch=_LOOKED_AT)
+    outputs = {
+        name: values
+        for name, values in model.predict(next(samples.batches(model.size))).items()
+        if not is_ragged(values)
+    }
+    graph = onnx.load(str(prepared), load_external_data=False).graph
+    makers = {name: node for node in graph.node for name in node.output}
+    found = []
+    for name, parts in find_parts(prepared, samples, outputs, model.outputs.axes).items():
+        if outputs[name].dtype.kind != "f":
+            continue
+        flat = np.abs(outputs[name].reshape(len(outputs[name]), -1))
+        peaks = [_peak(flat[:, part.positions]) for part in parts if part.positions is not None]
+        peaks = [peak for peak in peaks if peak > 0]
+        if len(peaks) < 2 or max(peaks) < APART * min(peaks):
+            continue
+        chain = []
+        node = makers.get(name)
+        while node is not None and node.op_type in _MOVED:
+            chain.append(node.name)
+            node = makers.get(node.input[0])
+        if node is not None and node.op_type != "Concat":
+            names = (node.name, *reversed(chain))
+            found.append(MixedRange(node.name, min(peaks), max(peaks), names))
+    return tuple(found)
+
+
+def _peak(values: Array) -> float:
+    return float(values[np.isfinite(values)].max(initial=0.0))
+
+
+def _size(name: str, ranges: Ranges, constants: Mapping[str, onnx.TensorProto]) -> float:
+    """The largest absolute value of a tensor; 0 where it is not known."""
+    if name in ranges:
+        return max(map(abs, ranges[name]))
+    if name not in constants:
+        return 0.0
+    values = numpy_helper.to_array(constants[name])
+    return _peak(np.abs(values)) if values.dtype.kind == "f" else 0.0
+
+
+def _behind(
+    node: onnx.NodeProto,
+    readers: Mapping[str, Sequence[onnx.NodeProto]],
+    weighted: Collection[str],
+) -> tuple[list[str], list[str]]:
+    """The nodes that pass a result on with its ranges, and the layers that read it there."""
+    tail: dict[str, None] = {}
+    layers: dict[str, None] = {}
+    todo = [node]
+    while todo:
+        for name in todo.pop().output:
+            for reader in readers.get(name, ()):
+                if reader.op_type in weighted:
+                    layers.setdefault(reader.name)
+                elif reader.op_type in _MOVED | _JOINED and reader.name not in tail:
+                    tail.setdefault(reader.name)
+                    todo.append(reader)
+    return list(tail), list(layers)

@@ -15,7 +15,8 @@ from edgekd.errors import InputError
 from edgekd.onnx.file import check_onnx
 from edgekd.onnx.samples import Samples
 from edgekd.quantization.node_selection import nothing_to_quantize
-from edgekd.quantization.prepare import drop_unused, prepare_onnx, restore_identity, save_onnx
+from edgekd.quantization.prepare import prepare_onnx, save_onnx
+from edgekd.quantization.rewrites import assign, drop_unused, restore_identity
 
 _LARGEST = 127
 _LEAST_ELEMENTS = 64  # below that the scales and the extra node outweigh the savings
@@ -140,8 +141,7 @@ def dequantize_weights(
                 node.input[index] = _given_back(graph, nodes, tensor, axis, done)
             count += 1
         nodes += [node, *after]
-    del graph.node[:]
-    graph.node.extend(nodes)
+    assign(graph.node, nodes)
     drop_unused(graph)
     return count
 
@@ -224,14 +224,14 @@ def _gather_rows(
         graph.initializer.append(numpy_helper.from_array(steps, f"{base}.int8"))
         graph.initializer.append(numpy_helper.from_array(scale[:, None], f"{base}.scale"))
         done[tensor.name, -1] = base
-    indices, answer, name = node.input[1], node.output[0], node.name
-    node.input[0], node.output[0] = f"{base}.int8", f"{answer}.int8"
+    indices, output, name = node.input[1], node.output[0], node.name
+    node.input[0], node.output[0] = f"{base}.int8", f"{output}.int8"
     return [
-        helper.make_node("Cast", [f"{answer}.int8"], [f"{answer}.steps"], f"{name}.cast", to=1),
+        helper.make_node("Cast", [f"{output}.int8"], [f"{output}.steps"], f"{name}.cast", to=1),
         helper.make_node(
-            "Gather", [f"{base}.scale", indices], [f"{answer}.scale"], f"{name}.scale"
+            "Gather", [f"{base}.scale", indices], [f"{output}.scale"], f"{name}.scale"
         ),
         helper.make_node(
-            "Mul", [f"{answer}.steps", f"{answer}.scale"], [answer], f"{name}.rescale"
+            "Mul", [f"{output}.steps", f"{output}.scale"], [output], f"{name}.rescale"
         ),
     ]

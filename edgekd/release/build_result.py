@@ -1,23 +1,97 @@
-"""From what was measured to the result file: every figure with unit, n, interval and evidence."""
+"""The result from what was measured: the benchmark stage's, and a device's ``edgerun bench``."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, Field
 
-from edgekd.measurement import Evidence, Measurement
+from edgekd.config.profile import Profile
+from edgekd.errors import InputError
+from edgekd.files import file_sha256
+from edgekd.measurement import OF_CONSTANT, Evidence, Measurement, Number, drop_unit
 from edgekd.release import statistics
-from edgekd.release.formatting import OF_CONSTANT, drop_unit
-from edgekd.release.result import SCHEMA
+from edgekd.release.result import ModelResult, Result, read_json, validate
 
 MB = 1e6
 Scores = npt.NDArray[np.float64]
+
+BENCH_SCHEMA = "edgerun.bench/1"
+_MEASURE_AGAIN = "measure again: python -m edgerun bench model.onnx --json bench.json"
+_ARM_KINDS = ("cpu-board", "jetson")
+_ARM = ("aarch64", "arm64", "armv7l", "armv8l")
+_NOT_SCORED = (
+    "bench.json times a model and does not score it: give the pipeline's result too, "
+    "edgekd gate result.json --device bench.json"
+)
+
+
+class Percentile(BaseModel):
+    """A percentile of the latency, in ms; without a value where there are too few queries."""
+
+    value: Number | None
+    interval: tuple[Number, Number] | None
+    n: int
+    note: str
+
+
+class Percentiles(BaseModel):
+    """The percentiles that a result states."""
+
+    p50: Percentile
+    p90: Percentile
+    p95: Percentile
+    p99: Percentile
+
+
+class Memory(BaseModel):
+    """Peak memory in MB above an empty process; None where the system does not report it."""
+
+    above_empty_mb: Number | None
+
+
+class BenchModel(BaseModel):
+    """One model of a benchmark record."""
+
+    path: str
+    sha256: str
+    size_bytes: int
+    latency: Percentiles
+    memory: Memory | None
+    samples_ms: tuple[Number, ...]
+    warmup: dict[str, Any]
+    providers: dict[str, Any]
+    threads: int | None
+
+
+class Speedup(BaseModel):
+    """How many times slower the second model is, over the interleaved rounds."""
+
+    ratio: Number
+    interval: tuple[Number, Number] | None
+    rounds: int
+
+
+class BenchRecord(BaseModel):
+    """What is read of a record of ``edgerun bench`` (``edgerun.bench/1``)."""
+
+    models: Annotated[tuple[BenchModel, ...], Field(min_length=1)]
+    comparison: Speedup | None
+    environment: dict[str, Any]
+
+    @classmethod
+    def from_json(cls, value: Any, where: str) -> BenchRecord:
+        """Validate the content of a record.
+
+        Raises:
+            InputError: a part is missing or is not what it should be.
+        """
+        return validate(cls, value, "the record of edgerun bench", where, _MEASURE_AGAIN)
 
 
 class Scored(Protocol):
@@ -62,105 +136,85 @@ def evidence_of(profile: str, target: str) -> Evidence:
 
 
 def build_result(
-    origin: RunInfo,
+    run: RunInfo,
     task: Scored,
     measured: Mapping[str, Measured],
     bench: Mapping[str, Any],
     constant: Scores | None = None,
-) -> dict[str, Any]:
-    """The content of a result file.
+) -> Result:
+    """The result of a benchmark stage.
 
     Args:
-        origin: what was measured, where and with what.
+        run: what was measured, where and with what.
         task: whose scores they are.
         measured: ``student``, and ``teacher`` and ``baseline`` if any.
         bench: the record of ``edgerun bench`` for the student, and the teacher if it was timed.
         constant: (N,) what a constant prediction scores on the same samples; None: not known.
 
-    Returns:
-        JSON values of the schema ``edgekd.result/1``.
+    Raises:
+        InputError: the record is damaged, or contradicts itself.
     """
-    timed = dict(zip(("student", "teacher"), bench["models"], strict=False))
-    models = {
-        role: _model(entry, timed.get(role), task, origin.evidence)
-        for role, entry in measured.items()
-    }
-    figures = _comparison(measured, task, bench, origin.evidence, constant)
-    more: dict[str, Any] = {}
-    if constant is not None:
-        chance = statistics.mean_score(constant).figure(task.metric, origin.evidence)
-        more["constant"] = chance.to_json()
-    return {
-        "schema": SCHEMA,
-        "name": origin.name,
-        "seed": origin.seed,
-        "recipe": origin.recipe,
-        "profile": origin.profile,
-        "target": origin.target,
-        "evidence": origin.evidence,
-        "task": {
-            "name": task.name,
-            "metric": task.metric,
-            "higher_is_better": task.higher_is_better,
+    where, evidence = f"target {run.target}", run.evidence
+    record = BenchRecord.from_json(bench, where)
+    timed = dict(zip(("student", "teacher"), record.models, strict=False))
+    content: dict[str, Any] = {
+        **run.__dict__,
+        "task": task.name,
+        "metric": task.metric,
+        "higher_is_better": task.higher_is_better,
+        "models": {
+            role: _model(entry, timed.get(role), task.metric, evidence)
+            for role, entry in measured.items()
         },
-        "models": models,
-        **more,
-        "comparison": {name: figure.to_json() for name, figure in figures.items()},
-        "environment": bench["environment"],
-        "versions": dict(origin.versions),
-        "fingerprints": dict(origin.fingerprints),
+        "comparison": _comparison(measured, task, record, evidence, constant),
+        "environment": record.environment,
     }
+    if constant is not None:
+        content["constant"] = statistics.mean_score(constant).figure(task.metric, evidence)
+    return validate(Result, content, "the result", where, "run the benchmark stage again")
 
 
 def _model(
-    entry: Measured, timed: Mapping[str, Any] | None, task: Scored, evidence: Evidence
-) -> dict[str, Any]:
-    metric = statistics.mean_score(entry.scores).figure(task.metric, evidence)
-    size = Measurement(entry.file.stat().st_size / MB, "MB", evidence=evidence)
-    parameters = Measurement(float(entry.parameters), "parameters", evidence=evidence)
-    row: dict[str, Any] = {
-        "file": entry.file.name,
-        "sha256": hashlib.sha256(entry.file.read_bytes()).hexdigest(),
-        "metric": metric.to_json(),
-        "size_mb": size.to_json(),
-        "parameters": parameters.to_json(),
-    }
-    return row if timed is None else row | timing_row(timed, evidence)
+    entry: Measured, timed: BenchModel | None, metric: str, evidence: Evidence
+) -> ModelResult:
+    return ModelResult(
+        file=entry.file.name,
+        sha256=file_sha256(entry.file),
+        metric=statistics.mean_score(entry.scores).figure(metric, evidence),
+        size_mb=Measurement(entry.file.stat().st_size / MB, "MB", evidence=evidence),
+        parameters=Measurement(float(entry.parameters), "parameters", evidence=evidence),
+        **({} if timed is None else _timing(timed, evidence)),
+    )
 
 
-def timing_row(timed: Mapping[str, Any], evidence: Evidence) -> dict[str, Any]:
-    """The timing of a model in a result, from its row of ``edgerun bench``."""
-    latency, memory = timed["latency"], timed["memory"]
-    row: dict[str, Any] = {}
-    row["latency"] = {
-        f"{name}_ms": Measurement(
-            latency[name]["value"],
-            "ms",
-            latency[name]["n"],
-            tuple(latency[name]["interval"]) if latency[name]["interval"] else None,
+def _timing(timed: BenchModel, evidence: Evidence) -> dict[str, Any]:
+    """The fields of a model's result that are timed."""
+    peak = None if timed.memory is None else timed.memory.above_empty_mb
+    return {
+        "latency": {
+            f"{name}_ms": Measurement(
+                found.value, "ms", found.n, found.interval, evidence=evidence, note=found.note
+            )
+            for name, found in timed.latency
+        },
+        "peak_memory_mb": Measurement(
+            None if peak is None else max(peak, 0.0),
+            "MB",
             evidence=evidence,
-            note=latency[name]["note"],
-        ).to_json()
-        for name in ("p50", "p90", "p95", "p99")
+            note="peak memory cannot be read on this system"
+            if peak is None
+            else "above an empty process",
+        ),
+        "samples_ms": timed.samples_ms,
+        "warmup": timed.warmup,
+        "runtime": {"providers": timed.providers, "threads": timed.threads},
     }
-    row["peak_memory_mb"] = Measurement(
-        memory["above_empty_mb"],
-        "MB",
-        evidence=evidence,
-        note="above an empty process"
-        if memory["above_empty_mb"] is not None
-        else "peak memory cannot be read on this system",
-    ).to_json()
-    row["samples_ms"] = timed["samples_ms"]
-    row["warmup"] = timed["warmup"]
-    row["runtime"] = {"providers": timed["providers"], "threads": timed["threads"]}
-    return row
 
 
 def _comparison(
     measured: Mapping[str, Measured],
     task: Scored,
-    bench: Mapping[str, Any],
+    record: BenchRecord,
     evidence: Evidence,
     constant: Scores | None,
 ) -> dict[str, Measurement]:
@@ -193,17 +247,17 @@ def _comparison(
             sign * teacher.scores, sign * baseline.scores, sign * student.scores
         )
         figures["gap_closed"] = gap.figure("of the gap", evidence)
-    speedup = speedup_figure(bench, evidence)
-    return figures if speedup is None else figures | {"speedup": speedup}
+    return figures | _speedup(record, evidence)
 
 
-def speedup_figure(bench: Mapping[str, Any], evidence: Evidence) -> Measurement | None:
-    """The ratio of two models that were timed interleaved; None with a single model."""
-    timing = bench.get("comparison")
+def _speedup(record: BenchRecord, evidence: Evidence) -> dict[str, Measurement]:
+    """The ratio of two models that were timed interleaved; empty with a single model."""
+    timing = record.comparison
     if timing is None:
-        return None
-    ends = tuple(timing["interval"])
-    return Measurement(timing["ratio"], "×", timing["rounds"], ends, evidence=evidence)
+        return {}
+    return {
+        "speedup": Measurement(timing.ratio, "×", timing.rounds, timing.interval, evidence=evidence)
+    }
 
 
 def _times(estimate: statistics.Estimate, factor: float) -> statistics.Estimate:
@@ -216,3 +270,136 @@ def _times(estimate: statistics.Estimate, factor: float) -> statistics.Estimate:
         value=factor * estimate.value,
         interval=None if ends is None else (factor * ends[0], factor * ends[1]),
     )
+
+
+BENCH_SCHEMA = "edgerun.bench/1"
+_ARM_KINDS = ("cpu-board", "jetson")
+_ARM = ("aarch64", "arm64", "armv7l", "armv8l")
+_NOT_SCORED = (
+    "bench.json times a model and does not score it: give the pipeline's result too, "
+    "edgekd gate result.json --device bench.json"
+)
+
+
+def read_bench(path: Path) -> BenchRecord | None:
+    """The content of a file that ``edgerun bench --json`` wrote; None: it is something else.
+
+    A missing file or invalid JSON is reported by the reader of results.
+
+    Raises:
+        InputError: it is such a record, and damaged.
+    """
+    try:
+        content = read_json(path, "the record", _MEASURE_AGAIN)
+    except InputError:
+        return None
+    if not isinstance(content, dict) or content.get("schema") != BENCH_SCHEMA:
+        return None
+    return BenchRecord.from_json(content, str(path))
+
+
+def evidence_of_bench(
+    bench: BenchRecord, profile: Profile | None, workstation: Mapping[str, Any] | None
+) -> tuple[Evidence, str]:
+    """How strong a bench.json is, and why where it is not the device's.
+
+    Args:
+        bench: its content.
+        profile: the expected device; None: the measuring machine is the device.
+        workstation: the ``environment`` of the workstation's result.
+    """
+    machine, cpu = bench.environment.get("machine"), bench.environment.get("cpu")
+    if profile is None or profile.name == "host":
+        return "measured-on-target", ""
+    board = profile.kind in _ARM_KINDS
+    if board and machine not in _ARM:
+        return "measured-on-host", f"it was measured on {machine} ({cpu}), not on {profile.name}"
+    if not board and workstation and cpu is not None and workstation.get("cpu") == cpu:
+        return "measured-on-host", f"it was measured on the workstation's own {cpu}"
+    return "measured-on-target", ""
+
+
+def result_of_bench(
+    bench: BenchRecord, where: str, evidence: Evidence, lower_is_better: bool = False
+) -> Result:
+    """A result with the figures that a bench.json has: latency, memory and size.
+
+    Args:
+        bench: its content.
+        where: its path, for errors.
+        evidence: of its figures.
+        lower_is_better: the direction of a metric that it does not have.
+
+    Raises:
+        InputError: it contradicts itself.
+    """
+    unknown = Measurement(None, "", 0, evidence=evidence, note=_NOT_SCORED)
+    models = [
+        ModelResult(
+            file=row.path,
+            metric=unknown,
+            size_mb=Measurement(row.size_bytes / MB, "MB", evidence=evidence),
+            **_timing(row, evidence),
+        )
+        for row in bench.models
+    ]
+    content = {
+        "name": Path(bench.models[0].path).stem,
+        "profile": str(bench.environment.get("device") or "device"),
+        "target": "device",
+        "evidence": evidence,
+        "task": "unknown",
+        "metric": "metric",
+        "higher_is_better": not lower_is_better,
+        "models": dict(zip(("student", "teacher"), models, strict=False)),
+        "comparison": _speedup(bench, evidence),
+        "environment": bench.environment,
+        "versions": bench.environment.get("versions") or {},
+        "fingerprints": {},
+    }
+    return validate(Result, content, "this bench.json", where, _MEASURE_AGAIN)
+
+
+def with_bench(result: Result, bench: BenchRecord, where: str, evidence: Evidence) -> Result:
+    """A result with the device's latency, memory and speed-up in place of the workstation's.
+
+    Accuracy, size and parameters remain those of the result, with their own evidence.
+
+    Args:
+        result: the workstation's.
+        bench: the content of the device's bench.json.
+        where: its path, for errors.
+        evidence: of the device's figures.
+
+    Raises:
+        InputError: the device measured another file, or its record contradicts itself.
+    """
+    student, measured = result.student, bench.models[0]
+    size = student.size_mb.value if student.size_mb is not None else None
+    expected = round((size or 0) * MB)
+    same = (
+        measured.sha256 == student.sha256
+        if student.sha256
+        else expected in (0, measured.size_bytes)
+    )
+    # An engine of TensorRT is rebuilt on the device.
+    if not same and student.file.endswith(".onnx"):
+        raise InputError(
+            f"the device measured another file: {measured.size_bytes:,} bytes, the result's "
+            f"student has {expected:,}",
+            where=where,
+            remedy="measure the model.onnx of this run's bundle",
+        )
+    models = {**result.models, "student": student.model_copy(update=_timing(measured, evidence))}
+    if "teacher" in models:
+        teacher = models["teacher"]
+        fields = {"file", "sha256", "metric", "size_mb", "parameters"}
+        timed = _timing(bench.models[1], evidence) if len(bench.models) > 1 else {}
+        models["teacher"] = ModelResult(**{key: getattr(teacher, key) for key in fields}, **timed)
+    content = {
+        **dict(result),
+        "models": models,
+        "comparison": {**result.comparison, **_speedup(bench, evidence)},
+        "environment": bench.environment,
+    }
+    return validate(Result, content, "this bench.json", where, _MEASURE_AGAIN)

@@ -17,17 +17,16 @@ import numpy.typing as npt
 
 from edgekd.errors import StageError
 from edgekd.files import write_npz
-from edgekd.measurement import Measurement
+from edgekd.measurement import full_text
 from edgekd.release.bundle_verify import MANIFEST, SCHEMA, sha256_of
-from edgekd.release.formatting import full_text, value_text
+from edgekd.release.result import Result
 from edgekd.spec import ModelSpec
 
 
-def readme_text(manifest: Mapping[str, Any]) -> str:
+def _readme(manifest: Mapping[str, Any], result: Result) -> str:
     """The README for the content of a manifest."""
-    name, figures = manifest["name"], manifest["figures"]
     parts = [
-        f"# {name}",
+        f"# {manifest['name']}",
         "",
         f"A {manifest['task']['name']} model in ONNX, with what runs and checks it. It needs "
         "Python 3.8 or newer, numpy and onnxruntime; nothing else.",
@@ -35,7 +34,7 @@ def readme_text(manifest: Mapping[str, Any]) -> str:
         "```sh",
         "python -m pip install -r requirements.txt      # numpy onnxruntime",
         "python -m edgerun verify .                     # every file is what was packed",
-        "python -m edgerun run model.onnx --inputs example.npz --output ../answers.npz",
+        "python -m edgerun run model.onnx --inputs example.npz --output ../outputs.npz",
         "```",
         "",
         "Run them in this folder; their output is written next to it, so that the bundle stays "
@@ -43,8 +42,8 @@ def readme_text(manifest: Mapping[str, Any]) -> str:
         "was packed, those in `expected.npz`:",
         "",
         "```sh",
-        "python -c \"import numpy as n; a, e = n.load('../answers.npz'), n.load('expected.npz'); "
-        'print({k: float(abs(a[k] - e[k]).max()) for k in e})"   # near 0',
+        "python -c \"import numpy as n; o, e = n.load('../outputs.npz'), n.load('expected.npz'); "
+        'print({k: float(abs(o[k] - e[k]).max()) for k in e})"   # near 0',
         "python -m edgerun bench model.onnx --inputs example.npz --json ../bench.json",
         "```",
         "",
@@ -70,7 +69,7 @@ def readme_text(manifest: Mapping[str, Any]) -> str:
             f"Classes, in the order of the outputs: {labels}{more} (all in the manifest).",
         ]
     parts += _engine_lines(manifest.get("engines") or {})
-    parts += ["", "## Figures", "", *_figure_rows(figures)]
+    parts += ["", "## Figures", "", *_figure_rows(result)]
     return "\n".join(parts) + "\n"
 
 
@@ -100,24 +99,27 @@ def _engine_lines(engines: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _figure_rows(figures: Mapping[str, Any]) -> list[str]:
-    student = figures["student"]
-    latency = student.get("latency") or {}
+def _figure_rows(result: Result) -> list[str]:
+    student = result.student
     rows = [
-        (figures["task"]["metric"], student.get("metric")),
-        ("size", student.get("size_mb")),
-        ("parameters", student.get("parameters")),
-        ("latency p50", latency.get("p50_ms")),
-        ("latency p95", latency.get("p95_ms")),
-        ("peak memory above an empty process", student.get("peak_memory_mb")),
+        (result.metric, student.metric),
+        ("size", student.size_mb),
+        ("parameters", student.parameters),
+        ("latency p50", student.latency.get("p50_ms")),
+        ("latency p95", student.latency.get("p95_ms")),
+        ("peak memory above an empty process", student.peak_memory_mb),
     ]
-    lines = ["| figure | value (95 % interval) | n | evidence |", "|---|---|---|---|"]
-    for label, value in rows:
-        if value is not None:
-            figure = Measurement.from_json(value)
-            text = full_text(figure) if figure.value is not None else value_text(figure)
-            lines.append(f"| {label} | {text} | {figure.n:,} | {figure.evidence} |")
-    return [*lines, "", f"Profile: {figures['profile']}; measured on target: {figures['target']}."]
+    return [
+        "| figure | value (95 % interval) | n | evidence |",
+        "|---|---|---|---|",
+        *(
+            f"| {label} | {full_text(figure)} | {figure.n:,} | {figure.evidence} |"
+            for label, figure in rows
+            if figure is not None
+        ),
+        "",
+        f"Profile: {result.profile}; measured on target: {result.target}.",
+    ]
 
 
 MODEL = "model.onnx"
@@ -145,7 +147,7 @@ def write_bundle(
     labels: Sequence[str] | None,
     task: Mapping[str, Any],
     runtime: Mapping[str, Any],
-    result: Mapping[str, Any],
+    result: Result,
     example: Mapping[str, npt.NDArray[Any]],
     engines: Path | None = None,
 ) -> Path:
@@ -166,7 +168,7 @@ def write_bundle(
         task: ``{"name", "output"}``.
         runtime: ``{"providers", "threads"}`` that the figures were measured with, and the level of
             ``optimization`` where it differs from edgerun's default.
-        result: the content of the result file; its figures, versions and fingerprints go in.
+        result: of the benchmark; its figures, versions and fingerprints go in.
         example: a few real samples by input name, (N, …): raw where they are uint8, otherwise
             as the model expects them.
         engines: a folder for each additional runtime, with the ONNX file and ``build.json``: how
@@ -213,14 +215,14 @@ def write_bundle(
             }
             for kind, build in builds.items()
         },
-        "figures": _figures(result),
-        "environment": result.get("environment", {}),
-        "versions": result.get("versions", {}),
-        "fingerprints": result.get("fingerprints", {}),
+        "figures": _figures(result.to_json()),
+        "environment": result.environment,
+        "versions": result.versions,
+        "fingerprints": result.fingerprints,
     }
-    (folder / "README.md").write_text(readme_text(manifest), encoding="utf-8")
+    (folder / "README.md").write_text(_readme(manifest, result), encoding="utf-8")
     _write_manifest(folder, manifest)
-    _answer_example(folder, runtime)
+    _run_example(folder, runtime)
     _write_manifest(folder, manifest)
     archive = folder.parent / f"{folder.name}.tar.gz"
     write_archive(folder, archive)
@@ -258,7 +260,7 @@ def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     (folder / MANIFEST).write_text(content + "\n", encoding="utf-8")
 
 
-def _answer_example(folder: Path, runtime: Mapping[str, Any]) -> None:
+def _run_example(folder: Path, runtime: Mapping[str, Any]) -> None:
     """Run the bundle on its own example, as the device will."""
     command = [sys.executable, "-B", "-m", "edgerun", "run", MODEL]
     command += ["--inputs", EXAMPLE, "--output", EXPECTED]
@@ -283,16 +285,9 @@ def _answer_example(folder: Path, runtime: Mapping[str, Any]) -> None:
 
 def _figures(result: Mapping[str, Any]) -> dict[str, Any]:
     """The student's figures and the comparison, without the raw samples."""
-    student = {
-        key: value
-        for key, value in result["models"]["student"].items()
-        if key not in ("file", "samples_ms")
-    }
-    return {
-        "profile": result["profile"],
-        "target": result["target"],
-        "evidence": result["evidence"],
-        "task": result["task"],
-        "student": student,
-        "comparison": result["comparison"],
-    }
+    student = dict(result["models"]["student"])
+    for key in ("file", "samples_ms"):
+        student.pop(key, None)
+    figures = {**result, "student": student}
+    keys = ("profile", "target", "evidence", "task", "student", "comparison")
+    return {key: figures[key] for key in keys}

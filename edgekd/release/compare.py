@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def compare_files(paths: Sequence[Path]) -> Comparison:
     labels, results = [], []
     for path in paths:
         file = find_result(path)
-        results.append(Result.from_json(read_result(file), str(file)))
+        results.append(read_result(file))
         labels.append(str(path))
     return compare(_distinct(labels), results)
 
@@ -185,7 +185,7 @@ def _mean_row(row: Row, seeds: int) -> Row | None:
     figure = estimate.figure(known[0].unit, weakest)
     if len(known) < seeds:
         note = f"{seeds - len(known)} of {seeds} seeds have no value"
-        figure = Measurement(**{**figure.__dict__, "note": note})
+        figure = replace(figure, note=note)
     return Row(row.label, (figure,))
 
 

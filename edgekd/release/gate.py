@@ -2,41 +2,170 @@
 
 A rule passes only when the complete interval of its figure meets the budget. When
 the interval contains the budget, or the figure rests on weaker evidence than required, or was not
-measured, the rule is *not shown*, and what is not shown does not pass.
+measured, the rule is *inconclusive*, and an inconclusive rule does not pass.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 from xml.etree import ElementTree
 
-from edgekd.config.budgets import GateConfig
-from edgekd.errors import InputError
-from edgekd.measurement import EVIDENCE_STRENGTH, Evidence, Measurement
-from edgekd.release.formatting import bound_text, full_text
-from edgekd.release.result import Result
-from edgekd.release.rules import (
-    DeviceProfile,
-    Rule,
-    Status,
-    Verdict,
-    check_direction,
-    example_budget,
-    passed,
-    rules_of,
-    summary_line,
+from pydantic import BaseModel, BeforeValidator, Field
+
+from edgekd.config.budgets import Budgets
+from edgekd.measurement import (
+    EVIDENCE_STRENGTH,
+    OF_CONSTANT,
+    Evidence,
+    Measurement,
+    bound_text,
+    full_text,
+    value_text,
 )
+from edgekd.release.result import PERCENTILES, SHARES, Result, read_json, validate
 from edgekd.release.statistics import samples_to_show
+
+Status = Literal["pass", "fail", "inconclusive"]
+
+Side = Literal["at most", "at least", "more than"]
+
+
+def _current_status(status: Any) -> Any:
+    """A verdict as it is named since ``edgekd.gate/2``."""
+    return "inconclusive" if status == "not shown" else status
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The gate's verdict on one rule."""
+
+    rule: str
+    """The budget's key, such as ``latency.p95_ms``."""
+    status: Annotated[Status, BeforeValidator(_current_status)]
+    figure: Measurement
+    budget: float
+    reason: str
+    side: Side = "at most"
+    """On which side of the budget the figure has to be."""
+    origin: str = "gate"
+    """Who set the budget: ``gate`` (the pipeline or budget file) or ``profile NAME``."""
+
+    @property
+    def budget_text(self) -> str:
+        """The budget with its side and unit: ``at most 2 ms``."""
+        return f"{self.side} {bound_text(self.budget, self.figure.unit)}"
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain mapping for a JSON file."""
+        return asdict(self)
+
+
+def passed(verdicts: Sequence[Verdict]) -> bool:
+    """Whether there are verdicts and each of them is a pass."""
+    return bool(verdicts) and all(verdict.status == "pass" for verdict in verdicts)
+
+
+def summary_line(verdicts: Sequence[Verdict]) -> str:
+    """``PASSED: 5 of 5 rules`` or ``FAILED: 2 of 5 rules fail, 1 is inconclusive``."""
+    failed = sum(verdict.status == "fail" for verdict in verdicts)
+    open_ = sum(verdict.status == "inconclusive" for verdict in verdicts)
+    if passed(verdicts):
+        return f"PASSED: all {len(verdicts)} rules" if len(verdicts) > 1 else "PASSED: its one rule"
+    parts = [f"{failed} fail" + ("s" if failed == 1 else "")] if failed else []
+    parts += [f"{open_} {'is' if open_ == 1 else 'are'} inconclusive"] if open_ else []
+    return f"FAILED: of {len(verdicts)} rules, {' and '.join(parts)}"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One budget and the figure it bounds."""
+
+    key: str
+    """The budget's key, such as ``latency.p95_ms``."""
+    budget: float
+    side: Side
+    figure: Measurement | None
+    """None when the result has no such figure."""
+    performance: bool
+    """Whether the figure depends on where it was measured, so that its evidence counts."""
+    origin: str = "gate"
+    remark: str = ""
+    """Added to the reason where the rule is not passed."""
+
+
+def rules_of(result: Result, budgets: Budgets) -> list[Rule]:
+    """The rules that the budgets make, in the order of the section's keys."""
+    student, against = result.student, result.comparison
+    figures = {
+        "accuracy.min": student.metric,
+        "accuracy.max": student.metric,
+        "accuracy.max_drop": _drop(result),
+        "accuracy.min_gain": against.get("baseline_gain"),
+        "size.max_mb": student.size_mb,
+        "size.min_ratio": against.get("size_ratio"),
+        "parameters.max": student.parameters,
+        "parameters.max_ratio": against.get("parameter_ratio"),
+        **{f"latency.{name}": student.latency.get(name) for name in PERCENTILES},
+        "latency.min_speedup": against.get("speedup"),
+        "memory.peak_mb": student.peak_memory_mb,
+    }
+    rules = [
+        Rule(
+            key,
+            budget,
+            "at least" if key.partition(".")[2].startswith("min") else "at most",
+            figures[key],
+            performance=not key.startswith(("size.", "parameters.")),
+            origin=budgets.origin(key),
+        )
+        for key, budget in budgets.given.items()
+    ]
+    last = sum(rule.key.startswith("accuracy.") for rule in rules)
+    return [*rules[:last], *_beat_constant(result, budgets.beat_constant), *rules[last:]]
+
+
+def _drop(result: Result) -> Measurement | None:
+    """The drop to the teacher: of an accuracy a difference, of an error a share."""
+    if result.higher_is_better or "drop" not in result.comparison:
+        return result.comparison.get("drop")
+    note = "the result has no error of a constant prediction: run the benchmark stage again"
+    return result.comparison.get("relative_drop") or Measurement(None, OF_CONSTANT, 0, note=note)
+
+
+def _beat_constant(result: Result, required: bool | None) -> Iterator[Rule]:
+    """The rule that the student is better than a constant, where it is configured or the default.
+
+    An accuracy near that of the most frequent class may be all that rare classes allow; an error
+    that a constant also reaches means that the network has learned nothing.
+    """
+    gain = result.comparison.get("gain_over_constant")
+    implied = required is None
+    if required is False or (implied and (result.metric in SHARES or gain is None)):
+        return
+    constant = value_text(result.constant) if result.constant is not None else "an unknown figure"
+    yield Rule(
+        "accuracy.beat_constant",
+        0.0,
+        "more than",
+        gain,
+        performance=False,
+        origin=f"task {result.task}" if implied else "gate",
+        remark=f"the student's {result.metric} is {value_text(result.student.metric)}, and that of "
+        f"the best constant prediction is {constant}: train it longer, check that it can "
+        "learn targets of this range, or set gate.accuracy.beat_constant: false",
+    )
+
 
 _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def write_junit(path: Path, name: str, verdicts: Sequence[Verdict]) -> None:
-    """Write one test case per rule; *fail* and *not shown* are failures, distinguished by type.
+    """Write one test case per rule; *fail* and *inconclusive* are failures, distinguished by type.
 
     Args:
         path: the XML file.
@@ -70,51 +199,25 @@ def _text(text: str) -> str:
     return _NOT_XML.sub("�", text)
 
 
-__all__ = [
-    "Verdict",
-    "check_direction",
-    "evaluate",
-    "passed",
-    "read_gate",
-    "summary_line",
-    "write_gate",
-    "write_gate_json",
-]
-
-SCHEMA = "edgekd.gate/1"
+SCHEMA = "edgekd.gate/2"
 
 
-def evaluate(
-    result: Mapping[str, Any], budgets: GateConfig, profile: DeviceProfile | None = None
-) -> list[Verdict]:
-    """Judge a result.
+def evaluate(result: Result, budgets: Budgets) -> list[Verdict]:
+    """Check a result against budgets.
 
-    ``budgets.evidence`` is demanded of latency, memory and speed-up, and of accuracy too:
+    ``budgets.evidence`` is required of latency, memory and speed-up, and of accuracy too:
     reduced precision and other providers may give other predictions on the device. The size and
     the parameters of a file are the same on every machine.
-
-    Args:
-        result: the content of a result file.
-        budgets: the pipeline's ``gate`` section or a budget file.
-        profile: the device's limits, used for keys that ``budgets`` leaves out.
 
     Returns:
         One verdict per rule, in the order of the section's keys.
 
     Raises:
-        InputError: the result is not complete, no rule is configured, or a rule
-            contradicts the direction of the metric.
+        InputError: there is no rule, or one contradicts the direction of the metric.
     """
-    parsed = Result.from_json(result)
-    check_direction(budgets, parsed.metric, parsed.higher_is_better)
-    rules = list(rules_of(parsed, budgets, profile))
-    if all(rule.implied for rule in rules):
-        raise InputError(
-            "the gate has no rule, and a gate that checks nothing must not pass",
-            where="gate" if profile is None else f"gate, profile {profile.name}",
-            remedy=f"add a budget, such as '{example_budget(parsed.higher_is_better)}'",
-        )
-    return [_judge(rule, budgets.evidence) for rule in rules]
+    budgets.check_metric(result.metric, result.higher_is_better)
+    budgets.require_any(result.higher_is_better)
+    return [_verdict(rule, budgets.evidence) for rule in rules_of(result, budgets)]
 
 
 def write_gate(folder: Path, name: str, verdicts: Sequence[Verdict]) -> None:
@@ -140,21 +243,17 @@ def read_gate(folder: Path) -> list[Verdict]:
     Raises:
         InputError: ``gate.json`` is missing or is not one.
     """
-    path = folder / "gate.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {content['schema']!r}, not {SCHEMA!r}")
-        return [Verdict.from_json(row) for row in content["verdicts"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"the gate file cannot be read: {error}",
-            where=str(path),
-            remedy="run the gate stage again",
-        ) from error
+    path, remedy = folder / "gate.json", "run the gate stage again"
+    content = read_json(path, "the gate file", remedy)
+    return list(validate(_GateFile, content, "the gate file", str(path), remedy).verdicts)
 
 
-def _judge(rule: Rule, required: Evidence) -> Verdict:
+class _GateFile(BaseModel):
+    format: Literal["edgekd.gate/1", "edgekd.gate/2"] = Field(alias="schema")
+    verdicts: tuple[Verdict, ...]
+
+
+def _verdict(rule: Rule, required: Evidence) -> Verdict:
     figure = rule.figure or Measurement(None, _unit_of(rule.key), 0, note="it was not measured")
     status, reason = _status(rule, figure, required)
     if status != "pass" and rule.remark:
@@ -164,13 +263,15 @@ def _judge(rule: Rule, required: Evidence) -> Verdict:
 
 def _status(rule: Rule, figure: Measurement, required: Evidence) -> tuple[Status, str]:
     if figure.value is None:
-        return "not shown", figure.note or "there are too few samples to state it"
+        return "inconclusive", figure.note or "there are too few samples to state it"
     if rule.performance and EVIDENCE_STRENGTH[figure.evidence] < EVIDENCE_STRENGTH[required]:
-        return "not shown", (
+        return "inconclusive", (
             f"its evidence is {figure.evidence}, and the gate requires {required}: measure on the "
             "device (edgekd gate result.json --device bench.json), or write evidence: "
             f"{figure.evidence} in the gate's section"
         )
+    if figure.interval is None and rule.key.startswith(("accuracy.", "latency.")):
+        return "inconclusive", f"{full_text(figure)} has no interval (n = {figure.n:,})"
     low, high = figure.interval or (figure.value, figure.value)
     text, budget = full_text(figure), bound_text(rule.budget, figure.unit)
     if rule.side == "at most":
@@ -183,7 +284,7 @@ def _status(rule: Rule, figure: Measurement, required: Evidence) -> tuple[Status
         return "pass", f"{text} is {rule.side} {budget}"
     if bad:
         return "fail", f"{text} is not {rule.side} {budget}"
-    return "not shown", f"{text} does not exclude {budget}{_more(rule.key, figure, rule.budget)}"
+    return "inconclusive", f"{text} does not exclude {budget}{_more(rule.key, figure, rule.budget)}"
 
 
 def _more(rule: str, figure: Measurement, budget: float) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 import jinja2
 import yaml
 
-from edgekd.measurement import Measurement
-from edgekd.release.formatting import ABSENT, drop_unit, full_text, value_text
-from edgekd.release.report_charts import charts_of
+from edgekd.measurement import ABSENT, Measurement, drop_unit, full_text, value_text
+from edgekd.release.charts import charts_of
+from edgekd.release.gate import Verdict, passed, summary_line
 from edgekd.release.report_tables import (
     Cell,
     cautions,
@@ -27,7 +27,6 @@ from edgekd.release.report_tables import (
     verdict_word,
 )
 from edgekd.release.result import Result
-from edgekd.release.rules import Verdict, passed, summary_line
 
 MOST_SENSITIVE = 5
 """Layers that are listed by their sensitivity to INT8."""
@@ -51,7 +50,7 @@ def candidate_rows(choice: Mapping[str, Any], metric: str) -> list[dict[str, str
         drop = Measurement(row["drop"], unit, interval=_ends(row["drop_interval"]))
         speedup = Measurement(row["speedup"], "×", interval=_ends(row["speedup_interval"]))
         reasons = [f"misses {miss}" for miss in row["misses"]] + row["against"] + row["notes"]
-        taken = ["taken"] if row["name"] == choice["chosen"] else []
+        shipped = ["shipped"] if row["name"] == choice["chosen"] else []
         found.append(
             {
                 "name": row["name"],
@@ -59,7 +58,7 @@ def candidate_rows(choice: Mapping[str, Any], metric: str) -> list[dict[str, str
                 "drop": ABSENT if is_float else full_text(drop),
                 "p50": value_text(Measurement(row["latency_ms"].get("p50"), "ms")),
                 "speedup": full_text(speedup) if row["speedup"] is not None else ABSENT,
-                "found": "; ".join(taken + reasons),
+                "found": "; ".join(shipped + reasons),
             }
         )
     blank = dict.fromkeys(("size", "drop", "p50", "speedup"), ABSENT)
@@ -84,8 +83,8 @@ def _quantized(entry: Mapping[str, Any]) -> dict[str, Any]:
     if entry.get("kept"):
         found["layers in float32"] = ", ".join(entry["kept"])
     if decision is not None:
-        whole = decision["drop_all"]
-        found["drop with every layer in INT8"] = "not finite" if whole is None else round(whole, 5)
+        drop = decision["drop_all"]
+        found["drop with every layer in INT8"] = "not finite" if drop is None else round(drop, 5)
         found["drop allowed"] = decision["budget"]
         found["files measured"] = decision["evaluations"]
         ranked = [row for row in decision["rows"] if row["sensitivity"] is not None]
@@ -109,7 +108,7 @@ def _ends(interval: Sequence[float] | None) -> tuple[float, float] | None:
     return (interval[0], interval[1]) if interval else None
 
 
-_MARKS = {"pass": "✅ pass", "fail": "❌ fail", "not shown": "⚠️ not shown"}
+_MARKS = {"pass": "✅ pass", "fail": "❌ fail", "inconclusive": "⚠️ inconclusive"}
 
 
 def summary_markdown(result: Result, verdicts: Sequence[Verdict]) -> str:
@@ -156,14 +155,14 @@ def _plain(text: str) -> str:
     return escaped.replace("<", "&lt;").replace("_", "\\_").replace("*", "\\*").replace("`", "\\`")
 
 
-SCHEMA = "edgekd.report/1"
+SCHEMA = "edgekd.report/2"
 
 _TEMPLATE = "report.html.jinja"
 
 
 def write_report(
     folder: Path,
-    result: Mapping[str, Any],
+    result: Result,
     verdicts: Sequence[Verdict],
     histories: Mapping[str, Mapping[str, Any] | None],
     pipeline: Mapping[str, Any],
@@ -173,7 +172,7 @@ def write_report(
 
     Args:
         folder: an existing folder.
-        result: the content of a result file.
+        result: of the benchmark stage.
         verdicts: of the gate; may be empty, and the report then states that nothing was gated.
         histories: training histories by role (``teacher``, ``baseline``, ``student``); a role
             that was not trained here is absent or None.
@@ -183,11 +182,7 @@ def write_report(
 
     Returns:
         The three files.
-
-    Raises:
-        InputError: the result is not complete.
     """
-    parsed = Result.from_json(result)
     trained = {role: history for role, history in histories.items() if history}
     more = dict(extras or {})
     choice = more.pop("choice", {})
@@ -195,24 +190,24 @@ def write_report(
         _environment()
         .get_template(_TEMPLATE)
         .render(
-            result=parsed,
-            headline=headline(parsed),
+            result=result,
+            headline=headline(result),
             verdict_line=summary_line(verdicts) if verdicts else "Nothing was gated",
             passed=passed(verdicts),
             gated=bool(verdicts),
-            cautions=cautions(parsed),
-            key_figures=key_figures(parsed),
-            table=result_table(parsed),
-            comparison=comparison_rows(parsed),
+            cautions=cautions(result),
+            key_figures=key_figures(result),
+            table=result_table(result),
+            comparison=comparison_rows(result),
             gate=gate_rows(verdicts),
-            candidates=candidate_rows(choice, parsed.metric),
+            candidates=candidate_rows(choice, result.metric),
             choice_line=f"{choice.get('chosen')} is shipped: {choice.get('reason')}.",
-            charts=charts_of(parsed, trained),
+            charts=charts_of(result, trained),
             parity=parity_rows(more.pop("parity", {})),
-            environment=flat_rows(parsed.environment),
-            runs=run_rows(parsed),
-            versions=flat_rows(parsed.versions),
-            fingerprints=flat_rows(parsed.fingerprints),
+            environment=flat_rows(result.environment),
+            runs=run_rows(result),
+            versions=flat_rows(result.versions),
+            fingerprints=flat_rows(result.fingerprints),
             extras={title: flat_rows(content) for title, content in more.items()},
             pipeline=yaml.safe_dump(
                 json.loads(json.dumps(pipeline)), sort_keys=False, allow_unicode=True, width=88
@@ -225,7 +220,7 @@ def write_report(
             {
                 "schema": SCHEMA,
                 "passed": passed(verdicts),
-                "result": _without_samples(result),
+                "result": _without_samples(result.to_json()),
                 "verdicts": [verdict.to_json() for verdict in verdicts],
                 "histories": trained,
                 "pipeline": pipeline,
@@ -234,7 +229,7 @@ def write_report(
             indent=1,
         )
         + "\n",
-        "summary.md": summary_markdown(parsed, verdicts),
+        "summary.md": summary_markdown(result, verdicts),
     }
     for name, content in files.items():
         (folder / name).write_text(content, encoding="utf-8")

@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from edgekd.measurement import Measurement
-from edgekd.release.formatting import (
+from edgekd.measurement import (
     ABSENT,
+    Measurement,
     full_text,
     interval_text,
     metric_change,
     number,
     value_text,
 )
+from edgekd.release.gate import Verdict, passed
 from edgekd.release.result import ModelResult, Result
-from edgekd.release.rules import Verdict, passed
 
 ROLES = {"teacher": "teacher", "baseline": "student alone", "student": "student distilled"}
 _PERCENTILES = {"p50_ms": "p50", "p90_ms": "p90", "p95_ms": "p95", "p99_ms": "p99"}
@@ -177,7 +177,7 @@ def gate_rows(verdicts: Sequence[Verdict]) -> list[dict[str, str]]:
             "budget": verdict.budget_text,
             "origin": "" if verdict.origin == "gate" else verdict.origin,
             "evidence": verdict.figure.evidence,
-            "reason": verdict.reason if verdict.status == "not shown" else "",
+            "reason": verdict.reason if verdict.status == "inconclusive" else "",
         }
         for verdict in verdicts
     ]

@@ -1,5 +1,7 @@
-"""A result file (``edgekd.result/1``): the measurements of the benchmark stage, read and
-checked.
+"""The result file (``edgekd.result/1``): the measurements of the benchmark stage.
+
+A result is validated whenever it is read or built: types, units and ranges, an interval that
+contains its value, percentiles that are those of the raw samples.
 """
 
 from __future__ import annotations
@@ -7,16 +9,30 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    AliasPath,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
 
 from edgekd.errors import InputError
-from edgekd.measurement import EVIDENCE_STRENGTH, Measurement
+from edgekd.measurement import OF_CONSTANT, Evidence, Measurement, Number, drop_unit
 
 SCHEMA = "edgekd.result/1"
-PERCENTILES = ("p50_ms", "p90_ms", "p95_ms", "p99_ms")
+ROLES = ("teacher", "baseline", "student")
+PERCENTILES = {"p50_ms": 0.50, "p90_ms": 0.90, "p95_ms": 0.95, "p99_ms": 0.99}
 COMPARISONS = (
     "drop",
     "relative_drop",
@@ -27,47 +43,65 @@ COMPARISONS = (
     "gap_closed",
     "baseline_gain",
 )
+SHARES = ("accuracy", "agreement")
+"""Metrics that count correct predictions, from 0 to 1."""
+_ROUNDING = 1e-6
+"""Samples are written with six decimals."""
+
+Model = TypeVar("Model", bound=BaseModel)
+Value = TypeVar("Value")
 
 
-@dataclass(frozen=True)
-class ModelResult:
+def _known(names: tuple[str, ...]) -> Callable[[Mapping[str, Value]], dict[str, Value]]:
+    """Keep the entries of these names, in their order."""
+    return lambda value: {name: value[name] for name in names if name in value}
+
+
+class ModelResult(BaseModel):
     """What was measured of one model. A figure that was not measured is None."""
 
+    model_config = ConfigDict(frozen=True)
+
     file: str
+    sha256: str | None = None
+    """Of the file; None in a result of edgekd 0.1 before it was stated."""
     metric: Measurement
     size_mb: Measurement | None = None
     parameters: Measurement | None = None
-    latency: Mapping[str, Measurement] = field(default_factory=dict)
+    latency: Annotated[dict[str, Measurement], AfterValidator(_known(tuple(PERCENTILES)))] = Field(
+        default_factory=dict
+    )
+    """Percentiles of one query, by name (``p50_ms``)."""
     peak_memory_mb: Measurement | None = None
-    samples_ms: tuple[float, ...] = ()
-    warmup: Mapping[str, Any] = field(default_factory=dict)
-    runtime: Mapping[str, Any] = field(default_factory=dict)
+    samples_ms: tuple[Annotated[Number, Field(ge=0)], ...] = ()
+    """The latency of every query, in ms."""
+    warmup: dict[str, Any] = Field(default_factory=dict)
+    runtime: dict[str, Any] = Field(default_factory=dict)
     """Providers (requested, of the session, of the nodes) and threads it was timed with."""
 
 
-@dataclass(frozen=True)
-class Result:
-    """A complete result file. ``models`` has ``student``, and ``teacher`` and ``baseline`` if
-    any.
-    """
+class Result(BaseModel):
+    """A result file. ``models`` has ``student``, and ``teacher`` and ``baseline`` if any."""
+
+    model_config = ConfigDict(frozen=True, populate_by_name=True)
 
     name: str
-    profile: str
-    target: str
-    evidence: str
-    task: str
-    metric: str
-    higher_is_better: bool
-    models: Mapping[str, ModelResult]
-    comparison: Mapping[str, Measurement]
-    environment: Mapping[str, Any]
-    versions: Mapping[str, str]
-    fingerprints: Mapping[str, str]
-    seed: int | None = None
+    seed: StrictInt | None = None
     recipe: str | None = None
     """:func:`recipe_sha256` of the pipeline: the same for all seeds of one pipeline."""
+    profile: str
+    target: str
+    evidence: Evidence
+    task: str = Field(validation_alias=AliasPath("task", "name"))
+    metric: str = Field(validation_alias=AliasPath("task", "metric"))
+    higher_is_better: StrictBool = Field(validation_alias=AliasPath("task", "higher_is_better"))
+    models: Annotated[dict[str, ModelResult], AfterValidator(_known(ROLES))]
     constant: Measurement | None = None
     """The metric of the best constant prediction of all samples but the test split."""
+    comparison: Annotated[dict[str, Measurement], AfterValidator(_known(COMPARISONS))]
+    environment: dict[str, Any]
+    versions: dict[str, Any]
+    fingerprints: dict[str, Any]
 
     @property
     def student(self) -> ModelResult:
@@ -75,74 +109,184 @@ class Result:
         return self.models["student"]
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any], where: str = "result") -> Result:
-        """Read the content of a result file.
+    def from_json(cls, value: Any, where: str = "result") -> Result:
+        """Validate the content of a result file.
 
         Raises:
-            InputError: it is of another schema, lacks a part, or a part is not what it should be.
+            InputError: it is of another schema, lacks a part, or contradicts itself.
         """
-        part = _Part(value, where, "")
         schema = value.get("schema") if isinstance(value, Mapping) else None
         if schema != SCHEMA:
             raise InputError(
-                f"this is not a result file: its schema is {schema!r}, not {SCHEMA!r}",
+                f"this is not a result file: its schema is {reprlib.repr(schema)}, not {SCHEMA!r}",
                 where=where,
                 remedy="give the result.json of a benchmark stage",
             )
-        task = part.mapping("task")
-        models = part.mapping("models")
-        comparison = part.mapping("comparison")
-        seed = value.get("seed")
-        return cls(
-            name=part.text("name"),
-            profile=part.text("profile"),
-            target=part.text("target"),
-            evidence=part.text("evidence"),
-            task=task.text("name"),
-            metric=task.text("metric"),
-            higher_is_better=task.boolean("higher_is_better"),
-            models={
-                name: _model(models.mapping(name))
-                for name in ("teacher", "baseline", "student")
-                if name == "student" or name in models.value
-            },
-            comparison={
-                name: comparison.figure(name) for name in COMPARISONS if name in comparison.value
-            },
-            environment=part.mapping("environment").value,
-            versions=part.mapping("versions").value,
-            fingerprints=part.mapping("fingerprints").value,
-            seed=seed if isinstance(seed, int) else None,
-            recipe=part.text("recipe") if "recipe" in value else None,
-            constant=part.optional_figure("constant"),
-        )
+        return validate(cls, value, "the result", where, "run the benchmark stage again")
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of a result file; :meth:`from_json` reads it."""
+        content = self.model_dump(mode="json", exclude_unset=True)
+        task = {
+            "name": content.pop("task"),
+            "metric": content.pop("metric"),
+            "higher_is_better": content.pop("higher_is_better"),
+        }
+        order = ("name", "seed", "recipe", "profile", "target", "evidence")
+        head = {key: content.pop(key) for key in order if key in content}
+        return {"schema": SCHEMA, **head, "task": task, **content}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Result:
+        if "student" not in self.models:
+            raise ValueError("models.student is missing")
+        problems = [
+            f"{key}{problem}"
+            for key, figure, unit, low, high in self._expected()
+            if figure is not None and (problem := _problem(key, figure, unit, low, high))
+        ]
+        for role, model in self.models.items():
+            problems += _sample_problems(f"models.{role}", model)
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _expected(self) -> Iterator[tuple[str, Measurement | None, str, float, float]]:
+        """Every figure with its key, its unit, and its smallest and largest possible value."""
+        metric, change = self.metric, drop_unit(self.metric)
+        least, most = (0.0, 1.0) if metric in SHARES else (-math.inf, math.inf)
+        yield "constant", self.constant, metric, least, most
+        for role, model in self.models.items():
+            at = f"models.{role}"
+            yield f"{at}.metric", model.metric, metric, least, most
+            yield f"{at}.size_mb", model.size_mb, "MB", 0, math.inf
+            yield f"{at}.parameters", model.parameters, "parameters", 0, math.inf
+            yield f"{at}.peak_memory_mb", model.peak_memory_mb, "MB", 0, math.inf
+            for name, figure in model.latency.items():
+                yield f"{at}.latency.{name}", figure, "ms", 0, math.inf
+        against = self.comparison
+        for name in ("drop", "gain_over_constant", "baseline_gain"):
+            yield f"comparison.{name}", against.get(name), change, -most, most
+        for name in ("speedup", "size_ratio", "parameter_ratio"):
+            yield f"comparison.{name}", against.get(name), "×", 0, math.inf
+        relative, gap = against.get("relative_drop"), against.get("gap_closed")
+        yield "comparison.relative_drop", relative, OF_CONSTANT, -math.inf, math.inf
+        yield "comparison.gap_closed", gap, "of the gap", -math.inf, math.inf
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """The content of a result file, validated by :meth:`Result.from_json`.
+def _problem(key: str, figure: Measurement, unit: str, low: float, high: float) -> str:
+    """What is wrong with a figure, to be added to its key; empty for a valid one."""
+    value, interval = figure.value, figure.interval
+    if interval is not None and interval[0] > interval[1]:
+        return ".interval is turned round"
+    if value is None:
+        return "" if interval is None else " has an interval and no value"
+    if figure.unit != unit:
+        return f".unit is {figure.unit!r}, not {unit!r}"
+    if figure.n < 1:
+        return ".n is 0, and it has a value"
+    if not low <= value <= high:
+        return f" is {value:g}, which is not from {low:g} to {high:g}"
+    if interval is None:
+        return " has no interval" if ".latency." in key else ""
+    slack = _ROUNDING * abs(value)
+    inside = interval[0] - slack <= value <= interval[1] + slack
+    # The percentile interval of a bootstrap need not contain the value.
+    if not inside and key != "comparison.gap_closed":
+        return f" is {value:g}, outside its interval {interval[0]:g} to {interval[1]:g}"
+    return ""
+
+
+def _sample_problems(key: str, model: ModelResult) -> Iterator[str]:
+    """Percentiles that are not those of the raw samples."""
+    samples = sorted(model.samples_ms)
+    for name, figure in model.latency.items():
+        if not samples or figure.value is None:
+            continue
+        if figure.n != len(samples):
+            yield f"{key}.latency.{name}.n is {figure.n}, and samples_ms has {len(samples)}"
+            continue
+        rank = math.ceil(PERCENTILES[name] * len(samples)) - 1
+        low, high = samples[max(rank - 1, 0)], samples[min(rank + 1, len(samples) - 1)]
+        if not low - _ROUNDING <= figure.value <= high + _ROUNDING:
+            yield f"{key}.latency.{name} is {figure.value:g}, and that of samples_ms {low:g}"
+
+
+def validate(model: type[Model], value: Any, what: str, where: str, remedy: str) -> Model:
+    """A value of a JSON file as a model.
+
+    Args:
+        model: the pydantic model.
+        value: the content of the file.
+        what: names the content in the error: ``the result``.
+        where: the file, for the error.
+        remedy: what to do about it.
 
     Raises:
-        InputError: the file is missing, is not JSON, or is not a complete result.
+        InputError: it does not fit; the error names each place.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return model.model_validate(value)
+    except ValidationError as error:
+        problems = [_explain(details) for details in error.errors(include_url=False)]
+    more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+    raise InputError(
+        f"{what} is damaged: {'; '.join(problems[:5])}{more}", where=where, remedy=remedy
+    )
+
+
+def _explain(details: ErrorDetails) -> str:
+    """One error of pydantic with the place it is at."""
+    location, kind = details["loc"], details["type"]
+    key = ".".join(map(str, location)) or "the content"
+    parent = ".".join(map(str, location[:-1]))
+    if kind == "value_error":
+        return f"{key}: {details['ctx']['error']}" if location else str(details["ctx"]["error"])
+    if kind == "too_long" or (kind == "missing" and isinstance(location[-1], int)):
+        return f"{key if kind == 'too_long' else parent} has not two ends"
+    if kind == "missing":
+        return f"{key} is missing"
+    if kind == "unexpected_keyword_argument":
+        return f"{parent} is not a figure: it has the unknown key {location[-1]!r}"
+    shown = reprlib.repr(details["input"])
+    return f"{key} is {shown}: {details['msg'][0].lower()}{details['msg'][1:]}"
+
+
+def read_json(path: Path, what: str, remedy: str) -> Any:
+    """The content of a JSON file.
+
+    Args:
+        path: the file.
+        what: names the file in the error: ``the result file``.
+        remedy: what to do about it.
+
+    Raises:
+        InputError: the file is missing, cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(
-            "the result file does not exist",
-            where=str(path),
-            remedy="give the result.json of a benchmark stage",
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the result file cannot be read: {error}", where=str(path)) from error
+        raise InputError(f"{what} does not exist", where=str(path), remedy=remedy) from error
     except json.JSONDecodeError as error:
         raise InputError(
             f"this is not valid JSON: {error.msg}",
             where=f"{path}:{error.lineno}:{error.colno}",
-            remedy="give the result.json of a benchmark stage",
+            remedy=remedy,
         ) from error
-    Result.from_json(value, str(path))
-    checked: dict[str, Any] = value
-    return checked
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"{what} cannot be read: {error}", where=str(path), remedy=remedy
+        ) from error
+
+
+def read_result(path: Path) -> Result:
+    """Read and validate a result file.
+
+    Raises:
+        InputError: the file is missing, is not JSON, or is not a valid result.
+    """
+    remedy = "give the result.json of a benchmark stage"
+    return Result.from_json(read_json(path, "the result file", remedy), str(path))
 
 
 def recipe_sha256(pipeline: Mapping[str, Any]) -> str:
@@ -151,87 +295,5 @@ def recipe_sha256(pipeline: Mapping[str, Any]) -> str:
     Args:
         pipeline: the complete pipeline as JSON values.
     """
-    kept = {key: value for key, value in pipeline.items() if key not in ("seed", "name")}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-
-
-def _model(part: _Part) -> ModelResult:
-    latency = part.mapping("latency") if "latency" in part.value else None
-    samples = part.value.get("samples_ms") or ()
-    return ModelResult(
-        file=part.text("file"),
-        metric=part.figure("metric"),
-        size_mb=part.optional_figure("size_mb"),
-        parameters=part.optional_figure("parameters"),
-        latency={key: latency.figure(key) for key in PERCENTILES if key in latency.value}
-        if latency
-        else {},
-        peak_memory_mb=part.optional_figure("peak_memory_mb"),
-        samples_ms=tuple(map(float, samples)),
-        warmup=part.value.get("warmup") or {},
-        runtime=part.value.get("runtime") or {},
-    )
-
-
-class _Part:
-    """A mapping inside a result file with its key, for errors."""
-
-    def __init__(self, value: Any, where: str, key: str) -> None:
-        self.where, self.key = where, key
-        if not isinstance(value, Mapping):
-            raise self._wrong(f"{key or 'the content'} is no mapping")
-        self.value: Mapping[str, Any] = value
-
-    def _wrong(self, what: str) -> InputError:
-        return InputError(
-            f"the result is damaged: {what}",
-            where=self.where,
-            remedy="run the benchmark stage again",
-        )
-
-    def _at(self, key: str) -> str:
-        return f"{self.key}.{key}".lstrip(".")
-
-    def _get(self, key: str) -> Any:
-        if key not in self.value:
-            raise self._wrong(f"{self._at(key)} is missing")
-        return self.value[key]
-
-    def mapping(self, key: str) -> _Part:
-        return _Part(self._get(key), self.where, self._at(key))
-
-    def text(self, key: str) -> str:
-        value = self._get(key)
-        if not isinstance(value, str):
-            raise self._wrong(f"{self._at(key)} is {value!r}, not a text")
-        return value
-
-    def boolean(self, key: str) -> bool:
-        value = self._get(key)
-        if not isinstance(value, bool):
-            raise self._wrong(f"{self._at(key)} is {value!r}, not true or false")
-        return value
-
-    def optional_figure(self, key: str) -> Measurement | None:
-        return self.figure(key) if self.value.get(key) is not None else None
-
-    def figure(self, key: str) -> Measurement:
-        part = self.mapping(key)
-        try:
-            figure = Measurement.from_json(dict(part.value))
-        except TypeError as error:
-            raise self._wrong(f"{part.key} is not a figure ({error})") from error
-        numbers = [*(figure.interval or ()), *([] if figure.value is None else [figure.value])]
-        if figure.interval is not None and len(figure.interval) != 2:
-            raise self._wrong(f"{part.key}.interval has not two ends")
-        if not all(_is_number(number) for number in numbers):
-            raise self._wrong(f"{part.key} contains something that is not a finite number")
-        if figure.interval is not None and figure.interval[0] > figure.interval[1]:
-            raise self._wrong(f"{part.key}.interval is turned round")
-        if figure.evidence not in EVIDENCE_STRENGTH:
-            raise self._wrong(f"{part.key}.evidence is {figure.evidence!r}")
-        return figure
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    compared = {key: value for key, value in pipeline.items() if key not in ("seed", "name")}
+    return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()

@@ -193,9 +193,9 @@ def gap_closed(
     with_teacher, with_distilled = _paired(teacher, distilled)
     _, without = _paired(teacher, alone)
     n = len(without)
-    whole = paired_difference(with_teacher, without, confidence)
-    if whole.interval is None or whole.interval[0] <= 0:
-        shown = whole.interval is not None and whole.interval[1] < 0
+    difference = paired_difference(with_teacher, without, confidence)
+    if difference.interval is None or difference.interval[0] <= 0:
+        shown = difference.interval is not None and difference.interval[1] < 0
         state = "is worse than" if shown else "is not shown to be better than"
         note = f"the teacher {state} the student alone, so there is no gap to close"
         return Estimate(None, None, n, confidence, note)

@@ -51,7 +51,7 @@ class BenchmarkStage:
             "profile": job.profile.name,
             "target": config.target,
             "machine": [platform.node(), platform.machine()],
-            "task": [config.task, config.task_args],
+            "task": job.task_settings,
             "seed": config.seed,
         }
 
@@ -69,7 +69,7 @@ class BenchmarkStage:
         test = task_data.dataset.splits["test"]
         samples = context.scratch / "test.npz"
         write_npz(samples, task_data.dataset.model_inputs("test", 0, len(test)))
-        answers = {
+        targets = {
             name: np.asarray(test.arrays[name]) for name in _names(task_data.dataset.targets)
         }
 
@@ -98,7 +98,7 @@ class BenchmarkStage:
         )
         if remark := thread_remark(settings["threads"], bench["environment"].get("cpus_usable")):
             context.progress.message(f"  {remark}")
-        task, labelled = task_data.task, task_data.task.labelled(answers)
+        task, labelled = task_data.task, task_data.task.labelled(targets)
         by_teacher = not labelled.any() and "teacher" in files
         if by_teacher:
             task, labelled = agreement_task(task), np.ones(len(test), bool)
@@ -123,8 +123,8 @@ class BenchmarkStage:
             with np.load(outputs) as archive:
                 given = {name: archive[name] for name in archive}
             if by_teacher and role == "teacher":
-                answers |= task.pseudo_targets(given)
-            scores = task.scores(given, answers)[labelled]
+                targets |= task.pseudo_targets(given)
+            scores = task.scores(given, targets)[labelled]
             measured[role] = Measured(file, engines[role]["parameters"], scores)
             outputs.unlink()
         samples.unlink()
@@ -138,11 +138,11 @@ class BenchmarkStage:
             versions=library_versions(("edgekd", "torch", "onnx", "onnxruntime", "numpy")),
             fingerprints=context.fingerprints,
         )
-        constant = None if by_teacher else _constant_scores(task_data, answers)
+        constant = None if by_teacher else _constant_scores(task_data, targets)
         result = build_result(
             origin, task, measured, bench, None if constant is None else constant[labelled]
         )
-        write_json(context.out / "result.json", result)
+        write_json(context.out / "result.json", result.to_json())
         scores = {role: entry.scores for role, entry in measured.items()}
         write_npz(context.out / "scores.npz", scores)
 
@@ -151,7 +151,7 @@ def _names(specs: Any) -> list[str]:
     return [spec.name for spec in specs]
 
 
-def _constant_scores(task_data: TaskData, answers: Mapping[str, Array]) -> Array | None:
+def _constant_scores(task_data: TaskData, targets: Mapping[str, Array]) -> Array | None:
     """(N,) scores on the test samples of the best constant prediction for training and validation.
 
     None where no sample of them has a target. Of many samples an evenly spaced subset is used.
@@ -165,10 +165,10 @@ def _constant_scores(task_data: TaskData, answers: Mapping[str, Array]) -> Array
         size = max(1, int(np.prod(arrays[task.target].shape[1:])))
         wanted = min(len(rows), max(1, _CONSTANT_VALUES // size))
         rows = rows[np.linspace(0, len(rows) - 1, wanted).astype(int)] if len(rows) else rows
-        parts.append({name: np.asarray(arrays[name][rows]) for name in answers})
-    known = {name: np.concatenate([part[name] for part in parts]) for name in answers}
+        parts.append({name: np.asarray(arrays[name][rows]) for name in targets})
+    known = {name: np.concatenate([part[name] for part in parts]) for name in targets}
     if len(known[task.target]) == 0:
         return None
-    count = len(answers[task.target])
-    scores: Array = task.scores(constant_outputs(task, known, count), answers)
+    count = len(targets[task.target])
+    scores: Array = task.scores(constant_outputs(task, known, count), targets)
     return scores

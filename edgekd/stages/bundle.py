@@ -37,8 +37,8 @@ class BundleStage:
         from edgekd.files import edgerun_folder
         from edgekd.onnx.file import describe_onnx
         from edgekd.release.bundle import write_bundle
-        from edgekd.release.gate import read_gate
-        from edgekd.release.rules import passed
+        from edgekd.release.gate import passed, read_gate
+        from edgekd.release.result import read_result
 
         config = context.job.config
         verdicts = read_gate(inputs["gate"])
@@ -77,7 +77,7 @@ class BundleStage:
                 ),
             },
             engines=inputs["engines"] / FURTHER,
-            result=read_json(inputs["benchmark"] / "result.json"),
+            result=read_result(inputs["benchmark"] / "result.json"),
             example={
                 # The device prepares raw uint8 itself; other dtypes must be preprocessed already.
                 name: test.arrays[name][:EXAMPLE_SAMPLES]

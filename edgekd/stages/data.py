@@ -26,7 +26,7 @@ class DataStage:
             "source": source_fingerprint(config.data, job.base),
             # Only the user's own function may draw from it; built-in splits are seed-free.
             "seed": config.seed if config.data.source not in SOURCES else None,
-            "task": [config.task, config.task_args],
+            "task": job.task_settings,
         }
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:

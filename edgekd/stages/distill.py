@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
+from edgekd.config.networks import ModelConfig, TeacherConfig
+from edgekd.files import file_sha256
 from edgekd.pipeline.stage import Context, Job
-from edgekd.stages.scheme_context import files_of_scheme, open_scheme_context
-from edgekd.stages.student import FIRST_WEIGHTS, build_student
-from edgekd.stages.task_data import open_task_data, write_json
-from edgekd.stages.training import fit
+from edgekd.stages.student import FIRST_WEIGHTS, build_student, check_logits
+from edgekd.stages.task_data import TaskData, open_task_data, some_samples, write_json
+from edgekd.stages.teacher import load_teacher, open_teacher
+from edgekd.stages.training import fit, hub_fingerprint, scale_output
 
-STUDENT, BASELINE = "student.safetensors", "baseline.safetensors"
+if TYPE_CHECKING:
+    from torch import nn
+
+    from edgekd.distill.checkpoint import History
+    from edgekd.distill.objective import Objective
+    from edgekd.distill.schemes import SchemeContext
+    from edgekd.distill.teacher import Teacher
+    from edgekd.models.dict_model import DictModel
+
+
+STUDENT_WEIGHTS, BASELINE_WEIGHTS = "student.safetensors", "baseline.safetensors"
 
 
 class DistillStage:
@@ -36,7 +50,7 @@ class DistillStage:
             "teacher": config.teacher.model_dump(mode="json", include={"model", "args"}),
             "seed": config.seed,
             "augment": list(config.data.augment),
-            "task": [config.task, config.task_args],
+            "task": job.task_settings,
         }
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
@@ -49,7 +63,7 @@ class DistillStage:
         config = context.job.config.distill
         scheme_context = open_scheme_context(task_data, context, inputs)
         histories = dict(find_scheme(config.scheme)(scheme_context))
-        save_weights(scheme_context.student, context.out / STUDENT)
+        save_weights(scheme_context.student, context.out / STUDENT_WEIGHTS)
         lacking = task_data.lacks_labels()
         if config.baseline and lacking:
             context.progress.message(f"  the student alone is not trained: {lacking}")
@@ -58,7 +72,94 @@ class DistillStage:
             model = build_student(task_data, inputs["student"])
             load_weights(model, inputs["student"] / FIRST_WEIGHTS, where="student")
             histories["baseline"] = fit(task_data, model, alone, config, "student alone", context)
-            save_weights(model, context.out / BASELINE)
+            save_weights(model, context.out / BASELINE_WEIGHTS)
         for label, history in histories.items():
             name = f"{label.replace(' ', '-')}-history.json"
             write_json(context.out / name, history.to_json())
+
+
+def open_scheme_context(
+    task_data: TaskData, context: Context, inputs: Mapping[str, Path]
+) -> SchemeContext:
+    """The student with its initial weights, its teacher, and factories of further networks."""
+    import torch
+
+    from edgekd.distill.objective import Objective
+    from edgekd.distill.schemes import SchemeContext
+    from edgekd.models.build import build_model
+    from edgekd.models.dict_model import check_repeatable
+    from edgekd.models.weights import load_weights
+
+    pipeline = context.job.config
+
+    def build(config: ModelConfig, index: int) -> DictModel:
+        torch.manual_seed(pipeline.seed + index * 1_000_003)
+        where = "distill.scheme"
+        model = build_model(config, task_data.spec.inputs, task_data.spec.outputs, where=where)
+        batch = some_samples(task_data)
+        check_repeatable(model, batch, where)
+        check_logits(model, batch, task_data, where)
+        scale_output(task_data, model)
+        return model
+
+    def new_student(index: int) -> DictModel:
+        model = build_student(task_data, inputs["student"], index)
+        if index:
+            scale_output(task_data, model)
+            return model
+        load_weights(model, inputs["student"] / FIRST_WEIGHTS, where="student")
+        return model
+
+    def train(
+        model: nn.Module, objective: Objective, label: str, teacher: Teacher | None = None
+    ) -> History:
+        return fit(task_data, model, objective, pipeline.distill, label, context, teacher)
+
+    def another_teacher(config: TeacherConfig, label: str) -> Teacher:
+        # With the pipeline's own seed the same section would give the same network again.
+        seed = (pipeline.seed + crc32(label.encode())) % 2**31
+        own = replace(task_data, config=pipeline.model_copy(update={"seed": seed}))
+        return load_teacher(own, config, context, label)
+
+    def new_objective() -> Objective:
+        return Objective(pipeline.loss_terms, task_data.task, pipeline.distill.label_smoothing)
+
+    return SchemeContext(
+        student=new_student(0),
+        teacher=open_teacher(inputs["teacher"], task_data),
+        task=task_data.task,
+        label_smoothing=pipeline.distill.label_smoothing,
+        fit=train,
+        new_objective=new_objective,
+        new_student=new_student,
+        build=build,
+        open_teacher=another_teacher,
+        say=context.progress.message,
+    )
+
+
+def files_of_scheme(job: Job) -> dict[str, str]:
+    """SHA-256 of the files that the scheme's arguments name, such as an ensemble's members."""
+    found: dict[str, str] = {}
+
+    def look(value: Any, where: str) -> None:
+        if isinstance(value, Mapping):
+            for key, entry in value.items():
+                place = f"{where}.{key}"
+                if key == "model" and isinstance(entry, str):
+                    found.update({f"{place} {k}": v for k, v in hub_fingerprint(entry).items()})
+                elif key in ("checkpoint", "onnx") and isinstance(entry, str):
+                    path = job.path(entry)
+                    if path.is_file():
+                        files = files_of_onnx(path) if key == "onnx" else [path]
+                        found[place] = " ".join(map(file_sha256, files))
+                else:
+                    look(entry, place)
+        elif isinstance(value, list | tuple):
+            for index, entry in enumerate(value):
+                look(entry, f"{where}[{index}]")
+
+    from edgekd.onnx.file import files_of_onnx
+
+    look(job.config.distill.scheme.args, "distill.scheme")
+    return found

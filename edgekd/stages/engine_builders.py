@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.config.engines import (
+from edgekd.config.pipeline import (
     EngineConfig,
     ExternalEngineConfig,
     OnnxRuntimeConfig,
     TensorRTConfig,
 )
 from edgekd.engines.builder import EngineBuilder, ExternalBuilder, Precision
+from edgekd.engines.selection import FLOAT
 from edgekd.errors import CrashError, EdgekdError
 from edgekd.files import write_npz
 from edgekd.pipeline.stage import Context
@@ -135,7 +136,7 @@ class TensorRTBuilder:
         from edgekd.targets import open_target
 
         job = context.job
-        self.engine, self.profile = engine, job.profile
+        self.engine, self.profile, self.budgets = engine, job.profile, job.budgets
         self.batch = job.config.benchmark.batch_size
         self.target = open_target(job.config.target)
         context.cache.mkdir(parents=True, exist_ok=True)
@@ -151,13 +152,14 @@ class TensorRTBuilder:
         settings = engine_settings(
             self._for(precision),
             self.profile,
+            self.budgets,
             batch=self.batch,
             precision=precision,
             keep=keep,
             timing_cache=self.cache,
         )
         check_runtime(settings, self.profile, source)
-        record = self.target.build(source, out, **settings.arguments())
+        record = self.target.build(source, out, settings)
         return {
             "file": out.name,
             "size_bytes": out.stat().st_size,
@@ -173,12 +175,17 @@ class TensorRTBuilder:
 
     def command(self, model: str, precision: Precision, keep: tuple[str, ...]) -> str:
         """The command that builds the engine on the device."""
-        from edgekd.engines.tensorrt import engine_settings
+        from edgekd.engines.tensorrt import device_command, engine_settings
 
         settings = engine_settings(
-            self._for(precision), self.profile, batch=self.batch, precision=precision, keep=keep
+            self._for(precision),
+            self.profile,
+            self.budgets,
+            batch=self.batch,
+            precision=precision,
+            keep=keep,
         )
-        return settings.command(model, f"{Path(model).stem}.engine")
+        return device_command(settings, model, f"{Path(model).stem}.engine")
 
     def describe(self) -> str:
         """A short description of what runs the engine."""
@@ -210,8 +217,6 @@ class StudentVariant:
 
 def variants_of(inputs: Mapping[str, Path], runtime: Runtime) -> list[StudentVariant]:
     """The variants for this runtime's scheme, float32 first."""
-    from edgekd.engines.selection import FLOAT
-
     index = read_json(inputs["quantize"] / INDEX)
     return [
         StudentVariant(FLOAT, inputs["export"] / STUDENT, {}),
@@ -232,15 +237,21 @@ def refused_variants(inputs: Mapping[str, Path], runtime: Runtime) -> dict[str, 
     }
 
 
-def lowest_precision(context: Context, ways: list[StudentVariant]) -> StudentVariant:
+def lowest_precision(context: Context, variants: list[StudentVariant]) -> StudentVariant:
     """The lowest-precision file within the allowed drop: there is no latency to select by."""
     quantize = context.job.config.quantize
     allowed = quantize.max_drop if quantize is not None else 0.0
     order: list[Precision] = ["int8", "fp16", "bf16", "fp32"]
-    fits = [way for way in ways if not way.entry or way.entry["drop"] <= allowed]
+    fits = [
+        variant for variant in variants if not variant.entry or variant.entry["drop"] <= allowed
+    ]
     return min(
         fits,
-        key=lambda way: (order.index(way.precision), len(way.kept), way.entry.get("drop", 0.0)),
+        key=lambda variant: (
+            order.index(variant.precision),
+            len(variant.kept),
+            variant.entry.get("drop", 0.0),
+        ),
     )
 
 
@@ -252,7 +263,7 @@ it is built already; the same for additional ONNX Runtime entries."""
 def write_further(
     context: Context,
     engine: EngineConfig,
-    way: StudentVariant,
+    variant: StudentVariant,
     builder: EngineBuilder,
     measured: Mapping[str, Any] | None,
 ) -> None:
@@ -267,22 +278,22 @@ def write_further(
     )
     folder = context.out / FURTHER / name
     folder.mkdir(parents=True)
-    shutil.copyfile(way.file, folder / STUDENT)
+    shutil.copyfile(variant.file, folder / STUDENT)
     record: dict[str, Any] = {
         "kind": engine.kind,
-        "from": way.name,
-        "precision": way.precision,
+        "from": variant.name,
+        "precision": variant.precision,
         "measured": measured is not None,
     }
     if isinstance(builder, TensorRTBuilder):
-        record["command"] = builder.command(STUDENT, way.precision, way.kept)
+        record["command"] = builder.command(STUDENT, variant.precision, variant.kept)
     out = folder / f"student-built{builder.suffix}"
     if measured is not None:
         shutil.copyfile(context.out / measured["file"], out)
         record["engine"] = dict(measured)
     elif where_built(engine.kind, context.job.profile) == "here":
-        record["engine"] = builder.build(folder / STUDENT, out, way.precision, way.kept)
-        message = f"built from {way.name}, {out.stat().st_size:,} bytes; not run here"
+        record["engine"] = builder.build(folder / STUDENT, out, variant.precision, variant.kept)
+        message = f"built from {variant.name}, {out.stat().st_size:,} bytes; not run here"
         context.progress.message(f"  {engine.kind}: {message}")
     else:
         message = f"for {context.job.profile.name} is built there: {record['command']}"

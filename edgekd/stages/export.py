@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd.pipeline.stage import Context, Job
-from edgekd.spec import ModelSpec
-from edgekd.stages.distill import BASELINE, STUDENT
+from edgekd.stages.distill import BASELINE_WEIGHTS, STUDENT_WEIGHTS
 from edgekd.stages.student import build_student
 from edgekd.stages.task_data import TaskData, open_task_data, write_json
-from edgekd.stages.teacher import BLACK_BOX, WEIGHTS, open_network
-from edgekd.stages.teacher_adaptation import read_adaptation
+from edgekd.stages.teacher import BLACK_BOX, WEIGHTS, open_network, read_adaptation
 from edgekd.tasks.classification import Classification
 
 if TYPE_CHECKING:
     from edgekd.models.dict_model import DictModel
+    from edgekd.onnx.samples import Array
 
 
 class ExportStage:
@@ -38,7 +37,7 @@ class ExportStage:
             "export": config.export.model_dump(mode="json"),
             "student": config.student.model_dump(mode="json", include={"model", "args"}),
             "teacher": config.teacher.model_dump(mode="json", include={"model", "args"}),
-            "task": [config.task, config.task_args],
+            "task": job.task_settings,
         }
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
@@ -49,24 +48,17 @@ class ExportStage:
         from edgekd.models.weights import load_weights
         from edgekd.onnx.export import export_onnx
         from edgekd.onnx.import_onnx import adapt_onnx
-        from edgekd.onnx.parity import BATCH_SIZES, check_parity, parity
+        from edgekd.onnx.parity import check_parity, parity
 
         config = context.job.config
         task_data = open_task_data(inputs["data"], config)
-        dataset, task = task_data.dataset, task_data.task
-        count = min(config.export.samples, len(dataset.splits["validation"]))
-        # A validation split below the largest batch is repeated.
-        again = np.arange(max(count, max(BATCH_SIZES))) % count
-        samples = {
-            name: array[again]
-            for name, array in dataset.model_inputs("validation", 0, count).items()
-        }
-
+        task = task_data.task
+        samples = parity_samples(task_data)
         student = partial(build_student, folder=inputs["student"])
         teacher = partial(open_network, inputs["teacher"])
         sources: dict[str, tuple[Callable[[TaskData], DictModel], Path]] = {
-            "student": (student, inputs["distill"] / STUDENT),
-            "baseline": (student, inputs["distill"] / BASELINE),
+            "student": (student, inputs["distill"] / STUDENT_WEIGHTS),
+            "baseline": (student, inputs["distill"] / BASELINE_WEIGHTS),
             "teacher": (teacher, inputs["teacher"] / WEIGHTS),
         }
         reports = {}
@@ -98,9 +90,19 @@ class ExportStage:
             adapt_onnx(
                 context.out / BLACK_BOX,
                 read_adaptation(inputs["teacher"], task_data),
-                ModelSpec(dataset.inputs, task.outputs(dataset)),
+                task_data.spec,
             )
         write_json(context.out / "parity.json", reports)
+
+
+def parity_samples(task_data: TaskData) -> dict[str, Array]:
+    """Validation samples to compare an ONNX file on; fewer than the largest batch are repeated."""
+    from edgekd.onnx.parity import BATCH_SIZES
+
+    count = min(task_data.config.export.samples, len(task_data.dataset.splits["validation"]))
+    rows = np.arange(max(count, max(BATCH_SIZES))) % count
+    inputs = task_data.dataset.model_inputs("validation", 0, count)
+    return {name: array[rows] for name, array in inputs.items()}
 
 
 def metadata_of(task_data: TaskData, role: str) -> dict[str, str]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.pipeline.stage import Context, Job
-from edgekd.stages.task_data import read_json
 
 
 class GateStage:
@@ -27,7 +26,8 @@ class GateStage:
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """Check the figures and write the verdicts."""
         from edgekd.release.gate import evaluate, write_gate
+        from edgekd.release.result import read_result
 
-        result = read_json(inputs["benchmark"] / "result.json")
-        verdicts = evaluate(result, context.job.config.gate, context.job.profile)
+        result = read_result(inputs["benchmark"] / "result.json")
+        verdicts = evaluate(result, context.job.budgets)
         write_gate(context.out, context.job.config.name, verdicts)

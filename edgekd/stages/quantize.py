@@ -3,25 +3,47 @@ decided in the engines stage, where they are measured."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from edgekd.config.engines import EngineConfig, ExternalEngineConfig, QuantizeConfig, TensorRTConfig
-from edgekd.config.pipeline import PipelineConfig
-from edgekd.errors import CrashError, EdgekdError, InputError
+from edgekd.config.pipeline import (
+    EngineConfig,
+    ExportConfig,
+    ExternalEngineConfig,
+    PipelineConfig,
+    QatConfig,
+    QuantizeConfig,
+    TensorRTConfig,
+)
+from edgekd.config.training import TrainConfig
+from edgekd.errors import CrashError, InputError, StageError
 from edgekd.pipeline.stage import Context, Job
-from edgekd.stages.evaluator import remarks_on_errors
-from edgekd.stages.qat import reduce_range
+from edgekd.quantization.evaluator import remarks_on_errors
+from edgekd.stages.distill import STUDENT_WEIGHTS
+from edgekd.stages.export import metadata_of, parity_samples
+from edgekd.stages.student import build_student
 from edgekd.stages.task_data import (
     EVALUATION_BATCH,
     TaskData,
-    Validation,
+    TaskEvaluator,
     ValidationSamples,
     open_task_data,
     write_json,
 )
+from edgekd.stages.teacher import open_teacher
+from edgekd.stages.training import fit
 from edgekd.tasks.classification import Classification
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from edgekd.distill.checkpoint import History
+    from edgekd.distill.objective import Objective
+    from edgekd.models.dict_model import DictModel
+    from edgekd.quantization.quantize_onnx import Method, Quantized
+    from edgekd.tasks import Task
 
 Runtime = Literal["cpu", "tensorrt"]
 
@@ -54,22 +76,22 @@ class QuantizeStage:
             "quantize": config.quantize.model_dump(mode="json", exclude={"select"}),
             "runtimes": runtimes_of(job),
             "reduce_range": reduce_range(job),
-            "task": [config.task, config.task_args],
+            "task": job.task_settings,
             "opset": config.export.opset,
             "qat": _training_slice(config) if config.quantize.int8 == "qat" else None,
         }
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """Write and compare the candidates."""
-        wanted = context.job.config.quantize
+        config = context.job.config.quantize
         index: dict[str, Any] = {}
-        if wanted is not None:
+        if config is not None:
             task_data = open_task_data(inputs["data"], context.job.config)
-            work = _CandidateBuilder(task_data, context, inputs, wanted)
-            for runtime in runtimes_of(context.job) if wanted.int8 else ():
+            work = _CandidateBuilder(task_data, context, inputs, config)
+            for runtime in runtimes_of(context.job) if config.int8 else ():
                 index.update(work.int8(runtime))
-            if wanted.precision:
-                index.update(work.half(wanted.precision))
+            if config.precision:
+                index.update(work.half(config.precision))
         write_json(context.out / INDEX, index)
 
 
@@ -99,212 +121,164 @@ class _CandidateBuilder:
         task_data: TaskData,
         context: Context,
         inputs: Mapping[str, Path],
-        wanted: QuantizeConfig,
+        config: QuantizeConfig,
     ) -> None:
-        self.task_data, self.context, self.inputs, self.wanted = task_data, context, inputs, wanted
+        from edgekd.onnx.file import describe_onnx
+        from edgekd.quantization.quantize_onnx import opener
+
+        self.task_data, self.context, self.inputs, self.config = task_data, context, inputs, config
         self.source = inputs["export"] / STUDENT
-        self.validation = Validation(task_data, self.source)
-        self.calibration = ValidationSamples(task_data, wanted.samples)
-        self._opener: Callable[[Path], object] | None = None
-        if wanted.int8 in ("static", "qat") and self.calibration.count < 2:
+        self.evaluator = TaskEvaluator(task_data, self.source)
+        self.calibration = ValidationSamples(task_data, config.samples)
+        if config.int8 in ("static", "qat") and self.calibration.count < 2:
             raise InputError(
                 f"calibration needs at least 2 samples; the validation split has "
                 f"{self.calibration.count}",
                 where="quantize.int8",
                 remedy="give more data or a larger data.validation",
             )
-
-    def opens(self, file: Path) -> None:
-        """Open and run a file in another process.
-
-        Raises:
-            CrashError: ONNX Runtime crashes on it.
-        """
-        from edgekd.onnx.file import describe_onnx
-        from edgekd.stages.quantize_onnx_static import opener
-
-        if self._opener is None:
-            spec = describe_onnx(self.source).spec
-            self.context.scratch.mkdir(parents=True, exist_ok=True)
-            self._opener = opener(self.context.scratch, spec, self.calibration)
-        self._opener(file)
+        context.scratch.mkdir(parents=True, exist_ok=True)
+        spec = describe_onnx(self.source).spec
+        self.opens = opener(context.scratch, spec, self.calibration)
+        """Opens and runs a file in another process; raises CrashError where that crashes."""
 
     def int8(self, runtime: Runtime) -> dict[str, Any]:
         """The INT8 candidates for one runtime, by name."""
-        from edgekd.quantization.dynamic import quantize_dynamic
-        from edgekd.quantization.weights_only import quantize_weights
-
-        kind = self.wanted.int8
+        kind = self.config.int8
         if kind == "dynamic" or kind == "weights-only":
-            name = f"int8-{kind}"
-            write = quantize_dynamic if kind == "dynamic" else quantize_weights
-            write(
-                self.source,
-                self._out(name),
-                keep=self.wanted.exclude_nodes,
-                samples=self.calibration,
-            )
             # TensorRT's parser takes no DynamicQuantizeLinear, and quantized weights alone do not
             # speed it up.
-            return {name: self._entry(name, kind, "cpu", self.wanted.exclude_nodes)}
-        found = self._static(runtime)
+            return self.quantized(f"int8-{kind}", kind, "cpu")
+        self._say_unit()
+        found = self.quantized(f"int8-{runtime}", "static", runtime)
         if kind == "qat":
             found |= self._qat(runtime)
         return found
 
     def half(self, kind: Literal["fp16", "bf16"]) -> dict[str, Any]:
         """The half precision candidate, by name."""
-        from edgekd.quantization.mixed_precision import convert_mixed_precision
-
         # ONNX Runtime's CPU provider has no bfloat16 kernels.
-        runtime: Runtime | None = "tensorrt" if kind == "bf16" else None
-        try:
-            info = convert_mixed_precision(
-                self.source,
-                self._out(kind),
-                kind,
-                samples=self.calibration,
-                keep=self.wanted.exclude_nodes,
-                opens=self.opens if kind == "fp16" else None,
-            )
-        except CrashError as error:
-            return {kind: self._refused(kind, kind, runtime, error)}
-        kept = (*self.wanted.exclude_nodes, *info.kept)
-        return {kind: self._entry(kind, kind, runtime, kept, half=info.to_json())}
+        return self.quantized(kind, kind, "tensorrt" if kind == "bf16" else None)
 
-    def _static(self, runtime: Runtime) -> dict[str, Any]:
-        from edgekd.quantization.mixed_precision_search import search_float_layers
-        from edgekd.quantization.static import StaticQuantizer
+    def quantized(self, name: str, method: Method, runtime: Runtime | None) -> dict[str, Any]:
+        """The candidates of one method, by name."""
+        from edgekd.quantization.quantize_onnx import QuantizeSettings, quantize_onnx
 
-        name = f"int8-{runtime}"
-        folder = self.context.scratch / name
-        folder.mkdir(parents=True, exist_ok=True)
-        quantizer = StaticQuantizer(
-            self.source,
-            self.calibration,
-            folder,
-            runtime=runtime,
-            calibration=self.wanted.calibration,
-            keep=self.wanted.exclude_nodes,
+        config, static = self.config, method == "static"
+        settings = QuantizeSettings(
+            method=method,
+            runtime=runtime or "cpu",
+            calibrator=config.calibration,
+            max_drop=config.max_drop,
+            keep=config.exclude_nodes,
             reduce_range=reduce_range(self.context.job),
         )
-        # The search opens many similar files in this process.
-        quantizer.write(folder / "all.onnx")
-        if crash := self._crash(folder / "all.onnx"):
-            return {name: self._refused(name, "static", runtime, crash)}
-        self._say_unit()
-        decision = search_float_layers(
-            quantizer,
-            self._out(name),
-            self._drop_of,
-            self.wanted.max_drop,
-            samples=self.calibration,
-        )
-        for line in decision.lines():
-            self.context.progress.message(f"  {name}: {line}")
-        if decision.chosen is None:
-            whole = decision.drop_all
-            drop = "give no numbers" if whole is None else f"drop it by {whole:.4f}"
-            return {
-                name: {
-                    "method": "static",
-                    "runtime": runtime,
-                    "decision": decision.to_json(),
-                    "refused": f"no layer can stay in INT8 within a drop of "
-                    f"{self.wanted.max_drop:g}; all of them {drop}",
-                }
-            }
-        for mixed in quantizer.mixed:
+        try:
+            quantized = quantize_onnx(
+                self.source,
+                self._out(name),
+                self.evaluator,
+                settings,
+                calibration=self.calibration,
+                scratch=self.context.scratch / name if static else self.context.scratch,
+                opens=None if method == "bf16" else self.opens,
+            )
+        except CrashError as error:
+            return {name: self._refused(name, method, runtime, error)}
+        more: dict[str, Any] = {}
+        if quantized.half is not None:
+            more["half"] = quantized.half.to_json()
+        decision, quantizer = quantized.decision, quantized.quantizer
+        if decision is not None:
+            for line in decision.lines():
+                self.context.progress.message(f"  {name}: {line}")
+            more["decision"] = decision.to_json()
+            if quantized.refused:
+                whole = decision.drop_all
+                drop = "give no numbers" if whole is None else f"drop it by {whole:.4f}"
+                reason = f"no layer can stay in INT8 within a drop of {config.max_drop:g}"
+                refused = f"{reason}; all of them {drop}"
+                entry = {"method": method, "runtime": runtime, **more, "refused": refused}
+                return {name: entry}
+        for mixed in quantizer.mixed if quantizer is not None else ():
             self.context.progress.message(
                 f"  {name}: {mixed} stays in float32, as 8 bits of one scale would lose a part"
             )
-        kept = (*self.wanted.exclude_nodes, *quantizer.mixed_nodes, *decision.kept)
-        found = {name: self._entry(name, "static", runtime, kept, decision=decision.to_json())}
-        if runtime == "cpu" and (first := quantizer.input_layers(decision.kept)):
+        found = {name: self._entry(name, quantized, runtime, **more)}
+        if quantizer is not None and (first := quantized.input_layers):
             # Which of the two is faster is measured on the target.
             name = f"{name}-float-input"
-            quantizer.write(self._out(name), (*decision.kept, *first))
-            found[name] = self._entry(name, "static", runtime, (*kept, *first))
+            quantizer.write(self._out(name), (*quantized.searched, *first))
+            with_float = replace(quantized, path=self._out(name), kept=(*quantized.kept, *first))
+            found[name] = self._entry(name, with_float, runtime)
         return found
 
     def _say_unit(self) -> None:
         """Report the unit of drops, and a budget that is smaller than one sample."""
-        task, count = self.validation.task, len(self.validation.scores)
+        task, count = self.evaluator.task, len(self.evaluator.scores)
         if not task.higher_is_better:
             self.context.progress.message(
-                f"  drops of {task.metric} are shares of {self.validation.scale:.5g}, the error of "
+                f"  drops of {task.metric} are shares of {self.evaluator.scale:.5g}, the error of "
                 "the best constant prediction on the validation split"
             )
-        if 0 < self.wanted.max_drop < 1 / count and isinstance(
-            self.validation.task, Classification
-        ):
+        if 0 < self.config.max_drop < 1 / count and isinstance(task, Classification):
             self.context.progress.message(
                 f"  one of {count} validation samples is {1 / count:.4f}: more than quantize."
-                f"max_drop = {self.wanted.max_drop:g}, so a single one keeps layers in float32"
+                f"max_drop = {self.config.max_drop:g}, so a single one keeps layers in float32"
             )
 
     def _qat(self, runtime: Runtime) -> dict[str, Any]:
-        from edgekd.stages.qat import train_quantized
+        from edgekd.quantization.quantize_onnx import Quantized
 
         name = f"int8-{runtime}-qat"
+        file = self._out(name)
         history = train_quantized(
-            self.task_data, self.context, self.inputs, runtime, self.wanted.qat, self._out(name)
+            self.task_data, self.context, self.inputs, runtime, self.config.qat, file
         )
         write_json(self.context.out / f"{name}-history.json", history.to_json())
         # What torchao does not round (transposed and one-dimensional convolutions) stays in
         # float32.
-        return {name: self._entry(name, "qat", runtime, _float_layers(self._out(name)))}
-
-    def _drop_of(self, path: Path) -> float:
-        return self.validation.drop_of(path)
+        return {name: self._entry(name, Quantized(file, "qat", _float_layers(file)), runtime)}
 
     def _out(self, name: str) -> Path:
         return self.context.out / f"{name}.onnx"
 
     def _entry(
-        self,
-        name: str,
-        method: str,
-        runtime: Runtime | None,
-        kept: Sequence[str] = (),
-        **more: Any,
+        self, name: str, quantized: Quantized, runtime: Runtime | None, **more: Any
     ) -> dict[str, Any]:
         """A candidate's entry in the index: how it was made, and its difference to float32.
 
-        ``kept`` are the layers that are intentionally in float32; a builder that finds another one
-        there refuses the file.
+        Its ``kept`` are the layers that are intentionally in float32; a builder that finds another
+        one there refuses the file.
         """
-        from edgekd.quantization.float_weights import float_nodes
-        from edgekd.quantization.mixed_precision_graph import write_rounded
+        from edgekd.quantization.quantize_onnx import raise_crash
 
-        file = self._out(name)
+        file, method = quantized.path, quantized.method
         there = _node_names(file)
         entry: dict[str, Any] = {
             "method": method,
             "runtime": runtime,
             "file": file.name,
-            "kept": [name for name in dict.fromkeys(kept) if name in there],
+            "kept": [name for name in dict.fromkeys(quantized.kept) if name in there],
             **more,
         }
-        runnable = file
-        if method == "bf16":
-            # ONNX Runtime's CPU provider has no such kernels: the same rounding, in float32.
-            runnable = self.context.scratch / f"{name}-rounded.onnx"
-            write_rounded(file, runnable, "bf16")
-        if crash := self._crash(runnable):
+        runnable = quantized.runnable(self.context.scratch)
+        try:
+            raise_crash(self.opens, runnable)
+        except CrashError as error:
             file.unlink()
-            return self._refused(name, method, runtime, crash)
+            return self._refused(name, method, runtime, error)
         # Dynamic ranges depend on the batch: with batch 1 the outputs are those on a device.
         batch = 1 if method == "dynamic" else EVALUATION_BATCH
-        drop, errors = self.validation.compare(runnable, batch)
+        drop, errors = self.evaluator.compare(runnable, batch)
         self.context.progress.message(
             f"  {name}: {file.stat().st_size:,} of {self.source.stat().st_size:,} bytes, "
-            f"validation {self.validation.change_text(drop)}"
+            f"validation {self.evaluator.change_text(drop)}"
         )
         if method in ("static", "dynamic", "weights-only"):
-            rows = float_nodes(file, dict.fromkeys(kept, "kept"), f"no 8 bits in {method}")
+            rows = quantized.float_nodes()
             entry["float32_nodes"] = [row.to_json() for row in rows]
-            if left := [row for row in rows if row.node not in kept]:
+            if left := [row for row in rows if row.bytes and row.node not in quantized.kept]:
                 nodes = ", ".join(f"{row.node} ({row.op})" for row in left[:_NAMED])
                 rest = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
                 total = sum(row.bytes for row in left)
@@ -314,16 +288,7 @@ class _CandidateBuilder:
         found = [error.to_json() for error in errors]
         for remark in remarks_on_errors(found):
             self.context.progress.message(f"  {name}: {remark}")
-        return entry | {"drop": drop, "drop_unit": self.validation.drop_unit, "errors": found}
-
-    def _crash(self, file: Path) -> CrashError | None:
-        try:
-            self.opens(file)
-        except CrashError as error:
-            return error
-        except EdgekdError:
-            pass  # Errors that do not end a process are reported by the comparison.
-        return None
+        return entry | {"drop": drop, "drop_unit": self.evaluator.drop_unit, "errors": found}
 
     def _refused(
         self, name: str, method: str, runtime: Runtime | None, error: CrashError
@@ -339,13 +304,14 @@ def _node_names(file: Path) -> set[str]:
     return {node.name for node in read_onnx(file).graph.node}
 
 
-def _float_layers(file: Path) -> list[str]:
+def _float_layers(file: Path) -> tuple[str, ...]:
     """Layers of a Q/DQ file whose weights are in float32."""
     from edgekd.onnx.file import read_onnx
 
     nodes = read_onnx(file).graph.node
     given = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
-    return [node.name for node in nodes if node.op_type in WEIGHTED and node.input[1] not in given]
+    layers = (n for n in nodes if n.op_type in WEIGHTED and n.input[1] not in given)
+    return tuple(node.name for node in layers)
 
 
 def _training_slice(config: PipelineConfig) -> dict[str, Any]:
@@ -361,3 +327,143 @@ def _training_slice(config: PipelineConfig) -> dict[str, Any]:
         "augment": list(config.data.augment),
         "seed": config.seed,
     }
+
+
+def reduce_range(job: Job) -> bool:
+    """Whether INT8 weights for a CPU have 7 bits: only older x86 processors need that.
+
+    For a profile with another processor, which is then ARM, this machine is irrelevant.
+    """
+    from edgekd.config.host import saturates
+
+    return job.profile.kind not in ("cpu-board", "jetson") and saturates()
+
+
+_FAR = 0.25
+"""Largest difference from PyTorch, relative to the output's largest value, that rounding can
+explain: float32 noise moves a few activations by one of 255 steps; a wrongly exported graph
+differs by far more."""
+
+
+def train_quantized(
+    task_data: TaskData,
+    context: Context,
+    inputs: Mapping[str, Path],
+    runtime: Runtime,
+    config: QatConfig,
+    out: Path,
+) -> History:
+    """Continue the student's training with simulated 8-bit rounding, and write it as Q/DQ ONNX.
+
+    The teacher, its cache, the augmentation and the data are those of the distillation; the
+    objective is that of its terms that compare outputs, or ``config.losses``.
+
+    Args:
+        task_data: the data and the task.
+        context: the stage's context; a stopped training is resumed from its scratch folder.
+        inputs: the artifacts of the stages ``teacher``, ``student`` and ``distill``.
+        runtime: determines how activations are rounded.
+        config: the training.
+        out: the ONNX file to write.
+
+    Raises:
+        InputError: torchao is missing, no loss is left, or the training or the network cannot
+            be quantized so.
+        StageError: the network cannot be traced, the training diverged, or the file does not
+            give PyTorch's outputs.
+    """
+    from edgekd.distill.qat import quantization_aware
+    from edgekd.distill.qat_graph import computed_weights
+    from edgekd.models.weights import load_weights
+    from edgekd.onnx.export import export_onnx
+
+    pipeline, label = context.job.config, f"student int8 {runtime}"
+    objective, left_out = qat_objective(pipeline, config, task_data.task)
+    if left_out:
+        context.progress.message(
+            f"  {label}: without {', '.join(left_out)}: the layers that are compared are not in "
+            "the graph that is trained"
+        )
+    # The cache and the augmentation are the distillation's, so that the teacher is not run again.
+    training = pipeline.distill.model_copy(
+        update={name: getattr(config, name) for name in TrainConfig.model_fields}
+    )
+    student = build_student(task_data, inputs["student"])
+    load_weights(student, inputs["distill"] / STUDENT_WEIGHTS, where="student")
+    if computed := computed_weights(student):
+        context.progress.message(
+            f"  {label}: {', '.join(computed)} {'is' if len(computed) == 1 else 'are'} trained on "
+            "as plain weights: their parametrization is not part of the shipped model"
+        )
+    teacher = open_teacher(inputs["teacher"], task_data) if objective.needs_teacher else None
+
+    def train(model: nn.Module) -> History:
+        return fit(task_data, model, objective, training, label, context, teacher)
+
+    narrow = runtime == "cpu" and reduce_range(context.job)
+    result = quantization_aware(student, runtime, train, narrow)
+    export_onnx(result.model, out, pipeline.export.opset, metadata_of(task_data, "student"))
+    context.progress.message(f"  {label}: {_check_outputs(result.model, out, task_data)}")
+    return result.history
+
+
+def qat_objective(
+    pipeline: PipelineConfig, config: QatConfig, task: Task
+) -> tuple[Objective, Sequence[str]]:
+    """The objective of quantization-aware training, and the losses that it leaves out.
+
+    Raises:
+        InputError: torchao is missing, no loss is left, or the training cannot be quantized so.
+    """
+    from edgekd.distill.objective import Objective
+    from edgekd.distill.qat import check_training, terms_of_outputs
+    from edgekd.distill.qat_graph import check_torchao
+
+    check_torchao()
+    check_training(config)
+    terms, left_out = terms_of_outputs(pipeline.loss_terms, config.losses)
+    where = "distill.losses" if config.losses is None else "quantize.qat.losses"
+    return Objective(terms, task, config.label_smoothing, where), left_out
+
+
+def _check_outputs(model: DictModel, path: Path, task_data: TaskData) -> str:
+    """Compare the file with the converted network over validation samples.
+
+    Returns:
+        A one-line summary.
+
+    Raises:
+        StageError: they are further apart than rounding explains.
+    """
+    import torch
+
+    from edgekd.onnx.parity import parity
+
+    samples = parity_samples(task_data)
+    with torch.inference_mode():
+        outputs = model({name: torch.from_numpy(array) for name, array in samples.items()})
+    largest = {name: float(tensor.abs().max()) for name, tensor in outputs.items()}
+    report = parity(
+        model,
+        path,
+        samples,
+        task_data.task.output,
+        ExportConfig(samples=task_data.config.export.samples),
+        classification=isinstance(task_data.task, Classification),
+    )
+    shares: dict[str, float] = {}
+    for row in report.rows:
+        if row.max_absolute is None or row.max_absolute > _FAR * largest[row.output]:
+            raise StageError(
+                f"{path.name} does not give PyTorch's outputs: output {row.output!r} at batch "
+                f"size {row.batch_size} differs by {row.max_absolute} where the largest value is "
+                f"{largest[row.output]:.4g}",
+                where=f"parity of {path.name}",
+                remedy="try another opset (export: {opset: …}), or set int8: static",
+            )
+        shares[row.output] = max(
+            shares.get(row.output, 0.0), row.max_absolute / (largest[row.output] or 1.0)
+        )
+    return "parity with PyTorch: max |Δ| " + ", ".join(
+        f"{share:.1%} of the largest {name}" for name, share in shares.items()
+    )

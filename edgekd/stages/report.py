@@ -26,6 +26,7 @@ class ReportStage:
         """Write the report."""
         from edgekd.release.gate import read_gate
         from edgekd.release.report import quantized_rows, write_report
+        from edgekd.release.result import read_result
 
         histories = {
             "teacher": inputs["teacher"] / "history.json",
@@ -37,7 +38,7 @@ class ReportStage:
         found = {role: read_json(file) for role, file in histories.items() if file.is_file()}
         write_report(
             context.out,
-            result=read_json(inputs["benchmark"] / "result.json"),
+            result=read_result(inputs["benchmark"] / "result.json"),
             verdicts=read_gate(inputs["gate"]),
             histories=found,
             pipeline=context.job.config.model_dump(mode="json", exclude_defaults=True),

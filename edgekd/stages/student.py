@@ -13,10 +13,13 @@ from edgekd.errors import InputError
 from edgekd.files import file_sha256
 from edgekd.pipeline.fingerprint import library_versions
 from edgekd.pipeline.stage import Context, Job
-from edgekd.spec import ModelSpec
-from edgekd.stages.task_data import TaskData, open_task_data, write_json
-from edgekd.stages.teacher import WEIGHTS, some_samples
-from edgekd.stages.teacher_adaptation import plan_adaptation, read_adaptation, write_adaptation
+from edgekd.stages.task_data import TaskData, open_task_data, some_samples, write_json
+from edgekd.stages.teacher import (
+    WEIGHTS,
+    plan_adaptation,
+    read_adaptation,
+    write_adaptation,
+)
 from edgekd.stages.training import hub_fingerprint, scale_output
 from edgekd.tasks.classification import Classification
 
@@ -48,14 +51,16 @@ class StudentStage:
         student = job.config.student
         files = {}
         if student.checkpoint is not None:
-            files["checkpoint"] = file_sha256(_checkpoint(job, student.checkpoint))
+            files["checkpoint"] = file_sha256(
+                job.existing_file(student.checkpoint, "student.checkpoint")
+            )
         network = job.config.teacher if student.model == TEACHERS_OWN else student
         return {
             "student": student.model_dump(mode="json", exclude={"checkpoint"}),
             "preprocess": _preprocess_of(job),
             "network": network.model_dump(mode="json", include={"model", "args"}),
             "seed": job.config.seed,
-            "task": [job.config.task, job.config.task_args],
+            "task": job.task_settings,
             **files,
             **hub_fingerprint(network.model),
             **(_pruning_library() if student.prune is not None else {}),
@@ -63,8 +68,7 @@ class StudentStage:
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """Build, and where configured prune, the student."""
-        from edgekd.models.dict_model import count_parameters
-        from edgekd.models.repeatable import check_repeatable
+        from edgekd.models.dict_model import check_repeatable, count_parameters
         from edgekd.models.weights import load_weights, save_weights
 
         job = context.job
@@ -82,7 +86,7 @@ class StudentStage:
         if student.checkpoint is not None:
             notes = load_weights(
                 model,
-                _checkpoint(job, student.checkpoint),
+                job.existing_file(student.checkpoint, "student.checkpoint"),
                 where="student.checkpoint",
                 key=student.checkpoint_key,
                 prefix=student.prefix,
@@ -122,7 +126,7 @@ def build_student(task_data: TaskData, folder: Path | None, index: int = 0) -> D
     from edgekd.models.build import build_model
 
     torch.manual_seed(task_data.config.seed + index * 1_000_003)
-    spec = ModelSpec(task_data.dataset.inputs, task_data.task.outputs(task_data.dataset))
+    spec = task_data.spec
     network = student_network(task_data.config)
     adaptation = Adaptation(task_data.task.output)
     if isinstance(network, TeacherConfig):
@@ -130,7 +134,7 @@ def build_student(task_data: TaskData, folder: Path | None, index: int = 0) -> D
         adaptation = (
             read_adaptation(folder, task_data)
             if folder is not None
-            else plan_adaptation(task_data, network, "teacher", None, lambda text: None)
+            else plan_adaptation(task_data, network)
         )
     own = adaptation.network_spec(spec)
     model = adapt(build_model(network, own.inputs, own.outputs, where="student"), spec, adaptation)
@@ -156,8 +160,8 @@ def check_logits(
     if not isinstance(task_data.task, Classification):
         return
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        answers = model.eval()(batch)[task_data.task.output]
-    if recognized_form(answers) == "probabilities":
+        outputs = model.eval()(batch)[task_data.task.output]
+    if recognized_form(outputs) == "probabilities":
         raise InputError(
             "the network's outputs are probabilities, which sum to 1, and the losses take logits: "
             "they would apply a softmax again",
@@ -243,14 +247,3 @@ def _pruning_library() -> dict[str, str]:
     except PackageNotFoundError:
         # Its absence is reported when the names are resolved.
         return {}
-
-
-def _checkpoint(job: Job, name: str) -> Path:
-    path = job.path(name)
-    if not path.is_file():
-        raise InputError(
-            f"the file {name!r} does not exist",
-            where="student.checkpoint",
-            remedy=f"give a path from the pipeline file's folder; looked at {path}",
-        )
-    return path

@@ -13,11 +13,13 @@ import numpy as np
 from edgekd.config.pipeline import PipelineConfig
 from edgekd.errors import InputError
 from edgekd.pipeline.store import digest_of
+from edgekd.spec import ModelSpec
 from edgekd.tasks.classification import Classification
 from edgekd.tasks.continuous import ContinuousTask
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from edgekd.data.dataset import Dataset
     from edgekd.data.loader import Loader
@@ -41,6 +43,17 @@ class TaskData:
     """Identifies the samples."""
     task: Task
     config: PipelineConfig
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The inputs and outputs that the data and the task give a network."""
+        return ModelSpec(self.dataset.inputs, self.task.outputs(self.dataset))
+
+    @property
+    def num_classes(self) -> int:
+        """Number of logits per sample; 0 without classes."""
+        size = self.spec.outputs[0].shape[-1]
+        return size if isinstance(self.task, Classification) and isinstance(size, int) else 0
 
     def validation_loader(self, channels_last: bool = False) -> Loader:
         """The validation split in its order, unaugmented."""
@@ -132,7 +145,7 @@ class ValidationSamples:
     """
 
     def __init__(self, task_data: TaskData, limit: int | None = None) -> None:
-        self._ground = task_data
+        self._dataset = task_data.dataset
         total = len(task_data.dataset.splits["validation"])
         self.rows = np.unique(np.linspace(0, total - 1, min(limit or total, total)).astype(int))
 
@@ -143,7 +156,7 @@ class ValidationSamples:
 
     def batches(self, size: int) -> Iterator[dict[str, Array]]:
         """Batches of inputs by name, at most the limit in total."""
-        dataset = self._ground.dataset
+        dataset = self._dataset
         for start in range(0, self.count, size):
             rows = self.rows[start : start + size]
             if rows[-1] - rows[0] + 1 == len(rows):
@@ -154,7 +167,18 @@ class ValidationSamples:
             yield {name: np.concatenate([one[name] for one in each]) for name in each[0]}
 
 
-class Validation:
+def some_samples(task_data: TaskData) -> dict[str, Tensor]:
+    """A few inputs of the validation split, spread over it, as copied tensors."""
+    import torch
+
+    samples = ValidationSamples(task_data, BATCH)
+    return {
+        name: torch.from_numpy(np.array(array))
+        for name, array in next(samples.batches(BATCH)).items()
+    }
+
+
+class TaskEvaluator:
     """The task's metric on the validation split, of float32 and of any other file.
 
     Models are run batch by batch: only scores and errors of their outputs are stored. The reference
@@ -184,7 +208,7 @@ class Validation:
         if not self.labelled.any():
             # The reference is then float32's predictions.
             self.task = agreement_task(self.task)
-            self.targets |= self._answered()
+            self.targets |= self._predictions()
             self.labelled = np.ones(self.samples.count, bool)
         self.scale = 1.0 if self.task.higher_is_better else self._constant_error()
         self.scores = self._scores(reference, BATCH, "disabled")
@@ -192,15 +216,12 @@ class Validation:
 
     @property
     def drop_unit(self) -> str:
-        """The unit in which drops are stated; see :mod:`edgekd.release.formatting`."""
-        from edgekd.release.formatting import OF_CONSTANT, drop_unit
-
-        return drop_unit(self.task.metric) if self.task.higher_is_better else OF_CONSTANT
+        """The unit in which drops are stated, as of :func:`drop_unit_of`."""
+        return drop_unit_of(self.task)
 
     def change_text(self, drop: float) -> str:
         """How the metric moves with a drop of that size: ``−133.6 mae against float32's``."""
-        from edgekd.measurement import Measurement
-        from edgekd.release.formatting import drop_unit, metric_change, value_text
+        from edgekd.measurement import Measurement, drop_unit, metric_change, value_text
 
         better = self.task.higher_is_better
         moved = Measurement(metric_change(drop * self.scale, better), drop_unit(self.task.metric))
@@ -213,9 +234,11 @@ class Validation:
             f"{value_text(moved, signed=True)} against float32's ({value_text(share, signed=True)})"
         )
 
-    def score(self, answers: Mapping[str, Array]) -> Array:
-        """Each labelled sample's score, signed so that higher is better, (N,)."""
-        scores: Array = self._score(answers, slice(None))[self.labelled]
+    def score(self, outputs: Mapping[str, Array], rows: slice = slice(None)) -> Array:
+        """The scores of the labelled samples among these rows, signed so that higher is better."""
+        sign = 1 if self.task.higher_is_better else -1
+        targets = {name: values[rows] for name, values in self.targets.items()}
+        scores: Array = sign * self.task.scores(outputs, targets)[self.labelled[rows]] / self.scale
         return scores
 
     def drop_of(self, path: Path, batch: int = BATCH) -> float:
@@ -231,16 +254,10 @@ class Validation:
         found = self._reference.compare(
             path,
             self.task.output if isinstance(self.task, Classification) else None,
-            lambda _, answers, rows: self._score(answers, rows),
+            lambda _, outputs, rows: self.score(outputs, rows),
             batch=batch,
         )
-        return float((self.scores - found.scores[self.labelled]).mean()), found.errors
-
-    def _score(self, answers: Mapping[str, Array], rows: slice) -> Array:
-        sign = 1 if self.task.higher_is_better else -1
-        targets = {name: values[rows] for name, values in self.targets.items()}
-        scores: Array = sign * self.task.scores(answers, targets) / self.scale
-        return scores
+        return float((self.scores - found.scores).mean()), found.errors
 
     def _constant_error(self) -> float:
         known = {name: values[self.labelled] for name, values in self.targets.items()}
@@ -255,17 +272,27 @@ class Validation:
         return error
 
     def _scores(self, path: Path, batch: int, optimization: Optimization = "all") -> Array:
+        batches = self._run(path, batch, optimization)
+        return np.concatenate([self.score(outputs, rows) for rows, outputs in batches])
+
+    def _predictions(self) -> dict[str, Array]:
+        """Float32's own predictions as targets."""
+        from edgekd.onnx.inference import joined
+
+        batches = self._run(self._file, BATCH, "disabled")
+        return joined([self.task.pseudo_targets(outputs) for _, outputs in batches])
+
+    def _run(
+        self, path: Path, batch: int, optimization: Optimization
+    ) -> Iterator[tuple[slice, dict[str, Array]]]:
         from edgekd.onnx.inference import BatchedModel
 
         model = BatchedModel(path, self.samples, batch=batch, optimization=optimization)
-        batches = model.predict_batches()
-        scores = np.concatenate([self._score(outputs, rows) for rows, outputs in batches])
-        labelled: Array = scores[self.labelled]
-        return labelled
+        return model.predict_batches()
 
-    def _answered(self) -> dict[str, Array]:
-        """Float32's own predictions as targets."""
-        from edgekd.onnx.inference import BatchedModel, joined
 
-        model = BatchedModel(self._file, self.samples, batch=BATCH, optimization="disabled")
-        return joined([self.task.pseudo_targets(o) for _, o in model.predict_batches()])
+def drop_unit_of(task: Task) -> str:
+    """The unit in which a drop of the task's metric is stated."""
+    from edgekd.measurement import OF_CONSTANT, drop_unit
+
+    return drop_unit(task.metric) if task.higher_is_better else OF_CONSTANT

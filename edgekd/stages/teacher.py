@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +11,12 @@ from edgekd.config.networks import TeacherConfig
 from edgekd.errors import InputError
 from edgekd.files import file_sha256
 from edgekd.pipeline.stage import Context, Job
-from edgekd.stages.task_data import TaskData, open_task_data, write_json
-from edgekd.stages.teacher_adaptation import (
-    check_order,
-    plan_adaptation,
-    read_adaptation,
-    with_form,
-    write_adaptation,
+from edgekd.stages.task_data import (
+    TaskData,
+    open_task_data,
+    read_json,
+    some_samples,
+    write_json,
 )
 from edgekd.stages.training import fit, hub_fingerprint, scale_output
 from edgekd.tasks.classification import Classification
@@ -28,14 +28,19 @@ if TYPE_CHECKING:
 
     from edgekd.distill.checkpoint import History
     from edgekd.distill.teacher import OnnxTeacher, Teacher
-    from edgekd.models.adapted import Adaptation
+    from edgekd.models.adapted import Adaptation, InputAdaptation
     from edgekd.models.dict_model import DictModel
+    from edgekd.models.weights import ClassNames
     from edgekd.tasks import Task
 
+
 WEIGHTS, BLACK_BOX = "teacher.safetensors", "teacher.onnx"
-_TRIED_SAMPLES = 64
+ADAPTATION = "adaptation.json"
 ENOUGH_LABELS = 20
 """Number of labelled validation samples below which a teacher near chance is not refused."""
+
+Say = Callable[[str], None]
+"""Prints a progress message."""
 
 
 class TeacherStage:
@@ -51,20 +56,24 @@ class TeacherStage:
         chosen = teacher.model_dump(mode="json", exclude={"checkpoint", "onnx"})
         files = hub_fingerprint(teacher.model)
         if teacher.checkpoint is not None:
-            path = _existing(job, "teacher.checkpoint", teacher.checkpoint)
+            path = job.existing_file(teacher.checkpoint, "teacher.checkpoint")
             files["checkpoint"] = file_sha256(path)
         if teacher.onnx is not None:
             from edgekd.onnx.file import files_of_onnx
 
-            parts = files_of_onnx(_existing(job, "teacher.onnx", teacher.onnx))
+            parts = files_of_onnx(job.existing_file(teacher.onnx, "teacher.onnx"))
             files["onnx"] = " ".join(map(file_sha256, parts))
         training = {"seed": job.config.seed, "augment": list(job.config.data.augment)}
-        task = [job.config.task, job.config.task_args]
-        return {"teacher": chosen, **files, "task": task, **(training if teacher.train else {})}
+        return {
+            "teacher": chosen,
+            **files,
+            "task": job.task_settings,
+            **(training if teacher.train else {}),
+        }
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """Train or load the teacher, and check it on validation samples."""
-        from edgekd.distill.teacher import ModuleTeacher
+        from edgekd.distill.teacher import ModuleTeacher, adaptation_of_teacher
         from edgekd.models.weights import save_weights
         from edgekd.onnx.import_onnx import pack_onnx, rename_onnx
 
@@ -73,7 +82,7 @@ class TeacherStage:
         task_data = open_task_data(inputs["data"], job.config)
         if config.onnx is not None:
             packed = context.out / BLACK_BOX
-            pack_onnx(_existing(job, "teacher.onnx", config.onnx), packed)
+            pack_onnx(job.existing_file(config.onnx, "teacher.onnx"), packed)
             black_box = _black_box(task_data, config, packed, "teacher", context)
             # Student and teacher are timed on the same samples, so they share their names.
             rename_onnx(packed, black_box.names)
@@ -84,8 +93,8 @@ class TeacherStage:
             if history is not None:
                 write_json(context.out / "history.json", history.to_json())
             save_weights(model, context.out / WEIGHTS)
-            write_adaptation(adaptation_of(model), context.out)
             teacher = ModuleTeacher(model)
+            write_adaptation(adaptation_of_teacher(teacher), context.out)
         write_json(context.out / "validation.json", check_teacher(teacher, task_data, context))
 
 
@@ -95,16 +104,14 @@ def _trained_or_loaded(
     """A teacher network with its weights, and its history when it was trained here."""
     from edgekd.distill.objective import Objective
     from edgekd.models.adapted import adapt
-    from edgekd.models.class_order import class_names_in
-    from edgekd.models.dict_model import DictModel
-    from edgekd.models.repeatable import check_repeatable
-    from edgekd.models.weights import load_weights, read_checkpoint
+    from edgekd.models.dict_model import DictModel, check_repeatable
+    from edgekd.models.weights import class_names_in, load_weights, read_checkpoint
 
     say = context.progress.message
     read = None
     if config.checkpoint is not None:
         at = f"{where}.checkpoint"
-        path = _existing(context.job, at, config.checkpoint)
+        path = context.job.existing_file(config.checkpoint, at)
         read = read_checkpoint(path, config.allow_pickle, at)
     named = read.class_names() if read is not None else None
     planned = plan_adaptation(task_data, config, where, named, say)
@@ -122,8 +129,8 @@ def _trained_or_loaded(
 
         network = DictModel(model.module, planned.network_spec(model.spec)).eval()
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            answers = network(planned.prepare(batch))[task_data.task.output]
-        planned = with_form(planned, answers, config, where, say)
+            outputs = network(planned.prepare(batch))[task_data.task.output]
+        planned = with_form(planned, outputs, config, where, say)
     spec, scale, offset = model.spec, model.output_scale, model.output_offset
     model = adapt(DictModel(model.module, planned.network_spec(spec)), spec, planned)
     model.scale_output(scale, offset)
@@ -139,38 +146,20 @@ def _black_box(
     task_data: TaskData, config: TeacherConfig, path: Path, where: str, context: Context
 ) -> OnnxTeacher:
     """An ONNX file as a teacher, with its adaptation to the data."""
-    from edgekd.distill.teacher import OnnxTeacher, check_repeatable_answers
-    from edgekd.models.class_order import class_names_in_metadata
+    from edgekd.distill.teacher import OnnxTeacher, check_repeatable_outputs
+    from edgekd.models.weights import class_names_in_metadata
     from edgekd.onnx.file import describe_onnx
 
-    say, outputs = context.progress.message, task_data.task.outputs(task_data.dataset)
+    say, spec = context.progress.message, task_data.spec
     named = class_names_in_metadata(describe_onnx(path).metadata)
     planned = plan_adaptation(task_data, config, where, named, say)
-    teacher = OnnxTeacher(path, task_data.dataset.inputs, outputs, adaptation=planned)
+    teacher = OnnxTeacher(path, spec.inputs, spec.outputs, adaptation=planned)
     batch = some_samples(task_data)
-    check_repeatable_answers(teacher, batch, where)
+    check_repeatable_outputs(teacher, batch, where)
     if isinstance(task_data.task, Classification):
-        answers = teacher.raw_answer(batch)[task_data.task.output]
-        teacher.adaptation = with_form(planned, answers, config, where, say)
+        outputs = teacher.raw_outputs(batch)[task_data.task.output]
+        teacher.adaptation = with_form(planned, outputs, config, where, say)
     return teacher
-
-
-def some_samples(task_data: TaskData) -> dict[str, Tensor]:
-    """Some inputs of the validation split, spread over it, as copied tensors."""
-    import numpy as np
-    import torch
-
-    total = len(task_data.dataset.splits["validation"])
-    rows = np.unique(np.linspace(0, total - 1, min(_TRIED_SAMPLES, total)).astype(int))
-    each = [task_data.dataset.model_inputs("validation", int(r), int(r) + 1) for r in rows]
-    return {name: torch.from_numpy(np.concatenate([one[name] for one in each])) for name in each[0]}
-
-
-def adaptation_of(model: DictModel) -> Adaptation:
-    """The adaptation between the data and a network."""
-    from edgekd.models.adapted import Adaptation, AdaptedModel
-
-    return model.adaptation if isinstance(model, AdaptedModel) else Adaptation()
 
 
 def load_teacher(
@@ -188,7 +177,7 @@ def load_teacher(
     from edgekd.distill.teacher import ModuleTeacher
 
     if config.onnx is not None:
-        path = _existing(context.job, f"{where}.onnx", config.onnx)
+        path = context.job.existing_file(config.onnx, f"{where}.onnx")
         teacher: Teacher = _black_box(task_data, config, path, where, context)
     else:
         model, _ = _trained_or_loaded(task_data, config, context, where)
@@ -213,8 +202,8 @@ def check_teacher(
     Raises:
         InputError: the teacher's outputs are in another order, or it is not better than chance.
     """
-    from edgekd.distill.evaluate import score
     from edgekd.distill.teacher import adaptation_of_teacher
+    from edgekd.distill.trainer import score
     from edgekd.release.statistics import paired_difference
 
     task = task_data.task
@@ -227,7 +216,7 @@ def check_teacher(
     arrays = task_data.dataset.splits["validation"].arrays
     targets = {s.name: arrays[s.name][rows] for s in task_data.dataset.targets}
     seen = _Decisions(teacher, task)
-    scores = score(seen.answer, task_data.validation_loader(), task)
+    scores = score(seen.predict, task_data.validation_loader(), task)
     by_chance = task.scores(task.constant(targets), targets)
     metric, chance = float(scores.mean()), float(by_chance.mean())
     context.progress.message(
@@ -262,8 +251,8 @@ class _Decisions:
         self._teacher, self._task = teacher, task
         self._pairs: list[tuple[Tensor, Tensor]] = []
 
-    def answer(self, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        outputs = self._teacher.answer(batch)
+    def predict(self, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        outputs = self._teacher.predict(batch)
         if isinstance(self._task, Classification):
             chosen = outputs[self._task.output].argmax(dim=-1).cpu()
             self._pairs.append((batch[self._task.target].cpu(), chosen))
@@ -296,13 +285,12 @@ def build_teacher(
 
     from edgekd.models.adapted import adapt
     from edgekd.models.build import build_model
-    from edgekd.spec import ModelSpec
 
     config = config or task_data.config.teacher
     if adaptation is None:
-        adaptation = plan_adaptation(task_data, config, where, None, lambda text: None)
+        adaptation = plan_adaptation(task_data, config, where)
     torch.manual_seed(task_data.config.seed)
-    spec = ModelSpec(task_data.dataset.inputs, task_data.task.outputs(task_data.dataset))
+    spec = task_data.spec
     own = adaptation.network_spec(spec)
     remedy = (
         "give its last layer that size; or, if it was trained with other classes besides these, "
@@ -329,21 +317,175 @@ def open_teacher(folder: Path, task_data: TaskData) -> Teacher:
     from edgekd.distill.teacher import ModuleTeacher, OnnxTeacher
 
     if (folder / BLACK_BOX).is_file():
-        return OnnxTeacher(
-            folder / BLACK_BOX,
-            task_data.dataset.inputs,
-            task_data.task.outputs(task_data.dataset),
-            adaptation=read_adaptation(folder, task_data),
-        )
+        spec, adaptation = task_data.spec, read_adaptation(folder, task_data)
+        return OnnxTeacher(folder / BLACK_BOX, spec.inputs, spec.outputs, adaptation=adaptation)
     return ModuleTeacher(open_network(folder, task_data).to(training_device()))
 
 
-def _existing(job: Job, where: str, name: str) -> Path:
-    path = job.path(name)
-    if not path.is_file():
-        raise InputError(
-            f"the file {name!r} does not exist",
-            where=where,
-            remedy=f"give a path from the pipeline file's folder; looked at {path}",
+def plan_adaptation(
+    task_data: TaskData,
+    config: TeacherConfig,
+    where: str = "teacher",
+    found: ClassNames | None = None,
+    say: Say = lambda text: None,
+) -> Adaptation:
+    """The preprocessing and the order of the outputs, from the section and from the file.
+
+    Args:
+        task_data: the data and the task.
+        config: the teacher's section; its ``classes`` take precedence over the file's.
+        where: its YAML position, for errors.
+        found: the class names in its file.
+        say: prints a progress message.
+
+    Raises:
+        InputError: keys that do not fit the data, or names that are not all the data's classes.
+    """
+    from edgekd.models.adapted import Adaptation, output_order
+    from edgekd.models.weights import ClassNames
+
+    dataset, task = task_data.dataset, task_data.task
+    planned = Adaptation(task.output, input=_preprocessing(task_data, config, where))
+    if not isinstance(task, Classification):
+        for key in ("classes", "output"):
+            if getattr(config, key) is not None:
+                raise InputError(
+                    f"the task {task.name} has no classes",
+                    where=f"{where}.{key}",
+                    remedy=f"remove {key}",
+                )
+        return planned
+    labels = class_labels(task_data)
+    names = found
+    if config.classes is not None:
+        names = ClassNames(config.classes, f"{where}.classes")
+        if len(set(config.classes)) < len(config.classes):
+            raise InputError("a class is named twice", where=f"{where}.classes", remedy="fix it")
+    elif dataset.labels is None or names is None:
+        # Numeric labels cannot be matched with the names in a file.
+        return planned
+    order = output_order(names, labels, f"{where}.classes", stated=config.classes is not None)
+    if order is None:
+        say(
+            f"  {where}: its {names.source} names {', '.join(names.names[:3])}, …, and the data "
+            f"{', '.join(labels[:3])}, …: no name is the same, so its order is taken as it is"
         )
-    return path
+        return planned
+    if order == tuple(range(len(names.names))):
+        return planned
+    left_out = len(names.names) - len(order)
+    say(
+        f"  {where}: its outputs are put into the order of the data's classes, by "
+        f"{names.source}" + (f"; {left_out} that the data do not have left out" if left_out else "")
+    )
+    return replace(planned, order=order, outputs=len(names.names))
+
+
+def with_form(
+    planned: Adaptation, outputs: Tensor, config: TeacherConfig, where: str, say: Say
+) -> Adaptation:
+    """The adaptation with the form of the teacher's outputs: configured, else detected.
+
+    Args:
+        planned: the rest of the adaptation.
+        outputs: the network's own outputs for real samples, (N, ..., outputs).
+        config: the teacher's section.
+        where: its YAML position, for errors.
+        say: prints a progress message.
+
+    Raises:
+        InputError: the outputs cannot have the configured form.
+    """
+    from edgekd.models.adapted import check_form, recognized_form
+
+    if config.output is not None:
+        check_form(outputs, config.output, f"{where}.output")
+        return replace(planned, form=config.output)
+    form = recognized_form(outputs)
+    if form == "logits":
+        return planned
+    made = {
+        "probabilities": "sum to 1: they are probabilities, and their logarithm is taken as logits",
+        "log_probabilities": "are logarithms of probabilities, which serve as logits",
+        "sigmoid": "lie between 0 and 1 and do not sum to 1: each is taken for the sigmoid of a "
+        "logit",
+    }
+    say(f"  {where}: its outputs {made[form]} (otherwise say {where}.output: logits)")
+    return replace(planned, form=form)
+
+
+def class_labels(task_data: TaskData) -> tuple[str, ...]:
+    """The data's class names, or their numbers where they have none."""
+    if task_data.dataset.labels is not None:
+        return task_data.dataset.labels
+    return tuple(map(str, range(task_data.num_classes)))
+
+
+def check_order(
+    task_data: TaskData,
+    adaptation: Adaptation,
+    labels: Any,
+    predictions: Any,
+    figures: str,
+    where: str,
+) -> None:
+    """Refuse a teacher whose outputs, in another order, fit the labels far better.
+
+    Args:
+        task_data: the data and the task.
+        adaptation: the teacher's.
+        labels: (N,) classes of labelled validation samples.
+        predictions: (N,) the teacher's predictions.
+        figures: the measured figures, for the error.
+        where: the teacher's YAML position.
+
+    Raises:
+        InputError: there is such an order; it is given as the line to add.
+    """
+    from edgekd.models.adapted import class_list, fitting_permutation
+
+    names = class_labels(task_data)
+    better = fitting_permutation(labels, predictions, len(names))
+    if better is None:
+        return
+    order = adaptation.order or tuple(range(len(names)))
+    outputs = [f"(no class {at})" for at in range(adaptation.outputs or len(names))]
+    for name, at in zip(names, better, strict=True):
+        outputs[order[at]] = name
+    right = sum(int(p == better[t]) for t, p in zip(labels, predictions, strict=True))
+    moved = [f"{a} for {names[b]}" for a, b in zip(names, better, strict=True) if a != names[b]]
+    raise InputError(
+        f"the teacher's outputs are in another order than the data's classes: {figures} as they "
+        f"are, {right / len(labels):.4f} when they are put in another order "
+        f"({len(labels):,} labelled validation samples; it predicts {', '.join(moved[:3])}"
+        f"{', …' if moved[3:] else ''})",
+        where=where,
+        remedy=f"if it was trained on these classes, name its outputs in its own order under "
+        f"{where}: '{class_list(outputs)}'; if not, it is another network, or does not get its "
+        f"inputs as it was trained ({where}.preprocess: normalisation, channel order)",
+    )
+
+
+def write_adaptation(adaptation: Adaptation, folder: Path) -> None:
+    """Write the detected adaptation next to the teacher's weights."""
+    known = {"order": adaptation.order, "outputs": adaptation.outputs, "form": adaptation.form}
+    write_json(folder / ADAPTATION, known)
+
+
+def read_adaptation(folder: Path, task_data: TaskData) -> Adaptation:
+    """The inverse of :func:`write_adaptation`; the preprocessing comes from the section."""
+    from edgekd.models.adapted import Adaptation
+
+    known: Mapping[str, Any] = read_json(folder / ADAPTATION)
+    own = _preprocessing(task_data, task_data.config.teacher, "teacher")
+    order = None if known["order"] is None else tuple(known["order"])
+    return Adaptation(task_data.task.output, order, known["outputs"], known["form"], own)
+
+
+def _preprocessing(
+    task_data: TaskData, config: TeacherConfig, where: str
+) -> InputAdaptation | None:
+    from edgekd.models.adapted import input_adaptation
+
+    data = task_data.dataset
+    return input_adaptation(config.preprocess, data.inputs, data.preprocess, f"{where}.preprocess")

@@ -94,7 +94,7 @@ def fit(
     """
     from edgekd.data.dataset import Split, take
     from edgekd.data.loader import Loader
-    from edgekd.distill.trainer import train
+    from edgekd.distill.trainer import Trainer
 
     if isinstance(train_config, DistillConfig):
         task_data = task_data.keep_labels(train_config.labelled)
@@ -114,7 +114,7 @@ def fit(
         augment=augmentation_of(config, train_config),
         channels_last=channels_last,
         views=views_of(config, train_config),
-        classes={task_data.task.target: count} if (count := num_classes(task_data)) else {},
+        classes={task_data.task.target: count} if (count := task_data.num_classes) else {},
     )
     training = loader(dataset.splits["train"])
     rows = task_data.labelled_rows("train")
@@ -126,8 +126,8 @@ def fit(
         part = {name: take(array, rows) for name, array in dataset.splits["train"].arrays.items()}
         training = loader(Split(part), steps=len(training))
     validation, task = task_data.validation_loader(channels_last), task_data.task
-    labelled, asked = len(task_data.labelled_rows("validation")), objective.needs_teacher
-    if labelled == 0 or (asked and labelled < validation.samples):
+    labelled = len(task_data.labelled_rows("validation"))
+    if labelled == 0 or (objective.needs_teacher and labelled < validation.samples):
         validation, task = pseudo_labelled_validation(task_data, teacher, channels_last, label)
         context.progress.message(
             f"  {label}: {labelled} validation samples have a label: validated by {task.metric} "
@@ -137,18 +137,19 @@ def fit(
         teacher = cached_teacher(
             task_data, teacher, objective, training, train_config, label, context
         )
-    return train(
+    return Trainer(
         model,
         objective,
-        (training, validation),
+        training,
+        validation,
         task,
         train_config,
         config.seed,
-        teacher=teacher,
         checkpoint_folder=context.scratch / label.replace(" ", "-"),
         progress=context.progress,
+        teacher=teacher,
         label=label,
-    )
+    ).fit()
 
 
 def hub_fingerprint(name: str | None) -> dict[str, str]:
@@ -160,7 +161,7 @@ def hub_fingerprint(name: str | None) -> dict[str, str]:
     if package not in HUB_PACKAGES or not rest:
         return {}
     from edgekd.files import hash_path
-    from edgekd.models.hub import find_folder
+    from edgekd.models.build import find_folder
 
     try:
         found = library_versions((package,))
@@ -172,7 +173,7 @@ def hub_fingerprint(name: str | None) -> dict[str, str]:
 
 _DECIDES_ANSWERS = (
     "edgekd.data.loader", "edgekd.models.build",
-    "edgekd.distill.teacher", "edgekd.distill.ensemble", "edgekd.distill.logit_codec",
+    "edgekd.distill.teacher", "edgekd.distill.schemes.offline", "edgekd.distill.cache_store",
 )  # fmt: skip
 """The modules whose code a teacher's outputs depend on, besides its weights."""
 
@@ -216,7 +217,7 @@ def cached_teacher(
     from edgekd.distill.cache import fill_cache
 
     layers = objective.teacher_layers
-    teacher.watch(layers)
+    teacher.capture(layers)
     cache = train_config.cache if isinstance(train_config, DistillConfig) else None
     if cache is None or training.views is None:
         return teacher
@@ -235,7 +236,7 @@ def cached_teacher(
     ]
     own = [augment, networks]
     code = [code_sha256(_DECIDES_ANSWERS), references_sha256(own), extension_versions(own)]
-    classes = num_classes(task_data)
+    classes = task_data.num_classes
     top = cache.top
     if classes > top and objective.needs_full_logits:
         context.progress.message(
@@ -247,7 +248,7 @@ def cached_teacher(
         teacher,
         training,
         context.job.path(cache.folder) if cache.folder is not None else context.cache,
-        outputs=task_data.task.outputs(dataset),
+        outputs=task_data.spec.outputs,
         logits=[task_data.task.output] if isinstance(task_data.task, Classification) else [],
         views=training.views,
         top=top,
@@ -257,12 +258,6 @@ def cached_teacher(
         preprocess={name: p.to_json() for name, p in dataset.preprocess.items()},
         progress=context.progress,
     )
-
-
-def num_classes(task_data: TaskData) -> int:
-    """Number of logits per sample; 0 without classes."""
-    size = task_data.task.outputs(task_data.dataset)[0].shape[-1]
-    return size if isinstance(task_data.task, Classification) and isinstance(size, int) else 0
 
 
 def pseudo_labelled_validation(
@@ -285,16 +280,16 @@ def pseudo_labelled_validation(
             where=label,
             remedy="give labels, or a scheme with a teacher",
         )
-    answers = []
+    predicted = []
     for batch in task_data.validation_loader().ordered():
         outputs = {
-            name: tensor.float().cpu().numpy() for name, tensor in teacher.answer(batch).items()
+            name: tensor.float().cpu().numpy() for name, tensor in teacher.predict(batch).items()
         }
-        answers.append(task_data.task.pseudo_targets(outputs))
+        predicted.append(task_data.task.pseudo_targets(outputs))
     arrays = dict(task_data.dataset.splits["validation"].arrays)
     labelled = task_data.labelled_rows("validation")
-    for name in answers[0]:
-        targets = np.concatenate([answer[name] for answer in answers])
+    for name in predicted[0]:
+        targets = np.concatenate([part[name] for part in predicted])
         if len(labelled):
             targets = targets.astype(arrays[name].dtype)
             targets[labelled] = arrays[name][labelled]

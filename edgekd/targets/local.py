@@ -8,12 +8,22 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import Unpack
+
+from edgekd.crashes import OUT_OF_MEMORY, named_signal
 from edgekd.errors import CrashError, EdgekdError, InputError, StageError, TargetError
 from edgekd.files import edgerun_folder
+from edgekd.targets.target import BenchSettings, ProbeSettings, ProviderOptions, RunSettings
+from edgerun.cli import LEVELS, command_words
+from edgerun.errors import AS_JSON, BadInput, CannotWrite, RunFailed
+from edgerun.files import is_engine
+from edgerun.system import PARENT
+from edgerun.tensorrt.settings import BuildSettings
 
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
@@ -22,268 +32,96 @@ THREAD_VARIABLES = (
     "NUMEXPR_NUM_THREADS",
 )
 STDERR_LINES = 10
-RUN_FAILED, CANNOT_WRITE = 3, 5
-"""The codes with which edgerun ends where the runtime fails, and where a file cannot be written."""
-PROBE_SECONDS = 300.0
-LEVELS = ("all", "extended", "basic", "disabled")
-"""ONNX Runtime's levels of graph optimization, the highest first."""
+FILES = ("against", "engine", "inputs", "json", "manifest", "output", "timing_cache")
+"""Settings that are files."""
 
 
 class LocalTarget:
     """Runs ``python -m edgerun`` with this interpreter, one fresh process for each call.
 
-    All methods raise InputError when edgerun finds the input wrong, StageError when it cannot
-    write a file, and TargetError when it cannot be started or finds no GPU for an engine. Where a
-    runtime fails on a model, :meth:`bench`, :meth:`run` and :meth:`probe` raise StageError, and
-    CrashError where it ends the process; the others raise TargetError then.
+    The methods are those of :class:`edgekd.targets.target.Target`. All raise InputError when
+    edgerun finds the input wrong, StageError when it cannot write a file, and TargetError when it
+    cannot be started or finds no GPU for an engine. Where a runtime fails on a model,
+    :meth:`bench`, :meth:`run` and :meth:`probe` raise StageError, and CrashError where it ends the
+    process; the others raise TargetError then.
     """
 
     name = "local"
 
     def bench(
-        self,
-        model: Path,
-        against: Path | None = None,
-        *,
-        inputs: Path | None = None,
-        shapes: Sequence[str] = (),
-        batch: int | None = None,
-        threads: int | None = None,
-        providers: Sequence[str] = (),
-        provider_options: Mapping[str, Mapping[str, str]] | None = None,
-        against_options: Mapping[str, Mapping[str, str]] | None = None,
-        optimization: str = "all",
-        min_queries: int = 1000,
-        max_seconds: float = 60.0,
-        seed: int = 0,
-        memory: bool = True,
+        self, model: Path, against: Path | None = None, **settings: Unpack[BenchSettings]
     ) -> dict[str, Any]:
-        """Measure one model, or two in interleaved rounds: a record ``edgerun.bench/1``.
-
-        Args:
-            model: an ONNX file.
-            against: another one; the record's ratio is its p50 over the model's.
-            inputs: an npz file with the models' inputs; None makes random ones.
-            shapes: ``NAME=1x3x224x224`` for random inputs.
-            batch: samples of one query.
-            threads: the runtime's threads for one operator; None: the runtime's default.
-            providers: ONNX Runtime's execution providers in order; none is the CPU.
-            provider_options: of these providers by name; see
-                :attr:`edgekd.engines.onnxruntime.EngineInfo.provider_options`.
-            against_options: those with which ``against`` is opened, a file of another precision
-                for example; None is ``provider_options``.
-            optimization: ``disabled``, ``basic``, ``extended`` or ``all``.
-            min_queries: timed queries of each model, unless ``max_seconds`` are over before.
-            max_seconds: of timing both models.
-            seed: of random inputs.
-            memory: whether to measure peak memory, in additional processes.
-        """
-        words = [
-            f"--min-queries={min_queries}",
-            f"--max-seconds={max_seconds}",
-            f"--seed={seed}",
-            *_settings(batch, threads, providers, provider_options, optimization),
-        ]
+        """Measure one model, or two in interleaved rounds: a record ``edgerun.bench/1``."""
+        _check_names(settings, BenchSettings)
+        options = settings.get("provider_options")
+        models = [(model, options)]
         if against is not None:
-            words += ["--against", _absolute(against)]
-            if against_options is not None:
-                words += ["--against-provider-options", _json(against_options)]
-        if inputs is not None:
-            words += ["--inputs", _absolute(inputs)]
-        for shape in shapes:
-            words += [f"--shape={shape}"]
-        if not memory:
-            words += ["--no-memory"]
-        try:
-            return _edgerun_json("bench", [*words, "--", _absolute(model)], threads)
-        except CrashError as crash:
-            options = (provider_options, against_options or provider_options)
-            for path, own in zip((model, against), options, strict=True):
-                if path is not None:
-                    self._explain(
-                        path,
-                        inputs=inputs,
-                        shapes=shapes,
-                        batch=batch,
-                        threads=threads,
-                        providers=providers,
-                        provider_options=own,
-                        optimization=optimization,
-                    )
-            crash.where = crash.where or str(model)
-            raise
+            models.append((against, settings.get("against_options") or options))
+        with self._explained(models, settings):
+            return _edgerun_record("bench", model, {"against": against, **settings})
 
-    def run(
-        self,
-        model: Path,
-        inputs: Path,
-        output: Path,
-        *,
-        batch: int | None = None,
-        threads: int | None = None,
-        providers: Sequence[str] = (),
-        provider_options: Mapping[str, Mapping[str, str]] | None = None,
-        optimization: str = "all",
-        manifest: Path | None = None,
-        raw: bool = False,
-    ) -> None:
-        """Write the model's outputs for every sample of an npz file to another one.
-
-        Args:
-            model: an ONNX file.
-            inputs: an npz file with the model's inputs by name.
-            output: the npz file to write, the outputs by name.
-            batch: samples of one call; None is edgerun's choice.
-            threads: as in :meth:`bench`.
-            providers: as in :meth:`bench`.
-            provider_options: as in :meth:`bench`.
-            optimization: as in :meth:`bench`.
-            manifest: the manifest whose preprocessing raw samples need.
-            raw: preprocess samples of any dtype, not only uint8.
-        """
-        words = ["--inputs", _absolute(inputs), "--output", _absolute(output)]
-        words += _settings(batch, threads, providers, provider_options, optimization)
-        if manifest is not None:
-            words += ["--manifest", _absolute(manifest)]
-        if raw:
-            words += ["--raw"]
-        try:
-            _edgerun("run", [*words, "--", _absolute(model)], threads)
-        except CrashError as crash:
-            self._explain(
-                model,
-                inputs=inputs,
-                batch=batch,
-                threads=threads,
-                providers=providers,
-                provider_options=provider_options,
-                optimization=optimization,
-            )
-            crash.where = crash.where or str(model)
-            raise
+    def run(self, model: Path, inputs: Path, output: Path, **settings: Unpack[RunSettings]) -> None:
+        """Write the model's outputs for every sample of an npz file to another one."""
+        _check_names(settings, RunSettings)
+        given = {"inputs": inputs, "output": output, **settings}
+        with self._explained([(model, settings.get("provider_options"))], given):
+            _edgerun("run", model, given)
 
     def probe(
-        self,
-        model: Path,
-        *,
-        inputs: Path | None = None,
-        shapes: Sequence[str] = (),
-        batch: int | None = None,
-        threads: int | None = None,
-        providers: Sequence[str] = (),
-        provider_options: Mapping[str, Mapping[str, str]] | None = None,
-        optimization: str = "all",
-        run: bool = True,
-        max_seconds: float = PROBE_SECONDS,
+        self, model: Path, *, max_seconds: float = 300.0, **settings: Unpack[ProbeSettings]
     ) -> dict[str, Any]:
         """Open a model and run it once: a record ``edgerun.probe/1``.
-
-        Args:
-            model: an ONNX file.
-            inputs: as in :meth:`bench`; where random ones do not fit the model, it is only opened.
-            shapes: as in :meth:`bench`.
-            batch: as in :meth:`bench`.
-            threads: as in :meth:`bench`.
-            providers: as in :meth:`bench`.
-            provider_options: as in :meth:`bench`.
-            optimization: as in :meth:`bench`.
-            run: whether to run it at all.
-            max_seconds: time limit.
 
         Raises:
             CrashError: the runtime ends the process. Where it does so at a high level of graph
                 optimization, lower ones were tried and the remedy names the one that works.
             StageError: it takes longer than ``max_seconds``.
         """
-        settings: dict[str, Any] = {
-            "inputs": inputs,
-            "shapes": shapes,
-            "batch": batch,
-            "threads": threads,
-            "providers": providers,
-            "provider_options": provider_options,
-            "run": run,
-            "max_seconds": max_seconds,
-        }
+        _check_names(settings, ProbeSettings)
         try:
-            return _probe(model, optimization=optimization, **settings)
+            return _edgerun_record("probe", model, settings, max_seconds)
         except CrashError as crash:
-            crash.remedy = _remedy(crash, model, optimization, settings)
+            crash.where = str(model)
+            crash.remedy = _remedy(crash, model, settings, max_seconds)
             raise
 
-    def _explain(self, model: Path, **settings: Any) -> None:
-        """Raise the error that names the model and the step, if a probe is ended as well."""
-        try:
-            self.probe(model, **settings)
-        except CrashError:
-            raise
-        except EdgekdError:
-            return  # That is not what ended the process.
-
-    def build(
+    @contextmanager
+    def _explained(
         self,
-        model: Path,
-        engine: Path,
-        *,
-        library: str,
-        compute_capabilities: Sequence[str] = (),
-        precision: str | None = None,
-        keep: Sequence[str] = (),
-        shapes: Sequence[str] = (),
-        batch: int = 1,
-        workspace_mb: float | None = None,
-        timing_cache: Path | None = None,
-        version_compatible: bool = False,
-        hardware_compatible: bool = False,
-        dla: int | None = None,
-        gpu_fallback: bool = True,
-    ) -> dict[str, Any]:
-        """Build a TensorRT engine: a record ``edgerun.build/1``, also written next to the engine.
+        models: Sequence[tuple[Path, ProviderOptions | None]],
+        settings: Mapping[str, Any],
+    ) -> Iterator[None]:
+        """Replace a crash by the error that names the model and the step, if a probe crashes too.
 
         Args:
-            model: an ONNX file.
-            engine: the file to write.
-            library: ``tensorrt`` or ``tensorrt-rtx``.
-            compute_capabilities: ``("8.6", "8.9")``, the GPUs to build for; tensorrt-rtx alone.
-            precision: ``fp32``, ``fp16``, ``bf16`` or ``int8``, which convolutions and matrix
-                products must then have; None: the model's own precision.
-            keep: nodes that may stay in a wider precision.
-            shapes: ``NAME=MIN:USUAL:MAX`` of inputs with open dimensions.
-            batch: usual and largest size of an open batch dimension without a shape.
-            workspace_mb: limit of scratch memory.
-            timing_cache: a file to read and write; tensorrt alone.
-            version_compatible: also loadable by later releases.
-            hardware_compatible: also loadable on other GPUs from Ampere on; tensorrt alone.
-            dla: the core of a Jetson's DLA.
-            gpu_fallback: whether what the DLA cannot run may run on the GPU.
+            models: each with the options of its providers.
+            settings: of the call; those that a probe has, too, are its own.
         """
-        words = ["--engine", _absolute(engine), "--library", library, "--batch", str(batch)]
-        words += [f"--sm={capability}" for capability in compute_capabilities]
-        words += [f"--keep={node}" for node in keep]
-        words += [f"--shape={shape}" for shape in shapes]
-        if precision is not None:
-            words += ["--precision", precision]
-        if workspace_mb is not None:
-            words += ["--workspace-mb", str(workspace_mb)]
-        if timing_cache is not None:
-            words += ["--timing-cache", _absolute(timing_cache)]
-        if dla is not None:
-            words += ["--dla", str(dla)]
-        switches = {
-            "--version-compatible": version_compatible,
-            "--hardware-compatible": hardware_compatible,
-            "--no-gpu-fallback": not gpu_fallback,
-        }
-        words += [switch for switch, on in switches.items() if on]
-        return _edgerun_json("build", [*words, "--", _absolute(model)], None)
+        try:
+            yield
+        except CrashError as crash:
+            common = {k: settings[k] for k in ProbeSettings.__annotations__ if k in settings}
+            for model, options in models:
+                try:
+                    self.probe(model, **{**common, "provider_options": options})
+                except CrashError:
+                    raise
+                except EdgekdError:
+                    pass  # That is not what ended the process.
+            crash.where = crash.where or str(models[0][0])
+            raise
+
+    def build(self, model: Path, engine: Path, settings: BuildSettings) -> dict[str, Any]:
+        """Build a TensorRT engine: a record ``edgerun.build/1``, also written next to it."""
+        return _edgerun_record("build", model, {"engine": engine, **vars(settings)})
 
     def parse(self, model: Path, library: str) -> dict[str, Any]:
         """The verdict of TensorRT's parser on a model: a record ``edgerun.parse/1``."""
-        return _edgerun_json("parse", ["--library", library, "--", _absolute(model)], None)
+        return _edgerun_record("parse", model, {"library": library})
 
     def info(self, model: Path | None = None) -> dict[str, Any]:
         """Describe this machine, and a model's inputs and outputs: ``edgerun.info/1``."""
-        return _edgerun_json("info", [] if model is None else ["--", _absolute(model)], None)
+        return _edgerun_record("info", model, {})
 
 
 def clean_environment(threads: int | None) -> dict[str, str]:
@@ -292,69 +130,33 @@ def clean_environment(threads: int | None) -> dict[str, str]:
     Python's own variables are dropped, so that nothing of this process's packages or settings
     is inherited but the interpreter; PYTHONPATH is edgerun's parent alone.
     """
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-    kept["PYTHONPATH"] = str(edgerun_folder().parent)
-    # numpy's libraries allocate buffers for each thread when imported: memory that no model needs.
-    kept.update(dict.fromkeys(THREAD_VARIABLES, str(threads or 1)))
-    return kept
+    inherited = {k: value for k, value in os.environ.items() if not k.startswith("PYTHON")}
+    return {
+        **inherited,
+        "PYTHONPATH": str(edgerun_folder().parent),
+        PARENT: str(os.getpid()),
+        AS_JSON: "json",
+        # numpy's libraries allocate buffers for each thread when imported: memory that no model
+        # needs.
+        **dict.fromkeys(THREAD_VARIABLES, str(threads or 1)),
+    }
 
 
-def _settings(
-    batch: int | None,
-    threads: int | None,
-    providers: Sequence[str],
-    provider_options: Mapping[str, Mapping[str, str]] | None,
-    optimization: str,
-) -> list[str]:
-    words = ["--optimization", optimization]
-    if batch is not None:
-        words += ["--batch", str(batch)]
-    if threads is not None:
-        words += ["--threads", str(threads)]
-    if providers:
-        words += ["--providers", ",".join(providers)]
-    if provider_options:
-        words += ["--provider-options", _json(provider_options)]
-    return words
+def _check_names(settings: Mapping[str, Any], known: type) -> None:
+    """Raise TypeError for a keyword that is no setting, as a function of these settings would."""
+    for name in settings:
+        if name not in known.__annotations__:
+            raise TypeError(f"there is no setting {name!r} in {known.__name__}")
 
 
-def _json(provider_options: Mapping[str, Mapping[str, str]]) -> str:
-    return json.dumps({name: dict(options) for name, options in provider_options.items()})
-
-
-def _probe(
-    model: Path,
-    *,
-    inputs: Path | None,
-    shapes: Sequence[str],
-    batch: int | None,
-    threads: int | None,
-    providers: Sequence[str],
-    provider_options: Mapping[str, Mapping[str, str]] | None,
-    optimization: str,
-    run: bool,
-    max_seconds: float,
-) -> dict[str, Any]:
-    words = _settings(batch, threads, providers, provider_options, optimization)
-    if inputs is not None:
-        words += ["--inputs", _absolute(inputs)]
-    words += [f"--shape={shape}" for shape in shapes]
-    if not run:
-        words += ["--no-run"]
-    try:
-        return _edgerun_json("probe", [*words, "--", _absolute(model)], threads, max_seconds)
-    except CrashError as crash:
-        crash.where = str(model)
-        raise
-
-
-def _remedy(crash: CrashError, model: Path, level: str, settings: dict[str, Any]) -> str:
+def _remedy(crash: CrashError, model: Path, settings: Mapping[str, Any], max_seconds: float) -> str:
     """The remedy for a model that crashes the process; lower levels of optimization are tried."""
     if crash.signal == signal.SIGKILL:
-        return "it is often the system that ends a process so, for memory: free some"
-    for lower in LEVELS[LEVELS.index(level) + 1 :]:
+        return OUT_OF_MEMORY
+    for lower in LEVELS[LEVELS.index(settings.get("optimization", LEVELS[0])) + 1 :]:
         try:
-            ran = _probe(model, optimization=lower, **settings)["ran"]
+            probed = {**settings, "optimization": lower}
+            ran = _edgerun_record("probe", model, probed, max_seconds)["ran"]
         except EdgekdError:
             continue
         return (
@@ -374,34 +176,38 @@ def _remedy(crash: CrashError, model: Path, level: str, settings: dict[str, Any]
     )
 
 
-def _edgerun_json(
-    command: str, words: Sequence[str], threads: int | None, max_seconds: float | None = None
+def _edgerun_record(
+    command: str, model: Path | None, settings: Mapping[str, Any], max_seconds: float | None = None
 ) -> dict[str, Any]:
     """Run edgerun with ``--json`` and read its record."""
     with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
-        path = Path(folder) / "answer.json"
-        _edgerun(command, ["--json", str(path), *words], threads, max_seconds)
+        path = Path(folder) / "record.json"
+        _edgerun(command, model, {"json": path, **settings}, max_seconds)
         try:
-            answer: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise TargetError(
                 f"edgerun {command} ended well but left no readable result: {error}",
                 where=LocalTarget.name,
                 remedy="check the space in the temporary folder",
             ) from error
-    return answer
+    return record
 
 
 def _edgerun(
-    command: str, words: Sequence[str], threads: int | None, max_seconds: float | None = None
+    command: str, model: Path | None, settings: Mapping[str, Any], max_seconds: float | None = None
 ) -> None:
+    # edgerun works in a folder of its own; relative paths are meant from here.
+    files = {k: Path(settings[k]).resolve() for k in FILES if settings.get(k) is not None}
+    file = None if model is None else Path(model).resolve()
+    words = command_words(command, file, {**settings, **files})
     # An empty working folder: 'python -m' would prefer a numpy.py in the current folder.
     with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "edgerun", command, *words],
+                [sys.executable, "-m", "edgerun", *words],
                 # Temporary files of a crashed process are removed with this folder.
-                env=clean_environment(threads) | {"TMPDIR": folder},
+                env=clean_environment(settings.get("threads")) | {"TMPDIR": folder},
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
@@ -413,7 +219,7 @@ def _edgerun(
         except subprocess.TimeoutExpired as error:
             raise StageError(
                 f"the model was not opened and run once within {max_seconds:g} s",
-                where=words[-1],
+                where=str(file),
                 remedy="give smaller inputs, or a smaller model",
             ) from error
         except OSError as error:
@@ -421,63 +227,45 @@ def _edgerun(
                 f"{sys.executable} could not be started: {error}", where=LocalTarget.name
             ) from error
     if done.returncode != 0:
-        from edgekd.onnx.file import ENGINE_SUFFIXES
-
         # An engine fails for what the machine lacks, an ONNX model by itself.
-        runs_model = command in ("bench", "run", "probe")
-        runs_model = runs_model and not words[-1].lower().endswith(ENGINE_SUFFIXES)
-        raise _error(command, done, Path(words[-1]).name if runs_model else None)
+        runs_onnx = command in ("bench", "run", "probe") and file and not is_engine(file)
+        raise _error(command, done, file if runs_onnx else None)
 
 
-def _error(command: str, done: subprocess.CompletedProcess[str], model: str | None) -> EdgekdError:
-    """The error that a failed edgerun reported, or what it last wrote when it crashed."""
-    code = done.returncode
-    what, where, remedy = _reported(done.stderr)
-    if what is not None and code == InputError.exit_code:
-        return InputError(what, where=where, remedy=remedy)
-    if what is not None and (code == CANNOT_WRITE or (model is not None and code == RUN_FAILED)):
-        return StageError(what, where=where, remedy=remedy)
-    if what is not None:
+def _error(command: str, done: subprocess.CompletedProcess[str], model: Path | None) -> EdgekdError:
+    """The error that a failed edgerun reported, or what it last wrote when it crashed.
+
+    Args:
+        model: the ONNX file that it ran; None for an engine and for other commands.
+    """
+    reported = _reported(done.stderr)
+    if reported is not None:
+        what, where, remedy, code = (reported[k] for k in ("what", "where", "remedy", "code"))
+        if code == BadInput.exit_code:
+            return InputError(what, where=where, remedy=remedy)
+        if code == CannotWrite.exit_code or (model is not None and code == RunFailed.exit_code):
+            return StageError(what, where=where, remedy=remedy)
         return TargetError(what, where=where or LocalTarget.name, remedy=remedy)
+    code = done.returncode
     last = "\n".join(f"    {line}" for line in done.stderr.strip().splitlines()[-STDERR_LINES:])
     wrote = f"; it last wrote:\n{last}" if last else ""
+    remedy = OUT_OF_MEMORY if code == -9 else None
     if code < 0 and model is not None:
-        steps = {"opens": f"while it opened {model}", "runs": f"while it ran {model}"}
+        steps = {"opens": f"while it opened {model.name}", "runs": f"while it ran {model.name}"}
         step = steps.get((done.stdout.strip().splitlines() or [""])[-1], f"in edgerun {command}")
         return CrashError(
             f"ONNX Runtime was killed by signal {named_signal(-code)} {step}{wrote}",
             signal=-code,
-            remedy="signal 9 often means that the memory ran out" if code == -9 else None,
+            remedy=remedy,
         )
     ending = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-    return TargetError(
-        f"edgerun {command} {ending}{wrote}",
-        where=LocalTarget.name,
-        remedy="signal 9 often means that the memory ran out" if code == -9 else None,
-    )
+    return TargetError(f"edgerun {command} {ending}{wrote}", where=LocalTarget.name, remedy=remedy)
 
 
-def named_signal(number: int) -> str:
-    """``11`` → ``11 (SIGSEGV)``; without a name, the number alone."""
-    try:
-        return f"{number} ({signal.Signals(number).name})"
-    except ValueError:
-        return str(number)
-
-
-def _reported(stderr: str) -> tuple[str | None, str | None, str | None]:
-    """What, where and remedy of edgerun's own message; three Nones when there is none."""
-    what: list[str] = []
-    fields: dict[str, str] = {}
-    for line in stderr.splitlines():
-        if line.startswith("edgerun: "):
-            what, fields = [line.removeprefix("edgerun: ")], {}
-        elif what and line.startswith(("  where: ", "  to do: ")):
-            fields[line[2:7]] = line[9:]
-        elif what and not fields:
-            what.append(line)
-    return "\n".join(what) or None, fields.get("where"), fields.get("to do")
-
-
-def _absolute(path: Path) -> str:
-    return str(Path(path).resolve())
+def _reported(stderr: str) -> dict[str, Any] | None:
+    """The error that edgerun reported as a JSON line (see :meth:`EdgerunError.report`), or None."""
+    for line in reversed(stderr.splitlines()):
+        if line.startswith('{"edgerun_error": '):
+            reported: dict[str, Any] = json.loads(line)["edgerun_error"]
+            return reported
+    return None

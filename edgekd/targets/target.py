@@ -1,14 +1,70 @@
-"""What a target is, and how one is named."""
+"""What a target is: a machine with edgerun that runs and measures models."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
-from edgekd.errors import EdgekdError, InputError
-from edgekd.extension import check_arguments, resolve
-from edgekd.targets.local import LocalTarget
+from typing_extensions import Unpack
+
+from edgerun.tensorrt.settings import BuildSettings
+
+ProviderOptions = Mapping[str, Mapping[str, str]]
+"""Provider → option → value; see :attr:`edgekd.engines.onnxruntime.EngineInfo.provider_options`."""
+
+
+class ModelSettings(TypedDict, total=False):
+    """How a model is opened and called; what is not given or None is edgerun's default."""
+
+    batch: int | None
+    """Samples of one query."""
+    threads: int | None
+    """The runtime's threads for one operator; the runtime's choice by default."""
+    providers: Sequence[str]
+    """ONNX Runtime's execution providers in order; none is the CPU."""
+    provider_options: ProviderOptions | None
+    optimization: str
+    """``disabled``, ``basic``, ``extended`` or ``all``, the default."""
+
+
+class RunSettings(ModelSettings, total=False):
+    """Settings of :meth:`Target.run`."""
+
+    manifest: Path | None
+    """The manifest whose preprocessing raw samples need."""
+    raw: bool
+    """Preprocess samples of any dtype, not only uint8."""
+
+
+class ProbeSettings(ModelSettings, total=False):
+    """Settings of :meth:`Target.probe`."""
+
+    inputs: Path | None
+    """An npz file with the models' inputs; None makes random ones. Where those do not fit the
+    model, a probe only opens it."""
+    shapes: Sequence[str]
+    """``NAME=1x3x224x224`` for random inputs."""
+    run: bool
+    """Whether to run the model at all."""
+
+
+class BenchSettings(ModelSettings, total=False):
+    """Settings of :meth:`Target.bench`; ``inputs`` and ``shapes`` as in :class:`ProbeSettings`."""
+
+    inputs: Path | None
+    shapes: Sequence[str]
+    against_options: ProviderOptions | None
+    """Those with which ``against`` is opened, a file of another precision for example; None is
+    ``provider_options``."""
+    min_queries: int
+    """Timed queries of each model, 1000 by default, unless ``max_seconds`` are over before."""
+    max_seconds: float
+    """Of timing all models, 60 by default."""
+    seed: int
+    """Of random inputs."""
+    memory: bool
+    """Whether to measure peak memory, in additional processes."""
 
 
 class Target(Protocol):
@@ -16,83 +72,50 @@ class Target(Protocol):
 
     @property
     def name(self) -> str:
-        """What :func:`open_target` opens it by."""
+        """What :func:`edgekd.targets.open_target` opens it by."""
         ...
 
     def bench(
-        self,
-        model: Path,
-        against: Path | None = None,
-        *,
-        inputs: Path | None = None,
-        shapes: Sequence[str] = (),
-        batch: int | None = None,
-        threads: int | None = None,
-        providers: Sequence[str] = (),
-        provider_options: Mapping[str, Mapping[str, str]] | None = None,
-        against_options: Mapping[str, Mapping[str, str]] | None = None,
-        optimization: str = "all",
-        min_queries: int = 1000,
-        max_seconds: float = 60.0,
-        seed: int = 0,
-        memory: bool = True,
+        self, model: Path, against: Path | None = None, **settings: Unpack[BenchSettings]
     ) -> dict[str, Any]:
-        """Measure one model, or two in interleaved rounds: a record ``edgerun.bench/1``."""
+        """Measure one model, or two in interleaved rounds: a record ``edgerun.bench/1``.
+
+        Args:
+            model: an ONNX file or an engine.
+            against: another one; the record's ratio is its p50 over the model's.
+        """
         ...
 
-    def run(
-        self,
-        model: Path,
-        inputs: Path,
-        output: Path,
-        *,
-        batch: int | None = None,
-        threads: int | None = None,
-        providers: Sequence[str] = (),
-        provider_options: Mapping[str, Mapping[str, str]] | None = None,
-        optimization: str = "all",
-        manifest: Path | None = None,
-        raw: bool = False,
-    ) -> None:
-        """Write the model's outputs for every sample of an npz file to another one."""
+    def run(self, model: Path, inputs: Path, output: Path, **settings: Unpack[RunSettings]) -> None:
+        """Write the model's outputs for every sample of an npz file to another one.
+
+        Args:
+            model: an ONNX file or an engine.
+            inputs: an npz file with the model's inputs by name.
+            output: the npz file to write, the outputs by name.
+        """
         ...
 
     def probe(
-        self,
-        model: Path,
-        *,
-        inputs: Path | None = None,
-        shapes: Sequence[str] = (),
-        batch: int | None = None,
-        threads: int | None = None,
-        providers: Sequence[str] = (),
-        provider_options: Mapping[str, Mapping[str, str]] | None = None,
-        optimization: str = "all",
-        run: bool = True,
-        max_seconds: float = 300.0,
+        self, model: Path, *, max_seconds: float = 300.0, **settings: Unpack[ProbeSettings]
     ) -> dict[str, Any]:
-        """Open a model and run it once: a record ``edgerun.probe/1``."""
+        """Open a model and run it once: a record ``edgerun.probe/1``.
+
+        Args:
+            model: an ONNX file.
+            max_seconds: time limit.
+
+        Raises:
+            CrashError: the runtime ends the process. Where it does so at a high level of graph
+                optimization, lower ones were tried and the remedy names the one that works.
+            StageError: it takes longer than ``max_seconds``.
+        """
         ...
 
-    def build(
-        self,
-        model: Path,
-        engine: Path,
-        *,
-        library: str,
-        compute_capabilities: Sequence[str] = (),
-        precision: str | None = None,
-        keep: Sequence[str] = (),
-        shapes: Sequence[str] = (),
-        batch: int = 1,
-        workspace_mb: float | None = None,
-        timing_cache: Path | None = None,
-        version_compatible: bool = False,
-        hardware_compatible: bool = False,
-        dla: int | None = None,
-        gpu_fallback: bool = True,
-    ) -> dict[str, Any]:
-        """Build a TensorRT engine for the machine: a record ``edgerun.build/1``."""
+    def build(self, model: Path, engine: Path, settings: BuildSettings) -> dict[str, Any]:
+        """Build a TensorRT engine for the machine: a record ``edgerun.build/1``, also written next
+        to the engine.
+        """
         ...
 
     def parse(self, model: Path, library: str) -> dict[str, Any]:
@@ -102,54 +125,3 @@ class Target(Protocol):
     def info(self, model: Path | None = None) -> dict[str, Any]:
         """Describe the machine, and a model's inputs and outputs: ``edgerun.info/1``."""
         ...
-
-
-TARGETS: Mapping[str, Callable[[], Target]] = {LocalTarget.name: LocalTarget}
-"""The built-in targets by the names they have in a pipeline."""
-
-_MEMBERS = ("name", "bench", "run", "probe", "build", "parse", "info")
-
-
-def open_target(name: str, where: str | None = "target") -> Target:
-    """The target that a pipeline or an option names.
-
-    Args:
-        name: ``local``; or an entry point of ``edgekd.targets``, or ``package.module:name``, of a
-            :class:`Target` or of a class or function that gives one without arguments.
-        where: the YAML key, for errors.
-
-    Raises:
-        InputError: an unknown name, what is no target, or ``ssh://…``, which this version does
-            not have.
-    """
-    if name.startswith("ssh://"):
-        raise InputError(
-            f"target {name!r} is on another machine, which a later version will support",
-            where=where,
-            remedy="use 'local' here; on the device, unpack the bundle and run "
-            "'python -m edgerun bench MODEL.onnx'",
-        )
-    found = resolve(name, TARGETS, "target", where, group="edgekd.targets")
-    target: Target = _made(found, name, where) if callable(found) else found
-    lacking = [member for member in _MEMBERS if not hasattr(target, member)]
-    if lacking:
-        raise InputError(
-            f"{name!r} is not a target: it has no {', '.join(lacking)}",
-            where=where,
-            remedy="give it what edgekd.targets.Target describes",
-        )
-    return target
-
-
-def _made(maker: Callable[[], Target], name: str, where: str | None) -> Target:
-    check_arguments(maker, {}, name=f"target {name!r}", where=where)
-    try:
-        return maker()
-    except EdgekdError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"target {name!r} fails when made: {type(error).__name__}: {error}",
-            where=where,
-            remedy="call it in python alone to see the whole traceback",
-        ) from error

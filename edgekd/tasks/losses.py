@@ -20,6 +20,8 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
     A sum of exponentials over classes loses too much, or overflows, in 16 bits.
     """
+    if tensor.dtype in (torch.float32, torch.float64):
+        return tensor
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
-from edgerun.errors import BadInput
+from edgerun.errors import BadInput, EdgerunError
 from edgerun.files import describe_files, is_engine
-from edgerun.inputs import Feeds, feeds_from, make_feeds
+from edgerun.inputs import Feed, Feeds, feeds_from, make_feeds
 from edgerun.manifest import manifest_beside
-from edgerun.memory import empty_memory, model_memory, runtime_of
+from edgerun.memory import model_memory
 from edgerun.model import LoadedModel, Settings
-from edgerun.model_loading import open_model
-from edgerun.node_assignment import engine_precisions, provider_nodes
-from edgerun.percentiles import summarize
-from edgerun.sensors import read_conditions
-from edgerun.system import describe_environment
-from edgerun.timing import Stopwatch, WarmUp, compare, device_times, timed_rounds
+from edgerun.run import open_model
+from edgerun.system import describe_environment, read_conditions
+from edgerun.timing import (
+    PERCENTILES,
+    Stopwatch,
+    WarmUp,
+    compare,
+    device_times,
+    summarize,
+    timed_rounds,
+)
 
 SCHEMA = "edgerun.bench/1"
 WARM_UP_SHARE = 0.25
@@ -58,7 +65,7 @@ class BenchmarkConfig:
         return self.settings if index == 0 else self.against_settings or self.settings
 
 
-def bench(plan: BenchmarkConfig) -> dict[str, Any]:
+def bench(config: BenchmarkConfig) -> dict[str, Any]:
     """Measure and return the record of schema ``edgerun.bench/1``; times in ms, memory in MB.
 
     Everything that would disturb the timing (hashing, memory, profiling) is done afterwards.
@@ -67,47 +74,46 @@ def bench(plan: BenchmarkConfig) -> dict[str, Any]:
         BadInput: a model, an input or a shape is wrong.
         RunFailed: the runtime cannot run a model.
     """
-    models = [open_model(path, plan.settings_of(i)) for i, path in enumerate(plan.models)]
-    watches = [Stopwatch(model, feeds) for model, feeds in zip(models, _feeds(plan, models))]
+    models = [open_model(path, config.settings_of(i)) for i, path in enumerate(config.models)]
+    watches = [Stopwatch(model, feeds) for model, feeds in zip(models, _feeds(config, models))]
     for watch in watches:
         watch.check()
     before = read_conditions()
-    warm_ups = [watch.warm_up(plan.max_seconds * WARM_UP_SHARE) for watch in watches]
-    rounds = timed_rounds(watches, warm_ups, plan.min_queries, plan.max_seconds)
+    warm_ups = [watch.warm_up(config.max_seconds * WARM_UP_SHARE) for watch in watches]
+    rounds = timed_rounds(watches, warm_ups, config.min_queries, config.max_seconds)
     after = read_conditions()
-    limit = plan.max_seconds * DEVICE_SHARE
-    on_device = [device_times(watch, plan.min_queries, limit) for watch in watches]
-    empty = _empty(models) if plan.memory else {}
+    limit = config.max_seconds * DEVICE_SHARE
+    on_device = [device_times(watch, config.min_queries, limit) for watch in watches]
     return {
         "schema": SCHEMA,
         "models": [
-            _record(plan, plan.settings_of(index), *measured, empty)
+            _record(config.settings_of(index), config.memory, *measured)
             for index, measured in enumerate(zip(watches, warm_ups, rounds, on_device))
         ],
         "comparison": compare(*rounds) if len(rounds) == 2 else None,
         "settings": {
-            "threads": plan.settings.threads,
-            "optimization": plan.settings.optimization,
-            "min_queries": plan.min_queries,
-            "max_seconds": plan.max_seconds,
+            "threads": config.settings.threads,
+            "optimization": config.settings.optimization,
+            "min_queries": config.min_queries,
+            "max_seconds": config.max_seconds,
         },
         "environment": {**describe_environment(), "before": before, "after": after},
     }
 
 
-def _feeds(plan: BenchmarkConfig, models: Sequence[LoadedModel]) -> list[Feeds]:
-    if plan.inputs is not None:
-        if plan.shapes:
+def _feeds(config: BenchmarkConfig, models: Sequence[LoadedModel]) -> list[Feeds]:
+    if config.inputs is not None:
+        if config.shapes:
             raise BadInput(
                 "shapes are for random inputs; the file's arrays have their own",
                 where="--shape",
                 remedy="leave out --shape or --inputs",
             )
         return [
-            feeds_from(plan.inputs, model.inputs, plan.batch, manifest_beside(model.path))
+            feeds_from(config.inputs, model.inputs, config.batch, manifest_beside(model.path))
             for model in models
         ]
-    shapes = plan.shapes or {}
+    shapes = config.shapes or {}
     known = {tensor.name for model in models for tensor in model.inputs}
     for name in shapes:
         if name not in known:
@@ -116,32 +122,32 @@ def _feeds(plan: BenchmarkConfig, models: Sequence[LoadedModel]) -> list[Feeds]:
                 where="--shape",
                 remedy=f"the inputs are: {', '.join(str(t) for m in models for t in m.inputs)}",
             )
-    return [make_feeds(model.inputs, shapes, plan.batch, plan.seed) for model in models]
+    return [make_feeds(model.inputs, shapes, config.batch, config.seed) for model in models]
 
 
 def _record(
-    plan: BenchmarkConfig,
     settings: Settings,
+    memory: bool,
     watch: Stopwatch,
     warm_up: WarmUp,
     rounds: Sequence[Sequence[float]],
     device: Sequence[float] | None,
-    empty: Mapping[tuple[str, ...], float | None],
 ) -> dict[str, Any]:
-    model, feeds = watch.model, watch.feeds
+    model, feed = watch.model, watch.feeds.feeds[0]
     engine = is_engine(model.path)
     samples = [round(ms, 6) for block in rounds for ms in block]
+    options = {name: dict(given) for name, given in settings.provider_options.items()}
     return {
         "path": str(model.path),
         **describe_files(model.path),
         "inputs": [tensor.to_json() for tensor in model.inputs],
         "outputs": [tensor.to_json() for tensor in model.outputs],
-        "fed": feeds.to_json(),
+        "fed": watch.feeds.to_json(),
         "providers": {
             "requested": [] if engine else list(settings.providers),
             "session": list(model.providers),
-            "options": {} if engine else _options(settings),
-            "nodes": provider_nodes(model.path, settings, feeds.feeds[0]),
+            "options": {} if engine else options,
+            "nodes": provider_nodes(model.path, settings, feed),
             "precisions": engine_precisions(model),
         },
         "threads": settings.threads,
@@ -152,22 +158,86 @@ def _record(
         "latency": summarize(samples),
         # In addition to the latency, which includes the copies to the GPU and back.
         "device_ms": None if device is None else {"copies": False, **summarize(device)},
-        "memory": _memory(model, settings, feeds, empty) if plan.memory else None,
+        "memory": model_memory(model, settings, feed) if memory else None,
     }
 
 
-def _options(settings: Settings) -> dict[str, dict[str, str]]:
-    return {name: dict(options) for name, options in settings.provider_options.items()}
+def provider_nodes(model: Path, settings: Settings, feed: Feed) -> dict[str, int] | None:
+    """Provider → number of nodes that it ran for one feed.
+
+    Nodes inside a branch that was not taken are not counted; a subgraph that a provider compiled
+    into one node counts as one. None where the runtime gives no profile, and for an engine,
+    which has no nodes. A profiled session is slower, so it is never the timed one.
+    """
+    if is_engine(model):
+        return None
+    from edgerun.onnx_session import RUNTIME_ERRORS, OrtSession
+
+    no_profile: tuple[type[Exception], ...] = (EdgerunError, OSError, ValueError, *RUNTIME_ERRORS)
+    with tempfile.TemporaryDirectory(prefix="edgerun-") as folder:
+        try:
+            profiled = OrtSession(model, settings, profile_to=Path(folder) / "profile")
+            profiled.run(feed)
+            events = json.loads(Path(profiled.session.end_profiling()).read_text("utf-8"))
+        except no_profile:
+            # The figures are valid without it: the assignment is reported as "not known".
+            return None
+    nodes: dict[str, set[str]] = {}
+    for event in events:
+        provider = event.get("args", {}).get("provider")
+        if event.get("cat") == "Node" and provider:
+            nodes.setdefault(provider, set()).add(event["name"])
+    return {provider: len(names) for provider, names in nodes.items()} or None
 
 
-def _empty(models: Sequence[LoadedModel]) -> dict[tuple[str, ...], float | None]:
-    return {runtime: empty_memory(runtime) for runtime in {runtime_of(model) for model in models}}
+def engine_precisions(model: LoadedModel) -> dict[str, int] | None:
+    """Precision → number of an engine's layers that compute in it; None for an ONNX file.
+
+    None, too, where the inspector has no types: an engine built without detail has only names.
+    Never run: loading an engine needs a GPU.
+    """
+    if model.information is None:
+        return None
+    from edgerun.tensorrt.layers import engine_layers
+
+    try:
+        layers = json.loads(model.information()).get("Layers", [])
+    except (ValueError, AttributeError):
+        return None
+    return dict(engine_layers(layers, ()).by_precision) or None
 
 
-def _memory(
-    model: LoadedModel,
-    settings: Settings,
-    feeds: Feeds,
-    empty: Mapping[tuple[str, ...], float | None],
-) -> dict[str, Any]:
-    return model_memory(model.path, settings, feeds.feeds[0], empty[runtime_of(model)])
+def bench_lines(record: dict[str, Any]) -> Iterator[str]:
+    """A few lines for each model, then the comparison."""
+    for model in record["models"]:
+        yield f"{model['path']}  {model['size_bytes'] / 1e6:.3f} MB"
+        for name, fed in model["fed"]["inputs"].items():
+            shape = "x".join(map(str, fed["shape"])) or "scalar"
+            note = f"  ({fed['note']})" if fed["note"] else ""
+            yield f"  input {name} {fed['dtype']} {shape}{note}"
+        if not model["warmup"]["steady"]:
+            yield "  NOT STEADY: latency still changed when the warm-up ended"
+        for name in PERCENTILES:
+            yield f"  {name.replace('_', '.'):6} {_percentile(model['latency'][name])}"
+        if model["memory"]:
+            yield f"  peak memory {_memory(model['memory'])}"
+    comparison = record["comparison"]
+    if comparison:
+        interval = comparison["interval"]
+        bounds = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else " (too few rounds)"
+        rounds = f"over {comparison['rounds']} rounds"
+        yield f"second / first: {comparison['ratio']:.3f}x{bounds} {rounds}"
+
+
+def _percentile(figure: dict[str, Any]) -> str:
+    if figure["value"] is None:
+        return str(figure["note"])
+    interval = figure["interval"]
+    bounds = f"  [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
+    return f"{figure['value']:.4f} ms{bounds}"
+
+
+def _memory(memory: dict[str, Any]) -> str:
+    if memory["above_empty_mb"] is None:
+        return "not known"
+    return f"{memory['peak_mb']:.1f} MB, {memory['above_empty_mb']:.1f} MB above an empty process"

@@ -13,14 +13,17 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Sequence
+from typing import TYPE_CHECKING, Any, Callable, List, Mapping, Sequence
 
 import edgerun
-from edgerun.errors import BadInput, CannotWrite, EdgerunError, RunFailed
-from edgerun.files import check_output
+from edgerun.errors import BadInput, EdgerunError, RunFailed
+from edgerun.files import check_output, write_errors
 
 if TYPE_CHECKING:
     from edgerun.model import Settings
+
+LEVELS = ("all", "extended", "basic", "disabled")
+"""ONNX Runtime's levels of graph optimization, the highest first."""
 
 
 def command_parser() -> argparse.ArgumentParser:
@@ -161,9 +164,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help='{"PROVIDER": {"KEY": "VALUE"}}, or a file with it',
     )
-    parser.add_argument(
-        "--optimization", choices=("disabled", "basic", "extended", "all"), default="all"
-    )
+    parser.add_argument("--optimization", choices=LEVELS, default="all")
 
 
 def _natural(text: str) -> int:
@@ -198,6 +199,51 @@ def _number(text: str, unit: str = "") -> float:
     return value
 
 
+_OPTIONS = {
+    "against_options": "against-provider-options",
+    "compute_capabilities": "sm",
+    "shapes": "shape",
+}
+_SWITCHED_OFF = ("gpu_fallback", "memory", "run")
+"""Settings that are on by default, with an option --no-… instead of one of their name."""
+
+
+def command_words(command: str, model: Path | None, settings: Mapping[str, Any]) -> List[str]:
+    """The words after ``python -m edgerun`` that mean these settings; None is the default.
+
+    Args:
+        command: its name.
+        model: its model.
+        settings: by name, as the options are called, or as
+            :class:`edgerun.tensorrt.settings.BuildSettings` has them.
+    """
+    words = [command]
+    if model is not None:
+        words.append(f"./{model}" if str(model).startswith("-") else str(model))
+    for name, value in settings.items():
+        option = f"--{_OPTIONS.get(name, name.replace('_', '-'))}"
+        values: Sequence[Any] = (value,)
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            off = name in _SWITCHED_OFF
+            words += [] if value == off else [option.replace("--", "--no-") if off else option]
+            continue
+        if name == "shapes" and isinstance(value, dict):
+            ranges = {key: ":".join("x".join(map(str, s)) for s in r) for key, r in value.items()}
+            values = [f"{key}={sizes}" for key, sizes in ranges.items()]
+        elif isinstance(value, dict):
+            values = [json.dumps(value)]
+        elif name == "providers":
+            values = [",".join(value)] if value else []
+        elif isinstance(value, (list, tuple)):
+            values = value
+        for one in map(str, values):
+            # A value that begins with a hyphen is taken for an option otherwise.
+            words += [f"{option}={one}"] if one.startswith("-") else [option, one]
+    return words
+
+
 # numpy and the runtime are imported inside the commands: verify must work without them.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
@@ -207,15 +253,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_output(options.json, "--json", stream=True)
         code: int = _COMMANDS[options.name](options)
     except EdgerunError as error:
-        print(f"edgerun: {error}", file=sys.stderr)
-        return error.exit_code
+        return error.report()
     except ImportError as error:
-        print(
-            f"edgerun: {error.name} is not installed for {sys.executable}\n"
-            f"  to do: {sys.executable} -m pip install numpy onnxruntime",
-            file=sys.stderr,
-        )
-        return RunFailed.exit_code
+        return RunFailed(
+            f"{error.name} is not installed for {sys.executable}",
+            remedy=f"{sys.executable} -m pip install numpy onnxruntime",
+        ).report()
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -227,8 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     from edgerun.manifest import MANIFEST, manifest_beside, read_manifest
-    from edgerun.model_loading import open_model
-    from edgerun.run import run
+    from edgerun.run import open_model, run
 
     manifest = None
     if options.bundle is not None:
@@ -241,22 +283,21 @@ def _run(options: argparse.Namespace) -> int:
     manifest = manifest or manifest_beside(path)
     model = open_model(path, model_settings(options))
     begin = time.perf_counter()
-    answers = run(model, options.inputs, options.batch, manifest, options.raw)
+    outputs = run(model, options.inputs, options.batch, manifest, options.raw)
     seconds = time.perf_counter() - begin
-    answers.save(options.output)
-    for name, array in answers.outputs.items():
+    outputs.save(options.output)
+    for name, array in outputs.arrays.items():
         print(f"{name} {array.dtype} {'x'.join(map(str, array.shape))}")
-    if answers.labels is not None:
-        more = " …" if answers.samples > 10 else ""
-        print(f"labels: {', '.join(answers.labels[:10])}{more}")
-    print(f"{answers.samples} samples in {seconds:.2f} s -> {options.output}")
+    if outputs.labels is not None:
+        more = " …" if outputs.samples > 10 else ""
+        print(f"labels: {', '.join(outputs.labels[:10])}{more}")
+    print(f"{outputs.samples} samples in {seconds:.2f} s -> {options.output}")
     return 0
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from edgerun.bench import BenchmarkConfig, bench
-    from edgerun.formatting import bench_lines
-    from edgerun.shapes import parse_shapes
+    from edgerun.bench import BenchmarkConfig, bench, bench_lines
+    from edgerun.model import parse_shapes
 
     record = bench(
         BenchmarkConfig(
@@ -279,7 +320,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from edgerun.verify import verify
+    from edgerun.manifest import verify
 
     verdict = verify(options.folder)
     print("\n".join(verdict.lines()))
@@ -287,10 +328,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from edgerun.formatting import description_lines
-    from edgerun.model_loading import describe_model, model_lines
-    from edgerun.sensors import read_conditions
-    from edgerun.system import describe_environment
+    from edgerun.run import describe_model, model_lines
+    from edgerun.system import describe_environment, description_lines, read_conditions
 
     described: dict[str, Any] = {
         "schema": "edgerun.info/1",
@@ -306,8 +345,8 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _probe(options: argparse.Namespace) -> int:
-    from edgerun.probe import probe
-    from edgerun.shapes import parse_shapes
+    from edgerun.model import parse_shapes
+    from edgerun.run import probe
 
     record = probe(
         options.model,
@@ -317,7 +356,7 @@ def _probe(options: argparse.Namespace) -> int:
         batch=options.batch,
         run=not options.no_run,
         # Flushed at once: the next step may crash this process.
-        tell=lambda step: print(step, flush=True),
+        report=lambda step: print(step, flush=True),
     )
     if options.json is not None:
         _write_json(options.json, record)
@@ -325,11 +364,11 @@ def _probe(options: argparse.Namespace) -> int:
 
 
 def _build(options: argparse.Namespace) -> int:
-    from edgerun.formatting import build_lines
-    from edgerun.tensorrt.build import build
+    from edgerun.tensorrt.build import build, build_lines
     from edgerun.tensorrt.settings import BuildSettings, parse_ranges
 
     settings = BuildSettings(
+        library=options.library,
         compute_capabilities=tuple(dict.fromkeys(options.sm)),
         precision=options.precision,
         keep=tuple(dict.fromkeys(options.keep)),
@@ -342,7 +381,7 @@ def _build(options: argparse.Namespace) -> int:
         dla=options.dla,
         gpu_fallback=not options.no_gpu_fallback,
     )
-    record = build(options.model, options.engine, options.library, settings)
+    record = build(options.model, options.engine, settings)
     if options.json is not None:
         _write_json(options.json, record)
     print("\n".join(build_lines(record)))
@@ -350,9 +389,9 @@ def _build(options: argparse.Namespace) -> int:
 
 
 def _parse(options: argparse.Namespace) -> int:
-    from edgerun.tensorrt.network import judge
+    from edgerun.tensorrt.network import parse
 
-    verdict = judge(options.model, options.library)
+    verdict = parse(options.model, options.library)
     if options.json is not None:
         _write_json(options.json, verdict)
     said = "takes the model" if verdict["supported"] else "does not take the model"
@@ -363,10 +402,8 @@ def _parse(options: argparse.Namespace) -> int:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    try:
+    with write_errors(path, "the result"):
         path.write_text(json.dumps(value, allow_nan=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise CannotWrite(f"the result cannot be written: {error.strerror}", str(path)) from error
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {

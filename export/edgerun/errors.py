@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sys
+
+AS_JSON = "EDGERUN_ERRORS"
+"""With this environment variable set to ``json``, an error is one JSON line for a program."""
+
 
 class EdgerunError(Exception):
     """Base of all errors of edgerun; printed without a traceback.
@@ -27,6 +34,19 @@ class EdgerunError(Exception):
         if self.remedy:
             lines.append(f"  to do: {self.remedy}")
         return "\n".join(lines)
+
+    def report(self) -> int:
+        """Print the error on standard error, as text or as one JSON line; returns the exit code.
+
+        The line is ``{"edgerun_error": {"what", "where", "remedy", "code"}}``.
+        """
+        if os.environ.get(AS_JSON) == "json":
+            fields = {"what": self.what, "where": self.where, "remedy": self.remedy}
+            line = json.dumps({"edgerun_error": {**fields, "code": self.exit_code}})
+            print(line, file=sys.stderr)
+        else:
+            print(f"edgerun: {self}", file=sys.stderr)
+        return self.exit_code
 
 
 class BadInput(EdgerunError):

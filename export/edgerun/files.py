@@ -1,62 +1,142 @@
-"""Files: atomic writing, and the files that belong to a model."""
+"""Files: atomic writing, checks before reading and writing, and the files of a model."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import os
 import re
+import stat
+import time
 import zlib
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable, Collection, Iterator, Optional, Union
 
 from edgerun.errors import BadInput, CannotWrite
 
+ErrorType = Callable[..., Exception]
+"""Makes the error of what is wrong, ``where`` and ``remedy``."""
 
-def check_output(path: Path, option: str, stream: bool = False) -> None:
-    """Check that a file can be written at a path; nothing is written.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LEFTOVER_SECONDS = 60
+
+
+@contextmanager
+def write_errors(
+    path: Path,
+    what: str = "the file",
+    remedy: Optional[str] = None,
+    error: ErrorType = CannotWrite,
+) -> Iterator[None]:
+    """Report an OSError of the body as "WHAT cannot be written".
 
     Args:
-        option: the option that names the file, for the message.
-        stream: whether it is written to, not replaced: a device or a pipe is then accepted.
+        path: the file or folder that is written, for the error.
+        what: its content, such as "the weights".
+        remedy: what to do; None: the usual.
+        error: the kind of error to raise.
+    """
+    try:
+        yield
+    except OSError as problem:
+        if remedy is None and problem.errno == errno.ENAMETOOLONG:
+            remedy = "choose a shorter name"
+        raise error(
+            f"{what} cannot be written: {problem.strerror or problem}",
+            where=str(path),
+            remedy=remedy or "free space or choose another folder",
+        ) from problem
+
+
+@contextmanager
+def atomic_write(
+    path: Path,
+    what: str = "the file",
+    remedy: Optional[str] = None,
+    error: ErrorType = CannotWrite,
+    durable: bool = False,
+) -> Iterator[Path]:
+    """Write a file atomically: yields a name next to ``path``, which replaces ``path`` at the end.
+
+    Where the body fails, or writes nothing, ``path`` is unchanged: absent, or the file from
+    before. The name is in the same folder, so that a model's external data is found from it.
+
+    Args:
+        path: the file, or a link to it.
+        what: its content, for the error.
+        remedy: of the error; None: the usual.
+        error: the kind of error to raise.
+        durable: wait until the content is on the disk.
 
     Raises:
-        BadInput: it is a folder, something else than a file, or is in a folder that does not
-            exist.
-        CannotWrite: its folder cannot be read, or its name is too long.
+        CannotWrite: (or ``error``) the folder cannot be written, or the disk fills up in the body.
     """
     final = Path(os.path.realpath(path))  # where a link points to; a loop is left unchanged
+    # Opened first, so that a folder that cannot be written is distinguished from later errors.
+    with write_errors(path, what, remedy, error):
+        partial = _new_file(final)
     try:
-        if final.is_dir():
-            what = "this is a folder, not a file to write"
-        elif final.exists() and not final.is_file() and not stream:
-            what = "this is a device or a pipe, which a file would replace"
-        elif not final.parent.is_dir():
-            what = "the file to write lies in a folder that does not exist"
-        else:
-            return
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    raise BadInput(what, where=str(path), remedy=f"give {option} a file in a folder that exists")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file atomically: a truncated one is an error that is found late.
-
-    Raises:
-        CannotWrite: there is no space or no permission.
-    """
-    final = Path(os.path.realpath(path))
-    # A separate short name: the file's may have the maximum length.
-    part = final.with_name(f".{os.getpid()}.{zlib.crc32(os.fsencode(final.name)):08x}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(final)
-    except OSError as error:
+        try:
+            yield partial
+        except OSError as problem:
+            if problem.errno not in _FULL:
+                raise
+            with write_errors(path, what, remedy, error):
+                raise
+        if partial.is_file() and partial.stat().st_size:
+            with write_errors(path, what, remedy, error):
+                if durable:
+                    with partial.open("rb") as file:
+                        os.fsync(file.fileno())
+                partial.replace(final)
+    finally:
         with suppress(OSError):
-            part.unlink()
-        raise _unwritable(path, error) from error
+            partial.unlink()
+
+
+def _new_file(final: Path) -> Path:
+    """A new empty file next to ``final``; what a killed process left of it is removed.
+
+    Its name is short, because ``final``'s may have the maximum length, and has its suffix.
+    """
+    suffix = final.suffix if len(final.suffix) <= 8 else ""
+    key = f"{zlib.crc32(os.fsencode(final.name)):08x}"
+    for leftover in final.parent.glob(f".{key}.*.part*"):
+        with suppress(OSError, ValueError):
+            process = int(leftover.name.split(".")[2].partition("-")[0])
+            if time.time() - leftover.stat().st_mtime > _LEFTOVER_SECONDS and not _runs(process):
+                leftover.unlink()
+    for number in itertools.count():
+        partial = final.with_name(f".{key}.{os.getpid()}-{number}.part{suffix}")
+        with suppress(FileExistsError), partial.open("xb"):
+            return partial
+    raise AssertionError("unreachable")
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def write_whole(
+    path: Path,
+    content: Union[bytes, memoryview],
+    what: str = "the file",
+    remedy: Optional[str] = None,
+    error: ErrorType = CannotWrite,
+    durable: bool = False,
+) -> None:
+    """Write a file's content atomically; arguments and errors as of :func:`atomic_write`."""
+    replacing = atomic_write(path, what, remedy, error, durable)
+    with replacing as partial, write_errors(path, what, remedy, error):
+        partial.write_bytes(content)
 
 
 def remove(path: Path) -> None:
@@ -65,21 +145,78 @@ def remove(path: Path) -> None:
     Raises:
         CannotWrite: there is no permission.
     """
-    try:
+    with write_errors(path), suppress(FileNotFoundError):
         path.unlink()
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise _unwritable(path, error) from error
 
 
-def _unwritable(path: Path, error: OSError) -> CannotWrite:
-    too_long = error.errno == errno.ENAMETOOLONG
-    return CannotWrite(
-        f"the file cannot be written: {error.strerror}",
-        where=str(path),
-        remedy="choose a shorter name" if too_long else "free space or choose another folder",
-    )
+def check_output(
+    path: Path,
+    option: str,
+    inputs: Collection[Path] = (),
+    stream: bool = False,
+    bad: ErrorType = BadInput,
+    unwritable: ErrorType = CannotWrite,
+) -> None:
+    """Check that a file can be written at a path; nothing is written, an existing file is allowed.
+
+    Args:
+        path: the file to write, or a link to it.
+        option: the option that names it, such as ``-o``, for the message.
+        inputs: files that must not be overwritten, such as the model; they need not exist.
+        stream: whether it is written to, not replaced: a device or a pipe (``/dev/stdout``)
+            is then accepted.
+        bad, unwritable: the kinds of error to raise.
+
+    Raises:
+        BadInput: (or ``bad``) it is a folder, a device or a pipe, is in a folder that does not
+            exist, or is one of ``inputs``.
+        CannotWrite: (or ``unwritable``) its folder cannot be read, or its name is too long.
+    """
+    final = Path(os.path.realpath(path))  # not resolve(), which raises for a loop of links
+    with write_errors(path, error=unwritable):
+        if final.is_dir():
+            what = "this is a folder, not a file to write"
+        elif final.exists() and not final.is_file() and not stream:
+            what = "this is a device or a pipe, which a file would replace"
+        elif not final.parent.is_dir():
+            what = "the file to write lies in a folder that does not exist"
+        elif final in [Path(os.path.realpath(given)) for given in inputs]:
+            what = "the file to write would overwrite another file of this command"
+        else:
+            return
+    raise bad(what, where=str(path), remedy=f"give {option} another file, in a folder that exists")
+
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def require_regular_file(
+    path: Path, remedy: str = "give a file", error: ErrorType = BadInput
+) -> None:
+    """Refuse a folder, pipe, socket or device before it is opened: reading it may never end.
+
+    Raises:
+        BadInput: (or ``error``) it is one of these, or a loop of links; a file that does not
+            exist is left to its reader.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as problem:
+        if isinstance(problem, OSError) and problem.errno == errno.ENOENT:
+            return
+        reason = problem.strerror if isinstance(problem, OSError) else problem
+        raise error(
+            f"the file cannot be read: {reason}", where=str(path), remedy=remedy
+        ) from problem
+    for is_kind, kind in _KINDS:
+        if is_kind(mode):
+            raise error(f"this is {kind}, not a file", where=str(path), remedy=remedy)
 
 
 ENGINE_SUFFIXES = (".engine", ".plan", ".trt")

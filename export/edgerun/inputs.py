@@ -1,32 +1,24 @@
-"""Inputs of a model: from files or random, as it declares them; npz archives."""
+"""Inputs of a model: from files or random, as it declares them."""
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Dict, Mapping, Sequence
+from typing import Any, Dict, Mapping, Sequence
 
 import numpy as np
 
 from edgerun.errors import BadInput
 from edgerun.manifest import Manifest
-from edgerun.model import TensorInfo, written
-from edgerun.shapes import BatchLayout, ChosenShape, check_shape, choose_shapes
-
-
-def write_npz(file: IO[bytes], arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
-    """Write arrays by name, uncompressed, as ``numpy.load`` reads them.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.asanyarray(array))
-
+from edgerun.model import (
+    BatchLayout,
+    ChosenShape,
+    TensorInfo,
+    check_shape,
+    choose_shapes,
+    written,
+)
+from edgerun.npz import NpzFile
 
 Feed = Dict[str, "np.ndarray[Any, Any]"]
 """Input name → contiguous array, ready for the runtime."""
@@ -132,25 +124,19 @@ def load_arrays(
     """
     check_dtypes(inputs)
     arrays: Feed = {}
-    with _open_npz(path) as archive:
-        missing = [t.name for t in inputs if t.name not in archive.files]
+    with NpzFile(path) as archive:
+        missing = [t.name for t in inputs if t.name not in archive.names]
         if missing:
             raise BadInput(
                 f"there is no array {', '.join(map(repr, missing))}",
                 where=str(path),
                 remedy=f"the model takes: {', '.join(str(t) for t in inputs)}; "
-                f"the file has: {', '.join(archive.files) or 'nothing'}",
+                f"the file has: {', '.join(archive.names) or 'nothing'}",
             )
         for tensor in inputs:
-            try:
-                array = archive[tensor.name]
-            except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-                raise BadInput(
-                    f"array {tensor.name!r} cannot be read: {error}",
-                    where=str(path),
-                    remedy="the file may be damaged, or holds Python objects: save numbers only",
-                ) from error
-            arrays[tensor.name] = _as_declared(array, tensor, path, manifest, raw)
+            arrays[tensor.name] = _as_declared(
+                archive.read(tensor.name), tensor, path, manifest, raw
+            )
     return arrays
 
 
@@ -243,26 +229,6 @@ def feeds_from(
     count = max(1, min(FEEDS, samples.count // size, FEED_BYTES // max(1, bytes_each)))
     feeds = tuple(samples.feed(i * size, size) for i in range(count))
     return Feeds(feeds, path.name, {})
-
-
-def _open_npz(path: Path) -> Any:
-    try:
-        archive = np.load(path, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise BadInput("there is no such input file", str(path), "check the path") from error
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
-        raise BadInput(
-            "this is not an npz file of numbers",
-            where=str(path),
-            remedy="write it with numpy.savez(path, NAME=array)",
-        ) from error
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise BadInput(
-            "this is a single array, not an npz file",
-            where=str(path),
-            remedy="write it with numpy.savez(path, NAME=array)",
-        )
-    return archive
 
 
 def _as_declared(

@@ -1,15 +1,18 @@
-"""Read a bundle's ``manifest.json``: its model's inputs and outputs."""
+"""A bundle's ``manifest.json``: what running its model needs, and whether its files are intact."""
 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Mapping, Optional
-
-import numpy as np
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Mapping
 
 from edgerun.errors import BadInput
+from edgerun.files import sha256
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MANIFEST = "manifest.json"
 
@@ -27,7 +30,7 @@ class Preprocess:
     scale: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    axis: Optional[int] = None
+    axis: int | None = None
 
     def apply(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """The preprocessed array, float32, of the same shape.
@@ -35,6 +38,8 @@ class Preprocess:
         Raises:
             BadInput: the constants do not fit the array's channels.
         """
+        import numpy as np  # verify must work without it
+
         axis = self.axis or (1 if array.ndim == 4 else array.ndim - 1)
         tail = (1,) * (array.ndim - 1 - axis)
         values = array.astype(np.float32)
@@ -127,3 +132,93 @@ def _preprocess(constants: Mapping[str, Any]) -> Preprocess:
         numbers("std", 1.0),
         None if axis is None else int(axis),
     )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Relative paths of files that are not as the manifest lists them."""
+
+    checked: int
+    changed: tuple[str, ...]
+    missing: tuple[str, ...]
+    extra: tuple[str, ...]
+
+    @property
+    def intact(self) -> bool:
+        """Whether every listed file is there unchanged and nothing else is."""
+        return not (self.changed or self.missing or self.extra)
+
+    def lines(self) -> list[str]:
+        """One line per difference, or one line for an intact bundle."""
+        if self.intact:
+            return [f"intact: {self.checked} files"]
+        return [
+            *(f"changed: {name}" for name in self.changed),
+            *(f"missing: {name}" for name in self.missing),
+            *(f"extra: {name}" for name in self.extra),
+        ]
+
+
+def verify(folder: Path) -> Verdict:
+    """Compare the files of a folder with its ``manifest.json``.
+
+    The manifest itself and ``__pycache__`` folders are excluded. A link counts as changed: its
+    target is elsewhere and may change there.
+
+    Raises:
+        BadInput: no folder, no manifest, or one that cannot be read.
+    """
+    listed = _listed(folder)
+    found = _files(folder)
+    changed = [name for name in listed if name in found and not _same(folder / name, listed[name])]
+    return Verdict(
+        checked=len(listed),
+        changed=tuple(sorted(changed)),
+        missing=tuple(sorted(set(listed) - found)),
+        extra=tuple(sorted(found - set(listed))),
+    )
+
+
+def _listed(folder: Path) -> dict[str, dict[str, Any]]:
+    if not folder.is_dir():
+        raise BadInput("there is no such folder", str(folder), "give the bundle's folder")
+    path = folder / MANIFEST
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        listed = {str(k): {"sha256": v["sha256"], "bytes": v["bytes"]} for k, v in files.items()}
+    except FileNotFoundError as error:
+        raise BadInput(
+            f"there is no {MANIFEST}", str(folder), "give the folder that an edgekd bundle made"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(
+            f"the manifest cannot be read: {type(error).__name__}: {error}",
+            where=str(path),
+            remedy="get the bundle again",
+        ) from error
+    for name in listed:
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts or str(parts) != name:
+            raise BadInput(
+                f"the manifest lists {name!r}, which is not a plain path inside the bundle",
+                where=str(path),
+                remedy="do not use this bundle",
+            )
+    return listed
+
+
+def _files(folder: Path) -> set[str]:
+    found = set()
+    for root, folders, names in os.walk(str(folder)):
+        links = [name for name in folders if Path(root, name).is_symlink()]
+        folders[:] = [name for name in folders if name != "__pycache__" and name not in links]
+        for name in [*names, *links]:
+            found.add(Path(root, name).relative_to(folder).as_posix())
+    found.discard(MANIFEST)
+    return found
+
+
+def _same(path: Path, listed: dict[str, Any]) -> bool:
+    if path.is_symlink() or not path.is_file() or path.stat().st_size != listed["bytes"]:
+        return False
+    return sha256(path) == str(listed["sha256"])

@@ -2,11 +2,12 @@
 
 The peak is the kernel's high-water mark of resident memory (VmHWM), which is reset when a
 program starts; ``getrusage`` would carry over the parent's. For a model on a GPU the device's
-memory is read as well, after each query (see ``device_memory``; that part was never run).
+memory is read as well, after each query (see :class:`MemoryWatch`; that part was never run).
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
@@ -24,11 +25,11 @@ from edgerun.errors import EdgerunError, RunFailed
 from edgerun.files import is_engine
 from edgerun.inputs import Feed
 from edgerun.model import LoadedModel, Settings
-from edgerun.model_loading import open_model
-from edgerun.nvml import MemoryWatch, Unread, open_nvml
+from edgerun.nvml import MB, Nvml, Unread, open_nvml
+from edgerun.run import open_model
+from edgerun.system import PARENT, end_with_parent
 from edgerun.tensorrt.library import MODULES
 
-MB = 1e6
 PROCESSES = 3
 QUERIES = 20
 """Peak and empty memory are each taken from three processes; the model runs 20 queries,
@@ -64,16 +65,15 @@ def runtime_of(model: LoadedModel) -> tuple[str, ...]:
     return ("edgerun.onnx_session",)
 
 
-def empty_memory(runtime: Sequence[str]) -> float | None:
-    """Median peak in MB of processes that only import the runtime."""
+@functools.lru_cache(maxsize=None)
+def empty_memory(runtime: tuple[str, ...]) -> float | None:
+    """Median peak in MB of processes that only import the runtime; measured once."""
     peaks = [_child({"runtime": list(runtime)})["peak_mb"] for _ in range(PROCESSES)]
     known = [p for p in peaks if p is not None]
     return statistics.median(known) if known else None
 
 
-def model_memory(
-    model: Path, settings: Settings, feed: Feed, empty: float | None
-) -> dict[str, Any]:
+def model_memory(model: LoadedModel, settings: Settings, feed: Feed) -> dict[str, Any]:
     """``{"peak_mb", "empty_mb", "above_empty_mb", "processes", "device_mb", "device_note"}``.
 
     The largest of the peaks; ``device_mb`` is the GPU's, which the others do not count.
@@ -87,32 +87,29 @@ def model_memory(
         # By number: an input's name may not be usable as a file name inside an npz.
         arrays: dict[str, Any] = {f"a{i}": array for i, array in enumerate(feed.values())}
         np.savez(path, **arrays)
+        options = {name: dict(given) for name, given in settings.provider_options.items()}
         job = {
-            "model": str(model),
+            "model": str(model.path),
             "feed": str(path),
             "names": list(feed),
-            "threads": settings.threads,
-            "providers": list(settings.providers),
-            "optimization": settings.optimization,
-            "provider_options": {n: dict(o) for n, o in settings.provider_options.items()},
+            "settings": {**vars(settings), "provider_options": options},
         }
-        told = [_child(job) for _ in range(PROCESSES)]
-    known = [t["peak_mb"] for t in told if t["peak_mb"] is not None]
-    peak = max(known) if known else None
-    device = max((t["device"] for t in told), key=lambda d: d["device_mb"] or 0.0)
-    above = None if peak is None or empty is None else peak - empty
+        reports = [_child(job) for _ in range(PROCESSES)]
+    known = [report["peak_mb"] for report in reports if report["peak_mb"] is not None]
+    peak, empty = max(known) if known else None, empty_memory(runtime_of(model))
     return {
         "peak_mb": peak,
         "empty_mb": empty,
-        "above_empty_mb": above,
+        "above_empty_mb": None if peak is None or empty is None else peak - empty,
         "processes": PROCESSES,
-        **device,
+        **max((report["device"] for report in reports), key=lambda d: d["device_mb"] or 0.0),
     }
 
 
 def _child(job: dict[str, Any]) -> dict[str, Any]:
     """The report of a fresh process: ``{"peak_mb", "device"}``."""
     environment = dict(os.environ, PYTHONPATH=str(Path(__file__).resolve().parent.parent))
+    environment[PARENT] = str(os.getpid())
     done = subprocess.run(
         [sys.executable, "-m", "edgerun.memory", json.dumps(job)],
         env=environment,
@@ -127,8 +124,64 @@ def _child(job: dict[str, Any]) -> dict[str, Any]:
             remedy="a negative code is a signal; 9 often means that the memory ran out",
         )
     # Other lines on standard output are written by libraries.
-    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return answer
+    report: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return report
+
+
+class MemoryWatch:
+    """Peak device memory of this process, sampled between queries.
+
+    The driver's figure for this process, CUDA's context included; where it has none, how far
+    the complete device's figure has risen since the start, in which other processes count, too.
+
+    Args:
+        nvml: the device, opened before the process first uses it; None when there is none.
+        remark: a note: why there is no device, or that its memory is the host's.
+    """
+
+    def __init__(self, nvml: Nvml | None, remark: str = "") -> None:
+        self._nvml = nvml
+        self._remarks = [remark] if remark else []
+        self._before: int | None = None
+        self._own: int | None = None
+        self._risen: int | None = None
+        if nvml is not None:
+            try:
+                self._before = nvml.used()
+            except Unread as error:
+                self._remark(error)
+
+    def look(self) -> None:
+        """Read the figures now."""
+        if self._nvml is None:
+            return
+        try:
+            self._own = max(self._own or 0, self._nvml.used_by(os.getpid()))
+            return
+        except Unread as error:
+            self._remark(error)
+        if self._before is not None:
+            try:
+                self._risen = max(self._risen or 0, self._nvml.used() - self._before)
+            except Unread as error:
+                self._remark(error)
+
+    def result(self) -> dict[str, Any]:
+        """``device_mb`` (MB of 10⁶ bytes; None: not known) and ``device_note``: what it is."""
+        if self._own is not None:
+            figure, what = self._own / MB, "this process, CUDA's context included"
+        elif self._risen is not None:
+            figure, what = (
+                self._risen / MB,
+                "rise of the complete device's, other processes included",
+            )
+        else:
+            return {"device_mb": None, "device_note": "; ".join(["not known", *self._remarks])}
+        return {"device_mb": figure, "device_note": "; ".join([what, *self._remarks])}
+
+    def _remark(self, error: Unread) -> None:
+        if str(error) not in self._remarks:
+            self._remarks.append(str(error))
 
 
 def _watch(model: Path, providers: Sequence[str]) -> MemoryWatch | None:
@@ -159,14 +212,10 @@ def _main(job: dict[str, Any]) -> None:
     else:
         with np.load(job["feed"]) as archive:
             feed = {name: archive[f"a{i}"] for i, name in enumerate(job["names"])}
-        watch = _watch(Path(job["model"]), job["providers"])
-        settings = Settings(
-            job["threads"],
-            tuple(job["providers"]),
-            job["optimization"],
-            job["provider_options"],
-        )
-        model = open_model(Path(job["model"]), settings)
+        path, given = Path(job["model"]), job["settings"]
+        settings = Settings(**{**given, "providers": tuple(given["providers"])})
+        watch = _watch(path, settings.providers)
+        model = open_model(path, settings)
         for _ in range(QUERIES):
             model.run(feed)
             if watch is not None:
@@ -176,4 +225,5 @@ def _main(job: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     _main(json.loads(sys.argv[1]))

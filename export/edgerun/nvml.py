@@ -11,7 +11,6 @@ memory either, so that there the figure is "not known", not zero.
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
 from typing import Any
 
@@ -189,62 +188,6 @@ class Nvml:
             raise Unread(f"this device has no {function}")
         if code:
             raise Unread(f"{function} failed with NVML error {code}")
-
-
-class MemoryWatch:
-    """Peak device memory of this process, sampled between queries.
-
-    The driver's figure for this process, CUDA's context included; where it has none, how far
-    the complete device's figure has risen since the start, in which other processes count, too.
-
-    Args:
-        nvml: the device, opened before the process first uses it; None when there is none.
-        remark: a note: why there is no device, or that its memory is the host's.
-    """
-
-    def __init__(self, nvml: Nvml | None, remark: str = "") -> None:
-        self._nvml = nvml
-        self._remarks = [remark] if remark else []
-        self._before: int | None = None
-        self._own: int | None = None
-        self._risen: int | None = None
-        if nvml is not None:
-            try:
-                self._before = nvml.used()
-            except Unread as error:
-                self._remark(error)
-
-    def look(self) -> None:
-        """Read the figures now."""
-        if self._nvml is None:
-            return
-        try:
-            self._own = max(self._own or 0, self._nvml.used_by(os.getpid()))
-            return
-        except Unread as error:
-            self._remark(error)
-        if self._before is not None:
-            try:
-                self._risen = max(self._risen or 0, self._nvml.used() - self._before)
-            except Unread as error:
-                self._remark(error)
-
-    def result(self) -> dict[str, Any]:
-        """``device_mb`` (MB of 10⁶ bytes; None: not known) and ``device_note``: what it is."""
-        if self._own is not None:
-            figure, what = self._own / MB, "this process, CUDA's context included"
-        elif self._risen is not None:
-            figure, what = (
-                self._risen / MB,
-                "rise of the complete device's, other processes included",
-            )
-        else:
-            return {"device_mb": None, "device_note": "; ".join(["not known", *self._remarks])}
-        return {"device_mb": figure, "device_note": "; ".join([what, *self._remarks])}
-
-    def _remark(self, error: Unread) -> None:
-        if str(error) not in self._remarks:
-            self._remarks.append(str(error))
 
 
 def read_gpus() -> dict[str, dict[str, float | str | None]] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
@@ -51,8 +52,75 @@ Otherwise a product with weights stored in 8 bits rounds the activations to 8 bi
 RUNTIME_ERRORS: tuple[type[Exception], ...] = (
     *(v for v in vars(_state).values() if isinstance(v, type) and issubclass(v, Exception)),
     RuntimeError,
+    UnicodeError,  # of a message with a name from the file
 )
 _NOT_A_MODEL = ("InvalidProtobuf", "InvalidGraph", "InvalidArgument", "NoSuchFile", "NoModel")
+
+
+def session_options(threads: int | None, optimization: str) -> Any:
+    """Session options: every one that changes latency or memory is set explicitly.
+
+    Sequential execution, as an edge device runs one query at a time.
+
+    Args:
+        threads: for one operator; None is the runtime's choice.
+        optimization: one of :data:`OPTIMIZATION`.
+    """
+    options = onnxruntime.SessionOptions()
+    # Every error of the runtime also comes as an exception; here it would be printed twice.
+    options.log_severity_level = 4
+    options.graph_optimization_level = OPTIMIZATION[optimization]
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.inter_op_num_threads = 1
+    options.intra_op_num_threads = threads or 0
+    for key, value in CONFIGURATION.items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
+def open_session(
+    path: Path,
+    options: Any,
+    providers: Sequence[str],
+    provider_options: Mapping[str, Mapping[str, str]],
+    all_providers: bool = True,
+    session: Callable[..., Any] | None = None,
+    disabled_optimizers: Sequence[str] = (),
+) -> Any:
+    """Open a model on exactly the given providers.
+
+    Args:
+        options: of :func:`session_options`.
+        providers: the preferred one first.
+        provider_options: by provider; one that is not in it has the runtime's defaults.
+        all_providers: whether a provider that does not start is an error.
+        session: makes it instead of ``onnxruntime.InferenceSession``.
+        disabled_optimizers: of the runtime's graph optimizers, by name.
+
+    Raises:
+        BadInput: the file is not an ONNX model, or is truncated.
+        RunFailed: the runtime cannot load it, or silently left out a provider.
+    """
+    # A pair only with options: every build accepts plain names.
+    named = [(p, dict(provider_options[p])) if provider_options.get(p) else p for p in providers]
+    more = {"disabled_optimizers": list(disabled_optimizers)} if disabled_optimizers else {}
+    try:
+        made = (session or onnxruntime.InferenceSession)(
+            str(path), options, providers=named, **more
+        )
+    except RUNTIME_ERRORS as error:
+        raise _load_error(path, error) from error
+    started = made.get_providers()
+    left_out = [provider for provider in providers if provider not in started]
+    if left_out and all_providers:
+        raise RunFailed(
+            f"{', '.join(left_out)} did not start; ONNX Runtime would run the model on "
+            f"{', '.join(started)}",
+            where=str(path),
+            remedy="install the provider's driver and libraries, check its options, or choose "
+            "another provider",
+        )
+    return made
 
 
 class OrtSession:
@@ -72,36 +140,14 @@ class OrtSession:
         self.settings = settings
         check_file(path)
         _check_providers(settings)
-        options = onnxruntime.SessionOptions()
-        # Every error of the runtime also comes as an exception; here it would be printed twice.
-        options.log_severity_level = 4
-        options.graph_optimization_level = OPTIMIZATION[settings.optimization]
-        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-        options.inter_op_num_threads = 1
-        options.intra_op_num_threads = settings.threads or 0
-        for key, value in CONFIGURATION.items():
-            options.add_session_config_entry(key, value)
+        options = session_options(settings.threads, settings.optimization)
         if profile_to is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile_to)
         begin = time.perf_counter()
-        try:
-            self.session = onnxruntime.InferenceSession(
-                str(path), options, providers=_with_options(settings)
-            )
-        except RUNTIME_ERRORS as error:
-            raise _load_error(path, error) from error
+        self.session = open_session(path, options, settings.providers, settings.provider_options)
         self.load_ms = (time.perf_counter() - begin) * 1e3
         self.providers = tuple(self.session.get_providers())
-        left_out = [p for p in settings.providers if p not in self.providers]
-        if left_out:
-            raise RunFailed(
-                f"{', '.join(left_out)} could not be started; only "
-                f"{', '.join(self.providers)} would run the model",
-                where=str(path),
-                remedy="its driver, libraries or options may be wrong, see the runtime's message "
-                "above; or leave the provider out",
-            )
         self.inputs = tuple(_tensor(node) for node in self.session.get_inputs())
         self.outputs = tuple(_tensor(node) for node in self.session.get_outputs())
         # Bound in C: a Python method's overhead would be timed with each query.
@@ -120,7 +166,7 @@ class OrtSession:
             RunFailed: the runtime fails; the message names the shapes fed.
         """
         try:
-            answers: list[Any] = self.session.run(None, dict(feed))
+            outputs: list[Any] = self.session.run(None, dict(feed))
         except RUNTIME_ERRORS as error:
             refused = type(error).__name__ == "InvalidArgument"
             raise (BadInput if refused else RunFailed)(
@@ -129,13 +175,7 @@ class OrtSession:
                 remedy="give the shapes it needs (--shape NAME=1x3x224x224) or real inputs "
                 "(--inputs data.npz)",
             ) from error
-        return answers
-
-
-def _with_options(settings: Settings) -> list[Any]:
-    """The providers in the runtime's form: a pair where there are options."""
-    given = settings.provider_options
-    return [(name, dict(given[name])) if given.get(name) else name for name in settings.providers]
+        return outputs
 
 
 def _check_providers(settings: Settings) -> None:
@@ -174,36 +214,67 @@ def _dimension(value: Any) -> int | str | None:
     return None if value is None or int(value) < 1 else int(value)
 
 
+_SHAPE_IN_FILE = re.compile(r"external tensors(?:.*for tensor: *(?P<tensor>\S+))?", re.DOTALL)
+_SOURCE_PLACE = re.compile(r"/\S+:\d+ [^()]*")
+
+
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """The first informative line of an error, shortened.
+
+    ONNX Runtime's source location and C++ function are removed: they do not help a user.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    if place := _SOURCE_PLACE.search(text):
+        end = place.end()
+        while text[end : end + 1] == "(":
+            end = _closing(text, end) + 1
+        text = text[: place.start()] + (text[end:].strip() or text[place.start() :])
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _closing(text: str, opening: int) -> int:
+    """Where the bracket at ``opening`` is closed; the end of the text where it is not."""
+    depth = 0
+    for index in range(opening, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[index], 0)
+        if depth == 0:
+            return index
+    return len(text)
+
+
 def _reason(error: Exception) -> str:
-    """The runtime's message on one line, without its code prefix."""
-    text = " ".join(str(error).split())
+    """:func:`first_line` without the runtime's prefix of codes."""
+    text = first_line(error)
     return text.split(" : ", 3)[-1] if text.startswith("[ONNXRuntimeError]") else text
 
 
 def _load_error(path: Path, error: Exception) -> EdgerunError:
-    reason = _reason(error)
-    if "external tensors" in reason:
+    reason, whole = _reason(error), str(error)
+    if match := _SHAPE_IN_FILE.search(whole):
+        tensor = f" (here {match.group('tensor')!r})" if match.group("tensor") else ""
         return BadInput(
-            f"onnxruntime does not read constants that fix shapes from an external file: {reason}",
+            "ONNX Runtime reads weights from an external file, but no constants that shapes and "
+            f"axes depend on{tensor}",
             where=str(path),
             remedy="save the model with its small tensors inside: onnx.save(model, FILE, "
             "save_as_external_data=True, size_threshold=1024)",
         )
     # Releases word these differently; the file itself was there when it was opened.
-    if any(word in reason.lower() for word in ("external", ".data", "file_size", "no such file")):
+    if any(word in whole.lower() for word in ("external", ".data", "file_size", "no such file")):
         return BadInput(
             f"the model's weights are in another file, which cannot be read: {reason}",
             where=str(path),
             remedy="put the weight file next to the model, under the name it was exported with",
         )
-    if type(error).__name__ in _NOT_A_MODEL or "does not have a graph" in reason:
+    if type(error).__name__ in _NOT_A_MODEL or "does not have a graph" in whole:
         return BadInput(
             f"this is not a complete ONNX model: {reason}",
             where=f"{path} ({path.stat().st_size} bytes)",
             remedy="the file may be truncated or of another format: export or copy it again",
         )
     return RunFailed(
-        f"onnxruntime {onnxruntime.__version__} cannot load the model: {reason}",
+        f"ONNX Runtime {onnxruntime.__version__} cannot open the model: {reason}",
         where=str(path),
         remedy="a newer runtime, another provider, or a lower opset at export may help",
     )

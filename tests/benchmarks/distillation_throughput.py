@@ -10,11 +10,12 @@ with SGD and ``0.1 · CE + 0.9 · T² · KL`` at T = 4:
 - ``torchdistill``: its DistillationBox with KDLoss, when ``--torchdistill`` names an interpreter of
   an environment that has it (and edgekd's dependencies; edgekd itself is put on its path).
 
-Each takes its turn in a fresh process, round by round, so that a drift of the machine meets all
-alike; a round's figure is the median of its epochs but the first. The clock runs from asking for
-an epoch's first batch until its last step is done: validation and checkpoints are left out, which
-only edgekd has. The teacher's weights are random, which costs the same. Where other work shares the
-machine, images per CPU second tell more than those per second::
+Each is a fresh process, and they take turns epoch by epoch: while one trains, the others wait, so
+that a drift of the machine meets all alike. The ratios are those of neighbouring epochs (without
+the first, which warms up), with a bootstrap interval of their median over all rounds. The clock
+runs from asking for an epoch's first batch until its last step is done: validation and checkpoints
+are left out, which only edgekd has. The teacher's weights are random, which costs the same. Where
+other work shares the machine, images per CPU second tell more than those per second::
 
     python tests/benchmarks/distillation_throughput.py [--threads 1] [--rounds 5] \
         [--torchdistill /path/to/environment/bin/python] [--teacher convnet-l --student convnet-s]
@@ -25,7 +26,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -37,11 +37,13 @@ from unittest.mock import Mock
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import edgekd
+import edgerun
 from edgekd.config.networks import ModelConfig
 from edgekd.config.pipeline import DataConfig
 from edgekd.config.training import CacheConfig, LossTerm, TrainConfig
@@ -50,7 +52,7 @@ from edgekd.data.loader import Loader
 from edgekd.distill.cache import fill_cache
 from edgekd.distill.objective import Objective
 from edgekd.distill.teacher import ModuleTeacher, Teacher
-from edgekd.distill.trainer import train
+from edgekd.distill.trainer import Trainer
 from edgekd.models import DictModel, build_model, count_parameters
 from edgekd.tasks import get_task
 
@@ -69,8 +71,16 @@ Laps = list[tuple[float, float]]
 """Seconds and CPU seconds of each epoch."""
 
 
+def await_turn() -> None:
+    """Report that this process is ready for an epoch, and wait until it may train it."""
+    print("ready", flush=True)
+    if not sys.stdin.readline():
+        raise SystemExit("the benchmark has ended")
+
+
 def clocked(batches: Iterable[Any], laps: Laps) -> Iterator[Any]:
     """The batches; the lap ends when one more is asked for than there are."""
+    await_turn()
     begin, busy = time.perf_counter(), time.process_time()
     yield from batches
     laps.append((time.perf_counter() - begin, time.process_time() - busy))
@@ -159,6 +169,7 @@ class Bench:
 def fill(bench: Bench, laps: Laps) -> float:
     """Not a contender: the cache is filled."""
     loader = bench.loader(laps)
+    await_turn()
     begin, busy = time.perf_counter(), time.process_time()
     bench.cached(loader)
     laps.append((time.perf_counter() - begin, time.process_time() - busy))
@@ -177,10 +188,11 @@ def with_edgekd(bench: Bench, laps: Laps) -> float:
         objective = Objective([LossTerm(name="hard_labels", weight=HARD), soft], bench.task)
     few = {name: array[:BATCH] for name, array in bench.dataset.splits["validation"].arrays.items()}
     with tempfile.TemporaryDirectory(dir=bench.options.work) as folder:
-        history = train(
+        history = Trainer(
             bench.student,
             objective,
-            (loader, Loader(Split(few), bench.dataset, BATCH, channels_last=True)),
+            loader,
+            Loader(Split(few), bench.dataset, BATCH, channels_last=True),
             bench.task,
             TrainConfig(
                 epochs=bench.options.epochs,
@@ -193,7 +205,7 @@ def with_edgekd(bench: Bench, laps: Laps) -> float:
             checkpoint_folder=Path(folder),
             progress=Mock(),
             teacher=teacher,
-        )
+        ).fit()
     return float(history.epochs[-1].loss)
 
 
@@ -269,25 +281,60 @@ def contend(options: argparse.Namespace) -> None:
     print(json.dumps({"laps": laps, "loss": loss}))
 
 
-def measure(contender: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """One contender in a fresh process: what :func:`contend` prints."""
+def start(contender: str, options: argparse.Namespace, work: Path) -> subprocess.Popen[str]:
+    """One contender in a fresh process, which waits for its turn before each epoch."""
     python = options.torchdistill if contender == "torchdistill" else sys.executable
     words = ["--contender", contender, "--work", str(work), *sys.argv[1:]]
     environment = os.environ | {
         "OMP_NUM_THREADS": str(options.threads),
-        "PYTHONPATH": str(Path(edgekd.__file__).parent.parent),
+        "PYTHONPATH": os.pathsep.join(
+            str(Path(package.__file__).parent.parent) for package in (edgekd, edgerun)
+        ),
         # As edgekd sets it for itself: threads that spin stop each other on a busy machine.
         "GOMP_SPINCOUNT": "10000",
     }
-    done = subprocess.run(
-        [python, __file__, *words], check=True, stdout=subprocess.PIPE, text=True, env=environment
+    return subprocess.Popen(
+        [python, __file__, *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
+
+
+def take_turns(names: list[str], options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """All contenders at once, one epoch each in turn: what each prints at the end."""
+    running = {name: start(name, options, work) for name in names}
+    results: dict[str, Any] = {}
+    said: dict[str, str] = {}
+
+    def listen(name: str) -> None:
+        output = running[name].stdout
+        assert output is not None
+        said[name] = output.readline()
+        if said[name] != "ready\n":
+            results[name] = json.loads(said[name])
+
+    try:
+        for name in names:
+            listen(name)
+        turn = 0
+        while len(results) < len(names):
+            # Another one begins each time, so that none always comes after the same.
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                if name not in results:
+                    print("go", file=running[name].stdin, flush=True)
+                    listen(name)
+            turn += 1
+    finally:
+        for process in running.values():
+            process.kill()
+            process.wait()
+    return results
 
 
 def compare(options: argparse.Namespace, work: Path) -> None:
-    """All contenders in turn, round by round; the ratios are those within a round."""
+    """The contenders, round by round; the ratios are those of neighbouring epochs."""
     save_dataset(load_dataset(DataConfig(source="fashion-mnist"), Path(), seed=0), work / "data")
     bench = Bench(argparse.Namespace(**{**vars(options), "work": work}))
     for role, network in (("teacher", bench.teacher), ("student", bench.student)):
@@ -298,36 +345,37 @@ def compare(options: argparse.Namespace, work: Path) -> None:
     names = [*EDGEKD, *([] if options.augment else ["by hand"])]
     names += ["torchdistill"] if options.torchdistill and not options.augment else []
     names = [name for name in names if name in (options.only or names)]
-    seconds, busy = measure("fill", options, work)["laps"][0]
+    seconds, busy = take_turns(["fill"], options, work)["fill"]["laps"][0]
     print(f"the cache of {answers:,} answers is filled in {seconds:.1f} s, {busy:.1f} CPU seconds")
-    rates: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    laps: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     losses = {}
     for number in range(options.rounds):
-        # Another one begins each time, so that none always comes after the same.
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            result = measure(name, options, work)
-            laps = np.median(np.array(result["laps"][1:]), axis=0)
-            rates[name].append(tuple(options.batches * BATCH / laps))
+        for name, result in take_turns(names, options, work).items():
+            laps[name] += result["laps"][1:]
             losses[name] = result["loss"]
-        figures = ", ".join(f"{name} {rates[name][-1][0]:,.0f}" for name in names)
+        figures = ", ".join(
+            f"{name} {options.batches * BATCH / np.median(np.array(laps[name])[:, 0]):,.0f}"
+            for name in names
+        )
         print(f"{number}: {figures} images/s; load {os.getloadavg()[0]:.1f}", flush=True)
-    table(rates, losses)
+    table({name: options.batches * BATCH / np.array(pairs) for name, pairs in laps.items()}, losses)
 
 
-def table(rates: dict[str, list[tuple[float, float]]], losses: dict[str, float]) -> None:
-    """Medians over rounds, ratios with their smallest and largest; the last epoch's loss."""
+def table(rates: dict[str, NDArray[np.float64]], losses: dict[str, float]) -> None:
+    """Medians over epochs, median ratios with their 95 % intervals; the last epoch's loss."""
     print(
         "| contender | images/s | cached to it | images/CPU s | cached to it | loss |\n"
         "|---|---:|---:|---:|---:|---:|"
     )
+    draws = np.random.default_rng(0)
     for name, values in rates.items():
         cells = [name]
         for clock in (0, 1):
-            cells.append(f"{statistics.median(value[clock] for value in values):,.0f}")
-            pairs = zip(rates["cached"], values, strict=True)
-            ratios = sorted(cached[clock] / value[clock] for cached, value in pairs)
-            middle = statistics.median(ratios)
-            cells.append(f"{middle:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+            ratios = rates["cached"][:, clock] / values[:, clock]
+            medians = np.median(draws.choice(ratios, (2000, len(ratios))), axis=1)
+            low, high = np.quantile(medians, (0.025, 0.975))
+            cells.append(f"{np.median(values[:, clock]):,.0f}")
+            cells.append(f"{np.median(ratios):.3f} ({low:.3f} to {high:.3f})")
         print(f"| {' | '.join(cells)} | {losses[name]:.4f} |")
 
 
@@ -335,9 +383,9 @@ def main() -> None:
     """Compare, or be one of the compared."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, default=50, help="of an epoch")
-    parser.add_argument("--epochs", type=int, default=4, help="of a round; the first is warm-up")
+    parser.add_argument("--epochs", type=int, default=20, help="of a round; the first is warm-up")
     parser.add_argument("--teacher", default="teacher-280k")
     parser.add_argument("--student", default="student-18k")
     parser.add_argument("--augment", action="store_true", help="flip and erase; edgekd only")

@@ -77,8 +77,8 @@ def run(pipeline: Path, folder: Path, method: str, seed: int, overrides: list[st
     outcome = execute(job, folder / f"run-{seed}", until="distill")
 
     from edgekd.data.loader import Loader
-    from edgekd.distill.evaluate import score
     from edgekd.distill.teacher import ModuleTeacher
+    from edgekd.distill.trainer import score
     from edgekd.models.weights import load_weights
     from edgekd.stages.student import build_student
     from edgekd.stages.task_data import open_task_data, read_json
@@ -93,8 +93,8 @@ def run(pipeline: Path, folder: Path, method: str, seed: int, overrides: list[st
     row = {
         "method": method,
         "seed": seed,
-        "student": float(score(ModuleTeacher(student).answer, test, ground.task).mean()),
-        "teacher": float(score(teacher.answer, test, ground.task).mean()),
+        "student": float(score(ModuleTeacher(student).predict, test, ground.task).mean()),
+        "teacher": float(score(teacher.predict, test, ground.task).mean()),
         "best_epoch": history["best_epoch"],
         "validation": [epoch["validation"] for epoch in history["epochs"]],
         "seconds": sum(epoch["seconds"] for epoch in history["epochs"]),

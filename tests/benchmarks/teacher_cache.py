@@ -50,7 +50,7 @@ class Formula:
         noise = torch.randn(997 + classes, generator=torch.Generator().manual_seed(0))
         self._table = 3 * noise.unfold(0, classes, 1)
 
-    def answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def predict(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(B, C); the CPU time it takes is kept apart."""
         begin = time.process_time()
         logits = self._table[(batch[SAMPLE] * 31 + batch[VIEW]) % len(self._table)]
@@ -122,7 +122,7 @@ def read(options: argparse.Namespace) -> None:
     for label in ("first", "again"):
         begin, busy = time.perf_counter(), time.process_time()
         for rows in batches:
-            cached.answer({SAMPLE: rows % options.samples, VIEW: rows // options.samples})
+            cached.predict({SAMPLE: rows % options.samples, VIEW: rows // options.samples})
         elapsed, busy = time.perf_counter() - begin, time.process_time() - busy
         read = sum(map(len, batches))
         print(

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-from click.testing import CliRunner
 
-from edgekd.cli import main
+from tests.command_line import edgekd
 from tests.onnx_builders import Graph
 
 CLASSES = 5
 
 
-def quantize(*words):
-    return CliRunner().invoke(main, ["quantize", *map(str, words)])
+def quantize(*words, **settings):
+    return edgekd("quantize", *words, **settings)
 
 
 def classifier(path):

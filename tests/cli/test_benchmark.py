@@ -7,29 +7,23 @@ import sys
 import numpy as np
 import onnx
 import pytest
-from click.testing import CliRunner
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 
-from edgekd.cli import main
 from edgekd.errors import TargetError
 from edgekd.targets import LocalTarget
+from tests.command_line import edgekd
+from tests.onnx_builders import save_onnx
 
 
 @pytest.fixture
 def model(tmp_path):
-    """y = x + x, float32 (batch, 3, height, width)."""
-    shape = ["batch", 3, "height", "width"]
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xy")
-    graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "g", [x], [y])
-    path = tmp_path / "model.onnx"
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path
-    )
-    return path
+    text = """(float[batch,3,height,width] x) => (float[batch,3,height,width] y)
+    { y = Add (x, x) }"""
+    return save_onnx(tmp_path / "model.onnx", text)
 
 
-def invoke(*words):
-    return CliRunner().invoke(main, ["benchmark", *map(str, words)], env={"COLUMNS": "140"})
+def invoke(*words, **settings):
+    return edgekd("benchmark", *words, columns=140, **settings)
 
 
 def test_a_model_is_measured_alone_and_against_another(model, tmp_path):
@@ -38,7 +32,6 @@ def test_a_model_is_measured_alone_and_against_another(model, tmp_path):
         *(model, "--against", model, "--shape", "x=1x3x8x8", "--profile", "raspberry-pi-5"),
         *("--min-queries", 70, "--max-seconds", 3, "--json", out),
     )
-    assert done.exit_code == 0, done.output
     for word in ("p50", "p99.9", "queries", "times the p50", "above empty", "1 x 3 x 8 x 8"):
         assert word in done.output
     record = json.loads(out.read_text())
@@ -53,7 +46,6 @@ def test_providers_of_another_device_are_shown_as_left_out(model):
         *(model, "--profile", "jetson-orin-nano-8gb", "--shape", "x=1x3x8x8"),
         *("--min-queries", 11, "--max-seconds", 1),
     )
-    assert done.exit_code == 0, done.output
     assert "left out: TensorrtExecutionProvider" in done.output
 
 
@@ -69,8 +61,7 @@ def test_providers_of_another_device_are_shown_as_left_out(model):
     ],
 )
 def test_a_wrong_option_is_one_message_and_exit_code_2(model, words, message):
-    done = invoke(model, *words)
-    assert done.exit_code == 2, done.output
+    done = invoke(model, *words, code=2)
     assert message in done.output
 
 
@@ -85,7 +76,7 @@ def test_each_model_has_the_options_of_its_own_precision(model, tmp_path, monkey
         raise TargetError("not here")
 
     monkeypatch.setattr(LocalTarget, "bench", bench)
-    assert invoke(model, "--against", half, "--providers", "tensorrt,cpu").exit_code == 4
+    invoke(model, "--against", half, "--providers", "tensorrt,cpu", code=4)
     name = "TensorrtExecutionProvider"
     assert asked["providers"] == [name, "CPUExecutionProvider"]
     assert asked["provider_options"][name]["trt_fp16_enable"] == "False"
@@ -94,8 +85,7 @@ def test_each_model_has_the_options_of_its_own_precision(model, tmp_path, monkey
 
 def test_options_of_a_model_are_refused_for_a_pipeline(tmp_path):
     (tmp_path / "p.yaml").write_text("name: x\n")
-    done = invoke(tmp_path / "p.yaml", "--threads", 2)
-    assert done.exit_code == 2
+    done = invoke(tmp_path / "p.yaml", "--threads", 2, code=2)
     assert "--threads is for an ONNX model" in done.output
 
 
@@ -113,37 +103,17 @@ def test_torch_is_never_imported(model):
 
 def counted(path):
     """y = tanh(… tanh(x)), as many times as the input ``steps`` says."""
-    scalars = {"i": TensorProto.INT64, "go": TensorProto.BOOL, "acc": TensorProto.FLOAT}
-    nodes = [
-        helper.make_node("Identity", ["go"], ["again"]),
-        helper.make_node("Tanh", ["acc"], ["next"]),
-    ]
-    body = helper.make_graph(
-        nodes,
-        "body",
-        [helper.make_tensor_value_info(name, kind, []) for name, kind in scalars.items()],
-        [
-            helper.make_tensor_value_info("again", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("next", TensorProto.FLOAT, []),
-        ],
-    )
-    node = helper.make_node("Loop", ["steps", "", "x"], ["y"], "rounds", body=body)
-    inputs = [
-        helper.make_tensor_value_info("x", TensorProto.FLOAT, []),
-        helper.make_tensor_value_info("steps", TensorProto.INT64, []),
-    ]
-    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [])
-    graph = helper.make_graph([node], "g", inputs, [output])
-    opsets = [helper.make_opsetid("", 18)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
-    return path
+    text = """(float x, int64 steps) => (float y) {
+        [rounds] y = Loop (steps, , x) <body = body (int64 i, bool go, float acc)
+            => (bool again, float next) { again = Identity (go)  next = Tanh (acc) }>
+    }"""
+    return save_onnx(path, text, opset=18)
 
 
 def test_made_up_values_that_decide_the_work_are_named_and_real_ones_are_not(tmp_path):
     model, out = counted(tmp_path / "m.onnx"), tmp_path / "out.json"
     quick = ("--min-queries", 11, "--max-seconds", 1, "--json", out)
     done = invoke(model, *quick)
-    assert done.exit_code == 0, done.output
     told = "steps decides the number of rounds of Loop 'rounds'. Give real ones: --inputs DATA.npz"
     assert told in done.output
     fed = json.loads(out.read_text())["models"][0]["fed"]
@@ -151,6 +121,5 @@ def test_made_up_values_that_decide_the_work_are_named_and_real_ones_are_not(tmp
     assert "a count or a size needs a real one" in fed["inputs"]["steps"]["note"]
     np.savez(tmp_path / "d.npz", x=np.float32(1), steps=np.int64(200))
     done = invoke(model, "--inputs", tmp_path / "d.npz", *quick)
-    assert done.exit_code == 0, done.output
     assert "random values" not in done.output
     assert "decides_work" not in json.loads(out.read_text())["models"][0]["fed"]

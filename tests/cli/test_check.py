@@ -8,33 +8,28 @@ import platform
 
 import onnx
 import pytest
-from click.testing import CliRunner
-from onnx import TensorProto, helper
 
-from edgekd.cli import main
+from tests.command_line import edgekd
+from tests.onnx_builders import parse_onnx
 
 
 @pytest.fixture
 def model(tmp_path):
-    """y = relu(x), float32 (batch, length); the node's name would be markup on the terminal."""
-    shape = ["batch", "length"]
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xy")
-    nodes = [helper.make_node("Relu", ["x"], ["y"], name="[bold]relu")]
-    graph = helper.make_graph(nodes, "g", [x], [y])
-    path = tmp_path / "model.onnx"
-    opsets = [helper.make_opsetid("", 18)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), path)
+    """The node's name would be markup on the terminal."""
+    text = "(float[batch,length] x) => (float[batch,length] y) { y = Relu (x) }"
+    path, made = tmp_path / "model.onnx", parse_onnx(text, opset=18)
+    made.graph.node[0].name = "[bold]relu"
+    onnx.save(made, path)
     return path
 
 
-def invoke(*words):
-    return CliRunner().invoke(main, ["check", *map(str, words)], env={"COLUMNS": "200"})
+def invoke(*words, **settings):
+    return edgekd("check", *words, columns=200, **settings)
 
 
 def test_a_model_that_holds_leaves_with_0_and_a_whole_record(model, tmp_path):
     out = tmp_path / "out.json"
     done = invoke(model, "--engine", "onnxruntime", "--shape", "x=2x300", "--json", out)
-    assert done.exit_code == 0, done.output
     for word in ("opset 18", "x float32[batch, length]", "runs 1 of 1 nodes", "[bold]relu"):
         assert word in done.output
     record = json.loads(out.read_text())
@@ -45,11 +40,10 @@ def test_a_model_that_holds_leaves_with_0_and_a_whole_record(model, tmp_path):
 
 
 def test_what_does_not_hold_leaves_with_1(model):
-    done = invoke(model, "--profile", "raspberry-pi-5")
-    assert done.exit_code == 1, done.output
+    done = invoke(model, "--profile", "raspberry-pi-5", code=1)
     assert "give open sizes: --shape" in done.output
     assert "not everything holds for onnxruntime on raspberry-pi-5" in done.output
-    assert invoke(model, "--profile", "raspberry-pi-5", "--shape", "x=1x16").exit_code == 0
+    invoke(model, "--profile", "raspberry-pi-5", "--shape", "x=1x16")
 
 
 @pytest.mark.skipif(
@@ -58,7 +52,6 @@ def test_what_does_not_hold_leaves_with_1(model):
 )
 def test_tensorrt_is_asked_in_a_process_of_its_own(model):
     done = invoke(model, "--engine", "tensorrt-rtx", "--engine", "onnxruntime")
-    assert done.exit_code == 0, done.output
     assert "its parser takes the model; not built" in done.output
     assert f"edgekd build {model} --engine tensorrt-rtx -o model.engine" in done.output
     assert "as far as can be determined without a build" in done.output
@@ -76,24 +69,21 @@ def test_tensorrt_is_asked_in_a_process_of_its_own(model):
     ],
 )
 def test_wrong_options_are_explained(model, words, message):
-    done = invoke(model, *words)
-    assert done.exit_code == 2
+    done = invoke(model, *words, code=2)
     assert message in done.output
 
 
 def test_a_file_that_is_no_model_is_wrong_input(tmp_path):
     path = tmp_path / "notes.onnx"
     path.write_text("not a model")
-    done = invoke(path)
-    assert done.exit_code == 2
+    done = invoke(path, code=2)
     assert "truncated or is not ONNX" in done.output
 
 
 def test_a_pipeline_is_told_from_a_damaged_file(tmp_path):
     path = tmp_path / "p.yaml"
     path.write_text("name: p")
-    done = invoke(path)
-    assert done.exit_code == 2
+    done = invoke(path, code=2)
     assert "takes an ONNX file, and this is a pipeline" in done.output
     assert f"edgekd build {path}" in done.output
 
@@ -102,5 +92,5 @@ def test_an_engine_that_is_built_on_the_device_is_not_said_to_be_built_here(mode
     pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
     if platform.machine() == "aarch64":
         pytest.skip("this may be the device")
-    done = invoke(model, "--profile", "jetson-orin-nano-8gb")
+    done = invoke(model, "--profile", "jetson-orin-nano-8gb", code=1)
     assert "only a build on the device shows" in " ".join(done.output.split())

@@ -7,14 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from edgekd.cli import _COMMANDS, main
+from edgekd.cli import _COMMANDS
 from edgekd.files import pipelines_folder
-
-
-def invoke(*arguments: str):
-    return CliRunner().invoke(main, list(arguments))
+from tests.command_line import edgekd
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["benchmark", "--help"]])
@@ -30,14 +26,12 @@ def test_help_does_not_import_torch(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("command", list(_COMMANDS))
 def test_every_command_has_help(command: str) -> None:
-    outcome = invoke(command, "--help")
-    assert outcome.exit_code == 0
+    outcome = edgekd(command, "--help")
     assert "Usage:" in outcome.output
 
 
 def test_misspelt_command_is_suggested() -> None:
-    outcome = invoke("distil")
-    assert outcome.exit_code == 2
+    outcome = edgekd("distil", code=2)
     assert "'distill'" in outcome.output
 
 
@@ -61,8 +55,7 @@ def test_wrong_input_is_explained(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     pipeline = str(pipelines_folder() / "digits.yaml")
-    outcome = invoke(*(pipeline if word == "PIPELINE" else word for word in arguments))
-    assert outcome.exit_code == 2, outcome.output
+    outcome = edgekd(*(pipeline if word == "PIPELINE" else word for word in arguments), code=2)
     assert says in outcome.output
     assert "to do:" in outcome.output
     assert "Traceback" not in outcome.output
@@ -70,15 +63,15 @@ def test_wrong_input_is_explained(
 
 def test_init_writes_an_example_and_never_over_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    assert invoke("init", str(path)).exit_code == 0
+    edgekd("init", str(path))
     assert path.read_text() == (pipelines_folder() / "digits.yaml").read_text()
-    assert invoke("init", str(path)).exit_code == 2
-    assert invoke("init", str(tmp_path / "other.yaml"), "--example", "digit").exit_code == 2
+    edgekd("init", str(path), code=2)
+    edgekd("init", str(tmp_path / "other.yaml"), "--example", "digit", code=2)
 
 
 @pytest.mark.parametrize("file", sorted(pipelines_folder().glob("*.yaml")), ids=lambda f: f.stem)
 def test_shipped_pipelines_are_valid(file: Path, tmp_path: Path) -> None:
-    outcome = invoke("plan", str(file), "-o", str(tmp_path / "run"))
+    outcome = edgekd("plan", str(file), "-o", str(tmp_path / "run"), code=None)
     assert outcome.exit_code in (0, 2)
     if outcome.exit_code == 2:
         assert "dataset-fashion-mnist" in outcome.output, "only the data may be missing"

@@ -12,51 +12,32 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
 from edgekd.errors import CrashError
 from edgekd.quantization.mixed_precision import convert_mixed_precision
 from edgekd.targets import LocalTarget
-from tests.integration.commandline import call
+from tests.command_line import edgekd_process
+from tests.onnx_builders import save_onnx
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
 
 
-def saved(path, nodes, inputs, outputs, weights=(), opset=17):
-    graph = helper.make_graph(nodes, "g", inputs, outputs, list(weights))
-    opsets = [helper.make_opsetid("", opset)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
-    return path
-
-
 def transposed_product(path, dtype):
     """y = transpose(x) @ w: in float16 ONNX Runtime 1.31 at level ``all`` dies of it."""
-    random = np.random.default_rng(0)
-    weight = random.standard_normal((16, 8)).astype(helper.tensor_dtype_to_np_dtype(dtype))
-    nodes = [
-        helper.make_node("Transpose", ["x"], ["t"], "swap", perm=[1, 0, 2]),
-        helper.make_node("MatMul", ["t", "w"], ["y"], "fc"),
-    ]
-    return saved(
-        path,
-        nodes,
-        [helper.make_tensor_value_info("x", dtype, ["b", "t", 16])],
-        [helper.make_tensor_value_info("y", dtype, ["t", "b", 8])],
-        [numpy_helper.from_array(weight, "w")],
-    )
+    weight = np.random.default_rng(0).standard_normal((16, 8)).astype(dtype)
+    kind = {"float16": "float16", "float32": "float"}[dtype]
+    text = f"""({kind}[b,t,16] x) => ({kind}[t,b,8] y)
+    {{ [swap] t = Transpose <perm = [1, 0, 2]> (x)  [fc] y = MatMul (t, w) }}"""
+    return save_onnx(path, text, {"w": weight})
 
 
 def divided(path):
     """y = (n - 2^63) / -1 in whole numbers: where n is 0 that has no result, and x86 ends the
     process."""
-    shape = {name: helper.make_tensor_value_info(name, TensorProto.INT64, [4]) for name in "ny"}
-    least = numpy_helper.from_array(np.full(4, np.iinfo(np.int64).min), "least")
-    minus = numpy_helper.from_array(np.full(4, -1), "minus")
-    nodes = [
-        helper.make_node("Add", ["least", "n"], ["s"], "sum"),
-        helper.make_node("Div", ["s", "minus"], ["y"], "ratio"),
-    ]
-    return saved(path, nodes, [shape["n"]], [shape["y"]], [least, minus])
+    text = "(int64[4] n) => (int64[4] y) { [sum] s = Add (least, n)  [ratio] y = Div (s, minus) }"
+    weights = {"least": np.full(4, np.iinfo(np.int64).min), "minus": np.full(4, -1)}
+    return save_onnx(path, text, weights)
 
 
 def dies(path, level):
@@ -71,7 +52,7 @@ def dies(path, level):
 @pytest.fixture(scope="module")
 def crashing(tmp_path_factory):
     """A float16 model that the default session of this ONNX Runtime dies of."""
-    path = transposed_product(tmp_path_factory.mktemp("crash") / "q.onnx", TensorProto.FLOAT16)
+    path = transposed_product(tmp_path_factory.mktemp("crash") / "q.onnx", "float16")
     if not dies(path, "ORT_ENABLE_ALL"):
         pytest.skip("this ONNX Runtime opens it")
     assert not dies(path, "ORT_ENABLE_EXTENDED")
@@ -89,8 +70,7 @@ def crashing(tmp_path_factory):
 def test_a_model_that_kills_the_runtime_is_named_with_a_level_that_was_tried(
     crashing, tmp_path, command, code
 ):
-    done = call(command[0], crashing, *command[1:], cwd=tmp_path)
-    assert done.returncode == code, done.stderr
+    done = edgekd_process(command[0], crashing, *command[1:], cwd=tmp_path, code=code)
     said = " ".join((done.stdout + done.stderr).split())
     name = "out.onnx" if command[0] == "build" else crashing.name
     assert f"ONNX Runtime was killed by signal 11 (SIGSEGV) while it opened {name}" in said
@@ -99,11 +79,9 @@ def test_a_model_that_kills_the_runtime_is_named_with_a_level_that_was_tried(
 
 
 def test_the_level_that_the_error_names_works(crashing, tmp_path):
-    done = call("build", crashing, "-o", "o.onnx", "--optimization", "extended", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    edgekd_process("build", crashing, "-o", "o.onnx", "--optimization", "extended", cwd=tmp_path)
     quick = ("--optimization", "extended", "--max-seconds", "1", "--min-queries", "10")
-    done = call("benchmark", crashing, *quick, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    edgekd_process("benchmark", crashing, *quick, cwd=tmp_path)
 
 
 def test_a_killed_build_leaves_the_old_file_and_no_temporary_one(tmp_path):
@@ -143,13 +121,12 @@ def test_a_division_by_zero_asks_for_real_inputs(tmp_path):
 
 @pytest.mark.parametrize("samples", [False, True])
 def test_fp16_keeps_what_kills_the_runtime_in_float32(crashing, tmp_path, samples):
-    transposed_product(tmp_path / "m.onnx", TensorProto.FLOAT)
+    transposed_product(tmp_path / "m.onnx", "float32")
     x = np.random.default_rng(1).standard_normal((4, 4, 16)).astype(np.float32)
     np.savez(tmp_path / "d.npz", x=x)
     given = ("--calibration", "d.npz") if samples else ()
     quick = ("--method", "fp16", "--no-timing", "--json", "q.json")
-    done = call("quantize", "m.onnx", "-o", "q.onnx", *quick, *given, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = edgekd_process("quantize", "m.onnx", "-o", "q.onnx", *quick, *given, cwd=tmp_path)
     half = json.loads((tmp_path / "q.json").read_text())["half"]
     assert len(half["kept"]) == len(half["low"]) == 1
     assert "in float16, ONNX Runtime was killed by signal 11 (SIGSEGV)" in done.stdout
@@ -164,14 +141,15 @@ def test_fp16_keeps_what_kills_the_runtime_in_float32(crashing, tmp_path, sample
 
 def test_every_kind_of_node_that_kills_the_runtime_is_found(tmp_path):
     """Whatever nodes they are: here files with a Tanh or an Add in float16 are refused."""
-    rank = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy"]
-    ops = ("Tanh", "Relu", "Add", "Neg", "Tanh", "Abs")
-    nodes = [
-        helper.make_node(op, [f"t{i}"] * (2 if op == "Add" else 1), [f"t{i + 1}"], f"{op}{i}")
-        for i, op in enumerate(ops)
-    ]
-    nodes[0].input[0], nodes[-1].output[0] = "x", "y"
-    model = saved(tmp_path / "m.onnx", nodes, rank[:1], rank[1:])
+    text = """(float[2] x) => (float[2] y) {
+        [Tanh0] t1 = Tanh (x)
+        [Relu1] t2 = Relu (t1)
+        [Add2] t3 = Add (t2, t2)
+        [Neg3] t4 = Neg (t3)
+        [Tanh4] t5 = Tanh (t4)
+        [Abs5] y = Abs (t5)
+    }"""
+    model = save_onnx(tmp_path / "m.onnx", text)
 
     def opens(path):
         typed = onnx.shape_inference.infer_shapes(onnx.load(path))

@@ -3,10 +3,8 @@
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
 
-from edgekd.cli.layers import layers
-from edgekd.errors import InputError
+from tests.command_line import edgekd
 
 PIPELINE = """\
 name: digits
@@ -16,8 +14,8 @@ student: {model: convnet-xs}
 """
 
 
-def call(*arguments: str):
-    return CliRunner().invoke(layers, list(arguments), env={"COLUMNS": "120"})
+def call(*words, **settings):
+    return edgekd("layers", *words, columns=120, **settings)
 
 
 def rows(output: str) -> dict[str, list[str]]:
@@ -31,7 +29,6 @@ def rows(output: str) -> dict[str, list[str]]:
 
 def test_a_network_by_its_name():
     result = call("convnet-s", "--shape", "image=1x28x28", "--classes", "7")
-    assert result.exit_code == 0, result.output
     found = rows(result.output)
     assert found["features.layers.1.0"] == ["Conv2d", "[batch, 24, 7, 7]", "3,456"]
     assert found["head.linear.0"] == ["Linear", "[batch, 7]", str(48 * 7 + 7)]
@@ -40,7 +37,6 @@ def test_a_network_by_its_name():
 def test_a_pipelines_networks_on_its_own_data(tmp_path: Path):
     (tmp_path / "pipeline.yaml").write_text(PIPELINE)
     result = call(str(tmp_path / "pipeline.yaml"), "-o", str(tmp_path / "run"))
-    assert result.exit_code == 0, result.output
     student, teacher = result.output.split("teacher", 1)
     assert rows(student)["features"][1] == "[batch, 24]"
     assert rows(teacher)["features"][1] == "[batch, 64]"
@@ -57,6 +53,4 @@ def test_a_pipelines_networks_on_its_own_data(tmp_path: Path):
     ],
 )
 def test_what_cannot_be_listed(arguments, said):
-    result = call(*arguments)
-    assert isinstance(result.exception, InputError)
-    assert said in str(result.exception)
+    assert said in call(*arguments, code=2).output

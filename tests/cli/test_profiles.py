@@ -2,26 +2,21 @@
 
 import json
 
-from click.testing import CliRunner
-
-from edgekd.cli.profiles import profiles
 from edgekd.config.profile import list_profiles
-from edgekd.errors import InputError
+from tests.command_line import edgekd
 
 
-def call(*arguments: str):
-    return CliRunner().invoke(profiles, list(arguments))
+def call(*words, **settings):
+    return edgekd("profiles", *words, **settings)
 
 
 def test_list_names_every_profile():
     result = call("list")
-    assert result.exit_code == 0
     assert all(name in result.output for name in list_profiles())
 
 
 def test_show_gives_figures_with_their_source():
     result = call("show", "jetson-thor-t5000")
-    assert result.exit_code == 0
     assert "memory.total_mb" in result.output
     assert "recalled" in result.output
     as_json = json.loads(call("show", "l4", "--json").output)
@@ -34,14 +29,12 @@ def test_show_gives_figures_with_their_source():
 
 def test_check_lists_unverified_figures():
     result = call("check", "rtx-3060")
-    assert result.exit_code == 0
     assert "unverified: compute.bandwidth_gb_s = 360 (recalled)" in result.output
 
 
 def test_check_goes_on_after_a_wrong_profile_and_fails(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text("name: x\n")
-    result = call("check", str(path), "l4")
-    assert isinstance(result.exception, InputError)
+    result = call("check", path, "l4", code=2)
     assert f"{path}: wrong" in result.output
     assert "l4: ok" in result.output

@@ -29,7 +29,6 @@ def test_nodes_that_stay_in_float32_are_named_with_their_weights(tmp_path):
     model, data = saved(tmp_path / "m.onnx", g, *shapes, x=x)
     words = ["-o", tmp_path / "q.onnx", "--no-timing", "--json", tmp_path / "r.json"]
     result = quantize(model, "--calibration", data, *words)
-    assert result.exit_code == 0, result.output
     assert "1 node stays in float32, with 2,304 bytes of weights" in result.output
     assert "cell (GRU, 2,304 bytes)" in result.output
     assert "stores the weights of GRU in 8 bits" in result.output
@@ -50,7 +49,6 @@ def test_detections_are_compared_as_sets_and_that_is_said(tmp_path):
     proto.graph.output[1].type.tensor_type.elem_type = onnx.TensorProto.INT64
     onnx.save(proto, str(model))
     result = quantize(model, "--calibration", data, "-o", tmp_path / "q.onnx")
-    assert result.exit_code == 0, result.output
     assert "found: its size depends on the data: samples run one at a time" in " ".join(
         result.output.split()
     )
@@ -63,8 +61,7 @@ def test_a_graph_that_cannot_run_names_its_node_and_no_memory(tmp_path):
     g.add("MatMul", ["r", g.weight("w", 7, 8)], "y", "head")
     x = np.random.default_rng(0).standard_normal((20, 16)).astype(np.float32)
     model, data = saved(tmp_path / "m.onnx", g, {"x": ["N", 16]}, {"y": None}, x=x)
-    result = quantize(model, "--calibration", data, "-o", tmp_path / "q.onnx")
-    assert result.exit_code == 3
+    result = quantize(model, "--calibration", data, "-o", tmp_path / "q.onnx", code=3)
     assert "'fold'" in result.output
     assert "memory" not in result.output
     assert str(model) in result.output

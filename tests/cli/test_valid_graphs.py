@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from random import Random
@@ -11,14 +10,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
-from edgekd.cli import main
 from tests.cli.random_graphs import random_graph
-from tests.integration.commandline import call
+from tests.command_line import edgekd, edgekd_process
+from tests.onnx_builders import parse_onnx, save_onnx
 
 METHODS = ("static", "dynamic", "weights-only", "fp16", "bf16")
 CODES = (0, 1, 2, 3)
@@ -26,15 +24,8 @@ QUICK = ("--min-queries", "1", "--max-seconds", "0.05")
 
 
 def run(folder, *words):
-    """A command in this process: what it left beside its answer, and how it ended."""
-    before = os.getcwd()  # noqa: PTH109 - put back with os.chdir
-    os.chdir(folder)
-    try:
-        done = CliRunner().invoke(main, list(words))
-    finally:
-        os.chdir(before)
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise AssertionError(f"{' '.join(words)} ends with a traceback") from done.exception
+    """A command in this process: how it ended, and that it left no partial file."""
+    done = edgekd(*words, cwd=folder, code=None)
     assert done.exit_code in CODES, done.output
     left = [path.name for path in folder.iterdir() if "partial" in path.name]
     assert not left, f"{' '.join(words)} leaves {left}"
@@ -67,68 +58,52 @@ def test_a_random_graph_is_built_and_measured_without_a_traceback_or_a_signal(se
     with tempfile.TemporaryDirectory() as name:
         onnx.save(model, Path(name) / "m.onnx")
         for words in (("benchmark", "m.onnx", *QUICK), ("build", "m.onnx", "-o", "b.onnx")):
-            done = call(*words, cwd=Path(name))
+            done = edgekd_process(*words, cwd=Path(name), code=None)
             assert done.returncode in CODES, done.stderr
             assert "Traceback" not in done.stderr
 
 
-def info(name, shape=("b", 4), kind=TensorProto.FLOAT):
-    return helper.make_tensor_value_info(name, kind, list(shape))
-
-
-def weight(*shape):
-    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    return onnx.numpy_helper.from_array(values, "w")
-
-
-PRODUCT = helper.make_node("MatMul", ["x", "w"], ["y"], "product")
+X = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+WEIGHT = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32)
+PRODUCT = "[product] y = MatMul (x, w)"
 ODD = {
-    "no node, the input is the output": ([], ["x"], ["x"]),
-    "an input that is an output as well": ([PRODUCT], ["x"], ["x", "y"]),
-    "a weight that is an output as well": ([PRODUCT], ["x"], ["y", "w"]),
-    "only a weight is given": ([], ["x"], ["w"]),
-    "no input": ([helper.make_node("Relu", ["w"], ["y"], "relu")], [], ["y"]),
-    "an input that nothing reads": ([PRODUCT], ["x", "unused"], ["y"]),
-    "a weight that is an input as well": ([PRODUCT], ["x", "w"], ["y"]),
-    "an output that is read as well": (
-        [PRODUCT, helper.make_node("MatMul", ["y", "w"], ["z"], "second")], ["x"], ["y", "z"],
-    ),
-    "one output twice": ([PRODUCT], ["x"], ["y", "y"]),
-    "no output": ([PRODUCT], ["x"], []),
-}  # fmt: skip
+    "no node, the input is the output": ("", "x", "x"),
+    "an input that is an output as well": (PRODUCT, "x", "xy"),
+    "a weight that is an output as well": (PRODUCT, "x", "yw"),
+    "only a weight is given": ("", "x", "w"),
+    "no input": ("[relu] y = Relu (w)", "", "y"),
+    "an input that nothing reads": (PRODUCT, "xu", "y"),
+    "a weight that is an input as well": (PRODUCT, "xw", "y"),
+    "an output that is read as well": (PRODUCT + "[second] z = MatMul (y, w)", "x", "yz"),
+    "one output twice": (PRODUCT, "x", "yy"),
+    "no output": (PRODUCT, "x", ""),
+}
+
+
+def save_odd(path, nodes, inputs, outputs):
+    inputs, outputs = (
+        ", ".join(f"float[{'4' if name == 'w' else 'b'},4] {name}" for name in names)
+        for names in (inputs, outputs)
+    )
+    return save_onnx(path, f"({inputs}) => ({outputs}) {{ {nodes} }}", {"w": WEIGHT})
 
 
 @pytest.mark.parametrize("kind", ODD)
 def test_an_odd_signature_has_an_answer_or_an_error(kind, tmp_path):
-    nodes, inputs, outputs = ODD[kind]
-    shapes = {"w": (4, 4)}
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [info(name, shapes.get(name, ("b", 4))) for name in inputs],
-        [info(name, shapes.get(name, ("b", 4))) for name in outputs],
-        [weight(4, 4)],
-    )
-    opsets = [helper.make_opsetid("", 17)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "m.onnx")
-    x = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+    save_odd(tmp_path / "m.onnx", *ODD[kind])
     run(tmp_path, "check", "m.onnx")
     run(tmp_path, "build", "m.onnx", "-o", "b.onnx")
-    quantize_by_every_method(tmp_path, dict.fromkeys(inputs, x))
+    quantize_by_every_method(tmp_path, dict.fromkeys(ODD[kind][1], X))
 
 
 def test_an_input_that_is_an_output_stays_one_when_the_layers_are_in_int8(tmp_path):
-    graph = helper.make_graph([PRODUCT], "g", [info("x")], [info("x"), info("y")], [weight(4, 4)])
-    opsets = [helper.make_opsetid("", 17)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "m.onnx")
-    x = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
-    quantize_by_every_method(tmp_path, {"x": x})
+    save_odd(tmp_path / "m.onnx", PRODUCT, "x", "xy")
+    quantize_by_every_method(tmp_path, {"x": X})
     for method in ("static", "dynamic"):
         session = onnxruntime.InferenceSession(tmp_path / f"{method}.onnx")
-        same, y = session.run(None, {"x": x})
-        np.testing.assert_array_equal(same, x)
-        wanted = x @ onnx.numpy_helper.to_array(weight(4, 4))
-        np.testing.assert_allclose(y, wanted, atol=0.1)
+        same, y = session.run(None, {"x": X})
+        np.testing.assert_array_equal(same, X)
+        np.testing.assert_allclose(y, X @ WEIGHT, atol=0.1)
 
 
 def test_a_model_above_two_gigabytes_is_refused_before_it_is_read(tmp_path):
@@ -138,10 +113,9 @@ def test_a_model_above_two_gigabytes_is_refused_before_it_is_read(tmp_path):
     large.data_location = TensorProto.EXTERNAL
     for key, value in {"location": "w.data", "offset": 0, "length": 4 * count**2}.items():
         large.external_data.add(key=key, value=str(value))
-    shape = ("b", count)
-    graph = helper.make_graph([PRODUCT], "g", [info("x", shape)], [info("y", shape)], [large])
-    opsets = [helper.make_opsetid("", 17)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "m.onnx")
+    model = parse_onnx(f"(float[b,{count}] x) => (float[b,{count}] y) {{ {PRODUCT} }}")
+    model.graph.initializer.append(large)
+    onnx.save(model, tmp_path / "m.onnx")
     with (tmp_path / "w.data").open("wb") as file:
         file.truncate(4 * count**2)
     np.savez(tmp_path / "d.npz", x=np.zeros((4, count), np.float32))

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from edgekd.config.budgets import GateConfig
-from edgekd.config.loader import load_pipeline, load_section
+from edgekd.config.loader import load_section
+from edgekd.config.pipeline import load_pipeline
+from edgekd.config.yaml_source import parse_scalar
 from edgekd.errors import InputError
 
 GOOD = """\
@@ -169,3 +171,80 @@ def test_a_name_written_as_a_mapping_is_told_where_its_arguments_go(write, old, 
     for part in says:
         assert part in str(caught.value)
     assert "valid string" not in str(caught.value)
+
+
+BOMB = "[&a [x, x, x, x, x, x, x, x, x, x]" + "".join(
+    f", &{new} [{', '.join([f'*{old}'] * 10)}]" for old, new in zip("abcdef", "bcdefg", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("!!int abc", "'abc' is no valid int"),
+        ("!!timestamp x", "the tag"),
+        ("!!set {a, b}", "the tag"),
+        ("!!python/object/apply:os.getcwd []", "the tag"),
+        ("9" * 5000, r"5,002 characters\) is no valid int"),
+        ("9" * 4000, r"the integer .* is too large"),
+        ("0x" + "f" * 400, "too large"),
+        ('"\\U00110000"', "not valid YAML"),
+        ('"\\ud800"', "control character"),
+        ('"\\e[31m"', "control character"),
+        ('"a\\0b"', "control character"),
+        ("[" * 500 + "]" * 500, "more than 64 levels"),
+        ("{? {a: b} : c}", "a key cannot be a list or a mapping"),
+        ("{[a]: c}", "a key cannot be a list or a mapping"),
+        (BOMB + "]", "more than 100,000 values"),
+        ("&x {width: *x}", "itself a part of"),
+        ("&x [*x]", "itself a part of"),
+        ("x" * (1 << 19), "more than 512 kB"),
+    ],
+)
+def test_yaml_that_no_pipeline_has_is_refused(write, value, says) -> None:
+    path = write(GOOD + f"task_args: {{x: {value}}}\n")
+    with pytest.raises(InputError, match=says) as raised:
+        load_pipeline(path)
+    assert len(str(raised.value)) < 600
+
+
+def test_a_date_is_text_and_a_number_has_to_be_finite(write) -> None:
+    path = write(GOOD.replace("name: small", "name: 2001-12-31"))
+    assert load_pipeline(path).name == "2001-12-31"
+    for number in (".nan", ".inf", "-.inf", "1e999"):
+        with pytest.raises(InputError, match="finite number"):
+            load_pipeline(path, [f"distill.learning_rate={number}"])
+    with pytest.raises(InputError, match="not valid YAML"):
+        load_pipeline(path, ["name=!!int abc"])
+    with pytest.raises(InputError, match="'²'"):
+        load_pipeline(path, ["distill.losses.²=1"])
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("true", "valid number, .*; it is 'true'"),
+        ("no", "valid number, .*; it is 'false'"),
+        ("010", "YAML reads it as 8: write 8"),
+        ("1:30", "YAML reads it as 90: write 90"),
+        ("1:30.5", "YAML reads it as 90.5"),
+        ("-010", "YAML reads it as -8"),
+        (".nan", "finite"),
+        ("-.inf", "finite"),
+    ],
+)
+def test_a_number_is_a_plain_decimal_number(tmp_path, value, words):
+    file = tmp_path / "budget.yaml"
+    file.write_text(f"size: {{max_mb: 1}}\naccuracy:\n  min: {value}\n")
+    with pytest.raises(InputError, match=words) as caught:
+        load_section(file, GateConfig)
+    assert str(caught.value.where).startswith(f"{file}:3")
+    assert caught.value.remedy
+
+
+def test_other_numbers_and_texts_are_read_as_before(tmp_path):
+    file = tmp_path / "budget.yaml"
+    file.write_text("accuracy: {min: 0.9, max_drop: 1e-3}\nparameters: {max: 1_000}\n")
+    read = load_section(file, GateConfig)
+    assert (read.accuracy.min, read.accuracy.max_drop, read.parameters.max) == (0.9, 1e-3, 1000)
+    assert parse_scalar("['010', '1:30', 0, 0.5, 0x1F]") == ["010", "1:30", 0, 0.5, 31]

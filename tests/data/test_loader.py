@@ -6,9 +6,9 @@ import torch
 
 from edgekd.config.pipeline import DataConfig
 from edgekd.data import open_dataset, save_dataset
+from edgekd.data.augment import SampleRng
 from edgekd.data.build_dataset import build_dataset
 from edgekd.data.loader import Loader
-from edgekd.data.sample_rng import SampleRng
 from edgekd.data.source import RawData
 from edgekd.data.transforms import cutmix, mixup, partner_rows
 from edgekd.errors import InputError

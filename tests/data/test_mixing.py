@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgekd.data.sample_rng import SampleRng
+from edgekd.data.augment import SampleRng
 from edgekd.data.transforms import cutmix, mixed_classes, mixed_values, mixup, partner_rows
 from edgekd.errors import InputError
 

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgekd.data.augment import AUGMENTATIONS, colour, crop, erase, flip, shift
-from edgekd.data.sample_rng import SampleRng
+from edgekd.data.augment import AUGMENTATIONS, SampleRng, colour, crop, erase, flip, shift
 from edgekd.data.transforms import MIXINGS, augmentations, check_augmentations, mixing, probe
 from edgekd.errors import InputError
 

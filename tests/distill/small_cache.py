@@ -7,6 +7,7 @@ import torch
 
 from edgekd.distill.cache import fill_cache
 from edgekd.spec import SAMPLE, VIEW, TensorSpec
+from tests.progress import RecordedProgress
 
 SAMPLES, VIEWS, BLOCK = 23, 3, 5
 LOGITS = TensorSpec("logits", ("batch", 40))
@@ -35,7 +36,7 @@ class Teacher:
         self.fail_after = fail_after
         self.seconds = seconds
 
-    def answer(self, batch):
+    def predict(self, batch):
         time.sleep(self.seconds)
         if self.fail_after is not None and self.asked.total() >= self.fail_after:
             raise RuntimeError("the teacher fell over")
@@ -48,26 +49,6 @@ def answers_of(x):
     classes = torch.arange(40, dtype=torch.float64)
     logits = 6 * torch.sin(x.double()[:, None] * 17 + classes * 2.3)
     return {"logits": logits.float(), "feature": x[:, None, None] * torch.ones(2, 3) / 3}
-
-
-class Watcher:
-    """A progress that remembers."""
-
-    def __init__(self):
-        self.messages, self.total, self.done, self.open = [], 0, 0, False
-
-    def start(self, label, total, unit):
-        assert unit == "sample"
-        self.total, self.open = total, True
-
-    def advance(self, n=1, **figures):
-        self.done += n
-
-    def message(self, text):
-        self.messages.append(text)
-
-    def finish(self):
-        self.open = False
 
 
 def fill(root, teacher=None, progress=None, **changed):
@@ -83,7 +64,7 @@ def fill(root, teacher=None, progress=None, **changed):
     } | changed
     source = settings.pop("source", None) or Source()
     return fill_cache(
-        teacher or Teacher(), source, root, progress=progress or Watcher(), **settings
+        teacher or Teacher(), source, root, progress=progress or RecordedProgress(), **settings
     )
 
 
@@ -91,7 +72,7 @@ def everything(cached, views=VIEWS):
     """All that the cache answers, in a shuffled order with the views mixed."""
     order = torch.randperm(SAMPLES * views, generator=torch.Generator().manual_seed(0))
     batch = {SAMPLE: order % SAMPLES, VIEW: order // SAMPLES}
-    return batch, cached.answer(batch)
+    return batch, cached.predict(batch)
 
 
 def assert_right(cached, views=VIEWS):

@@ -5,32 +5,14 @@ from torch import nn
 
 from edgekd.config.training import LossTerm, TrainConfig
 from edgekd.distill.objective import Objective
-from edgekd.distill.trainer import train
+from edgekd.distill.trainer import Trainer
 from edgekd.models import DictModel
 from edgekd.spec import ModelSpec, TensorSpec
 from edgekd.tasks import Classification
+from tests.progress import RecordedProgress
 
 TASK = Classification()
 SPEC = ModelSpec((TensorSpec("image", ("batch", 1, 8, 8)),), (TensorSpec("logits", ("batch", 3)),))
-
-
-class Silent:
-    """A progress display that keeps what it was told."""
-
-    def __init__(self):
-        self.messages, self.done, self.total, self.finished = [], 0, 0, 0
-
-    def start(self, label, total, unit):
-        self.total += total
-
-    def advance(self, n=1, **figures):
-        self.done += n
-
-    def message(self, text):
-        self.messages.append(text)
-
-    def finish(self):
-        self.finished += 1
 
 
 class Source:
@@ -94,17 +76,18 @@ DISTILL = [
 def fit(folder, *, seed=0, source=None, objective=None, teacher=None, progress=None, **keys):
     model = network()
     config = TrainConfig(**{"epochs": 4, "batch_size": 16, **keys})
-    history = train(
+    history = Trainer(
         model,
         objective or Objective.supervised(TASK),
-        (source or Source(), Source(50, seed=1)),
+        source or Source(),
+        Source(50, seed=1),
         TASK,
         config,
         seed,
         checkpoint_folder=folder,
-        progress=progress or Silent(),
+        progress=progress or RecordedProgress(),
         teacher=teacher,
-    )
+    ).fit()
     return model, history
 
 

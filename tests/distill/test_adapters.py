@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgekd.distill.adapters import (
-    AttentionFusion,
+from edgekd.distill.features import (
     adapter,
     check_maps,
     check_same_shape,
@@ -14,6 +13,7 @@ from edgekd.distill.adapters import (
     regressor,
     resize,
 )
+from edgekd.distill.losses.multi_layer import AttentionFusion
 from edgekd.errors import InputError
 
 KINDS = [

@@ -17,22 +17,23 @@ from tests.distill.small_cache import (
     VIEWS,
     Source,
     Teacher,
-    Watcher,
     answers_of,
     assert_right,
     everything,
     fill,
     once,
 )
+from tests.progress import RecordedProgress
 
 
 def test_dense_answers_come_back_bit_by_bit_and_are_asked_for_once(tmp_path):
-    teacher, progress = Teacher(), Watcher()
+    teacher, progress = Teacher(), RecordedProgress()
     assert_right(fill(tmp_path, teacher, progress))
     assert teacher.asked == once()
     assert progress.done == progress.total == SAMPLES * VIEWS
     assert not progress.open
-    again, silent = Teacher(), Watcher()
+    assert progress.units == {"sample"}
+    again, silent = Teacher(), RecordedProgress()
     cached = fill(tmp_path, again, silent)
     assert_right(cached)
     assert not again.asked
@@ -74,7 +75,7 @@ def test_imagenet_takes_at_most_48_bytes_with_its_share_of_the_checksum(tmp_path
     class WideTeacher:
         digest = "wide"
 
-        def answer(self, batch):
+        def predict(self, batch):
             return {"logits": torch.randn(len(batch[SAMPLE]), 1000)}
 
     spec = TensorSpec("logits", ("batch", 1000))
@@ -155,7 +156,7 @@ def test_the_same_folder_from_another_working_directory(tmp_path, monkeypatch):
 
 def test_two_writers_ask_once_and_the_second_says_that_it_waits(tmp_path):
     teachers = [Teacher(seconds=0.01), Teacher(seconds=0.01)]
-    watchers = [Watcher(), Watcher()]
+    watchers = [RecordedProgress(), RecordedProgress()]
     caches = [None, None]
 
     def write(number):
@@ -205,28 +206,32 @@ def test_readers_at_once_mend_a_block_once(tmp_path):
         ({SAMPLE: [SAMPLES], VIEW: [0]}, f"sample {SAMPLES} is not in the teacher cache"),
         ({SAMPLE: [-1], VIEW: [0]}, "sample -1 is not"),
         ({SAMPLE: [0], VIEW: [VIEWS]}, f"view {VIEWS} is not in the teacher cache"),
+        ({SAMPLE: [0], VIEW: [-1]}, "view -1 is not"),
         ({"x": [0.0]}, "lacks @sample"),
     ],
 )
-def test_what_is_not_there_is_said(tmp_path, batch, message):
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_what_is_not_there_is_said(tmp_path, batch, message, in_memory):
     cached = fill(tmp_path)
+    if in_memory:
+        everything(cached)
     with pytest.raises(InputError, match=message):
-        cached.answer({name: torch.tensor(value) for name, value in batch.items()})
+        cached.predict({name: torch.tensor(value) for name, value in batch.items()})
 
 
 def test_a_cache_shows_no_layers(tmp_path):
     cached = fill(tmp_path)
-    cached.watch([])
+    cached.capture([])
     with pytest.raises(InputError, match="layers are needed: stem"):
-        cached.watch(["stem"])
+        cached.capture(["stem"])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("top", [3, 40])
 def test_an_answer_that_is_no_number_is_not_kept(tmp_path, value, top):
     class Broken(Teacher):
-        def answer(self, batch):
-            answers = super().answer(batch)
+        def predict(self, batch):
+            answers = super().predict(batch)
             answers["logits"][batch[SAMPLE] == 6, 11] = value
             return answers
 

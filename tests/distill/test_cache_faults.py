@@ -22,11 +22,11 @@ from tests.distill.small_cache import (
     SAMPLES,
     VIEWS,
     Teacher,
-    Watcher,
     assert_right,
     fill,
     once,
 )
+from tests.progress import RecordedProgress
 
 
 @pytest.fixture(params=["in memory", "on disk"], autouse=True)
@@ -39,7 +39,7 @@ def large(request, monkeypatch):
 
 
 def test_a_teacher_that_falls_over_leaves_whole_blocks(tmp_path):
-    first, progress = Teacher(fail_after=31), Watcher()
+    first, progress = Teacher(fail_after=31), RecordedProgress()
     with pytest.raises(RuntimeError, match="fell over"):
         fill(tmp_path, first, progress)
     assert not progress.open
@@ -95,7 +95,7 @@ def test_no_flipped_bit_is_ever_an_answer(tmp_path, file):
 
 
 def test_damage_found_while_training_is_mended_then_and_said(tmp_path):
-    teacher, progress = Teacher(), Watcher()
+    teacher, progress = Teacher(), RecordedProgress()
     cached = fill(tmp_path, teacher, progress)
     path = cached.folder / "answers.bin"
     with path.open("r+b") as stream:
@@ -141,7 +141,7 @@ def test_a_disk_that_loses_what_it_is_given(tmp_path, monkeypatch):
     (cached.folder / "answers.bin").write_bytes(b"")
     monkeypatch.setattr("edgekd.distill.cache_store._write", lambda *a, **k: None)
     with pytest.raises(StageError, match=r"block 0 .* does not read as it was written"):
-        cached.answer({SAMPLE: torch.tensor([0]), VIEW: torch.tensor([0])})
+        cached.predict({SAMPLE: torch.tensor([0]), VIEW: torch.tensor([0])})
 
 
 def test_a_block_in_another_place_is_no_answer(tmp_path):

@@ -7,12 +7,13 @@ from torch import nn
 from edgekd.config.training import LossTerm, TrainConfig
 from edgekd.distill.objective import Objective
 from edgekd.distill.teacher import ModuleTeacher
-from edgekd.distill.trainer import train
+from edgekd.distill.trainer import Trainer
 from edgekd.errors import InputError
 from edgekd.models import DictModel
 from edgekd.spec import ModelSpec, TensorSpec
 from edgekd.tasks import Classification
-from tests.distill.small_training import SPEC, TASK, Silent, Source, fit, network
+from tests.distill.small_training import SPEC, TASK, Source, fit, network
+from tests.progress import RecordedProgress
 
 
 class Binary(Source):
@@ -31,17 +32,18 @@ def binary(seed):
 
 def train_binary(folder, losses, progress, batch=16):
     task = Classification(classes=2)
-    return train(
+    return Trainer(
         binary(0),
         Objective([LossTerm.model_validate(loss) for loss in losses], task),
-        (Binary(batch=batch), Binary(50, seed=1)),
+        Binary(batch=batch),
+        Binary(50, seed=1),
         task,
         TrainConfig(epochs=1, batch_size=batch),
         0,
         checkpoint_folder=folder,
         progress=progress,
         teacher=ModuleTeacher(binary(1)),
-    )
+    ).fit()
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,7 @@ def train_binary(folder, losses, progress, batch=16):
 def test_losses_without_a_gradient_for_two_classes_are_refused(tmp_path, loss):
     losses = [{"hard_labels": {}}, loss]
     with pytest.raises(InputError, match="no gradient") as caught:
-        train_binary(tmp_path, losses, Silent())
+        train_binary(tmp_path, losses, RecordedProgress())
     assert next(iter(loss)) in str(caught.value)
     assert not list(tmp_path.iterdir())
 
@@ -66,7 +68,7 @@ def test_losses_without_a_gradient_for_two_classes_are_refused(tmp_path, loss):
     "loss", ["dkd", "dist", "wsld", "mlkd", "jsd", "soft_labels", "rkd", "sp", "pkt"]
 )
 def test_losses_that_teach_two_classes_are_trained_with(tmp_path, loss):
-    history = train_binary(tmp_path, [loss], Silent())
+    history = train_binary(tmp_path, [loss], RecordedProgress())
     assert len(history.epochs) == 1
 
 
@@ -99,7 +101,7 @@ def test_a_users_loss_that_counts_no_sample_yet_is_trained_with_and_said(tmp_pat
         (teacher.softmax(-1).amax(-1, keepdim=True) > 2).float() * (student - teacher).square()
     ).mean()
     objective = Objective([LossTerm(name="hard_labels"), LossTerm(name="users_code:sure")], TASK)
-    progress = Silent()
+    progress = RecordedProgress()
     fit(tmp_path, objective=objective, teacher=ModuleTeacher(network(9)), progress=progress)
     assert any("'sure' is 0 on the first" in text for text in progress.messages)
 

@@ -254,7 +254,7 @@ def test_a_distance_of_outputs_is_taken_in_the_unit_of_the_task(name):
         objective = Objective([LossTerm(name=name, args={"kind": "huber"})], task)
         own, other = {"action": unit * (values + 0.5)}, {"action": unit * values}
         total, _ = objective(own, other, {"action": unit * values})
-        found.append((float(total), objective.identity))
+        found.append((float(total), objective.fingerprint))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     assert found[0][1] != found[1][1]
 

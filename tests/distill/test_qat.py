@@ -16,16 +16,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from edgekd.config.training import LossTerm, TrainConfig
-from edgekd.distill import qat, qat_quantizer
+from edgekd.distill import qat, qat_graph
 from edgekd.distill.objective import Objective
-from edgekd.distill.qat import QatResult, check_training, terms_of_outputs
-from edgekd.distill.qat_model import (
+from edgekd.distill.qat import (
     FROZEN_FROM,
     PreparedStudent,
-    computed_weights,
-    with_plain_weights,
+    QatResult,
+    check_training,
+    terms_of_outputs,
 )
-from edgekd.distill.trainer import train
+from edgekd.distill.qat_graph import computed_weights, with_plain_weights
+from edgekd.distill.trainer import Trainer
 from edgekd.errors import InputError, StageError
 from edgekd.models import DictModel
 from edgekd.models.networks import Mlp, Policy
@@ -33,6 +34,8 @@ from edgekd.onnx.export import export_onnx
 from edgekd.onnx.file import describe_onnx
 from edgekd.spec import ModelSpec, TensorSpec
 from edgekd.tasks import Classification
+from tests.distill.small_training import Source
+from tests.progress import RecordedProgress
 
 pytest.importorskip("torchao", reason="quantization-aware training needs the extra qat")
 
@@ -66,46 +69,14 @@ def network(seed=0):
     return DictModel(Network(), SPEC)
 
 
-class Digits:
+class Digits(Source):
     """Batches of scikit-learn's digits; ``stop_in`` is interrupted in the middle of that epoch."""
 
     def __init__(self, rows, stop_in=None):
         data = load_digits()
         self.image = torch.tensor(data.images[rows, None] / 16.0, dtype=torch.float32)
         self.label = torch.tensor(data.target[rows])
-        self.stop_in = stop_in
-
-    def __len__(self):
-        return len(self.label) // 32
-
-    @property
-    def samples(self):
-        return len(self.label)
-
-    def epoch(self, seed, epoch):
-        order = torch.randperm(
-            len(self.label), generator=torch.Generator().manual_seed(100 * seed + epoch)
-        )
-        for step in range(len(self)):
-            if epoch == self.stop_in and step == 2:
-                raise KeyboardInterrupt
-            rows = order[32 * step : 32 * (step + 1)]
-            yield {"image": self.image[rows], "label": self.label[rows]}
-
-    def ordered(self):
-        yield {"image": self.image, "label": self.label}
-
-
-class Silent:
-    """A progress display that shows nothing."""
-
-    def advance(self, n=1, **figures):
-        pass
-
-    def start(self, *_):
-        pass
-
-    message = finish = start
+        self.batch, self.stop_in, self.poison = 32, stop_in, None
 
 
 TRAIN, HELD_OUT = slice(0, 640), slice(640, 900)
@@ -114,16 +85,17 @@ TRAIN, HELD_OUT = slice(0, 640), slice(640, 900)
 def fit(model, folder, stop_in=None, epochs=3, **keys):
     keys = {"batch_size": 32, "learning_rate": 3e-3, **keys}
     task = Classification()
-    return train(
+    return Trainer(
         model,
         Objective.supervised(task),
-        (Digits(TRAIN, stop_in), Digits(HELD_OUT)),
+        Digits(TRAIN, stop_in),
+        Digits(HELD_OUT),
         task,
         TrainConfig(epochs=epochs, **keys),
         0,
         checkpoint_folder=folder,
-        progress=Silent(),
-    )
+        progress=RecordedProgress(),
+    ).fit()
 
 
 @pytest.fixture(scope="module")
@@ -473,7 +445,7 @@ def test_network_that_does_not_fit_is_refused(call, error, message):
 
 
 def test_without_torchao_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(qat_quantizer, "find_spec", lambda name: None)
+    monkeypatch.setattr(qat_graph, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'edgekd\[qat\]'"):
         qat.quantization_aware(network(), "cpu", lambda model: pytest.fail("called"))
 

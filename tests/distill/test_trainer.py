@@ -7,9 +7,10 @@ from edgekd.config.training import LossTerm, TrainConfig
 from edgekd.distill.checkpoint import NAME
 from edgekd.distill.objective import Objective
 from edgekd.distill.teacher import ModuleTeacher
-from edgekd.distill.trainer import score, train
+from edgekd.distill.trainer import Trainer, score
 from edgekd.errors import InputError, StageError
-from tests.distill.small_training import DISTILL, TASK, Silent, Source, fit, network, same
+from tests.distill.small_training import DISTILL, TASK, Source, fit, network, same
+from tests.progress import RecordedProgress
 
 
 def last_weights(folder):
@@ -31,7 +32,7 @@ def test_stopped_and_gone_on_with_gives_the_very_same_weights(tmp_path, keys):
     whole, history = fit(tmp_path / "whole", **distil, **keys)
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "parts", source=Source(stop_in=3), **distil, **keys)
-    progress = Silent()
+    progress = RecordedProgress()
     resumed, again = fit(tmp_path / "parts", progress=progress, **distil, **keys)
     assert progress.messages == ["training: resuming after epoch 2 of 4"]
     assert same(whole, resumed)
@@ -56,16 +57,17 @@ def test_training_gives_the_callers_random_numbers_back(tmp_path):
     expected = torch.rand(3)
     model = network()
     torch.manual_seed(5)
-    train(
+    Trainer(
         model,
         Objective.supervised(TASK),
-        (Source(), Source(50)),
+        Source(),
+        Source(50),
         TASK,
         TrainConfig(epochs=1),
         0,
         checkpoint_folder=tmp_path,
-        progress=Silent(),
-    )
+        progress=RecordedProgress(),
+    ).fit()
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -108,7 +110,7 @@ def test_a_damaged_checkpoint_is_said_and_the_training_starts_again(tmp_path, pa
     path = tmp_path / "cut" / NAME
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * part)])
-    progress = Silent()
+    progress = RecordedProgress()
     again, history = fit(tmp_path / "cut", progress=progress)
     assert "cannot be read" in progress.messages[0]
     assert "starting again" in progress.messages[0]
@@ -118,7 +120,7 @@ def test_a_damaged_checkpoint_is_said_and_the_training_starts_again(tmp_path, pa
 
 def test_a_checkpoint_of_another_training_is_not_gone_on_with(tmp_path):
     fit(tmp_path, learning_rate=1e-3)
-    progress = Silent()
+    progress = RecordedProgress()
     model, _ = fit(tmp_path, learning_rate=2e-3, progress=progress)
     assert "another training" in progress.messages[0]
     assert same(model, fit(tmp_path / "fresh", learning_rate=2e-3)[0])
@@ -140,7 +142,7 @@ def test_a_stop_while_the_checkpoint_is_written_leaves_the_one_before(tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "parts")
     monkeypatch.undo()
-    progress = Silent()
+    progress = RecordedProgress()
     resumed, _ = fit(tmp_path / "parts", progress=progress)
     assert progress.messages == ["training: resuming after epoch 2 of 4"]
     assert same(resumed, fit(tmp_path / "whole")[0])
@@ -168,14 +170,14 @@ def test_nan_names_epoch_step_and_terms(tmp_path):
 
 
 def test_progress_adds_up(tmp_path):
-    progress = Silent()
+    progress = RecordedProgress()
     fit(tmp_path, progress=progress)
     assert progress.done == progress.total == 4 * 6
     assert progress.finished == 1
 
 
 def test_progress_is_finished_when_stopped(tmp_path):
-    progress = Silent()
+    progress = RecordedProgress()
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path, source=Source(stop_in=1), progress=progress)
     assert progress.finished == 1
@@ -207,7 +209,7 @@ def test_a_layer_that_does_not_exist_points_at_the_term(tmp_path, role):
     objective, teacher = Objective(terms, TASK), ModuleTeacher(network(9))
 
     def begin():
-        teacher.watch(objective.teacher_layers)
+        teacher.capture(objective.teacher_layers)
         fit(tmp_path, objective=objective, teacher=teacher)
 
     with pytest.raises(InputError) as error:
@@ -224,6 +226,6 @@ def test_layers_are_captured_from_the_network_that_is_trained(tmp_path):
     ]
     teacher = ModuleTeacher(network(9))
     objective = Objective(terms, TASK)
-    teacher.watch(objective.teacher_layers)
+    teacher.capture(objective.teacher_layers)
     _, history = fit(tmp_path, objective=objective, teacher=teacher, ema=0.9, epochs=2)
     assert history.epochs[1].terms["fitnets"] < history.epochs[0].terms["fitnets"]

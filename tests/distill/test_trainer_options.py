@@ -11,10 +11,11 @@ from edgekd.distill import trainer
 from edgekd.distill.checkpoint import NAME
 from edgekd.distill.objective import Objective
 from edgekd.distill.teacher import ModuleTeacher
-from edgekd.distill.trainer import score, train
+from edgekd.distill.trainer import Trainer, score
 from edgekd.errors import InputError
 from edgekd.models import DictModel
-from tests.distill.small_training import SPEC, TASK, Silent, Source, fit, network, same
+from tests.distill.small_training import SPEC, TASK, Source, fit, network, same
+from tests.progress import RecordedProgress
 
 
 def plain_network(seed=0):
@@ -42,8 +43,9 @@ def fit_plain(folder, batch, **keys):
         **{"epochs": 3, "optimizer": "sgd", "schedule": "constant", "learning_rate": 0.05, **keys}
     )
     sources = Ordered(batch), Ordered(16)
-    arguments = (Objective.supervised(TASK), sources, TASK, config, 0)
-    history = train(model, *arguments, checkpoint_folder=folder, progress=Silent())
+    arguments = (Objective.supervised(TASK), *sources, TASK, config, 0)
+    progress = RecordedProgress()
+    history = Trainer(model, *arguments, checkpoint_folder=folder, progress=progress).fit()
     return model, history
 
 
@@ -80,9 +82,9 @@ def test_the_last_batches_of_an_epoch_step_although_they_are_fewer(tmp_path):
 def test_the_average_is_what_is_validated_and_kept(tmp_path):
     model, history = fit(tmp_path, ema=0.99, learning_rate=1e-2)
     state = torch.load(tmp_path / NAME, weights_only=True)
-    kept = history.kept
-    assert score(model, Source(50, seed=1), TASK).mean() == pytest.approx(kept.validation)
-    if kept is history.epochs[-1]:
+    best = history.best
+    assert score(model, Source(50, seed=1), TASK).mean() == pytest.approx(best.validation)
+    if best is history.epochs[-1]:
         for key, value in model.state_dict().items():
             assert torch.equal(value, state["step"]["average"][f"module.{key}"])
     assert not same(model, fit(tmp_path / "plain", learning_rate=1e-2)[0])
@@ -90,7 +92,7 @@ def test_the_average_is_what_is_validated_and_kept(tmp_path):
 
 
 def test_patience_stops_and_says_so_and_resuming_does_not_go_on(tmp_path):
-    progress = Silent()
+    progress = RecordedProgress()
     keys = {"epochs": 40, "patience": 2, "learning_rate": 1e-6, "progress": progress}
     model, history = fit(tmp_path, **keys)
     values = [row.validation for row in history.epochs]
@@ -153,7 +155,7 @@ def test_a_network_that_cannot_be_compiled_says_why(tmp_path, monkeypatch):
 
 def test_the_scale_of_float16_losses_is_part_of_the_state(tmp_path, monkeypatch):
     # Its scaler runs on a CPU too; only that it learns badly there is why it is refused.
-    monkeypatch.setattr(trainer, "check_step", lambda *arguments: None)
+    monkeypatch.setattr(trainer, "check_train_config", lambda *arguments: None)
     keys = {"precision": "float16", "clip_norm": 1.0}
     whole, _ = fit(tmp_path / "whole", **keys)
     with pytest.raises(KeyboardInterrupt):

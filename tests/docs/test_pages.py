@@ -13,8 +13,7 @@ import pytest
 import yaml
 
 from edgekd.config.budgets import GateConfig
-from edgekd.config.loader import load_pipeline
-from edgekd.config.pipeline import PipelineConfig, pipeline_schema
+from edgekd.config.pipeline import PipelineConfig, load_pipeline, pipeline_schema
 from edgekd.config.profile import load_profile
 from edgekd.config.yaml_source import read_yaml
 from edgekd.errors import InputError

@@ -7,18 +7,17 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
 from edgekd.config.profile import load_profile
-from edgekd.engines import tensorrt_support
+from edgekd.engines import tensorrt
 from edgekd.engines.check import check_model
-from edgekd.engines.tensorrt_support import remedy_for, takes_opset
+from edgekd.engines.tensorrt import remedy_for, takes_opset
 from edgekd.errors import InputError, StageError, TargetError
 from edgekd.targets import open_target
+from tests.onnx_builders import save_onnx
 
-FLOAT = TensorProto.FLOAT
-node = helper.make_node
+RELU = "(float[batch,16] x) => (float[] y) { y = Relu (x) }"
 needs_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,
     reason='needs TensorRT\'s parser: pip install "edgekd[rtx]"',
@@ -35,32 +34,11 @@ def never(path, library):
 
 @pytest.fixture
 def without_tensorrt(monkeypatch):
-    monkeypatch.setattr(tensorrt_support, "is_installed", lambda name: False)
+    monkeypatch.setattr(tensorrt, "is_installed", lambda name: False)
 
 
 def findings(report, status):
     return [finding for finding in report.findings if finding.status == status]
-
-
-def save(path, nodes, weights=(), x=(FLOAT, ["batch", 16]), y=FLOAT, opset=17, domains=()):
-    held = [numpy_helper.from_array(np.asarray(v), name) for name, v in dict(weights).items()]
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", *x)],
-        [helper.make_tensor_value_info("y", y, None)],
-        held,
-    )
-    opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(d, 1) for d in domains)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), str(path))
-    return path
-
-
-@pytest.fixture
-def exported(exported_bytes, tmp_path):
-    path = tmp_path / "student.onnx"
-    path.write_bytes(exported_bytes)
-    return path
 
 
 @needs_rtx
@@ -77,11 +55,9 @@ def test_an_exported_model_passes_everywhere(exported):
 
 @needs_rtx
 def test_an_operation_that_tensorrt_lacks_is_named_and_runs_in_onnx_runtime(tmp_path):
-    nodes = [
-        node("Reshape", ["x", "shape"], ["m"], name="fold"),
-        node("Det", ["m"], ["y"], name="volume"),
-    ]
-    path = save(tmp_path / "det.onnx", nodes, {"shape": np.array([-1, 4, 4])})
+    text = """(float[batch,16] x) => (float[] y)
+    { [fold] m = Reshape (x, shape)  [volume] y = Det (m) }"""
+    path = save_onnx(tmp_path / "det.onnx", text, {"shape": np.array([-1, 4, 4])})
     report = ask(path, engines=["tensorrt-rtx"])
     (refusal,) = findings(report, "fails")
     assert refusal.nodes == ("volume",)
@@ -114,32 +90,26 @@ def test_the_runtimes_default_quantization_is_refused_with_the_remedy(exported, 
 
 @needs_rtx
 def test_a_model_with_a_branch_and_one_of_opset_9(tmp_path):
-    def branch(op):
-        out = helper.make_tensor_value_info(op, FLOAT, None)
-        return helper.make_graph([node(op, ["x"], [op], name=op.lower())], op, [], [out])
-
-    nodes = [
-        node("ReduceSum", ["x"], ["s"], keepdims=0),
-        node("Greater", ["s", "zero"], ["yes"]),
-        node("If", ["yes"], ["y"], then_branch=branch("Relu"), else_branch=branch("Neg")),
-    ]
-    path = save(tmp_path / "if.onnx", nodes, {"zero": np.float32(0).reshape(())})
+    text = """(float[batch,16] x) => (float[] y) {
+        s = ReduceSum <keepdims = 0> (x)
+        yes = Greater (s, zero)
+        y = If (yes) <then_branch = yes () => (float[] a) { [relu] a = Relu (x) },
+                      else_branch = no () => (float[] b) { [neg] b = Neg (x) }>
+    }"""
+    path = save_onnx(tmp_path / "if.onnx", text, {"zero": np.float32(0)})
     assert ask(path, engines=["tensorrt-rtx", "onnxruntime"]).passed
-    old = save(tmp_path / "old.onnx", [node("Relu", ["x"], ["y"])], opset=9)
+    old = save_onnx(tmp_path / "old.onnx", RELU, opset=9)
     assert ask(old, engines=["tensorrt-rtx", "onnxruntime"]).passed
 
 
 @needs_rtx
 def test_words_as_integers_and_a_dynamic_length(tmp_path):
     """As magika: integers in, a length of its own; without the length the memory is not known."""
-    nodes = [
-        node("Gather", ["table", "x"], ["words"], name="look up"),
-        node("ReduceMean", ["words"], ["y"], axes=[1], keepdims=0, name="mean"),
-    ]
-    table = np.ones((257, 64), np.float32)
-    path = save(
-        tmp_path / "m.onnx", nodes, {"table": table}, x=(TensorProto.INT64, ["batch", "length"])
-    )
+    text = """(int64[batch,length] x) => (float[] y) {
+        [look_up] words = Gather (table, x)
+        [mean] y = ReduceMean <axes = [1], keepdims = 0> (words)
+    }"""
+    path = save_onnx(tmp_path / "m.onnx", text, {"table": np.ones((257, 64), np.float32)})
     profile = load_profile("jetson-orin-nano-8gb")
     unknown = ask(path, profile=profile)
     (gap,) = findings(unknown, "not shown")
@@ -163,7 +133,7 @@ def test_without_tensorrt_a_device_of_tensorrt_is_not_shown(exported, without_te
 
 
 def test_tensorrt_rtx_stands_in_for_tensorrt_and_says_so(exported, monkeypatch):
-    monkeypatch.setattr(tensorrt_support, "is_installed", lambda name: name == "tensorrt-rtx")
+    monkeypatch.setattr(tensorrt, "is_installed", lambda name: name == "tensorrt-rtx")
     asked = []
 
     def parse(path, library):
@@ -173,7 +143,7 @@ def test_tensorrt_rtx_stands_in_for_tensorrt_and_says_so(exported, monkeypatch):
     report = check_model(exported, parse, profile=load_profile("jetson-orin-nano-8gb"))
     assert asked == ["tensorrt-rtx"]
     assert any("stands in for TensorRT 10.3" in finding.detail for finding in report.findings)
-    monkeypatch.setattr(tensorrt_support, "is_installed", lambda name: True)
+    monkeypatch.setattr(tensorrt, "is_installed", lambda name: True)
     check_model(exported, parse, engines=["tensorrt"])
     check_model(exported, parse, engines=["tensorrt-rtx"])
     assert asked[1:] == ["tensorrt", "tensorrt-rtx"]
@@ -181,7 +151,7 @@ def test_tensorrt_rtx_stands_in_for_tensorrt_and_says_so(exported, monkeypatch):
 
 @pytest.mark.parametrize("supported", [True, False])
 def test_tensorrt_stands_in_for_tensorrt_rtx_and_says_so(exported, monkeypatch, supported):
-    monkeypatch.setattr(tensorrt_support, "is_installed", lambda name: name == "tensorrt")
+    monkeypatch.setattr(tensorrt, "is_installed", lambda name: name == "tensorrt")
 
     def parse(path, library):
         return {"library": library, "version": "10.3", "supported": supported, "problems": []}
@@ -198,7 +168,7 @@ def test_tensorrt_stands_in_for_tensorrt_rtx_and_says_so(exported, monkeypatch, 
 def test_a_tensorrt_that_cannot_be_asked_matters_only_to_who_asked_for_it(
     exported, monkeypatch, kind
 ):
-    monkeypatch.setattr(tensorrt_support, "is_installed", lambda name: name == "tensorrt")
+    monkeypatch.setattr(tensorrt, "is_installed", lambda name: name == "tensorrt")
 
     def parse(path, library):
         raise kind("tensorrt 10.3 does not start here", remedy="it needs a GPU")
@@ -226,12 +196,12 @@ def test_budgets_of_the_profile_count(exported, without_tensorrt):
 
 
 def test_every_node_of_an_operation_without_a_kernel_is_named(tmp_path, without_tensorrt):
-    nodes = [
-        node("Foo", ["x"], ["a"], name="first", domain="maker"),
-        node("Relu", ["a"], ["b"], name="between"),
-        node("Foo", ["b"], ["y"], name="second", domain="maker"),
-    ]
-    path = save(tmp_path / "m.onnx", nodes, domains=["maker"])
+    text = """(float[batch,16] x) => (float[] y) {
+        [first] a = maker.Foo (x)
+        [between] b = Relu (a)
+        [second] y = maker.Foo (b)
+    }"""
+    path = save_onnx(tmp_path / "m.onnx", text, domains={"maker": 1})
     report = check_model(path, never)
     (refusal,) = findings(report, "fails")
     assert refusal.nodes == ("first", "second")
@@ -240,8 +210,8 @@ def test_every_node_of_an_operation_without_a_kernel_is_named(tmp_path, without_
 
 def test_what_only_onnx_runtime_cannot_read_is_a_verdict(tmp_path, without_tensorrt):
     """The checker takes a model whose axes lie in another file; ONNX Runtime does not."""
-    nodes = [node("ReduceMax", ["x", "axes"], ["y"], keepdims=0)]
-    path = save(tmp_path / "m.onnx", nodes, {"axes": np.array([1])}, opset=18)
+    text = "(float[batch,16] x) => (float[] y) { y = ReduceMax <keepdims = 0> (x, axes) }"
+    path = save_onnx(tmp_path / "m.onnx", text, {"axes": np.array([1])}, opset=18)
     model = onnx.load(str(path))
     onnx.save(model, str(path), save_as_external_data=True, location="w.bin", size_threshold=0)
     (refusal,) = findings(check_model(path, never), "fails")
@@ -251,7 +221,7 @@ def test_what_only_onnx_runtime_cannot_read_is_a_verdict(tmp_path, without_tenso
 
 
 def test_an_opset_that_the_runtime_does_not_take_is_a_verdict(tmp_path, without_tensorrt):
-    path = save(tmp_path / "m.onnx", [node("Relu", ["x"], ["y"])], opset=99)
+    path = save_onnx(tmp_path / "m.onnx", RELU, opset=99)
     (refusal,) = findings(check_model(path, never), "fails")
     assert "opset" in refusal.detail.lower()
     assert "/onnxruntime_src" not in refusal.detail

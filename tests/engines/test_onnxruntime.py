@@ -6,7 +6,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper
 
 from edgekd.engines import onnxruntime as engine
 from edgekd.engines.onnxruntime import (
@@ -20,15 +19,9 @@ from edgekd.onnx.file import describe_onnx
 from edgekd.onnx.samples import random_inputs
 from edgekd.onnx.session import default_options, first_line
 from edgekd.spec import ModelSpec, TensorSpec
+from tests.onnx_builders import save_onnx
 
 CPU = ("CPUExecutionProvider",)
-
-
-@pytest.fixture
-def exported(exported_bytes, tmp_path):
-    path = tmp_path / "student.onnx"
-    path.write_bytes(exported_bytes)
-    return path
 
 
 def test_the_request_goes_before_the_profile():
@@ -125,24 +118,14 @@ OPENVINO = "OpenVINOExecutionProvider"
     reason="needs a second provider: pip install onnxruntime-openvino instead of onnxruntime",
 )
 def test_an_operation_that_openvino_does_not_take_is_named(tmp_path):
-    shape = onnx.numpy_helper.from_array(np.array([-1, 4, 4]), "shape")
-    weight = onnx.numpy_helper.from_array(np.eye(16, dtype=np.float32), "w")
-    nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["h"], name="dense"),
-        helper.make_node("Reshape", ["h", "shape"], ["m"], name="fold"),
-        helper.make_node("Det", ["m"], ["d"], name="det"),
-        helper.make_node("Relu", ["d"], ["y"], name="relu"),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 16])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [shape, weight],
-    )
-    path, out = tmp_path / "det.onnx", tmp_path / "engine.onnx"
-    opsets = [helper.make_opsetid("", 17)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), str(path))
+    text = """(float[batch,16] x) => (float[] y) {
+        [dense] h = MatMul (x, w)
+        [fold] m = Reshape (h, shape)
+        [det] d = Det (m)
+        [relu] y = Relu (d)
+    }"""
+    weights = {"shape": np.array([-1, 4, 4]), "w": np.eye(16, dtype=np.float32)}
+    path, out = save_onnx(tmp_path / "det.onnx", text, weights), tmp_path / "engine.onnx"
     with pytest.raises(InputError, match=r"does not run 1 of 4 nodes .*: det \(Det\)"):
         build_engine(path, out, (OPENVINO, *CPU))
     info = build_engine(path, out, (OPENVINO, *CPU), fallback="allow")
@@ -200,13 +183,9 @@ def test_the_saved_model_answers_like_the_exported_one(exported, samples, tmp_pa
 
 def test_the_saved_model_holds_no_layout_of_this_processor(tmp_path):
     """A channel count of 16 is blocked (NCHWc) at level all on x86; the file must not have it."""
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 16, 8, 8])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
-    w = onnx.numpy_helper.from_array(np.ones((16, 16, 3, 3), np.float32), "w")
-    graph = helper.make_graph([helper.make_node("Conv", ["x", "w"], ["y"])], "g", [x], [y], [w])
-    path, out = tmp_path / "conv.onnx", tmp_path / "engine.onnx"
-    opsets = [helper.make_opsetid("", 18)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), str(path))
+    text = "(float[batch,16,8,8] x) => (float[] y) { y = Conv (x, w) }"
+    path = save_onnx(tmp_path / "conv.onnx", text, {"w": np.ones((16, 16, 3, 3), np.float32)})
+    out = tmp_path / "engine.onnx"
     build_engine(path, out, CPU, 1, "all")
     assert {node.domain for node in onnx.load(str(out)).graph.node} <= {"", "com.microsoft"}
 
@@ -299,15 +278,6 @@ def test_inputs_are_made_up_for_every_dtype_with_batch_one():
 
 def test_a_size_that_the_model_can_run_is_searched(tmp_path):
     """Reflect padding by 4 needs at least 5 values: a made-up length of 1 does not run."""
-    pads = onnx.numpy_helper.from_array(np.array([0, 4, 0, 4]), "pads")
-    graph = helper.make_graph(
-        [helper.make_node("Pad", ["x", "pads"], ["y"], mode="reflect")],
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "time"])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [pads],
-    )
-    path = tmp_path / "pad.onnx"
-    opsets = [helper.make_opsetid("", 18)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), str(path))
+    text = """(float[batch,time] x) => (float[] y) { y = Pad <mode = "reflect"> (x, pads) }"""
+    path = save_onnx(tmp_path / "pad.onnx", text, {"pads": np.array([0, 4, 0, 4])})
     assert build_engine(path, tmp_path / "engine.onnx", CPU).max_difference == 0

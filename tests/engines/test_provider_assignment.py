@@ -4,7 +4,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.engines.provider_assignment import (
     PlacedNode,
@@ -15,38 +14,26 @@ from edgekd.engines.provider_assignment import (
     shape_arithmetic,
 )
 from edgekd.errors import InputError
+from tests.onnx_builders import parse_onnx
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-node = helper.make_node
-
-
-def model(nodes, weights=(), inputs=(("x", TensorProto.FLOAT, ["batch", 3, 8, 8]),)):
-    held = [numpy_helper.from_array(np.asarray(v), name) for name, v in dict(weights).items()]
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info(*value) for value in inputs],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        held,
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
 @pytest.fixture
 def flatten():
     """A reshape by a computed size, as exporters write it, and a sum with that size."""
-    nodes = [
-        node("Relu", ["x"], ["r"], name="relu"),
-        node("Shape", ["r"], ["s"], name="shape"),
-        node("Gather", ["s", "first"], ["b"], name="gather"),
-        node("Concat", ["b", "rest"], ["to"], axis=0, name="concat"),
-        node("Reshape", ["r", "to"], ["flat"], name="reshape"),
-        node("Cast", ["b"], ["n"], to=TensorProto.FLOAT, name="cast"),
-        node("Mul", ["n", "large"], ["scaled"], name="scale"),
-        node("Add", ["flat", "scaled"], ["y"], name="add"),
-    ]
+    text = """(float[batch,3,8,8] x) => (float[] y) {
+        [relu] r = Relu (x)
+        [shape] s = Shape (r)
+        [gather] b = Gather (s, first)
+        [concat] to = Concat <axis = 0> (b, rest)
+        [reshape] flat = Reshape (r, to)
+        [cast] n = Cast <to = 1> (b)
+        [scale] scaled = Mul (n, large)
+        [add] y = Add (flat, scaled)
+    }"""
     large = np.ones((1, 192), np.float32)
-    return model(nodes, {"first": np.array([0]), "rest": np.array([-1]), "large": large})
+    return parse_onnx(text, {"first": np.array([0]), "rest": np.array([-1]), "large": large})
 
 
 def test_only_what_computes_with_sizes_is_shape_arithmetic(flatten):
@@ -55,30 +42,24 @@ def test_only_what_computes_with_sizes_is_shape_arithmetic(flatten):
 
 
 def test_a_name_that_values_share_is_not_taken_for_shape_arithmetic():
-    nodes = [
-        node("Shape", ["x"], ["s"]),
-        node("Cast", ["s"], ["f"], to=TensorProto.FLOAT),
-        node("Cast", ["x"], ["h"], to=TensorProto.FLOAT16),
-        node("ReduceSum", ["f"], ["y"]),
-    ]
-    assert shape_arithmetic(model(nodes)) == {("", "Shape"), ("", "ReduceSum")}
+    model = parse_onnx("""(float[batch,3,8,8] x) => (float[] y) {
+        s = Shape (x)
+        f = Cast <to = 1> (s)
+        h = Cast <to = 10> (x)
+        y = ReduceSum (f)
+    }""")
+    assert shape_arithmetic(model) == {("", "Shape"), ("", "ReduceSum")}
 
 
 def test_the_body_of_a_branch_sees_the_sizes_outside():
-    value = helper.make_tensor_value_info("t", TensorProto.FLOAT, None)
-    inner = [
-        node("Cast", ["s"], ["f"], to=TensorProto.FLOAT, name="inside"),
-        node("Mul", ["f", "x"], ["t"], name="values"),
-    ]
-    branch = helper.make_graph(inner, "b", [], [value])
-    nodes = [
-        node("Shape", ["x"], ["s"], name="shape"),
-        node("If", ["yes"], ["y"], name="if", then_branch=branch, else_branch=branch),
-    ]
-    assert {name for name, _ in shape_arithmetic(model(nodes, {"yes": np.array(True)}))} == {
-        "shape",
-        "inside",
-    }
+    branch = """b () => (float[] t)
+    { [inside] f = Cast <to = 1> (s)  [values] t = Mul (f, x) }"""
+    text = f"""(float[batch,3,8,8] x) => (float[] y) {{
+        [shape] s = Shape (x)
+        [if] y = If (yes) <then_branch = {branch}, else_branch = {branch}>
+    }}"""
+    model = parse_onnx(text, {"yes": np.array(True)})
+    assert {name for name, _ in shape_arithmetic(model)} == {"shape", "inside"}
 
 
 def test_the_real_assignment_names_every_node(flatten, tmp_path):

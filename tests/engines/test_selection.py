@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from edgekd.config.budgets import GateConfig
+from edgekd.config.budgets import Budgets, GateConfig
 from edgekd.config.profile import load_profile
-from edgekd.engines.selection import FLOAT, Budgets, Candidate, choose
+from edgekd.engines.selection import FLOAT, Candidate, choose
 from edgekd.errors import StageError
 
 SPEEDS = {"faster": (1.5, (1.4, 1.6)), "slower": (0.8, (0.7, 0.9)), "unclear": (1.1, (0.9, 1.3))}
@@ -22,7 +22,7 @@ def int8(speed: str = "faster", size: int = 30_000, drop: float = 0.001) -> Cand
 
 
 def gate(**sections: object) -> Budgets:
-    return Budgets.of(GateConfig.model_validate(sections))
+    return Budgets.resolve(GateConfig.model_validate(sections))
 
 
 def test_faster_smaller_and_within_the_drop_is_taken():
@@ -83,12 +83,12 @@ def test_the_profiles_limits_count_where_the_gate_says_nothing():
     pi = load_profile("raspberry-pi-5")
     assert pi.budget.storage_mb is not None
     assert pi.budget.latency_ms is not None
-    own = Budgets.of(GateConfig(), pi)
-    assert own.max_mb == pi.budget.storage_mb.value
-    assert own.latency_ms == {"p95": pi.budget.latency_ms.value}
-    too_large = plain(int(own.max_mb * 2e6))
+    own = Budgets.resolve(GateConfig(), pi)
+    assert own["size.max_mb"] == pi.budget.storage_mb.value
+    assert own["latency.p95_ms"] == pi.budget.latency_ms.value
+    too_large = plain(int(own["size.max_mb"] * 2e6))
     assert choose([too_large, int8("slower")], own, 0.002).chosen == "int8"
-    gated = Budgets.of(GateConfig.model_validate({"size": {"max_mb": 1e6}}), pi)
+    gated = Budgets.resolve(GateConfig.model_validate({"size": {"max_mb": 1e6}}), pi)
     assert choose([too_large, int8("slower")], gated, 0.002).chosen == FLOAT
 
 

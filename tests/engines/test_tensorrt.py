@@ -4,13 +4,14 @@ import shlex
 
 import pytest
 
-from edgekd.config.engines import TensorRTConfig
+from edgekd.config.pipeline import TensorRTConfig
 from edgekd.config.profile import load_profile
 from edgekd.engines import tensorrt
 from edgekd.engines.tensorrt import (
     can_run_here,
     check_installed,
     check_runtime,
+    device_command,
     engine_settings,
     where_built,
 )
@@ -53,7 +54,7 @@ def test_the_command_for_the_device_is_one_that_edgerun_takes(config):
     settings = engine_settings(
         config, load_profile(JETSON), batch=4, precision="int8", keep=("a node",)
     )
-    words = shlex.split(settings.command("m.onnx", "m.engine"))
+    words = shlex.split(device_command(settings, "m.onnx", "m.engine"))
     assert words[:3] == ["python3", "-m", "edgerun"]
     options = command_parser().parse_args(words[3:])
     assert options.shape == ["x:0=1x3x8x8:2x3x8x8:4x3x8x8"]
@@ -63,7 +64,7 @@ def test_the_command_for_the_device_is_one_that_edgerun_takes(config):
 
 
 def test_an_absent_library_says_what_to_install(monkeypatch, tmp_path, config):
-    monkeypatch.setattr(tensorrt, "MODULES", dict.fromkeys(tensorrt.MODULES, "not_there_at_all"))
+    monkeypatch.setattr(library, "MODULES", dict.fromkeys(library.MODULES, "not_there_at_all"))
     for kind, word in (("tensorrt", "JetPack"), ("tensorrt-rtx", r"edgekd\[rtx\]")):
         settings = engine_settings(TensorRTConfig(kind=kind), None)
         with pytest.raises(InputError, match=word):
@@ -114,8 +115,4 @@ def test_a_jetsons_engine_is_not_built_on_another_machine(monkeypatch, tmp_path,
     monkeypatch.setattr(tensorrt.platform, "machine", lambda: "x86_64")
     with pytest.raises(InputError, match="built on the device") as caught:
         check_runtime(settings, profile, tmp_path / "m.onnx")
-    assert settings.command("m.onnx", "m.engine") in caught.value.remedy
-
-
-def test_both_worlds_mean_the_same_libraries():
-    assert tensorrt.MODULES == library.MODULES
+    assert device_command(settings, "m.onnx", "m.engine") in caught.value.remedy

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,23 +9,12 @@ from edgerun import cuda_runtime
 from edgerun.cuda_runtime import CudaRuntime, DeviceBuffers, load_cuda_runtime
 from edgerun.errors import NoDevice, RunFailed
 from edgerun.tensorrt.library import find_gpu
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.export.cuda_library import CudaLibrary
 
 
 @pytest.fixture
 def library():
-    return load("cuda_library").CudaLibrary()
-
-
-@pytest.fixture
-def make_library():
-    return load("cuda_library").CudaLibrary
+    return CudaLibrary()
 
 
 @pytest.mark.parametrize(
@@ -40,9 +27,9 @@ def make_library():
         ({"code": 804}, r"so it is \(CUDA error 804\)", "nvidia-smi"),
     ],
 )
-def test_what_is_missing_for_cuda_is_said(make_library, state, message, remedy):
+def test_what_is_missing_for_cuda_is_said(state, message, remedy):
     with pytest.raises(NoDevice, match=message) as caught:
-        CudaRuntime(make_library(**state))
+        CudaRuntime(CudaLibrary(**state))
     assert remedy in caught.value.remedy
 
 
@@ -77,8 +64,8 @@ def test_an_address_above_4_gb_keeps_all_of_its_bits(library):
     assert seen == [high]
 
 
-def test_the_device_s_memory_running_out_says_how_much_was_asked_for(make_library):
-    cuda = CudaRuntime(make_library(room=1000))
+def test_the_device_s_memory_running_out_says_how_much_was_asked_for():
+    cuda = CudaRuntime(CudaLibrary(room=1000))
     with pytest.raises(RunFailed, match=r"0\.5 MB more"):
         cuda.allocate(500_000)
 
@@ -113,8 +100,8 @@ def test_buffers_grow_when_they_must_and_are_reused_otherwise(library):
     assert library.held == 0
 
 
-def test_a_buffer_that_could_not_grow_is_not_used_again(make_library):
-    library = make_library(room=150)
+def test_a_buffer_that_could_not_grow_is_not_used_again():
+    library = CudaLibrary(room=150)
     buffers = DeviceBuffers(CudaRuntime(library))
     buffers.reserve("x", 100)
     with pytest.raises(RunFailed):

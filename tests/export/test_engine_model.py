@@ -12,29 +12,23 @@ import numpy as np
 import pytest
 
 import edgerun as edgerun_package
-from edgerun.bench import BenchmarkConfig, bench
+from edgerun.bench import BenchmarkConfig, bench, engine_precisions, provider_nodes
 from edgerun.cuda_runtime import CudaRuntime
 from edgerun.errors import BadInput, NoDevice, RunFailed
 from edgerun.inputs import make_feeds
 from edgerun.model import Settings, TensorInfo
-from edgerun.model_loading import open_model
-from edgerun.node_assignment import engine_precisions, provider_nodes
-from edgerun.run import run
+from edgerun.run import open_model, run
+from edgerun.tensorrt.engine import LoadedEngine
 from edgerun.tensorrt.library import find_gpu, open_library
-from edgerun.tensorrt.loading import LoadedEngine
 from edgerun.tensorrt.runner import EngineModel, open_engine
 from edgerun.timing import Stopwatch, device_times
+from tests.command_line import edgerun
+from tests.export import models
+from tests.export.cuda_library import CudaLibrary
 
 trt = pytest.importorskip("tensorrt_rtx", reason="needs tensorrt_rtx: pip install tensorrt_rtx")
 GPU = find_gpu()
 WEIGHTS = np.arange(12, dtype=np.float32).reshape(4, 3)
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Engine:
@@ -150,7 +144,7 @@ class Context:
 
 @pytest.fixture
 def cuda_library():
-    return load("cuda_library").CudaLibrary()
+    return CudaLibrary()
 
 
 @pytest.fixture
@@ -286,13 +280,13 @@ def test_a_file_of_samples_is_cut_to_the_batches_that_the_engine_takes(
     model, _ = make_engine(profiles=(profile,), tensors=("x", "y"))
     x = batch(11)
     np.savez(tmp_path / "x.npz", x=x)
-    answers = run(model, tmp_path / "x.npz")
+    outputs = run(model, tmp_path / "x.npz")
     # Products of other sizes may add in another order: a few units in the last place of sums
     # of four terms below 50.
-    np.testing.assert_allclose(answers.outputs["y"], x @ WEIGHTS, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(outputs.arrays["y"], x @ WEIGHTS, rtol=0, atol=1e-5)
 
 
-def test_the_gpu_s_part_is_timed_by_events_without_copies(make_engine, models, tmp_path):
+def test_the_gpu_s_part_is_timed_by_events_without_copies(make_engine, tmp_path):
     model, _ = make_engine()
     watch = Stopwatch(model, make_feeds(model.inputs, {}, 2))
     # The stand-in's clock moves in execute_async_v3 alone, by a quarter of a millisecond.
@@ -334,7 +328,7 @@ def test_an_engine_opens_where_onnx_runtime_is_not(engine):
         "from pathlib import Path\n"
         "from edgerun.system import describe_environment\n"
         "from edgerun.errors import EdgerunError\n"
-        "from edgerun.model import Settings; from edgerun.model_loading import open_model\n"
+        "from edgerun.model import Settings; from edgerun.run import open_model\n"
         "assert describe_environment()['providers_available'] == []\n"
         "try:\n"
         f"    print(open_model(Path({str(engine)!r}), Settings()).inputs)\n"
@@ -352,7 +346,7 @@ def test_an_engine_opens_where_onnx_runtime_is_not(engine):
     assert done.stdout.strip()
 
 
-def test_an_engine_s_layers_are_counted_by_precision(make_engine, models, tmp_path):
+def test_an_engine_s_layers_are_counted_by_precision(make_engine, tmp_path):
     model, _ = make_engine()
     assert engine_precisions(model) == {"fp16": 1}
     assert provider_nodes(Path("m.engine"), Settings(), {}) is None
@@ -360,15 +354,14 @@ def test_an_engine_s_layers_are_counted_by_precision(make_engine, models, tmp_pa
 
 
 @pytest.fixture(scope="module")
-def built(models, edgerun, tmp_path_factory):
+def built(tmp_path_factory):
     """A real engine with its record, for GPUs of another kind than any that may be here."""
     folder = tmp_path_factory.mktemp("engine")
     model = models.linear(folder / "m.onnx")
-    done = edgerun(
+    edgerun(
         *("build", model, "--engine", folder / "m.engine", "--library", "tensorrt-rtx"),
         *("--sm", "8.6" if GPU is None or GPU.compute_capability != "8.6" else "8.9"),
     )
-    assert done.returncode == 0, done.stderr
     return folder / "m.engine"
 
 
@@ -380,37 +373,35 @@ def engine(built, tmp_path):
     return tmp_path / "m.engine"
 
 
-def refused(edgerun, engine, code=2):
+def refused(engine, code=2):
     """The message with which ``edgerun bench`` ends, in a process that could have crashed."""
-    done = edgerun("bench", engine, "--no-memory")
-    assert done.returncode == code, done.stderr
+    done = edgerun("bench", engine, "--no-memory", code=code)
     assert "Traceback" not in done.stderr
     return done.stderr
 
 
 @pytest.mark.skipif(GPU is not None, reason="this machine has a GPU")
-def test_a_whole_engine_without_a_gpu_is_told_to_run_on_the_device(edgerun, engine):
+def test_a_whole_engine_without_a_gpu_is_told_to_run_on_the_device(engine):
     for record in (True, False):
         if not record:
             engine.with_name("m.engine.json").unlink()
         # Nothing is wrong with what was given.
-        message = refused(edgerun, engine, code=3)
+        message = refused(engine, code=3)
         assert "no CUDA driver" in message or "libcudart" in message
         assert "run it on the device" in message
 
 
 @pytest.mark.skipif(GPU is None, reason="needs an NVIDIA GPU and its driver")
-def test_an_engine_of_another_gpu_names_both(edgerun, engine):
-    message = refused(edgerun, engine)
+def test_an_engine_of_another_gpu_names_both(engine):
+    message = refused(engine)
     assert "built by tensorrt-rtx" in message
     assert GPU.compute_capability in message
 
 
 @pytest.mark.skipif(GPU is not None, reason="this machine has a GPU")
-def test_without_a_gpu_an_engine_is_described_by_its_record(edgerun, engine, tmp_path):
+def test_without_a_gpu_an_engine_is_described_by_its_record(engine, tmp_path):
     out = tmp_path / "info.json"
     done = edgerun("info", engine, "--json", out)
-    assert done.returncode == 0, done.stderr
     assert f"engine of tensorrt-rtx {trt.__version__} for SM 8.6" in done.stdout
     assert "input  x [batch, 4]" in done.stdout
     assert "cannot be loaded here" in done.stdout
@@ -419,7 +410,7 @@ def test_without_a_gpu_an_engine_is_described_by_its_record(edgerun, engine, tmp
     assert [tensor["name"] for tensor in model["outputs"]] == ["y"]
     assert model["size_bytes"] == engine.stat().st_size
     engine.with_name("m.engine.json").unlink()
-    assert edgerun("info", engine).returncode == 3
+    edgerun("info", engine, code=3)
 
 
 def test_a_library_that_misses_only_the_gpu_finds_nothing_wrong_with_the_file(
@@ -430,23 +421,23 @@ def test_a_library_that_misses_only_the_gpu_finds_nothing_wrong_with_the_file(
     def load(path, library):
         raise BadInput("another library's") if library == "tensorrt" else NoDevice("no GPU")
 
-    monkeypatch.setattr("edgerun.tensorrt.runner.find_spec", lambda name: True)
+    monkeypatch.setattr("edgerun.tensorrt.runner.is_installed", lambda name: True)
     monkeypatch.setattr("edgerun.tensorrt.runner.open_library", lambda name: name)
     monkeypatch.setattr("edgerun.tensorrt.runner.load_engine", load)
     with pytest.raises(NoDevice, match="tensorrt-rtx: no GPU"):
         open_engine(tmp_path / "m.engine")
 
 
-def test_a_truncated_engine_is_told_by_its_record(edgerun, engine):
+def test_a_truncated_engine_is_told_by_its_record(engine):
     size = engine.stat().st_size
     engine.write_bytes(engine.read_bytes()[:-1])
-    message = refused(edgerun, engine)
+    message = refused(engine)
     assert f"{size - 1} bytes" in message
     assert str(size) in message
 
 
 @pytest.mark.parametrize("content", ["half", "header", "garbage", "empty", "onnx"])
-def test_what_is_no_whole_engine_is_told_by_the_library(edgerun, engine, content):
+def test_what_is_no_whole_engine_is_told_by_the_library(engine, content):
     engine.with_name("m.engine.json").unlink()
     whole = engine.read_bytes()
     engine.write_bytes(
@@ -458,16 +449,16 @@ def test_what_is_no_whole_engine_is_told_by_the_library(edgerun, engine, content
             "onnx": (b"\x08\x09" + bytes(300)),
         }[content]
     )
-    message = refused(edgerun, engine)
+    message = refused(engine)
     assert "not a complete engine of tensorrt-rtx" in message
     assert f"({engine.stat().st_size} bytes)" in message
 
 
-def test_an_engine_of_another_version_names_both(edgerun, engine):
+def test_an_engine_of_another_version_names_both(engine):
     beside = engine.with_name("m.engine.json")
     record = json.loads(beside.read_text())
     beside.write_text(json.dumps({**record, "version": "1.2.0.54"}))
-    message = refused(edgerun, engine)
+    message = refused(engine)
     assert "1.2.0.54" in message
     assert trt.__version__ in message
 
@@ -475,45 +466,43 @@ def test_an_engine_of_another_version_names_both(edgerun, engine):
 @pytest.mark.skipif(
     importlib.util.find_spec("tensorrt") is not None, reason="tensorrt is installed here"
 )
-def test_an_engine_of_a_library_that_is_absent_says_what_to_install(edgerun, engine):
+def test_an_engine_of_a_library_that_is_absent_says_what_to_install(engine):
     beside = engine.with_name("m.engine.json")
     record = json.loads(beside.read_text())
     beside.write_text(json.dumps({**record, "library": "tensorrt"}))
-    message = refused(edgerun, engine)
+    message = refused(engine)
     assert "tensorrt is not installed" in message
     assert "JetPack" in message
 
 
 def test_a_machine_without_any_tensorrt_says_what_to_install(monkeypatch, engine):
     engine.with_name("m.engine.json").unlink()
-    monkeypatch.setattr("edgerun.tensorrt.runner.find_spec", lambda name: None)
+    monkeypatch.setattr("edgerun.tensorrt.runner.is_installed", lambda name: False)
     with pytest.raises(BadInput, match="no TensorRT is installed") as caught:
         open_engine(engine)
     assert "tensorrt-rtx" in caught.value.remedy
 
 
 @pytest.mark.parametrize("name", ["missing.engine", "folder.plan"])
-def test_a_path_that_is_no_file_is_bad_input(edgerun, tmp_path, name):
+def test_a_path_that_is_no_file_is_bad_input(tmp_path, name):
     (tmp_path / "folder.plan").mkdir()
-    message = refused(edgerun, tmp_path / name)
+    message = refused(tmp_path / name)
     assert "no such model file" in message or "a folder, not a file" in message
 
 
 @pytest.mark.skipif(GPU is None, reason="needs an NVIDIA GPU and its driver")
-def test_a_real_engine_answers_like_the_model_and_is_measured(models, edgerun, tmp_path):
+def test_a_real_engine_answers_like_the_model_and_is_measured(tmp_path):
     model = models.linear(tmp_path / "m.onnx")
     path = tmp_path / "here.engine"
     words = ("build", model, "--engine", path, "--library", "tensorrt-rtx", "--batch", 8)
-    done = edgerun(*words)
-    assert done.returncode == 0, done.stderr
+    edgerun(*words)
     engine = open_model(path, Settings())
     x = batch(5)
     # TF32, which a GPU may use for float32 products, keeps 10 bits of each factor.
     np.testing.assert_allclose(
         engine.run({"x": x})[0], models.linear_answer(x), rtol=4e-3, atol=0.1
     )
-    done = edgerun("bench", path, "--min-queries", 70, "--json", tmp_path / "out.json")
-    assert done.returncode == 0, done.stderr
+    edgerun("bench", path, "--min-queries", 70, "--json", tmp_path / "out.json")
     record = json.loads((tmp_path / "out.json").read_text())
     timed = record["models"][0]
     assert 0 < timed["device_ms"]["mean_ms"] < timed["latency"]["mean_ms"]

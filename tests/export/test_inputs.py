@@ -5,9 +5,9 @@ import pytest
 
 from edgerun.errors import BadInput
 from edgerun.inputs import Samples, feeds_from, load_arrays, make_feeds
-from edgerun.model import Settings, TensorInfo
+from edgerun.model import BatchLayout, Settings, TensorInfo, choose_shapes, parse_shapes
 from edgerun.onnx_session import OrtSession
-from edgerun.shapes import BatchLayout, choose_shapes, parse_shapes
+from tests.export import models
 
 
 def tensor(name, shape, dtype="float32") -> TensorInfo:
@@ -54,7 +54,7 @@ def test_shape_options():
             parse_shapes([wrong])
 
 
-def test_random_feeds_are_of_the_declared_type_in_a_sane_range(models, tmp_path):
+def test_random_feeds_are_of_the_declared_type_in_a_sane_range(tmp_path):
     model = OrtSession(models.every_dtype(tmp_path / "m.onnx"), Settings(1))
     feeds = make_feeds(model.inputs, {}, batch=64)
     for feed in feeds.feeds:
@@ -72,13 +72,13 @@ def test_random_feeds_are_of_the_declared_type_in_a_sane_range(models, tmp_path)
     assert not np.array_equal(feeds.feeds[0]["f64"], feeds.feeds[1]["f64"])
 
 
-def test_string_inputs_are_refused_by_name(models, tmp_path):
+def test_string_inputs_are_refused_by_name(tmp_path):
     model = OrtSession(models.of_strings(tmp_path / "m.onnx"), Settings(1))
     with pytest.raises(BadInput, match=r"'text' is of type tensor\(string\)"):
         make_feeds(model.inputs, {})
 
 
-def test_a_state_and_a_scalar_of_a_file_come_with_every_sample(models, tmp_path):
+def test_a_state_and_a_scalar_of_a_file_come_with_every_sample(tmp_path):
     model = OrtSession(models.stateful_if(tmp_path / "m.onnx"), Settings(1))
     data = tmp_path / "d.npz"
     x = np.arange(12, dtype=np.float32).reshape(4, 3)
@@ -104,14 +104,14 @@ def test_a_state_and_a_scalar_of_a_file_come_with_every_sample(models, tmp_path)
         ({"x": np.array([[None] * 4])}, "cannot be read"),
     ],
 )
-def test_a_file_that_does_not_fit_says_what_is_wrong(models, tmp_path, arrays, message):
+def test_a_file_that_does_not_fit_says_what_is_wrong(tmp_path, arrays, message):
     model = OrtSession(models.linear(tmp_path / "m.onnx"), Settings(1))
     np.savez(tmp_path / "d.npz", **arrays)
     with pytest.raises(BadInput, match=message):
         Samples.of(load_arrays(tmp_path / "d.npz", model.inputs), model.inputs, "d.npz")
 
 
-def test_integers_are_cast_only_where_their_values_fit(models, tmp_path):
+def test_integers_are_cast_only_where_their_values_fit(tmp_path):
     inputs = [tensor("x", ("b",), "int32")]
     np.savez(tmp_path / "fits.npz", x=np.array([1, 2]))
     assert load_arrays(tmp_path / "fits.npz", inputs)["x"].dtype == np.int32

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from edgerun import memory
-from edgerun import nvml as device_memory
-from edgerun.nvml import MemoryInfo, MemoryWatch, Nvml, ProcessInfo, Unread, open_nvml
+from edgerun import memory, nvml
+from edgerun.memory import MemoryWatch
+from edgerun.nvml import MemoryInfo, Nvml, ProcessInfo, Unread, open_nvml
 from edgerun.tensorrt.library import find_gpu
 
 NOT_SUPPORTED, INSUFFICIENT_SIZE, NOT_AVAILABLE = 3, 7, (1 << 64) - 1
@@ -164,10 +164,10 @@ def test_the_gpu_is_watched_for_models_that_use_it_alone():
 
 
 def test_without_nvml_the_figure_is_not_known(monkeypatch):
-    monkeypatch.setattr(device_memory.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError))
+    monkeypatch.setattr(nvml.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError))
     with pytest.raises(Unread, match="no NVML"):
         open_nvml()
-    assert device_memory.read_gpus() is None
+    assert nvml.read_gpus() is None
     assert MemoryWatch(None, "no NVML").result() == {
         "device_mb": None,
         "device_note": "not known; no NVML",

@@ -16,10 +16,10 @@ import pytest
 
 from edgerun.errors import BadInput, RunFailed
 from edgerun.tensorrt import build as tensorrt_build
-from edgerun.tensorrt import check
+from edgerun.tensorrt import engine as tensorrt_engine
 from edgerun.tensorrt import library as tensorrt_library
 from edgerun.tensorrt.build import build
-from edgerun.tensorrt.check import check_engine
+from edgerun.tensorrt.engine import check_engine
 from edgerun.tensorrt.library import Gpu
 from edgerun.tensorrt.settings import BuildSettings
 
@@ -148,7 +148,7 @@ class StandIn:
 def install(monkeypatch, tmp_path):
     """Put a stand-in where ``import tensorrt`` finds it, on a Jetson; and a model's file."""
     (tmp_path / "m.onnx").write_bytes(b"the stand-in reads nothing")
-    for module in (tensorrt_build, check):
+    for module in (tensorrt_build, tensorrt_engine):
         monkeypatch.setattr(module, "find_gpu", lambda: ORIN)
 
     def put(version, layers, **more):
@@ -164,7 +164,7 @@ def install(monkeypatch, tmp_path):
 def build_with(tmp_path):
     def run(**settings):
         model, engine = tmp_path / "m.onnx", tmp_path / "m.engine"
-        return build(model, engine, "tensorrt", BuildSettings(**settings))
+        return build(model, engine, BuildSettings(**settings))
 
     return run
 
@@ -368,7 +368,7 @@ def test_an_engine_for_another_gpu_or_version_names_both(
     build_with()
     engine = tmp_path / "m.engine"
     assert check_engine(engine) is not None
-    monkeypatch.setattr(check, "find_gpu", lambda: Gpu("Thor", "11.0"))
+    monkeypatch.setattr(tensorrt_engine, "find_gpu", lambda: Gpu("Thor", "11.0"))
     with pytest.raises(BadInput, match=r"built by tensorrt 10\.3\.0 for Orin.*here is Thor"):
         check_engine(engine)
     build_with(hardware_compatible=True, version_compatible=True)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
-from commandline import DIGITS, Edgekd, call
+from click.testing import Result
+
+from tests import command_line
+from tests.integration.pipelines import DIGITS
 
 
 @pytest.fixture
-def edgekd(tmp_path: Path) -> Edgekd:
+def edgekd(tmp_path: Path) -> partial[Result]:
     """``edgekd`` in the test's own folder."""
-
-    def run(*arguments: str | Path, cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:
-        return call(*arguments, cwd=cwd)
-
-    return run
+    return partial(command_line.edgekd, cwd=tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +23,5 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of a whole, short run on digits whose gate passed."""
     folder = tmp_path_factory.mktemp("digits")
     (folder / "digits.yaml").write_text(DIGITS)
-    done = call("run", "digits.yaml", cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
+    command_line.edgekd_process("run", "digits.yaml", cwd=folder)
     return folder / "runs" / "digits"

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import pickle
 import subprocess
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
-from edgekd.cli import main
+from tests.command_line import edgekd
 
 PIPELINE = """\
 name: wrong
@@ -71,6 +71,20 @@ def cut_onnx(folder: Path) -> None:
     (folder / "t.onnx").write_bytes(b"\x08\x09\x12\x07pytorch:\xff\xff")
 
 
+def deep_header(folder: Path) -> None:
+    save(folder)
+    text = b"{'descr': " + b"(" * 4000 + b")" * 4000 + b"}\n"
+    header = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+    with zipfile.ZipFile(folder / "d.npz", "a") as archive:
+        archive.writestr("train_state.npy", header)
+
+
+def many_arrays(folder: Path) -> None:
+    with zipfile.ZipFile(folder / "d.npz", "w") as archive:
+        for number in range(100_000):
+            archive.writestr(f"{number}.npy", b"")
+
+
 CASES = {
     "no data file": (lambda folder: None, [], "d.npz"),
     "corrupt data": (cut_npz, [], "d.npz"),
@@ -93,6 +107,24 @@ CASES = {
     "missing ONNX": (save, ["teacher={onnx: t.onnx}"], "t.onnx"),
     "contradicting budget": (save, ["gate.latency={p50_ms: 2, p90_ms: 1}"], "contradicts"),
     "wrong model arguments": (save, ["student.args={hiden: [3]}"], "hidden"),
+    "a pipe as data": (lambda f: os.mkfifo(f / "d.npz"), [], "this is a pipe"),
+    "a pipe as checkpoint": (
+        lambda f: (save(f), os.mkfifo(f / "t.pt")),
+        ["teacher={model: mlp, checkpoint: t.pt}"],
+        "t.pt",
+    ),
+    "a pipe as ONNX": (
+        lambda f: (save(f), os.mkfifo(f / "t.onnx")),
+        ["teacher={onnx: t.onnx}"],
+        "t.onnx",
+    ),
+    "a deep header in the data": (deep_header, [], "train_state"),
+    "100,000 arrays": (many_arrays, [], "100,000 arrays"),
+    "a single number as data": (
+        lambda f: save(f, train_state=np.float32(1), test_state=np.float32(1)),
+        [],
+        "single number",
+    ),
     "no gate at all": (save, ["gate={}"], "gate"),
     "a file as run folder": (save, ["name=taken"], "taken"),
 }
@@ -109,8 +141,7 @@ def test_one_message_and_exit_code_2(
     (tmp_path / "runs" / "taken").write_text("")
     prepare(tmp_path)
     options = [word for override in overrides for word in ("--set", override)]
-    outcome = CliRunner().invoke(main, ["run", "p.yaml", *options])
-    assert outcome.exit_code == 2, outcome.output
+    outcome = edgekd("run", "p.yaml", *options, code=2)
     assert says in outcome.output
     assert "to do:" in outcome.output
     assert "Traceback" not in outcome.output
@@ -128,10 +159,7 @@ def test_loss_that_becomes_nan_names_step_and_terms(
     (tmp_path / "odd.py").write_text(
         "def root(student, target):\n    return (0 * student).sum().log()\n"
     )
-    outcome = CliRunner().invoke(
-        main, ["run", "p.yaml", "--set", "distill.losses=[hard_labels, 'odd:root']"]
-    )
-    assert outcome.exit_code == 3, outcome.output
+    outcome = edgekd("run", "p.yaml", "--set", "distill.losses=[hard_labels, 'odd:root']", code=3)
     assert "step 1" in outcome.output
     assert "hard_labels" in outcome.output
     assert "root" in outcome.output
@@ -152,12 +180,10 @@ def test_full_disk_leaves_with_3_and_a_store_that_goes_on(
         (tmp_path / "p.yaml").write_text(PIPELINE)
         save(tmp_path)
         run = ["run", "p.yaml", "-o", str(small / "run")]
-        outcome = CliRunner().invoke(main, [*run, "--set", "teacher.args={hidden: [900]}"])
-        assert outcome.exit_code == 3, outcome.output
+        outcome = edgekd(*run, "--set", "teacher.args={hidden: [900]}", code=3)
         assert "the disk is full" in outcome.output
         subprocess.run(["mount", "-o", "remount,size=64m", small], check=True)
-        again = CliRunner().invoke(main, [*run, "--until", "distill"])
-        assert again.exit_code == 0, again.output
+        again = edgekd(*run, "--until", "distill")
         assert "data: unchanged, skipped" in again.output
     finally:
         subprocess.run(["umount", "-l", small], check=True)

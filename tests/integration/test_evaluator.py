@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from edgekd.stages.task_data import Validation
+from edgekd.stages.task_data import TaskEvaluator
 from edgekd.tasks.classification import Classification
 from tests.onnx_builders import Graph, run
 
@@ -64,7 +64,7 @@ def test_the_drop_is_that_of_the_labelled_samples(files, labelled):
     counted = np.ones(len(X), bool) if labelled == "none" else known
     expected = (ours == wanted)[counted].mean() - (theirs == wanted)[counted].mean()
 
-    validation = Validation(ground(X, np.where(known, labels, -1)), float32)
+    validation = TaskEvaluator(ground(X, np.where(known, labels, -1)), float32)
     scored = validation.score(run(other, {"x": X}))
     assert (validation.scores - scored).mean() == pytest.approx(expected)
     drop, errors = validation.compare(other, batch=7)
@@ -80,7 +80,7 @@ def test_memory_does_not_grow_with_the_size_of_the_outputs(tmp_path):
         file = model(tmp_path / f"{features}.onnx", 1, features)
         few = ground(np.resize(X, (2048, 8)), np.zeros(2048, int))
         tracemalloc.start()
-        Validation(few, file).compare(file)
+        TaskEvaluator(few, file).compare(file)
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return found

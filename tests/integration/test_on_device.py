@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commandline import call
+
+from tests.command_line import edgekd
 
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 
@@ -62,15 +63,14 @@ def test_bundle_runs_where_only_the_runtime_is(device: Path, bundle: Path) -> No
 
 def test_verify_finds_every_change(digits_run: Path, bundle: Path) -> None:
     cwd = bundle.parent
-    assert call("verify", digits_run / "bundle" / "digits.tar.gz", cwd=cwd).returncode == 0
-    assert call("verify", "digits", cwd=cwd).returncode == 0
+    edgekd("verify", digits_run / "bundle" / "digits.tar.gz", cwd=cwd)
+    edgekd("verify", "digits", cwd=cwd)
     changed = bundle / "model.onnx"
     changed.write_bytes(changed.read_bytes()[:-1] + b"\0")
     (bundle / "requirements.txt").unlink()
     (bundle / "extra.bin").write_bytes(b"x")
-    found = call("verify", "digits", cwd=cwd)
-    assert found.returncode == 1
+    found = edgekd("verify", "digits", cwd=cwd, code=1)
     for name in ("model.onnx", "requirements.txt", "extra.bin"):
         assert name in found.stdout + found.stderr
     shutil.rmtree(bundle)
-    assert call("verify", "digits", cwd=cwd).returncode == 2
+    edgekd("verify", "digits", cwd=cwd, code=2)

@@ -23,7 +23,7 @@ from torch import nn
 from edgekd.config.training import LossTerm, TrainConfig
 from edgekd.distill.objective import Objective
 from edgekd.distill.teacher import ModuleTeacher
-from edgekd.distill.trainer import train
+from edgekd.distill.trainer import Trainer
 from edgekd.models import DictModel
 from edgekd.spec import SAMPLE, ModelSpec, TensorSpec
 from edgekd.tasks import Classification
@@ -79,15 +79,16 @@ terms = [
     LossTerm(name="crd", args={"student": "4", "teacher": "4", "negatives": 8}),
 ]
 objective, teacher, model = Objective(terms, TASK), ModuleTeacher(network(7)), network(0)
-teacher.watch(objective.teacher_layers)
+teacher.capture(objective.teacher_layers)
 config = TrainConfig(
     epochs=3, batch_size=17, accumulate=3, ema=0.9, clip_norm=0.5, optimizer="sgd",
     schedule="cosine", warm_up=0.2, learning_rate=0.05,
 )
-arguments = (objective, (Source(1), Source(2)), TASK, config, 0)
-history = train(
+arguments = (objective, Source(1), Source(2), TASK, config, 0)
+trainer = Trainer(
     model, *arguments, checkpoint_folder=folder, progress=Silent(), teacher=teacher
 )
+history = trainer.fit()
 kinds = sorted({type(m).__name__ for m in model.modules()})
 saved = {"model": model.state_dict(), "history": history.to_json(), "kinds": kinds}
 torch.save(saved, folder / f"saved-{__import__('os').environ.get('RANK', 'one')}.pt")

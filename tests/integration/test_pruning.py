@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from commandline import Edgekd, call
 from safetensors.numpy import load_file
 
 from edgekd.config.pipeline import PipelineConfig
 from edgekd.config.profile import load_profile
 from edgekd.errors import InputError
 from edgekd.pipeline.stage import Job
-from edgekd.stages.preflight import preflight
+from edgekd.stages import preflight
 from edgekd.stages.student import StudentStage
+from tests.command_line import edgekd as run_edgekd
 
 PIPELINE = """\
 name: digits
@@ -34,8 +33,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of a pipeline that ran up to its export, and what it said."""
     folder = tmp_path_factory.mktemp("pruned")
     (folder / "digits.yaml").write_text(PIPELINE)
-    done = call("run", "digits.yaml", "--until", "export", cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_edgekd("run", "digits.yaml", "--until", "export", cwd=folder)
     return folder, done.stdout + done.stderr
 
 
@@ -45,7 +43,7 @@ def one(folder: Path, pattern: str) -> Path:
 
 
 def planned(folder: Path, *arguments: str) -> dict[str, str]:
-    done: subprocess.CompletedProcess[str] = call("plan", "digits.yaml", *arguments, cwd=folder)
+    done = run_edgekd("plan", "digits.yaml", *arguments, cwd=folder)
     rows = [line.split()[:2] for line in done.stdout.splitlines()]
     return dict(row for row in rows if len(row) == 2)
 
@@ -88,8 +86,7 @@ def test_student_and_baseline_start_from_the_teachers_weights(exported: tuple[Pa
 
 def test_second_run_has_nothing_to_do(exported: tuple[Path, str]) -> None:
     folder, _ = exported
-    done = call("run", "digits.yaml", "--until", "export", cwd=folder)
-    assert done.returncode == 0
+    done = run_edgekd("run", "digits.yaml", "--until", "export", cwd=folder)
     assert "Nothing to do" in done.stdout
 
 
@@ -109,21 +106,17 @@ def test_plan_names_what_a_changed_key_reruns(exported: tuple[Path, str]) -> Non
 
 def test_layers_are_listed_as_they_are_before(exported: tuple[Path, str]) -> None:
     folder, _ = exported
-    done = call("layers", "digits.yaml", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    done = run_edgekd("layers", "digits.yaml", cwd=folder)
     assert "before it is pruned" in done.stdout
 
 
-def test_taylor_a_kept_layer_and_a_scheme_with_further_students(
-    tmp_path: Path, edgekd: Edgekd
-) -> None:
+def test_taylor_a_kept_layer_and_a_scheme_with_further_students(tmp_path: Path, edgekd) -> None:
     pruning = "{ratio: 0.5, importance: taylor, keep: [features.layers.1]}"
     (tmp_path / "digits.yaml").write_text(PIPELINE.replace("{ratio: 0.5}", pruning))
-    done = edgekd(
+    edgekd(
         *("distill", "digits.yaml", "--set", "distill.baseline=false"),
         *("--set", "distill.epochs=1", "--set", "distill.scheme={online: {peers: 2}}"),
     )
-    assert done.returncode == 0, done.stdout + done.stderr
     weights = load_file(one(tmp_path, "distill/*/student.safetensors"))
     assert weights["features.layers.0.0.weight"].shape == (8, 1, 3, 3)
     assert weights["features.layers.1.0.weight"].shape == (24, 8, 3, 3)

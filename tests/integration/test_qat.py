@@ -9,41 +9,23 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from commandline import DIGITS
 
 from edgekd import api
-from edgekd.config.engines import QatConfig
+from edgekd.config.pipeline import QatConfig
 from edgekd.config.training import LossTerm
 from edgekd.errors import InputError, StageError
 from edgekd.onnx import export as engine
 from edgekd.onnx.file import describe_onnx
 from edgekd.pipeline.stage import Context
-from edgekd.stages.qat import train_quantized
+from edgekd.stages.quantize import train_quantized
 from edgekd.stages.task_data import open_task_data
+from tests.integration.pipelines import DIGITS
+from tests.progress import RecordedProgress
 
 pytest.importorskip("torchao", reason="quantization-aware training needs the extra qat")
 
 SHORT = DIGITS.replace("epochs: 6", "epochs: 4") + "export: {opset: 19}\n"
 STAGES = ("data", "teacher", "student", "distill", "export")
-
-
-class Told:
-    """A progress display that keeps what it was told."""
-
-    def __init__(self):
-        self.messages, self.labels = [], []
-
-    def start(self, label, total, unit):
-        self.labels.append(label)
-
-    def advance(self, n=1, **figures):
-        pass
-
-    def message(self, text):
-        self.messages.append(text)
-
-    def finish(self):
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -68,16 +50,16 @@ def run(tmp_path_factory):
 def call(run, tmp_path):
     """Calls what the quantize stage calls."""
     job, folder, artifacts = run
-    told = Told()
+    progress = RecordedProgress()
 
     def train(runtime="cpu", losses=None, job=job, **qat):
-        context = Context(job, tmp_path, tmp_path / "scratch", folder / "cache", told, {})
+        context = Context(job, tmp_path, tmp_path / "scratch", folder / "cache", progress, {})
         ground = open_task_data(artifacts["data"], job.config)
         config = QatConfig(**{"epochs": 2, "batch_size": 64, **qat}, losses=losses)
         path = tmp_path / "int8.onnx"
         return train_quantized(ground, context, artifacts, runtime, config, path), path, ground
 
-    train.told = told
+    train.progress = progress
     return train
 
 
@@ -106,7 +88,7 @@ def test_student_becomes_a_file_in_int8(run, call):
     assert json.loads(json.dumps(history.to_json()))
     assert set(history.epochs[0].terms) == {"hard_labels", "soft_labels"}
     # Nothing else: the teacher's answers to these views are in the cache of the run.
-    assert call.told.labels == ["student int8 cpu"]
+    assert call.progress.labels == ["student int8 cpu"]
 
 
 def test_term_of_layers_is_left_out_and_said(run, call):
@@ -119,7 +101,7 @@ def test_term_of_layers_is_left_out_and_said(run, call):
     changed = dataclasses.replace(job, config=job.config.model_copy(update={"distill": distill}))
     history, path, _ = call("tensorrt", job=changed, epochs=1)
     assert set(history.epochs[0].terms) == {"hard_labels", "soft_labels"}
-    assert any("without fitnet" in text for text in call.told.messages)
+    assert any("without fitnet" in text for text in call.progress.messages)
     assert np.isfinite(history.epochs[0].loss)
     assert path.is_file()
 
@@ -140,7 +122,7 @@ def test_own_losses_replace_the_pipelines(call):
 def test_wrong_configuration_is_told_before_anything_is_trained(call, qat, where):
     with pytest.raises(InputError, match=where):
         call(**qat)
-    assert not call.told.labels
+    assert not call.progress.labels
 
 
 def test_file_that_gives_other_answers_fails(call, monkeypatch):

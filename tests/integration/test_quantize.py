@@ -9,19 +9,21 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from commandline import call
+
+from tests.command_line import edgekd
+from tests.integration.pipelines import prepared_images
 
 PIPELINE = """\
 name: small
 data: {source: digits}
-teacher: {model: convnet-m, train: {epochs: 6, batch_size: 64, learning_rate: 3e-3}}
+teacher: {model: convnet-m, train: {epochs: 4, batch_size: 64, learning_rate: 3e-3}}
 student: {model: convnet-s}
 distill: {epochs: 3, batch_size: 64, learning_rate: 1e-2, baseline: false}
 quantize: {int8: static, precision: fp16, samples: 100, max_drop: 0.02}
 engines:
   - onnxruntime
   - {kind: tensorrt-rtx, compute_capabilities: ["8.6"]}
-benchmark: {min_queries: 200, max_seconds: 5}
+benchmark: {min_queries: 200, max_seconds: 2}
 gate:
   accuracy: {min: 0.5}
   size: {max_mb: 0.07}
@@ -34,8 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
     folder = tmp_path_factory.mktemp("small")
     (folder / "small.yaml").write_text(PIPELINE)
-    done = call("run", "small.yaml", cwd=folder)
-    assert done.returncode == 0, done.stdout + done.stderr
+    edgekd("run", "small.yaml", cwd=folder)
     return folder / "runs" / "small"
 
 
@@ -59,11 +60,7 @@ def test_what_is_shipped_computes_in_8_bits_and_is_what_was_scored(run: Path) ->
     operators = {node.op_type for node in onnx.load(shipped).graph.node}
     assert "QLinearConv" in operators
     data = artifact(run, "data")
-    manifest = json.loads((run / "bundle" / "small" / "manifest.json").read_text())
-    constants = manifest["preprocess"]["image"]
-    images = np.load(data / "test" / "image.npy").astype(np.float32)
-    mean, std = (np.float32(constants[key]).reshape(1, -1, 1, 1) for key in ("mean", "std"))
-    prepared = (images * np.float32(constants["scale"]) - mean) / std
+    prepared = prepared_images(run, "test")
     session = onnxruntime.InferenceSession(shipped, providers=["CPUExecutionProvider"])
     (logits,) = session.run(["logits"], {"image": prepared})
     accuracy = float((logits.argmax(1) == np.load(data / "test" / "label.npy")).mean())
@@ -76,11 +73,7 @@ def test_the_drop_in_the_index_is_that_of_the_file(run: Path) -> None:
     data, folder = artifact(run, "data"), artifact(run, "quantize")
     index = json.loads((folder / "quantize.json").read_text())
     labels = np.load(data / "validation" / "label.npy")
-    manifest = json.loads((run / "bundle" / "small" / "manifest.json").read_text())
-    constants = manifest["preprocess"]["image"]
-    images = np.load(data / "validation" / "image.npy").astype(np.float32)
-    mean, std = (np.float32(constants[key]).reshape(1, -1, 1, 1) for key in ("mean", "std"))
-    prepared = (images * np.float32(constants["scale"]) - mean) / std
+    prepared = prepared_images(run, "validation")
 
     def accuracy(file: Path) -> float:
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
@@ -131,13 +124,12 @@ def test_the_report_shows_every_engine(run: Path) -> None:
 
 
 def test_a_second_run_has_nothing_to_do(run: Path) -> None:
-    done = call("run", "small.yaml", cwd=run.parent.parent)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = edgekd("run", "small.yaml", cwd=run.parent.parent)
     assert "Nothing to do" in done.stdout
 
 
 def test_another_drop_does_not_train_again(run: Path) -> None:
-    done = call("plan", "small.yaml", "--set", "quantize.max_drop=0.03", cwd=run.parent.parent)
+    done = edgekd("plan", "small.yaml", "--set", "quantize.max_drop=0.03", cwd=run.parent.parent)
     rows = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines()[:-1]}
     assert rows["distill"] == rows["export"] == "cached"
     assert rows["quantize"] == rows["engines"] == "run"
@@ -150,8 +142,7 @@ def test_layers_kept_on_purpose_do_not_stop_tensorrt_and_nothing_asked_for_is_lo
     kept = next(node.name for node in exported if node.op_type == "Conv")
     changes = [f"quantize.exclude_nodes=[{kept}]", "quantize.precision=bf16", "gate.size.max_mb=1"]
     words = [word for change in changes for word in ("--set", change)]
-    done = call("build", "small.yaml", *words, cwd=run.parent.parent)
-    assert done.returncode == 0, done.stdout + done.stderr
+    edgekd("build", "small.yaml", *words, cwd=run.parent.parent)
     newest = max((run / "artifacts" / "engines").iterdir(), key=lambda path: path.stat().st_mtime)
     choice = json.loads((newest / "choice.json").read_text())
     assert choice["refused"] == {
@@ -183,8 +174,7 @@ def test_what_cannot_be_is_said_before_anything_is_trained(
         pytest.skip("TensorRT can run here")
     (tmp_path / "small.yaml").write_text(PIPELINE)
     words = [word for change in changes for word in ("--set", change)]
-    done = call("run", "small.yaml", *words, cwd=tmp_path)
-    assert done.returncode == 2, done.stdout + done.stderr
+    done = edgekd("run", "small.yaml", *words, cwd=tmp_path, code=2)
     assert says in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.glob("runs/small/artifacts/*"))

@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-from commandline import DIGITS, Edgekd
+
+from tests.command_line import edgekd_process
+from tests.integration.pipelines import DIGITS
 
 UNTIL = "distill"
 
@@ -56,20 +58,20 @@ def _reached(log: Path, label: str, epoch: int) -> bool:
 
 
 @pytest.mark.slow
-def test_killed_run_goes_on_to_the_same_weights(tmp_path: Path, edgekd: Edgekd) -> None:
+def test_killed_run_goes_on_to_the_same_weights(tmp_path: Path, edgekd) -> None:
     (tmp_path / "p.yaml").write_text(DIGITS)
-    assert edgekd("run", "p.yaml", "-o", "straight", "--until", UNTIL).returncode == 0
+    edgekd("run", "p.yaml", "-o", "straight", "--until", UNTIL)
     killed = tmp_path / "killed"
     kill_when(killed, tmp_path, "teacher", 3)
     kill_when(killed, tmp_path, "student", 4)
     done = edgekd("run", "p.yaml", "-o", "killed", "--until", UNTIL)
-    assert done.returncode == 0, done.stdout + done.stderr
     assert "resuming after epoch" in done.stdout
     assert weights(killed) == weights(tmp_path / "straight")
     assert len(weights(killed)) == 4
 
 
-def test_interrupt_leaves_with_130(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_run_leaves_with_its_code(tmp_path: Path, number: int, code: int) -> None:
     (tmp_path / "p.yaml").write_text(DIGITS.replace("epochs: 6", "epochs: 500"))
     with subprocess.Popen(
         [sys.executable, "-m", "edgekd", "run", "p.yaml", "-o", "run"],
@@ -83,8 +85,18 @@ def test_interrupt_leaves_with_130(tmp_path: Path) -> None:
         while not _reached(tmp_path / "run" / "log.jsonl", "teacher", 1):
             assert process.poll() is None
             time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=240)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "run again to resume" in errors
     assert "Traceback" not in errors
+    assert not (tmp_path / "run" / "tmp").exists()
+
+
+def test_files_that_a_killed_run_left_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text(DIGITS)
+    left = tmp_path / "run" / "tmp" / "edgekd-1234"
+    left.mkdir(parents=True)
+    (left / "feed.npz").touch()
+    edgekd_process("run", "p.yaml", "-o", "run", "--until", "data", cwd=tmp_path)
+    assert not left.parent.exists()

@@ -10,11 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from sklearn.datasets import load_digits
 from torch import nn
 
-from edgekd.cli import main
 from edgekd.config.pipeline import DataConfig, PipelineConfig
 from edgekd.config.training import LossTerm, TrainConfig
 from edgekd.data.build_dataset import build_dataset
@@ -29,6 +27,8 @@ from edgekd.stages.task_data import TaskData
 from edgekd.stages.teacher import check_teacher
 from edgekd.stages.training import fit, pseudo_labelled_validation
 from edgekd.tasks import get_task
+from tests.command_line import edgekd
+from tests.progress import RecordedProgress
 
 PIPELINE = """\
 name: bare
@@ -42,8 +42,8 @@ gate: {accuracy: {min: 0.6, max_drop: 0.4}}
 """
 
 
-def run(*arguments: str):
-    return CliRunner().invoke(main, ["run", "p.yaml", *arguments])
+def run(*arguments: str, **settings):
+    return edgekd("run", "p.yaml", *arguments, **settings)
 
 
 @pytest.fixture
@@ -81,7 +81,6 @@ def test_a_run_without_any_label_is_gated_by_agreement_with_the_teacher(work: Pa
     import onnxruntime
 
     outcome = run()
-    assert outcome.exit_code == 0, outcome.output
     folder = work / "runs" / "bare"
     result = json.loads((folder / "benchmark" / "result.json").read_text())
     assert result["task"]["metric"] == "agreement"
@@ -110,8 +109,7 @@ def test_a_run_without_any_label_is_gated_by_agreement_with_the_teacher(work: Pa
 
 
 def test_without_labels_no_teacher_can_be_trained(work: Path) -> None:
-    outcome = run("--set", "teacher={model: mlp, train: {epochs: 1}}")
-    assert outcome.exit_code == 2, outcome.output
+    outcome = run("--set", "teacher={model: mlp, train: {epochs: 1}}", code=2)
     assert "nothing to train on: no sample has a label" in outcome.output
     assert "checkpoint or onnx" in outcome.output
 
@@ -133,8 +131,7 @@ def test_a_teacher_that_does_not_know_the_task_is_refused(work: Path, wrong: str
         work / "d.npz", train_image=image[:1200], train_label=label[:1200],
         test_image=image[1200:], test_label=label[1200:],
     )  # fmt: skip
-    outcome = run("--until", "teacher")
-    assert outcome.exit_code == 2, outcome.output
+    outcome = run("--until", "teacher", code=2)
     if wrong == "labels in another order":
         names = ", ".join(f'"{(output + 1) % 10}"' for output in range(10))
         assert f"classes: [{names}]" in outcome.output
@@ -181,16 +178,6 @@ class Watched(nn.Module):
         return self.last(image.flatten(1) * 1e-2)
 
 
-class Silent(SimpleNamespace):
-    """A progress display that keeps its messages."""
-
-    def __init__(self) -> None:
-        super().__init__(messages=[], start=print, advance=lambda *_, **__: None, finish=print)
-
-    def message(self, text: str) -> None:
-        self.messages.append(text)
-
-
 class Noting(TaskLoss):
     """The supervised loss, which notes how much of a class each sample was taught."""
 
@@ -207,7 +194,7 @@ def trained(on: TaskData, folder: Path, terms=None, teacher=None):
     model = DictModel(Watched(3), spec)
     noting = Noting(on.task, 0.0)
     objective = Objective(terms, on.task) if terms else Objective.of([noting])
-    context = SimpleNamespace(scratch=folder, cache=folder, progress=Silent(), job=None)
+    context = SimpleNamespace(scratch=folder, cache=folder, progress=RecordedProgress(), job=None)
     train = on.config.distill.model_copy(update={"epochs": 3, "batch_size": 16, "cache": None})
     history = fit(on, model, objective, train, "student", context, teacher)
     # Mixed probabilities sum to 1 within rounding, and to 0 where a label is missing.
@@ -254,7 +241,7 @@ def test_the_student_has_its_share_of_the_labels_and_the_teacher_all(tmp_path: P
     model = DictModel(Watched(3), spec)
     config = TrainConfig(epochs=1, batch_size=16)
     context = SimpleNamespace(
-        scratch=tmp_path / "teacher", cache=tmp_path, progress=Silent(), job=None
+        scratch=tmp_path / "teacher", cache=tmp_path, progress=RecordedProgress(), job=None
     )
     fit(student, model, Objective.supervised(on.task), config, "teacher", context)
     assert len({row for batch in model.module.rows for row in batch}) > 100
@@ -309,12 +296,12 @@ class Answers:
     def __init__(self, name, function) -> None:
         self.name, self.function, self.digest = name, function, "d"
 
-    def answer(self, batch):
+    def predict(self, batch):
         return {self.name: self.function(batch["image"][:, 0, 0, 0].round().long())}
 
 
 def checked(on: TaskData, answer) -> dict:
-    context = SimpleNamespace(progress=Silent())
+    context = SimpleNamespace(progress=RecordedProgress())
     return check_teacher(Answers(on.task.output, answer), on, context)
 
 
@@ -382,7 +369,7 @@ def test_the_benchmark_scores_what_is_labelled_or_else_agreement(
         (tmp_path / f"{role}.onnx").write_bytes(b"a network")
     job = SimpleNamespace(config=on.config, profile=SimpleNamespace(name="host"))
     context = SimpleNamespace(
-        job=job, out=tmp_path, scratch=tmp_path, progress=Silent(), fingerprints={}
+        job=job, out=tmp_path, scratch=tmp_path, progress=RecordedProgress(), fingerprints={}
     )
     BenchmarkStage().run(context, {"data": tmp_path, "engines": tmp_path})
 

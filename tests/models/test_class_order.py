@@ -6,14 +6,8 @@ import numpy as np
 import pytest
 
 from edgekd.errors import InputError
-from edgekd.models.class_order import (
-    ClassNames,
-    class_list,
-    class_names_in,
-    class_names_in_metadata,
-    fitting_permutation,
-    output_order,
-)
+from edgekd.models.adapted import class_list, fitting_permutation, output_order
+from edgekd.models.weights import ClassNames, class_names_in, class_names_in_metadata
 
 NAMES = ("cat", "dog", "emu")
 

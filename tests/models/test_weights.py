@@ -1,15 +1,20 @@
 """Weights on disk: round trips, and every way a file can be wrong."""
 
+import contextlib
 import pickle
+import zipfile
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from edgekd.errors import InputError, StageError
-from edgekd.models import DictModel, load_weights, save_weights
+from edgekd.models import DictModel, load_weights, save_weights, weights
 from edgekd.models.weights import read_checkpoint
 from edgekd.spec import ModelSpec, TensorSpec
+from tests.distill.small_training import same
 
 
 def network(classes=3):
@@ -19,13 +24,6 @@ def network(classes=3):
 def named(module):
     spec = ModelSpec((TensorSpec("x", ("batch", 4)),), (TensorSpec("logits", ("batch", 3)),))
     return DictModel(module, spec)
-
-
-def same(a, b):
-    return all(
-        torch.equal(x, y)
-        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    )
 
 
 def test_round_trip_with_the_networks_own_keys(tmp_path):
@@ -266,3 +264,58 @@ def test_class_names_are_read_from_either_kind_of_file(tmp_path):
         found = read_checkpoint(tmp_path / name).class_names()
         assert found is not None
         assert found.names == ("a", "b")
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float16", "float64"])
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_other_floats_are_widened(tmp_path, dtype, suffix):
+    first, second, dtype = network(), network(), getattr(torch, dtype)
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in first.state_dict().items()}
+    path = tmp_path / f"w.{suffix}"
+    save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
+    load_weights(second, path)
+    assert torch.equal(second[0].weight, state["0.weight"].float())
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.parametrize(
+    "change", [lambda t: t.to(torch.complex64), lambda t: t.to_sparse(),
+               lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8)],
+)  # fmt: skip
+def test_weights_that_are_no_plain_numbers_are_refused(tmp_path, change):
+    state = network().state_dict()
+    state["0.weight"] = change(state["0.weight"])
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(InputError, match=r"not plain numbers|refused|cannot be read"):
+        load_weights(network(), tmp_path / "w.pt")
+
+
+def test_an_archive_far_larger_unpacked_is_refused(tmp_path, monkeypatch):
+    torch.save({"0.weight": torch.zeros(1000, 1000)}, tmp_path / "w.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "w.pt") as stored,
+        zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as deflated,
+    ):
+        for name in stored.namelist():
+            deflated.writestr(name, stored.read(name))
+    monkeypatch.setattr(weights, "_LARGE", 1_000_000)
+    with pytest.raises(InputError, match="unpacked"):
+        read_checkpoint(tmp_path / "bomb.pt")
+    assert read_checkpoint(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_whatever_is_wrong_with_a_file_is_an_input_error(tmp_path, suffix):
+    path = tmp_path / f"w.{suffix}"
+    save_weights(network(), path) if suffix == "safetensors" else torch.save(
+        network().state_dict(), path
+    )
+    whole = path.read_bytes()
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        changed = bytearray(whole)
+        for place in random.integers(0, min(len(whole), 900), 2):
+            changed[place] = random.integers(0, 256)
+        path.write_bytes(changed)
+        with contextlib.suppress(InputError):
+            load_weights(network(), path)

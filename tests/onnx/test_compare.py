@@ -4,15 +4,15 @@ import json
 import tracemalloc
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.errors import InputError
 from edgekd.onnx.compare import ComparisonSums, Reference
 from edgekd.onnx.inference import run_samples
 from edgekd.onnx.samples import ArraySamples
 from edgekd.release.statistics import wilson
+from tests.onnx_builders import save_onnx
+from tests.samples import CountedSamples, GeneratedSamples
 
 RANDOM = np.random.default_rng(0)
 INPUT = RANDOM.standard_normal((11, 6)).astype(np.float32)
@@ -26,52 +26,13 @@ def compare_outputs(reference, candidate, classes):
     return sums.rows()
 
 
-class Counted(ArraySamples):
-    """Samples that remember how many were asked for at a time."""
-
-    def __init__(self, arrays):
-        super().__init__(arrays)
-        self.sizes = []
-
-    def batches(self, size):
-        self.sizes.append(size)
-        return super().batches(size)
-
-
-class Made:
-    """Samples that are made when asked for."""
-
-    def __init__(self, count):
-        self.count = count
-
-    def batches(self, size):
-        for start in range(0, self.count, size):
-            yield {"x": np.full((min(size, self.count - start), 6), start, np.float32)}
-
-
-def linear(path, batch="batch", kind=TensorProto.FLOAT, extra=(), weights=WEIGHTS):
-    """x (batch, 6) → logits = x·W and label = argmax."""
-    dtype = helper.tensor_dtype_to_np_dtype(kind)
-    nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["logits"]),
-        helper.make_node("ArgMax", ["logits"], ["label"], axis=1, keepdims=0),
-        *extra,
-    ]
-    outputs = [
-        helper.make_tensor_value_info("logits", kind, [batch, weights.shape[1]]),
-        helper.make_tensor_value_info("label", TensorProto.INT64, [batch]),
-        *(onnx.ValueInfoProto(name=name) for node in extra for name in node.output),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "linear",
-        [helper.make_tensor_value_info("x", kind, [batch, 6])],
-        outputs,
-        [numpy_helper.from_array(weights.astype(dtype), "w")],
-    )
-    opset = [helper.make_opsetid("", 18)]
-    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=9), path)
-    return path
+def linear(path, batch="batch", dtype="float", output="", node="", weights=WEIGHTS):
+    """x (batch, 6) → logits = x·W and label = argmax; ``output`` and ``node`` are further ones."""
+    text = f"""({dtype}[{batch},6] x)
+        => ({dtype}[{batch},{weights.shape[1]}] logits, int64[{batch}] label {output})
+    {{ logits = MatMul (x, w)  label = ArgMax <axis = 1, keepdims = 0> (logits) {node} }}"""
+    weights = weights.astype({"float": "f4", "float16": "f2"}[dtype])
+    return save_onnx(path, text, {"w": weights}, opset=18)
 
 
 @pytest.mark.parametrize("batch", ["batch", 1, 4, 11, 16])
@@ -90,14 +51,14 @@ def test_neither_the_batch_of_the_model_nor_that_of_the_run_changes_an_answer(
 
 def test_large_samples_are_run_few_at_a_time(tmp_path):
     wide = {"x": INPUT, "image": np.broadcast_to(np.float32(0), (11, 1 << 20))}
-    samples = Counted(wide)
+    samples = CountedSamples(wide)
     run_samples(linear(tmp_path / "m.onnx"), samples, batch=64)
     # 4 MB each and 8 MB at a time.
     assert max(samples.sizes) <= 2
 
 
 def test_a_model_that_takes_16_bits_is_given_them(tmp_path):
-    path = linear(tmp_path / "m.onnx", kind=TensorProto.FLOAT16)
+    path = linear(tmp_path / "m.onnx", dtype="float16")
     answers = run_samples(path, ArraySamples({"x": INPUT}))
     expected = INPUT.astype(np.float16).astype(float) @ WEIGHTS.astype(np.float16).astype(float)
     # The result is rounded to float16: 2⁻¹¹ of values below 8.
@@ -119,8 +80,8 @@ def test_samples_that_do_not_fit_are_the_users_error(tmp_path, arrays, message):
 
 
 def test_an_output_without_an_axis_for_the_samples_is_run_one_by_one(tmp_path):
-    mean = helper.make_node("ReduceMean", ["logits"], ["mean"], keepdims=0)
-    path = linear(tmp_path / "m.onnx", extra=[mean])
+    mean = "mean = ReduceMean <keepdims = 0> (logits)"
+    path = linear(tmp_path / "m.onnx", output=", mean", node=mean)
     answers = run_samples(path, ArraySamples({"x": INPUT}))
     for found, row in zip(answers["mean"], answers["logits"], strict=True):
         assert found == pytest.approx(row.mean(), abs=1e-6)
@@ -244,7 +205,7 @@ def test_a_comparison_of_models_holds_one_batch_in_memory(tmp_path):
 
     def compare(count):
         tracemalloc.start()
-        reference = Reference(path, Made(count))
+        reference = Reference(path, GeneratedSamples("x", count, lambda row: np.full(6, row)))
         reference.compare(path, None, lambda *args: np.zeros(len(args[1]["label"])))
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

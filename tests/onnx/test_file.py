@@ -1,37 +1,25 @@
 """Reading ONNX files of any origin: counts, shapes, and every way a file can be broken."""
 
+import math
+
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
 from edgekd.errors import InputError
 from edgekd.onnx.file import ENGINE_SUFFIXES, check_onnx, describe_onnx
 from edgerun import files
-
-
-def tensor(name, *shape, dtype=np.float32):
-    return numpy_helper.from_array(np.ones(shape, dtype), name)
-
-
-def save(path, nodes, inputs, outputs, initializers=(), opsets=((("", 18)),)):
-    graph = helper.make_graph(nodes, "g", inputs, outputs, list(initializers))
-    opset_imports = [helper.make_opsetid(*opset) for opset in opsets]
-    onnx.save(helper.make_model(graph, opset_imports=opset_imports, ir_version=8), str(path))
-    return path
+from tests.onnx_builders import Graph, parse_onnx, save_onnx
 
 
 @pytest.fixture
 def linear(tmp_path):
     """x (batch, 4) @ w (4, 3) with an unused opset import of another domain."""
-    return save(
-        tmp_path / "linear.onnx",
-        [helper.make_node("MatMul", ["x", "w"], ["y"])],
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [tensor("w", 4, 3)],
-        (("", 18), ("com.microsoft", 1), ("ai.onnx.ml", 2)),
-    )
+    domains = {"com.microsoft": 1, "ai.onnx.ml": 2}
+    text = "(float[batch,4] x) => (float[] y) { y = MatMul (x, w) }"
+    weights = {"w": np.ones((4, 3), np.float32)}
+    return save_onnx(tmp_path / "linear.onnx", text, weights, opset=18, domains=domains)
 
 
 def test_a_missing_output_shape_is_inferred_and_a_stale_opset_is_no_trouble(linear):
@@ -43,41 +31,37 @@ def test_a_missing_output_shape_is_inferred_and_a_stale_opset_is_no_trouble(line
 
 
 def test_weights_in_constants_and_subgraphs_are_counted(tmp_path):
-    def branch(name, size):
-        nodes = [
-            helper.make_node("Constant", [], [f"{name}_w"], value=tensor("", size)),
-            helper.make_node("ReduceSum", [f"{name}_w"], [name], keepdims=0),
-        ]
-        out = helper.make_tensor_value_info(name, TensorProto.FLOAT, [])
-        return helper.make_graph(nodes, name, [], [out], [tensor(f"{name}_i", 2)])
+    def ones(shape):
+        return f"float{list(shape)} {{{', '.join(['1'] * math.prod(shape))}}}"
 
-    path = save(
-        tmp_path / "if.onnx",
-        [
-            helper.make_node("Constant", [], ["w"], value=tensor("", 5, 2)),
-            helper.make_node("Constant", [], ["eps"], value=tensor("")),
-            helper.make_node("Constant", [], ["axes"], value=tensor("", 9, dtype=np.int64)),
-            helper.make_node(
-                "If", ["c"], ["z"], then_branch=branch("a", 7), else_branch=branch("b", 11)
-            ),
-        ],
-        [helper.make_tensor_value_info("c", TensorProto.BOOL, [])],
-        [helper.make_tensor_value_info("z", TensorProto.FLOAT, [])],
-        [tensor("shape", 4, dtype=np.int64), tensor("quantized", 6, dtype=np.int8)],
-    )
+    def branch(name, size):
+        return f"""{name}_g () => (float {name}) <float[2] {name}_i = {{1, 1}}> {{
+            {name}_w = Constant <value = {ones([size])}> ()
+            {name} = ReduceSum <keepdims = 0> ({name}_w)
+        }}"""
+
+    text = f"""(bool c) => (float z) {{
+        w = Constant <value = {ones([5, 2])}> ()
+        eps = Constant <value = float {{1}}> ()
+        axes = Constant <value = int64[3] {{1, 1, 1}}> ()
+        z = If (c) <then_branch = {branch("a", 7)}, else_branch = {branch("b", 11)}>
+    }}"""
+    weights = {"shape": np.ones(4, np.int64), "quantized": np.ones(6, np.int8)}
+    path = save_onnx(tmp_path / "if.onnx", text, weights, opset=18)
     info = describe_onnx(path)
     assert info.parameters == (5 * 2) + 7 + 2 + 11 + 2 + 6
     assert str(info.spec.inputs[0]) == "c bool[]"
 
 
 def test_nameless_dimensions_are_not_taken_for_one_another(tmp_path):
-    path = save(
-        tmp_path / "m.onnx",
-        [helper.make_node("Identity", ["x"], ["y"])],
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT16, ["-1", 3, "?", None])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT16, ["n", 3, "?", "?"])],
-    )
-    spec = describe_onnx(path).spec
+    model = parse_onnx("(float16 x) => (float16 y) { y = Identity (x) }")
+    for value, shape in (
+        (model.graph.input[0], ["-1", 3, "?", None]),
+        (model.graph.output[0], ["n", 3, "?", "?"]),
+    ):
+        value.CopyFrom(onnx.helper.make_tensor_value_info(value.name, TensorProto.FLOAT16, shape))
+    onnx.save(model, tmp_path / "m.onnx")
+    spec = describe_onnx(tmp_path / "m.onnx").spec
     assert spec.inputs[0].shape == ("x.0", 3, "x.2", "x.3")
     assert spec.outputs[0].shape == ("n", 3, "y.2", "y.3")
     assert spec.inputs[0].dtype == "float16"
@@ -86,18 +70,14 @@ def test_nameless_dimensions_are_not_taken_for_one_another(tmp_path):
 def test_old_files_list_their_weights_as_inputs(linear):
     model = onnx.load(str(linear))
     model.ir_version = 3
-    model.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [4, 3]))
+    model.graph.input.append(onnx.helper.make_tensor_value_info("w", TensorProto.FLOAT, [4, 3]))
     onnx.save(model, str(linear))
     assert [t.name for t in describe_onnx(linear).spec.inputs] == ["x"]
 
 
 def test_an_output_that_is_no_tensor_is_refused(tmp_path):
-    path = save(
-        tmp_path / "m.onnx",
-        [helper.make_node("SequenceConstruct", ["x"], ["y"])],
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])],
-        [helper.make_tensor_sequence_value_info("y", TensorProto.FLOAT, None)],
-    )
+    text = "(float[1] x) => (seq(float) y) { y = SequenceConstruct (x) }"
+    path = save_onnx(tmp_path / "m.onnx", text)
     with pytest.raises(InputError, match="'y' is a sequence, not a tensor"):
         describe_onnx(path)
 
@@ -158,12 +138,8 @@ def test_missing_files_and_folders_are_told_apart(tmp_path):
 
 
 def test_a_graph_that_breaks_the_rules_is_refused(tmp_path):
-    path = save(
-        tmp_path / "m.onnx",
-        [helper.make_node("NoSuchOperation", ["x"], ["y"])],
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])],
-    )
+    text = "(float[1] x) => (float[1] y) { y = NoSuchOperation (x) }"
+    path = save_onnx(tmp_path / "m.onnx", text)
     with pytest.raises(InputError, match="NoSuchOperation"):
         check_onnx(path)
 
@@ -224,3 +200,81 @@ def test_a_link_out_of_the_folder_is_refused(external, tmp_path):
     (external.parent / "weights.bin").symlink_to(secret)
     with pytest.raises(InputError, match="outside the model's folder"):
         check_onnx(external)
+
+
+LOOP = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    g (float[2] x) => (float[2] y)
+    <int64 m = {ROUNDS}, bool c = {1}>
+    { y = Loop (m, c, x) <body = b (int64 i, bool go, float[2] a) => (bool on, float[2] o)
+        { on = CONDITION o = Add (a, a) }> }
+"""
+
+
+@pytest.mark.parametrize(
+    ("rounds", "condition", "ends"),
+    [
+        (2**62, "Identity (go)", False),
+        (2**62, "Constant <value = bool {1}> ()", False),
+        (2**62, "Not (go)", True),
+        (1000, "Identity (go)", True),
+    ],
+)
+def test_a_loop_that_never_ends_is_refused(tmp_path, rounds, condition, ends):
+    text = LOOP.replace("ROUNDS", str(rounds)).replace("CONDITION", condition)
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "m.onnx")
+    if ends:
+        check_onnx(tmp_path / "m.onnx")
+        return
+    with pytest.raises(InputError, match=r"loop 'y' has 4,611,686,018,427,387,904 rounds"):
+        check_onnx(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda data: data.replace(b"Relu", b"Re\xff\xfe"), "is not UTF-8"),
+        (lambda data: data.replace(b"inner", b"inn\xff\xfe"), "is not UTF-8"),
+        (lambda data: data.replace(b"key", b"k\xff\xfe"), "is not UTF-8"),
+    ],
+)
+def test_names_that_are_no_text_are_refused(tmp_path, change, says):
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17], metadata_props: ["key" : "b"]>
+        g (float[2] x) => (float[2] y) { inner = Relu (x) y = Relu (inner) }""")
+    (tmp_path / "m.onnx").write_bytes(change(model.SerializeToString()))
+    with pytest.raises(InputError, match=says):
+        describe_onnx(tmp_path / "m.onnx")
+
+
+def test_functions_that_call_each_other_are_refused(tmp_path):
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17, "own" : 1]>
+        g (float[2] x) => (float[2] y) { y = own.f (x) }
+        <domain: "own", opset_import: ["" : 17, "own" : 1]> f (a) => (b) { b = own.h (a) }
+        <domain: "own", opset_import: ["" : 17, "own" : 1]> h (a) => (b) { b = own.f (a) }""")
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(InputError, match="calls itself"):
+        describe_onnx(tmp_path / "m.onnx")
+
+
+def test_a_graph_of_too_many_nodes_is_refused_soon(tmp_path):
+    graph = Graph()
+    for number in range(20_001):
+        graph.add("Relu", [f"t{number}"], f"t{number + 1}", "n")
+    graph.save(tmp_path / "m.onnx", {"t0": [2]}, {"t20001": [2]})
+    with pytest.raises(InputError, match="20,001 nodes, more than 20,000"):
+        describe_onnx(tmp_path / "m.onnx")
+
+
+def test_external_data_at_an_impossible_name_is_refused(tmp_path):
+    graph = Graph()
+    graph.add("Add", ["x", graph.weight("w", 2)], "y")
+    model = onnx.load(graph.save(tmp_path / "m.onnx", {"x": [2]}, {"y": [2]}))
+    weight = model.graph.initializer[0]
+    weight.ClearField("raw_data")
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="w\0.bin")
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match="outside the model's folder"):
+        check_onnx(tmp_path / "m.onnx")

@@ -7,41 +7,23 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime
-from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.onnx.file import describe_onnx
 from edgekd.onnx.import_onnx import pack_onnx, rename_onnx
+from tests.onnx_builders import parse_onnx
 
 
 def model_with_subgraph() -> onnx.ModelProto:
     """y = x·w if its sum is positive, else x·w + x, the branches reading the outer x."""
-    then = helper.make_graph(
-        [helper.make_node("Identity", ["p"], ["t"])],
-        "then",
-        [],
-        [helper.make_tensor_value_info("t", TensorProto.FLOAT, None)],
-    )
-    other = helper.make_graph(
-        [helper.make_node("Add", ["p", "x"], ["e"])],
-        "else",
-        [],
-        [helper.make_tensor_value_info("e", TensorProto.FLOAT, None)],
-    )
-    nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["p"]),
-        helper.make_node("ReduceSum", ["p"], ["s"], keepdims=0),
-        helper.make_node("Greater", ["s", "zero"], ["c"]),
-        helper.make_node("If", ["c"], ["y"], then_branch=then, else_branch=other),
-    ]
+    text = """(float[n,4] x) => (float[n,4] y) {
+        p = MatMul (x, w)
+        s = ReduceSum <keepdims = 0> (p)
+        c = Greater (s, zero)
+        y = If (c) <then_branch = then () => (float[] t) { t = Identity (p) },
+                    else_branch = else () => (float[] e) { e = Add (p, x) }>
+    }"""
     weights = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32)
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4])],
-        [numpy_helper.from_array(weights, "w"), numpy_helper.from_array(np.float32(0), "zero")],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    return parse_onnx(text, {"w": weights, "zero": np.float32(0)}, opset=18)
 
 
 def answers(path: Path, name: str) -> list[np.ndarray]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
 
 from edgekd.onnx.compare import Reference, comparable
 from edgekd.onnx.file import describe_onnx
@@ -13,7 +12,7 @@ from edgekd.onnx.inference import BatchedModel, ragged, run_samples
 from edgekd.onnx.samples import ArraySamples, open_samples
 from edgekd.quantization.mixed_precision import convert_mixed_precision
 from edgekd.quantization.static import StaticQuantizer
-from tests.onnx_builders import Graph, run
+from tests.onnx_builders import Graph, run, save_onnx
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.standard_normal((20, 6, 8)).astype(np.float32)
@@ -61,27 +60,21 @@ def test_a_time_first_model_is_quantized_and_compared(tmp_path):
 
 def detector(path, batch="N"):
     """Boxes and scores of a convolution, and the indices that a suppression leaves of them."""
+    text = f"""(float[{batch},3,8,8] x) => (float[{batch},64,4] boxes_, int64[K,3] sel) {{
+        [conv] c = Conv <pads = [1, 1, 1, 1]> (x, w)
+        [boxes] b0 = Conv (c, wb)
+        [scores] s0 = Conv (c, ws)
+        [rb] b1 = Reshape (b0, sb)
+        [tb] boxes_ = Transpose <perm = [0, 2, 1]> (b1)
+        [rs] scores_ = Reshape (s0, ss)
+        [nms] sel = NonMaxSuppression (boxes_, scores_, most, iou, least)
+    }}"""
     g = Graph(2)
-    g.add("Conv", ["x", g.weight("w", 8, 3, 3, 3)], "c", "conv", pads=[1] * 4)
-    g.add("Conv", ["c", g.weight("wb", 4, 8, 1, 1)], "b0", "boxes")
-    g.add("Conv", ["c", g.weight("ws", 2, 8, 1, 1)], "s0", "scores")
-    shapes = [g.constant(n, np.array([0, d, 64])) for n, d in (("sb", 4), ("ss", 2))]
-    g.add("Reshape", ["b0", shapes[0]], "b1", "rb")
-    g.add("Transpose", ["b1"], "boxes_", "tb", perm=[0, 2, 1])
-    g.add("Reshape", ["s0", shapes[1]], "scores_", "rs")
-    limits = [
-        g.constant("most", np.array([10], np.int64)),
-        g.constant("iou", np.array([0.5], np.float32)),
-        g.constant("least", np.array([0.1], np.float32)),
-    ]
-    g.add("NonMaxSuppression", ["boxes_", "scores_", *limits], "sel", "nms")
-    path = g.save(path, {"x": [batch, 3, 8, 8]}, {"boxes_": [batch, 64, 4], "sel": ["K", 3]})
-    model = onnx.load(str(path))
-    model.graph.output[1].CopyFrom(
-        helper.make_tensor_value_info("sel", TensorProto.INT64, ["K", 3])
-    )
-    onnx.save(model, str(path))
-    return path
+    g.weight("w", 8, 3, 3, 3), g.weight("wb", 4, 8, 1, 1), g.weight("ws", 2, 8, 1, 1)
+    constants = {"sb": np.array([0, 4, 64]), "ss": np.array([0, 2, 64]), "most": np.array([10]),
+                 "iou": np.float32([0.5]), "least": np.float32([0.1])}  # fmt: skip
+    weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in g.weights}
+    return save_onnx(path, text, weights | constants)
 
 
 IMAGES = {"x": RANDOM.standard_normal((12, 3, 8, 8)).astype(np.float32)}

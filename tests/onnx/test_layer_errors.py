@@ -6,7 +6,6 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 import edgekd.onnx.layer_errors as module
 from edgekd.errors import InputError
@@ -15,38 +14,22 @@ from edgekd.onnx.samples import ArraySamples
 from edgekd.quantization.mixed_precision import convert_mixed_precision
 from edgekd.quantization.mixed_precision_graph import write_rounded
 from edgekd.quantization.static import StaticQuantizer
+from tests.onnx_builders import save_onnx
 
 RANDOM = np.random.default_rng(0)
 SAMPLES = {"x": RANDOM.standard_normal((40, 8)).astype(np.float32)}
 WEIGHTS = [RANDOM.standard_normal((8, 8)).astype(np.float32) / 3 for _ in range(4)]
 
 
-def save(path, nodes, weights, inputs, outputs):
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in inputs.items()],
-        [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in outputs.items()],
-        [numpy_helper.from_array(np.asarray(v), k) for k, v in weights.items()],
-    )
-    opset = [helper.make_opsetid("", 17)]
-    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=9), path)
-    return path
-
-
 def chain(path, weights=WEIGHTS, batch="batch"):
     """x → (MatMul, Relu) × 3 → MatMul → out, nodes fc0, relu0, fc1, …"""
-    nodes, name = [], "x"
-    for index in range(len(weights)):
-        last = index == len(weights) - 1
-        made = "out" if last else f"t{index}"
-        nodes.append(helper.make_node("MatMul", [name, f"w{index}"], [made], f"fc{index}"))
-        name = made
-        if not last:
-            name = f"r{index}"
-            nodes.append(helper.make_node("Relu", [made], [name], f"relu{index}"))
-    named = {f"w{index}": weight for index, weight in enumerate(weights)}
-    return save(path, nodes, named, {"x": [batch, 8]}, {"out": [batch, 8]})
+    nodes, source, last = "", "x", len(weights) - 1
+    for i in range(last):
+        nodes += f"[fc{i}] t{i} = MatMul ({source}, w{i})  [relu{i}] r{i} = Relu (t{i})\n"
+        source = f"r{i}"
+    nodes += f"[fc{last}] out = MatMul ({source}, w{last})"
+    named = {f"w{i}": weight for i, weight in enumerate(weights)}
+    return save_onnx(path, f"(float[{batch},8] x) => (float[{batch},8] out) {{ {nodes} }}", named)
 
 
 def image_net(path):
@@ -59,19 +42,17 @@ def image_net(path):
     weights = {"c1": some(8, 3, 3, 3), "scale": np.abs(some(8)) + 0.5, "shift": some(8),
                "mean": some(8), "var": np.abs(some(8)) + 0.5, "c2": some(8, 8, 3, 3),
                "c2b": some(8), "g": some(8, 5), "gb": some(5)}  # fmt: skip
-    nodes = [
-        helper.make_node("Conv", ["x", "c1"], ["conv1"], "conv1", pads=[1] * 4),
-        helper.make_node(
-            "BatchNormalization", ["conv1", "scale", "shift", "mean", "var"], ["norm1"], "norm1"
-        ),
-        helper.make_node("Relu", ["norm1"], ["relu1"], "relu1"),
-        helper.make_node("Conv", ["relu1", "c2", "c2b"], ["conv2"], "conv2", pads=[1] * 4),
-        helper.make_node("Relu", ["conv2"], ["relu2"], "relu2"),
-        helper.make_node("GlobalAveragePool", ["relu2"], ["pooled"], "pool"),
-        helper.make_node("Flatten", ["pooled"], ["flat"], "flatten"),
-        helper.make_node("Gemm", ["flat", "g", "gb"], ["out"], "gemm"),
-    ]
-    return save(path, nodes, weights, {"x": ["b", 3, 8, 8]}, {"out": ["b", 5]})
+    text = """(float[b,3,8,8] x) => (float[b,5] out) {
+        [conv1] conv1 = Conv <pads = [1, 1, 1, 1]> (x, c1)
+        [norm1] norm1 = BatchNormalization (conv1, scale, shift, mean, var)
+        [relu1] relu1 = Relu (norm1)
+        [conv2] conv2 = Conv <pads = [1, 1, 1, 1]> (relu1, c2, c2b)
+        [relu2] relu2 = Relu (conv2)
+        [pool] pooled = GlobalAveragePool (relu2)
+        [flatten] flat = Flatten (pooled)
+        [gemm] out = Gemm (flat, g, gb)
+    }"""
+    return save_onnx(path, text, weights)
 
 
 IMAGES = {"x": RANDOM.standard_normal((24, 3, 8, 8)).astype(np.float32)}
@@ -223,11 +204,9 @@ def test_a_layer_that_overflows_is_named_and_those_after_it_are_not_blamed(tmp_p
 
 def test_weights_that_are_computed_are_no_layers(tmp_path):
     """A transposed weight is a tensor that both have, but nothing that an input reaches."""
-    nodes = [
-        helper.make_node("Transpose", ["w"], ["wt"], "turn"),
-        helper.make_node("MatMul", ["x", "wt"], ["out"], "fc"),
-    ]
-    path = save(tmp_path / "m.onnx", nodes, {"w": WEIGHTS[0]}, {"x": ["b", 8]}, {"out": ["b", 8]})
+    text = """(float[b,8] x) => (float[b,8] out)
+    { [turn] wt = Transpose (w)  [fc] out = MatMul (x, wt) }"""
+    path = save_onnx(tmp_path / "m.onnx", text, {"w": WEIGHTS[0]})
     (row,) = layer_errors(path, path, ArraySamples(SAMPLES))
     assert (row.node, row.op, row.relative) == ("fc", "MatMul", 0.0)
 
@@ -247,9 +226,8 @@ def test_external_weights_are_found(tmp_path):
 
 def test_models_with_nothing_in_common_are_refused(tmp_path):
     first = chain(tmp_path / "a.onnx")
-    nodes = [helper.make_node("MatMul", ["x", "w"], ["other"], "fc")]
-    shape = {"x": ["b", 8]}
-    second = save(tmp_path / "b.onnx", nodes, {"w": WEIGHTS[0]}, shape, {"other": ["b", 8]})
+    text = "(float[b,8] x) => (float[b,8] other) { [fc] other = MatMul (x, w) }"
+    second = save_onnx(tmp_path / "b.onnx", text, {"w": WEIGHTS[0]})
     with pytest.raises(InputError, match=r"no layer of b\.onnx"):
         layer_errors(first, second, ArraySamples(SAMPLES))
     with pytest.raises(InputError, match="batches of 2 only, the other of 3"):

@@ -17,19 +17,7 @@ from edgekd.models.build import build_model
 from edgekd.onnx.export import export_onnx
 from edgekd.onnx.memory_estimate import estimate_memory
 from edgekd.spec import TensorSpec
-
-FLOAT = TensorProto.FLOAT
-node = helper.make_node
-
-
-def save(path, nodes, inputs, outputs, weights=(), opset=17):
-    """``inputs`` and ``outputs``: (name, element type, shape)."""
-    declared = [[helper.make_tensor_value_info(*v) for v in side] for side in (inputs, outputs)]
-    held = [numpy_helper.from_array(value, name) for name, value in dict(weights).items()]
-    graph = helper.make_graph(nodes, "g", *declared, held)
-    opsets = [helper.make_opsetid("", opset)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), str(path))
-    return path
+from tests.onnx_builders import parse_onnx, save_onnx
 
 
 @pytest.fixture(scope="module")
@@ -97,33 +85,30 @@ def test_the_exported_convnet_holds_what_a_simulated_run_holds(convnet, batch):
 @given(st.data())
 def test_any_graph_holds_what_a_simulated_run_holds(tmp_path_factory, data):
     """Random graphs of growing, shrinking, dead, twice used and shown tensors of three types."""
-    nodes, names = [], ["x"]
+    nodes, names = "", ["x"]
     for index in range(data.draw(st.integers(1, 12))):
         kind = data.draw(st.sampled_from(["Relu", "Concat", "ReduceSum", "Split", "Half"]))
         source, other = (data.draw(st.sampled_from(names)) for _ in range(2))
         out = f"t{index}"
         if kind == "Relu":
-            nodes.append(node("Relu", [source], [out]))
+            nodes += f"{out} = Relu ({source})\n"
         elif kind == "Concat":
-            nodes.append(node("Concat", [source, other], [out], axis=0))
+            nodes += f"{out} = Concat <axis = 0> ({source}, {other})\n"
         elif kind == "ReduceSum":
-            nodes.append(node("ReduceMax", [source], [out], axes=[1], keepdims=0))
-            nodes.append(node("Unsqueeze", [out, "one"], [f"{out}u"]))
-            nodes.append(node("Tile", [f"{out}u", "wide"], [f"{out}w"]))
+            nodes += f"{out} = ReduceMax <axes = [1], keepdims = 0> ({source})\n"
+            nodes += f"{out}u = Unsqueeze ({out}, one)  {out}w = Tile ({out}u, wide)\n"
             out = f"{out}w"
         elif kind == "Split":
-            nodes.append(node("ArgMax", [source], [f"{out}i"], axis=1))  # dead, int64
-            nodes.append(node("Neg", [source], [out]))
+            nodes += f"{out}i = ArgMax <axis = 1> ({source})\n"  # dead, int64
+            nodes += f"{out} = Neg ({source})\n"
         else:
-            nodes.append(node("Cast", [source], [f"{out}h"], to=TensorProto.FLOAT16))
-            nodes.append(node("Cast", [f"{out}h"], [out], to=FLOAT))
+            nodes += f"{out}h = Cast <to = 10> ({source})  {out} = Cast <to = 1> ({out}h)\n"
         names.append(out)
     shown = data.draw(st.lists(st.sampled_from(names[1:]), min_size=1, max_size=3, unique=True))
-    path = save(
+    outputs = ", ".join(f"float[] {name}" for name in shown)
+    path = save_onnx(
         tmp_path_factory.mktemp("graph") / "m.onnx",
-        nodes,
-        [("x", FLOAT, ["batch", 6])],
-        [(name, FLOAT, None) for name in shown],
+        f"(float[batch,6] x) => ({outputs}) {{ {nodes} }}",
         {"one": np.array([1]), "wide": np.array([1, 6])},
     )
     estimate = estimate_memory(path, batch=3)
@@ -157,21 +142,18 @@ def test_the_runtimes_arena_is_of_the_same_order(convnet):
 
 def test_a_branch_counts_inside_its_node_and_the_larger_one_decides(tmp_path):
     def branch(name, wide):
-        outs = [helper.make_tensor_value_info(f"{name}_y", FLOAT, None)]
-        parts = [node("Concat", ["x"] * wide, [f"{name}_c"], axis=1, name=f"{name}_concat")]
-        parts.append(node("ReduceMax", [f"{name}_c"], [f"{name}_y"], axes=[1], keepdims=1))
-        return helper.make_graph(parts, name, [], outs)
+        return f"""{name} () => (float[] {name}_y) {{
+            [{name}_concat] {name}_c = Concat <axis = 1> ({", ".join(["x"] * wide)})
+            {name}_y = ReduceMax <axes = [1], keepdims = 1> ({name}_c)
+        }}"""
 
-    nodes = [
-        node("ReduceSum", ["x"], ["s"], keepdims=0),
-        node("Greater", ["s", "zero"], ["yes"]),
-        node("If", ["yes"], ["y"], name="choose", then_branch=branch("then", 2),
-             else_branch=branch("otherwise", 5)),
-    ]  # fmt: skip
-    path = save(
-        tmp_path / "if.onnx", nodes, [("x", FLOAT, [2, 10])], [("y", FLOAT, None)],
-        {"zero": np.float32(0).reshape(())},
-    )  # fmt: skip
+    text = f"""(float[2,10] x) => (float[] y) {{
+        s = ReduceSum <keepdims = 0> (x)
+        yes = Greater (s, zero)
+        [choose] y = If (yes) <then_branch = {branch("then", 2)},
+                               else_branch = {branch("otherwise", 5)}>
+    }}"""
+    path = save_onnx(tmp_path / "if.onnx", text, {"zero": np.float32(0)})
     estimate = estimate_memory(path)
     # x 80, the condition 1, five times x 400 and its maximum 8; x is still read by no one else.
     assert estimate.activations_bytes == 80 + 1 + 400 + 8
@@ -179,27 +161,23 @@ def test_a_branch_counts_inside_its_node_and_the_larger_one_decides(tmp_path):
 
 
 def test_a_tensor_read_only_inside_a_branch_lives_until_it(tmp_path):
-    value = helper.make_tensor_value_info
-    same = helper.make_graph(
-        [node("Identity", ["kept"], ["t"])], "t", [], [value("t", FLOAT, None)]
-    )
-    other = helper.make_graph([node("Neg", ["kept"], ["e"])], "e", [], [value("e", FLOAT, None)])
-    nodes = [
-        node("Concat", ["x", "x"], ["kept"], axis=0),
-        node("Concat", ["x"] * 10, ["large"], axis=0, name="large"),
-        node("ReduceSum", ["large"], ["s"], keepdims=0),
-        node("Greater", ["s", "zero"], ["yes"]),
-        node("If", ["yes"], ["y"], then_branch=same, else_branch=other),
-    ]
-    path = save(tmp_path / "m.onnx", nodes, [("x", FLOAT, [25])], [("y", FLOAT, None)],
-                {"zero": np.float32(0).reshape(())})  # fmt: skip
+    text = f"""(float[25] x) => (float[] y) {{
+        kept = Concat <axis = 0> (x, x)
+        [large] large = Concat <axis = 0> ({", ".join(["x"] * 10)})
+        s = ReduceSum <keepdims = 0> (large)
+        yes = Greater (s, zero)
+        y = If (yes) <then_branch = t () => (float[] t) {{ t = Identity (kept) }},
+                      else_branch = e () => (float[] e) {{ e = Neg (kept) }}>
+    }}"""
+    path = save_onnx(tmp_path / "m.onnx", text, {"zero": np.float32(0)})
     # x, kept and large, and the sum while large is still there.
     assert estimate_memory(path).activations_bytes == 100 + 200 + 1000 + 4
 
 
 def test_sizes_that_depend_on_values_and_open_sizes_are_listed(tmp_path):
-    nodes = [node("NonZero", ["x"], ["where"]), node("Cast", ["where"], ["y"], to=FLOAT)]
-    path = save(tmp_path / "m.onnx", nodes, [("x", FLOAT, ["batch", "time"])], [("y", FLOAT, None)])
+    text = """(float[batch,time] x) => (float[] y)
+    { where = NonZero (x)  y = Cast <to = 1> (where) }"""
+    path = save_onnx(tmp_path / "m.onnx", text)
     assert estimate_memory(path).unknown == ("where", "x", "y")
     sized = estimate_memory(path, {"x": (2, 50)})
     assert sized.unknown == ("where", "y")
@@ -208,18 +186,10 @@ def test_sizes_that_depend_on_values_and_open_sizes_are_listed(tmp_path):
 
 
 def test_four_bit_weights_take_half_a_byte(tmp_path):
-    packed = helper.make_tensor("w", TensorProto.INT4, [3], [1, 2, 3])
-    graph = helper.make_graph(
-        [node("DequantizeLinear", ["w", "scale"], ["d"]), node("Add", ["x", "d"], ["y"])],
-        "g",
-        [helper.make_tensor_value_info("x", FLOAT, [3])],
-        [helper.make_tensor_value_info("y", FLOAT, [3])],
-        [packed, numpy_helper.from_array(np.float32(1), "scale")],
-    )
-    opsets = [helper.make_opsetid("", 21)]
-    onnx.save(
-        helper.make_model(graph, opset_imports=opsets, ir_version=10), str(tmp_path / "m.onnx")
-    )
+    text = """(float[3] x) => (float[3] y) { d = DequantizeLinear (w, scale)  y = Add (x, d) }"""
+    model = parse_onnx(text, {"scale": np.float32(1)}, opset=21, ir=10)
+    model.graph.initializer.append(helper.make_tensor("w", TensorProto.INT4, [3], [1, 2, 3]))
+    onnx.save(model, tmp_path / "m.onnx")
     assert estimate_memory(tmp_path / "m.onnx").weights_bytes == 2 + 4
 
 
@@ -233,9 +203,6 @@ def test_four_bit_weights_take_half_a_byte(tmp_path):
     ],
 )
 def test_sizes_that_contradict_the_model_are_errors(tmp_path, shapes, batch, message):
-    path = save(
-        tmp_path / "m.onnx", [node("Relu", ["x"], ["z"])], [("x", FLOAT, [2, 6])],
-        [("z", FLOAT, None)],
-    )  # fmt: skip
+    path = save_onnx(tmp_path / "m.onnx", "(float[2,6] x) => (float[] z) { z = Relu (x) }")
     with pytest.raises(InputError, match=message):
         estimate_memory(path, shapes, batch)

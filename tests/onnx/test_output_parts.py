@@ -3,16 +3,15 @@
 import json
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from edgekd.onnx.compare import Reference
 from edgekd.onnx.error_metrics import SCORE_THRESHOLD
 from edgekd.onnx.output_parts import find_parts
 from edgekd.onnx.samples import ArraySamples
-from edgekd.stages.evaluator import Evaluator, remarks_on_errors
-from tests.onnx_builders import Graph
+from edgekd.quantization.evaluator import SampleEvaluator, remarks_on_errors
+from tests.onnx_builders import Graph, save_onnx
 
 X = np.random.default_rng(0).standard_normal((12, 4, 6)).astype(np.float32)
 SAMPLES = ArraySamples({"x": X})
@@ -65,7 +64,7 @@ def test_the_inputs_of_a_concat_are_parts_wherever_their_values_are_moved(tmp_pa
 
 def test_lost_scores_are_the_worst_part_however_good_the_whole_is(tmp_path):
     sound, spoilt = head(tmp_path / "a.onnx"), head(tmp_path / "b.onnx", lost=1.0)
-    found = Evaluator(sound, SAMPLES, None).compare(spoilt)
+    found = SampleEvaluator(sound, SAMPLES, None).compare(spoilt)
     whole = found["errors"][0]
     assert whole["sqnr_db"] > 50
     assert whole["cosine"] > 0.999
@@ -116,32 +115,22 @@ def test_classes_of_a_softmax_are_one_part_however_rare(tmp_path):
 
 def segmenting(path, *, to=None, shift=0.0):
     """x (n, 4, 6) → the largest channel at each place; all but the first one are shifted."""
+    text = f"""(float[n,4,6] x) => ({to or "int64"}[n,6] y) {{
+        s = Add (x, shifts)
+        m = ArgMax <axis = 1, keepdims = 0> (s)
+        y = Cast <to = {TensorProto.DataType.Value((to or "int64").upper())}> (m)
+    }}"""
     shifts = np.array([0, shift, shift, shift], np.float32).reshape(4, 1)
-    nodes = [
-        helper.make_node("Add", ["x", "shifts"], ["s"]),
-        helper.make_node("ArgMax", ["s"], ["m" if to else "y"], axis=1, keepdims=0),
-    ]
-    if to:
-        nodes.append(helper.make_node("Cast", ["m"], ["y"], to=to))
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4, 6])],
-        [helper.make_tensor_value_info("y", to or TensorProto.INT64, ["n", 6])],
-        [onnx.numpy_helper.from_array(shifts, "shifts")],
-    )
-    opsets = [helper.make_opsetid("", 17)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), str(path))
-    return path
+    return save_onnx(path, text, {"shifts": shifts})
 
 
-@pytest.mark.parametrize("to", [None, TensorProto.INT32, TensorProto.UINT8, TensorProto.FLOAT])
+@pytest.mark.parametrize("to", [None, "int32", "uint8", "float"])
 def test_a_choice_of_classes_is_the_same_or_not(tmp_path, to):
     sound = segmenting(tmp_path / "a.onnx", to=to)
     spoilt = segmenting(tmp_path / "b.onnx", to=to, shift=-0.5)
     right = (X.argmax(1) == (X + np.float32([0, -0.5, -0.5, -0.5])[:, None]).argmax(1)).mean()
     assert 0.5 < right < 0.95
-    judge = Evaluator(sound, SAMPLES, None)
+    judge = SampleEvaluator(sound, SAMPLES, None)
     found = judge.compare(spoilt)
     assert found["metric"] == "agreement with float32"
     assert found["score"]["value"] == pytest.approx(right)
@@ -153,19 +142,17 @@ def test_an_image_in_integers_is_a_number_and_no_choice(tmp_path):
     """One step of 255 off in each value is a small error, not another picture."""
 
     def image(name, offset):
-        g = Graph()
-        g.add("Sigmoid", ["x"], "unit")
-        g.add("Mul", ["unit", g.constant("scale", np.float32(255))], "scaled")
-        g.add("Add", ["scaled", g.constant("offset", np.float32(offset))], "shifted")
-        g.add("Cast", ["shifted"], "y", to=TensorProto.UINT8)
-        path = g.save(tmp_path / name, {"x": ["n", 4, 6]}, {"y": ["n", 4, 6]})
-        model = onnx.load(str(path))
-        model.graph.output[0].type.tensor_type.elem_type = TensorProto.UINT8
-        onnx.save(model, str(path))
-        return path
+        text = """(float[n,4,6] x) => (uint8[n,4,6] y) {
+            unit = Sigmoid (x)
+            scaled = Mul (unit, scale)
+            shifted = Add (scaled, offset)
+            y = Cast <to = 2> (shifted)
+        }"""
+        weights = {"scale": np.float32(255), "offset": np.float32(offset)}
+        return save_onnx(tmp_path / name, text, weights)
 
     small = ArraySamples({"x": X * 0.5})
-    assert Evaluator(image("a.onnx", 0), small, None).drop_of(image("b.onnx", 1)) < 0.02
+    assert SampleEvaluator(image("a.onnx", 0), small, None).drop_of(image("b.onnx", 1)) < 0.02
 
 
 def relu(path, shift, noise=0.0):
@@ -180,7 +167,7 @@ def relu(path, shift, noise=0.0):
 def test_a_sample_of_zeros_is_measured_by_the_size_of_the_others(tmp_path):
     x = np.zeros((8, 4, 6), np.float32)
     x[0] = 3
-    judge = Evaluator(relu(tmp_path / "a.onnx", -1), ArraySamples({"x": x}), None)
+    judge = SampleEvaluator(relu(tmp_path / "a.onnx", -1), ArraySamples({"x": x}), None)
     found = judge.compare(relu(tmp_path / "b.onnx", -1, 0.01))
     # 2 in one of eight samples: a root mean square of 2 / √8.
     assert found["drop"]["value"] == pytest.approx(0.01 / (2 / np.sqrt(8)), rel=1e-3)
@@ -189,7 +176,7 @@ def test_a_sample_of_zeros_is_measured_by_the_size_of_the_others(tmp_path):
 
 def test_zeros_in_every_sample_are_compared_absolutely(tmp_path):
     samples = ArraySamples({"x": np.zeros((8, 4, 6), np.float32)})
-    judge = Evaluator(relu(tmp_path / "a.onnx", -1), samples, None)
+    judge = SampleEvaluator(relu(tmp_path / "a.onnx", -1), samples, None)
     found = judge.compare(relu(tmp_path / "b.onnx", -1, 4e-5))
     assert found["drop"]["value"] == pytest.approx(4e-5, rel=1e-3)
     assert found["metric"] == "1 - error (float32 gives zeros)"
@@ -204,7 +191,7 @@ def test_scores_of_images_that_show_nothing_have_the_scale_of_scores(tmp_path):
         g.add("Sigmoid", ["shifted"], "y")
         return g.save(tmp_path / name, {"x": ["n", 4, 6]}, {"y": ["n", 4, 6]})
 
-    found = Evaluator(scores("a.onnx", -12), SAMPLES, None).compare(scores("b.onnx", -11))
+    found = SampleEvaluator(scores("a.onnx", -12), SAMPLES, None).compare(scores("b.onnx", -11))
     assert found["drop"]["value"] < 0.01
     assert remarks_on_errors(found["errors"]) == []
 
@@ -219,7 +206,7 @@ def test_a_further_output_can_be_the_worst(tmp_path):
         shapes = {"logits": ["n", 24], "boxes": ["n", 4, 6]}
         return g.save(tmp_path / name, {"x": ["n", 4, 6]}, shapes)
 
-    judge = Evaluator(two("a.onnx", 1), SAMPLES, None)
+    judge = SampleEvaluator(two("a.onnx", 1), SAMPLES, None)
     spoilt = two("b.onnx", 0)
     found = judge.compare(spoilt)
     assert (found["metric"], found["drop"]["value"]) == ("agreement with float32", 0)

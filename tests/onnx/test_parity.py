@@ -8,7 +8,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from edgekd.config.engines import ExportConfig
+from edgekd.config.pipeline import ExportConfig
 from edgekd.errors import InputError, StageError
 from edgekd.onnx.export import export_onnx
 from edgekd.onnx.parity import check_parity, parity

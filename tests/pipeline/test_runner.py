@@ -17,13 +17,7 @@ from edgekd.pipeline.runner import Runner, is_disk_full, plan, stages_until
 from edgekd.pipeline.stage import Context, Job
 from edgekd.pipeline.store import Store
 from edgekd.stages import STAGES
-
-
-class Silent:
-    def start(self, label: str, total: int, unit: str) -> None: ...
-    def advance(self, n: int = 1, **figures: float) -> None: ...
-    def message(self, text: str) -> None: ...
-    def finish(self) -> None: ...
+from tests.progress import RecordedProgress
 
 
 @dataclass
@@ -69,7 +63,7 @@ def stages():
 
 
 def run(made: Job, folder: Path, stages: tuple[Recorded, ...]) -> list[str]:
-    return Runner(made, Store(folder), Silent(), stages=stages).run().ran
+    return Runner(made, Store(folder), RecordedProgress(), stages=stages).run().ran
 
 
 def test_second_run_does_nothing(tmp_path: Path, stages) -> None:

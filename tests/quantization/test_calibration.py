@@ -11,23 +11,9 @@ from edgekd.onnx.samples import ArraySamples
 from edgekd.quantization.calibration import calibrate
 from edgekd.quantization.prepare import prepare_onnx
 from tests.onnx_builders import run
+from tests.samples import CountedSamples, GeneratedSamples
 
 TENSORS = ("image", "r1", "pooled", "logits")
-
-
-class Made:
-    """Samples that are made when asked for, each from its own seed."""
-
-    def __init__(self, count):
-        self.count = count
-
-    def batches(self, size):
-        for start in range(0, self.count, size):
-            rows = [
-                np.random.default_rng(i).standard_normal((3, 8, 8)).astype(np.float32)
-                for i in range(start, min(start + size, self.count))
-            ]
-            yield {"image": np.stack(rows)}
 
 
 class InChunks(ArraySamples):
@@ -48,16 +34,9 @@ def prepared(convolutional, tmp_path_factory):
     return path
 
 
-def ranges(prepared, samples, scratch, calibration="minmax", symmetric=False):
-    return calibrate(
-        prepared,
-        TENSORS,
-        samples,
-        scratch,
-        calibration=calibration,
-        symmetric=symmetric,
-        threads=1,
-    ).ranges
+def ranges(prepared, samples, scratch, calibration="minmax", tensors=TENSORS):
+    settings = {"calibration": calibration, "symmetric": False, "threads": 1}
+    return calibrate(prepared, tensors, samples, scratch, **settings).ranges
 
 
 def test_minmax_is_the_extremes_of_what_the_model_computes(prepared, images, tmp_path):
@@ -98,7 +77,10 @@ def test_thresholds_lie_within_the_extremes(prepared, images, tmp_path, calibrat
 def test_memory_does_not_grow_with_the_samples(prepared, tmp_path, calibration):
     def peak(count):
         tracemalloc.start()
-        ranges(prepared, Made(count), tmp_path, calibration)
+        made = GeneratedSamples(
+            "image", count, lambda i: np.random.default_rng(i).standard_normal((3, 8, 8))
+        )
+        ranges(prepared, made, tmp_path, calibration)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak
@@ -149,41 +131,13 @@ def test_a_nan_that_arises_in_the_model_is_refused(logarithm, tmp_path, calibrat
     x[66, 1] = value
     said = r"tensor 'log' of the float model becomes NaN or infinite on samples 63 to 69"
     with pytest.raises(InputError, match=said):
-        calibrate(
-            logarithm(batch),
-            ("log",),
-            InChunks({"x": x}, 9),
-            tmp_path,
-            calibration=calibration,
-            symmetric=False,
-            threads=1,
-        )
+        ranges(logarithm(batch), InChunks({"x": x}, 9), tmp_path, calibration, ("log",))
 
 
 def test_values_whose_sum_leaves_float32_are_no_infinity(logarithm, tmp_path):
     x = np.full((4, 4), 3e38, np.float32)
-    found = calibrate(
-        logarithm(),
-        ("x", "log"),
-        ArraySamples({"x": x}),
-        tmp_path,
-        calibration="entropy",
-        symmetric=False,
-        threads=1,
-    ).ranges
+    found = ranges(logarithm(), ArraySamples({"x": x}), tmp_path, "entropy", ("x", "log"))
     assert found["x"] == (np.float32(3e38), np.float32(3e38))
-
-
-class Asked(ArraySamples):
-    """Samples that remember how many were asked for at a time."""
-
-    def __init__(self, arrays):
-        super().__init__(arrays)
-        self.sizes = []
-
-    def batches(self, size):
-        self.sizes.append(size)
-        return super().batches(size)
 
 
 @pytest.mark.parametrize("calibration", ["minmax", "percentile"])
@@ -191,15 +145,7 @@ def test_open_height_and_width_count_as_they_are_in_the_samples(graph, tmp_path,
     graph.add("Conv", ["image", graph.weight("w", 16, 3, 3, 3)], "y", pads=[1] * 4)
     open_shape = ["batch", 3, "height", "width"]
     path = graph.save(tmp_path / "m.onnx", {"image": open_shape}, {"y": ["batch", 16, "h", "w"]})
-    samples = Asked({"image": np.ones((6, 3, 224, 224), np.float32)})
-    calibrate(
-        path,
-        ("image", "y"),
-        samples,
-        tmp_path,
-        calibration=calibration,
-        symmetric=False,
-        threads=1,
-    )
+    samples = CountedSamples({"image": np.ones((6, 3, 224, 224), np.float32)})
+    ranges(path, samples, tmp_path, calibration, ("image", "y"))
     each = 4 * (3 + 16) * 224**2
     assert 1 < max(samples.sizes) * each <= 32 * 2**20

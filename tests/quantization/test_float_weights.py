@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgekd.errors import InputError
 from edgekd.onnx.samples import ArraySamples
 from edgekd.quantization.dynamic import quantize_dynamic
-from edgekd.quantization.float_weights import float_nodes
+from edgekd.quantization.node_selection import float_nodes
 from edgekd.quantization.static import StaticQuantizer
 from edgekd.quantization.weights_only import quantize_weights
 from tests.onnx_builders import Graph, distance, run

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
 
 from edgekd.errors import InputError
 from edgekd.onnx.samples import ArraySamples, is_mask, open_samples
 from edgekd.quantization.static import StaticQuantizer
 from edgekd.spec import ModelSpec, TensorSpec
-from tests.onnx_builders import Graph, distance, pairs_of, run
+from tests.onnx_builders import Graph, distance, pairs_of, run, save_onnx
 
 T, WIDTH = 8, 16
 CAUSAL = np.triu(np.ones((T, T), bool), 1)
@@ -204,16 +202,11 @@ def test_a_tensor_without_elements_has_no_range(tmp_path, opset, calibration):
 
 
 def test_an_output_without_elements(tmp_path):
-    g = Graph(5)
-    g.add("MatMul", ["x", g.weight("w", 16, 8)], "y", "mm")
-    ends = [g.constant(n, np.array([v], np.int64)) for n, v in (("a", 0), ("b", 0), ("axis", 1))]
-    g.add("Slice", ["y", *ends], "z", "nothing")
-    path = g.save(tmp_path / "m.onnx", {"x": ["N", 16]}, {"y": ["N", 8], "z": ["N", 0]})
-    model = onnx.load(str(path))
-    model.graph.output[1].CopyFrom(
-        helper.make_tensor_value_info("z", TensorProto.FLOAT, ["N", "k"])
-    )
-    onnx.save(model, str(path))
+    text = """(float[N,16] x) => (float[N,8] y, float[N,k] z)
+    { [mm] y = MatMul (x, w)  [nothing] z = Slice (y, a, b, axis) }"""
+    ends = {"a": np.array([0]), "b": np.array([0]), "axis": np.array([1])}
+    w = np.random.default_rng(5).standard_normal((16, 8)).astype(np.float32) * np.float32(0.3)
+    path = save_onnx(tmp_path / "m.onnx", text, {"w": w, **ends})
     feed = {"x": X[:, 0]}
     StaticQuantizer(path, ArraySamples(feed), tmp_path / "s", runtime="cpu").write(
         tmp_path / "o.onnx"

@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
@@ -28,6 +28,7 @@ from edgekd.quantization.mixed_precision import convert_mixed_precision
 from edgekd.quantization.mixed_precision_graph import rounded
 from edgekd.quantization.mixed_precision_rules import LOW_TYPES
 from edgekd.spec import ModelSpec, TensorSpec
+from tests.onnx_builders import parse_onnx
 
 U = {"fp16": 2.0**-11, "bf16": 2.0**-8}
 NORMAL = {"fp16": 2.0**-14, "bf16": 2.0**-126}
@@ -36,27 +37,15 @@ KINDS = pytest.mark.parametrize("kind", ["fp16", "bf16"])
 F = TensorProto.FLOAT
 
 
-def weight(name, array):
-    return numpy_helper.from_array(np.asarray(array, np.float32), name)
-
-
-def ints(name, array):
-    return numpy_helper.from_array(np.asarray(array, np.int64), name)
-
-
-def info(name, shape, dtype=F):
-    return helper.make_tensor_value_info(name, dtype, shape)
-
-
-def save(path, nodes, inputs, outputs, weights=(), opset=18):
-    graph = helper.make_graph(nodes, "g", inputs, outputs, list(weights))
-    opsets = [helper.make_opsetid("", opset)]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), str(path))
+def save(path, text, **weights):
+    """Opset 18; a node without a name has its operation's, weights are float32 or integers."""
+    arrays = {name: np.asarray(value) for name, value in weights.items()}
+    arrays = {n: a.astype(np.float32) if a.dtype == float else a for n, a in arrays.items()}
+    model = parse_onnx(text, arrays, opset=18, ir=10)
+    for node in model.graph.node:
+        node.name = node.name or node.op_type
+    onnx.save(model, str(path))
     return path
-
-
-def node(op, inputs, outputs, name=None, **attributes):
-    return helper.make_node(op, inputs.split(), outputs.split(), name=name or op, **attributes)
 
 
 def normal(*shape, seed=0):
@@ -134,7 +123,9 @@ def test_a_convnet_errs_less_than_roundoff_allows_and_is_half_as_large(convnet, 
     for tensor in model.graph.initializer:
         array = numpy_helper.to_array(tensor)
         if array.dtype == np.float32:
-            tensor.CopyFrom(weight(tensor.name, np.abs(array) + NORMAL[kind]))
+            tensor.CopyFrom(
+                numpy_helper.from_array(np.abs(array) + np.float32(NORMAL[kind]), tensor.name)
+            )
     (magnitude,) = run(model, image=np.abs(image) + NORMAL[kind])
     bound = ((1 + U[kind]) ** (3 * layers + 2) - 1) * magnitude
     (reference,) = run(convnet, image=image)
@@ -304,13 +295,9 @@ def test_an_lstm_errs_less_than_its_gradients_allow(tmp_path, kind):
 
 def test_bfloat16_agrees_with_onnx_reference_evaluator(tmp_path):
     a, b = normal(6, 8), normal(8, 3, seed=1)
-    nodes = [
-        node("MatMul", "x a", "h"),
-        node("Relu", "h", "r"),
-        node("MatMul", "r b", "y", "last"),
-    ]
-    ends = [info("x", ["n", 6])], [info("y", ["n", 3])]
-    path = save(tmp_path / "m.onnx", nodes, *ends, [weight("a", a), weight("b", b)])
+    text = """(float[n,6] x) => (float[n,3] y)
+    { h = MatMul (x, a)  r = Relu (h)  [last] y = MatMul (r, b) }"""
+    path = save(tmp_path / "m.onnx", text, a=a, b=b)
     convert_mixed_precision(path, tmp_path / "half.onnx", "bf16")
     x = normal(2, 6, seed=2)
     (got,) = ReferenceEvaluator(str(tmp_path / "half.onnx")).run(None, {"x": x})
@@ -322,23 +309,14 @@ def test_bfloat16_agrees_with_onnx_reference_evaluator(tmp_path):
 
 @KINDS
 def test_bodies_stay_in_float32_and_take_what_they_capture_in_float32(tmp_path, kind):
-    def body(name, op):
-        nodes = [helper.make_node(op, ["h", "s"], [name])]
-        return helper.make_graph(nodes, name, [], [info(name, None)])
-
-    nodes = [
-        node("Relu", "x", "h"),
-        node("If", "c", "z", then_branch=body("a", "Mul"), else_branch=body("b", "Add")),
-        node("MatMul", "z w", "y"),
-        node("Mul", "h s", "k", "scaled"),
-    ]
-    path = save(
-        tmp_path / "m.onnx",
-        nodes,
-        [info("x", ["n", 4]), info("c", [], TensorProto.BOOL)],
-        [info("y", ["n", 4]), info("k", ["n", 4])],
-        [weight("w", np.eye(4)), weight("s", [0.1])],
-    )
+    text = """(float[n,4] x, bool c) => (float[n,4] y, float[n,4] k) {
+        h = Relu (x)
+        z = If (c) <then_branch = yes () => (float[] a) { a = Mul (h, s) },
+                    else_branch = no () => (float[] b) { b = Add (h, s) }>
+        y = MatMul (z, w)
+        [scaled] k = Mul (h, s)
+    }"""
+    path = save(tmp_path / "m.onnx", text, w=np.eye(4), s=[0.1])
     out = tmp_path / "half.onnx"
     found = convert_mixed_precision(path, out, kind)
     assert "kept in float32 completely" in found.kept["If"]
@@ -358,13 +336,15 @@ def test_bodies_stay_in_float32_and_take_what_they_capture_in_float32(tmp_path, 
 @KINDS
 def test_weights_in_constants_are_stored_in_16_bits(tmp_path, kind):
     w = normal(64, 64)
-    nodes = [
-        helper.make_node("Constant", [], ["w"], value=weight("", w)),
-        helper.make_node("Constant", [], ["s"], value_float=0.5),
-        node("MatMul", "x w", "h"),
-        node("Mul", "h s", "y"),
-    ]
-    path = save(tmp_path / "m.onnx", nodes, [info("x", ["n", 64])], [info("y", ["n", 64])])
+    path = tmp_path / "m.onnx"
+    model = parse_onnx("""(float[n,64] x) => (float[n,64] y) {
+        w = Constant ()
+        s = Constant <value_float = 0.5> ()
+        h = MatMul (x, w)
+        y = Mul (h, s)
+    }""", opset=18)  # fmt: skip
+    model.graph.node[0].attribute.add(name="value", type="TENSOR", t=numpy_helper.from_array(w))
+    onnx.save(model, path)
     convert_mixed_precision(path, tmp_path / "half.onnx", kind)
     stored = {t.name: t for t in onnx.load(str(tmp_path / "half.onnx")).graph.initializer}
     assert {t.data_type for t in stored.values()} == {TYPE[kind]}
@@ -375,19 +355,16 @@ def test_weights_in_constants_are_stored_in_16_bits(tmp_path, kind):
 @pytest.fixture
 def loud(tmp_path):
     """x (n, 2) → ·10⁵ → relu → ·10⁻⁵: the answer is relu(x), by way of activations of 10⁵."""
-    nodes = [
-        node("MatMul", "x a", "h", "up1"),
-        node("MatMul", "h b", "k", "up2"),
-        node("Relu", "k", "r", "between"),
-        node("MatMul", "r c", "m", "down1"),
-        node("MatMul", "m d", "y", "down2"),
-    ]
+    text = """(float[n,2] x) => (float[n,2] y) {
+        [up1] h = MatMul (x, a)
+        [up2] k = MatMul (h, b)
+        [between] r = Relu (k)
+        [down1] m = MatMul (r, c)
+        [down2] y = MatMul (m, d)
+    }"""
     eye = np.eye(2)
-    weights = [weight("a", eye * 1e3), weight("b", eye * 1e2)]
-    weights += [weight("c", eye * 1e-2), weight("d", eye * 1e-3)]
-    return save(
-        tmp_path / "loud.onnx", nodes, [info("x", ["n", 2])], [info("y", ["n", 2])], weights
-    )
+    scales = {"a": 1e3, "b": 1e2, "c": 1e-2, "d": 1e-3}
+    return save(tmp_path / "loud.onnx", text, **{name: eye * s for name, s in scales.items()})
 
 
 def test_activations_beyond_the_range_are_found_and_stay_in_float32(loud, tmp_path):
@@ -423,12 +400,12 @@ def test_an_overflow_names_the_first_node_and_is_not_written(loud, tmp_path, mon
 
 def test_weights_beyond_the_range_never_become_infinite(tmp_path):
     w = np.array([[1e6, 0.0], [0.0, -70000.0]], np.float32)
-    nodes = [node("MatMul", "x w", "h", "large"), node("MatMul", "h v", "y", "next")]
-    ends = [info("x", ["n", 2])], [info("y", ["n", 2])]
-    weights = [weight("w", w), weight("v", np.eye(2) * 1e-4), weight("z", np.eye(2))]
-    nodes.insert(0, node("MatMul", "x z", "x2", "first"))
-    nodes[1].input[0] = "x2"
-    path = save(tmp_path / "m.onnx", nodes, *ends, weights)
+    text = """(float[n,2] x) => (float[n,2] y) {
+        [first] x2 = MatMul (x, z)
+        [large] h = MatMul (x2, w)
+        [next] y = MatMul (h, v)
+    }"""
+    path = save(tmp_path / "m.onnx", text, w=w, v=np.eye(2) * 1e-4, z=np.eye(2))
     out = tmp_path / "half.onnx"
     found = convert_mixed_precision(path, out, "fp16")
     assert "'w' reaches 1e+06" in found.kept["large"]
@@ -447,17 +424,15 @@ def test_weights_beyond_the_range_never_become_infinite(tmp_path):
 
 def test_a_mask_of_the_smallest_float_keeps_fully_masked_rows_from_nan(tmp_path):
     lowest = np.finfo(np.float32).min
-    nodes = [
-        node("MatMul", "x w", "s"),
-        node("Sub", "one m", "inverse"),
-        node("Mul", "inverse lowest", "bias"),
-        node("Add", "s bias", "masked"),
-        node("Softmax", "masked", "p"),
-        node("MatMul", "p w", "y", "mix"),
-    ]
-    ends = [info("x", ["n", 4]), info("m", ["n", 4])], [info("y", ["n", 4])]
-    weights = [weight("w", np.eye(4)), weight("one", [1]), weight("lowest", [lowest])]
-    path = save(tmp_path / "m.onnx", nodes, *ends, weights)
+    text = """(float[n,4] x, float[n,4] m) => (float[n,4] y) {
+        s = MatMul (x, w)
+        inverse = Sub (one, m)
+        bias = Mul (inverse, lowest)
+        masked = Add (s, bias)
+        p = Softmax (masked)
+        [mix] y = MatMul (p, w)
+    }"""
+    path = save(tmp_path / "m.onnx", text, w=np.eye(4), one=[1.0], lowest=[float(lowest)])
     x, mask = normal(2, 4), np.array([[1, 1, 0, 1], [0, 0, 0, 0]], np.float32)
     for kind in ("fp16", "bf16"):  # it rounds to −∞ in bfloat16 too
         found = convert_mixed_precision(path, tmp_path / "half.onnx", kind)
@@ -472,9 +447,9 @@ def test_a_mask_of_the_smallest_float_keeps_fully_masked_rows_from_nan(tmp_path)
 @KINDS
 def test_a_weight_shared_with_a_float32_node_stays_exact_there(tmp_path, kind):
     w = normal(3, 3) / 3
-    nodes = [node("MatMul", "x w", "a", "low"), node("MatMul", "x w", "b", "high")]
-    ends = [info("x", ["n", 3])], [info("a", ["n", 3]), info("b", ["n", 3])]
-    path = save(tmp_path / "m.onnx", nodes, *ends, [weight("w", w)])
+    text = """(float[n,3] x) => (float[n,3] a, float[n,3] b)
+    { [low] a = MatMul (x, w)  [high] b = MatMul (x, w) }"""
+    path = save(tmp_path / "m.onnx", text, w=w)
     convert_mixed_precision(path, tmp_path / "half.onnx", kind, keep=("high",))
     x = normal(4, 3)
     got, reference = answers(tmp_path / "half.onnx", kind, x=x), run(path, x=x)
@@ -486,14 +461,14 @@ def test_a_weight_shared_with_a_float32_node_stays_exact_there(tmp_path, kind):
 @KINDS
 @pytest.mark.parametrize("keep_io", [True, False])
 def test_outputs_that_are_also_taken_and_inputs_that_both_take(tmp_path, kind, keep_io):
-    nodes = [
-        node("Relu", "x", "a", "low"),  # an output, and taken by both
-        node("Neg", "a", "b", "low2"),
-        node("Mul", "a x", "c", "high"),  # an output of a float32 node, taken by a low one
-        node("Sigmoid", "c", "d", "low3"),
-    ]
-    ends = [info("x", ["n", 3])], [info(name, ["n", 3]) for name in "abcd"]
-    path = save(tmp_path / "m.onnx", nodes, *ends)
+    # a is an output and taken by both; c is one of a float32 node, taken by a low one.
+    text = """(float[n,3] x) => (float[n,3] a, float[n,3] b, float[n,3] c, float[n,3] d) {
+        [low] a = Relu (x)
+        [low2] b = Neg (a)
+        [high] c = Mul (a, x)
+        [low3] d = Sigmoid (c)
+    }"""
+    path = save(tmp_path / "m.onnx", text)
     out = tmp_path / "half.onnx"
     convert_mixed_precision(path, out, kind, keep=("high",), keep_io=keep_io)
     model = onnx.load(str(out))
@@ -510,16 +485,15 @@ def test_outputs_that_are_also_taken_and_inputs_that_both_take(tmp_path, kind, k
 
 
 def test_squares_in_a_norm_written_out_do_not_overflow(tmp_path):
-    nodes = [
-        node("MatMul", "x w", "h"),
-        node("Mul", "h h", "q", "square"),
-        node("ReduceMean", "q axes", "v"),
-        node("Add", "v eps", "e"),
-        node("Sqrt", "e", "r"),
-        node("Div", "h r", "y"),
-    ]
-    weights = [weight("w", np.eye(8)), weight("eps", [1e-12]), ints("axes", [-1])]
-    path = save(tmp_path / "m.onnx", nodes, [info("x", ["n", 8])], [info("y", ["n", 8])], weights)
+    text = """(float[n,8] x) => (float[n,8] y) {
+        h = MatMul (x, w)
+        [square] q = Mul (h, h)
+        v = ReduceMean (q, axes)
+        e = Add (v, eps)
+        r = Sqrt (e)
+        y = Div (h, r)
+    }"""
+    path = save(tmp_path / "m.onnx", text, w=np.eye(8), eps=[1e-12], axes=[-1])
     x = 2000 * normal(3, 8)  # squares of 4·10⁶
     found = convert_mixed_precision(path, tmp_path / "half.onnx", "fp16")
     assert {"square", "ReduceMean", "Add", "Sqrt"} <= found.kept.keys()
@@ -531,24 +505,22 @@ def test_squares_in_a_norm_written_out_do_not_overflow(tmp_path):
 
 
 def test_an_epsilon_below_the_type_keeps_its_node(tmp_path):
-    nodes = [node("Add", "x eps", "s", "safe"), node("Div", "x s", "y")]
-    ends = [info("x", ["n"])], [info("y", ["n"])]
-    path = save(tmp_path / "m.onnx", nodes, *ends, [weight("eps", [1e-8])])
+    text = "(float[n] x) => (float[n] y) { [safe] s = Add (x, eps)  y = Div (x, s) }"
+    path = save(tmp_path / "m.onnx", text, eps=[1e-8])
     found = convert_mixed_precision(path, tmp_path / "half.onnx", "fp16")
     assert "1e-08" in found.kept["safe"]
 
 
 def test_angles_of_positions_are_not_rounded(tmp_path):
     """Rotary angles: cos(position · frequency) for positions that 16 bits do not tell apart."""
-    nodes = [
-        node("Cast", "t", "f", to=F),
-        node("Mul", "f w", "angle"),
-        node("Identity", "angle", "moved"),
-        node("Cos", "moved", "c"),
-        node("Mul", "c x", "y", "turn"),
-    ]
-    ends = [info("t", ["n"], TensorProto.INT64), info("x", ["n"])], [info("y", ["n"])]
-    path = save(tmp_path / "m.onnx", nodes, *ends, [weight("w", [0.5])])
+    text = """(int64[n] t, float[n] x) => (float[n] y) {
+        f = Cast <to = 1> (t)
+        angle = Mul (f, w)
+        moved = Identity (angle)
+        c = Cos (moved)
+        [turn] y = Mul (c, x)
+    }"""
+    path = save(tmp_path / "m.onnx", text, w=[0.5])
     positions = np.arange(3000, 3016)
     for kind in ("fp16", "bf16"):
         found = convert_mixed_precision(path, tmp_path / "half.onnx", kind)
@@ -569,21 +541,18 @@ def test_sums_that_16_bits_cannot_hold_stay(tmp_path, kind, dynamic):
         total, term = total + one, term + 1
     assert term == limit
     for length in (limit, limit + 1):
-        nodes = [node("Sigmoid", "x", "h"), node("ReduceSum", "h axes", "y", keepdims=0)]
-        shape = ["n", "length" if dynamic else length]
-        path = save(
-            tmp_path / "m.onnx", nodes, [info("x", shape)], [info("y", ["n"])], [ints("axes", [1])]
-        )
+        text = f"""(float[n,{"length" if dynamic else length}] x) => (float[n] y)
+        {{ h = Sigmoid (x)  y = ReduceSum <keepdims = 0> (h, axes) }}"""
+        path = save(tmp_path / "m.onnx", text, axes=[1])
         found = convert_mixed_precision(path, tmp_path / "half.onnx", kind)
         assert ("ReduceSum" in found.kept) == (dynamic or length > limit)
 
 
 def test_positions_that_onnx_fixes_to_float32_stay(tmp_path):
     """Resize takes its scales in float32 only; what it resizes may be in 16 bits."""
-    nodes = [node("Resize", "x  scales".replace("  ", " none "), "y", mode="nearest")]
-    nodes[0].input[1] = ""
-    ends = [info("x", [1, 1, 2, 2])], [info("y", [1, 1, 4, 4])]
-    path = save(tmp_path / "m.onnx", nodes, *ends, [weight("scales", [1, 1, 2, 2])])
+    text = """(float[1,1,2,2] x) => (float[1,1,4,4] y)
+    { y = Resize <mode = "nearest"> (x, , scales) }"""
+    path = save(tmp_path / "m.onnx", text, scales=[1.0, 1.0, 2.0, 2.0])
     found = convert_mixed_precision(path, tmp_path / "half.onnx", "fp16")
     assert found.low == ("Resize",)
     assert types_of(tmp_path / "half.onnx")["scales"] == F
@@ -593,28 +562,23 @@ def test_positions_that_onnx_fixes_to_float32_stay(tmp_path):
 
 
 def test_what_the_schema_does_not_allow_stays_with_that_reason(tmp_path):
-    nodes = [node("Sigmoid", "x", "h"), node("Celu", "h", "y")]
-    path = save(tmp_path / "m.onnx", nodes, [info("x", ["n"])], [info("y", ["n"])])
+    text = "(float[n] x) => (float[n] y) { h = Sigmoid (x)  y = Celu (h) }"
+    path = save(tmp_path / "m.onnx", text)
     found = convert_mixed_precision(path, tmp_path / "half.onnx", "fp16")
     assert found.kept == {"Celu": "ONNX has no Celu in float16 at opset 18"}
 
 
 @KINDS
 def test_a_quantized_model_becomes_int8_and_16_bits_only(tmp_path, kind):
-    scales = np.array([0.01, 0.02, 0.005], np.float32)
+    text = """(float[1,2,6,6] x) => (float[1,3,6,6] y) {
+        q = QuantizeLinear (x, s, zero)
+        d = DequantizeLinear (q, s, zero)
+        [weights] w = DequantizeLinear <axis = 0> (codes, scales, zeros)
+        y = Conv <pads = [1, 1, 1, 1]> (d, w)
+    }"""
     codes = np.random.default_rng(0).integers(-127, 128, (3, 2, 3, 3)).astype(np.int8)
-    zero = numpy_helper.from_array(np.zeros((), np.int8), "zero")
-    zeros = numpy_helper.from_array(np.zeros(3, np.int8), "zeros")
-    nodes = [
-        node("QuantizeLinear", "x s zero", "q"),
-        node("DequantizeLinear", "q s zero", "d"),
-        node("DequantizeLinear", "codes scales zeros", "w", "weights", axis=0),
-        node("Conv", "d w", "y", pads=[1, 1, 1, 1]),
-    ]
-    weights = [weight("s", 0.03), zero, weight("scales", scales), zeros]
-    weights.append(numpy_helper.from_array(codes, "codes"))
-    ends = [info("x", [1, 2, 6, 6])], [info("y", [1, 3, 6, 6])]
-    path = save(tmp_path / "m.onnx", nodes, *ends, weights, opset=18)
+    path = save(tmp_path / "m.onnx", text, codes=codes, scales=[0.01, 0.02, 0.005], s=0.03,
+                zero=np.int8(0), zeros=np.zeros(3, np.int8))  # fmt: skip
     out = tmp_path / "half.onnx"
     found = convert_mixed_precision(path, out, kind)
     assert not found.kept
@@ -644,8 +608,7 @@ def test_measuring_holds_no_more_than_two_batches(loud):
 
 
 def test_a_fixed_batch_size_is_kept_to(tmp_path):
-    nodes = [node("Sigmoid", "x", "y")]
-    path = save(tmp_path / "m.onnx", nodes, [info("x", [4, 2])], [info("y", [4, 2])])
+    path = save(tmp_path / "m.onnx", "(float[4,2] x) => (float[4,2] y) { y = Sigmoid (x) }")
     samples = ArraySamples({"x": normal(10, 2)})
     assert convert_mixed_precision(path, tmp_path / "half.onnx", "fp16", samples=samples).low == (
         "Sigmoid",
@@ -663,16 +626,15 @@ def test_a_fixed_batch_size_is_kept_to(tmp_path):
 @KINDS
 def test_sequences_and_optionals_of_tensors_are_no_tensors(tmp_path, kind):
     """t is split into a sequence and joined again; an optional is made of it and read."""
-    nodes = [
-        node("MatMul", "x w", "t", "first"),
-        node("SplitToSequence", "t", "seq", "split", axis=1),
-        node("Optional", "seq", "maybe", "wrap"),
-        node("OptionalGetElement", "maybe", "seq2", "unwrap"),
-        node("ConcatFromSequence", "seq2", "c", "join", axis=1),
-        node("MatMul", "c v", "y", "second"),
-    ]
-    weights = [weight("w", normal(16, 16)), weight("v", normal(16, 4))]
-    path = save(tmp_path / "m.onnx", nodes, [info("x", ["n", 16])], [info("y", ["n", 4])], weights)
+    text = """(float[n,16] x) => (float[n,4] y) {
+        [first] t = MatMul (x, w)
+        [split] seq = SplitToSequence <axis = 1> (t)
+        [wrap] maybe = Optional (seq)
+        [unwrap] seq2 = OptionalGetElement (maybe)
+        [join] c = ConcatFromSequence <axis = 1> (seq2)
+        [second] y = MatMul (c, v)
+    }"""
+    path = save(tmp_path / "m.onnx", text, w=normal(16, 16), v=normal(16, 4))
     samples = ArraySamples({"x": normal(20, 16)})
     found = convert_mixed_precision(path, tmp_path / "half.onnx", kind, samples=samples)
     assert {"first", "second"} <= set(found.low)
@@ -682,13 +644,12 @@ def test_sequences_and_optionals_of_tensors_are_no_tensors(tmp_path, kind):
 
 
 def test_a_tensor_without_elements_reaches_nothing(tmp_path):
-    nodes = [
-        node("MatMul", "x w", "t", "first"),
-        node("Slice", "t zero zero axis", "e", "nothing"),
-        node("Concat", "t e", "y", "join", axis=1),
-    ]
-    weights = [weight("w", normal(16, 8)), ints("zero", [0]), ints("axis", [1])]
-    path = save(tmp_path / "m.onnx", nodes, [info("x", ["n", 16])], [info("y", ["n", 8])], weights)
+    text = """(float[n,16] x) => (float[n,8] y) {
+        [first] t = MatMul (x, w)
+        [nothing] e = Slice (t, zero, zero, axis)
+        [join] y = Concat <axis = 1> (t, e)
+    }"""
+    path = save(tmp_path / "m.onnx", text, w=normal(16, 8), zero=[0], axis=[1])
     samples = ArraySamples({"x": normal(20, 16)})
     found = convert_mixed_precision(path, tmp_path / "half.onnx", "fp16", samples=samples)
     assert set(found.low) == {"first", "nothing", "join"}

@@ -6,14 +6,13 @@ from itertools import combinations
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.errors import InputError
 from edgekd.onnx.inference import run_samples
 from edgekd.onnx.samples import ArraySamples
 from edgekd.quantization.mixed_precision_search import UNITS, search_float_layers
 from edgekd.quantization.static import StaticQuantizer
-from tests.onnx_builders import Graph, pairs_of
+from tests.onnx_builders import Graph, pairs_of, save_onnx
 
 SAMPLES = ArraySamples({"x": np.random.default_rng(0).standard_normal((30, 8)).astype(np.float32)})
 
@@ -43,31 +42,22 @@ class Coarse:
         self._save(out, float_nodes)
 
     def _save(self, path, float_nodes):
-        nodes, weights, name = [], [], "x"
+        text, weights, name = "", {}, "x"
         for index, node in enumerate(self.nodes):
             made = "y" if index == len(self.nodes) - 1 else f"t{index}"
             if node in self.joins:
-                nodes.append(helper.make_node("Identity", [name], [made], node))
+                text += f"[{node}] {made} = Identity ({name})\n"
             else:
                 weight = self.weights[index]
                 if node not in float_nodes:
                     step = np.abs(weight).max() / self.levels[index]
                     weight = np.round(weight / step) * step
-                weights.append(numpy_helper.from_array(weight.astype(np.float32), f"w{index}"))
-                nodes.append(helper.make_node("MatMul", [name, f"w{index}"], [made], node))
+                weights[f"w{index}"] = weight.astype(np.float32)
+                text += f"[{node}] {made} = MatMul ({name}, w{index})\n"
             name = made
-        shape = ["b", 8]
-        graph = helper.make_graph(
-            nodes,
-            "g",
-            [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
-            weights,
-        )
-        opset = [helper.make_opsetid("", 17)]
-        model = helper.make_model(graph, opset_imports=opset, ir_version=9)
-        helper.set_model_props(model, {"float": ",".join(float_nodes)})
-        onnx.save(model, str(path))
+        metadata = {"float": ",".join(float_nodes)}
+        text = f"(float[b,8] x) => (float[b,8] y) {{ {text} }}"
+        save_onnx(path, text, weights, metadata=metadata)
 
 
 def floats_of(path):

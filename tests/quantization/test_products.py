@@ -4,15 +4,13 @@ however many dimensions its weights have."""
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
 
 from edgekd.onnx.samples import ArraySamples
 from edgekd.quantization.dynamic import quantize_dynamic
 from edgekd.quantization.static import StaticQuantizer
 from edgekd.quantization.weights_only import quantize_weights
-from tests.onnx_builders import Graph, distance, run, weights_of
+from tests.onnx_builders import Graph, distance, run, save_onnx, weights_of
 
 RANDOM = np.random.default_rng(0)
 
@@ -139,14 +137,9 @@ def test_one_matrix_in_a_stack_has_a_scale_for_each_column(tmp_path):
 
 def test_integer_inputs_beside_the_data(tmp_path):
     """x W + float(ids): the addend is computed from integers."""
-    g = Graph(6)
-    g.add("MatMul", ["x", g.weight("w", 16, 5)], "t", "mm")
-    g.add("Cast", ["ids"], "f", "cast", to=TensorProto.FLOAT)
-    g.add("Add", ["t", "f"], "y", "sum")
-    path = g.save(tmp_path / "m.onnx", {"x": ["N", 16], "ids": ["N", 1]}, {"y": ["N", 5]})
-    model = onnx.load(str(path))
-    model.graph.input[1].CopyFrom(helper.make_tensor_value_info("ids", TensorProto.INT64, ["N", 1]))
-    onnx.save(model, str(path))
+    text = """(float[N,16] x, int64[N,1] ids) => (float[N,5] y)
+    { [mm] t = MatMul (x, w)  [cast] f = Cast <to = 1> (ids)  [sum] y = Add (t, f) }"""
+    path = save_onnx(tmp_path / "m.onnx", text, {"w": 0.3 * normal(16, 5)})
     x = {"x": normal(32, 16), "ids": RANDOM.integers(0, 3, (32, 1))}
     out = static(path, x, tmp_path)
     assert float_matrices(out) == {}

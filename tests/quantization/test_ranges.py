@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from edgekd.quantization.ranges import BINS, PERCENTILE, MagnitudeHistogram
+from edgekd.quantization.calibration import BINS, PERCENTILE, MagnitudeHistogram
 
 
 def histogram(values, limit, parts=1):

@@ -7,14 +7,14 @@ import warnings
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 
 from edgekd.errors import InputError
 from edgekd.onnx.samples import ArraySamples
 from edgekd.quantization.dynamic import quantize_dynamic
 from edgekd.quantization.static import StaticQuantizer
 from edgekd.quantization.weights_only import quantize_weights
-from tests.onnx_builders import Graph
+from tests.onnx_builders import Graph, parse_onnx
 
 X = np.random.default_rng(0).standard_normal((4, 16)).astype(np.float32)
 
@@ -47,26 +47,18 @@ def test_weights_that_are_no_numbers_are_named(tmp_path, write, value):
 
 def branching(path):
     """y = x @ w, in both branches of an If; nothing outside."""
-    w = numpy_helper.from_array(weights(0), "w")
-    branches = []
-    for name in ("then", "else"):
-        node = helper.make_node("MatMul", ["x", "w"], [f"{name}_y"], f"{name}_product")
-        value = helper.make_tensor_value_info(f"{name}_y", TensorProto.FLOAT, ["b", 8])
-        branches.append(helper.make_graph([node], name, [], [value], [w]))
-    nodes = [
-        helper.make_node("ReduceSum", ["x"], ["sum"], "sum", keepdims=0),
-        helper.make_node("Cast", ["sum"], ["some"], "cast", to=TensorProto.BOOL),
-        helper.make_node(
-            "If", ["some"], ["y"], "choice", then_branch=branches[0], else_branch=branches[1]
-        ),
-    ]
-    values = [
-        helper.make_tensor_value_info(n, TensorProto.FLOAT, s)
-        for n, s in (("x", ["b", 16]), ("y", ["b", 8]))
-    ]
-    graph = helper.make_graph(nodes, "g", values[:1], values[1:])
-    opset = [helper.make_opsetid("", 17)]
-    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), str(path))
+    branch = "{0} () => (float[b,8] {0}_y) {{ [{0}_product] {0}_y = MatMul (x, {0}_w) }}"
+    text = f"""(float[b,16] x) => (float[b,8] y) {{
+        [sum] sum = ReduceSum <keepdims = 0> (x)
+        [cast] some = Cast <to = 9> (sum)
+        [choice] y = If (some) <
+            then_branch = {branch.format("then")}, else_branch = {branch.format("else")}>
+    }}"""
+    model = parse_onnx(text)
+    for attribute in model.graph.node[2].attribute:
+        w = numpy_helper.from_array(weights(0), f"{attribute.g.name}_w")
+        attribute.g.initializer.append(w)
+    onnx.save(model, str(path))
     return path
 
 

@@ -8,15 +8,16 @@ import sys
 import tarfile
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
 
 from edgekd.errors import InputError, StageError
 from edgekd.files import edgerun_folder
 from edgekd.release.bundle import write_archive, write_bundle
 from edgekd.release.bundle_verify import verify_bundle
+from edgekd.release.result import Result
 from edgekd.spec import ModelSpec, TensorSpec
+from tests.onnx_builders import save_onnx
+from tests.release.conftest import make_result
 
 SPEC = ModelSpec((TensorSpec("image", ("batch", 1, 2, 2)),), (TensorSpec("logits", ("batch", 3)),))
 
@@ -24,19 +25,9 @@ SPEC = ModelSpec((TensorSpec("image", ("batch", 1, 2, 2)),), (TensorSpec("logits
 def tiny_model(path):
     """logits = flatten(image) · W"""
     weights = np.arange(12, dtype=np.float32).reshape(4, 3)
-    graph = helper.make_graph(
-        [
-            helper.make_node("Flatten", ["image"], ["flat"]),
-            helper.make_node("MatMul", ["flat", "w"], ["logits"]),
-        ],
-        "tiny",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 1, 2, 2])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])],
-        [onnx.numpy_helper.from_array(weights, "w")],
-    )
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path
-    )
+    text = """(float[batch,1,2,2] image) => (float[batch,3] logits)
+    { flat = Flatten (image)  logits = MatMul (flat, w) }"""
+    save_onnx(path, text, {"w": weights}, opset=18)
     return weights
 
 
@@ -48,7 +39,7 @@ def build(folder, model, result, **changes):
         "labels": ("a", "b", "c"),
         "task": {"name": "classification", "output": "logits"},
         "runtime": {"providers": ["CPUExecutionProvider"], "threads": 1},
-        "result": result,
+        "result": Result.from_json(result),
         "example": {"image": np.arange(16, dtype=np.uint8).reshape(4, 1, 2, 2) * 15},
         **changes,
     }
@@ -58,15 +49,9 @@ def build(folder, model, result, **changes):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """One bundle for all tests that only read it: (archive, folder, weights)."""
-    from importlib import util
-    from pathlib import Path
-
-    spec = util.spec_from_file_location("sample", Path(__file__).parent / "conftest.py")
-    sample = util.module_from_spec(spec)
-    spec.loader.exec_module(sample)
     base = tmp_path_factory.mktemp("bundle")
     weights = tiny_model(base / "m.onnx")
-    archive = build(base / "fashion-mnist", base / "m.onnx", sample.make_result())
+    archive = build(base / "fashion-mnist", base / "m.onnx", make_result())
     return archive, base / "fashion-mnist", weights
 
 
@@ -76,7 +61,7 @@ def bundle(made, tmp_path):
     return shutil.copytree(made[1], tmp_path / "copy")
 
 
-def test_expected_answers_are_those_of_the_preprocessed_example(made):
+def test_expected_outputs_are_those_of_the_preprocessed_example(made):
     _, folder, weights = made
     raw = np.load(folder / "example.npz")["image"]
     prepared = (raw.astype(np.float32) / 255 - 0.5) / 0.25
@@ -126,8 +111,8 @@ def test_the_three_lines_of_the_readme_run_in_the_unpacked_archive(made, tmp_pat
     for line in lines[1:]:
         command = [sys.executable, *line.split("#")[0].split()[1:]]
         subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=60)
-    answers = np.load(tmp_path / "answers.npz")["logits"]
-    assert np.array_equal(answers, np.load(folder / "expected.npz")["logits"])
+    outputs = np.load(tmp_path / "outputs.npz")["logits"]
+    assert np.array_equal(outputs, np.load(folder / "expected.npz")["logits"])
     # Python's caches, which running it made, are not a change.
     assert verify_bundle(folder) == []
 

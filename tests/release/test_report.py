@@ -9,12 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgekd.config.budgets import GateConfig
+from edgekd.config.budgets import Budgets, GateConfig
+from edgekd.release.charts import linear_axis, log_axis
 from edgekd.release.gate import evaluate
-from edgekd.release.plot import linear_axis, log_axis
 from edgekd.release.report import write_report
+from edgekd.release.result import Result
 
-BUDGETS = GateConfig.model_validate({"accuracy": {"max_drop": 0.02}, "size": {"max_mb": 0.01}})
+BUDGETS = Budgets.resolve(
+    GateConfig.model_validate({"accuracy": {"max_drop": 0.02}, "size": {"max_mb": 0.01}})
+)
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 
@@ -36,7 +39,8 @@ class Balanced(HTMLParser):
 
 
 def written(folder, result, histories, pipeline, extras=None):
-    write_report(folder, result, evaluate(result, BUDGETS), histories, pipeline, extras)
+    found = Result.from_json(result)
+    write_report(folder, found, evaluate(found, BUDGETS), histories, pipeline, extras)
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -104,7 +108,10 @@ def test_short_or_diverged_trainings_are_drawn(tmp_path, result, histories, pipe
 
 
 def test_equal_latencies_are_drawn(tmp_path, result, histories, pipeline):
-    result["models"]["student"]["samples_ms"] = [0.05] * 100
+    student = result["models"]["student"]
+    student["samples_ms"] = [0.05] * 100
+    for figure in student["latency"].values():
+        figure.update(value=0.05, interval=[0.05, 0.05], n=100)
     assert "NaN" not in written(tmp_path, result, histories, pipeline)
 
 

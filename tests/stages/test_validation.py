@@ -3,28 +3,20 @@
 from types import SimpleNamespace
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
 
 from edgekd.errors import InputError
 from edgekd.spec import TensorSpec
-from edgekd.stages.task_data import Validation
+from edgekd.stages.task_data import TaskEvaluator
 from edgekd.tasks import Regression
+from tests.onnx_builders import save_onnx
 
 
 def add_constant(path, value):
     """prediction = features + value, (N, 1)."""
-    made = helper.make_graph(
-        [helper.make_node("Add", ["features", "value"], ["prediction"])],
-        "g",
-        [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["batch", 1])],
-        [helper.make_tensor_value_info("prediction", TensorProto.FLOAT, ["batch", 1])],
-        [helper.make_tensor("value", TensorProto.FLOAT, [1], [value])],
-    )
-    opsets = [helper.make_opsetid("", 18)]
-    onnx.save(helper.make_model(made, opset_imports=opsets, ir_version=9), path)
-    return path
+    text = """(float[batch,1] features) => (float[batch,1] prediction)
+    { prediction = Add (features, value) }"""
+    return save_onnx(path, text, {"value": np.float32([value])})
 
 
 class Data:
@@ -53,7 +45,7 @@ class Data:
 
 def validation(tmp_path, values, off=0.0):
     task_data = SimpleNamespace(dataset=Data(values), task=Regression())
-    return Validation(task_data, add_constant(tmp_path / "float.onnx", off))
+    return TaskEvaluator(task_data, add_constant(tmp_path / "float.onnx", off))
 
 
 @pytest.mark.parametrize("unit", [1.0, 1e5])

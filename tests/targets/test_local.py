@@ -1,29 +1,22 @@
 from __future__ import annotations
 
+import shutil
 import sys
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
 
 from edgekd.errors import InputError, StageError, TargetError
 from edgekd.files import edgerun_folder
 from edgekd.targets import LocalTarget, local, open_target
 from edgekd.targets.local import clean_environment
-from edgerun.errors import CannotWrite
+from tests.onnx_builders import save_onnx
 
 
 @pytest.fixture
 def model(tmp_path):
-    """y = x + x, float32 (batch, 2)."""
-    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 2]) for n in "xy")
-    graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"])], "g", [x], [y])
-    path = tmp_path / "model.onnx"
-    onnx.save(
-        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path
-    )
-    return path
+    text = "(float[batch,2] x) => (float[batch,2] y) { y = Add (x, x) }"
+    return save_onnx(tmp_path / "model.onnx", text)
 
 
 def test_a_run_answers_and_a_bench_measures(model, tmp_path, monkeypatch):
@@ -95,7 +88,8 @@ def fake_edgerun(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         # A package without it would stand behind one of an installation for development.
         (folder / "__init__.py").touch()
-        (folder / "__main__.py").write_text(source)
+        (folder / "__main__.py").write_text(f"import sys\n{source}")
+        shutil.copy(edgerun_folder() / "errors.py", folder)
         monkeypatch.setattr(local, "edgerun_folder", lambda: folder)
 
     return write
@@ -106,8 +100,11 @@ def fake_edgerun(tmp_path, monkeypatch):
     [
         ("raise ZeroDivisionError('deep inside')", "ZeroDivisionError: deep inside"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "killed by signal 9"),
-        ("import sys; print('edgerun: no memory', file=sys.stderr); sys.exit(3)", "^no memory"),
-        ("import sys; print('edgerun: x', file=sys.stderr); sys.exit(4)", "^x"),
+        (
+            "import edgerun.errors as e; sys.exit(e.RunFailed('no memory').report())",
+            "^no memory",
+        ),
+        ("import edgerun.errors as e; sys.exit(e.NoDevice('x').report())", "^x"),
         ("import sys; print('usage', file=sys.stderr); sys.exit(2)", "ended with code 2"),
         ("", "left no readable result"),
     ],
@@ -120,10 +117,29 @@ def test_a_crash_is_a_target_error_with_the_last_words(fake_edgerun, source, mes
 
 
 def test_a_file_that_cannot_be_written_is_no_fault_of_the_machine(fake_edgerun):
-    fake_edgerun("import sys; print('edgerun: no space', file=sys.stderr); sys.exit(5)")
+    fake_edgerun("import edgerun.errors as e; sys.exit(e.CannotWrite('no space').report())")
     with pytest.raises(StageError, match="no space"):
         LocalTarget().info()
-    assert CannotWrite.exit_code == local.CANNOT_WRITE
+
+
+def test_an_error_crosses_the_process_whole(fake_edgerun):
+    what, where, remedy = (
+        "it holds\n  where: a line",
+        "a file named\nedgerun: x",
+        "to do: é \x1b[31m",
+    )
+    fake_edgerun(
+        "import edgerun.errors as e; print('noise', file=sys.stderr); "
+        f"sys.exit(e.BadInput({what!r}, {where!r}, {remedy!r}).report())"
+    )
+    with pytest.raises(InputError) as caught:
+        LocalTarget().info()
+    assert (caught.value.what, caught.value.where, caught.value.remedy) == (what, where, remedy)
+
+
+def test_a_misspelt_setting_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="'bach'"):
+        LocalTarget().bench(tmp_path / "m.onnx", bach=1)
 
 
 def test_a_target_is_opened_by_name():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import http.client
+import io
 import math
 import os
 import urllib.error
@@ -22,33 +23,47 @@ from numpy.typing import NDArray
 from edgekd.data.dataset import Array
 from edgekd.data.source import RawData, Request, Source
 from edgekd.errors import InputError
-from edgekd.files import hash_file
+from edgekd.files import file_sha256, require_regular_file, write_errors
+from edgerun.files import write_whole
 
 _UNSIGNED_BYTE = 0x08
+_MOST_BYTES = 500_000_000
 
 
 def read_bytes(path: Path) -> bytes:
     """The content of a file, decompressed when its name ends in ``.gz``.
 
     Raises:
-        InputError: the file cannot be read, or the gzip stream is corrupt or truncated.
+        InputError: the file cannot be read, or the gzip stream is corrupt, truncated or a
+            decompression bomb.
     """
+    require_regular_file(path)
     try:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(
             f"the file cannot be read: {error.strerror}", where=str(path), remedy="check it"
         ) from error
-    if path.suffix != ".gz":
-        return content
+    return _decompressed(content, str(path)) if path.suffix == ".gz" else content
+
+
+def _decompressed(content: bytes, where: str) -> bytes:
     try:
-        return gzip.decompress(content)
+        with gzip.GzipFile(fileobj=io.BytesIO(content)) as stream:
+            whole = stream.read(_MOST_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(
             f"the gzip file is corrupt or truncated after {len(content)} bytes: {error}",
-            where=str(path),
+            where=where,
             remedy="get the file again",
         ) from error
+    if len(whole) > _MOST_BYTES:
+        raise InputError(
+            f"the gzip file holds more than {_MOST_BYTES / 1e6:.0f} MB",
+            where=where,
+            remedy="give a data set of this format; Fashion-MNIST has 47 MB",
+        )
+    return whole
 
 
 def parse_idx(content: bytes, dimensions: int, where: str) -> NDArray[np.uint8]:
@@ -163,7 +178,7 @@ def fingerprint_fashion_mnist(request: Request) -> dict[str, str]:
     files = _find(request)
     if files is None or next(iter(files.values())).parent == cache_folder():
         return dict(SHA256)
-    return {name: hash_file(path) for name, path in files.items()}
+    return {name: file_sha256(path) for name, path in files.items()}
 
 
 def _find(request: Request) -> dict[str, Path] | None:
@@ -235,27 +250,17 @@ def _download(name: str, checksum: str, folder: Path) -> None:
             compressed = response.read()
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise InputError(f"the download failed: {error}", where=url, remedy=remedy) from error
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{os.getpid()}-{path.name}")
-        partial.write_bytes(compressed)
-    except OSError as error:
+    found = _digest(_decompressed(compressed, url))
+    if found != checksum:
         raise InputError(
-            f"the download cannot be stored: {error.strerror}",
-            where=str(folder),
-            remedy="free space or set XDG_CACHE_HOME to a folder you may write to",
-        ) from error
-    try:
-        found = _digest(read_bytes(partial))
-        if found != checksum:
-            raise InputError(
-                f"the downloaded file is not the published one: SHA-256 {found}, not {checksum}",
-                where=url,
-                remedy=remedy,
-            )
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+            f"the downloaded file is not the published one: SHA-256 {found}, not {checksum}",
+            where=url,
+            remedy=remedy,
+        )
+    what, space = "the download", "free space or set XDG_CACHE_HOME to a folder you may write to"
+    with write_errors(folder, what, space, InputError):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_whole(path, compressed, what, space, InputError)
 
 
 FASHION_MNIST = Source(read_fashion_mnist, fingerprint_fashion_mnist)

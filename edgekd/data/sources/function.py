@@ -10,18 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from edgekd.data.checks import check_alike, check_arrays, check_finite
-from edgekd.data.dataset import Array, Dataset
+from edgekd.data.dataset import Array, Dataset, check_arrays, check_samples
 from edgekd.data.source import (
     SHARED_ARGUMENTS,
     SPLITS,
     RawData,
     Request,
 )
-from edgekd.data.split_names import by_split, recognized, split_of
+from edgekd.data.splits import by_split, recognized, split_of
 from edgekd.errors import EdgekdError, InputError, unknown_name
 from edgekd.extension import parse, source_files
-from edgekd.files import hash_file, hash_path
+from edgekd.files import file_sha256, hash_path
 
 LABEL_NAMES = "classes"
 """The key of the class names, next to the splits (or arrays)."""
@@ -80,7 +79,7 @@ def fingerprint_function(request: Request, reference: str) -> dict[str, str]:
         reference: the function as ``package.module:name``.
     """
     files = source_files(reference)
-    found = {f"module {number} {f.name}": hash_file(f) for number, f in enumerate(files)}
+    found = {f"module {number} {f.name}": file_sha256(f) for number, f in enumerate(files)}
     if request.path is not None:
         found["path"] = hash_path(request.required_path("what the function reads"))
     texts = [(text, request.base) for text in _texts(request.config.args)]
@@ -180,10 +179,7 @@ def _checked(dataset: Dataset, name: str) -> Dataset:
         )
     splits = {split: dataset.splits[split].arrays for split in SPLITS}
     check_arrays(splits, name)
-    check_alike(splits, name)
-    for split, arrays in splits.items():
-        for array_name, array in arrays.items():
-            check_finite(split, array_name, array, name)
+    check_samples(splits, name)
     return dataset
 
 

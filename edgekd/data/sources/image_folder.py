@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -12,12 +13,15 @@ from PIL import Image, ImageOps
 
 from edgekd.data.dataset import Array, allocate
 from edgekd.data.source import SPLITS, UNSPLIT, RawData, Request, Source
-from edgekd.data.split_names import looks_like_split, recognized
+from edgekd.data.splits import looks_like_split, recognized
 from edgekd.errors import InputError, unknown_name
-from edgekd.files import files_in, hash_path, is_litter
+from edgekd.files import files_in, hash_path, is_litter, require_regular_file
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-"""Files that count as images; other files in a class's folder are passed over."""
+"""Files that count as images; other files in a class's folder are skipped."""
+
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+"""What is decoded, whatever the suffix: Pillow starts Ghostscript for an EPS file."""
 
 _CHANNELS = {"RGB": 3, "L": 1}
 
@@ -25,7 +29,7 @@ _CHANNELS = {"RGB": 3, "L": 1}
 def read_image_folder(request: Request) -> RawData:
     """``<path>/train/<class>/*`` and ``<path>/test/<class>/*``, or just ``<path>/<class>/*``.
 
-    The splits may have the names of :mod:`~edgekd.data.split_names`, or those that ``data.args:
+    The splits may have the names of :mod:`~edgekd.data.splits`, or those that ``data.args:
     {splits: {train: …, test: …}}`` declares; ``splits: false`` means that the folders are the
     classes. Links to folders are followed; hidden files, and such as ``Thumbs.db``, are no images.
 
@@ -55,8 +59,11 @@ def read_image_folder(request: Request) -> RawData:
                     remedy="give images to train it on, or remove the folder",
                 )
     reader = _Reader(mode, request.config.image_size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        splits = {split: reader.read(by_class, classes) for split, by_class in listed.items()}
     return RawData(
-        splits={split: reader.read(by_class, classes) for split, by_class in listed.items()},
+        splits=splits,
         where=str(root),
         description=f"images in {root}",
         labels=tuple(classes),
@@ -176,8 +183,9 @@ class _Reader:
         return {"image": images, "label": np.array([label for _, label in rows], np.int64)}
 
     def _decode(self, path: Path) -> Array:
+        require_regular_file(path, "replace or remove the file")
         try:
-            with Image.open(path) as file:
+            with Image.open(path, formats=_FORMATS) as file:
                 if file.mode.startswith(("I", "F")):
                     raise InputError(
                         f"the image has {file.mode!r} pixels of more than 8 bits",
@@ -185,7 +193,10 @@ class _Reader:
                         remedy="convert it to 8 bits, or give float32 arrays in an npz file",
                     )
                 image = ImageOps.exif_transpose(file).convert(self.mode)
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        except InputError:
+            raise
+        except Exception as error:
+            # Pillow's decoders raise errors of many kinds for damaged files.
             raise InputError(
                 f"the image cannot be decoded: {error}",
                 where=str(path),

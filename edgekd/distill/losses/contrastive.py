@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from edgekd.distill.losses import traits
 from edgekd.distill.losses.relation import Width, pooled, pooled_width, unit
-from edgekd.distill.losses.traits import traits
 from edgekd.errors import InputError
 from edgekd.tasks.losses import at_least_float32
 
@@ -110,9 +110,9 @@ class Crd(nn.Module):
         self._check(len(s), len(t), sample, target)
         row = sample % len(self.owner)
         negative = self._draw(row)
-        kept = None
+        mask = None
         if self.other_classes and target is not None:
-            kept = self.label[negative] != target[:, None]
+            mask = self.label[negative] != target[:, None]
         known = (self.owner[row] == sample)[:, None]
         teacher_positive = torch.where(known, self.teacher_bank[row], t.detach())
         student_positive = torch.where(known, self.student_bank[row], s.detach())
@@ -124,7 +124,7 @@ class Crd(nn.Module):
             estimate = scores.detach().flatten().logsumexp(0) - math.log(scores.numel())
             log_z.append(torch.where(before.isnan(), estimate, before))
             own = (anchor * positive).sum(dim=-1) / self.temperature
-            loss = loss + noise_contrast(own, scores, log_z[-1], kept)
+            loss = loss + noise_contrast(own, scores, log_z[-1], mask)
         if self.training:
             self._remember(s.detach(), t.detach(), sample, row, target)
             self.log_z = torch.stack(log_z)
@@ -146,8 +146,8 @@ class Crd(nn.Module):
         """Move the rows of a batch towards its embeddings, in place of no tensor of the graph."""
         # Of samples that share a row the last one is stored: all of them write the same values, or
         # the order of writing, which a GPU does not fix, would decide.
-        place = torch.arange(len(row), device=row.device)
-        last = torch.where(row[:, None] == row, place, -1).amax(dim=1)
+        position = torch.arange(len(row), device=row.device)
+        last = torch.where(row[:, None] == row, position, -1).amax(dim=1)
         s, t, sample = s[last], t[last], sample[last]
         stays = torch.where(self.owner[row] == sample, self.momentum, 0.0)[:, None].to(s.dtype)
         for name, fresh in (("student_bank", s), ("teacher_bank", t)):
@@ -191,7 +191,7 @@ def bank_scores(anchor: Tensor, bank: Tensor, rows: Tensor) -> Tensor:
 
 
 def noise_contrast(
-    positive: Tensor, negative: Tensor, log_z: Tensor, kept: Tensor | None = None
+    positive: Tensor, negative: Tensor, log_z: Tensor, mask: Tensor | None = None
 ) -> Tensor:
     """``−log h(positive) − Σ_k log(1 − h(negative_k))``, the mean over the batch.
 
@@ -203,13 +203,13 @@ def noise_contrast(
         positive: scores over the temperature, (B,).
         negative: scores over the temperature, (B, K).
         log_z: log z, a scalar.
-        kept: (B, K), which negatives count; their mean replaces the ones left out.
+        mask: (B, K), which negatives count; their mean replaces the ones left out.
     """
     drawn = negative.shape[1]
     even = math.log(drawn) + log_z
     noise = softplus(negative - even)
-    if kept is None:
+    if mask is None:
         rejected = noise.sum(dim=1)
     else:
-        rejected = drawn * (noise * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1)
+        rejected = drawn * (noise * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
     return (softplus(even - positive) + rejected).mean()

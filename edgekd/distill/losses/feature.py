@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax, mse_loss, normalize, softplus
 
-from edgekd.distill.adapters import (
+from edgekd.distill.features import (
     Shape,
     adapter,
     channel_dim,

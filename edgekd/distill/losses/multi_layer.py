@@ -16,8 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from edgekd.distill.adapters import (
-    AttentionFusion,
+from edgekd.distill.features import (
     Shape,
     adapter,
     check_maps,
@@ -156,6 +155,50 @@ def _margin(teacher: Tensor) -> Tensor:
     return teacher.clamp(max=0).sum(dim=dims, keepdim=True) / number
 
 
+class AttentionFusion(nn.Module):
+    """One level of knowledge review (Chen et al. 2021, section 3.3): a layer and all deeper ones.
+
+    The layer and the fused feature of the deeper levels are weighted, position by position, by two
+    attention maps made from both, and added.
+
+    Args:
+        student: the student's channels.
+        teacher: the output channels.
+        width: the channels in which levels are fused.
+        deepest: there is no deeper level; the layer is passed on unchanged.
+    """
+
+    def __init__(self, student: int, teacher: int, width: int, deepest: bool) -> None:
+        super().__init__()
+        self.narrow = nn.Sequential(nn.Conv2d(student, width, 1, bias=False), nn.BatchNorm2d(width))
+        self.attend = None if deepest else nn.Sequential(nn.Conv2d(2 * width, 2, 1), nn.Sigmoid())
+        self.widen = nn.Sequential(
+            nn.Conv2d(width, teacher, 3, padding=1, bias=False), nn.BatchNorm2d(teacher)
+        )
+
+    def forward(
+        self, feature: Tensor, deeper: Tensor | None, size: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """The level's output and the fused feature for the next shallower level.
+
+        Args:
+            feature: the student's layer (B, C, H, W).
+            deeper: the fused feature of the next deeper level; None for the deepest.
+            size: the teacher's height and width.
+
+        Returns:
+            (B, teacher, *size) and (B, width, *size).
+        """
+        fused: Tensor = self.narrow(feature)
+        if self.attend is not None and deeper is not None:
+            deeper = F.interpolate(deeper, size=fused.shape[2:], mode="nearest")
+            own, other = self.attend(torch.cat([fused, deeper], dim=1)).split(1, dim=1)
+            fused = own * fused + other * deeper
+        if fused.shape[2:] != size:
+            fused = F.interpolate(fused, size=size, mode="nearest")
+        return self.widen(fused), fused
+
+
 class Review(nn.Module):
     """:func:`review` of the student's layers, each fused with all deeper ones.
 
@@ -188,8 +231,8 @@ class Review(nn.Module):
         deeper: Tensor | None = None
         for level, s, t in reversed(list(zip(self.levels, student, teacher, strict=True))):
             check_maps(s, t)
-            answer, deeper = level(at_least_float32(s), deeper, tuple(t.shape[2:]))
-            fused.append(answer)
+            adapted, deeper = level(at_least_float32(s), deeper, tuple(t.shape[2:]))
+            fused.append(adapted)
         return review(fused[::-1], teacher)
 
 

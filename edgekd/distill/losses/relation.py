@@ -18,8 +18,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 
-from edgekd.distill.adapters import check_same_shape
-from edgekd.distill.losses.traits import traits
+from edgekd.distill.features import check_same_shape
+from edgekd.distill.losses import traits
 from edgekd.errors import InputError
 from edgekd.tasks.losses import at_least_float32
 

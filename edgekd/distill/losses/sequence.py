@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from edgekd.distill.adapters import adapter, check_same_shape
+from edgekd.distill.features import adapter, check_same_shape
 from edgekd.distill.losses.relation import unit
 from edgekd.errors import InputError
 from edgekd.tasks.losses import at_least_float32, expand_mask
@@ -73,11 +73,11 @@ def attention_maps(student: Tensor, teacher: Tensor, mask: Tensor | None = None)
     if student.shape[1] != teacher.shape[1]:
         student, teacher = student.mean(1, keepdim=True), teacher.mean(1, keepdim=True)
     check_same_shape(student, teacher)
-    kept = ~(student.isneginf() & teacher.isneginf())
+    valid = ~(student.isneginf() & teacher.isneginf())
     if mask is not None:
         token = expand_mask(mask, student[:, 0, :, 0])
-        kept = kept & (token[:, :, None] & token[:, None, :])[:, None]
-    return _mean_square(student - teacher, kept)
+        valid = valid & (token[:, :, None] & token[:, None, :])[:, None]
+    return _mean_square(student - teacher, valid)
 
 
 def cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -92,16 +92,16 @@ def cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tens
     """
     check_same_shape(student, teacher)
     student, teacher = at_least_float32(student), at_least_float32(teacher)
-    kept = torch.ones_like(student[..., 0], dtype=torch.bool)
+    valid = torch.ones_like(student[..., 0], dtype=torch.bool)
     if mask is not None:
-        kept = expand_mask(mask, student[..., 0])
+        valid = expand_mask(mask, student[..., 0])
     # Before the norm, whose gradient would be NaN where the padding is.
-    student, teacher = (torch.where(kept[..., None], states, 0) for states in (student, teacher))
+    student, teacher = (torch.where(valid[..., None], states, 0) for states in (student, teacher))
     cosines = (unit(student) * unit(teacher)).sum(dim=-1)
-    return torch.where(kept, 1 - cosines, 0).sum() / kept.sum().clamp(min=1)
+    return torch.where(valid, 1 - cosines, 0).sum() / valid.sum().clamp(min=1)
 
 
-def _mean_square(differences: Tensor, kept: Tensor | None) -> Tensor:
-    if kept is None:
+def _mean_square(differences: Tensor, valid: Tensor | None) -> Tensor:
+    if valid is None:
         return differences.square().mean()
-    return torch.where(kept, differences, 0).square().sum() / kept.sum().clamp(min=1)
+    return torch.where(valid, differences, 0).square().sum() / valid.sum().clamp(min=1)

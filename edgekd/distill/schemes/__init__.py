@@ -9,16 +9,92 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, Protocol
 
+from pydantic import AfterValidator, BeforeValidator
+from torch import nn
+
+from edgekd.config.networks import ModelConfig, TeacherConfig
 from edgekd.config.training import SchemeConfig
-from edgekd.distill.schemes.scheme import Scheme, SchemeContext
+from edgekd.distill.checkpoint import History
+from edgekd.distill.objective import Objective
+from edgekd.distill.teacher import Teacher
 from edgekd.errors import InputError
 from edgekd.extension import check_arguments, parameters_of, resolve
+from edgekd.models.build import find_model
+from edgekd.models.dict_model import DictModel
+from edgekd.tasks import Task
 
-__all__ = ["SCHEMES", "Scheme", "SchemeContext", "find_scheme"]
+
+class Fit(Protocol):
+    """The one training loop with the pipeline's data and settings."""
+
+    def __call__(
+        self, model: nn.Module, objective: Objective, label: str, teacher: Teacher | None = None
+    ) -> History:
+        """Train ``model`` in place; afterwards it has the weights of its best epoch on validation.
+
+        Args:
+            model: takes a batch, returns outputs by name.
+            objective: a fresh one: its adapters are trained with this model.
+            label: the name of the training; different for each training of a scheme.
+            teacher: the teacher, when the objective needs one; through the cache if there is one.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class SchemeContext:
+    """The context of a scheme: networks, data and training loop.
+
+    Attributes:
+        student: the network that is shipped, with its initial weights; trained in place.
+        teacher: the pipeline's teacher.
+        task: defines the meaning of the outputs.
+        label_smoothing: the pipeline's, for terms that a scheme makes itself.
+        fit: the training loop.
+        new_objective: a fresh objective of the pipeline's loss terms.
+        new_student: another student; the same index gives the same initial weights, 0 those of
+            ``student``.
+        build: a network for the same data by its section of the pipeline, with initial weights
+            drawn from the pipeline's seed and the index.
+        open_teacher: another teacher by its section: loaded, or trained with ``fit``'s loop on
+            the data's own labels. The text is its YAML position and label.
+        say: prints a progress message.
+    """
+
+    student: DictModel
+    teacher: Teacher
+    task: Task
+    label_smoothing: float
+    fit: Fit
+    new_objective: Callable[[], Objective]
+    new_student: Callable[[int], DictModel]
+    build: Callable[[ModelConfig, int], DictModel]
+    open_teacher: Callable[[TeacherConfig, str], Teacher]
+    say: Callable[[str], None]
+
+
+Scheme = Callable[..., Mapping[str, History]]
+"""A function ``(context, **arguments)`` that trains ``context.student`` and returns the history of
+each training by its label; the student's own has the label ``student``."""
+
+
+def _section(value: Any) -> Any:
+    return {"model": value} if isinstance(value, str) else value
+
+
+def _known(config: ModelConfig) -> ModelConfig:
+    find_model(config.model or "", "distill.scheme")
+    return config
+
+
+Network = Annotated[ModelConfig, BeforeValidator(_section), AfterValidator(_known)]
+"""A scheme's argument that is a network: a name, or ``{model: name, args: {…}}``. The name
+is checked before the first stage runs."""
 
 
 def _schemes() -> dict[str, Scheme]:
@@ -34,7 +110,8 @@ def _schemes() -> dict[str, Scheme]:
 
 
 SCHEMES: Mapping[str, Scheme] = _schemes()
-"""The built-in schemes by the names they have in a pipeline."""
+"""The built-in schemes by the names they have in a pipeline; assigned after the classes above,
+which the modules that are imported here take from this one."""
 
 
 def find_scheme(config: SchemeConfig, where: str = "distill.scheme") -> Scheme:

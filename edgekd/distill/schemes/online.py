@@ -9,10 +9,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from edgekd.distill.checkpoint import History
+from edgekd.distill.loss_term import Named, Term
 from edgekd.distill.losses.response import Temperature
 from edgekd.distill.objective import Objective, output_loss
-from edgekd.distill.schemes.scheme import Network, SchemeContext
-from edgekd.distill.term import BuiltinTerm, Named
+from edgekd.distill.schemes import Network, SchemeContext
 from edgekd.errors import InputError
 from edgekd.models.dict_model import DictModel
 from edgekd.tasks import Task
@@ -79,8 +79,8 @@ class Peers(nn.Module):
         if self.training:
             for number, member in enumerate(self.members):
                 if number:
-                    answer = member(batch).items()
-                    outputs = outputs | {name + _suffix(number): value for name, value in answer}
+                    own = {k + _suffix(number): v for k, v in member(batch).items()}
+                    outputs = outputs | own
         return outputs
 
     def check_batch(self, batch: Mapping[str, Tensor]) -> None:
@@ -106,14 +106,14 @@ def mutual_objective(
     peers: int, task: Task, temperature: float, weight: float, label_smoothing: float = 0.0
 ) -> Objective:
     """The terms of all peers of a :class:`Peers`; see :func:`online`."""
-    terms: list[BuiltinTerm] = []
+    terms: list[Term] = []
     for number in range(peers):
         terms.append(_PeerHard(number, task, label_smoothing))
         terms.append(_PeerMutual(number, peers, task, temperature, weight))
     return Objective.of(terms)
 
 
-class _PeerHard(BuiltinTerm):
+class _PeerHard(Term):
     """A peer's loss against the data's targets."""
 
     def __init__(self, number: int, task: Task, label_smoothing: float) -> None:
@@ -121,14 +121,16 @@ class _PeerHard(BuiltinTerm):
         self._number, self._task, self._label_smoothing = number, task, label_smoothing
 
     @property
-    def identity(self) -> str:
-        return f"{super().identity} {self._label_smoothing}"
+    def fingerprint(self) -> str:
+        return f"{super().fingerprint} {self._label_smoothing}"
 
-    def forward(self, student: Named, teacher: Named | None, batch: Named, part: float) -> Tensor:
+    def forward(
+        self, student: Named, teacher: Named | None, batch: Named, progress: float
+    ) -> Tensor:
         return self._task.hard_loss(outputs_of(self._number, student), batch, self._label_smoothing)
 
 
-class _PeerMutual(BuiltinTerm):
+class _PeerMutual(Term):
     """The mean distance of a peer to the others; only the peer gets a gradient."""
 
     def __init__(
@@ -139,10 +141,12 @@ class _PeerMutual(BuiltinTerm):
         self._others = [other for other in range(peers) if other != number]
 
     @property
-    def identity(self) -> str:
-        return f"{super().identity} {self._others} {self._temperature}"
+    def fingerprint(self) -> str:
+        return f"{super().fingerprint} {self._others} {self._temperature}"
 
-    def forward(self, student: Named, teacher: Named | None, batch: Named, part: float) -> Tensor:
+    def forward(
+        self, student: Named, teacher: Named | None, batch: Named, progress: float
+    ) -> Tensor:
         own = outputs_of(self._number, student)
         distances = [
             output_loss(self._task, own, outputs_of(other, student), batch, self._temperature)

@@ -17,19 +17,18 @@ from edgekd.config.training import LossTerm
 from edgekd.distill.checkpoint import History
 from edgekd.distill.distributed import training_device
 from edgekd.distill.features import FeatureExtractor, layer_key
-from edgekd.distill.loss_term import ConfiguredLoss
+from edgekd.distill.loss_term import ConfiguredLoss, Named, Term
 from edgekd.distill.losses.response import Temperature
 from edgekd.distill.objective import Objective, output_loss
-from edgekd.distill.schemes.scheme import SchemeContext
+from edgekd.distill.schemes import SchemeContext
 from edgekd.distill.teacher import ModuleTeacher, Teacher
-from edgekd.distill.term import BuiltinTerm, Named
 from edgekd.errors import InputError
 from edgekd.tasks import Task
 
 _EXITS = "distill.scheme.self"
 
 
-class Exit(BuiltinTerm):
+class Exit(Term):
     """``(1 − α) · hard + α · soft labels of the deepest output`` at one layer (equation 6).
 
     A mean over positions and a linear layer turn the layer's feature into an output. No gradient
@@ -55,9 +54,9 @@ class Exit(BuiltinTerm):
         self.head: nn.Linear | None = None
 
     @property
-    def identity(self) -> str:
+    def fingerprint(self) -> str:
         """Everything that decides the term's value, as text."""
-        return f"{super().identity} {self._temperature} {self._share} {self._label_smoothing}"
+        return f"{super().fingerprint} {self._temperature} {self._share} {self._label_smoothing}"
 
     def prepare(self, student: Named, teacher: Named | None, samples: int) -> None:
         """Make the head for the layer's channels and the output's size.
@@ -66,21 +65,23 @@ class Exit(BuiltinTerm):
             InputError: the layer outputs no map, sequence or vector.
         """
         if self.head is None:
-            feature, answer = pooled(student[self._key], self._key[1:]), student[self._task.output]
-            self.head = nn.Linear(feature.shape[1], answer[0].numel()).to(feature.device)
+            feature, output = pooled(student[self._key], self._key[1:]), student[self._task.output]
+            self.head = nn.Linear(feature.shape[1], output[0].numel()).to(feature.device)
 
-    def forward(self, student: Named, teacher: Named | None, batch: Named, part: float) -> Tensor:
+    def forward(
+        self, student: Named, teacher: Named | None, batch: Named, progress: float
+    ) -> Tensor:
         """The loss, a scalar."""
         assert self.head is not None
         deepest = student[self._task.output]
-        answer = self.head(pooled(student[self._key], self._key[1:])).reshape(deepest.shape)
-        own = {self._task.output: answer}
+        early = self.head(pooled(student[self._key], self._key[1:])).reshape(deepest.shape)
+        own = {self._task.output: early}
         hard = self._task.hard_loss(own, batch, self._label_smoothing)
         soft = output_loss(self._task, own, student, batch, self._temperature)
         return (1 - self._share) * hard + self._share * soft
 
 
-class OwnHint(BuiltinTerm):
+class OwnHint(Term):
     """A feature loss of a shallow layer, with the same network's deepest one as the teacher.
 
     Args:
@@ -101,10 +102,12 @@ class OwnHint(BuiltinTerm):
         """Make the adapter from the shapes of a first batch."""
         self.loss.prepare(student, student, samples)
 
-    def forward(self, student: Named, teacher: Named | None, batch: Named, part: float) -> Tensor:
+    def forward(
+        self, student: Named, teacher: Named | None, batch: Named, progress: float
+    ) -> Tensor:
         """The loss, a scalar."""
         own = {key: value.detach() for key, value in student.items()}
-        value: Tensor = self.loss(student, own, batch, part)
+        value: Tensor = self.loss(student, own, batch, progress)
         return value
 
 
@@ -117,9 +120,9 @@ def exit_terms(
     hint: float,
     deepest: str | None,
     label_smoothing: float,
-) -> list[BuiltinTerm]:
+) -> list[Term]:
     """An :class:`Exit` at each layer, and with ``deepest`` an :class:`OwnHint`."""
-    terms: list[BuiltinTerm] = []
+    terms: list[Term] = []
     for layer in layers:
         terms.append(Exit(layer, task, temperature, share, label_smoothing))
         if deepest is not None:

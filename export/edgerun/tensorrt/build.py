@@ -14,32 +14,39 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Collection, Dict, Iterator, List, Mapping, Sequence
 
 import edgerun
 from edgerun.errors import BadInput, RunFailed
 from edgerun.files import check_output, describe_files, remove, sha256, write_whole
-from edgerun.tensorrt.config import (
+from edgerun.tensorrt.engine import BUILD_SCHEMA, Inspection, inspect_engine, record_path
+from edgerun.tensorrt.layers import (
+    FLOATS,
+    MATRIX_LAYERS,
     Layers,
     check_keep,
     check_precision,
-    check_settings,
-    configure,
-    is_weakly_typed,
+    engine_layers,
     network_layers,
+    onnx_name,
 )
-from edgerun.tensorrt.inspect import Inspection, engine_layers, inspect_engine
 from edgerun.tensorrt.library import Library, find_gpu, open_library
-from edgerun.tensorrt.network import read_network, refusal
+from edgerun.tensorrt.network import Parsed, read_network, refusal
 from edgerun.tensorrt.settings import (
     BuildSettings,
+    Range,
+    check_settings,
     choose_ranges,
+    is_weakly_typed,
     named_dimensions,
     network_inputs,
     ranges_to_json,
 )
 
 MAGIC = b"edgerun.timing-cache/1 "
+
+
+_DATA_TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
 
 
 @dataclass
@@ -134,10 +141,6 @@ def _digest(timings: bytes) -> str:
     return hashlib.sha256(timings).hexdigest()
 
 
-BUILD_SCHEMA = "edgerun.build/1"
-
-RECORD_SUFFIX = ".json"
-
 LAYERS_SUFFIX = ".layers.json"
 
 _REMEDIES = (
@@ -151,7 +154,7 @@ _REMEDIES = (
 )
 
 
-def build(model: Path, engine: Path, name: str, settings: BuildSettings) -> Dict[str, Any]:
+def build(model: Path, engine: Path, settings: BuildSettings) -> Dict[str, Any]:
     """Build an engine; ``engine`` exists afterwards only if it meets the settings.
 
     Next to it, ``<engine>.json`` is the record, and ``<engine>.layers.json`` the inspector's
@@ -171,7 +174,7 @@ def build(model: Path, engine: Path, name: str, settings: BuildSettings) -> Dict
         check_output(path, "--engine")
     if settings.timing_cache is not None:
         check_output(settings.timing_cache, "--timing-cache")
-    library = open_library(name)
+    library = open_library(settings.library)
     check_settings(library, settings)
     weak = is_weakly_typed(library, settings)
     parsed = read_network(library, model, strongly_typed=not weak)
@@ -218,13 +221,8 @@ def build(model: Path, engine: Path, name: str, settings: BuildSettings) -> Dict
         **_save_inspection(engine, inspection),
         "warnings": warnings,
     }
-    write_whole(_beside(engine, RECORD_SUFFIX), (json.dumps(record) + "\n").encode("utf-8"))
+    write_whole(record_path(engine), (json.dumps(record) + "\n").encode("utf-8"))
     return record
-
-
-def record_path(engine: Path) -> Path:
-    """The path of an engine's record."""
-    return _beside(engine, RECORD_SUFFIX)
 
 
 def _beside(engine: Path, suffix: str) -> Path:
@@ -268,3 +266,136 @@ def _build_failed(library: Library, model: Path) -> RunFailed:
     reason = library.log.last_error() or "it gives no reason"
     remedy = next((text for word, text in _REMEDIES if word in reason), None)
     return RunFailed(f"{library} built no engine: {reason}", where=str(model), remedy=remedy)
+
+
+def build_lines(record: Mapping[str, Any]) -> Iterator[str]:
+    """Lines about a built engine: its target and the precision of its layers."""
+    engine, layers = record["engine"], record["layers"]
+    yield (
+        f"{engine['path']}  {engine['bytes'] / 1e6:.3f} MB  "
+        f"{record['library']} {record['version']}  {record['seconds']:.2f} s"
+    )
+    if record["compute_capabilities"]:
+        yield f"  for SM {', '.join(record['compute_capabilities'])}"
+    for name, sizes in record["profile"].items():
+        shapes = ["x".join(map(str, sizes[key])) for key in ("min", "usual", "max")]
+        yield f"  input {name} {' : '.join(shapes)}"
+    counts = ", ".join(f"{n} {precision}" for precision, n in layers["by_precision"].items())
+    sure = "" if layers["certain"] else " (of the model; the builder may have chosen others)"
+    yield f"  layers: {counts or 'none'}{sure}"
+    if not record["inspected"]:
+        yield f"  the engine was not loaded here: {record['reason']}"
+    cache = record["timing_cache"]
+    if cache is not None:
+        why = f": {cache['reason']}" if cache["reason"] else ""
+        yield f"  timing cache {cache['state']}{why}"
+    for warning in record["warnings"]:
+        yield f"  {record['library']} warns: {warning}"
+
+
+def configure(
+    library: Library, parsed: Parsed, settings: BuildSettings, ranges: Mapping[str, Range]
+) -> Any:
+    """The builder configuration.
+
+    Raises:
+        BadInput: the library, the machine or the network does not support a setting.
+    """
+    module = library.module
+    config = parsed.builder.create_builder_config()
+    # The inspector reports types only for engines built with detailed verbosity.
+    config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
+    if settings.workspace_mb is not None:
+        limit = int(settings.workspace_mb * 1e6)
+        config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, limit)
+    if settings.version_compatible:
+        _set_flag(library, config, "VERSION_COMPATIBLE", "--version-compatible")
+    if settings.hardware_compatible:
+        level = library.member("HardwareCompatibilityLevel", "AMPERE_PLUS")
+        if level is None:
+            raise _missing(library, "hardware compatibility levels", "--hardware-compatible")
+        config.hardware_compatibility_level = level
+    if settings.dla is not None:
+        _use_dla(library, parsed.builder, config, settings)
+    if settings.compute_capabilities:
+        known = library.compute_capabilities()
+        config.num_compute_capabilities = len(settings.compute_capabilities)
+        for index, capability in enumerate(settings.compute_capabilities):
+            config.set_compute_capability(known[capability], index)
+    if settings.precision is not None and is_weakly_typed(library, settings):
+        _ask_precision(library, parsed.network, config, settings)
+    if ranges:
+        _add_profile(parsed.builder, config, ranges)
+    return config
+
+
+def _use_dla(library: Library, builder: Any, config: Any, settings: BuildSettings) -> None:
+    cores = int(getattr(builder, "num_DLA_cores", 0))
+    if settings.dla is None or settings.dla >= cores:
+        raise BadInput(
+            f"{library} finds {cores or 'no'} DLA core{'' if cores == 1 else 's'} here; "
+            f"core {settings.dla} was asked for",
+            where="--dla",
+            remedy="build on a Jetson that has a DLA, or leave --dla out",
+        )
+    config.default_device_type = library.module.DeviceType.DLA
+    config.DLA_core = settings.dla
+    if settings.gpu_fallback:
+        _set_flag(library, config, "GPU_FALLBACK", "--dla")
+
+
+def _ask_precision(library: Library, network: Any, config: Any, settings: BuildSettings) -> None:
+    """Flags of a weakly typed network, and the type of each layer that requires one."""
+    asked = str(settings.precision)
+    flags: List[str] = [asked.upper()]
+    if settings.dla is not None and asked == "int8":
+        # Layers without INT8 support on the DLA compute in FP16.
+        flags.append("FP16")
+    for flag in flags:
+        _set_flag(library, config, flag, "--precision")
+    if asked == "int8":
+        # Quantize and dequantize nodes state the precision; a second statement would be refused.
+        return
+    obey = library.member("BuilderFlag", "OBEY_PRECISION_CONSTRAINTS")
+    if obey is None:
+        raise _missing(library, "precision constraints", "--precision")
+    config.set_flag(obey)
+    _constrain(library, network, asked, settings.keep)
+
+
+def _constrain(library: Library, network: Any, asked: str, keep: Collection[str]) -> None:
+    types: Dict[str, Any] = {
+        name: library.member("DataType", kind) for name, kind in _DATA_TYPES.items()
+    }
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type.name not in MATRIX_LAYERS or layer.get_output(0).dtype.name not in FLOATS:
+            continue
+        layer.precision = types["fp32" if onnx_name(layer) in keep else asked]
+
+
+def _add_profile(builder: Any, config: Any, ranges: Mapping[str, Range]) -> None:
+    profile = builder.create_optimization_profile()
+    for name, sizes in ranges.items():
+        profile.set_shape(name, sizes.min, sizes.opt, sizes.max)
+    if config.add_optimization_profile(profile) < 0:
+        raise BadInput(
+            f"the library refuses the shapes of {_listed(list(ranges))}",
+            where="--shape",
+            remedy="give shapes that fit each other",
+        )
+
+
+def _set_flag(library: Library, config: Any, name: str, option: str) -> None:
+    flag = library.member("BuilderFlag", name)
+    if flag is None:
+        raise _missing(library, name, option)
+    config.set_flag(flag)
+
+
+def _missing(library: Library, what: str, option: str) -> BadInput:
+    return BadInput(f"{library} has no {what}", option, f"leave {option} out")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(repr(name) for name in names)

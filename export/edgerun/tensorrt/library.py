@@ -11,6 +11,7 @@ import ctypes
 import importlib
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Dict, List
 
 from edgerun.errors import BadInput, RunFailed
@@ -63,7 +64,8 @@ MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 _INSTALL = {
     "tensorrt": "on a Jetson it comes with JetPack: apt install python3-libnvinfer (a virtual "
-    "environment needs --system-site-packages); elsewhere: {python} -m pip install tensorrt",
+    "environment needs --system-site-packages); elsewhere: {python} -m pip install tensorrt; "
+    "without a GPU use tensorrt-rtx",
     "tensorrt-rtx": "pip install 'edgekd[rtx]', or without edgekd: "
     "{python} -m pip install tensorrt-rtx",
 }
@@ -125,6 +127,11 @@ def open_library(name: str) -> Library:
     library = _OPENED[name]
     library.log.clear()
     return library
+
+
+def is_installed(name: str) -> bool:
+    """Whether this interpreter has a library; it is not imported."""
+    return find_spec(MODULES[name]) is not None
 
 
 def installation(name: str) -> str:

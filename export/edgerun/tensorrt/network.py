@@ -44,7 +44,7 @@ class Parsed:
     problems: Tuple[Problem, ...]
 
 
-def judge(model: Path, name: str) -> Dict[str, Any]:
+def parse(model: Path, name: str) -> Dict[str, Any]:
     """The parser's verdict as a record ``edgerun.parse/1``; no engine is built.
 
     Raises:

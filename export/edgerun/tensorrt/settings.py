@@ -9,6 +9,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
 from edgerun.errors import BadInput
 from edgerun.model import dimension_name
+from edgerun.tensorrt.library import Library
 
 _SHAPE_OPTION = re.compile(r"^(?P<name>.+)=(?P<shapes>\d+(?:x\d+)*(?::\d+(?:x\d+)*)*)$")
 
@@ -26,6 +27,7 @@ class BuildSettings:
     """Settings of an engine's build.
 
     Attributes:
+        library: ``tensorrt`` or ``tensorrt-rtx``.
         compute_capabilities: ``("8.6", "8.9")``: GPUs to build for; empty: this machine's GPU,
             or the library's default without one. tensorrt-rtx alone.
         precision: what convolutions and matrix products must compute in; None: the
@@ -41,6 +43,7 @@ class BuildSettings:
         gpu_fallback: whether layers that the DLA cannot run may run on the GPU.
     """
 
+    library: str = "tensorrt"
     compute_capabilities: Tuple[str, ...] = ()
     precision: str | None = None
     keep: Tuple[str, ...] = ()
@@ -54,14 +57,57 @@ class BuildSettings:
     gpu_fallback: bool = True
 
     def to_json(self) -> Dict[str, Any]:
-        """A plain mapping for a JSON file."""
+        """A plain mapping for a JSON file, in which the library stands elsewhere."""
+        fields = asdict(self)
+        del fields["library"]
         return {
-            **asdict(self),
+            **fields,
             "compute_capabilities": list(self.compute_capabilities),
             "keep": list(self.keep),
             "shapes": ranges_to_json(self.shapes),
             "timing_cache": None if self.timing_cache is None else str(self.timing_cache),
         }
+
+
+def is_weakly_typed(library: Library, settings: BuildSettings) -> bool:
+    """Whether the precision is requested from the builder.
+
+    Only TensorRT before 11 supports that, and only for types other than float32; otherwise the
+    types are the model's.
+    """
+    return library.weakly_typed and settings.precision not in (None, "fp32")
+
+
+def check_settings(library: Library, settings: BuildSettings) -> None:
+    """Raise BadInput for settings that this library does not support, before the model is read."""
+    known = library.compute_capabilities()
+    if settings.compute_capabilities and not known:
+        raise BadInput(
+            f"{library} builds for the GPU it runs on alone",
+            where="--sm",
+            remedy="leave --sm out and build on the device, or use --library tensorrt-rtx",
+        )
+    for capability in settings.compute_capabilities:
+        if capability not in known:
+            raise BadInput(
+                f"{library} has no compute capability {capability}",
+                where="--sm",
+                remedy=f"it has {', '.join(known)}; an engine for a Jetson is built on the Jetson, "
+                "with 'python -m edgerun build MODEL.onnx --engine OUT --library tensorrt'",
+            )
+    if settings.hardware_compatible and known:
+        # Tried with 1.7.1: the level is accepted, and the engine is byte-identical.
+        raise BadInput(
+            f"{library} does not use hardware compatibility",
+            where="--hardware-compatible",
+            remedy="name each GPU that the engine is for: --sm 8.6 --sm 8.9",
+        )
+    if settings.dla is not None and settings.precision not in ("fp16", "int8"):
+        raise BadInput(
+            "a DLA computes in FP16 and INT8 alone",
+            where="--dla",
+            remedy="add --precision fp16 or --precision int8",
+        )
 
 
 def ranges_to_json(ranges: Mapping[str, Range]) -> Dict[str, Any]:

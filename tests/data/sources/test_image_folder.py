@@ -1,3 +1,5 @@
+import contextlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -137,3 +139,45 @@ def test_the_fingerprint_is_of_names_and_contents(classes):
     put(classes, "cat", count=2, value=50)
     third = source_fingerprint(config, classes)
     assert len({str(f) for f in (first, second, third)}) == 3
+
+
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 4 6
+%%EndComments
+showpage
+"""
+
+
+@pytest.mark.parametrize("name", ["03.png", "03.jpg", "03.tif"])
+def test_a_file_of_another_format_starts_no_program(classes, monkeypatch, name):
+    monkeypatch.setattr("subprocess.Popen", lambda *a, **k: pytest.fail("a program was started"))
+    file = classes / "cat" / name
+    file.write_bytes(EPS)
+    with pytest.raises(InputError, match="cannot be decoded") as caught:
+        load(classes)
+    assert caught.value.where == str(file)
+
+
+def test_an_image_that_is_a_decompression_bomb_is_refused(classes, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    for side in (40, 400):  # a warning of Pillow's, and an error
+        Image.new("RGB", (side, side)).save(classes / "cat" / "huge.png")
+        with pytest.raises(InputError, match="could be decompression bomb") as caught:
+            load(classes)
+        assert caught.value.where == str(classes / "cat" / "huge.png")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("suffix", ["png", "gif", "bmp", "tif", "webp", "ppm"])
+def test_whatever_is_wrong_with_an_image_is_an_input_error(classes, suffix):
+    file = classes / "cat" / f"00.{suffix}"
+    random = np.random.default_rng(0)
+    Image.fromarray(random.integers(0, 256, (6, 4, 3), np.uint8)).save(file)
+    whole = file.read_bytes()
+    for _ in range(60):
+        changed = bytearray(whole)
+        for place in random.integers(0, len(whole), 3):
+            changed[place] = random.integers(0, 256)
+        file.write_bytes(changed)
+        with contextlib.suppress(InputError):
+            load(classes)

@@ -103,10 +103,10 @@ def damaged(kind):
         ("empty", "is empty"),
         ("cut", "truncated"),
         ("flipped", "damaged at array 'image'"),
-        ("npy", "no npz archive"),
-        ("pickle", "no npz archive"),
-        ("no-arrays", "no npz archive|no array"),
-        ("objects", "'label' cannot be read: Object arrays"),
+        ("npy", "single array"),
+        ("pickle", "not an npz file"),
+        ("no-arrays", "no array"),
+        ("objects", "'label' cannot be read: it holds Python objects"),
     ],
 )
 def test_damaged_files_and_pickles(tmp_path, kind, said):
@@ -136,3 +136,27 @@ def test_the_fingerprint_changes_with_the_content(tmp_path):
         np.savez(tmp_path / "data.npz", image=IMAGES, label=label)
         found.append(source_fingerprint(config, tmp_path))
     assert found[0] != found[1]
+
+
+def test_a_single_number_or_a_structure_is_no_array_of_samples(tmp_path):
+    for odd, said in (
+        (np.float32(3), "'extra' of train is a single number"),
+        (np.zeros(40, [("a", "<f4")]), "dtype .*which no model takes"),
+        (np.zeros(40, "<c8"), "dtype complex64"),
+        (np.zeros(40, "<M8[s]"), "dtype datetime64"),
+    ):
+        np.savez(tmp_path / "data.npz", image=IMAGES, label=LABELS, extra=odd)
+        with pytest.raises(InputError, match=said):
+            load(tmp_path)
+    np.savez(tmp_path / "data.npz", image=np.float32(3), label=np.int64(1))
+    with pytest.raises(InputError, match="single number"):
+        load(tmp_path)
+
+
+def test_arrays_of_another_byte_order_are_trained_on_as_they_are_meant(tmp_path):
+    tokens = RANDOM.integers(0, 9, (40, 5))
+    np.savez(tmp_path / "data.npz", tokens=tokens.astype(">i4"), label=LABELS.astype(">i8"))
+    dataset = load(tmp_path)
+    train = dataset.splits["train"].arrays
+    assert train["tokens"].dtype.isnative
+    assert set(train["label"]) == {0, 1, 2, 3}

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from edgekd.distill.losses import LOSSES
 from edgekd.distill.losses.contrastive import Crd, bank_scores, noise_contrast
 from edgekd.errors import InputError
+from tests.distill.losses.samples import LargestTensor
 
 STUDENT, TEACHER = (4, 5), (4, 3, 2, 2)
 
@@ -262,22 +262,8 @@ def test_a_bank_of_one_class_leaves_no_negatives_and_no_nan():
     assert value.isfinite()
 
 
-class Largest(TorchDispatchMode):
-    """The most bytes in any one tensor that an operation makes."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                # A broadcast view holds no more than its storage.
-                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
-        return out
-
-
 def test_ten_million_samples_stay_within_the_bound():
-    with Largest() as making:
+    with LargestTensor() as making:
         module = Crd((16, 32), (16, 64), samples=10_000_000)
     rows, width = 65536, 128
     assert making.bytes <= rows * width * 4
@@ -285,7 +271,7 @@ def test_ten_million_samples_stay_within_the_bound():
     assert state < 2 * rows * width * 4 + 2 * rows * 8 + 10**6
     s = torch.randn(16, 32, requires_grad=True)
     sample = torch.randint(10_000_000, (16,))
-    with Largest() as stepping:
+    with LargestTensor() as stepping:
         module(s, torch.randn(16, 64), sample).backward()
     # The bank itself is the largest; 16 x 16384 vectors of 128 would be 32 times that.
     assert stepping.bytes == rows * width * 4

@@ -9,11 +9,7 @@ import torch
 from edgekd.distill.losses import LOSSES
 from edgekd.distill.losses.relation import mk_mmd
 from edgekd.errors import InputError
-
-
-def features(*shapes, seed=0):
-    draw = np.random.default_rng(seed)
-    return [torch.from_numpy(draw.normal(0, 1, shape)) for shape in shapes]
+from tests.distill.losses.samples import normal
 
 
 def in_loops(s, t):
@@ -35,23 +31,23 @@ def in_loops(s, t):
 
 @pytest.mark.parametrize("sizes", [(5, 5), (4, 7), (2, 2)])
 def test_mk_mmd_is_the_published_formula(sizes):
-    s, t = features((sizes[0], 3), (sizes[1], 3))
+    s, t = normal((sizes[0], 3), (sizes[1], 3), scale=1.0)
     assert mk_mmd(s, t).item() == pytest.approx(in_loops(s, t), rel=1e-10)
 
 
 def test_one_distribution_gives_0_on_average_and_another_more():
-    same = [mk_mmd(*features((16, 4), (12, 4), seed=n)).item() for n in range(200)]
+    same = [mk_mmd(*normal((16, 4), (12, 4), seed=n, scale=1.0)).item() for n in range(200)]
     error = np.std(same) / math.sqrt(len(same))
     # Unbiased: within four standard errors of 0, with values on both sides.
     assert abs(np.mean(same)) < 4 * error
     assert min(same) < 0 < max(same)
-    s, t = features((16, 4), (12, 4))
+    s, t = normal((16, 4), (12, 4), scale=1.0)
     assert mk_mmd(s, t + 2).item() > 10 * np.std(same)
 
 
 def test_orders_and_what_is_done_to_both_sets_do_not_matter():
-    s, t = features((6, 4), (5, 4))
-    rotation = torch.linalg.qr(features((4, 4), seed=1)[0]).Q
+    s, t = normal((6, 4), (5, 4), scale=1.0)
+    rotation = torch.linalg.qr(normal((4, 4), seed=1, scale=1.0)[0]).Q
     expected = mk_mmd(s, t)
     for changed in (
         mk_mmd(s.flip(0), t),
@@ -63,7 +59,7 @@ def test_orders_and_what_is_done_to_both_sets_do_not_matter():
 
 def test_gradient():
     """Against central differences with the bandwidth held, which passes no gradient."""
-    s, t = features((4, 3), (5, 3))
+    s, t = normal((4, 3), (5, 3), scale=1.0)
     s.requires_grad_()
     mk_mmd(s, t).backward()
     points = torch.cat([s.detach(), t])
@@ -98,7 +94,7 @@ def test_half_precision_and_coincident_samples_are_finite(dtype):
 @pytest.mark.parametrize("shapes", [((4, 3), (4, 5)), ((1, 3), (4, 3))])
 def test_what_cannot_be_compared_is_refused(shapes):
     with pytest.raises(InputError, match="not two sets of one width"):
-        mk_mmd(*features(*shapes))
+        mk_mmd(*normal(*shapes, scale=1.0))
 
 
 def test_it_is_a_loss_of_a_pipeline():

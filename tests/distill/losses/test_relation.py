@@ -11,6 +11,7 @@ from torch import nn
 from edgekd.distill.losses import LOSSES
 from edgekd.distill.losses.relation import Correlation, correlation, pkt, pooled, rkd, sp
 from edgekd.errors import InputError
+from tests.distill.losses.samples import normal
 
 ALL = [rkd, sp, pkt, correlation]
 ANY_WIDTH = [rkd, sp, pkt]
@@ -19,11 +20,6 @@ LAYOUTS = {
     "tokens": ((4, 3, 5), (4, 7, 6)),
     "maps": ((5, 4, 3, 2), (5, 6, 2, 2)),
 }
-
-
-def features(shapes, seed=0):
-    draw = np.random.default_rng(seed)
-    return [torch.from_numpy(draw.normal(0, 2, shape)) for shape in shapes]
 
 
 def mean_over_positions(x):
@@ -89,7 +85,7 @@ def pkt_in_loops(s, t):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rkd_is_the_published_formula(layout):
-    s, t = features(LAYOUTS[layout])
+    s, t = normal(*LAYOUTS[layout])
     for distance, angle in ((25.0, 50.0), (1.0, 0.0), (0.0, 1.0)):
         expected = rkd_in_loops(s, t, distance, angle)
         assert rkd(s, t, distance, angle).item() == pytest.approx(expected, rel=1e-10)
@@ -97,13 +93,13 @@ def test_rkd_is_the_published_formula(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_similarity_is_the_published_formula(layout):
-    s, t = features(LAYOUTS[layout])
+    s, t = normal(*LAYOUTS[layout])
     assert sp(s, t).item() == pytest.approx(similarity_in_loops(s, t), rel=1e-10)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pkt_is_the_published_formula(layout):
-    s, t = features(LAYOUTS[layout])
+    s, t = normal(*LAYOUTS[layout])
     # 1e-7 beside probabilities near 1/5, relative to a divergence near 0.01 per row.
     assert pkt(s, t).item() == pytest.approx(pkt_in_loops(s, t), rel=1e-4)
 
@@ -111,7 +107,7 @@ def test_pkt_is_the_published_formula(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_correlation_is_the_published_formula(layout):
     shape = LAYOUTS[layout][0]
-    s, t = features((shape, shape))
+    s, t = normal(shape, shape)
     a, b = mean_over_positions(s), mean_over_positions(t)
     size = len(a)
     expected = sum(
@@ -124,7 +120,7 @@ def test_correlation_is_the_published_formula(layout):
 
 def test_rkd_does_not_normalise_its_features():
     """With L2-normed features, as one library has it, lengths would not count; here they do."""
-    s, t = features(((6, 5), (6, 5)))
+    s, t = normal((6, 5), (6, 5))
     lengths = torch.arange(1, 7, dtype=torch.float64)[:, None]
     assert rkd(s * lengths, t).item() != pytest.approx(rkd(s, t).item(), rel=1e-2)
 
@@ -132,19 +128,19 @@ def test_rkd_does_not_normalise_its_features():
 @pytest.mark.parametrize("loss", ALL)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equal_features_are_the_minimum_0_without_a_gradient(loss, layout):
-    s = features((LAYOUTS[layout][0],))[0].requires_grad_()
+    s = normal(LAYOUTS[layout][0])[0].requires_grad_()
     value = loss(s, s.detach().clone())
     value.backward()
     assert value.item() == 0.0
     # PKT's 1e-7 under its logarithm moves its minimum by about as much, over B² terms.
     assert s.grad.abs().max() < (1e-8 if loss is pkt else 1e-15)
-    other = features((LAYOUTS[layout][0],), seed=1)[0]
+    other = normal(LAYOUTS[layout][0], seed=1)[0]
     assert loss(s.detach(), other) > 0
 
 
 @pytest.mark.parametrize("loss", ANY_WIDTH)
 def test_the_order_of_the_batch_does_not_matter(loss):
-    s, t = features(LAYOUTS["maps"])
+    s, t = normal(*LAYOUTS["maps"])
     order = torch.tensor([3, 0, 4, 2, 1])
     torch.testing.assert_close(loss(s[order], t[order]), loss(s, t), rtol=1e-12, atol=0)
     # But the student's samples must be the teacher's.
@@ -152,7 +148,7 @@ def test_the_order_of_the_batch_does_not_matter(loss):
 
 
 def test_correlation_of_a_shuffled_batch_is_that_of_all_pairs_on_average():
-    s, t = features(((5, 3), (5, 3)))
+    s, t = normal((5, 3), (5, 3))
     mean = np.mean(
         [correlation(s[list(o)], t[list(o)]).item() for o in itertools.permutations(range(5))]
     )
@@ -164,19 +160,19 @@ def test_correlation_of_a_shuffled_batch_is_that_of_all_pairs_on_average():
 @pytest.mark.parametrize("loss", ANY_WIDTH)
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
 def test_a_common_scale_changes_nothing(loss, scale):
-    s, t = features(LAYOUTS["vectors"])
+    s, t = normal(*LAYOUTS["vectors"])
     torch.testing.assert_close(loss(s * scale, t), loss(s, t), rtol=1e-10, atol=0)
     torch.testing.assert_close(loss(s, t * scale), loss(s, t), rtol=1e-10, atol=0)
 
 
 def test_rkd_ignores_shifts_and_rotations():
-    s, t = features(LAYOUTS["vectors"])
-    rotation = torch.linalg.qr(features(((5, 5),), seed=2)[0]).Q
+    s, t = normal(*LAYOUTS["vectors"])
+    rotation = torch.linalg.qr(normal((5, 5), seed=2)[0]).Q
     torch.testing.assert_close(rkd(s @ rotation + 7.0, t), rkd(s, t), rtol=1e-10, atol=0)
 
 
 def test_pkt_ignores_a_scale_per_sample_and_similarity_does_not():
-    s, t = features(LAYOUTS["vectors"])
+    s, t = normal(*LAYOUTS["vectors"])
     scales = torch.tensor([0.1, 1, 2, 5, 10, 100], dtype=torch.float64)[:, None]
     torch.testing.assert_close(pkt(s * scales, t), pkt(s, t), rtol=1e-10, atol=0)
     assert not torch.isclose(sp(s * scales, t), sp(s, t), rtol=1e-2)
@@ -186,7 +182,7 @@ def test_pkt_ignores_a_scale_per_sample_and_similarity_does_not():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradient(loss, layout):
     student, teacher = LAYOUTS[layout]
-    s, t = features((student, student if loss is correlation else teacher))
+    s, t = normal(student, student if loss is correlation else teacher)
     s.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: loss(x, t), s)
 
@@ -195,7 +191,7 @@ def test_gradient(loss, layout):
 @pytest.mark.parametrize("case", ["a pair", "all", "dead"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_coincident_samples_give_a_bounded_gradient(loss, case, dtype):
-    s, t = (x.to(dtype) for x in features(((6, 5), (6, 5))))
+    s, t = (x.to(dtype) for x in normal((6, 5), (6, 5)))
     if case == "dead":
         s[1] = 0
     else:
@@ -211,7 +207,7 @@ def test_coincident_samples_give_a_bounded_gradient(loss, case, dtype):
 @pytest.mark.parametrize("loss", ALL)
 @pytest.mark.parametrize("size", [1, 2])
 def test_the_smallest_batches_are_no_accident(loss, size):
-    s, t = features(((size, 5), (size, 5)))
+    s, t = normal((size, 5), (size, 5))
     s.requires_grad_()
     value = loss(s, t)
     value.backward()
@@ -222,7 +218,7 @@ def test_the_smallest_batches_are_no_accident(loss, size):
 @pytest.mark.parametrize("loss", ALL)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_finite_where_its_products_overflow(loss, dtype):
-    s, t = (x.to(dtype) * 5000 for x in features(((4, 8, 5, 5), (4, 8, 5, 5))))
+    s, t = (x.to(dtype) * 5000 for x in normal((4, 8, 5, 5), (4, 8, 5, 5)))
     s.requires_grad_()
     with torch.autocast("cpu", dtype=dtype):
         value = loss(s, t)
@@ -234,7 +230,7 @@ def test_half_precision_is_finite_where_its_products_overflow(loss, dtype):
 
 @pytest.mark.parametrize("loss", ALL)
 def test_autocast_changes_nothing(loss):
-    s, t = (x.float() for x in features(((6, 5), (6, 5))))
+    s, t = (x.float() for x in normal((6, 5), (6, 5)))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = loss(s, t)
     assert torch.equal(inside, loss(s, t))
@@ -243,7 +239,7 @@ def test_autocast_changes_nothing(loss):
 @pytest.mark.parametrize("loss", ALL)
 def test_different_batches_are_refused(loss):
     with pytest.raises(InputError, match=r"\[6, 5\].*\[4, 5\]"):
-        loss(*features(((6, 5), (4, 5))))
+        loss(*normal((6, 5), (4, 5)))
 
 
 def test_features_without_a_width_are_refused():
@@ -253,12 +249,12 @@ def test_features_without_a_width_are_refused():
 
 def test_correlation_of_different_widths_is_refused():
     with pytest.raises(InputError, match=r"\[6, 5\].*\[6, 9\]"):
-        correlation(*features(LAYOUTS["vectors"]))
+        correlation(*normal(*LAYOUTS["vectors"]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_correlation_module_embeds_both(layout):
-    s, t = features(LAYOUTS[layout])
+    s, t = normal(*LAYOUTS[layout])
     module = Correlation(tuple(s.shape), tuple(t.shape), embedding=3).double()
     s.requires_grad_()
     value = module(s, t)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from edgekd.distill.losses.response import (
     dist,
+    dkd,
     hard_distillation,
     hard_labels,
     jsd,
@@ -15,8 +16,10 @@ from edgekd.distill.losses.response import (
     multi_label,
     output_regression,
     soft_labels,
+    tf_kd,
+    wsld,
 )
-from edgekd.distill.losses.response_labelled import dkd, tf_kd, wsld
+from tests.distill.losses.samples import logits_and_classes
 
 DIVERGENCES = {
     "soft_labels": lambda s, t, y: soft_labels(s, t),
@@ -62,17 +65,9 @@ def parametrize(losses):
     return pytest.mark.parametrize("loss", losses.values(), ids=losses)
 
 
-def drawn(shape, seed=0, scale=3.0):
-    draw = torch.Generator().manual_seed(seed)
-    student, teacher = (
-        torch.randn(shape, generator=draw, dtype=torch.float64) * scale for _ in range(2)
-    )
-    return student, teacher, torch.randint(shape[-1], shape[:-1], generator=draw)
-
-
 @parametrize({name: loss for name, loss in ALL.items() if name not in OF_EACH_NUMBER})
 def test_a_shift_of_all_logits_of_a_sample_changes_nothing(loss):
-    student, teacher, target = drawn((5, 7))
+    student, teacher, target = logits_and_classes((5, 7))
     shift = torch.arange(5, dtype=torch.float64)[:, None] * 100
     after = loss(student + shift, teacher - 2 * shift, target)
     # Logits of size 1000 carry a relative rounding of 1e-13; DIST takes small differences of them.
@@ -81,7 +76,7 @@ def test_a_shift_of_all_logits_of_a_sample_changes_nothing(loss):
 
 @parametrize(ALL)
 def test_the_order_of_the_batch_changes_nothing(loss):
-    student, teacher, target = drawn((6, 5))
+    student, teacher, target = logits_and_classes((6, 5))
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     assert torch.isclose(
         loss(student, teacher, target),
@@ -92,7 +87,7 @@ def test_the_order_of_the_batch_changes_nothing(loss):
 
 @parametrize(ALL)
 def test_the_order_of_the_classes_changes_nothing(loss):
-    student, teacher, target = drawn((6, 5))
+    student, teacher, target = logits_and_classes((6, 5))
     order = torch.tensor([3, 0, 4, 1, 2])
     assert torch.isclose(
         loss(student, teacher, target),
@@ -103,7 +98,7 @@ def test_the_order_of_the_classes_changes_nothing(loss):
 
 @parametrize(ALL)
 def test_positions_of_a_sequence_are_samples(loss):
-    student, teacher, target = drawn((3, 4, 5))
+    student, teacher, target = logits_and_classes((3, 4, 5))
     flat = (student.reshape(12, 5), teacher.reshape(12, 5), target.reshape(12))
     assert torch.isclose(loss(student, teacher, target), loss(*flat), rtol=1e-12)
 
@@ -111,7 +106,7 @@ def test_positions_of_a_sequence_are_samples(loss):
 @pytest.mark.parametrize("shape", [(5, 7), (3, 4, 6), (4, 2), (3, 1000)])
 @parametrize(DIVERGENCES | {"wsld": ALL["wsld"]})
 def test_equal_logits_are_where_the_gradient_is_0(loss, shape):
-    teacher, _, target = drawn(shape)
+    teacher, _, target = logits_and_classes(shape)
     student = teacher.clone().requires_grad_()
     loss(student, teacher, target).backward()
     # Rounding of float64, times T² and the 8 of DKD.
@@ -121,7 +116,7 @@ def test_equal_logits_are_where_the_gradient_is_0(loss, shape):
 @pytest.mark.parametrize("shape", [(5, 7), (3, 4, 6), (4, 2), (3, 1000)])
 @parametrize(DIVERGENCES)
 def test_equal_logits_give_0(loss, shape):
-    teacher, _, target = drawn(shape)
+    teacher, _, target = logits_and_classes(shape)
     assert loss(teacher.clone(), teacher, target).item() == pytest.approx(0, abs=1e-12)
 
 
@@ -143,7 +138,7 @@ def test_a_student_as_sure_as_the_virtual_teacher_pays_nothing():
     scale=st.floats(0.1, 20),
 )
 def test_divergences_are_never_below_0(seed, rows, classes, scale):
-    student, teacher, target = drawn((rows, classes), seed, scale)
+    student, teacher, target = logits_and_classes((rows, classes), seed, scale)
     for name, loss in DIVERGENCES.items():
         value = loss(student, teacher, target)
         assert value.isfinite(), name
@@ -156,7 +151,7 @@ def test_divergences_are_never_below_0(seed, rows, classes, scale):
 @pytest.mark.parametrize("shape", [(3, 4), (2, 2, 3), (3, 2)])
 @parametrize({name: loss for name, loss in ALL.items() if name != "wsld"})
 def test_gradients_are_those_of_the_loss(loss, shape):
-    student, teacher, target = drawn(shape, scale=1.0)
+    student, teacher, target = logits_and_classes(shape, scale=1.0)
     student.requires_grad_()
     if shape[-1] == 2 and loss is ALL["logit_standardization"]:
         # The z-score of two classes is ±1, a constant.
@@ -185,7 +180,7 @@ def test_half_precision_is_finite_for_large_logits(loss, classes, dtype, tempera
 @pytest.mark.parametrize("temperature", [1.0, 4.0, 20.0])
 @parametrize(WITH_TEMPERATURE)
 def test_half_precision_is_near_float64(loss, temperature):
-    student, teacher, _ = (z.to(torch.bfloat16) for z in drawn((8, 10)))
+    student, teacher, _ = (z.to(torch.bfloat16) for z in logits_and_classes((8, 10)))
     exact = loss(student.double(), teacher.double(), temperature).item()
     # Float32 inside: 1e-7 of logits of size 10, differences of which T² magnifies.
     assert loss(student, teacher, temperature).item() == pytest.approx(exact, rel=1e-4, abs=1e-4)

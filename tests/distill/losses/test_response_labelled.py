@@ -6,21 +6,12 @@ import pytest
 import torch
 from torch.nn.functional import one_hot
 
-from edgekd.distill.losses.response import soft_labels
-from edgekd.distill.losses.response_labelled import dkd, tf_kd, wsld
+from edgekd.distill.losses.response import dkd, soft_labels, tf_kd, wsld
 from edgekd.errors import InputError
+from tests.distill.losses.samples import logits_and_classes
 
 SHAPES = [(5, 7), (3, 4, 6), (4, 2), (2, 1000)]
 TEMPERATURES = [1.0, 2.0, 4.0, 20.0]
-
-
-def drawn(shape, seed=0, scale=3.0):
-    """Student and teacher logits in float64, and classes."""
-    draw = torch.Generator().manual_seed(seed)
-    student, teacher = (
-        torch.randn(shape, generator=draw, dtype=torch.float64) * scale for _ in range(2)
-    )
-    return student, teacher, torch.randint(shape[-1], shape[:-1], generator=draw)
 
 
 def rows_of(student, teacher, target):
@@ -54,7 +45,7 @@ def without(values, index):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_dkd_is_the_published_formula(shape, temperature):
-    student, teacher, target = drawn(shape)
+    student, teacher, target = logits_and_classes(shape)
     rows = []
     for z_s, z_t, y in rows_of(student, teacher, target):
         p, q = softmax(z_t, temperature), softmax(z_s, temperature)
@@ -68,7 +59,7 @@ def test_dkd_is_the_published_formula(shape, temperature):
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_soft_labels_are_dkd_with_the_teachers_doubt_as_beta(temperature):
     """Section 3.1 of the paper: KL = TCKD + (1 − p_y) · NCKD, here sample by sample."""
-    for z_s, z_t, y in zip(*drawn((6, 5)), strict=True):
+    for z_s, z_t, y in zip(*logits_and_classes((6, 5)), strict=True):
         doubt = 1 - (z_t / temperature).softmax(-1)[y].item()
         one = dkd(z_s[None], z_t[None], y[None], 1.0, doubt, temperature)
         assert torch.isclose(one, soft_labels(z_s, z_t, temperature), rtol=1e-10)
@@ -89,7 +80,7 @@ def test_dkd_keeps_the_doubt_of_a_certain_teacher():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_wsld_is_the_published_formula(shape, temperature):
-    student, teacher, target = drawn(shape)
+    student, teacher, target = logits_and_classes(shape)
     rows = []
     for z_s, z_t, y in rows_of(student, teacher, target):
         weight = 1 - math.exp(-math.log(softmax(z_s, 1)[y]) / math.log(softmax(z_t, 1)[y]))
@@ -102,7 +93,7 @@ def test_wsld_is_the_published_formula(shape, temperature):
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_wsld_weights_are_no_path_for_gradients(temperature):
-    student, teacher, target = drawn((5, 7))
+    student, teacher, target = logits_and_classes((5, 7))
     student.requires_grad_()
     wsld(student, teacher, target, temperature).backward()
     for row, (z_s, z_t, y) in enumerate(rows_of(student, teacher, target)):
@@ -139,7 +130,7 @@ def test_wsld_of_a_teacher_without_any_loss_is_finite(student):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_virtual_teacher_is_softened_and_always_right(shape, temperature):
-    student, _, target = drawn(shape)
+    student, _, target = logits_and_classes(shape)
     classes, correct = shape[-1], 0.9
     rows = []
     for z_s, _, y in rows_of(student, student, target):
@@ -153,7 +144,7 @@ def test_virtual_teacher_is_softened_and_always_right(shape, temperature):
 
 def test_virtual_teacher_at_temperature_1_is_label_smoothing():
     """Up to a constant; smoothing that spreads ε over all C classes leaves 1 − ε + ε/C."""
-    student, _, target = drawn((5, 4))
+    student, _, target = logits_and_classes((5, 4))
     student.requires_grad_()
     smoothing = 0.2
     (one,) = torch.autograd.grad(tf_kd(student, target, 0.85, 1.0), student)
@@ -171,7 +162,7 @@ LOSSES = {
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_unlabelled_samples_are_left_out_of_the_mean(loss):
-    student, teacher, target = drawn((6, 4))
+    student, teacher, target = logits_and_classes((6, 4))
     unlabelled = torch.tensor([1, 3, 5])
     labelled = torch.tensor([0, 2, 4])
     target[unlabelled] = torch.tensor([-1, -100, -1])
@@ -185,7 +176,7 @@ def test_unlabelled_samples_are_left_out_of_the_mean(loss):
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_a_batch_without_labels_gives_0_and_can_be_differentiated(loss):
-    student, teacher, _ = drawn((2, 3, 4))
+    student, teacher, _ = logits_and_classes((2, 3, 4))
     student.requires_grad_()
     value = loss(student, teacher, torch.full((2, 3), -1))
     value.backward()
@@ -195,7 +186,7 @@ def test_a_batch_without_labels_gives_0_and_can_be_differentiated(loss):
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_targets_that_name_no_class_are_refused(loss):
-    student, teacher, target = drawn((5, 4))
+    student, teacher, target = logits_and_classes((5, 4))
     with pytest.raises(InputError, match="mixup and cutmix give mixtures"):
         loss(student, teacher, one_hot(target, 4).double())
     with pytest.raises(InputError, match="must be integers"):
@@ -206,6 +197,6 @@ def test_targets_that_name_no_class_are_refused(loss):
 
 @pytest.mark.parametrize("loss", [dkd, wsld])
 def test_shapes_that_would_broadcast_are_refused(loss):
-    student, teacher, target = drawn((5, 4))
+    student, teacher, target = logits_and_classes((5, 4))
     with pytest.raises(InputError, match=r"\[5, 4\].*\[1, 4\]"):
         loss(student, teacher[:1], target)

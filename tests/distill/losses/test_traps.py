@@ -9,25 +9,20 @@ import torch
 from edgekd.distill.losses import LOSSES
 from edgekd.distill.losses.response import (
     dist,
+    dkd,
     jsd,
     logit_standardization,
     mlkd,
     multi_label,
     soft_labels,
+    tf_kd,
+    wsld,
 )
-from edgekd.distill.losses.response_labelled import dkd, tf_kd, wsld
 from edgekd.errors import InputError
 from edgekd.extension import check_arguments
+from tests.distill.losses.samples import logits_and_classes
 
 SUPPLIED = ("student", "teacher", "target", "mask", "sample")
-
-
-def drawn(shape, scale=2.0):
-    draw = torch.Generator().manual_seed(3)
-    student, teacher = (
-        torch.randn(shape, generator=draw, dtype=torch.float64) * scale for _ in range(2)
-    )
-    return student, teacher, torch.randint(shape[-1], shape[:-1], generator=draw)
 
 
 OVER_CLASSES = {
@@ -42,7 +37,7 @@ OVER_CLASSES = {
 def test_classes_are_summed_over_and_not_averaged(loss):
     """The default of ``nn.KLDivLoss`` divides by C too: four times as many classes, of which
     three quarters are impossible, would then cost a quarter."""
-    student, teacher, target = drawn((5, 4))
+    student, teacher, target = logits_and_classes((5, 4), seed=3, scale=2.0)
     impossible = torch.full((5, 12), -4000.0, dtype=torch.float64)
     more = (torch.cat([z, impossible], dim=1) for z in (student, teacher))
     assert torch.isclose(loss(student, teacher, target), loss(*more, target), rtol=1e-12)
@@ -58,7 +53,7 @@ OVER_SAMPLES = OVER_CLASSES | {
 
 @pytest.mark.parametrize("loss", OVER_SAMPLES.values(), ids=OVER_SAMPLES)
 def test_samples_are_averaged_over_and_not_summed(loss):
-    student, teacher, target = drawn((5, 4))
+    student, teacher, target = logits_and_classes((5, 4), seed=3, scale=2.0)
     twice = (torch.cat([x, x]) for x in (student, teacher, target))
     assert torch.isclose(loss(student, teacher, target), loss(*twice), rtol=1e-12)
 
@@ -80,7 +75,7 @@ AT_TEMPERATURE = {
 @pytest.mark.parametrize("loss", AT_TEMPERATURE.values(), ids=AT_TEMPERATURE)
 def test_no_loss_drops_the_squared_temperature(loss):
     """Without T² the gradient falls with T², here to a quarter."""
-    student, teacher, _ = drawn((5, 6))
+    student, teacher, _ = logits_and_classes((5, 6), seed=3, scale=2.0)
     sizes = []
     for temperature in (200.0, 400.0):
         leaf = student.clone().requires_grad_()

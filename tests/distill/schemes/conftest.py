@@ -1,4 +1,4 @@
-"""A small classroom: blobs in noisy images, networks of a few weights, the real training loop."""
+"""Blobs in noisy images, networks of a few weights, the real training loop."""
 
 from __future__ import annotations
 
@@ -12,52 +12,18 @@ from edgekd.config.training import LossTerm, TrainConfig
 from edgekd.distill.objective import Objective
 from edgekd.distill.schemes import SchemeContext
 from edgekd.distill.teacher import ModuleTeacher
-from edgekd.distill.trainer import train
+from edgekd.distill.trainer import Trainer
 from edgekd.models.build import build_model
 from edgekd.spec import TensorSpec
 from edgekd.tasks import Classification
+from tests.distill.small_training import Source
+from tests.progress import RecordedProgress
 
 INPUTS = (TensorSpec("image", ("batch", 1, 8, 8)),)
 OUTPUTS = (TensorSpec("logits", ("batch", 3)),)
 SOFT = ({"hard_labels": {}, "weight": 0.1}, {"soft_labels": {"temperature": 2}, "weight": 0.9})
 
 Fit = namedtuple("Fit", "label model objective teacher before")
-
-
-class Source:
-    """96 images of three classes, in batches of 32."""
-
-    samples = 96
-
-    def __init__(self):
-        generator = torch.Generator().manual_seed(0)
-        self.label = torch.randint(0, 3, (96,), generator=generator)
-        self.image = torch.randn(96, 1, 8, 8, generator=generator)
-        for row, label in zip(self.image, self.label, strict=True):
-            row[0, 2 * int(label) : 2 * int(label) + 2] += 1.0
-
-    def __len__(self):
-        return 3
-
-    def epoch(self, seed, epoch):
-        yield from self.ordered()
-
-    def ordered(self):
-        for start in range(0, 96, 32):
-            rows = slice(start, start + 32)
-            yield {"image": self.image[rows], "label": self.label[rows]}
-
-
-class Silent:
-    """A progress display that shows nothing."""
-
-    def start(self, label, total, unit): ...
-
-    def advance(self, n=1, **figures): ...
-
-    def message(self, text): ...
-
-    def finish(self): ...
 
 
 def build(config, index):
@@ -67,12 +33,12 @@ def build(config, index):
 
 @pytest.fixture
 def source():
-    return Source()
+    return Source(96, batch=32)
 
 
 @pytest.fixture
 def make_context(tmp_path, source):
-    """Makes a classroom; ``context.fits`` are its trainings and ``context.said`` its messages."""
+    """Makes a context; ``context.fits`` are its trainings and ``context.said`` its messages."""
 
     def make(terms=SOFT, student="mlp", student_args=None, teacher=None, task=None, epochs=1):
         task = task or Classification()
@@ -84,19 +50,20 @@ def make_context(tmp_path, source):
             before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
             fits.append(Fit(label, model, objective, teacher, before))
             if teacher is not None:
-                teacher.watch(objective.teacher_layers)
-            return train(
+                teacher.capture(objective.teacher_layers)
+            return Trainer(
                 model,
                 objective,
-                (source, source),
+                source,
+                source,
                 task,
                 TrainConfig(epochs=epochs, batch_size=32),
                 0,
                 checkpoint_folder=tmp_path / label,
-                progress=Silent(),
+                progress=RecordedProgress(),
                 teacher=teacher,
                 label=label,
-            )
+            ).fit()
 
         context = SchemeContext(
             student=build(network, 0),

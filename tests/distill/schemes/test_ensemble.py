@@ -6,9 +6,8 @@ import torch
 
 from edgekd.config.networks import TeacherConfig
 from edgekd.config.training import SchemeConfig
-from edgekd.distill.ensemble import EnsembleTeacher
 from edgekd.distill.schemes import find_scheme
-from edgekd.distill.schemes.offline import ensemble
+from edgekd.distill.schemes.offline import EnsembleTeacher, ensemble
 from edgekd.errors import InputError
 from edgekd.tasks import Regression
 
@@ -20,10 +19,10 @@ class Answers:
         self.digest, self.watched = digest, ()
         self.outputs = {name: torch.as_tensor(value) for name, value in outputs.items()}
 
-    def answer(self, batch):
+    def predict(self, batch):
         return {**self.outputs, **{f"@{layer}": torch.ones(2) for layer in self.watched}}
 
-    def watch(self, layers):
+    def capture(self, layers):
         self.watched = tuple(layers)
 
 
@@ -43,7 +42,7 @@ def teachers(logits):
 
 @pytest.mark.parametrize("weights", [None, [1.0, 2.0, 5.0]])
 def test_the_mean_of_the_probabilities(logits, weights):
-    answer = EnsembleTeacher(teachers(logits), "logits", weights=weights).answer({})["logits"]
+    answer = EnsembleTeacher(teachers(logits), "logits", weights=weights).predict({})["logits"]
     wanted = np.average(softmax(logits), axis=0, weights=weights)
     np.testing.assert_allclose(answer.exp().numpy(), wanted, rtol=1e-12)
     # And it is a set of logits that means the same.
@@ -52,7 +51,7 @@ def test_the_mean_of_the_probabilities(logits, weights):
 
 def test_logits_of_a_larger_size_do_not_count_more(logits):
     shifted = logits + np.array([0.0, 100.0, -50.0])[:, None, None]
-    a, b = (EnsembleTeacher(teachers(z), "logits").answer({})["logits"] for z in (logits, shifted))
+    a, b = (EnsembleTeacher(teachers(z), "logits").predict({})["logits"] for z in (logits, shifted))
     torch.testing.assert_close(a, b)
 
 
@@ -61,7 +60,7 @@ def test_confidence_by_hand(logits):
     p = softmax(logits)
     sure = np.exp((p * np.log(p)).sum(-1)) * np.array([1, 1, 2])[:, None]
     wanted = (sure[..., None] / sure.sum(0)[..., None] * p).sum(0)
-    np.testing.assert_allclose(together.answer({})["logits"].exp().numpy(), wanted, rtol=1e-12)
+    np.testing.assert_allclose(together.predict({})["logits"].exp().numpy(), wanted, rtol=1e-12)
     weights = together.member_weights(torch.tensor(np.log(p)))
     assert weights.shape == (3, 6)
     torch.testing.assert_close(weights.sum(0), torch.ones(6, dtype=torch.float64))
@@ -75,14 +74,14 @@ def test_the_order_of_the_members_does_not_matter(logits, combine):
     turned = EnsembleTeacher(
         teachers(logits[order]), "logits", weights=[weights[i] for i in order], combine=combine
     )
-    torch.testing.assert_close(straight.answer({})["logits"], turned.answer({})["logits"])
+    torch.testing.assert_close(straight.predict({})["logits"], turned.predict({})["logits"])
 
 
 @pytest.mark.parametrize("combine", ["mean", "confidence"])
 def test_members_of_one_mind_answer_as_each_of_them(logits, combine):
     together = EnsembleTeacher(teachers(logits[[0, 0]]), "logits", combine=combine)
     np.testing.assert_allclose(
-        softmax(together.answer({})["logits"].numpy()), softmax(logits[0]), rtol=1e-12
+        softmax(together.predict({})["logits"].numpy()), softmax(logits[0]), rtol=1e-12
     )
 
 
@@ -90,7 +89,7 @@ def test_the_one_that_is_sure_is_listened_to_even_at_the_limits():
     sure = Answers(logits=[[1000.0, 0.0, 0.0, 0.0]])
     lost = Answers(logits=[[0.0, 0.0, 0.0, 0.0]])
     together = EnsembleTeacher([sure, lost], "logits", combine="confidence")
-    answer = together.answer({})["logits"]
+    answer = together.predict({})["logits"]
     assert answer.isfinite().all()
     # Perplexities 1 and 4: the sure one counts 4/5.
     torch.testing.assert_close(answer.exp(), torch.tensor([[0.85, 0.05, 0.05, 0.05]]))
@@ -98,14 +97,14 @@ def test_the_one_that_is_sure_is_listened_to_even_at_the_limits():
 
 def test_positions_of_a_sequence_are_weighed_one_by_one():
     z = 2 * np.random.default_rng(1).normal(size=(2, 3, 5, 4))
-    whole = EnsembleTeacher(teachers(z), "logits", combine="confidence").answer({})["logits"]
+    whole = EnsembleTeacher(teachers(z), "logits", combine="confidence").predict({})["logits"]
     flat = EnsembleTeacher(teachers(z.reshape(2, 15, 4)), "logits", combine="confidence")
-    torch.testing.assert_close(whole.reshape(15, 4), flat.answer({})["logits"])
+    torch.testing.assert_close(whole.reshape(15, 4), flat.predict({})["logits"])
 
 
 def test_numbers_are_averaged_as_they_are():
     members = [Answers(action=[[1.0, 3.0]], value=[2.0]), Answers(action=[[3.0, 7.0]], value=[6.0])]
-    answer = EnsembleTeacher(members, "action", classes=False, weights=[3, 1]).answer({})
+    answer = EnsembleTeacher(members, "action", classes=False, weights=[3, 1]).predict({})
     torch.testing.assert_close(answer["action"], torch.tensor([[1.5, 4.0]]))
     torch.testing.assert_close(answer["value"], torch.tensor([3.0]))
 
@@ -122,11 +121,11 @@ def test_another_member_weight_or_combination_is_another_teacher(logits):
 def test_the_first_members_layers_are_watched_and_left_alone(logits):
     members = teachers(logits)
     together = EnsembleTeacher(members, "logits")
-    together.watch(["block"])
+    together.capture(["block"])
     assert [member.watched for member in members] == [("block",), (), ()]
-    assert torch.equal(together.answer({})["@block"], torch.ones(2))
-    together.watch([])
-    assert list(together.answer({})) == ["logits"]
+    assert torch.equal(together.predict({})["@block"], torch.ones(2))
+    together.capture([])
+    assert list(together.predict({})) == ["logits"]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +138,7 @@ def test_the_first_members_layers_are_watched_and_left_alone(logits):
 def test_members_that_answer_something_else(second, what):
     first = Answers(logits=[[1.0, 2.0, 3.0]])
     with pytest.raises(InputError, match=what):
-        EnsembleTeacher([first, second], "logits").answer({})
+        EnsembleTeacher([first, second], "logits").predict({})
 
 
 @pytest.mark.parametrize(

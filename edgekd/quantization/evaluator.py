@@ -1,0 +1,394 @@
+"""Compare models on samples of the user's: labels, metric or agreement, remarks."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from edgekd.errors import InputError, unknown_name
+
+if TYPE_CHECKING:
+    from edgekd.onnx.compare import Comparison
+    from edgekd.onnx.error_metrics import PartError
+    from edgekd.onnx.samples import Array, Samples
+    from edgekd.onnx.session import Optimization
+    from edgekd.release.statistics import Estimate
+
+LEAST_SQNR_DB = 10.0
+"""Below it the error has more than a tenth of the signal's power."""
+
+LEAST_AGREEMENT = 0.9
+
+_NAMED = 5
+
+
+def remarks_on_errors(errors: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Warnings about outputs, or parts of them, that hardly correlate with float32's.
+
+    Args:
+        errors: rows of :class:`edgekd.onnx.compare.OutputError`, as JSON.
+    """
+    found = []
+    for row in errors:
+        parts = row["parts"]
+        # Where there are parts, the complete output adds no information.
+        faults = [] if parts else _faults_of_classes(row)
+        if row["not_finite"] and parts:
+            faults.append(f"{row['not_finite']} of {row['samples']} samples are not finite")
+        if faults:
+            found.append(f"{row['name']}: {'; '.join(faults)}")
+        for part in parts:
+            if faults := _faults_of_part(part, row["cosine"] if len(parts) == 1 else None):
+                name = f"{row['name']} ({part['part']})" if part["part"] else row["name"]
+                found.append(f"{name}: {'; '.join(faults)}")
+    if not found:
+        return []
+    return [f"the outputs have little in common with float32's: {', '.join(found)}"]
+
+
+def _faults_of_classes(row: Mapping[str, Any]) -> list[str]:
+    faults = []
+    if row["not_finite"]:
+        faults.append(f"{row['not_finite']} of {row['samples']} samples are not finite")
+    if row["sqnr_db"] is not None and row["sqnr_db"] < LEAST_SQNR_DB:
+        faults.append(f"SQNR {row['sqnr_db']:.1f} dB, cosine {row['cosine']:.2f}")
+    agreement = row["argmax_agreement"]
+    if agreement is not None and agreement < LEAST_AGREEMENT:
+        faults.append(f"the same class for {agreement:.1%} of the samples only")
+    return faults
+
+
+def _faults_of_part(part: Mapping[str, Any], cosine: float | None) -> list[str]:
+    faults = []
+    relative, agreement = part["relative"], part["agreement"]
+    if relative is not None and relative > 10 ** (-LEAST_SQNR_DB / 20):
+        sqnr = "" if part["sqnr_db"] is None else f"SQNR {part['sqnr_db']:.1f} dB"
+        faults.append(sqnr + ("" if cosine is None else f", cosine {cosine:.2f}"))
+    if part["one_value"]:
+        faults.append("one value only on all samples, where float32's vary")
+    if agreement is not None and agreement < LEAST_AGREEMENT:
+        what = "values" if part["kind"] == "decisions" else "scores above the threshold"
+        faults.append(f"{agreement:.1%} of {part['decided']:,} {what} are the same")
+    return faults
+
+
+def remarks_on_ranges(constant: Sequence[str]) -> list[str]:
+    """Warnings about activations that were constant during calibration.
+
+    Args:
+        constant: their names.
+    """
+    if not constant:
+        return []
+    more = f" and {len(constant) - _NAMED} more" if len(constant) > _NAMED else ""
+    return [
+        f"these tensors have one value only on all calibration samples, so that their 8 bits cover "
+        f"nothing else: {', '.join(constant[:_NAMED])}{more}; are the samples real inputs?"
+    ]
+
+
+WHERE = "--labels"
+
+_SHOWN = 8  # wrong values that an error spells out
+
+
+def read_labels(path: Path, name: str) -> Array:
+    """The array ``name`` of a file that :func:`edgekd.onnx.samples.open_samples` takes.
+
+    Raises:
+        InputError: the file is an .npy, which holds one array; there is no such array; it is
+            pickled objects or damaged.
+    """
+    if not zipfile.is_zipfile(path):
+        raise InputError(
+            f"{path.name} holds one array, the inputs, and no labels",
+            where=WHERE,
+            remedy=f"write an npz file: np.savez(file, INPUT=inputs, {name}=classes)",
+        )
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if name not in archive:
+                raise unknown_name("array", name, list(archive), where=f"{WHERE} in {path}")
+            labels: Array = archive[name]
+    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        raise InputError(
+            f"the labels {name!r} in {path} cannot be read: they are pickled objects, or damaged",
+            where=WHERE,
+            remedy="save whole numbers: np.asarray(classes).astype(np.int64)",
+        ) from error
+    return labels
+
+
+def check_labels(labels: Array, count: int, classes: int) -> None:
+    """Check that there is one class from 0 to ``classes`` − 1 for each of ``count`` samples.
+
+    Raises:
+        InputError: there is not.
+    """
+    if (
+        labels.shape == (count,)
+        and labels.dtype.kind in "iu"
+        and 0 <= int(labels.min()) <= int(labels.max()) < classes
+    ):
+        return
+    if labels.shape == (count,) and labels.dtype.kind in "iu":
+        wrong = labels[(labels < 0) | (labels >= classes)]
+        values = [int(value) for value in np.unique(wrong)]
+        shown = ", ".join(map(str, values[:_SHOWN])) + (", …" if len(values) > _SHOWN else "")
+        raise InputError(
+            f"{len(wrong)} of {count} labels are no class from 0 to {classes - 1}: {shown}",
+            where=WHERE,
+            remedy="count the classes from 0, and leave out samples without a label",
+        )
+    raise InputError(
+        f"the labels are {labels.dtype}{labels.shape}; one class from 0 to {classes - 1} for each "
+        f"of the {count} samples is needed",
+        where=WHERE,
+        remedy="give an integer array of that length",
+    )
+
+
+CLASSES_AT_LEAST = 2
+
+BATCH = 64
+
+AGREEMENT = "agreement with float32"
+
+RELATIVE = "1 - relative error"
+
+ABSOLUTE = "1 - error (float32 gives zeros)"
+
+
+class SampleEvaluator:
+    """Compares files with the float model on the same samples, batch by batch.
+
+    Float32 is the model as written, run without graph optimizations. The metric is
+    accuracy where there are labels, agreement with float32 where the first output is (N, classes)
+    in floating point, else that of the part of the outputs which falls most: see
+    :class:`edgekd.onnx.error_metrics.PartError`. A sample whose output is NaN or infinite where
+    float32's is not, or vice versa, is wrong.
+
+    The drop that is checked against a budget is the largest one of the metric and of all other
+    parts.
+
+    Args:
+        model: the float model.
+        samples: all are compared.
+        labels: (N,) the samples' classes, None where there are none.
+        threads: number of threads of ONNX Runtime.
+        batch: batch size of the candidates. Dynamic ranges depend on the batch: with batch 1 the
+        outputs
+            are those on a device.
+
+    Raises:
+        InputError: the labels do not fit the samples or the output; as
+            :func:`edgekd.onnx.inference.run_samples` for the model.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        samples: Samples,
+        labels: Array | None,
+        *,
+        threads: int = 1,
+        batch: int = BATCH,
+    ) -> None:
+        from edgekd.onnx.compare import Reference
+
+        self._samples, self._threads, self._batch = samples, threads, batch
+        self._reference = Reference(model, samples, threads=threads, batch=BATCH)
+        self._primary, outputs = next(iter(self._reference.first.items()))
+        self._has_classes = (
+            outputs.dtype.kind == "f"
+            and self._reference.parts[self._primary][0].kind != "decisions"
+            and outputs.ndim == 2
+            and outputs.shape[1] >= CLASSES_AT_LEAST
+        )
+        self._class_count = outputs.shape[-1] if self._has_classes else 0
+        self._alone = self._has_classes and len(self._reference.first) == 1
+        if labels is not None and not self._has_classes:
+            raise InputError(
+                f"labels need an output (N, classes), and {self._primary!r} is "
+                f"{('N', *outputs.shape[1:])}",
+                where="--labels",
+                remedy="leave it out: the outputs are then compared with float32's",
+            )
+        if labels is not None:
+            check_labels(labels, samples.count, outputs.shape[1])
+        self._labels = labels
+        self._known: tuple[_Classes, Array] | None = None
+        self._float_classes: set[int] = set()
+        self.metric = AGREEMENT if labels is None else "accuracy"
+        """The metric of the classes; without classes, each comparison returns its own."""
+
+    def drop_of(self, path: Path) -> float:
+        """The drop of the metric against float32, or of another part that drops more."""
+        if not self._alone:
+            return _worst_drop(self._side_by_side(path))
+        # A class and a score for each sample are small enough to cache: float32 is run once.
+        if self._known is None:
+            known = _Classes.joined(
+                [_Classes.of(a[self._primary]) for _, _, a in self._reference.predictions(BATCH)]
+            )
+            self._known = (known, self._right(known, known, slice(None)))
+        wanted, own = self._known
+        scores = self._right(wanted, self._classes(path), slice(None))
+        return float((own - scores).mean())
+
+    def compare(self, path: Path, optimization: Optimization = "all") -> dict[str, Any]:
+        """The metric, its drop with an interval, the error of each output, and ``warnings``.
+
+        ``worst`` names the part that falls most and its ``drop``; None where that is the metric.
+        """
+        found = self._side_by_side(path, optimization)
+        errors = [error.to_json() for error in found.errors]
+        warnings = remarks_on_errors(errors)
+        part = found.worst
+        if self._has_classes:
+            metric, unit, of_drop = self.metric, self.metric.split()[0], "points"
+            float_score, score, drop = self._class_statistics(found)
+            warnings += self._remarks_on_classes(found)
+        else:
+            assert part is not None  # an output without classes has parts
+            metric, unit, of_drop = _metric_of(part), "", ""
+            float_score, score, drop = _part_statistics(part)
+        worst = None
+        if part is not None and (not self._has_classes or part.drop > (drop.value or 0.0)):
+            worst = {"part": part.label, "metric": _metric_of(part), "drop": part.drop}
+        return {
+            "metric": metric,
+            "float_score": float_score.figure(unit, "measured-on-host").to_json(),
+            "score": score.figure(unit, "measured-on-host").to_json(),
+            "drop": drop.figure(of_drop, "measured-on-host").to_json(),
+            "worst": worst,
+            "errors": errors,
+            "warnings": warnings,
+        }
+
+    def _class_statistics(self, found: Comparison) -> tuple[Estimate, Estimate, Estimate]:
+        """Float32's score, the candidate's, and the drop, of the classes."""
+        from edgekd.release.statistics import mean_score, paired_difference, wilson
+
+        if self.metric == AGREEMENT:
+            # It falls from 1, which is not a measured value: only the disagreement is uncertain.
+            drop = wilson(int((found.scores == 0).sum()), len(found.scores))
+        else:
+            drop = paired_difference(found.reference_scores, found.scores)
+        return mean_score(found.reference_scores), mean_score(found.scores), drop
+
+    def _remarks_on_classes(self, found: Comparison) -> list[str]:
+        """Warnings about samples, or labels, on which float32's classes say little."""
+        from edgekd.release.statistics import wilson
+
+        count = len(found.scores)
+        if self._labels is None:
+            if len(self._float_classes) != 1 or count <= 1:
+                return []
+            return [
+                f"float32 predicts class {min(self._float_classes)} to all {count} samples: "
+                "agreement on these says little"
+            ]
+        right, chance = found.reference_scores, 1 / self._class_count
+        interval = wilson(int(right.sum()), count).interval
+        if interval is None or interval[0] > chance:
+            return []
+        return [
+            f"float32 itself is right on {right.mean():.1%} of the samples, and chance is "
+            f"{chance:.1%}: are they preprocessed as the model expects, the labels right?"
+        ]
+
+    def _side_by_side(self, path: Path, optimization: Optimization = "all") -> Comparison:
+        return self._reference.compare(
+            path,
+            self._primary if self._has_classes else None,
+            self._score if self._has_classes else None,
+            optimization=optimization,
+            batch=self._batch,
+        )
+
+    def _score(
+        self, reference: Mapping[str, Array], outputs: Mapping[str, Array], rows: slice
+    ) -> Array:
+        wanted = _Classes.of(reference[self._primary])
+        self._float_classes.update(np.unique(wanted.classes).tolist())
+        return self._right(wanted, _Classes.of(outputs[self._primary]), rows)
+
+    def _right(self, reference: _Classes, outputs: _Classes, rows: slice) -> Array:
+        """(n,) whether the predicted classes of these samples equal the labels, or float32's."""
+        wanted = reference.classes if self._labels is None else self._labels[rows]
+        right: Array = (outputs.classes == wanted) & (outputs.not_finite == reference.not_finite)
+        return right.astype(np.float64)
+
+    def _classes(self, path: Path) -> _Classes:
+        """A file's predictions for all samples."""
+        from edgekd.onnx.inference import BatchedModel
+
+        model = BatchedModel(path, self._samples, threads=self._threads, batch=self._batch)
+        batches = model.predict_batches()
+        return _Classes.joined([_Classes.of(outputs[self._primary]) for _, outputs in batches])
+
+
+def largest_drop(record: Mapping[str, Any]) -> float:
+    """The drop that is checked against a budget: the metric's, or that of a part which drops
+    more.
+    """
+    worst = record["worst"]
+    drop: float = record["drop"]["value"]
+    return drop if worst is None else max(drop, worst["drop"])
+
+
+class _Classes(NamedTuple):
+    """(n,) each: the predicted class, and which values of the output are not finite."""
+
+    classes: Array
+    not_finite: Array
+
+    @classmethod
+    def of(cls, outputs: Array) -> _Classes:
+        """From (n, classes)."""
+        from edgekd.onnx.error_metrics import not_finite_places
+
+        return cls(outputs.argmax(1), not_finite_places(outputs))
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Classes]) -> _Classes:
+        """Concatenate the predictions of all batches."""
+        return cls(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+
+
+def _part_statistics(part: PartError) -> tuple[Estimate, Estimate, Estimate]:
+    """Float32's score, the candidate's, and the drop, of a part without classes."""
+    from edgekd.release.statistics import mean_score, paired_difference, wilson
+
+    if part.by_decision and part.kind == "scores":
+        same = round((part.agreement or 0.0) * part.decided)
+        counts = (part.decided, same, part.decided - same)
+        float_score, score, drop = (wilson(count, part.decided) for count in counts)
+        return float_score, score, drop
+    ones, scores = np.ones(len(part.losses)), 1 - part.losses
+    return mean_score(ones), mean_score(scores), paired_difference(ones, scores)
+
+
+def _worst_drop(found: Comparison) -> float:
+    """The largest drop of the metric, where there is one, and of all parts."""
+    drops = [] if found.worst is None else [found.worst.drop]
+    if len(found.scores):
+        drops.append(float((found.reference_scores - found.scores).mean()))
+    return max(drops)
+
+
+def _metric_of(part: PartError) -> str:
+    """The name of the metric of a part that drops most."""
+    if part.kind == "decisions":
+        return AGREEMENT
+    if part.by_decision:
+        from edgekd.onnx.error_metrics import SCORE_THRESHOLD
+
+        return f"agreement on scores over {SCORE_THRESHOLD:g}"
+    return RELATIVE if part.relative is not None else ABSOLUTE

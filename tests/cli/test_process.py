@@ -1,0 +1,150 @@
+"""A command's exit code means what it says, whatever happens to its streams and its code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import click
+import psutil
+import pytest
+from click.testing import CliRunner
+
+from edgekd import cli
+from edgekd.errors import InputError, printable
+from tests.onnx_builders import Graph
+
+
+@click.command()
+@click.argument("kind")
+def broken(kind):
+    if kind == "panic":
+        raise type("PanicException", (BaseException,), {})("index out of bounds")
+    raise {
+        "bug": ZeroDivisionError("a\n" + "b" * 9000),
+        "deep": RecursionError("too deep"),
+        "input": InputError("no \x1b[31mred\u202e", where="a\rb"),
+        "memory": MemoryError(),
+    }[kind]
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    monkeypatch.setitem(cli._COMMANDS, "broken", (f"{__name__}:broken", ""))
+    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or _this())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return lambda *words, **extra: CliRunner().invoke(cli.main, words, **extra)
+
+
+def _this():
+    module = type(sys)(__name__)
+    module.broken = broken
+    return module
+
+
+@pytest.mark.parametrize("kind", ["bug", "deep", "panic"])
+def test_an_unexpected_error_leaves_a_report_and_no_traceback(run, kind, tmp_path):
+    done = run("broken", kind)
+    assert done.exit_code == 3
+    assert "Traceback" not in done.output
+    assert len(done.output) < 1000
+    (report,) = (tmp_path / "edgekd/errors").iterdir()
+    assert str(report) in done.output.replace("\n", "")
+    text = report.read_text()
+    assert "Traceback" in text
+    assert "onnxruntime: " in text
+    assert "Traceback" in run("--debug", "broken", kind).output
+    assert "Traceback" in run("broken", kind, env={"EDGEKD_DEBUG": "1"}).output
+
+
+def test_old_reports_are_removed(run, tmp_path):
+    folder = tmp_path / "edgekd/errors"
+    folder.mkdir(parents=True)
+    for number in range(30):
+        (folder / f"20000101-0000{number:02}-1.txt").touch()
+    run("broken", "bug")
+    assert len(list(folder.iterdir())) == 20
+
+
+def test_expected_errors_leave_no_report(run, tmp_path):
+    assert run("broken", "memory").exit_code == 3
+    done = run("broken", "input")
+    assert done.exit_code == 2
+    assert "no \\x1b[31mred\\u202e\n  where: a\\rb\n" in done.output
+    assert run("broken").exit_code == 2  # click's own usage error
+    assert run("broken", "--help").exit_code == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_printable_leaves_what_a_terminal_can_show():
+    assert printable("größer: 3 × 4\n\tπ 猫") == "größer: 3 × 4\n\tπ 猫"
+    assert printable("\x1b]0;x\x07\ud800\x9b") == r"\x1b]0;x\x07\ud800\x9b"
+
+
+def command(line, **environment):
+    done = subprocess.run(
+        ["bash", "-c", line.replace("edgekd", f"{sys.executable} -m edgekd", 1)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "words"), [(0, "profiles list"), (2, "gate none.json --budget no")]
+)
+def test_the_exit_code_does_not_depend_on_where_the_output_goes(code, words):
+    for sink in ("| true", "> /dev/full", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"):
+        line = f"edgekd {words} {sink}; exit ${{PIPESTATUS[0]}}"
+        found, _, err = command(line)
+        assert found == code, (sink, err)
+        assert "Traceback" not in err
+    assert "output is lost: No space" in command("edgekd profiles list > /dev/full")[2]
+
+
+def test_a_terminal_without_unicode_gets_escapes(tmp_path):
+    (tmp_path / "猫.yaml").write_text("name: 猫\n")
+    code, _, err = command(f"edgekd plan {tmp_path}/猫.yaml", PYTHONIOENCODING="latin-1")
+    assert code == 2
+    assert "\\u732b.yaml" in err
+    assert "Traceback" not in err
+
+
+def test_an_empty_argument_is_refused(run):
+    for words in (["run", "p.yaml", "-o", ""], ["gate", "", "--budget", "x"], ["check", "--json="]):
+        done = run(*words)
+        assert done.exit_code == 2
+        assert "empty" in done.output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's prctl")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_children_end_with_a_command_that_is_ended(number, tmp_path):
+    """Whether of the two processes of a command that opens models the first or its child."""
+    graph = Graph()
+    graph.add("Relu", ["x"], "y")
+    graph.save(tmp_path / "m.onnx", {"x": [1, 4]}, {"y": [1, 4]})
+    (tmp_path / "tmp").mkdir()
+    words = ["benchmark", "m.onnx", "--min-queries", "1000000000", "--max-seconds", "600"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "edgekd", *words],
+        cwd=tmp_path,
+        env=os.environ | {"TMPDIR": str(tmp_path / "tmp")},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        children = []
+        while not any("edgerun" in " ".join(child.cmdline()) for child in children):
+            assert process.poll() is None
+            time.sleep(0.05)
+            children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        process.wait(60)
+    assert psutil.wait_procs(children, 60)[1] == []
+    if number == signal.SIGTERM:
+        assert process.returncode == 143
+        assert list((tmp_path / "tmp").iterdir()) == []
