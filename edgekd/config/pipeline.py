@@ -132,7 +132,9 @@ class TensorRTConfig(ConfigModel):
     sizes range from 1 over ``benchmark.batch_size`` to the larger of both.
     """
     workspace_mb: PositiveFloat | None = None
-    """Memory that the builder may use. Left out: the profile's ``budget.memory_mb``."""
+    """Memory that the builder may use. Left out: ``gate.memory.peak_mb``, else the limit of the
+    profile.
+    """
     version_compatible: bool = False
     """Whether the engine also loads in later releases."""
     hardware_compatible: bool = False
@@ -160,6 +162,9 @@ class ExternalEngineConfig(ConfigModel):
 EngineConfig = Annotated[
     OnnxRuntimeConfig | TensorRTConfig | ExternalEngineConfig, Field(discriminator="kind")
 ]
+ENGINES_GROUP = "edgekd.engines"
+"""The group of entry points."""
+_BUILT_IN_ENGINES = ("onnxruntime", "tensorrt", "tensorrt-rtx", "external")
 
 
 def expand_engine(entry: Any) -> Any:
@@ -168,15 +173,10 @@ def expand_engine(entry: Any) -> Any:
     name = engine.get("kind") if isinstance(engine, dict) else None
     if isinstance(name, str) and (
         is_reference(name)
-        or (name not in _BUILT_IN_ENGINES and installed_extensions(ENGINE_GROUP).get(name))
+        or (name not in _BUILT_IN_ENGINES and installed_extensions(ENGINES_GROUP).get(name))
     ):
         return {**engine, "kind": "external", "name": name}
     return engine
-
-
-ENGINE_GROUP = "edgekd.engines"
-"""The group of entry points."""
-_BUILT_IN_ENGINES = ("onnxruntime", "tensorrt", "tensorrt-rtx", "external")
 
 
 class DataConfig(ConfigModel):

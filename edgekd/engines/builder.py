@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from edgekd.config.pipeline import ENGINE_GROUP, ExternalEngineConfig
+from edgekd.config.pipeline import ENGINES_GROUP, ExternalEngineConfig
 from edgekd.errors import EdgekdError, InputError
 from edgekd.extension import check_arguments, resolve
 
@@ -50,7 +50,7 @@ class ExternalBuilder:
     """
 
     def __init__(self, config: ExternalEngineConfig, where: str | None = "engines") -> None:
-        found = resolve(config.name, {}, "engine", where, group=ENGINE_GROUP)
+        found = resolve(config.name, {}, "engine", where, group=ENGINES_GROUP)
         if callable(found):
             title = f"engine {config.name!r}"
             arguments = check_arguments(found, config.args, name=title, where=where)

@@ -21,7 +21,6 @@ from edgekd.stages.teacher import TeacherStage
 if TYPE_CHECKING:
     from edgekd.tasks import Task
 
-
 STAGES: tuple[Stage, ...] = (
     DataStage(),
     TeacherStage(),

@@ -56,7 +56,11 @@ def open_builder(
 
 
 class OnnxRuntimeBuilder:
-    """ONNX Runtime: a model optimized offline."""
+    """ONNX Runtime: a model optimized offline.
+
+    ``settings`` are keyword arguments of a target's ``run`` and ``bench`` for all engines of a
+    builder; a file's own ``provider_options`` and ``run_level`` are in its row.
+    """
 
     suffix = ".onnx"
 

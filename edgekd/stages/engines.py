@@ -281,7 +281,7 @@ class _CandidateBenchmark:
         )
 
     def _scores(self, built: _Built) -> Any:
-        outputs = self.context.scratch / "answers.npz"
+        outputs = self.context.scratch / "outputs.npz"
         self.target.run(
             built.file,
             self.samples,
