@@ -101,7 +101,7 @@ def test_objects_are_not_unpickled(tmp_path):
     )
     with NpzFile(path) as file:
         assert file.read("y") == 1
-        with pytest.raises(BadInput, match="'x' cannot be read: it holds Python objects"):
+        with pytest.raises(BadInput, match="'x' cannot be read: it holds pickled objects"):
             file.read("x")
 
 
