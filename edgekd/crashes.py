@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from edgekd.errors import CrashError, EdgekdError
+from edgekd.errors import CrashError, EdgekdError, printable
 
 OUT_OF_MEMORY = "it is often the system that ends a process so, for memory: free some"
 """The remedy for a process that was ended by SIGKILL."""
@@ -169,7 +169,7 @@ def _report(number: int, folder: Path, probe: Callable[[Path, str], object]) -> 
             with suppress(OSError):
                 Path(partial).unlink()
     click.secho("error: ", nl=False, err=True, fg="red", bold=True)
-    click.echo(str(error), err=True)
+    click.echo(printable(str(error)), err=True)
     return error.exit_code
 
 

@@ -15,7 +15,15 @@ from typing import Any
 
 import click
 
-from edgekd.errors import EdgekdError, InputError, StageError, nearest, printable, unknown_name
+from edgekd.errors import (
+    EdgekdError,
+    InputError,
+    StageError,
+    edgerun_errors,
+    nearest,
+    printable,
+    unknown_name,
+)
 
 _COMMANDS = {
     "init": ("edgekd.cli:init", "Write an example pipeline to start from."),
@@ -43,6 +51,9 @@ _OPENING_MODELS = ("benchmark", "build", "check", "quantize")
 
 
 _LIBRARIES = ("onnxruntime.", "onnx.", "google.protobuf.")
+
+_WRONG_MODEL = ("InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NotImplemented")
+"""The errors of ONNX Runtime that are the model's own; ONNX's all are."""
 
 
 class LazyGroup(click.Group):
@@ -128,8 +139,10 @@ def _explained(error: BaseException) -> EdgekdError:
         return unexpected(error)
     from edgekd.crashes import noted_file
 
-    return StageError(
-        f"{type(error).__module__.partition('.')[0]} fails: {' '.join(str(error).split())}",
+    library, name = type(error).__module__.partition(".")[0], type(error).__name__
+    wrong_model = library != "onnxruntime" or name in _WRONG_MODEL
+    return (InputError if wrong_model else StageError)(
+        f"{library} fails: {' '.join(str(error).split())}",
         where=noted_file(),
         remedy="'edgekd check' shows what the model needs; export it again, in another "
         "opset or with another exporter",
@@ -189,9 +202,10 @@ def verify(bundle: Path) -> None:
 
     Exit code 1 when a file is changed, missing or extra.
     """
-    from edgekd.release.bundle_verify import verify_bundle
+    from edgerun.manifest import verify as verify_bundle
 
-    problems = verify_bundle(bundle)
+    with edgerun_errors():
+        problems = verify_bundle(bundle).problems
     for problem in problems:
         click.echo(problem)
     if problems:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from edgekd.errors import InputError, nearest
 from edgekd.onnx.file import UNKNOWN_RANK
 from edgekd.spec import Dimension, ModelSpec, TensorSpec
+from edgerun.inputs import MOST_ELEMENTS
 from edgerun.model import BatchLayout, TensorInfo
 
 Array = npt.NDArray[Any]
@@ -67,7 +69,7 @@ def random_inputs(spec: ModelSpec, size: int = 1, seed: int = 0) -> dict[str, Ar
     ``size`` wherever they occur, all others are 1.
 
     Raises:
-        InputError: an input has no known number of dimensions, or strings.
+        InputError: an input has no known number of dimensions, or strings, or is too large.
     """
     random = np.random.default_rng(seed)
     free = {d for tensor in spec.inputs[:1] for d in tensor.shape[1:] if isinstance(d, str)}
@@ -80,6 +82,11 @@ def random_inputs(spec: ModelSpec, size: int = 1, seed: int = 0) -> dict[str, Ar
                 remedy="give samples",
             )
         shape = tuple(d if isinstance(d, int) else size if d in free else 1 for d in tensor.shape)
+        if math.prod(shape) > MOST_ELEMENTS:
+            raise InputError(
+                f"a random input {tensor.name!r} would have {math.prod(shape):.3g} elements",
+                remedy="give samples, or export the model for a smaller input",
+            )
         floating = "float" in tensor.dtype
         values = random.standard_normal(shape) if floating else np.zeros(shape)
         inputs[tensor.name] = np.asarray(values).astype(tensor.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Mapping, Sequence
@@ -29,6 +30,8 @@ FEW = 8
 """Largest number of integers in an input that may be a count, a length or a shape."""
 
 FEED_BYTES = 4_000_000
+MOST_ELEMENTS = 1 << 27
+"""Size limit of one random input, in elements: 512 MB in float32."""
 """Several feeds, so that no query repeats the bytes of the previous one; few enough that they
 do not flush the caches, because an application's input was prepared just before."""
 
@@ -76,8 +79,15 @@ def make_feeds(
     """
     check_dtypes(inputs)
     chosen = choose_shapes(inputs, shapes, batch)
-    elements = sum(int(np.prod(chosen[t.name].shape)) * np.dtype(t.dtype).itemsize for t in inputs)
-    count = max(1, min(FEEDS, FEED_BYTES // max(1, elements)))
+    sizes = {t.name: math.prod(chosen[t.name].shape) for t in inputs}
+    for tensor in inputs:
+        if sizes[tensor.name] > MOST_ELEMENTS:
+            raise BadInput(
+                f"a random input {tensor.name!r} would have {sizes[tensor.name]:.3g} elements",
+                remedy="give a smaller --shape or --batch, or real inputs",
+            )
+    one = sum(sizes[t.name] * np.dtype(t.dtype).itemsize for t in inputs)
+    count = max(1, min(FEEDS, FEED_BYTES // max(1, one)))
     feeds = []
     for index in range(count):
         generator = np.random.default_rng([seed, index])
@@ -177,9 +187,9 @@ class Samples:
             if count != total and layout.size is not None and count == layout.size:
                 axes[name] = None
             elif count != total:
-                told = ", ".join(f"{n}: {c}" for n, c in counts.items())
+                each = ", ".join(f"{n}: {c}" for n, c in counts.items())
                 raise BadInput(
-                    f"the inputs have different numbers of samples ({told})",
+                    f"the inputs have different numbers of samples ({each})",
                     where=where,
                     remedy="give every input the same number along its batch axis",
                 )

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -10,7 +14,7 @@ from onnx import numpy_helper
 from edgekd.errors import TargetError
 from edgekd.targets import LocalTarget
 from tests.command_line import check_not_imported, edgekd
-from tests.onnx_builders import save_onnx
+from tests.onnx_builders import Graph, save_onnx
 
 
 @pytest.fixture
@@ -53,8 +57,8 @@ def test_providers_of_another_device_are_shown_as_left_out(model):
         (("--shape", "y=1x3x8x8"), "there is no input 'y'"),
         (("--profile", "raspberry-pi-6"), "raspberry-pi-5"),
         (("--providers", "cuda"), "has no CUDAExecutionProvider"),
-        (("--inputs", "none.npz"), "no such input file"),
-        (("--against", "none.onnx"), "no such model file"),
+        (("--inputs", "none.npz"), "there is no such file"),
+        (("--against", "none.onnx"), "the file does not exist"),
         (("--json", "none/out.json"), "a folder that does not exist"),
     ],
 )
@@ -116,3 +120,63 @@ def test_made_up_values_that_decide_the_work_are_named_and_real_ones_are_not(tmp
     done = invoke(model, "--inputs", tmp_path / "d.npz", *quick)
     assert "random values" not in done.output
     assert "decides_work" not in json.loads(out.read_text())["models"][0]["fed"]
+
+
+@pytest.mark.parametrize("program", ["edgekd benchmark", "edgerun bench"])
+def test_measuring_opens_no_socket_and_leaves_no_file(model, tmp_path, program):
+    """ONNX Runtime would look up a host for its telemetry and store an identifier in the cache.
+
+    Files are compared everywhere; system calls are seen only where strace may trace.
+    """
+    package, command = program.split()
+    home = tmp_path / "home"
+    (home / "tmp").mkdir(parents=True)
+    dropped = ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")
+    inherited = {key: value for key, value in os.environ.items() if key not in dropped}
+    environment = {**inherited, "HOME": str(home), "TMPDIR": str(home / "tmp")}
+    log = tmp_path / "calls"
+    strace = ["strace", "-f", "-qq", "-e", "signal=none", "-o", str(log)]
+    tries = [*strace, "-e", "trace=connect", "true"]
+    traced = shutil.which("strace") and subprocess.run(tries, check=False).returncode == 0
+    words = [command, model, "--shape", "x=1x3x8x8", "--min-queries", 10, "--max-seconds", 0.5]
+    done = subprocess.run(
+        [
+            *([*strace, "-e", "trace=connect,sendto,sendmsg"] if traced else []),
+            *(sys.executable, "-B", "-m", package, *map(str, words)),
+        ],
+        cwd=home,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [path for path in home.rglob("*") if path != home / "tmp"] == []
+    if traced:
+        assert log.read_text() == ""
+
+
+@pytest.mark.parametrize("command", ["benchmark", "check", "quantize"])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda data: data[:40], "truncated or is not ONNX"),
+        (lambda data: data.replace(b"Relu", b"Re\xff\xfe"), "not UTF-8"),
+    ],
+)
+def test_a_bad_model_is_exit_code_2_in_every_command(tmp_path, command, change, says):
+    graph = Graph()
+    graph.add("Relu", ["x"], "y")
+    path = graph.save(tmp_path / "m.onnx", {"x": [1, 4]}, {"y": [1, 4]})
+    path.write_bytes(change(path.read_bytes()))
+    more = ["-o", str(tmp_path / "q.onnx"), "--method", "fp16"] if command == "quantize" else []
+    done = edgekd(command, path, *more, code=2)
+    assert says in done.output
+
+
+def test_random_inputs_that_need_gigabytes_are_refused(tmp_path):
+    graph = Graph()
+    graph.add("Relu", ["x"], "y")
+    graph.save(tmp_path / "m.onnx", {"x": [1, 10**6, 10**6]}, {"y": [1, 10**6, 10**6]})
+    done = edgekd("benchmark", tmp_path / "m.onnx", code=2)
+    assert "1e+12 elements" in done.output

@@ -106,7 +106,7 @@ def test_a_file_that_is_not_a_whole_model_is_bad_input(tmp_path, content):
         (("--shape", "x"), "is not a shape"),
         (("--providers", "cuda"), "has no CUDAExecutionProvider"),
         (("--providers", "none"), "has no none"),
-        (("--inputs", "missing.npz"), "no such input file"),
+        (("--inputs", "missing.npz"), "there is no such file"),
         (("--threads", "0"), "not a whole number"),
         (("--max-seconds", "nan"), "not a number of seconds"),
     ],
