@@ -19,8 +19,8 @@ def normal(*shape):
     return RANDOM.standard_normal(shape).astype(np.float32)
 
 
-def static(path, samples, tmp_path, **settings):
-    return quantized(path, samples, tmp_path, **settings)[1]
+def static(path, samples, tmp_path, runtime="cpu"):
+    return quantized(path, samples, tmp_path, runtime=runtime)[1]
 
 
 def float_matrices(path):
