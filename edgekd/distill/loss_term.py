@@ -4,7 +4,6 @@ and schedules bound."""
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -102,8 +101,6 @@ class ConfiguredLoss(Term):
                 where=where,
                 remedy="write it as def name(student, teacher, …) or def name(student, target, …)",
             )
-        if not all(map(math.isfinite, _numbers(term.weight))):
-            raise InputError(f"the weight is {term.weight}", where=where, remedy="give a number")
         self.tensors = tuple(name for name in TENSORS if name in called_with)
         self.needs_teacher = "teacher" in self.tensors
         self._takes_lists = takes_sequence(called_with["student"])
