@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import sys
 
 import numpy as np
@@ -17,7 +16,7 @@ from onnx import TensorProto
 from edgekd.errors import CrashError
 from edgekd.quantization.mixed_precision import convert_mixed_precision
 from edgekd.targets import LocalTarget
-from tests.command_line import edgekd_process
+from tests.command_line import edgekd_process, python
 from tests.onnx_builders import save_onnx
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
@@ -45,8 +44,7 @@ def dies(path, level):
         "import sys, onnxruntime as o; s = o.SessionOptions(); s.graph_optimization_level = "
         f"getattr(o.GraphOptimizationLevel, {level!r}); o.InferenceSession(sys.argv[1], s)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(path)], check=False)
-    return done.returncode < 0
+    return python(code, path, code=None).returncode < 0
 
 
 @pytest.fixture(scope="module")
@@ -89,14 +87,9 @@ def test_a_killed_build_leaves_the_old_file_and_no_temporary_one(tmp_path):
     model = divided(tmp_path / "m.onnx")
     (tmp_path / "out.onnx").write_bytes(b"from before")
     (tmp_path / "tmp").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-m", "edgekd", "build", "m.onnx", "-o", "out.onnx"],
-        cwd=tmp_path,
-        env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
+    build = ("build", "m.onnx", "-o", "out.onnx")
+    done = edgekd_process(*build, cwd=tmp_path, code=None, env=environment)
     if done.returncode == 0:
         pytest.skip("this processor has a result")
     assert done.returncode == 3

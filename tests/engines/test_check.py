@@ -15,7 +15,7 @@ from edgekd.engines.check import check_model
 from edgekd.engines.tensorrt import remedy_for, takes_opset
 from edgekd.errors import InputError, StageError, TargetError
 from edgekd.targets import open_target
-from tests.onnx_builders import save_onnx
+from tests.onnx_builders import save_external, save_onnx
 
 RELU = "(float[batch,16] x) => (float[] y) { y = Relu (x) }"
 needs_rtx = pytest.mark.skipif(
@@ -212,8 +212,7 @@ def test_what_only_onnx_runtime_cannot_read_is_a_verdict(tmp_path, without_tenso
     """The checker takes a model whose axes lie in another file; ONNX Runtime does not."""
     text = "(float[batch,16] x) => (float[] y) { y = ReduceMax <keepdims = 0> (x, axes) }"
     path = save_onnx(tmp_path / "m.onnx", text, {"axes": np.array([1])}, opset=18)
-    model = onnx.load(str(path))
-    onnx.save(model, str(path), save_as_external_data=True, location="w.bin", size_threshold=0)
+    save_external(path, path)
     (refusal,) = findings(check_model(path, never), "fails")
     assert "constants that shapes and axes depend on (here 'axes')" in refusal.detail
     assert "size_threshold=1024" in refusal.remedy

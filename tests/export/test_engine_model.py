@@ -4,8 +4,6 @@ import importlib.util
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,7 @@ from edgerun.tensorrt.engine import LoadedEngine
 from edgerun.tensorrt.library import find_gpu, open_library
 from edgerun.tensorrt.runner import EngineModel, open_engine
 from edgerun.timing import Stopwatch, device_times
-from tests.command_line import edgerun
+from tests.command_line import edgerun, python
 from tests.export import models
 from tests.export.cuda_library import CudaLibrary
 
@@ -335,15 +333,8 @@ def test_an_engine_opens_where_onnx_runtime_is_not(engine):
         "except EdgerunError as error:\n"
         "    print(error.remedy)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={"PYTHONPATH": str(Path(edgerun_package.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    folder = Path(edgerun_package.__file__).parents[1]
+    assert python(script, env={"PYTHONPATH": str(folder)}).stdout.strip()
 
 
 def test_an_engine_s_layers_are_counted_by_precision(make_engine, tmp_path):

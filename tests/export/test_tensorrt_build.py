@@ -20,7 +20,7 @@ from edgerun.tensorrt.library import find_gpu
 from edgerun.tensorrt.network import parse
 from edgerun.tensorrt.settings import BuildSettings, parse_ranges
 from tests.command_line import edgerun
-from tests.onnx_builders import save_onnx
+from tests.onnx_builders import save_external, save_onnx
 
 pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
 
@@ -211,8 +211,7 @@ def test_a_file_that_is_no_model_is_not_taken_for_an_empty_one(tmp_path, content
 @pytest.mark.parametrize("left", [None, b"abc"], ids=["missing", "truncated"])
 def test_weights_that_cannot_be_read_are_named(tmp_path, left):
     path = network(tmp_path / "m.onnx")
-    model = onnx.load(path)
-    onnx.save(model, path, save_as_external_data=True, size_threshold=0, location="m.data")
+    save_external(path, path, "m.data")
     assert parse(path, RTX)["supported"]
     (tmp_path / "m.data").unlink()
     if left is not None:

@@ -27,6 +27,7 @@ from edgekd.distill.trainer import Trainer
 from edgekd.models import DictModel
 from edgekd.spec import SAMPLE, ModelSpec, TensorSpec
 from edgekd.tasks import Classification
+from tests.progress import RecordedProgress
 
 TASK = Classification()
 SPEC = ModelSpec((TensorSpec("image", ("batch", 2, 6, 6)),), (TensorSpec("logits", ("batch", 4)),))
@@ -62,13 +63,6 @@ def network(seed):
     ), SPEC).double()
 
 
-class Silent:
-    def start(self, label, total, unit): ...
-    def advance(self, n=1, **figures): ...
-    def message(self, text): ...
-    def finish(self): ...
-
-
 torch.set_default_dtype(torch.float64)
 folder = Path(sys.argv[1])
 terms = [
@@ -86,7 +80,7 @@ config = TrainConfig(
 )
 arguments = (objective, Source(1), Source(2), TASK, config, 0)
 trainer = Trainer(
-    model, *arguments, checkpoint_folder=folder, progress=Silent(), teacher=teacher
+    model, *arguments, checkpoint_folder=folder, progress=RecordedProgress(), teacher=teacher
 )
 history = trainer.fit()
 kinds = sorted({type(m).__name__ for m in model.modules()})

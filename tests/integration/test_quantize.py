@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 
+from tests import onnx_builders
 from tests.command_line import edgekd
 from tests.integration.pipelines import prepared_images
 
@@ -61,8 +61,7 @@ def test_what_is_shipped_computes_in_8_bits_and_is_what_was_scored(run: Path) ->
     assert "QLinearConv" in operators
     data = artifact(run, "data")
     prepared = prepared_images(run, "test")
-    session = onnxruntime.InferenceSession(shipped, providers=["CPUExecutionProvider"])
-    (logits,) = session.run(["logits"], {"image": prepared})
+    logits = onnx_builders.run(shipped, {"image": prepared})["logits"]
     accuracy = float((logits.argmax(1) == np.load(data / "test" / "label.npy")).mean())
     result = json.loads((run / "benchmark" / "result.json").read_text())
     assert result["models"]["student"]["metric"]["value"] == accuracy
@@ -76,8 +75,8 @@ def test_the_drop_in_the_index_is_that_of_the_file(run: Path) -> None:
     prepared = prepared_images(run, "validation")
 
     def accuracy(file: Path) -> float:
-        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        return float((session.run(["logits"], {"image": prepared})[0].argmax(1) == labels).mean())
+        logits = onnx_builders.run(file, {"image": prepared})["logits"]
+        return float((logits.argmax(1) == labels).mean())
 
     plain = accuracy(artifact(run, "export") / "student.onnx")
     for entry in index.values():

@@ -10,7 +10,7 @@ from onnx import TensorProto
 from edgekd.errors import InputError
 from edgekd.onnx.file import ENGINE_SUFFIXES, check_onnx, describe_onnx
 from edgerun import files
-from tests.onnx_builders import Graph, parse_onnx, save_onnx
+from tests.onnx_builders import Graph, parse_onnx, save_external, save_onnx
 
 
 @pytest.fixture
@@ -149,14 +149,7 @@ def external(linear, tmp_path):
     """The linear model with its weights in a file beside it."""
     path = tmp_path / "apart" / "m.onnx"
     path.parent.mkdir()
-    onnx.save(
-        onnx.load(str(linear)),
-        str(path),
-        save_as_external_data=True,
-        location="weights.bin",
-        size_threshold=0,
-    )
-    return path
+    return save_external(linear, path, "weights.bin")
 
 
 def located(path, location):

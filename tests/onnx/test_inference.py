@@ -13,6 +13,7 @@ from edgekd.onnx.samples import ArraySamples, open_samples
 from edgekd.quantization.mixed_precision import convert_mixed_precision
 from edgekd.quantization.static import StaticQuantizer
 from tests.onnx_builders import Graph, run, save_onnx
+from tests.quantization.quantizing import quantized
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.standard_normal((20, 6, 8)).astype(np.float32)
@@ -52,8 +53,8 @@ def test_time_first_answers_of_a_fixed_batch(tmp_path, batch):
 
 def test_a_time_first_model_is_quantized_and_compared(tmp_path):
     path = time_first(tmp_path / "m.onnx")
-    StaticQuantizer(path, SAMPLES, tmp_path / "s", runtime="cpu").write(tmp_path / "q.onnx")
-    found = Reference(path, SAMPLES).compare(tmp_path / "q.onnx")
+    _, out = quantized(path, {"x": X}, tmp_path)
+    found = Reference(path, SAMPLES).compare(out)
     assert found.errors[0].samples == 20
     assert found.errors[0].sqnr_db > 30
 
@@ -97,10 +98,9 @@ def test_what_a_suppression_leaves_is_each_samples_own(tmp_path, batch):
 def test_detections_are_quantized_and_compared_as_sets(tmp_path):
     path = detector(tmp_path / "m.onnx")
     samples = ArraySamples(IMAGES)
-    StaticQuantizer(path, samples, tmp_path / "s", runtime="cpu").write(tmp_path / "q.onnx")
+    _, out = quantized(path, IMAGES, tmp_path)
     same, other = (
-        {row.name: row for row in Reference(path, samples).compare(p).errors}
-        for p in (path, tmp_path / "q.onnx")
+        {row.name: row for row in Reference(path, samples).compare(p).errors} for p in (path, out)
     )
     assert same["sel"].max_absolute == 0
     assert other["sel"].max_absolute == 1  # a box in one of the sets only

@@ -16,6 +16,7 @@ from edgekd.tasks import (
     constant_outputs,
     get_task,
 )
+from tests.command_line import check_not_imported
 
 
 def dataset(labels=None, targets=("label",), image=None, **splits):
@@ -324,3 +325,7 @@ def test_targets_that_are_all_the_same_number_have_an_offset_and_no_unit():
     task = Regression()
     task.fit_unit({"target": np.full((10, 1), 5e4)})
     assert (task.unit, task.offset.tolist()) == (1.0, [5e4])
+
+
+def test_tasks_do_not_import_torch():
+    check_not_imported({"torch"}, "from edgekd.tasks import get_task; get_task('policy')")
