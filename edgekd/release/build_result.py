@@ -63,7 +63,7 @@ class BenchModel(BaseModel):
     size_bytes: int
     latency: Percentiles
     memory: Memory | None
-    samples_ms: tuple[Number, ...]
+    samples_ms: tuple[Annotated[Number, Field(ge=0)], ...]
     warmup: dict[str, Any]
     providers: dict[str, Any]
     threads: int | None
