@@ -93,7 +93,7 @@ class CacheStore:
         return f"the teacher cache's block {block} (view {view}, samples {start} to {stop - 1})"
 
     def header_fits(self) -> bool:
-        """Whether the folder has an undamaged header with this key; blocks are checked on their own.
+        """Whether the folder has a whole header with this key; blocks are checked on their own.
 
         Raises:
             InputError: the header cannot be read.
