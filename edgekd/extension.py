@@ -25,6 +25,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -156,7 +157,13 @@ def import_module(reference: str, where: str | None = None) -> ModuleType:
     """
     module_name = reference.partition(":")[0]
     try:
-        return importlib.import_module(module_name)
+        digests = {} if module_name in sys.modules else _source_digests(reference)
+        module = importlib.import_module(module_name)
+        if digests:
+            files = {getattr(each, "__file__", None) for each in list(sys.modules.values())}
+            sources = {file: (sha, str(file) in files) for file, sha in digests.items()}
+            module.__dict__[_SOURCES] = sources
+        return module
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
             raise InputError(
@@ -175,6 +182,25 @@ def import_module(reference: str, where: str | None = None) -> ModuleType:
             where=where,
             remedy="run it with python alone to see the complete traceback",
         ) from error
+
+
+_SOURCES = "__edgekd_sources__"
+
+
+def imported_sources(reference: str) -> dict[Path, tuple[str, bool]]:
+    """The files of a reference's own code, as they were when this process imported it.
+
+    Returns:
+        By file, its SHA-256 then, and whether it was imported with the reference; False is a file
+        that a function imports when it is called. Empty when the module was not imported here.
+    """
+    module = sys.modules.get(reference.partition(":")[0])
+    found: dict[Path, tuple[str, bool]] = getattr(module, _SOURCES, {})
+    return found
+
+
+def _source_digests(reference: str) -> dict[Path, str]:
+    return {file: sha256(file.read_bytes()).hexdigest() for file in source_files(reference)}
 
 
 def resolve(

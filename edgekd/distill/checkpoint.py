@@ -143,6 +143,9 @@ def load_checkpoint(
     if not path.is_file():
         return {}, None, ""
     try:
+        with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"{damaged} is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["version"] != _VERSION or content["run"] != dict(run):
             return {}, None, "it is of another training"

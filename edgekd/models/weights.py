@@ -236,10 +236,11 @@ def _read_torch(path: Path, allow_pickle: bool, place: str) -> object:
 
 def _refuse_bomb(path: Path, place: str) -> None:
     """Refuse an archive that is far larger unpacked; torch does not compress its own."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        size = sum(member.file_size for member in archive.infolist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, OSError, ValueError):
+        return  # A pickle, or a damaged archive, which torch reports.
     if size > _LARGE and size > _RATIO * path.stat().st_size:
         raise InputError(
             f"the checkpoint has {path.stat().st_size:,} bytes, and {size:,} unpacked",

@@ -23,7 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd.errors import StageError
-from edgekd.extension import InstalledExtension, extensions_named, is_reference, parse, source_files
+from edgekd.extension import (
+    InstalledExtension,
+    extensions_named,
+    imported_sources,
+    is_reference,
+    parse,
+    source_files,
+)
 from edgekd.files import edgerun_folder, file_sha256, write_whole
 
 if TYPE_CHECKING:
@@ -348,11 +355,39 @@ def references_sha256(value: Any) -> dict[str, str]:
     """
     hashes: dict[str, str] = {}
     for text in _texts(value):
-        own = [text] if is_reference(text) else [each.reference for each in _extensions(text)]
-        for reference in own:
+        for reference in _own(text):
             for file in source_files(reference):
-                hashes[f"{reference} {file.name}"] = file_sha256(file)
+                name = f"{reference} {file.name}"
+                while name in hashes:  # the __init__.py of two packages
+                    name += "'"
+                hashes[name] = file_sha256(file)
     return hashes
+
+
+def edited_sources(value: Any) -> dict[Path, bool]:
+    """Own code named inside a value that was edited after this process imported it.
+
+    Returns:
+        By file, whether its old form is what runs; False: which form runs is not known.
+    """
+    edited: dict[Path, bool] = {}
+    for text in _texts(value):
+        for reference in _own(text):
+            for file, (digest, loaded) in imported_sources(reference).items():
+                if not file.is_file() or file_sha256(file) != digest:
+                    edited[file] = loaded
+    return edited
+
+
+def is_imported(value: Any, references: Mapping[str, str]) -> bool:
+    """Whether own code named inside a value was imported in the form that has these hashes."""
+    own = (reference for text in _texts(value) for reference in _own(text))
+    known = set(references.values())
+    return all(sha in known for name in own for sha, _ in imported_sources(name).values())
+
+
+def _own(text: str) -> list[str]:
+    return [text] if is_reference(text) else [each.reference for each in _extensions(text)]
 
 
 def extension_versions(value: Any) -> dict[str, str]:

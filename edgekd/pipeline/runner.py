@@ -21,10 +21,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgekd.config.host import world_size
-from edgekd.errors import EdgekdError, GateFailed, StageError, unknown_name
+from edgekd.errors import EdgekdError, GateFailed, InputError, StageError, unknown_name
 from edgekd.extension import searching
 from edgekd.files import json_sha256
-from edgekd.pipeline.fingerprint import fingerprint_inputs, why_outdated
+from edgekd.pipeline.fingerprint import (
+    edited_sources,
+    fingerprint_inputs,
+    is_imported,
+    why_outdated,
+)
 from edgekd.pipeline.stage import Context, Job, Stage
 from edgekd.pipeline.store import Artifact, Store
 from edgekd.progress import EventLog, Progress
@@ -33,6 +38,16 @@ if TYPE_CHECKING:
     from edgekd.distill.distributed import ProcessGroup
 
 _LINKED = ("benchmark", "report", "bundle")
+
+_MOST_REPAIRS = 5
+
+
+class _Damaged(Exception):
+    """Artifacts whose files are no longer those that were written."""
+
+    def __init__(self, artifacts: Sequence[Artifact]) -> None:
+        super().__init__()
+        self.artifacts = artifacts
 
 
 @dataclass(frozen=True)
@@ -132,11 +147,23 @@ class Runner:
             EdgekdError: a stage failed; artifacts of finished stages remain in the store. A gate
                 that did not pass is not raised: it is the outcome's ``failure``.
         """
-        try:
-            self._run(until)
-        except GateFailed as failure:
-            self.outcome.failure = failure
-        return self.outcome
+        for _ in range(_MOST_REPAIRS):
+            try:
+                self._run(until)
+            except GateFailed as failure:
+                self.outcome.failure = failure
+            except _Damaged as damaged:
+                for artifact in damaged.artifacts:
+                    self.progress.message(f"{artifact.stage}: damaged on the disk, made again")
+                    self.store.remove(artifact)
+                self.outcome.artifacts.clear()
+                continue
+            return self.outcome
+        raise StageError(
+            "artifacts were damaged on the disk again and again",
+            where=str(self.store.artifacts),
+            remedy="check the disk, or give a run folder on another one with --output",
+        )
 
     def _run(self, until: str | None) -> None:
         checked = False
@@ -147,6 +174,8 @@ class Runner:
                 material = fingerprint_inputs(stage, self.job, self.outcome.artifacts)
                 fingerprint = json_sha256(material)
                 artifact = self.store.find(stage.name, fingerprint)
+                if artifact is not None and stage.name in _LINKED:
+                    self._check_artifacts([artifact])
                 if artifact is not None:
                     self.progress.message(f"{stage.name}: unchanged, skipped")
                 else:
@@ -166,6 +195,9 @@ class Runner:
     def _run_stage(self, stage: Stage, fingerprint: str, material: Mapping[str, Any]) -> Artifact:
         started = time.monotonic()
         done = self.outcome.artifacts
+        read = [done[name] for name in stage.inputs]
+        self._check_artifacts(read)
+        self._check_sources(material, before=True)
         self._record("stage-started", stage=stage.name, fingerprint=fingerprint)
         try:
             if stage.name in _LINKED:
@@ -181,7 +213,13 @@ class Runner:
                 stage.run(context, inputs)
             else:
                 self.workers.run(stage, context, inputs)
+            self._check_sources(material, before=False)
+            if stage.name in (*_LINKED, "gate"):
+                self._check_artifacts(read)  # what is shipped is what was measured
             artifact = self.store.commit(stage.name, fingerprint, temporary, material)
+        except _Damaged:
+            self.store.discard(stage.name, fingerprint)
+            raise
         except Exception as error:
             self._record("stage-failed", stage=stage.name, traceback=traceback.format_exc())
             self.store.discard(stage.name, fingerprint)
@@ -191,6 +229,36 @@ class Runner:
         self._record("stage-done", stage=stage.name, seconds=round(seconds, 3))
         self.progress.message(f"{stage.name}: done in {seconds:.1f} s")
         return artifact
+
+    def _check_artifacts(self, artifacts: Sequence[Artifact]) -> None:
+        """Hash what a stage reads: a flipped bit leaves a file's time stamp and size."""
+        damaged = [each for each in artifacts if not self.store.is_undamaged(each)]
+        if damaged:
+            raise _Damaged(damaged)
+
+    def _check_sources(self, material: Mapping[str, Any], before: bool) -> None:
+        """Compare own code with the form of it that this process imported.
+
+        Raises:
+            InputError: the result is not, or may not be, that of the code in the fingerprint.
+        """
+        config, references = material["config"], material["references"]
+        edited = edited_sources(config)
+        names = ", ".join(sorted(str(file) for file in edited))
+        if edited and not before and all(edited.values()) and is_imported(config, references):
+            self.progress.message(f"  edited meanwhile, used in its old form: {names}")
+        elif edited:
+            raise InputError(
+                f"your own code was edited after this run imported it: {names}",
+                where=names,
+                remedy="run again; finished stages are stored",
+            )
+        elif not is_imported(config, references):
+            raise InputError(
+                "this process imported another form of your own code, or a module of that name",
+                where=", ".join(sorted(references)),
+                remedy="run it in a new process; finished stages are stored",
+            )
 
     def _record(self, event: str, **fields: Any) -> None:
         if self.log is not None:

@@ -90,6 +90,20 @@ class Store:
             return None
         return Artifact(stage, fingerprint, folder, record["digest"], record["made_from"])
 
+    def is_undamaged(self, artifact: Artifact) -> bool:
+        """Whether the contents of all files are those that were written, read again for it."""
+        record = self._record(artifact.folder)
+        return record is not None and all(
+            (artifact.folder / name).is_file()
+            and file_sha256(artifact.folder / name) == entry["sha256"]
+            for name, entry in record["files"].items()
+        )
+
+    def remove(self, artifact: Artifact) -> None:
+        """Remove a damaged artifact, so that its stage is run again."""
+        (artifact.folder / _RECORD).unlink(missing_ok=True)
+        shutil.rmtree(artifact.folder, ignore_errors=True)
+
     def latest(self, stage: str) -> Mapping[str, Any] | None:
         """What the newest artifact of a stage was made from, to explain why the stage is run
         again.

@@ -61,7 +61,7 @@ class BenchModel(BaseModel):
     size_bytes: int
     latency: BenchPercentiles
     memory: BenchMemory | None
-    samples_ms: tuple[Number, ...]
+    samples_ms: tuple[Annotated[Number, Field(ge=0)], ...]
     warmup: dict[str, Any]
     providers: dict[str, Any]
     threads: int | None

@@ -31,7 +31,7 @@ from click.testing import CliRunner
 from edgekd.cli import main
 from edgekd.errors import EdgekdError
 from tests.fuzz.mutators import changed_bytes, changed_json, changed_yaml
-from tests.release.conftest import make_result
+from tests.release.conftest import latency, make_result
 
 MEMORY = 2 << 30
 """How much data a target may allocate beyond the libraries."""
@@ -102,7 +102,9 @@ def _yaml(name: str, text: str, **others: str) -> Callable[[random.Random], None
 def _result() -> dict[str, Any]:
     result = make_result()
     for model in result["models"].values():
-        model.get("samples_ms", [])[200:] = []
+        if "samples_ms" in model:
+            model["samples_ms"] = model["samples_ms"][:200]
+            model["latency"] = latency(model["samples_ms"])
     return result
 
 
@@ -114,7 +116,7 @@ def _changed_result(random_: random.Random) -> None:
 
 @cache
 def _bench() -> dict[str, Any]:
-    from tests.release.test_device_bench import bench
+    from tests.release.test_build_result import bench
 
     return copy.deepcopy(bench())
 
@@ -317,12 +319,11 @@ def _read_cache() -> None:
 
 
 def _changed_training(random_: random.Random) -> None:
-    from edgekd.distill import checkpoint
+    from edgekd.distill.checkpoint import History, save_checkpoint
 
     weights = _network().state_dict()
-    history = checkpoint.History("accuracy", True, [], None)
-    state = checkpoint.TrainingState({"seed": 0}, weights, {}, {"n": 1}, weights, history)
-    checkpoint.save_checkpoint(state, Path("state"))
+    state = {"model": weights, "objective": {}, "best": weights, "step": {"n": 1}}
+    save_checkpoint(Path("state"), {"seed": 0}, state, History("accuracy", True))
     _write("state/checkpoint.pt", changed_bytes(Path("state/checkpoint.pt").read_bytes(), random_))
 
 
@@ -332,10 +333,10 @@ def _resume() -> None:
 
     from edgekd.distill.checkpoint import load_checkpoint
 
-    state, _ = load_checkpoint(Path("state"), {"seed": 0})
-    if state is not None:
+    state, history, _ = load_checkpoint(Path("state"), {"seed": 0})
+    if history is not None:
         for name, tensor in _network().state_dict().items():
-            assert torch.equal(state.model[name], tensor)
+            assert torch.equal(state["model"][name], tensor)
 
 
 PROFILE = (ROOT / "profiles/raspberry-pi-5.yaml").read_text(encoding="utf-8")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from edgekd.config.pipeline import PipelineConfig
 from edgekd.config.profile import load_profile
 from edgekd.errors import InputError, StageError
+from edgekd.extension import resolve
 from edgekd.pipeline.runner import Runner, is_disk_full, plan, stages_until
 from edgekd.pipeline.stage import Context, Job
 from edgekd.pipeline.store import Store
@@ -132,3 +135,63 @@ def test_disk_full_is_found_behind_a_library_error(tmp_path: Path) -> None:
 def test_misspelt_stage_is_suggested() -> None:
     with pytest.raises(InputError, match="did you mean 'distill'"):
         stages_until("distil", STAGES)
+
+
+def flip_a_byte(file: Path) -> None:
+    """Change a file as a failing disk does: neither its size nor its time stamp."""
+    status = file.stat()
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("victim", ["first", "second"])
+def test_a_flipped_bit_in_what_a_stage_reads_is_found(tmp_path: Path, stages, victim) -> None:
+    folder = tmp_path / "r"
+    Runner(job(tmp_path), Store(folder), RecordedProgress(), stages=stages).run("second")
+    (file,) = folder.glob(f"artifacts/{victim}/*/out.txt")
+    flip_a_byte(file)
+    progress = RecordedProgress()
+    made = job(tmp_path, target="ssh://board") if victim == "first" else job(tmp_path)
+    outcome = Runner(made, Store(folder), progress, stages=stages).run()
+    assert victim in outcome.ran
+    assert outcome.ran[-1] == "third"
+    assert (outcome.folder(victim) / "out.txt").read_text() == "same"
+    assert any(f"{victim}: damaged on the disk" in line for line in progress.messages)
+
+
+def test_own_code_edited_during_a_run_is_noticed(tmp_path: Path, monkeypatch) -> None:
+    name = f"own_{tmp_path.name}"
+    mine = tmp_path / f"{name}.py"
+    mine.write_text("VALUE = 1\n")
+
+    @dataclass
+    class Own(Recorded):
+        edit: bool = False
+
+        def config_slice(self, job: Job) -> dict[str, Any]:
+            return {"loss": f"{name}:VALUE"}
+
+        def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
+            self.text = str(resolve(f"{name}:VALUE", {}, "loss"))
+            if self.edit:
+                mine.write_text("VALUE = 2\n")
+            super().run(context, inputs)
+
+    def run_stages(*stages):
+        return Runner(job(tmp_path), Store(tmp_path / "r"), RecordedProgress(), stages=stages).run()
+
+    first, second = Own("first", "seed", edit=True), Own("second", "seed", ("first",))
+    with pytest.raises(InputError, match="edited after this run imported it"):
+        run_stages(first, second)
+    # What was made of the old form is stored under its hash; the new form makes it anew.
+    assert second.runs == []
+    del sys.modules[name]
+    first.edit = False
+    outcome = run_stages(first, second)
+    assert outcome.ran == ["first", "second"]
+    assert (outcome.folder("first") / "out.txt").read_text() == "2"
+    mine.write_text("VALUE = 1\n")
+    del sys.modules[name]
+    assert "first" not in run_stages(first).ran
