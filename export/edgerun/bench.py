@@ -34,7 +34,7 @@ that times an engine's queries on the GPU alone."""
 
 
 @dataclass(frozen=True)
-class BenchmarkConfig:
+class BenchOptions:
     """Settings of a benchmark: what to measure and for how long.
 
     Attributes:
@@ -65,7 +65,7 @@ class BenchmarkConfig:
         return self.settings if index == 0 else self.against_settings or self.settings
 
 
-def bench(config: BenchmarkConfig) -> dict[str, Any]:
+def bench(config: BenchOptions) -> dict[str, Any]:
     """Measure and return the record of schema ``edgerun.bench/1``; times in ms, memory in MB.
 
     Everything that would disturb the timing (hashing, memory, profiling) is done afterwards.
@@ -101,7 +101,7 @@ def bench(config: BenchmarkConfig) -> dict[str, Any]:
     }
 
 
-def _feeds(config: BenchmarkConfig, models: Sequence[LoadedModel]) -> list[Feeds]:
+def _feeds(config: BenchOptions, models: Sequence[LoadedModel]) -> list[Feeds]:
     if config.inputs is not None:
         if config.shapes:
             raise BadInput(

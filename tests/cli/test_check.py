@@ -33,7 +33,7 @@ def test_a_model_that_holds_leaves_with_0_and_a_whole_record(model, tmp_path):
     for word in ("opset 18", "x float32[batch, length]", "runs 1 of 1 nodes", "[bold]relu"):
         assert word in done.output
     record = json.loads(out.read_text())
-    assert record["schema"] == "edgekd.check/1"
+    assert record["schema"] == "edgekd.check/2"
     assert record["passed"] is True
     assert record["memory"]["activations_bytes"] == 2 * (2 * 300 * 4)
     assert record["coverage"][0]["nodes"][0]["name"] == "[bold]relu"

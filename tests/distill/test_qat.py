@@ -29,7 +29,7 @@ from edgekd.distill.qat_graph import computed_weights, with_plain_weights
 from edgekd.distill.trainer import Trainer
 from edgekd.errors import InputError, StageError
 from edgekd.models import DictModel
-from edgekd.models.networks import Mlp, Policy
+from edgekd.models.networks import Mlp, PolicyNetwork
 from edgekd.onnx.export import export_onnx
 from edgekd.onnx.file import describe_onnx
 from edgekd.spec import ModelSpec, TensorSpec
@@ -385,7 +385,7 @@ def test_two_inputs_and_two_outputs(tmp_path):
     outputs = (TensorSpec("action", ("batch", 2, 3)), TensorSpec("value", ("batch", 1)))
     torch.manual_seed(0)
     model = DictModel(
-        Policy(inputs, outputs, widths=(4,), blocks=(), hidden=8), ModelSpec(inputs, outputs)
+        PolicyNetwork(inputs, outputs, widths=(4,), blocks=(), hidden=8), ModelSpec(inputs, outputs)
     )
     student = PreparedStudent(model, "tensorrt").train()
     batch = {"image": torch.rand(9, 1, 8, 8), "state": torch.randn(9, 5), "target": torch.zeros(9)}

@@ -112,7 +112,7 @@ def test_words_as_integers_and_a_dynamic_length(tmp_path):
     path = save_onnx(tmp_path / "m.onnx", text, {"table": np.ones((257, 64), np.float32)})
     profile = load_profile("jetson-orin-nano-8gb")
     unknown = ask(path, profile=profile)
-    (gap,) = findings(unknown, "not shown")
+    (gap,) = findings(unknown, "inconclusive")
     assert gap.subject == "memory"
     assert gap.remedy.startswith("give open sizes")
     assert gap.detail.startswith("at least ")
@@ -126,7 +126,7 @@ def test_words_as_integers_and_a_dynamic_length(tmp_path):
 def test_without_tensorrt_a_device_of_tensorrt_is_not_shown(exported, without_tensorrt):
     report = check_model(exported, never, profile=load_profile("jetson-orin-nano-8gb"))
     assert not report.passed
-    (gap,) = findings(report, "not shown")
+    (gap,) = findings(report, "inconclusive")
     assert "not checked" in gap.detail
     assert "edgekd[rtx]" in gap.remedy
     assert check_model(exported, never).passed
@@ -178,7 +178,7 @@ def test_a_tensorrt_that_cannot_be_asked_matters_only_to_who_asked_for_it(
     (told,) = [finding for finding in report.findings if finding.subject == "tensorrt"]
     assert (told.status, told.remedy) == ("note", "it needs a GPU")
     assert "tensorrt 10.3 does not start here" in told.detail
-    (gap,) = findings(check_model(exported, parse, engines=["tensorrt"]), "not shown")
+    (gap,) = findings(check_model(exported, parse, engines=["tensorrt"]), "inconclusive")
     assert gap.subject == "tensorrt"
 
 
@@ -232,7 +232,7 @@ def test_an_opset_that_the_runtime_does_not_take_is_a_verdict(tmp_path, without_
 def test_an_absent_provider_is_not_shown_and_says_what_to_install(exported, without_tensorrt):
     chain = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     report = check_model(exported, never, providers=chain)
-    (gap,) = findings(report, "not shown")
+    (gap,) = findings(report, "inconclusive")
     assert (gap.subject, "onnxruntime-gpu" in gap.detail) == ("CUDA", True)
     with pytest.raises(InputError, match="did you mean 'CUDAExecutionProvider'"):
         check_model(exported, never, providers=["CUDAExecutionProvder"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import edgerun as edgerun_package
-from edgerun.bench import BenchmarkConfig, bench, engine_precisions, provider_nodes
+from edgerun.bench import BenchOptions, bench, engine_precisions, provider_nodes
 from edgerun.cuda_runtime import CudaRuntime
 from edgerun.errors import BadInput, NoDevice, RunFailed
 from edgerun.inputs import make_feeds
@@ -302,7 +302,7 @@ def test_the_record_of_an_engine_has_the_gpu_s_time_beside_the_latency(
     model.path.write_bytes(b"engine")
     monkeypatch.setattr("edgerun.bench.open_model", lambda path, settings: model)
     record = bench(
-        BenchmarkConfig((model.path,), Settings(), min_queries=70, max_seconds=0.4, memory=False)
+        BenchOptions((model.path,), Settings(), min_queries=70, max_seconds=0.4, memory=False)
     )
     (timed,) = record["models"]
     assert timed["device_ms"]["mean_ms"] == 0.25
