@@ -99,7 +99,7 @@ _SHOWN = 8  # wrong values that an error spells out
 
 
 def read_labels(path: Path, name: str) -> Array:
-    """The array ``name`` of a file that :func:`edgekd.onnx.sample_files.open_samples` takes.
+    """The array ``name`` of a file that :func:`edgekd.onnx.samples.open_samples` takes.
 
     Raises:
         InputError: the file is an .npy, which holds one array; there is no such array; it is
