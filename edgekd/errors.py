@@ -6,11 +6,23 @@ The command line prints one of these without a traceback and exits with its exit
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from edgerun.errors import BadInput, EdgerunError
+from edgerun.errors import BadInput, EdgerunError, printable
+
+__all__ = [
+    "CrashError",
+    "EdgekdError",
+    "GateFailed",
+    "InputError",
+    "StageError",
+    "TargetError",
+    "edgerun_errors",
+    "nearest",
+    "printable",
+    "unknown_name",
+]
 
 
 class EdgekdError(EdgerunError):
@@ -95,15 +107,3 @@ def unknown_name(
         where=where,
         remedy=f"{hint}known: {', '.join(choices)}",
     )
-
-
-_CONTROL = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
-
-
-def printable(text: str) -> str:
-    """A text for a terminal or a log: control characters, which could move its cursor or hide
-    what follows, as escapes such as ``\\x1b``; line breaks and tabs stay.
-    """
-    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)

@@ -36,6 +36,7 @@ from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 from edgekd.errors import InputError, nearest, unknown_name
 
 GROUPS = (
+    "edgekd.engines",
     "edgekd.losses",
     "edgekd.models",
     "edgekd.schemes",

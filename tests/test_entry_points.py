@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import sys
@@ -15,11 +16,12 @@ import torch
 
 from edgekd.api import execute, open_job
 from edgekd.config.networks import ModelConfig
-from edgekd.config.pipeline import DataConfig
+from edgekd.config.pipeline import DataConfig, ExternalEngineConfig, expand_engine
 from edgekd.config.training import LossTerm, SchemeConfig
 from edgekd.data import load_dataset, source_fingerprint
 from edgekd.distill.objective import Objective
 from edgekd.distill.schemes import find_scheme
+from edgekd.engines.builder import ExternalBuilder
 from edgekd.errors import InputError
 from edgekd.extension import installed_extensions
 from edgekd.models import build_model
@@ -79,6 +81,21 @@ class Board(LocalTarget):
         return {"board": True}
 
 
+class Compiler:
+    suffix = ".onnx"
+    settings = {}
+
+    def __init__(self, level: int = 1):
+        self.level = level
+
+    def build(self, source, out, precision, keep=()):
+        out.write_bytes(source.read_bytes())
+        return {"level": self.level, "precision": precision}
+
+    def describe(self):
+        return "a compiler of ours"
+
+
 class Group:
     loss = staticmethod(plain)
 """  # noqa: E501 - the module of somebody else
@@ -90,6 +107,7 @@ NAMES = {
     "edgekd.models": ("our-net", "network"),
     "edgekd.schemes": ("just-once", "alone"),
     "edgekd.targets": ("board", "Board"),
+    "edgekd.engines": ("compiler", "Compiler"),
 }
 """By group: the name of the entry point, and what of the module it is."""
 
@@ -185,6 +203,33 @@ def test_a_target_from_outside(named) -> None:
     assert open_target(named("edgekd.targets")).info() == {"board": True}
 
 
+def test_an_engine_from_outside(named, tmp_path) -> None:
+    name = named("edgekd.engines")
+    source, out = tmp_path / "m.onnx", tmp_path / "engine.onnx"
+    source.write_bytes(b"model")
+    config = expand_engine({"kind": name, "args": {"level": 3}})
+    assert config == {"kind": "external", "name": name, "args": {"level": 3}}
+    builder = ExternalBuilder(ExternalEngineConfig(**config))
+    record = builder.build(source, out, "fp32")
+    assert out.read_bytes() == b"model"
+    assert (record["level"], record["size_bytes"], record["run_level"]) == (3, 5, "all")
+    with pytest.raises(InputError, match="has no argument 'levl'"):
+        ExternalBuilder(ExternalEngineConfig(kind="external", name=name, args={"levl": 3}))
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("x = object()", "is not an engine: it has no suffix, settings, build, describe"),
+        ("def x(): return 1 / 0", "fails when made: ZeroDivisionError"),
+    ],
+)
+def test_what_is_no_engine_is_refused(package, text, what) -> None:
+    (package.folder / f"{package.module}_e.py").write_text(text)
+    with pytest.raises(InputError, match=what):
+        ExternalBuilder(ExternalEngineConfig(kind="external", name=f"{package.module}_e:x"))
+
+
 @pytest.mark.parametrize(
     ("text", "what"),
     [
@@ -212,10 +257,14 @@ teacher: {model: our-net, args: {width: 16}, train: {epochs: 1}}
 student: {model: our-net}
 distill: {epochs: 1, scheme: just-once, losses: [hard_labels, focal], cache: {views: 1, top: 2},
   baseline: false}
+engines: [compiler]
 benchmark: {min_queries: 20, max_seconds: 1}
 gate: {size: {max_mb: 1}}
 """)
-    stages = execute(open_job(file), run, until="benchmark").ran
+    outcome = execute(open_job(file), run, until="benchmark")
+    stages = outcome.ran
+    built = json.loads((outcome.folder("engines") / "engines.json").read_text())["student"]
+    assert (built["level"], built["precision"]) == (1, "float32")
     rows = plan(open_job(file), run, STAGES, "benchmark")
     assert [(row.stage, row.action) for row in rows] == [(stage, "cached") for stage in stages]
 

@@ -15,7 +15,15 @@ from typing import Any
 
 import click
 
-from edgekd.errors import EdgekdError, InputError, StageError, nearest, printable, unknown_name
+from edgekd.errors import (
+    EdgekdError,
+    InputError,
+    StageError,
+    edgerun_errors,
+    nearest,
+    printable,
+    unknown_name,
+)
 
 _COMMANDS = {
     "init": ("edgekd.cli:init", "Write an example pipeline to start from."),
@@ -194,9 +202,10 @@ def verify(bundle: Path) -> None:
 
     Exit code 1 when a file is changed, missing or extra.
     """
-    from edgekd.release.bundle_verify import verify_bundle
+    from edgerun.manifest import verify as verify_bundle
 
-    problems = verify_bundle(bundle)
+    with edgerun_errors():
+        problems = verify_bundle(bundle).problems
     for problem in problems:
         click.echo(problem)
     if problems:

@@ -167,7 +167,10 @@ def _providers(given: str | None, profile: Profile | None) -> tuple[list[str], l
     left out are shown next to the figures.
     """
     if given is not None:
-        return [_full_name(name.strip()) for name in given.split(",") if name.strip()], []
+        from edgerun.model import full_provider_name
+
+        # edgerun refuses unknown names.
+        return [full_provider_name(name.strip()) for name in given.split(",") if name.strip()], []
     if profile is None:
         return [], []
     from edgekd.config.host import local_providers
@@ -175,17 +178,6 @@ def _providers(given: str | None, profile: Profile | None) -> tuple[list[str], l
     here = local_providers()
     wanted = profile.runtime.providers
     return [name for name in wanted if name in here], [name for name in wanted if name not in here]
-
-
-def _full_name(name: str) -> str:
-    """``tensorrt`` → ``TensorrtExecutionProvider``; edgerun rejects unknown names."""
-    import onnxruntime
-
-    short: dict[str, str] = {
-        full.lower().removesuffix("executionprovider"): full
-        for full in onnxruntime.get_all_providers()
-    }
-    return short.get(name.lower().removesuffix("executionprovider"), name)
 
 
 def _options(model: Path, providers: list[str], threads: int) -> dict[str, dict[str, str]]:

@@ -120,7 +120,7 @@ def _build_onnxruntime(
     if info.disabled_optimizers:
         click.echo(
             f"  without {', '.join(info.disabled_optimizers)}, which ONNX Runtime changes the "
-            "answers by"
+            "outputs by"
         )
     if info.run_level != "all":
         click.echo(
@@ -146,6 +146,7 @@ def _build_tensorrt(
     from edgekd.engines.tensorrt import check_runtime, engine_settings
     from edgekd.errors import edgerun_errors
     from edgekd.targets import LocalTarget
+    from edgerun.tensorrt.build import build_lines
     from edgerun.tensorrt.settings import parse_ranges
 
     config = TensorRTConfig(
@@ -173,28 +174,5 @@ def _build_tensorrt(
     )
     check_runtime(settings, profile, model)
     record = LocalTarget().build(model, output, settings)
-    _print_build(output, record)
+    click.echo("\n".join(build_lines(record)))
     return record
-
-
-def _print_build(output: Path, record: Mapping[str, Any]) -> None:
-    engine, layers = record["engine"], record["layers"]
-    click.echo(
-        f"{output}  {engine['bytes'] / 1e6:.3f} MB  {record['library']} {record['version']}, "
-        f"built in {record['seconds']:.2f} s"
-    )
-    if record["compute_capabilities"]:
-        click.echo(f"  for GPUs of SM {', '.join(record['compute_capabilities'])}")
-    for name, sizes in record["profile"].items():
-        shapes = ["x".join(map(str, sizes[key])) for key in ("min", "usual", "max")]
-        click.echo(f"  input {name}: {' : '.join(shapes)}")
-    counts = ", ".join(f"{count} {kind}" for kind, count in layers["by_precision"].items())
-    click.echo(f"  layers: {counts or 'none'}, by the {layers['source']}")
-    if not record["inspected"]:
-        click.echo(f"  the engine was not loaded here: {record['reason']}")
-    cache = record["timing_cache"]
-    if cache is not None:
-        why = f": {cache['reason']}" if cache["reason"] else ""
-        click.echo(f"  timing cache {cache['state']}{why}")
-    for warning in record["warnings"]:
-        click.echo(f"  {record['library']} warns: {warning}")

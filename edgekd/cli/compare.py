@@ -7,12 +7,13 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from edgekd.errors import InputError
 from edgekd.files import write_errors
 from edgekd.measurement import full_text, interval_text, value_text
-from edgekd.release.compare import Comparison, SeedMeans, compare_files
+from edgekd.release.compare import ResultComparison, SeedMeans, compare_files
 
 
 @click.command()
@@ -38,24 +39,26 @@ def compare(paths: tuple[Path, ...], json_path: Path | None) -> None:
             json_path.write_text(text, encoding="utf-8")
 
 
-def _side_by_side(comparison: Comparison) -> Table:
+def _side_by_side(comparison: ResultComparison) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("figure")
     for label in comparison.labels:
-        table.add_column(label, justify="right", overflow="fold")
+        table.add_column(escape(label), justify="right", overflow="fold")
     for row in comparison.rows:
-        table.add_row(row.label, *(full_text(figure) for figure in row.figures))
+        table.add_row(escape(row.label), *(escape(full_text(figure)) for figure in row.figures))
     return table
 
 
 def _over_seeds(means: SeedMeans) -> Table:
     seeds = ", ".join(map(str, means.seeds))
-    title = f"{means.name}: mean over {len(means.seeds)} seeds ({seeds})"
+    title = f"{escape(means.name)}: mean over {len(means.seeds)} seeds ({seeds})"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     for heading in ("figure", "mean", "95 % interval", "note"):
         table.add_column(heading, justify="left" if heading in ("figure", "note") else "right")
     for row in means.rows:
         figure = row.figures[0]
         note = figure.note if figure else ""
-        table.add_row(row.label, value_text(figure), interval_text(figure), note)
+        table.add_row(
+            escape(row.label), escape(value_text(figure)), interval_text(figure), escape(note)
+        )
     return table

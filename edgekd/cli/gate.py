@@ -25,7 +25,7 @@ from edgekd.release.gate import (
     write_gate_json,
     write_junit,
 )
-from edgekd.release.result import read_result
+from edgekd.release.result import Result, read_result
 
 _COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
@@ -73,7 +73,14 @@ def gate(
         # The run prints its result and the verdicts itself.
         verdicts = read_gate(run_pipeline_until(result, "gate").folder("gate"))
     else:
-        verdicts = _evaluate(result, budget, profile, device, junit, json_path)
+        section = GateConfig() if budget is None else load_budgets(budget)
+        limits = load_profile(profile) if profile else None
+        measured = _measured(result, device, limits, section.accuracy.max is not None)
+        verdicts = evaluate(measured, Budgets.resolve(section, limits))
+        for path, write in ((json_path, write_gate_json), (junit, write_junit)):
+            if path is not None:
+                with write_errors(path, "the verdicts", error=InputError):
+                    write(path, measured.name, verdicts)
         console = Console()
         console.print(verdict_table(verdicts))
         console.print(summary_line(verdicts), highlight=False, markup=False)
@@ -86,29 +93,26 @@ def gate(
         )
 
 
-def _evaluate(
-    result: Path,
-    budget: Path | None,
-    profile: str | None,
-    device: Path | None,
-    junit: Path | None,
-    json_path: Path | None,
-) -> list[Verdict]:
-    section = GateConfig() if budget is None else load_budgets(budget)
-    limits = load_profile(profile) if profile else None
-    alone = read_bench(result)
+def _measured(
+    file: Path, device: Path | None, limits: Profile | None, lower_is_better: bool
+) -> Result:
+    """The result in a file, or the device's figures alone, or both together.
+
+    Raises:
+        InputError: a file is damaged, or is not what it is given as.
+    """
+    alone = read_bench(file)
     if alone is not None and device is not None:
         raise InputError(
             "two files of edgerun bench are given, and no result",
-            where=str(result),
+            where=str(file),
             remedy="give the pipeline's result.json first",
         )
     if alone is not None:
         evidence, why = evidence_of_bench(alone, limits, None)
-        lower = section.accuracy.max is not None
-        content = result_of_bench(alone, str(result), evidence, lower)
+        result = result_of_bench(alone, str(file), evidence, lower_is_better)
     else:
-        content, why = read_result(find_result(result)), ""
+        result, why = read_result(find_result(file)), ""
     if device is not None:
         bench = read_bench(device)
         if bench is None:
@@ -117,17 +121,12 @@ def _evaluate(
                 where=str(device),
                 remedy="on the device: python -m edgerun bench model.onnx --json bench.json",
             )
-        expected = limits or _profile_of(content.profile)
-        evidence, why = evidence_of_bench(bench, expected, content.environment)
-        content = with_bench(content, bench, str(device), evidence)
+        expected = limits or _profile_of(result.profile)
+        evidence, why = evidence_of_bench(bench, expected, result.environment)
+        result = with_bench(result, bench, str(device), evidence)
     if why:
-        click.echo(f"{device or result}: {why}; its figures are measured-on-host", err=True)
-    verdicts = evaluate(content, Budgets.resolve(section, limits))
-    for path, write in ((json_path, write_gate_json), (junit, write_junit)):
-        if path is not None:
-            with write_errors(path, "the verdicts", error=InputError):
-                write(path, content.name, verdicts)
-    return verdicts
+        click.echo(f"{device or file}: {why}; its figures are measured-on-host", err=True)
+    return result
 
 
 def _profile_of(name: str) -> Profile | None:

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from edgekd.config.profile import (
     PowerMode,
     Profile,
     Quantity,
+    SourcedText,
     SourcedValue,
-    Text,
     list_profiles,
     load_profile,
 )
@@ -40,7 +41,7 @@ def list_command() -> None:
             for limit, unit in ((limits.latency_ms, "ms"), (limits.memory_mb, "MB"))
             if limit is not None
         )
-        table.add_row(name, memory, budget or "–", profile.device)
+        table.add_row(name, memory, budget or "–", escape(profile.device))
     Console().print(table)
 
 
@@ -54,13 +55,19 @@ def show_command(profile: str, as_json: bool) -> None:
         click.echo(loaded.model_dump_json(indent=2, exclude_none=True))
         return
     console = Console()
-    console.print(f"[bold]{loaded.name}[/bold]  {loaded.device}  ({loaded.kind})", highlight=False)
+    console.print(
+        f"[bold]{loaded.name}[/bold]  {escape(loaded.device)}  ({loaded.kind})", highlight=False
+    )
     threads = loaded.runtime.threads or "the runtime's choice"
-    console.print(f"precisions  {', '.join(loaded.precisions)}", highlight=False)
-    console.print(f"engine      {loaded.runtime.engine}, threads: {threads}", highlight=False)
-    console.print(f"providers   {', '.join(loaded.runtime.providers)}", highlight=False)
-    if loaded.note:
-        console.print(f"note        {loaded.note}", highlight=False)
+    lines = {
+        "precisions": ", ".join(loaded.precisions),
+        "engine": f"{loaded.runtime.engine}, threads: {threads}",
+        "providers": ", ".join(loaded.runtime.providers),
+        "note": loaded.note,
+    }
+    for key, text in lines.items():
+        if text:
+            console.print(f"{key:10}  {text}", markup=False, highlight=False)
     table = Table(box=None, pad_edge=False)
     table.add_column("figure", no_wrap=True)
     table.add_column("value", justify="right")
@@ -69,7 +76,9 @@ def show_command(profile: str, as_json: bool) -> None:
     table.add_column("note")
     for key, stated in loaded.statements():
         verified = "yes" if stated.verified else "[yellow]no[/yellow]"
-        table.add_row(key, shown(stated), stated.source, verified, stated.note or "")
+        table.add_row(
+            escape(key), escape(shown(stated)), stated.source, verified, escape(stated.note or "")
+        )
     console.print()
     console.print(table)
 
@@ -110,7 +119,7 @@ def shown(stated: SourcedValue) -> str:
     """The value of a sourced figure as text."""
     if isinstance(stated, Quantity):
         return f"{stated.value:g}" if stated.value < 1e5 else f"{stated.value:.0f}"
-    if isinstance(stated, Text):
+    if isinstance(stated, SourcedText):
         return stated.value
     if isinstance(stated, PowerMode):
         return f"{stated.watts:g} W" if stated.watts else "no limit"

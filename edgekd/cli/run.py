@@ -16,6 +16,7 @@ from edgekd.pipeline.runner import RunOutcome, join_workers
 from edgekd.pipeline.runner import plan as plan_run
 from edgekd.release.gate import passed, read_gate
 from edgekd.release.report_tables import (
+    ROLES,
     constant_caution,
     distillation_effect,
     headline,
@@ -86,8 +87,6 @@ def run_pipeline_until(
         return outcome
 
 
-_ROLES = {"teacher": "teacher", "baseline": "student alone", "student": "student distilled"}
-
 _COMPARISONS = (
     "gap_closed", "drop", "relative_drop", "gain_over_constant", "speedup", "size_ratio",
 )  # fmt: skip
@@ -137,9 +136,7 @@ def print_headline(console: Console, outcome: RunOutcome) -> None:
 
 def _models(result: Result) -> Table:
     """One column per model: three models fit on a terminal, six figures as columns do not."""
-    shown = [
-        (title, result.models[role]) for role, title in _ROLES.items() if role in result.models
-    ]
+    shown = [(title, result.models[role]) for role, title in ROLES.items() if role in result.models]
     table = Table(title=f"{result.name} on {result.profile} ({result.evidence})")
     table.add_column("")
     for title, _ in shown:

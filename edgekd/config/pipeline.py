@@ -15,6 +15,7 @@ from edgekd.config.budgets import GateConfig
 from edgekd.config.loader import load_section
 from edgekd.config.networks import StudentConfig, TeacherConfig
 from edgekd.config.training import DistillConfig, LossTerm, TrainConfig
+from edgekd.extension import installed_extensions, is_reference
 
 
 class ExportConfig(ConfigModel):
@@ -131,7 +132,9 @@ class TensorRTConfig(ConfigModel):
     sizes range from 1 over ``benchmark.batch_size`` to the larger of both.
     """
     workspace_mb: PositiveFloat | None = None
-    """Memory that the builder may use. Left out: the profile's ``budget.memory_mb``."""
+    """Memory that the builder may use. Left out: ``gate.memory.peak_mb``, else the limit of the
+    profile.
+    """
     version_compatible: bool = False
     """Whether the engine also loads in later releases."""
     hardware_compatible: bool = False
@@ -142,7 +145,38 @@ class TensorRTConfig(ConfigModel):
     """Whether layers that the DLA cannot run may run on the GPU."""
 
 
-EngineConfig = Annotated[OnnxRuntimeConfig | TensorRTConfig, Field(discriminator="kind")]
+class ExternalEngineConfig(ConfigModel):
+    """An engine of your own. ``kind`` may be its name at once: ``{kind: "mine:Compiler"}``."""
+
+    kind: Literal["external"]
+    """An engine that is not built in."""
+    name: str
+    """``package.module:name`` of an :class:`edgekd.engines.builder.EngineBuilder` or of what makes
+    one, or an entry point of ``edgekd.engines``."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of what makes the engine."""
+    runtime: Literal["cpu", "tensorrt"] = "cpu"
+    """The INT8 scheme of the files it is given; see ``quantize.runtime``."""
+
+
+EngineConfig = Annotated[
+    OnnxRuntimeConfig | TensorRTConfig | ExternalEngineConfig, Field(discriminator="kind")
+]
+ENGINES_GROUP = "edgekd.engines"
+"""The group of entry points."""
+_BUILT_IN_ENGINES = ("onnxruntime", "tensorrt", "tensorrt-rtx", "external")
+
+
+def expand_engine(entry: Any) -> Any:
+    """An entry of ``engines`` as a mapping with a ``kind``, from a name or a short form."""
+    engine = {"kind": entry} if isinstance(entry, str) else entry
+    name = engine.get("kind") if isinstance(engine, dict) else None
+    if isinstance(name, str) and (
+        is_reference(name)
+        or (name not in _BUILT_IN_ENGINES and installed_extensions(ENGINES_GROUP).get(name))
+    ):
+        return {**engine, "kind": "external", "name": name}
+    return engine
 
 
 class DataConfig(ConfigModel):
@@ -288,8 +322,7 @@ class PipelineConfig(ConfigModel):
     @classmethod
     def _short_engines(cls, value: Any) -> Any:
         if isinstance(value, dict) and isinstance(value.get("engines"), list):
-            engines = [{"kind": e} if isinstance(e, str) else e for e in value["engines"]]
-            return {**value, "engines": engines}
+            return {**value, "engines": [expand_engine(entry) for entry in value["engines"]]}
         return value
 
 

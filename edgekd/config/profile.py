@@ -18,7 +18,7 @@ from edgekd.config.loader import load_section
 from edgekd.errors import InputError, unknown_name
 from edgekd.files import profiles_folder
 
-Source = Literal[
+FigureSource = Literal[
     "nvidia-documentation",
     "ultralytics-documentation",
     "third-party",
@@ -31,7 +31,7 @@ Source = Literal[
 up; ``convention``: chosen by the profile's author; ``this-machine``: read from the system.
 """
 
-Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+NumberFormat = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 
 SPARSE_OVER_DENSE = 1.8
 """The least ratio of a published sparse figure to a dense one of the same device; 2:4 sparsity
@@ -45,7 +45,7 @@ HOST_USABLE = 0.8
 class SourcedValue(ConfigModel):
     """Base of every sourced value in a profile: its source, and whether it was looked up."""
 
-    source: Source
+    source: FigureSource
     """Where the figure is from."""
     verified: bool = True
     """Whether it was looked up; a ``recalled`` figure was not."""
@@ -75,14 +75,14 @@ class Quantity(SourcedValue):
     """The number."""
 
 
-class Text(SourcedValue):
+class SourcedText(SourcedValue):
     """A name or a version. Versions are quoted in YAML, or 6.10 would become 6.1."""
 
     value: Annotated[str, StringConstraints(strict=True, min_length=1)]
     """The text."""
 
 
-class Memory(ConfigModel):
+class DeviceMemory(ConfigModel):
     """Memory in MB. On a Jetson GPU and CPU share it; on a desktop it is the GPU's own."""
 
     total_mb: Quantity
@@ -91,7 +91,7 @@ class Memory(ConfigModel):
     """Memory that the operating system and its services leave for models."""
 
     @model_validator(mode="after")
-    def _usable_is_a_part(self) -> Memory:
+    def _usable_is_a_part(self) -> DeviceMemory:
         if self.usable_mb.value > self.total_mb.value:
             raise ValueError(
                 f"usable_mb = {self.usable_mb.value:g} is above total_mb = {self.total_mb.value:g}"
@@ -99,7 +99,7 @@ class Memory(ConfigModel):
         return self
 
 
-class Compute(ConfigModel):
+class DeviceCompute(ConfigModel):
     """Peak rates. Dense and sparse figures have separate keys and are never mixed."""
 
     fp32_tflops: Quantity | None = None
@@ -118,7 +118,7 @@ class Compute(ConfigModel):
     """Memory bandwidth, GB/s."""
 
     @model_validator(mode="after")
-    def _dense_is_not_sparse(self) -> Compute:
+    def _dense_is_not_sparse(self) -> DeviceCompute:
         dense, sparse = self.int8_dense_tops, self.int8_sparse_tops
         if dense and sparse and sparse.value < SPARSE_OVER_DENSE * dense.value:
             raise ValueError(
@@ -128,19 +128,19 @@ class Compute(ConfigModel):
         return self
 
 
-class Cpu(ConfigModel):
+class DeviceCpu(ConfigModel):
     """The processor: the usable cores and its name."""
 
     cores: Quantity
     """Number of cores."""
-    model: Text
+    model: SourcedText
     """Name of the processor."""
 
 
-class Gpu(ConfigModel):
+class DeviceGpu(ConfigModel):
     """The GPU; the compute capability is written ``"8.7"``."""
 
-    compute_capability: Text
+    compute_capability: SourcedText
     """The compute capability, such as ``"8.7"``, in quotes."""
 
 
@@ -153,7 +153,7 @@ class PowerMode(SourcedValue):
     """Its limit; left out of a mode without one (MAXN)."""
 
 
-class Runtime(ConfigModel):
+class DeviceRuntime(ConfigModel):
     """How models are run there."""
 
     engine: Literal["onnxruntime", "tensorrt"]
@@ -164,11 +164,11 @@ class Runtime(ConfigModel):
     """
     threads: PositiveInt | None = None
     """Threads within an operator. Left out, the runtime chooses."""
-    jetpack: Text | None = None
+    jetpack: SourcedText | None = None
     """JetPack version."""
-    tensorrt: Text | None = None
+    tensorrt: SourcedText | None = None
     """TensorRT version."""
-    cuda: Text | None = None
+    cuda: SourcedText | None = None
     """CUDA version."""
 
 
@@ -194,21 +194,21 @@ class Profile(ConfigModel):
     """Name of the device."""
     kind: Literal["jetson", "desktop-gpu", "cpu-board", "x86", "host"]
     """What kind of machine it is; ``host`` is the machine edgekd runs on."""
-    memory: Memory | None = None
+    memory: DeviceMemory | None = None
     """Memory; read from the machine for ``host``."""
     storage_mb: Quantity | None = None
     """Storage."""
-    compute: Compute = Compute()
+    compute: DeviceCompute = DeviceCompute()
     """Peak rates."""
-    cpu: Cpu | None = None
+    cpu: DeviceCpu | None = None
     """The processor; read from the machine for ``host``."""
-    gpu: Gpu | None = None
+    gpu: DeviceGpu | None = None
     """The GPU."""
     power_modes: tuple[PowerMode, ...] = ()
     """Power modes."""
-    precisions: Annotated[tuple[Precision, ...], Field(min_length=1)]
+    precisions: Annotated[tuple[NumberFormat, ...], Field(min_length=1)]
     """Number formats that the device runs."""
-    runtime: Runtime
+    runtime: DeviceRuntime
     """How models are run there."""
     budget: DeviceBudget = DeviceBudget()
     """Default budgets of one model."""
@@ -290,10 +290,10 @@ def load_profile(name_or_path: str, base: Path | None = None) -> Profile:
 def _filled(profile: Profile) -> Profile:
     """A ``host`` profile with this machine's memory, processor and providers."""
     machine = this_machine()
-    here: Source = "this-machine"
+    here: FigureSource = "this-machine"
     # A fixed share, not the memory free at the moment: the profile is part of a benchmark's
     # fingerprint, and the same machine must give the same profile.
-    memory = Memory(
+    memory = DeviceMemory(
         total_mb=Quantity(value=machine.memory_mb, source=here),
         usable_mb=Quantity(
             value=round(HOST_USABLE * machine.memory_mb),
@@ -301,9 +301,9 @@ def _filled(profile: Profile) -> Profile:
             note=f"{HOST_USABLE:.0%} of the total",
         ),
     )
-    cpu = Cpu(
+    cpu = DeviceCpu(
         cores=Quantity(value=machine.cores, source=here),
-        model=Text(value=machine.cpu_model, source=here),
+        model=SourcedText(value=machine.cpu_model, source=here),
     )
     runtime = profile.runtime
     if not runtime.providers:

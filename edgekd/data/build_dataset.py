@@ -86,7 +86,7 @@ def build_dataset(
         splits = without_labels(splits, LABEL)
         config = config.model_copy(update={"targets": (LABEL,)})
     check_arrays(splits, raw.where)
-    layouts, said = _layouts(splits["train"], raw, config)
+    layouts, layout_remarks = _layouts(splits["train"], raw, config)
     renamed = _clean_names(splits["train"], layouts)
     targets = _target_names(splits["train"], renamed, config, raw.where)
     splits = {
@@ -120,7 +120,11 @@ def build_dataset(
         labels=labels,
         preprocess=preprocess,
         source=raw.description,
-        remarks=(*raw.remarks, *remarks, *(said[name] for name in said if renamed[name] in inputs)),
+        remarks=(
+            *raw.remarks,
+            *remarks,
+            *(layout_remarks[name] for name in layout_remarks if renamed[name] in inputs),
+        ),
     )
 
 
@@ -192,13 +196,13 @@ def _layouts(
     targets = {*(DEFAULT_TARGETS if config.targets is None else config.targets)}
     targets |= {f"{name}_mask" for name in targets}
     inputs = {name: array for name, array in arrays.items() if name not in targets}
-    wanted = config.args.get("layout")
-    if isinstance(wanted, Mapping):
+    requested = config.args.get("layout")
+    if isinstance(requested, Mapping):
         image = next((name for name in IMAGE_NAMES if name in inputs), "image")
-        wanted = {image if n == "image" else n: layout for n, layout in wanted.items()}
+        requested = {image if n == "image" else n: layout for n, layout in requested.items()}
     layouts: dict[str, Layout | None] = {}
     remarks = {}
-    given = layouts_given(wanted, {name: array.ndim for name, array in inputs.items()})
+    given = layouts_given(requested, {name: array.ndim for name, array in inputs.items()})
     for name, array in inputs.items():
         if name in given:
             layouts[name] = given[name]

@@ -148,14 +148,14 @@ class _Reader:
     def _take_columns(self, classes: int) -> None:
         """Every column is a class, whether a training sample has it or not."""
         given = self._names_given()
-        for count, said in (
+        for count, source in (
             (self.count, "task_args.classes says"),
             (len(self.class_names) if self.class_names else None, "the class names say"),
             (None if given is None else len(given), "data.classes says"),
         ):
             if count is not None and count != classes:
                 raise self.error(
-                    f"{self.name!r} has {classes} columns, and {said} {count} classes",
+                    f"{self.name!r} has {classes} columns, and {source} {count} classes",
                     "make them agree",
                 )
         self.count, self.columns = classes, True
@@ -258,11 +258,11 @@ class _Reader:
         else:
             # Also where they count from 0: the last class may have no training sample.
             names = tuple(map(str, numbers))
-        for count, said in ((self.count, "task_args.classes says"),
+        for count, source in ((self.count, "task_args.classes says"),
                             (names and len(names), "there are names for")):  # fmt: skip
             if count is not None and count != len(numbers):
                 raise self.error(
-                    f"data.classes lists {len(numbers)} classes, and {said} {count}",
+                    f"data.classes lists {len(numbers)} classes, and {source} {count}",
                     "make them agree",
                 )
         self._say_unseen({s: _distinct(v) for s, v in found.items()}, numbers, names)
@@ -322,7 +322,7 @@ class _Reader:
     def _refuse_outside(self, present: Mapping[str, set[Any]], classes: Sequence[Value]) -> None:
         for split, values in present.items():
             if outside := sorted(values - {*classes}, key=_natural):
-                said = (
+                source = (
                     f"data.classes lists {_listed(classes)}"
                     if self.config.classes is not None
                     else f"there are {len(classes)} classes, "
@@ -334,7 +334,7 @@ class _Reader:
                 )
                 raise self.error(
                     f"{self.name!r} of {split} holds {_listed(outside)}, outside the classes: "
-                    f"{said}",
+                    f"{source}",
                     f"list every value of the labels in data.classes; {UNLABELLED}, or the value "
                     "of data.unlabelled, is for samples without a label",
                 )

@@ -160,10 +160,10 @@ class Loader:
 
     def _order(self, seed: int, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The rows of an epoch, and which view of each: another one in each pass over them."""
-        wanted = len(self) * self.batch_size
+        count = len(self) * self.batch_size
         if self._steps is None:
-            wanted = min(wanted, len(self.rows))
-        passes = -(-wanted // len(self.rows))
+            count = min(count, len(self.rows))
+        passes = -(-count // len(self.rows))
         orders, views = [], []
         for number in range(passes):
             state = np.random.SeedSequence([seed, epoch, number]).generate_state(1)
@@ -173,7 +173,7 @@ class Loader:
             orders.append(self.rows[shuffled.numpy()])
             view = (epoch - 1) * passes + number
             views.append(np.full(len(self.rows), view % self.views if self.views else view))
-        return np.concatenate(orders)[:wanted], np.concatenate(views)[:wanted]
+        return np.concatenate(orders)[:count], np.concatenate(views)[:count]
 
     def _view(
         self, rows: NDArray[np.int64], seed: int, views: NDArray[np.int64]

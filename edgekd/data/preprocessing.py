@@ -120,9 +120,9 @@ def _signal(channels: int, steps: int) -> str:
     )
 
 
-def _remark(name: str, array: Array, taken: str, others: str) -> str:
+def _remark(name: str, array: Array, reading: str, others: str) -> str:
     shape = ", ".join(map(str, ("N", *array.shape[1:])))
-    return f"{name} ({shape}) is read as {taken}; data.args: {{layout: {others}}} overrides this"
+    return f"{name} ({shape}) is read as {reading}; data.args: {{layout: {others}}} overrides this"
 
 
 def _refuse_unclear(name: str, array: Array, where: str) -> None:
@@ -180,8 +180,8 @@ def _fit_uint8_images(array: Array, scale: float) -> Preprocess:
 
 def _fit_quantities(array: Array, layout: Layout | None) -> Preprocess:
     channels = 1 if is_image(array) or layout == "nct" else array.ndim - 1
-    kept = set() if layout == "nt" or array.ndim == 1 else {channels}
-    axes = tuple(axis for axis in range(array.ndim) if axis not in kept)
+    separate = set() if layout == "nt" or array.ndim == 1 else {channels}
+    axes = tuple(axis for axis in range(array.ndim) if axis not in separate)
     count, mean, squares = 0, np.zeros(()), np.zeros(())
     for _, piece in chunks(array):
         values = piece.astype(np.float64)

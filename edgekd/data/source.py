@@ -17,6 +17,9 @@ UNSPLIT = "all"
 
 SPLITS = ("train", "validation", "test")
 
+LABEL_NAMES = "classes"
+"""The name of an array of class names, next to the samples."""
+
 
 @dataclass(frozen=True)
 class RawData:

@@ -136,10 +136,10 @@ def keep_share(
     """
     if share == 1:
         return dict(splits)
-    kept: dict[str, Arrays] = {}
+    remaining: dict[str, Arrays] = {}
     for split, arrays in splits.items():
         if split not in _STREAMS:
-            kept[split] = arrays
+            remaining[split] = arrays
             continue
         for name in targets:
             if arrays[name].ndim != 1 or arrays[name].dtype.kind != "i":
@@ -151,21 +151,21 @@ def keep_share(
                 )
         random = np.random.RandomState(_STREAMS[split])
         order = random.permutation(len(next(iter(arrays.values()))))
-        kept[split] = {
+        remaining[split] = {
             name: _kept(array, order, share) if name in targets else array
             for name, array in arrays.items()
         }
-    return kept
+    return remaining
 
 
 def _kept(labels: Array, order: Array, share: float) -> Array:
     """The labels without those that come last in the order of each class."""
-    kept = np.full_like(labels, UNLABELLED)
+    remaining = np.full_like(labels, UNLABELLED)
     for label in np.unique(labels[labels != UNLABELLED]):
         members = order[labels[order] == label]
         stay = members[: max(1, round(share * len(members)))]
-        kept[stay] = label
-    return kept
+        remaining[stay] = label
+    return remaining
 
 
 SPLIT_NAMES = {

@@ -6,7 +6,6 @@ mixed image, too, depends on (seed, sample, view) only.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,8 +17,8 @@ from torch import Tensor
 
 from edgekd.data.augment import AUGMENTATIONS, SampleRng, check_within, restored
 from edgekd.data.dataset import Array, Dataset, is_image
-from edgekd.errors import EdgekdError, InputError, unknown_name
-from edgekd.extension import resolve
+from edgekd.errors import EdgekdError, InputError
+from edgekd.extension import check_arguments, parameters_of, resolve
 
 Mixing = Callable[[Tensor, Tensor, SampleRng], tuple[Tensor, Tensor]]
 """(images, their partners, draws) to (mixed images, (N,) each image's own share of it)."""
@@ -178,8 +177,7 @@ def augmentations(
         if name not in MIXINGS:
             known = {**AUGMENTATIONS, **MIXINGS}
             function = resolve(name, known, "augmentation", where)
-            _check_arguments(name, function, arguments, 2, where)
-            result.append(partial(function, **arguments))
+            result.append(_bound(name, function, arguments, 2, where))
         elif number < len(entries):
             raise InputError(
                 f"{name!r} is entry {number} of {len(entries)}, and mixing comes last",
@@ -200,8 +198,7 @@ def mixing(entries: Sequence[Entry], where: str = "data.augment") -> Mixing | No
     name, arguments = _named(entries[-1], where)
     if name not in MIXINGS:
         return None
-    _check_arguments(name, MIXINGS[name], arguments, 3, where)
-    return partial(MIXINGS[name], **arguments)
+    return _bound(name, MIXINGS[name], arguments, 3, where)
 
 
 def check_augmentations(entries: Sequence[Entry], where: str = "data.augment") -> None:
@@ -273,20 +270,18 @@ def _named(entry: Entry, where: str) -> tuple[str, Mapping[str, Any]]:
     return next(iter(named.items()))
 
 
-def _check_arguments(
+def _bound(
     name: str, function: Any, arguments: Mapping[str, Any], given: int, where: str
-) -> None:
-    """``given``: the number of parameters that the loader passes."""
+) -> Callable[..., Any]:
+    """The function with its arguments; ``given``: how many parameters the loader passes."""
     if not callable(function):
         raise InputError(
             f"the augmentation {name!r} is {type(function).__name__}, not a function",
             where=where,
             remedy="name a function (images, draws, **arguments) -> images",
         )
-    parameters = inspect.signature(function).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
-    known = list(parameters)[given:]
-    for argument in arguments:
-        if argument not in known:
-            raise unknown_name(f"argument of {name!r}", argument, known, where)
+    supplied = tuple(parameters_of(function, where))[:given]
+    checked = check_arguments(
+        function, arguments, supplied=supplied, name=f"augmentation {name!r}", where=where
+    )
+    return partial(function, **checked)

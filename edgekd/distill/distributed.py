@@ -82,7 +82,7 @@ def open_process_group() -> ProcessGroup:
         ) from error
     # Destroyed explicitly: the threads of a group may outlive the interpreter and abort the
     # process. Not before: the others wait for this process's end
-    # (:meth:`edgekd.pipeline.runner.Workers.follow`).
+    # (:meth:`edgekd.pipeline.runner.Workers.serve`).
     atexit.register(processes.close)
     return processes
 

@@ -4,7 +4,6 @@ and schedules bound."""
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -102,8 +101,6 @@ class ConfiguredLoss(Term):
                 where=where,
                 remedy="write it as def name(student, teacher, …) or def name(student, target, …)",
             )
-        if not all(map(math.isfinite, _numbers(term.weight))):
-            raise InputError(f"the weight is {term.weight}", where=where, remedy="give a number")
         self.tensors = tuple(name for name in TENSORS if name in called_with)
         self.needs_teacher = "teacher" in self.tensors
         self._takes_lists = takes_sequence(called_with["student"])
@@ -139,7 +136,7 @@ class ConfiguredLoss(Term):
     def fingerprint(self) -> str:
         """Everything that decides the term's value, as text."""
         layers = f"{self.student_layers} {self.teacher_layers}"
-        unit = unit_fingerprint(self.task) if self._in_units else ""
+        unit = unit_fingerprint(self._unit)
         return f"{self.label} {self._weight} {self.args} {self._schedules} {layers}{unit}"
 
     @property
@@ -232,22 +229,17 @@ class ConfiguredLoss(Term):
         return value
 
     @property
-    def _in_units(self) -> bool:
-        """Whether it is a distance of outputs, computed in the task's unit."""
-        return (
-            self.traits.compares == "numbers"
-            and isinstance(self.task, ContinuousTask)
-            and self.task.unit != 1.0
-        )
+    def _unit(self) -> float:
+        """The task's unit, if the loss is a distance of numbers; else 1."""
+        return getattr(self.task, "unit", 1.0) if self.traits.compares == "numbers" else 1.0
 
     def _in_unit(self, value: Any, layers: Sequence[str]) -> Any:
         """An output or a target as the loss compares it; layers, and outputs of other losses,
         unchanged.
         """
-        if layers or not self._in_units or not isinstance(value, Tensor):
+        if layers or self._unit == 1.0 or not isinstance(value, Tensor):
             return value
-        assert isinstance(self.task, ContinuousTask)
-        return value.float() / self.task.unit
+        return value.float() / self._unit
 
     def _mask(self, batch: Named, of_student: Any) -> Tensor | None:
         """The mask: the target's for the output, the tokens' for a layer of a sequence."""
@@ -323,9 +315,8 @@ class ConfiguredLoss(Term):
             )
 
 
-def unit_fingerprint(task: Task) -> str:
-    """The unit in which the task's losses compare, as text; empty where it is 1."""
-    unit = getattr(task, "unit", 1.0)
+def unit_fingerprint(unit: float) -> str:
+    """The unit in which a loss compares, as text; empty where it is 1."""
     return "" if unit == 1.0 else f" in units of {unit!r}"
 
 

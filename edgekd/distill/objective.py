@@ -73,7 +73,8 @@ class TaskLoss(Term):
     @property
     def fingerprint(self) -> str:
         """Everything that decides the term's value, as text."""
-        return f"{super().fingerprint} {self.label_smoothing}{unit_fingerprint(self.task)}"
+        unit = getattr(self.task, "unit", 1.0)
+        return f"{super().fingerprint} {self.label_smoothing}{unit_fingerprint(unit)}"
 
     def forward(
         self, student: Named, teacher: Named | None, batch: Named, progress: float

@@ -16,21 +16,15 @@ from torch import Tensor, nn
 from edgekd.distill.distributed import device_of, to_device
 from edgekd.distill.features import FeatureExtractor
 from edgekd.errors import InputError
+from edgekd.files import file_sha256
 from edgekd.models.adapted import Adaptation, AdaptedModel
 from edgekd.models.dict_model import DictModel
 from edgekd.models.weights import output_scaling
+from edgekd.onnx.file import files_of_onnx
 from edgekd.onnx.optimizer_faults import guarded
+from edgekd.onnx.session import CPU_PROVIDER, first_line, open_session
 from edgekd.spec import ModelSpec, TensorSpec
-
-_DTYPES = {
-    "tensor(float)": np.float32,
-    "tensor(double)": np.float64,
-    "tensor(float16)": np.float16,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(uint8)": np.uint8,
-    "tensor(bool)": np.bool_,
-}
+from edgerun.onnx_session import DTYPES
 
 
 class Teacher(Protocol):
@@ -141,8 +135,7 @@ class OnnxTeacher:
             batch size is run in chunks, the last one padded.
         inputs: the specs of the batches' inputs.
         outputs: the outputs that the task needs. The file's outputs are matched by name; when names
-        differ,
-            by order. Left out, the file's own names are used.
+            differ, by order. Left out, the file's own names are used.
         threads: intra-op threads; None takes ONNX Runtime's default.
         adaptation: the preprocessing and output conversion between the batches and the file.
 
@@ -161,13 +154,12 @@ class OnnxTeacher:
     ) -> None:
         self.path = path
         self.adaptation = adaptation or Adaptation()
-        self._session = _open(path, threads)
-        self._file_digest = _file_digest(path)
-        given_spec = ModelSpec(tuple(inputs), tuple(outputs))
-        inputs, outputs = (
-            self.adaptation.network_spec(given_spec).inputs,
-            self.adaptation.network_spec(given_spec).outputs,
-        )
+        with guarded(path) as file:
+            self._session = open_session(file, (CPU_PROVIDER,), threads or 0, "all")
+        digests = " ".join(map(file_sha256, files_of_onnx(path)))
+        self._file_digest = hashlib.sha256(digests.encode()).hexdigest()
+        spec = self.adaptation.network_spec(ModelSpec(tuple(inputs), tuple(outputs)))
+        inputs, outputs = spec.inputs, spec.outputs
         self._inputs = _match_inputs(self._session, inputs, path)
         self._batch_size = _fixed_batch(self._session)
         given = [node.name for node in self._session.get_outputs()]
@@ -254,8 +246,7 @@ class OnnxTeacher:
             found = self._run(arrays)
         except Exception as error:
             raise InputError(
-                f"the ONNX teacher cannot take {', '.join(map(str, inputs))}: "
-                f"{str(error).strip().splitlines()[0][:200]}",
+                f"the ONNX teacher cannot take {', '.join(map(str, inputs))}: {first_line(error)}",
                 where=str(self.path),
                 remedy="give data in the shape it was exported for",
             ) from error
@@ -273,44 +264,9 @@ class OnnxTeacher:
                 )
 
 
-def _open(path: Path, threads: int | None) -> onnxruntime.InferenceSession:
-    if not path.is_file():
-        raise InputError(
-            "the ONNX teacher does not exist", where=str(path), remedy="check the path"
-        )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    try:
-        with guarded(path) as file:
-            return onnxruntime.InferenceSession(
-                str(file), options, providers=["CPUExecutionProvider"]
-            )
-    except Exception as error:
-        # ONNX Runtime's own exceptions have no common base class.
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no reason"
-        raise InputError(
-            f"ONNX Runtime cannot load the teacher: {reason}",
-            where=str(path),
-            remedy="copy or export it again: it may be truncated, or its .data file is missing",
-        ) from error
-
-
-def _file_digest(path: Path) -> str:
-    """SHA-256 of an ONNX file and of the data file that exporters write next to it."""
-    digest = hashlib.sha256()
-    beside = path.with_name(path.name + ".data")
-    for part in [path, beside] if beside.is_file() else [path]:
-        with part.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
 def _match_inputs(
     session: onnxruntime.InferenceSession, inputs: Sequence[TensorSpec], path: Path
-) -> list[tuple[str, str, type[np.generic]]]:
+) -> list[tuple[str, str, str]]:
     """(name in the batch, name in the file, dtype) of each input of the file."""
     nodes = session.get_inputs()
     by_name = {spec.name: spec for spec in inputs}
@@ -337,13 +293,18 @@ def _match_inputs(
                 where=str(path),
                 remedy="resize the data (data.image_size), or export the teacher for this size",
             )
-        if node.type not in _DTYPES:
+        if _element(node) not in DTYPES:
             raise InputError(
                 f"the ONNX teacher's input {node.name} is a {node.type}",
                 where=str(path),
                 remedy="numbers and booleans can be fed",
             )
-    return [(spec.name, node.name, _DTYPES[node.type]) for spec, node in pairs]
+    return [(spec.name, node.name, DTYPES[_element(node)]) for spec, node in pairs]
+
+
+def _element(node: onnxruntime.NodeArg) -> str:
+    """The element type of ``tensor(float)``."""
+    return str(node.type)[len("tensor(") : -1]
 
 
 def _fixed_batch(session: onnxruntime.InferenceSession) -> int | None:

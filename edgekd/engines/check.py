@@ -102,24 +102,24 @@ def check_model(
     """
     model = read_onnx(path)
     info = describe_onnx(path)
-    asked: set[str] = set(engines) or {profile.runtime.engine if profile else "onnxruntime"}
+    requested: set[str] = set(engines) or {profile.runtime.engine if profile else "onnxruntime"}
     if providers:
-        asked.add("onnxruntime")
+        requested.add("onnxruntime")
     chain = tuple(providers) or (profile.runtime.providers if profile else ()) or (CPU_PROVIDER,)
     _known_providers(chain)
     budgets = Budgets.resolve(profile=profile)
     findings = [*_format(model, info), *_dynamic(info, profile), *_size(info, path, budgets)]
-    coverage, found = _onnxruntime(path, model, chain, "onnxruntime" in asked, opens)
+    coverage, found = _onnxruntime(path, model, chain, "onnxruntime" in requested, opens)
     findings += found
-    verdict, found = tensorrt_verdict(path, model, parse, asked, profile)
+    verdict, found = tensorrt_verdict(path, model, parse, requested, profile)
     findings += found
     memory = estimate_memory(path, shapes, batch)
     if CPU_PROVIDER in chain and coverage:
-        findings += _optimized(path, memory, "onnxruntime" in asked)
+        findings += _optimized(path, memory, "onnxruntime" in requested)
     findings.append(_memory(memory, info, budgets))
     return CheckReport(
         model=str(path),
-        engines=tuple(sorted(asked)),
+        engines=tuple(sorted(requested)),
         profile=profile.name if profile else None,
         findings=tuple(findings),
         onnx=info,
@@ -178,11 +178,11 @@ def _onnxruntime(
     path: Path,
     model: onnx.ModelProto,
     chain: Sequence[str],
-    asked: bool,
+    requested: bool,
     opens: Callable[[Path], object] | None,
 ) -> tuple[tuple[ProviderCoverage, ...], list[Diagnostic]]:
     subject = f"ONNX Runtime {onnxruntime.__version__}"
-    bad: Status = "fails" if asked else "note"
+    bad: Status = "fails" if requested else "note"
     here = [name for name in chain if name in onnxruntime.get_available_providers()]
     try:
         if opens is not None:
@@ -198,15 +198,13 @@ def _onnxruntime(
         nodes = tuple(node_label(node) for node in model.graph.node if node.op_type in ops)
         remedy = OTHERWISE.partition(", or")[0] if nodes else error.remedy or ""
         return (), [Diagnostic(subject, bad, error.what, remedy, nodes)]
-    found = [
-        _provider(row, rows, chain[0], asked) for row in rows if row.provider in chain or row.nodes
-    ]
-    return rows, found
+    shown = [row for row in rows if row.provider in chain or row.nodes]
+    return rows, [_provider(row, rows, chain[0], requested) for row in shown]
 
 
-def _optimized(path: Path, memory: MemoryEstimate, asked: bool) -> list[Diagnostic]:
+def _optimized(path: Path, memory: MemoryEstimate, requested: bool) -> list[Diagnostic]:
     """Whether ONNX Runtime's optimization preserves the outputs."""
-    subject = "optimized answers"
+    subject = "optimized outputs"
     if memory.total_bytes > _COMPARED_BYTES:
         return [
             Diagnostic(subject, "note", "not compared, the model is large: 'edgekd build' does")
@@ -220,17 +218,17 @@ def _optimized(path: Path, memory: MemoryEstimate, asked: bool) -> list[Diagnost
         return [Diagnostic(subject, "note", f"not compared: {error.what}")]
     if fault is None:
         same = "those of the model as written, on random inputs"
-        return [Diagnostic(subject, "ok" if asked else "note", same)]
+        return [Diagnostic(subject, "ok" if requested else "note", same)]
     remedy = f"{fault.remedy}; 'edgekd build' writes a file that is right"
-    return [Diagnostic(subject, "fails" if asked else "note", str(fault), remedy)]
+    return [Diagnostic(subject, "fails" if requested else "note", str(fault), remedy)]
 
 
 def _provider(
-    row: ProviderCoverage, rows: Sequence[ProviderCoverage], preferred: str, asked: bool
+    row: ProviderCoverage, rows: Sequence[ProviderCoverage], preferred: str, requested: bool
 ) -> Diagnostic:
     name = row.provider.removesuffix("ExecutionProvider")
     if not row.here:
-        needed = asked and row.provider == preferred
+        needed = requested and row.provider == preferred
         detail = f"not in this ONNX Runtime: {row.install}"
         return Diagnostic(name, "not shown" if needed else "note", detail, row.install * needed)
     if row.nodes is None:
@@ -243,11 +241,11 @@ def _provider(
         return Diagnostic(name, "note", runs, nodes=tuple(map(str, row.nodes)))
     fell = fallen_back(placed, preferred)
     if not fell:
-        return Diagnostic(name, "ok" if asked else "note", runs)
+        return Diagnostic(name, "ok" if requested else "note", runs)
     counts = ", ".join(f"{other} {count}" for other, count in count_by_provider(fell).items())
     return Diagnostic(
         name,
-        "fails" if asked else "note",
+        "fails" if requested else "note",
         f"{runs}; not {listed(fell)} ({counts})",
         "replace these operations, choose another provider, or allow it: fallback: allow",
         tuple(map(str, fell)),

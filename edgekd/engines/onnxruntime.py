@@ -165,11 +165,11 @@ def build_engine(
 
         def right(level: Optimization, without: Sequence[str]) -> bool:
             save(without)
-            return _difference(reference, run(level).answers, tolerance)[1] is None
+            return _difference(reference, run(level).outputs, tolerance)[1] is None
 
         save(())
         ran = run(run_level)
-        difference, fault = _difference(reference, ran.answers, tolerance)
+        difference, fault = _difference(reference, ran.outputs, tolerance)
         if fault is not None:
             # Opened as on the device: optimizers that would run again on opening are disabled.
             disabled = optimizers_to_disable(lambda without: right("disabled", without))
@@ -177,7 +177,7 @@ def build_engine(
                 raise _differs(fault, partial)
             run_level = optimization if right(optimization, disabled) else "disabled"
             ran = run(run_level)
-            difference, fault = _difference(reference, ran.answers, tolerance)
+            difference, fault = _difference(reference, ran.outputs, tolerance)
             if fault is not None:
                 raise _differs(fault, partial)
         check_fallback(ran.placed, providers[0], fallback, onnx_path)
@@ -207,7 +207,7 @@ def build_engine(
 class _Ran:
     """One run of a built file: its outputs, and the provider of each node."""
 
-    answers: dict[str, Array]
+    outputs: dict[str, Array]
     nodes: list[PlacedNode]
     placed: list[PlacedNode]
     started: tuple[str, ...]
@@ -236,12 +236,12 @@ def _run(
             provider_options=provider_options,
             fallback=fallback,
         )
-        answers = outputs_of(session, inputs, path)
+        outputs = outputs_of(session, inputs, path)
         nodes = nodes_in_trace(Path(session.end_profiling()), path)
     placed = assigned_nodes(session, path)
     # The profile knows the nodes as well, but a compiled subgraph only as one.
     return _Ran(
-        answers,
+        outputs,
         list(nodes),
         list(nodes if placed is None else placed),
         tuple(session.get_providers()),
@@ -288,19 +288,19 @@ def _names_by_provider(nodes: Sequence[PlacedNode]) -> dict[str, tuple[str, ...]
 
 
 def _difference(
-    reference: Mapping[str, Array], answers: Mapping[str, Array], tolerance: float
+    reference: Mapping[str, Array], outputs: Mapping[str, Array], tolerance: float
 ) -> tuple[float, str | None]:
     """The largest difference of all outputs, and what is wrong where it is too large."""
     largest = 0.0
     for name, expected in reference.items():
-        answer = answers.get(name)
-        if answer is None or answer.shape != expected.shape:
+        output = outputs.get(name)
+        if output is None or output.shape != expected.shape:
             return math.inf, f"output {name!r} is lost or has another shape"
         if expected.dtype.kind not in "fiub":
-            if not np.array_equal(expected, answer):
+            if not np.array_equal(expected, output):
                 return math.inf, f"output {name!r} has another value"
             continue
-        p, o = expected.astype(np.float64), answer.astype(np.float64)
+        p, o = expected.astype(np.float64), output.astype(np.float64)
         with np.errstate(invalid="ignore"):
             same = (p == o) | (np.isnan(p) & np.isnan(o))
             difference = float(np.where(same, 0.0, np.abs(o - p)).max(initial=0.0))

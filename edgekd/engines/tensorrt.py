@@ -217,7 +217,7 @@ def tensorrt_verdict(
     path: Path,
     model: onnx.ModelProto,
     parse: Parse,
-    asked: Collection[str],
+    requested: Collection[str],
     profile: Profile | None,
 ) -> tuple[dict[str, Any] | None, list[Diagnostic]]:
     """The record of the parser that was run, None without one, and its diagnostics.
@@ -229,15 +229,15 @@ def tensorrt_verdict(
         path: the ONNX file.
         model: what is in it.
         parse: runs a library's parser.
-        asked: engines that must take the model; TensorRT may be none of them.
+        requested: engines that must take the model; TensorRT may be none of them.
         profile: of the device.
     """
     found = []
-    wanted = [name for name in MODULES if name in asked]
+    wanted = [name for name in MODULES if name in requested]
     good: Status = "ok" if wanted else "note"
     bad: Status = "fails" if wanted else "note"
     gap: Status = "not shown" if wanted else "note"
-    version = profile.runtime.tensorrt if profile and "tensorrt" in asked else None
+    version = profile.runtime.tensorrt if profile and "tensorrt" in requested else None
     if version:
         found.append(_opset(model, version.value))
     chosen = next((n for n in (*wanted, *reversed(MODULES)) if is_installed(n)), None)
@@ -257,20 +257,22 @@ def tensorrt_verdict(
         "tensorrt-rtx": "TensorRT for RTX",
     }
     absent = " and ".join(names[name] for name in wanted if name != chosen)
-    said = f"; stands in for {absent}, which may differ" if absent else ""
+    substitute = f"; stands in for {absent}, which may differ" if absent else ""
     if verdict["supported"]:
-        detail = f"its parser takes the model; not built{said}"
+        detail = f"its parser takes the model; not built{substitute}"
         return verdict, [*found, Diagnostic(subject, good, detail, _build(path, wanted, profile))]
     for problem in verdict["problems"]:
         node, op, message = (str(problem.get(key) or "") for key in ("node", "op", "message"))
         # For an unknown operation the parser only reports a failed assertion without a message.
         why = "it has no such operation" if message in ("", "false") else message
-        text = f"its parser refuses {node or 'the model'}{f' ({op})' if op else ''}: {why}{said}"
+        text = (
+            f"its parser refuses {node or 'the model'}{f' ({op})' if op else ''}: {why}{substitute}"
+        )
         found.append(
             Diagnostic(subject, bad, text, remedy_for(op, message), (node,) if node else ())
         )
     if not verdict["problems"]:
-        found.append(Diagnostic(subject, bad, f"its parser refuses the model{said}"))
+        found.append(Diagnostic(subject, bad, f"its parser refuses the model{substitute}"))
     return verdict, found
 
 
@@ -295,8 +297,8 @@ def takes_opset(version: str, opset: int) -> bool | None:
 
 def remedy_for(op: str, message: str) -> str:
     """What to do about a node that TensorRT's parser refuses."""
-    said = f"{op} {message}"
-    return next((remedy for key, remedy in _REMEDIES.items() if re.search(key, said)), OTHERWISE)
+    text = f"{op} {message}"
+    return next((remedy for key, remedy in _REMEDIES.items() if re.search(key, text)), OTHERWISE)
 
 
 def _build(path: Path, wanted: Sequence[str], profile: Profile | None) -> str:

@@ -133,13 +133,13 @@ class Adaptation:
             return batch
         return {**batch, self.input.name: self.input(batch[self.input.name])}
 
-    def finish(self, answers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def finish(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The network's outputs as logits in the order of the data's classes."""
-        values = as_logits(answers[self.output], self.form)
+        values = as_logits(outputs[self.output], self.form)
         if self.order is not None:
             order = torch.tensor(self.order, device=values.device)
             values = values.index_select(-1, order)
-        return {**answers, self.output: values}
+        return {**outputs, self.output: values}
 
 
 class AdaptedModel(DictModel):
@@ -379,7 +379,7 @@ def _clear_cycles(confusion: NDArray[np.int64]) -> NDArray[np.int64]:
     classes = len(confusion)
     # Of equally good assignments the one that moves least.
     _, best = linear_sum_assignment(confusion + 0.5 * np.eye(classes), maximize=True)
-    kept = np.arange(classes)
+    assigned = np.arange(classes)
     seen: set[int] = set()
     for start in range(classes):
         cycle, at = [], start
@@ -396,8 +396,8 @@ def _clear_cycles(confusion: NDArray[np.int64]) -> NDArray[np.int64]:
         knows = 2 * moved.sum() > confusion[cycle].sum()
         clearly = moved.sum() >= _CLEARLY * stay.sum() and not better_off.any()
         if len(cycle) > 1 and knows and clearly:
-            kept[cycle] = best[cycle]
-    return kept
+            assigned[cycle] = best[cycle]
+    return assigned
 
 
 def _confusion(

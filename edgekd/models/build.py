@@ -129,28 +129,28 @@ def probe(model: DictModel, name: str = "the model", remedy: str = "") -> None:
     """
     batch = example_batch(model.spec.inputs)
     training = model.training
-    taken = ", ".join(str(spec) for spec in model.spec.inputs)
+    inputs = ", ".join(str(spec) for spec in model.spec.inputs)
     model.eval()
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            answers: Mapping[str, Tensor] = model(batch)
+            outputs: Mapping[str, Tensor] = model(batch)
     except EdgekdError:
         raise
     except Exception as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
         raise InputError(
-            f"{name} cannot take {taken}: {type(error).__name__}: {first_line}",
+            f"{name} cannot take {inputs}: {type(error).__name__}: {first_line}",
             remedy="make its layers fit these shapes, or change the data (data.image_size, "
             "data.args: {layout: …})",
         ) from error
     finally:
         model.train(training)
     for spec in model.spec.outputs:
-        shape = answers[spec.name].shape
+        shape = outputs[spec.name].shape
         if not fits(shape, spec) or shape[0] != 2:
             given = ", ".join(["batch", *map(str, shape[1:])]) if len(shape) else "one number"
             raise InputError(
-                f"{name} gives {spec.name} [{given}] for {taken}, and the task needs "
+                f"{name} gives {spec.name} [{given}] for {inputs}, and the task needs "
                 f"[{', '.join(map(str, spec.shape))}]",
                 remedy=remedy
                 or "give its last layer that size (a parameter named num_classes or outputs is "
@@ -324,11 +324,11 @@ def _check_only_head_differs(
     mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]], classes: int, name: str
 ) -> None:
     """Raise InputError where weights of another shape than those stored are no head's."""
-    for key, stored, wanted in mismatched:
-        if wanted[0] != classes or list(stored[1:]) != list(wanted[1:]):
+    for key, stored, needed in mismatched:
+        if needed[0] != classes or list(stored[1:]) != list(needed[1:]):
             raise InputError(
                 f"the weights of {name!r} do not fit: {key!r} is {list(stored)} there, and "
-                f"{list(wanted)} is needed",
+                f"{list(needed)} is needed",
                 remedy="give data of the size and the channels it was trained for, or "
                 "args: {pretrained: false}",
             )

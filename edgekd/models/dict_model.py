@@ -94,7 +94,7 @@ class DictModel(nn.Module):
         copied = self._input_names if trial else self._overwritten
         given = {n: t.clone() if n in copied else t for n, t in inputs.items()}
         versions = {n: _version(t) for n, t in given.items()}
-        answer = self._call(given)
+        output = self._call(given)
         counted = True
         for name, tensor in given.items():
             if name in self._overwritten:
@@ -115,7 +115,7 @@ class DictModel(nn.Module):
                 self._overwritten.add(name)
         if trial and counted:
             self._tried.add(self.training)
-        return answer
+        return output
 
     def _call(self, inputs: dict[str, Tensor]) -> object:
         if self._passing == "mapping":
@@ -152,10 +152,10 @@ def fold_output_scale(model: DictModel, batch: Mapping[str, Tensor]) -> bool:
     if scale is None or offset is None:
         return False
     primary = model.spec.outputs[0].name
-    wanted = model(batch)[primary]
+    expected = model(batch)[primary]
     calls: list[tuple[nn.Module, Tensor]] = []
     hooks = [
-        layer.register_forward_hook(lambda layer, _, answer: calls.append((layer, answer)))
+        layer.register_forward_hook(lambda layer, _, output: calls.append((layer, output)))
         for layer in model.modules()
         if type(layer) is nn.Linear and "weight" in layer._parameters
     ]
@@ -163,7 +163,7 @@ def fold_output_scale(model: DictModel, batch: Mapping[str, Tensor]) -> bool:
     raw = model(batch)[primary]
     for hook in hooks:
         hook.remove()
-    last = [layer for layer, answer in calls if answer is raw]
+    last = [layer for layer, output in calls if output is raw]
     rows = offset.reshape(-1, offset.shape[-1])
     uses = [p for _, p in model.named_parameters(remove_duplicate=False)]
     layer = last[0] if len(last) == 1 else None
@@ -177,8 +177,8 @@ def fold_output_scale(model: DictModel, batch: Mapping[str, Tensor]) -> bool:
         bias = torch.zeros_like(layer.weight[:, 0]) if layer.bias is None else layer.bias
         layer.weight = nn.Parameter(layer.weight * scale)
         layer.bias = nn.Parameter(bias * scale + rows[0])
-        off = (model(batch)[primary] - wanted).abs().max()
-        if bool(off <= _SAME * wanted.abs().max()):
+        off = (model(batch)[primary] - expected).abs().max()
+        if bool(off <= _SAME * expected.abs().max()):
             return True
         layer.weight, layer.bias = before
     model.scale_output(scale, offset)
@@ -192,12 +192,12 @@ _SAME = 1e-5
 def fits(shape: Sequence[int], spec: TensorSpec) -> bool:
     """Whether a tensor's shape is that of a spec, whose symbolic dimensions match any size."""
     return len(shape) == len(spec.shape) and all(
-        isinstance(wanted, str) or wanted == size
-        for size, wanted in zip(shape, spec.shape, strict=True)
+        isinstance(expected, str) or expected == size
+        for size, expected in zip(shape, spec.shape, strict=True)
     )
 
 
-def name_outputs(answer: object, outputs: Sequence[TensorSpec]) -> dict[str, Tensor]:
+def name_outputs(result: object, outputs: Sequence[TensorSpec]) -> dict[str, Tensor]:
     """A module's outputs, by the names of the spec.
 
     Raises:
@@ -205,16 +205,16 @@ def name_outputs(answer: object, outputs: Sequence[TensorSpec]) -> dict[str, Ten
     """
     names = [spec.name for spec in outputs]
     named: dict[str, object]
-    if isinstance(answer, Mapping):
-        lacking = [name for name in names if name not in answer]
+    if isinstance(result, Mapping):
+        lacking = [name for name in names if name not in result]
         if lacking:
             raise InputError(
-                f"the model outputs {', '.join(map(str, answer))}, and not {', '.join(lacking)}",
+                f"the model outputs {', '.join(map(str, result))}, and not {', '.join(lacking)}",
                 remedy="name its outputs as the task does, or return a tensor",
             )
-        named = {name: answer[name] for name in names}
+        named = {name: result[name] for name in names}
     else:
-        given = list(answer) if isinstance(answer, tuple | list) else [answer]
+        given = list(result) if isinstance(result, tuple | list) else [result]
         if len(given) != len(names):
             raise InputError(
                 f"the model returns {len(given)} outputs, and {len(names)} are needed: "
@@ -306,8 +306,8 @@ def check_repeatable(model: DictModel, batch: Mapping[str, Tensor], where: str) 
                 if name in before and tensor.shape == before[name].shape:
                     tensor.copy_(before[name])
         model.train(training)
-    first = calls[0].answers
-    worst = max(_difference(first, call.answers) for call in calls[1:])
+    first = calls[0].outputs
+    worst = max(_difference(first, call.outputs) for call in calls[1:])
     network = type(model.module).__name__
     if worst > 0:
         culprit = next(filter(None, (_culprit(calls[0], call) for call in calls[1:])), "")
@@ -334,7 +334,7 @@ def check_repeatable(model: DictModel, batch: Mapping[str, Tensor], where: str) 
 class _Call(NamedTuple):
     """One forward pass: its outputs, and each module's inputs and outputs, innermost first."""
 
-    answers: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
     seen: list[tuple[str, str, Any, Any]]
 
 
@@ -343,8 +343,8 @@ def _call(model: DictModel, batch: Mapping[str, Tensor]) -> _Call:
     handles = []
 
     def hook(path: str) -> Any:
-        def record(module: nn.Module, given: Any, answer: Any) -> None:
-            seen.append((path, type(module).__name__, _digest(given), _digest(answer)))
+        def record(module: nn.Module, given: Any, output: Any) -> None:
+            seen.append((path, type(module).__name__, _digest(given), _digest(output)))
 
         return record
 
@@ -360,12 +360,12 @@ def _call(model: DictModel, batch: Mapping[str, Tensor]) -> _Call:
 
 def _culprit(one: _Call, other: _Call) -> str:
     """The first module with different outputs for the same inputs; empty: none."""
-    for (path, kind, given, answer), (path_2, _, given_2, answer_2) in zip(
+    for (path, kind, given, output), (path_2, _, given_2, output_2) in zip(
         one.seen, other.seen, strict=False
     ):
         if path != path_2:
             return ""
-        if given == given_2 and answer != answer_2:
+        if given == given_2 and output != output_2:
             return f"{path} ({kind})"
     return ""
 

@@ -35,11 +35,11 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         """The outputs by name."""
-        answers = {}
+        outputs = {}
         for name, shape, linear in zip(self.names, self.shapes, self.linear, strict=True):
             flat = linear(features)
-            answers[name] = flat if len(shape) == 1 else flat.reshape(-1, *shape)
-        return answers
+            outputs[name] = flat if len(shape) == 1 else flat.reshape(-1, *shape)
+        return outputs
 
 
 def _fixed(spec: TensorSpec) -> tuple[int, ...]:
@@ -89,8 +89,8 @@ class Mlp(nn.Module):
         """The inputs in the order of their specs, each (B, ...), to the outputs by name."""
         flat = [tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None] for tensor in inputs]
         together = torch.cat([tensor.float() for tensor in flat], 1)
-        answers: dict[str, Tensor] = self.head(self.layers(together))
-        return answers
+        outputs: dict[str, Tensor] = self.head(self.layers(together))
+        return outputs
 
 
 SMALLEST_SIDE = 8
@@ -235,8 +235,8 @@ class ConvNet(nn.Module):
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """(B, C, H, W) to the outputs by name."""
-        answers: dict[str, Tensor] = self.head(self.dropout(self.features(image)))
-        return answers
+        outputs: dict[str, Tensor] = self.head(self.dropout(self.features(image)))
+        return outputs
 
 
 class Policy(nn.Module):
@@ -305,5 +305,5 @@ class Policy(nn.Module):
             encoder(tensor if is_image else tensor.reshape(tensor.shape[0], -1))
             for tensor, is_image, encoder in zip(inputs, self.is_image, self.encoders, strict=True)
         ]
-        answers: dict[str, Tensor] = self.head(self.trunk(torch.cat(features, 1)))
-        return answers
+        outputs: dict[str, Tensor] = self.head(self.trunk(torch.cat(features, 1)))
+        return outputs

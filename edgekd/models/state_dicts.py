@@ -37,7 +37,7 @@ class _Fit:
 
 def find_state(
     content: object,
-    wanted: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
     place: str,
     section: str = "teacher",
     key: str | None = None,
@@ -51,7 +51,7 @@ def find_state(
 
     Args:
         content: a mapping, nested or not, or a module.
-        wanted: the network's own state dict.
+        expected: the network's own state dict.
         place: the file, for errors.
         section: the YAML section with ``checkpoint_key`` and ``prefix``, for errors.
         key: the key of the mapping to use, with dots for nested ones.
@@ -75,16 +75,18 @@ def find_state(
         if key not in candidates:
             raise unknown_name("state dict", key, candidates, f"{section}.checkpoint_key")
         candidates = {key: candidates[key]}
-    fits = [fit for name, state in candidates.items() for fit in _fits(name, state, wanted, prefix)]
+    fits = [
+        fit for name, state in candidates.items() for fit in _fits(name, state, expected, prefix)
+    ]
     different = _different(fits)
     if len(different) > 1:
         raise _ambiguous(different, place, section)
     if not different:
         nearest = max(
-            (_nearest(state, wanted, prefix) for state in candidates.values()),
-            key=lambda state: len(state.keys() & wanted.keys()),
+            (_nearest(state, expected, prefix) for state in candidates.values()),
+            key=lambda state: len(state.keys() & expected.keys()),
         )
-        check_fit(nearest, wanted, place)
+        check_fit(nearest, expected, place)
         return nearest, []
     chosen = different[0]
     notes = []
@@ -111,23 +113,23 @@ def _state_dicts(content: object, path: str = "", depth: int = 0) -> Iterator[tu
             yield from _state_dicts(value, f"{path}.{key}".lstrip("."), depth + 1)
 
 
-def _fits(key: str, state: State, wanted: Mapping[str, Tensor], prefix: str | None) -> list[_Fit]:
+def _fits(key: str, state: State, expected: Mapping[str, Tensor], prefix: str | None) -> list[_Fit]:
     """Each mapping of a state dict to the network's keys."""
     covering = [
         (each, inner)
-        for each in (_prefixes(state, wanted) if prefix is None else [prefix])
-        if _covers(inner := _behind(each, state), wanted)
+        for each in (_prefixes(state, expected) if prefix is None else [prefix])
+        if _covers(inner := _behind(each, state), expected)
     ]
     # More keys behind the prefix mean another network, unless that prefix was set, or
     # weights are found elsewhere too: then there is a choice.
-    exact = [each for each, inner in covering if inner.keys() <= wanted.keys()]
+    exact = [each for each, inner in covering if inner.keys() <= expected.keys()]
     if exact or prefix is not None:
         return [
             _Fit(key, each, own, len(state) - len(own))
             for each, inner in covering
-            if (own := {k: v for k, v in inner.items() if k in wanted})
+            if (own := {k: v for k, v in inner.items() if k in expected})
         ]
-    spread = None if covering else _from_several_prefixes(state, wanted)
+    spread = None if covering else _from_several_prefixes(state, expected)
     return [_Fit(key, "", spread, len(state) - len(spread))] if spread is not None else []
 
 
@@ -135,26 +137,26 @@ def _behind(prefix: str, state: State) -> State:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
-def _prefixes(state: State, wanted: Mapping[str, Tensor]) -> list[str]:
+def _prefixes(state: State, expected: Mapping[str, Tensor]) -> list[str]:
     """Everything before one of the network's keys, that which most keys have first."""
-    probe = max(wanted, key=len, default="")
+    probe = max(expected, key=len, default="")
     ends = [k[: -len(probe)] for k in state if k == probe or k.endswith(f".{probe}")]
     return sorted(set(ends), key=len)
 
 
-def _covers(state: State, wanted: Mapping[str, Tensor]) -> bool:
+def _covers(state: State, expected: Mapping[str, Tensor]) -> bool:
     """Whether all of a network's keys are there in their shapes."""
-    return not _missing(state, wanted) and all(
-        tensor.shape == wanted[k].shape for k, tensor in state.items() if k in wanted
+    return not _missing(state, expected) and all(
+        tensor.shape == expected[k].shape for k, tensor in state.items() if k in expected
     )
 
 
-def _missing(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+def _missing(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
     """The network's missing keys, excluding those stored under the name of a shared tensor."""
-    present = {_storage(wanted[k]) for k in state if k in wanted}
+    present = {_storage(expected[k]) for k in state if k in expected}
     return [
         k
-        for k, tensor in wanted.items()
+        for k, tensor in expected.items()
         if k not in state
         # A count of batches that nothing reads; files from before torch had it lack it.
         and not k.endswith("num_batches_tracked")
@@ -167,19 +169,19 @@ def _storage(tensor: Tensor) -> tuple[object, ...]:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
-def _from_several_prefixes(state: State, wanted: Mapping[str, Tensor]) -> State | None:
+def _from_several_prefixes(state: State, expected: Mapping[str, Tensor]) -> State | None:
     """Keys with removed prefixes or wrapper segments, if the match is certain."""
     plain = {_unwrapped(k): v for k, v in state.items()}
-    names = {_unwrapped(k): k for k in wanted}
-    if len(plain) == len(state) and len(names) == len(wanted):
+    names = {_unwrapped(k): k for k in expected}
+    if len(plain) == len(state) and len(names) == len(expected):
         for prefix in _prefixes(plain, dict.fromkeys(names, torch.empty(0))):
             inner = {names.get(k, k): v for k, v in _behind(prefix, plain).items()}
-            if _covers(inner, wanted) and inner.keys() <= wanted.keys():
+            if _covers(inner, expected) and inner.keys() <= expected.keys():
                 return inner
     chosen: State = {}
     used = set()
     heads = set()
-    for name, tensor in wanted.items():
+    for name, tensor in expected.items():
         ends = [k for k in state if k == name or k.endswith(f".{name}")]
         ends = [k for k in ends if state[k].shape == tensor.shape]
         if len(ends) == 1 and "." in name:
@@ -198,11 +200,11 @@ def _unwrapped(key: str) -> str:
 
 def _different(fits: list[_Fit]) -> list[_Fit]:
     """Those that differ in a value; of equal ones the first."""
-    kept: list[_Fit] = []
+    distinct: list[_Fit] = []
     for fit in fits:
-        if not any(_equal(fit.state, other.state) for other in kept):
-            kept.append(fit)
-    return kept
+        if not any(_equal(fit.state, other.state) for other in distinct):
+            distinct.append(fit)
+    return distinct
 
 
 def _equal(one: State, other: State) -> bool:
@@ -224,33 +226,33 @@ def _ambiguous(fits: list[_Fit], place: str, section: str) -> InputError:
     )
 
 
-def _nearest(state: State, wanted: Mapping[str, Tensor], prefix: str | None) -> State:
+def _nearest(state: State, expected: Mapping[str, Tensor], prefix: str | None) -> State:
     """A state dict behind the prefix with which most keys are the network's."""
     parts = [k.split(".") for k in state]
     heads = {".".join(p[:n]) + "." for p in parts for n in (1, 2, 3) if len(p) > n}
     prefixes = ["", *sorted(heads)] if prefix is None else [prefix]
     views = [_behind(each, state) for each in prefixes]
-    return max(views, key=lambda view: len(view.keys() & wanted.keys()))
+    return max(views, key=lambda view: len(view.keys() & expected.keys()))
 
 
-def check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], place: str) -> None:
+def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], place: str) -> None:
     """Compare a checkpoint's keys and shapes with a network's.
 
     Raises:
         InputError: they differ; what is missing, unexpected or of another shape is listed.
     """
-    missing = _missing(state, wanted)
-    unexpected = [key for key in state if key not in wanted]
-    misshaped = [k for k in wanted if k in state and state[k].shape != wanted[k].shape]
+    missing = _missing(state, expected)
+    unexpected = [key for key in state if key not in expected]
+    misshaped = [k for k in expected if k in state and state[k].shape != expected[k].shape]
     if not (missing or unexpected or misshaped):
         return
     lines = [
-        _listed("missing", [f"{k} {list(wanted[k].shape)}" for k in missing]),
+        _listed("missing", [f"{k} {list(expected[k].shape)}" for k in missing]),
         _listed("unexpected", [f"{k} {list(state[k].shape)}" for k in unexpected]),
         _listed(
             "of another shape",
             [
-                f"{k} {list(state[k].shape)}, the model has {list(wanted[k].shape)}"
+                f"{k} {list(state[k].shape)}, the model has {list(expected[k].shape)}"
                 for k in misshaped
             ],
         ),

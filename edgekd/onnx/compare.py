@@ -81,7 +81,7 @@ class Comparison:
 class Reference:
     """The reference model on some samples: run as written, without optimizations.
 
-    What a runtime's optimizer makes of a model is not the model. Answers are computed once where
+    What a runtime's optimizer makes of a model is not the model. Outputs are computed once where
     they fit into :data:`REFERENCE_BYTES`.
 
     Args:
@@ -193,10 +193,10 @@ class ComparisonSums:
         for name, expected in reference.items():
             if name not in candidate:
                 raise unknown_name("output of the candidate", name, candidate)
-            found = candidate[name]
-            if expected.shape != found.shape or expected.ndim == 0 or len(expected) == 0:
+            actual = candidate[name]
+            if expected.shape != actual.shape or expected.ndim == 0 or len(expected) == 0:
                 raise InputError(
-                    f"output {name!r} is {expected.shape} in one model and {found.shape} in "
+                    f"output {name!r} is {expected.shape} in one model and {actual.shape} in "
                     "the other",
                     where="comparison of two models' outputs",
                     remedy="run both models on the same samples, at least one",
@@ -205,7 +205,7 @@ class ComparisonSums:
                 classes = name == self._classes
                 parts = () if classes else self._parts.get(name, ())
                 self._outputs[name] = _OutputSums(name, classes, parts)
-            self._outputs[name].add(expected, found)
+            self._outputs[name].add(expected, actual)
 
     def rows(self) -> tuple[OutputError, ...]:
         """The error of every output so far, in the reference's order."""
@@ -222,21 +222,21 @@ class _OutputSums:
         self._samples = self._same = 0
         self._cosine, self._worst = 0.0, 1.0
 
-    def add(self, expected: Array, answer: Array) -> None:
+    def add(self, expected: Array, actual: Array) -> None:
         if expected.dtype.kind not in "fiub":
-            expected, answer = np.zeros(expected.shape), (expected != answer).astype(np.float64)
+            expected, actual = np.zeros(expected.shape), (expected != actual).astype(np.float64)
         self._classes = self._classes and expected.ndim == 2 and expected.shape[1] >= 2
         each = math.prod(expected.shape[1:])
         step = max(1, _VALUES // max(each, 1))
         for start in range(0, len(expected), step):
-            p, o = (a[start : start + step] for a in (expected, answer))
+            p, o = (a[start : start + step] for a in (expected, actual))
             p, o = (a.reshape(len(a), each) for a in (p, o))
             fine, _ = self._sums.add(p, o)
             for part in self._parts:
                 part.add(p, o)
-            found = cosines(p.astype(np.float64), o.astype(np.float64))
-            self._cosine += float(found.sum())
-            self._worst = min(self._worst, float(found.min()))
+            of_samples = cosines(p.astype(np.float64), o.astype(np.float64))
+            self._cosine += float(of_samples.sum())
+            self._worst = min(self._worst, float(of_samples.min()))
             if self._classes:
                 self._same += int((fine & (p.argmax(axis=1) == o.argmax(axis=1))).sum())
         self._samples += len(expected)
@@ -270,7 +270,7 @@ def _interval(successes: int, n: int) -> tuple[float, float]:
 def comparable(
     reference: Mapping[str, Array], candidate: Mapping[str, Array]
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Answers of two models with ragged outputs as arrays of one shape, (n, …).
+    """Outputs of two models with ragged outputs as arrays of one shape, (n, …).
 
     Floats (K, F): each row of the reference paired with the nearest row of the candidate
     (the assignment of least total distance); rows without a partner are paired with zeros. Anything
@@ -279,25 +279,25 @@ def comparable(
     """
     first, second = dict(reference), dict(candidate)
     for name, expected in reference.items():
-        answer = candidate.get(name)
-        if answer is None or not len(expected) or not is_ragged(expected):
+        actual = candidate.get(name)
+        if actual is None or not len(expected) or not is_ragged(expected):
             continue
-        if not is_ragged(answer):
+        if not is_ragged(actual):
             raise InputError(
                 f"output {name!r} has one size for all samples in one model only",
                 where="comparison of two models' outputs",
                 remedy="derive one from the other, or export both with the same settings",
             )
-        pairs = [_pair(p, o) for p, o in zip(expected, answer, strict=True)]
+        pairs = [_pair(p, o) for p, o in zip(expected, actual, strict=True)]
         first[name], second[name] = (_padded([pair[side] for pair in pairs]) for side in (0, 1))
     return first, second
 
 
-def _pair(expected: Array, answer: Array) -> tuple[Array, Array]:
+def _pair(expected: Array, actual: Array) -> tuple[Array, Array]:
     """(values,) of both sides of one sample."""
     if expected.dtype.kind != "f":
-        return _memberships(expected, answer)
-    p, o = (_as_rows(a) for a in (expected, answer))
+        return _memberships(expected, actual)
+    p, o = (_as_rows(a) for a in (expected, actual))
     columns = max(p.shape[1], o.shape[1])
     p, o = (np.pad(a, ((0, 0), (0, columns - a.shape[1]))).astype(np.float64) for a in (p, o))
     if p.shape[0] != 1 or o.shape[0] != 1:
@@ -331,7 +331,7 @@ def _matched(p: Array, o: Array) -> tuple[Array, Array]:
     return first, second
 
 
-def _memberships(expected: Array, answer: Array) -> tuple[Array, Array]:
+def _memberships(expected: Array, actual: Array) -> tuple[Array, Array]:
     """Of each row that either has, whether it is in the one and in the other; of a list of
     numbers, each with its place."""
 
@@ -340,7 +340,7 @@ def _memberships(expected: Array, answer: Array) -> tuple[Array, Array]:
             return list(enumerate(values.ravel().tolist()))
         return [tuple(row.tolist()) for row in _as_rows(values)]
 
-    ours, theirs = set(rows(expected)), set(rows(answer))
+    ours, theirs = set(rows(expected)), set(rows(actual))
     union = sorted(ours | theirs, key=repr)
     return (
         np.array([row in ours for row in union], np.float64),

@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import onnx
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from edgekd.errors import StageError
 from edgekd.files import write_errors
 from edgekd.onnx.file import describe_onnx
+from edgekd.onnx.graph import all_graphs, opset_of
 from edgekd.onnx.optimizer_faults import guard_padding
 from edgekd.onnx.session import first_line
 from edgekd.spec import ModelSpec, TensorSpec
@@ -77,30 +78,15 @@ def export_onnx(
 def _bare(proto: onnx.ModelProto) -> None:
     """Remove the exporter's metadata about its machine: stack traces, paths, class names."""
     proto.doc_string = ""
-    graphs = [proto.graph]
-    while graphs:
-        graph = graphs.pop()
-        graph.doc_string = ""
-        del graph.metadata_props[:]
-        for node in graph.node:
-            node.doc_string = ""
-            del node.metadata_props[:]
-            for attribute in node.attribute:
-                if attribute.HasField("g"):
-                    graphs.append(attribute.g)
-                graphs.extend(attribute.graphs)
-        for value in (*graph.value_info, *graph.input, *graph.output):
-            value.doc_string = ""
-            del value.metadata_props[:]
-        for tensor in graph.initializer:
-            tensor.doc_string = ""
-            del tensor.metadata_props[:]
+    parts: list[Any] = []
+    for graph in all_graphs(proto.graph):
+        parts += [graph, *graph.node, *graph.value_info, *graph.input, *graph.output]
+        parts += graph.initializer
     for function in proto.functions:
-        function.doc_string = ""
-        del function.metadata_props[:]
-        for node in function.node:
-            node.doc_string = ""
-            del node.metadata_props[:]
+        parts += [function, *function.node]
+    for part in parts:
+        part.doc_string = ""
+        del part.metadata_props[:]
 
 
 def _rename_dimensions(proto: onnx.ModelProto, spec: ModelSpec, where: str) -> None:
@@ -134,7 +120,7 @@ def _rename_dimensions(proto: onnx.ModelProto, spec: ModelSpec, where: str) -> N
 
 
 def _check_opset(proto: onnx.ModelProto, opset: int, where: str) -> None:
-    written = next((e.version for e in proto.opset_import if e.domain in ("", "ai.onnx")), 0)
+    written = opset_of(proto)
     if written != opset:
         raise StageError(
             f"the exporter wrote opset {written} where {opset} was requested",
@@ -198,8 +184,8 @@ class Positional(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Positional inputs and outputs, in the order of the specification."""
-        answers = self.model(dict(zip(self.names, tensors, strict=True)))
-        return tuple(answers[name] for name in self.outputs)
+        outputs = self.model(dict(zip(self.names, tensors, strict=True)))
+        return tuple(outputs[name] for name in self.outputs)
 
 
 def to_onnx_proto(model: SpecModule, opset: int, where: str) -> onnx.ModelProto:

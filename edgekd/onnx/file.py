@@ -298,10 +298,7 @@ def check_fits_one_file(path: Path) -> None:
 
 def count_onnx_parameters(model: onnx.ModelProto) -> int:
     """The number of weights, by the rule of :class:`OnnxInfo`."""
-    tensors = _weights(model.graph)
-    return sum(_elements(t) for t in tensors) + sum(
-        _elements(t) for function in model.functions for t in _node_weights(function.node)
-    )
+    return sum(_elements(tensor) for tensor in _all_tensors(model))
 
 
 def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:

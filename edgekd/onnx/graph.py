@@ -34,7 +34,7 @@ def precisions_of(path: Path) -> Precisions:
         InputError: as :func:`edgekd.onnx.file.read_onnx`.
     """
     model = read_onnx(path)
-    graphs = list(_graphs(model.graph))
+    graphs = list(all_graphs(model.graph))
     nodes = [node for graph in graphs for node in graph.node]
     nodes += [node for function in model.functions for node in function.node]
     tensors = [tensor for graph in graphs for tensor in graph.initializer]
@@ -45,11 +45,12 @@ def precisions_of(path: Path) -> Precisions:
     }
 
 
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+def all_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The graph and those inside its nodes."""
     yield graph
     for node in graph.node:
         for inner in subgraphs(node):
-            yield from _graphs(inner)
+            yield from all_graphs(inner)
 
 
 def opset_of(model: onnx.ModelProto) -> int:
@@ -72,7 +73,7 @@ def tensor_types(model: onnx.ModelProto) -> dict[str, int]:
         graph = model.graph  # too large, or inference failed: the shapes in the file
     return {
         value.name: value.type.tensor_type.elem_type
-        for inner in _graphs(graph)
+        for inner in all_graphs(graph)
         for value in (*inner.value_info, *inner.input, *inner.output)
     }
 

@@ -14,6 +14,7 @@ from google.protobuf.message import EncodeError
 from edgekd.errors import InputError
 from edgekd.models.adapted import Adaptation, InputAdaptation
 from edgekd.onnx.file import check_onnx
+from edgekd.onnx.graph import opset_of
 from edgekd.onnx.session import first_line
 from edgekd.spec import ModelSpec, TensorSpec
 
@@ -109,7 +110,7 @@ def _prepend(
     if image and config.channel_order == "bgr":
         steps.add("Gather", [steps.at, steps.constant(np.array([2, 1, 0]))], axis=1)
     if image and config.image_size is not None:
-        opset = next(i.version for i in model.opset_import if i.domain in ("", "ai.onnx"))
+        opset = opset_of(model)
         if opset < _RESIZE_OPSET:
             raise InputError(
                 f"the ONNX teacher is of opset {opset}, which cannot resize images",

@@ -266,7 +266,7 @@ def _remedy(message: str) -> str:
 
 
 def outputs_of(
-    session: onnxruntime.InferenceSession, inputs: Mapping[str, Array], path: Path
+    session: onnxruntime.InferenceSession, inputs: Mapping[str, Array], path: Path | str
 ) -> dict[str, Any]:
     """All outputs of one batch, by name.
 
@@ -356,18 +356,18 @@ class OutputAxes:
 
     def notes(self) -> dict[str, str]:
         """Notes on outputs that are not one row per sample."""
-        said = {}
+        notes = {}
         for name, axis in self.axes.items():
             if name in self.ragged:
-                said[name] = (
+                notes[name] = (
                     "its size depends on the data: samples run one at a time, and the rows of "
                     "each compared as a set"
                 )
             elif axis is None:
-                said[name] = "it has no axis for the samples: run one at a time"
+                notes[name] = "it has no axis for the samples: run one at a time"
             elif axis > 0:
-                said[name] = f"its samples lie along axis {axis}"
-        return said
+                notes[name] = f"its samples lie along axis {axis}"
+        return notes
 
     @classmethod
     def of(

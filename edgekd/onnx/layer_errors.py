@@ -150,11 +150,11 @@ class _Both:
         wanted = [[self._pairs[name][side] for name in names] for side in (0, 1)]
         sessions = [m.open(w) for m, w in zip(self._models, wanted, strict=True)]
         for batch in batches:
-            answers = [
+            outputs = [
                 run_batch(s, w, model_inputs(s, batch, m.path, rows), m.path)
                 for s, w, m in zip(sessions, wanted, self._models, strict=True)
             ]
-            yield from zip(names, *answers, strict=True)
+            yield from zip(names, *outputs, strict=True)
 
 
 def _pairs(

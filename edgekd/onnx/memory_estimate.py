@@ -13,7 +13,7 @@ from onnx import inliner, shape_inference
 
 from edgekd.errors import InputError
 from edgekd.onnx.file import UNKNOWN_RANK, describe_onnx, read_onnx
-from edgekd.onnx.graph import node_label, reads, subgraphs
+from edgekd.onnx.graph import all_graphs, node_label, reads, subgraphs
 from edgekd.spec import Dimension, TensorSpec
 
 TensorProto = onnx.TensorProto
@@ -229,7 +229,7 @@ def _inferred_sizes(
     Two branches may use one name for tensors of their own; the larger one counts for both.
     """
     specs = {tensor.name: tensor for tensor in inputs}
-    for graph in _all_graphs(model.graph):
+    for graph in all_graphs(model.graph):
         for value in [*graph.input, *graph.value_info, *graph.output]:
             shape = value.type.tensor_type.shape.dim
             names = [d.dim_param for d in shape]
@@ -239,16 +239,11 @@ def _inferred_sizes(
     except (shape_inference.InferenceError, ValueError):
         graph = model.graph  # only the file's own shapes are known
     sizes: dict[str, int] = {}
-    for value in (v for g in _all_graphs(graph) for v in [*g.input, *g.value_info, *g.output]):
+    for value in (v for g in all_graphs(graph) for v in [*g.input, *g.value_info, *g.output]):
         size = _value_bytes(value)
         if size is not None:
             sizes[value.name] = max(size, sizes.get(value.name, 0))
     return sizes
-
-
-def _all_graphs(graph: onnx.GraphProto) -> list[onnx.GraphProto]:
-    inner = [found for node in graph.node for g in subgraphs(node) for found in _all_graphs(g)]
-    return [graph, *inner]
 
 
 def _bind(value: onnx.ValueInfoProto, shape: Sequence[Dimension], bound: Mapping[str, int]) -> None:

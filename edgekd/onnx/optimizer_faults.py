@@ -127,23 +127,23 @@ def find_fault(
         InputError, StageError: the model cannot be opened, or does not run on these inputs.
     """
 
-    def answers(level: Optimization, disabled: Sequence[str] = ()) -> dict[str, Array]:
+    def run(level: Optimization, disabled: Sequence[str] = ()) -> dict[str, Array]:
         session = open_session(
             path, (CPU_PROVIDER,), threads, level, disabled_optimizers=tuple(disabled)
         )
         return outputs_of(session, inputs, path)
 
-    reference = answers("disabled")
-    found = changed(reference, answers(optimization), tolerance)
+    reference = run("disabled")
+    found = changed(reference, run(optimization), tolerance)
     if found is None:
         return None
     levels: list[Optimization] = ["basic", "extended", "all"]
     below = levels[: levels.index(optimization)]
     lowest = next(
-        (level for level in below if changed(reference, answers(level), tolerance)), optimization
+        (level for level in below if changed(reference, run(level), tolerance)), optimization
     )
     disabled = optimizers_to_disable(
-        lambda names: changed(reference, answers(optimization, names), tolerance) is None
+        lambda names: changed(reference, run(optimization, names), tolerance) is None
     )
     return OptimizerFault(*found, lowest, disabled)
 
@@ -156,8 +156,8 @@ def find_fault_on_random_inputs(path: Path, *, threads: int = 1) -> OptimizerFau
         InputError, StageError: the model accepts no random inputs.
     """
     session = open_session(path, (CPU_PROVIDER,), threads, "disabled")
-    inputs, answers = outputs_of_random_inputs(session, describe_onnx(path).spec, path)
-    if changed(answers, outputs_of(session, inputs, path), TOLERANCE):
+    inputs, reference = outputs_of_random_inputs(session, describe_onnx(path).spec, path)
+    if changed(reference, outputs_of(session, inputs, path), TOLERANCE):
         return None
     return find_fault(path, inputs, threads=threads)
 
@@ -187,29 +187,29 @@ def optimizers_to_disable(right_without: Callable[[Sequence[str]], bool]) -> tup
 
 
 def changed(
-    reference: Mapping[str, Array], answers: Mapping[str, Array], tolerance: float
+    reference: Mapping[str, Array], outputs: Mapping[str, Array], tolerance: float
 ) -> tuple[str, float] | None:
     """The output that differs most for its tolerance, and by how much; None where all agree."""
     worst: tuple[float, str, float] | None = None
     for name, expected in reference.items():
-        excess, difference = _excess(expected, answers.get(name), tolerance)
+        excess, difference = _excess(expected, outputs.get(name), tolerance)
         if excess > 1 and (worst is None or excess > worst[0]):
             worst = excess, name, difference
     return None if worst is None else (worst[1], worst[2])
 
 
-def _excess(expected: Any, answer: Any, tolerance: float) -> tuple[float, float]:
+def _excess(expected: Any, actual: Any, tolerance: float) -> tuple[float, float]:
     """The difference over what is tolerated, and the difference."""
-    if not isinstance(expected, np.ndarray) or not isinstance(answer, np.ndarray):
+    if not isinstance(expected, np.ndarray) or not isinstance(actual, np.ndarray):
         return 0.0, 0.0  # sequences and maps are not compared
-    if expected.shape != answer.shape:
+    if expected.shape != actual.shape:
         return np.inf, np.inf
     if not expected.size:
         return 0.0, 0.0
     if expected.dtype.kind != "f":
-        share = float((expected != answer).mean())
+        share = float((expected != actual).mean())
         return share / _FLIPPED, share
-    p, o = expected.astype(np.float64), answer.astype(np.float64)
+    p, o = expected.astype(np.float64), actual.astype(np.float64)
     with np.errstate(invalid="ignore"):
         same = (p == o) | (np.isnan(p) & np.isnan(o))
         difference = float(np.where(same, 0.0, np.abs(o - p)).max())

@@ -10,23 +10,24 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnx
-import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
+from edgekd.errors import InputError, StageError
 from edgekd.onnx.file import read_onnx
 from edgekd.onnx.graph import ProbedModel, tensor_types
 from edgekd.onnx.inference import first_batch, is_ragged, run_batch
 from edgekd.onnx.samples import Array, Samples
-from edgekd.onnx.session import session_options
+from edgekd.onnx.session import CPU_PROVIDER, open_session
 
 Kind = Literal["values", "scores", "decisions"]
 
@@ -85,7 +86,7 @@ class Part:
 def find_parts(
     path: Path,
     samples: Samples,
-    answers: Mapping[str, Array],
+    outputs: Mapping[str, Array],
     output_axes: Mapping[str, int | None] = MappingProxyType({}),
 ) -> dict[str, tuple[Part, ...]]:
     """The parts of each output of a float model; an output of one piece has one part.
@@ -93,7 +94,7 @@ def find_parts(
     Args:
         path: the float model.
         samples: its real inputs; the first ones are run again where a Concat makes an output.
-        answers: the model's outputs for the first samples, (n, …) by output name.
+        outputs: the model's outputs for the first samples, (n, …) by output name.
         output_axes: where an output counts samples in the model, if not on the first axis.
 
     Raises:
@@ -101,7 +102,7 @@ def find_parts(
     """
     graph = _Makers(read_onnx(path))
     found: dict[str, tuple[Part, ...]] = {}
-    for name, values in answers.items():
+    for name, values in outputs.items():
         if is_ragged(values):
             numbers = values[0].dtype.kind == "f"
             found[name] = (Part("", None, "values" if numbers else "decisions", sets=True),)
@@ -275,14 +276,35 @@ def _traced(
     }
     wanted = [*sources, *sorted(sides)]
     with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
-        model = ProbedModel(path, Path(folder) / "probed")
-        session = model.open(wanted)
+        session = ProbedModel(path, Path(folder) / "probed").open(wanted)
         inputs = first_batch(session, samples, path, 1)
         tensors = dict(zip(wanted, run_batch(session, wanted, inputs, path), strict=True))
-    if any(not isinstance(tensors[s], np.ndarray) or tensors[s].dtype.kind != "f" for s in sources):
-        return None
-    for number, source in enumerate(sources, 1):
-        tensors[source] = np.full_like(tensors[source], number)
+        if any(not _is_float(tensors[source]) for source in sources):
+            return None
+        for number, source in enumerate(sources, 1):
+            tensors[source] = np.full_like(tensors[source], number)
+        tail = Path(folder) / "tail.onnx"
+        onnx.save(_tail_model(graph, nodes, tensors, name), tail)
+        try:
+            session = open_session(tail, (CPU_PROVIDER,), 1, "disabled")
+            (traced,) = run_batch(session, [name], tensors, tail)
+        except (InputError, StageError):
+            # A tail that does not run by itself; the parts are then found by the output's scales.
+            return None
+    axis = output_axes.get(name, 0)
+    sample = traced[0] if axis is None or traced.ndim == 0 else np.moveaxis(traced, axis, 0)[0]
+    labels: Array = np.rint(sample).astype(np.int64)
+    return labels
+
+
+def _is_float(values: Any) -> bool:
+    return isinstance(values, np.ndarray) and values.dtype.kind == "f"
+
+
+def _tail_model(
+    graph: _Makers, nodes: Sequence[onnx.NodeProto], tensors: Mapping[str, Array], name: str
+) -> onnx.ModelProto:
+    """A model of the nodes that move values, with ``tensors`` as its inputs."""
     given = {name for node in nodes for name in node.input}
     constants = {name: tensor for name, tensor in graph.constants.items() if name in given}
     for constant in set(graph.sources(name)) & constants.keys():
@@ -290,31 +312,13 @@ def _traced(
         joined = constants[constant]
         zeros = np.zeros(joined.dims, helper.tensor_dtype_to_np_dtype(joined.data_type))
         constants[constant] = numpy_helper.from_array(zeros, constant)
-    tail = helper.make_graph(
-        nodes,
-        "tail",
-        [
-            helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
-            for n, a in tensors.items()
-        ],
-        [onnx.ValueInfoProto(name=name)],
-        list(constants.values()),
-    )
-    model_of_tail = helper.make_model(tail, opset_imports=graph.opsets, ir_version=_IR)
-    try:
-        runner = onnxruntime.InferenceSession(
-            model_of_tail.SerializeToString(),
-            session_options(1, "disabled"),
-            providers=["CPUExecutionProvider"],
-        )
-        answer = runner.run([name], tensors)[0]
-    except Exception:  # the runtime's own exception classes have no public base
-        # A tail that does not run by itself; the parts are then found by the output's scales.
-        return None
-    axis = output_axes.get(name, 0)
-    sample = answer[0] if axis is None or answer.ndim == 0 else np.moveaxis(answer, axis, 0)[0]
-    labels: Array = np.rint(sample).astype(np.int64)
-    return labels
+    inputs = [
+        helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
+        for n, a in tensors.items()
+    ]
+    outputs = [onnx.ValueInfoProto(name=name)]
+    tail = helper.make_graph(nodes, "tail", inputs, outputs, list(constants.values()))
+    return helper.make_model(tail, opset_imports=graph.opsets, ir_version=_IR)
 
 
 def _by_scale(values: Array) -> list[Part]:
@@ -369,22 +373,11 @@ def _clusters(peaks: Array) -> tuple[float, list[Array]]:
     return widest, groups
 
 
-def _ranges(numbers: Collection[int]) -> str:
+def _ranges(numbers: Iterable[int]) -> str:
     """Channel numbers in a few characters: ``0-3,7``."""
     text = []
-    for first, last in _runs(numbers):
+    for _, run in groupby(enumerate(map(int, numbers)), lambda pair: pair[1] - pair[0]):
+        consecutive = [number for _, number in run]
+        first, last = consecutive[0], consecutive[-1]
         text.append(str(first) if first == last else f"{first}-{last}")
     return ",".join(text[:4]) + (",…" if len(text) > 4 else "")
-
-
-def _runs(numbers: Collection[int]) -> Iterator[tuple[int, int]]:
-    start = last = None
-    for number in map(int, numbers):
-        if start is None or last is None:
-            start = number
-        elif number != last + 1:
-            yield start, last
-            start = number
-        last = number
-    if start is not None and last is not None:
-        yield start, last

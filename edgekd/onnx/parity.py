@@ -179,20 +179,20 @@ def _compare(
     name: str,
     size: int,
     expected: Array,
-    found: Array,
+    actual: Array,
     config: ExportConfig,
     classes: bool,
     onnx_path: Path,
 ) -> ParityRow:
     where = f"parity of {onnx_path.name}"
-    if found.shape != expected.shape:
+    if actual.shape != expected.shape:
         raise StageError(
-            f"output {name!r} has shape {found.shape} in ONNX Runtime and {expected.shape} in "
+            f"output {name!r} has shape {actual.shape} in ONNX Runtime and {expected.shape} in "
             f"PyTorch at batch size {size}",
             where=where,
             remedy="forward makes a shape from Python values; take it from the tensor",
         )
-    p, o = expected.astype(np.float64), found.astype(np.float64)
+    p, o = expected.astype(np.float64), actual.astype(np.float64)
     if np.isnan(p).any():
         sample = int(np.argwhere(np.isnan(p))[0][0])
         raise StageError(

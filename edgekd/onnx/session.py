@@ -139,7 +139,7 @@ def default_options(
             None: no cache.
     """
     # Whoever opens the model may work in another folder.
-    kept = str(cache.resolve()) if cache else None
+    folder = str(cache.resolve()) if cache else None
     options = {
         # Grown by the requested size: doubling uses memory that a Jetson's CPU needs as well.
         # Shapes do not change from query to query, so that an exhaustive search pays off.
@@ -153,11 +153,11 @@ def default_options(
             **(
                 {
                     "trt_engine_cache_enable": "True",
-                    "trt_engine_cache_path": kept,
+                    "trt_engine_cache_path": folder,
                     "trt_timing_cache_enable": "True",
-                    "trt_timing_cache_path": kept,
+                    "trt_timing_cache_path": folder,
                 }
-                if kept
+                if folder
                 else {}
             ),
         },
@@ -165,7 +165,7 @@ def default_options(
             "device_type": "CPU",
             "num_of_threads": str(threads),
             "num_streams": "1",
-            **({"cache_dir": kept} if kept else {}),
+            **({"cache_dir": folder} if folder else {}),
         },
         "XnnpackExecutionProvider": {"intra_op_num_threads": str(threads)},
         "CoreMLExecutionProvider": {"ModelFormat": "MLProgram", "MLComputeUnits": "ALL"},

@@ -192,7 +192,7 @@ def _read(module: str) -> _Module:
             elif isinstance(node, str):
                 if module_file(node.partition(":")[0]):
                     modules.add(node.partition(":")[0])
-                elif "/" not in node and (file.parent / node).is_file():
+                elif "/" not in node and len(node) < 256 and (file.parent / node).is_file():
                     files.add(file.parent / node)
             else:
                 for local, origin in _imported(node, package):
@@ -337,8 +337,15 @@ def _cache_hashes(state: str, hashes: Mapping[str, str]) -> None:
 
 
 def library_versions(names: Iterable[str]) -> dict[str, str]:
-    """Installed versions by distribution name, read without importing anything."""
-    return {name: importlib.metadata.version(name) for name in names}
+    """Installed versions by distribution name, read without importing anything.
+
+    One that is not installed is left out: what needs it says so.
+    """
+    found = {}
+    for name in names:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def references_sha256(value: Any) -> dict[str, str]:

@@ -37,7 +37,6 @@ from edgekd.progress import EventLog, Progress
 if TYPE_CHECKING:
     from edgekd.distill.distributed import ProcessGroup
 
-
 _LINKED = ("benchmark", "report", "bundle")
 
 _MOST_REPAIRS = 5
@@ -391,9 +390,6 @@ class Workers:
 
     def serve(self, stages: Sequence[Stage]) -> None:
         """Execute the first process's commands until it exits.
-
-        Args:
-            stages: the stages that the first process runs.
 
         Raises:
             SystemExit: it exited with an exit code other than 0.

@@ -164,8 +164,12 @@ class Store:
         return folder
 
     def link(self, name: str, artifact: Artifact) -> Path:
-        """Point ``<run folder>/<name>`` at an artifact, so that its path is easy to remember."""
-        link = self.folder / name
+        """Point ``<run folder>/<name>`` at an artifact, so that its path is easy to remember.
+
+        Raises:
+            InputError: there is a folder, as in a copy of a run folder that followed the links.
+        """
+        link = self._link(name)
         temporary = self.folder / f".{name}.link"
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(artifact.folder.relative_to(self.folder), target_is_directory=True)
@@ -174,7 +178,17 @@ class Store:
 
     def unlink(self, name: str) -> None:
         """Remove a link of :meth:`link`, so that it does not show an outdated artifact."""
-        (self.folder / name).unlink(missing_ok=True)
+        self._link(name).unlink(missing_ok=True)
+
+    def _link(self, name: str) -> Path:
+        path = self.folder / name
+        if path.is_dir() and not path.is_symlink():
+            raise InputError(
+                "this is a folder, and a run has a link to the stage's artifact here",
+                where=str(path),
+                remedy="remove it; copy run folders with their links (cp -a)",
+            )
+        return path
 
     def _place(self, stage: str, fingerprint: str) -> Path:
         return self.artifacts / stage / fingerprint[:16]

@@ -12,11 +12,10 @@ from onnxruntime.quantization.onnx_quantizer import ONNXQuantizer
 from onnxruntime.quantization.quant_utils import QuantizationMode, add_infer_metadata
 
 from edgekd.config.host import saturates
-from edgekd.onnx.file import check_onnx
 from edgekd.onnx.samples import Samples
 from edgekd.quantization.node_selection import nothing_to_quantize
-from edgekd.quantization.prepare import prepare_onnx, save_onnx
-from edgekd.quantization.rewrites import assign, drop_unused, restore_identity, set_aside_outputs
+from edgekd.quantization.prepare import prepare_onnx
+from edgekd.quantization.rewrites import assign, drop_unused, set_aside_outputs
 from edgekd.quantization.weights_only import check_finite_weight, dequantize_weights
 
 # Without an 8-bit kernel for dynamic scales: their weights are stored in 8 bits.
@@ -53,8 +52,7 @@ def quantize_dynamic(
     """
     prepared = prepare_onnx(onnx_path, samples)
     kept = prepared.named(keep)
-    model = onnx.ModelProto()
-    model.CopyFrom(prepared.model)
+    model = prepared.copy()
     _split_gemms(model.graph, kept)
     weights = _float_weights(model.graph)
     chosen = [node for node in model.graph.node if node.name not in kept and _fits(node, weights)]
@@ -86,13 +84,8 @@ def quantize_dynamic(
         drop_unused(model.graph)
     stored = dequantize_weights(model.graph, _STORED, kept, onnx_path)
     if not chosen and not stored:
-        raise nothing_to_quantize(
-            prepared.model, onnx_path, {"MatMul", "Gemm", "Attention", *_STORED}, kept
-        )
-    del model.graph.value_info[:]
-    restore_identity(model, prepared.model)
-    save_onnx(model, out)
-    check_onnx(out)
+        raise nothing_to_quantize(prepared, {"MatMul", "Gemm", "Attention", *_STORED}, kept)
+    prepared.write(model, out)
 
 
 def _float_weights(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 from edgekd.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
-    from edgekd.onnx.compare import Comparison
+    from edgekd.onnx.compare import Comparison, Reference
     from edgekd.onnx.error_metrics import PartError
     from edgekd.onnx.samples import Array, Samples
     from edgekd.onnx.session import Optimization
@@ -98,7 +99,7 @@ _SHOWN = 8  # wrong values that an error spells out
 
 
 def read_labels(path: Path, name: str) -> Array:
-    """The array ``name`` of a file that :func:`edgekd.onnx.samples.open_samples` takes.
+    """The array ``name`` of a file that :func:`edgekd.onnx.sample_files.open_samples` takes.
 
     Raises:
         InputError: the file is an .npy, which holds one array; there is no such array; it is
@@ -164,30 +165,101 @@ RELATIVE = "1 - relative error"
 ABSOLUTE = "1 - error (float32 gives zeros)"
 
 
-class SampleEvaluator:
+class Evaluator:
     """Compares files with the float model on the same samples, batch by batch.
 
-    Float32 is the model as written, run without graph optimizations. The metric is
-    accuracy where there are labels, agreement with float32 where the first output is (N, classes)
-    in floating point, else that of the part of the outputs which falls most: see
-    :class:`edgekd.onnx.error_metrics.PartError`. A sample whose output is NaN or infinite where
-    float32's is not, or vice versa, is wrong.
-
-    The drop that is checked against a budget is the largest one of the metric and of all other
-    parts.
+    Float32 is the model as written, run without graph optimizations. A subclass gives each sample's
+    score, of which the mean is the metric; outputs are not stored, only their scores and errors.
 
     Args:
         model: the float model.
         samples: all are compared.
-        labels: (N,) the samples' classes, None where there are none.
         threads: number of threads of ONNX Runtime.
         batch: batch size of the candidates. Dynamic ranges depend on the batch: with batch 1 the
-        outputs
-            are those on a device.
+            outputs are those on a device.
+    """
+
+    output: str | None = None
+    """The output whose largest value is the predicted class; None where there is none."""
+    scores: Array
+    """Float32's, as of :meth:`score`."""
+    checks_parts = False
+    """Whether the drop is that of the part of the outputs that falls most, if the metric falls
+    by less; see :class:`edgekd.onnx.error_metrics.PartError`."""
+
+    def __init__(
+        self, model: Path, samples: Samples, *, threads: int = 1, batch: int = BATCH
+    ) -> None:
+        self.model, self.samples = model, samples
+        self._threads, self._batch = threads, batch
+
+    def score(self, outputs: Mapping[str, Array], rows: slice = slice(None)) -> Array:
+        """The scores of the samples of these rows, higher is better; samples without a label have
+        none."""
+        raise NotImplementedError
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The float model on the samples.
+
+        Raises:
+            InputError: as :func:`edgekd.onnx.inference.run_samples`.
+        """
+        from edgekd.onnx.compare import Reference
+
+        return Reference(self.model, self.samples, threads=self._threads, batch=BATCH)
+
+    def drop_of(self, path: Path) -> float:
+        """The drop of the metric against float32, or of a part that drops more."""
+        if self.checks_parts:
+            return _worst_drop(self.side_by_side(path))
+        return float((self.scores - self.scores_of(path)).mean())
+
+    def scores_of(self, path: Path, optimization: Optimization = "all") -> Array:
+        """The scores of a file, as of :meth:`score`."""
+        batches = self.run(path, optimization)
+        return np.concatenate([self.score(outputs, rows) for rows, outputs in batches])
+
+    def run(
+        self, path: Path, optimization: Optimization = "all"
+    ) -> Iterator[tuple[slice, dict[str, Array]]]:
+        """A file's outputs batch by batch, with their rows."""
+        from edgekd.onnx.inference import BatchedModel
+
+        return BatchedModel(
+            path,
+            self.samples,
+            threads=self._threads,
+            optimization=optimization,
+            batch=self._batch,
+        ).predict_batches()
+
+    def side_by_side(
+        self, path: Path, optimization: Optimization = "all", batch: int | None = None
+    ) -> Comparison:
+        """The scores of a file and float32's, and the error of each of its outputs."""
+        return self.reference.compare(
+            path,
+            self.output,
+            lambda _, outputs, rows: self.score(outputs, rows),
+            optimization=optimization,
+            batch=batch or self._batch,
+        )
+
+
+class SampleEvaluator(Evaluator):
+    """By the classes or the outputs alone: without a task.
+
+    The metric is accuracy where there are labels, agreement with float32 where the first output is
+    (N, classes) in floating point, else that of the part of the outputs which falls most. A sample
+    whose output is NaN or infinite where float32's is not, or vice versa, is wrong.
+
+    Args:
+        model: as of :class:`Evaluator`, like ``samples``, ``threads`` and ``batch``.
+        labels: (N,) the samples' classes, None where there are none.
 
     Raises:
-        InputError: the labels do not fit the samples or the output; as
-            :func:`edgekd.onnx.inference.run_samples` for the model.
+        InputError: the labels do not fit the samples or the output; as :class:`Evaluator`.
     """
 
     def __init__(
@@ -199,58 +271,53 @@ class SampleEvaluator:
         threads: int = 1,
         batch: int = BATCH,
     ) -> None:
-        from edgekd.onnx.compare import Reference
-
-        self._samples, self._threads, self._batch = samples, threads, batch
-        self._reference = Reference(model, samples, threads=threads, batch=BATCH)
-        self._primary, outputs = next(iter(self._reference.first.items()))
-        self._has_classes = (
+        super().__init__(model, samples, threads=threads, batch=batch)
+        name, outputs = next(iter(self.reference.first.items()))
+        has_classes = (
             outputs.dtype.kind == "f"
-            and self._reference.parts[self._primary][0].kind != "decisions"
+            and self.reference.parts[name][0].kind != "decisions"
             and outputs.ndim == 2
             and outputs.shape[1] >= CLASSES_AT_LEAST
         )
-        self._class_count = outputs.shape[-1] if self._has_classes else 0
-        self._alone = self._has_classes and len(self._reference.first) == 1
-        if labels is not None and not self._has_classes:
+        if labels is not None and not has_classes:
             raise InputError(
-                f"labels need an output (N, classes), and {self._primary!r} is "
-                f"{('N', *outputs.shape[1:])}",
+                f"labels need an output (N, classes), and {name!r} is {('N', *outputs.shape[1:])}",
                 where="--labels",
                 remedy="leave it out: the outputs are then compared with float32's",
             )
         if labels is not None:
             check_labels(labels, samples.count, outputs.shape[1])
-        self._labels = labels
-        self._known: tuple[_Classes, Array] | None = None
-        self._float_classes: set[int] = set()
+        self.checks_parts = not has_classes or len(self.reference.first) > 1
         self.metric = AGREEMENT if labels is None else "accuracy"
         """The metric of the classes; without classes, each comparison returns its own."""
+        if not has_classes:
+            return
+        self.output, self._class_count = name, outputs.shape[1]
+        parts = [_Classes.of(each[name]) for _, _, each in self.reference.predictions(BATCH)]
+        self._float32 = _Classes(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+        self._expected = self._float32.classes if labels is None else labels
+        self.scores = (self._float32.classes == self._expected).astype(np.float64)
 
-    def drop_of(self, path: Path) -> float:
-        """The drop of the metric against float32, or of another part that drops more."""
-        if not self._alone:
-            return _worst_drop(self._side_by_side(path))
-        # A class and a score for each sample are small enough to cache: float32 is run once.
-        if self._known is None:
-            known = _Classes.joined(
-                [_Classes.of(a[self._primary]) for _, _, a in self._reference.predictions(BATCH)]
-            )
-            self._known = (known, self._right(known, known, slice(None)))
-        wanted, own = self._known
-        scores = self._right(wanted, self._classes(path), slice(None))
-        return float((own - scores).mean())
+    def score(self, outputs: Mapping[str, Array], rows: slice = slice(None)) -> Array:
+        """Whether the classes of these samples are the labels, or float32's; none without
+        classes."""
+        if self.output is None:
+            return np.zeros(0)
+        found = _Classes.of(outputs[self.output])
+        same = found.not_finite == self._float32.not_finite[rows]
+        right: Array = (found.classes == self._expected[rows]) & same
+        return right.astype(np.float64)
 
     def compare(self, path: Path, optimization: Optimization = "all") -> dict[str, Any]:
         """The metric, its drop with an interval, the error of each output, and ``warnings``.
 
         ``worst`` names the part that falls most and its ``drop``; None where that is the metric.
         """
-        found = self._side_by_side(path, optimization)
+        found = self.side_by_side(path, optimization)
         errors = [error.to_json() for error in found.errors]
         warnings = remarks_on_errors(errors)
         part = found.worst
-        if self._has_classes:
+        if self.output is not None:
             metric, unit, of_drop = self.metric, self.metric.split()[0], "points"
             float_score, score, drop = self._class_statistics(found)
             warnings += self._remarks_on_classes(found)
@@ -259,7 +326,7 @@ class SampleEvaluator:
             metric, unit, of_drop = _metric_of(part), "", ""
             float_score, score, drop = _part_statistics(part)
         worst = None
-        if part is not None and (not self._has_classes or part.drop > (drop.value or 0.0)):
+        if part is not None and (self.output is None or part.drop > (drop.value or 0.0)):
             worst = {"part": part.label, "metric": _metric_of(part), "drop": part.drop}
         return {
             "metric": metric,
@@ -287,11 +354,12 @@ class SampleEvaluator:
         from edgekd.release.statistics import wilson
 
         count = len(found.scores)
-        if self._labels is None:
-            if len(self._float_classes) != 1 or count <= 1:
+        if self.metric == AGREEMENT:
+            classes = np.unique(self._float32.classes)
+            if len(classes) != 1 or count <= 1:
                 return []
             return [
-                f"float32 predicts class {min(self._float_classes)} to all {count} samples: "
+                f"float32 predicts class {classes[0]} to all {count} samples: "
                 "agreement on these says little"
             ]
         right, chance = found.reference_scores, 1 / self._class_count
@@ -302,36 +370,6 @@ class SampleEvaluator:
             f"float32 itself is right on {right.mean():.1%} of the samples, and chance is "
             f"{chance:.1%}: are they preprocessed as the model expects, the labels right?"
         ]
-
-    def _side_by_side(self, path: Path, optimization: Optimization = "all") -> Comparison:
-        return self._reference.compare(
-            path,
-            self._primary if self._has_classes else None,
-            self._score if self._has_classes else None,
-            optimization=optimization,
-            batch=self._batch,
-        )
-
-    def _score(
-        self, reference: Mapping[str, Array], outputs: Mapping[str, Array], rows: slice
-    ) -> Array:
-        wanted = _Classes.of(reference[self._primary])
-        self._float_classes.update(np.unique(wanted.classes).tolist())
-        return self._right(wanted, _Classes.of(outputs[self._primary]), rows)
-
-    def _right(self, reference: _Classes, outputs: _Classes, rows: slice) -> Array:
-        """(n,) whether the predicted classes of these samples equal the labels, or float32's."""
-        wanted = reference.classes if self._labels is None else self._labels[rows]
-        right: Array = (outputs.classes == wanted) & (outputs.not_finite == reference.not_finite)
-        return right.astype(np.float64)
-
-    def _classes(self, path: Path) -> _Classes:
-        """A file's predictions for all samples."""
-        from edgekd.onnx.inference import BatchedModel
-
-        model = BatchedModel(path, self._samples, threads=self._threads, batch=self._batch)
-        batches = model.predict_batches()
-        return _Classes.joined([_Classes.of(outputs[self._primary]) for _, outputs in batches])
 
 
 def largest_drop(record: Mapping[str, Any]) -> float:
@@ -355,11 +393,6 @@ class _Classes(NamedTuple):
         from edgekd.onnx.error_metrics import not_finite_places
 
         return cls(outputs.argmax(1), not_finite_places(outputs))
-
-    @classmethod
-    def joined(cls, parts: Sequence[_Classes]) -> _Classes:
-        """Concatenate the predictions of all batches."""
-        return cls(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
 
 def _part_statistics(part: PartError) -> tuple[Estimate, Estimate, Estimate]:

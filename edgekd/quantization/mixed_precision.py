@@ -45,9 +45,9 @@ from google.protobuf.message import EncodeError
 from edgekd.errors import EdgekdError, InputError, StageError, unknown_name
 from edgekd.files import write_errors
 from edgekd.onnx.file import check_fits_one_file, check_onnx
-from edgekd.onnx.inference import fixed_batch, model_inputs, run_batch
+from edgekd.onnx.inference import fixed_batch, model_inputs, outputs_of
 from edgekd.onnx.optimizer_faults import guard_padding
-from edgekd.onnx.samples import Array, Samples
+from edgekd.onnx.samples import Samples
 from edgekd.onnx.session import CPU_PROVIDER, first_line, open_session
 from edgekd.quantization.mixed_precision_graph import lower, open_graph, opset_of, rounded
 from edgekd.quantization.mixed_precision_rules import (
@@ -351,8 +351,8 @@ def measure_ranges(
                 onnx.helper.make_tensor_value_info(out, onnx.TensorProto.FLOAT, [])
             )
     largest = np.zeros(len(chosen))
-    for answers in _run(probe, samples):
-        ends = np.array(answers, dtype=np.float64).reshape(len(chosen), 2)
+    for outputs in _run(probe, samples):
+        ends = np.array(list(outputs.values()), np.float64).reshape(len(chosen), 2)
         extremes = np.abs(ends).max(axis=1)
         extremes[~np.isfinite(extremes)] = np.inf
         # The least of no elements is beyond their largest.
@@ -361,8 +361,8 @@ def measure_ranges(
     return dict(zip(chosen, largest.tolist(), strict=True))
 
 
-def _run(model: onnx.ModelProto, samples: Samples) -> Iterator[list[Array]]:
-    """All outputs of a model for each batch of samples, on the CPU without optimizations.
+def _run(model: onnx.ModelProto, samples: Samples) -> Iterator[dict[str, Any]]:
+    """The outputs of a model by name for each batch of samples, on the CPU without optimizations.
 
     Raises:
         InputError: the samples do not fit the model, or there are none.
@@ -386,10 +386,8 @@ def _run(model: onnx.ModelProto, samples: Samples) -> Iterator[list[Array]]:
                 "float32",
             ) from error
     fixed = fixed_batch(session)
-    names = [output.name for output in session.get_outputs()]
     for batch in samples.batches(fixed or BATCH):
-        inputs = model_inputs(session, batch, where, fixed)
-        yield [np.asarray(values) for values in run_batch(session, names, inputs, where)]
+        yield outputs_of(session, model_inputs(session, batch, where, fixed), where)
 
 
 def largest_difference(
@@ -416,17 +414,16 @@ def largest_difference(
         StageError: an output that is finite in float32 is not any more.
     """
     runs = [rounded(converted, low)[0], *([converted] if low.kind == "fp16" else [])]
-    outputs = [value.name for value in reference.graph.output]
     worst = 0.0
-    for answers in zip(*(_run(m, samples) for m in (reference, *runs)), strict=True):
-        for name, wanted, *others in zip(outputs, *answers, strict=True):
-            if wanted.dtype.kind != "f":
+    for expected, *outputs in zip(*(_run(m, samples) for m in (reference, *runs)), strict=True):
+        for name, wanted in expected.items():
+            if not isinstance(wanted, np.ndarray) or wanted.dtype.kind != "f":
                 continue
             finite = np.isfinite(wanted)
-            for found in others:
-                if not bool(np.all(np.isfinite(found[finite]))):
+            for found in (each[name][finite] for each in outputs):
+                if not np.isfinite(found).all():
                     raise _overflow(name, converted, low, samples, names)
-                gap = np.abs(found[finite].astype(np.float64) - wanted[finite])
+                gap = np.abs(found.astype(np.float64) - wanted[finite])
                 worst = max(worst, float(gap.max(initial=0.0)))
     return worst
 

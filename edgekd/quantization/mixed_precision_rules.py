@@ -1,4 +1,4 @@
-"""The nodes that must compute in float32 by their kind: no samples are needed.
+"""The nodes that must compute in float32, each with the reason: by kind, weights and ranges.
 
 The rules work on a graph whose types are known
 (:func:`edgekd.quantization.mixed_precision_graph.open_graph`).
@@ -8,7 +8,7 @@ A node that none of them names may compute in 16 bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -137,31 +137,24 @@ def touches_float(node: ir.Node) -> bool:
 
 def low_inputs(node: ir.Node, opset: int, low: LowType) -> frozenset[int]:
     """The positions of float32 inputs that the operator takes in 16 bits at this opset."""
-    allowed = _allowed(node.op_type, opset, low.name)
-    return frozenset(
-        i
-        for i, value in enumerate(node.inputs)
-        if value is not None and value.dtype == FLOAT and _at(allowed[0], i)
-    )
+    return _low(node.inputs, _allowed(node.op_type, opset, low.name)[0])
 
 
 def low_outputs(node: ir.Node, opset: int, low: LowType) -> frozenset[int]:
     """The positions of float32 outputs that the operator gives in 16 bits at this opset."""
-    allowed = _allowed(node.op_type, opset, low.name)
+    return _low(node.outputs, _allowed(node.op_type, opset, low.name)[1])
+
+
+def _low(values: Sequence[ir.Value | None], allowed: tuple[bool, ...]) -> frozenset[int]:
+    # The last formal parameter represents all further ones of a variadic operator.
     return frozenset(
-        i for i, value in enumerate(node.outputs) if value.dtype == FLOAT and _at(allowed[1], i)
+        index
+        for index, value in enumerate(values)
+        if value is not None
+        and value.dtype == FLOAT
+        and allowed
+        and allowed[min(index, len(allowed) - 1)]
     )
-
-
-def float_by_kind(graph: ir.Graph, opset: int, low: LowType) -> dict[ir.Node, str]:
-    """The nodes that must stay in float32 for any values, with the reason."""
-    reasons: dict[ir.Node, str] = {}
-    for node in graph:
-        if touches_float(node):
-            reason = _reason(node, opset, low)
-            if reason is not None:
-                reasons[node] = reason
-    return reasons
 
 
 @cache
@@ -175,11 +168,6 @@ def _allowed(op_type: str, opset: int, name: str) -> tuple[tuple[bool, ...], tup
         return tuple(wanted in types.get(f.type_str, {f.type_str}) for f in formals)  # type: ignore[attr-defined]
 
     return takes(schema.inputs), takes(schema.outputs)
-
-
-def _at(allowed: tuple[bool, ...], position: int) -> bool:
-    # The last formal parameter represents all further ones of a variadic operator.
-    return bool(allowed) and allowed[min(position, len(allowed) - 1)]
 
 
 def _reason(node: ir.Node, opset: int, low: LowType) -> str | None:
@@ -453,13 +441,13 @@ def nodes_in_float(
         listed: names of nodes to leave in float32.
         keep_io: the model's inputs and outputs stay float32.
     """
-    kept = {n: "listed in --keep" for n in graph if n.name in listed and touches_float(n)}
-    for node, reason in (float_by_kind(graph, opset, low) | positions(graph)).items():
+    floating = [node for node in graph if touches_float(node)]
+    kept = {node: "listed in --keep" for node in floating if node.name in listed}
+    by_kind = {n: reason for n in floating if (reason := _reason(n, opset, low)) is not None}
+    for node, reason in (by_kind | positions(graph)).items():
         kept.setdefault(node, reason)
     large: set[ir.Node] = set()
-    for node in graph:
-        if not touches_float(node):
-            continue
+    for node in floating:
         fault = weight_fault(node, opset, low)
         if fault is None and ranges is not None:
             fault = measured_fault(node, ranges, opset, low)

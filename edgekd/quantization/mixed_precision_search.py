@@ -96,8 +96,8 @@ class Decision:
         total = len(self.rows)
         drop_all = "not finite" if self.drop_all is None else f"{self.drop_all:.4g}"
         if self.chosen is not None and not self.kept:
-            said = f"all {total} quantizable nodes in INT8: drop {drop_all}"
-            return (f"{said}, budget {self.budget:.4g}",)
+            text = f"all {total} quantizable nodes in INT8: drop {drop_all}"
+            return (f"{text}, budget {self.budget:.4g}",)
         effort = f"found with {self.evaluations} evaluations"
         whole = f"all {total} quantizable nodes in INT8: drop {drop_all}, "
         whole += f"over the budget {self.budget:.4g}"
@@ -209,7 +209,7 @@ class _Search:
         self._drop, self._progress = drop, progress
         self._trial, self._kept = folder / "trial" / name, folder / "kept" / name
 
-    def tell(self, message: str) -> None:
+    def report(self, message: str) -> None:
         """Report progress."""
         if self._progress is not None:
             self._progress(message)
@@ -237,7 +237,7 @@ class _Search:
                 self.evaluations += 1
                 value = float(self._drop(path))
                 value = math.inf if math.isnan(value) else value
-                self.tell(f"{len(kept)} of {len(self.nodes)} nodes in float32: drop {value:.4g}")
+                self.report(f"{len(kept)} of {len(self.nodes)} nodes in float32: drop {value:.4g}")
             self.drops[kept] = value
             smaller = self.best is None or len(kept) < len(self.best)
             if path is not None and value <= self.budget and smaller:
@@ -272,7 +272,7 @@ class _Ranking:
         found: list[float] = []
         self.sensitivity: dict[str, float] = {}
         for number, unit in enumerate(units):
-            search.tell(f"sensitivity of {number + 1} of {len(units)}: {nodes[number * step]}")
+            search.report(f"sensitivity of {number + 1} of {len(units)}: {nodes[number * step]}")
             others = frozenset(nodes) - unit
             alone = cost(others)
             if alone == math.inf and search.write(others) is None:
@@ -291,10 +291,10 @@ class _Noise:
     def __init__(self, search: _Search, samples: Samples) -> None:
         self._search, self._samples = search, _spread(samples, RANKING_SAMPLES)
         prepared = search.quantizer.prepared
-        answers = run_samples(prepared, self._samples, optimization="disabled")
+        outputs = run_samples(prepared, self._samples, optimization="disabled")
         self._reference = {
             name: values
-            for name, values in answers.items()
+            for name, values in outputs.items()
             if values.dtype.kind == "f" and bool(values.any())
         }
         self._parts = find_parts(prepared, self._samples, self._reference)
@@ -311,9 +311,9 @@ class _Noise:
             power = math.inf
             if path is not None:
                 self.runs += 1
-                answers = run_samples(path, self._samples)
+                outputs = run_samples(path, self._samples)
                 power = sum(
-                    _power(p, answers[name], part)
+                    _power(p, outputs[name], part)
                     for name, p in self._reference.items()
                     for part in self._parts[name]
                 )

@@ -15,6 +15,7 @@ from onnx import TensorProto, numpy_helper
 from edgekd.errors import InputError
 from edgekd.onnx.file import read_onnx
 from edgekd.onnx.graph import node_label, subgraphs
+from edgekd.quantization.prepare import Prepared
 from edgekd.quantization.rewrites import all_nodes, element_types, inner_names, readers_of
 
 QuantizationRuntime = Literal["cpu", "tensorrt"]
@@ -51,7 +52,7 @@ _ONE_SIDED = 20.0
 _NORMALIZING = {"Add", "Sub", "Mul", "Div", "Cast"}
 
 
-class Candidates:
+class NodeSelection:
     """The nodes of a prepared graph that a runtime computes in 8 bits.
 
     For TensorRT, Q/DQ is only at the inputs of weighted layers: it moves them through pooling
@@ -271,8 +272,7 @@ _NAMED = 3  # nodes, and reasons, that an error spells out
 
 
 def nothing_to_quantize(
-    model: onnx.ModelProto,
-    source: Path,
+    prepared: Prepared,
     wanted: Collection[str],
     kept: Collection[str] = (),
     left: Mapping[str, str] | None = None,
@@ -280,14 +280,14 @@ def nothing_to_quantize(
     """The error for a model without a single node that the method can quantize.
 
     Args:
-        model: the prepared model.
-        source: the file that it was made from.
+        prepared: the model.
         wanted: the operators that the method quantizes.
         kept: names of nodes listed in ``keep``.
         left: names of nodes whose values 8 bits cannot represent, with the reason.
     """
-    types = sorted({node.op_type for node in all_nodes(model.graph.node)})
-    stored = {tensor.data_type for tensor in model.graph.initializer}
+    graph = prepared.model.graph
+    types = sorted({node.op_type for node in all_nodes(graph.node)})
+    stored = {tensor.data_type for tensor in graph.initializer}
     hint = "leave the model in float"
     if others := sorted(STORED_IN_8_BITS.intersection(types) - set(wanted)):
         hint = (
@@ -296,12 +296,12 @@ def nothing_to_quantize(
     for kind, name in _OTHER_FLOATS.items():
         if kind in stored:
             hint = f"its weights are {name}: give the float32 model"
-    reasons = _why_not(model.graph, wanted, kept, left or {})
+    reasons = _why_not(graph, wanted, kept, left or {})
     return InputError(
         f"nothing in this model can be quantized: {', '.join(sorted(wanted))} with constant "
         "float32 weights that are not kept in float are needed, "
         + (f"and of those it has {reasons}" if reasons else f"it has {', '.join(types) or 'none'}"),
-        where=str(source),
+        where=str(prepared.source),
         remedy=hint,
     )
 

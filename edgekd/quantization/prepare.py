@@ -66,6 +66,25 @@ class Prepared:
     left_out: tuple[str, ...] = ()
     """ONNX Runtime's optimizers that would have changed the outputs."""
 
+    def copy(self) -> onnx.ModelProto:
+        """The model, to be changed."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        return model
+
+    def write(self, quantized: onnx.ModelProto, out: Path) -> None:
+        """Write a model that was made from this one, with its metadata.
+
+        Raises:
+            InputError: it does not fit into one file.
+            StageError: the file cannot be written.
+        """
+        # Types of tensors that may be gone; a runtime infers those that it needs.
+        del quantized.graph.value_info[:]
+        restore_identity(quantized, self.model)
+        save_onnx(quantized, out)
+        check_onnx(out)
+
     def named(self, names: Collection[str], kind: str = "node") -> set[str]:
         """The names here of nodes that are named as in the file or as here.
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +96,6 @@ def quantize_model(
     """
     from edgekd.files import atomic_write, check_output
     from edgekd.onnx.file import check_fits_one_file, check_onnx, describe_onnx
-    from edgekd.onnx.inference import BatchedModel
     from edgekd.onnx.samples import open_samples
     from edgekd.quantization.calibration import check_count
 
@@ -126,55 +126,18 @@ def quantize_model(
         "warnings": [],
     }
     with atomic_write(out) as written, tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
-        scratch = Path(folder)
-        opens = None
-        if settings.method == "fp16":
-            opens = opener(scratch, info.spec, samples, settings.threads)
-        calibrated = samples
-        if settings.method == "static" and samples is not None:
-            calibrated = FirstSamples(samples, settings.samples)
-        quantized = quantize_onnx(
-            model,
-            written,
-            evaluator,
-            settings,
-            calibration=calibrated,
-            ranking=None if samples is None else FirstSamples(samples, RANKED_ON),
-            scratch=scratch,
-            opens=opens,
-            progress=progress,
-        )
+        work = _Work(model, info.spec, settings, samples, evaluator, Path(folder), progress)
+        quantized = work.write(written)
         record |= _about_nodes(quantized)
         if settings.timing and quantized.input_layers:
-            record["float_inputs"] = _try_float_inputs(
-                quantized, model, info.spec, samples, evaluator, settings.threads, scratch, progress
-            )
+            record["float_inputs"] = work.try_float_inputs(quantized)
         if quantized.decision is not None:
             record["decision"] = quantized.decision.to_json()
         if quantized.refused:
             return record
-        if evaluator is not None and compared is not None:
-            runnable = quantized.runnable(scratch)
-            found = evaluator.compare(runnable)
-            warnings = found.pop("warnings")
-            if warnings or largest_drop(found) > (settings.max_drop or SUSPICIOUS_DROP):
-                found |= _optimizer_fault(runnable, evaluator, compared, found, settings.threads)
-                warnings += found.get("optimizer_fault", {}).get("remarks", ())
-            record["warnings"] += warnings
-            record |= found
-            record["compared_on"] = {
-                "file": str(data),
-                "samples": compared.count,
-                "calibrated_on": _fitted(settings, compared.count),
-            }
-            outputs = BatchedModel(model, compared, threads=settings.threads).outputs
-            if notes := outputs.notes():
-                record["compared_on"]["outputs"] = notes
-            if settings.per_layer:
-                from edgekd.onnx.layer_errors import layer_errors
-
-                rows = layer_errors(model, runnable, compared)
-                record["layers"] = [row.to_json() for row in rows]
+        if evaluator is not None:
+            record = work.compared(quantized, record)
+            record["compared_on"] = {"file": str(data), **record["compared_on"]}
             if settings.max_drop is not None and largest_drop(record) > settings.max_drop:
                 written.unlink()
                 return record
@@ -208,48 +171,95 @@ def _about_nodes(quantized: Quantized) -> dict[str, Any]:
     return found
 
 
-def _try_float_inputs(
-    quantized: Quantized,
-    model: Path,
-    spec: ModelSpec,
-    samples: Samples | None,
-    evaluator: SampleEvaluator | None,
-    threads: int,
-    scratch: Path,
-    progress: Callable[[str], None] | None,
-) -> dict[str, Any]:
-    """Keep the layers at the inputs in float32 where that is shown to be faster and meets the
-    budget; returns the record's ``float_inputs``."""
-    assert quantized.quantizer is not None
-    nodes, decision = quantized.input_layers, quantized.decision
-    if progress is not None:
-        progress(f"{', '.join(nodes)} in float32")
-    other = scratch / "float-inputs.onnx"
-    quantized.quantizer.write(other, (*quantized.searched, *nodes))
-    timing = compare_latency(other, quantized.path, spec, samples, threads)
-    interval = timing.get("interval")
-    taken = interval is not None and interval[0] > 1
-    if taken and decision is not None:
-        assert evaluator is not None
-        drop = evaluator.drop_of(other)
-        taken = drop <= decision.budget
+@dataclass(frozen=True)
+class _Work:
+    """A model to quantize: how, on which samples, and how the result is evaluated.
+
+    Without ``evaluator`` there are no samples to compare on; ``samples`` are those to calibrate on.
+    """
+
+    model: Path
+    spec: ModelSpec
+    settings: QuantizeSettings
+    samples: Samples | None
+    evaluator: SampleEvaluator | None
+    scratch: Path
+    progress: Callable[[str], None] | None
+
+    def write(self, out: Path) -> Quantized:
+        """Write the model by the method of the settings."""
+        settings, calibration, opens = self.settings, self.samples, None
+        if settings.method == "fp16":
+            opens = opener(self.scratch, self.spec, self.samples, settings.threads)
+        if settings.method == "static" and self.samples is not None:
+            calibration = FirstSamples(self.samples, settings.samples)
+        return quantize_onnx(
+            self.model,
+            out,
+            self.evaluator,
+            settings,
+            calibration=calibration,
+            ranking=None if self.samples is None else FirstSamples(self.samples, RANKED_ON),
+            scratch=self.scratch,
+            opens=opens,
+            progress=self.progress,
+        )
+
+    def try_float_inputs(self, quantized: Quantized) -> dict[str, Any]:
+        """Keep the layers at the inputs in float32 where that is shown to be faster and meets the
+        budget; returns the record's ``float_inputs``."""
+        assert quantized.quantizer is not None
+        nodes, decision = quantized.input_layers, quantized.decision
+        if self.progress is not None:
+            self.progress(f"{', '.join(nodes)} in float32")
+        other, threads = self.scratch / "float-inputs.onnx", self.settings.threads
+        quantized.quantizer.write(other, (*quantized.searched, *nodes))
+        timing = compare_latency(other, quantized.path, self.spec, self.samples, threads)
+        interval = timing.get("interval")
+        taken = interval is not None and interval[0] > 1
+        if taken and decision is not None:
+            assert self.evaluator is not None
+            drop = self.evaluator.drop_of(other)
+            taken = drop <= decision.budget
+            if taken:
+                quantized.decision = decision.keeping(nodes, quantized.path, drop)
         if taken:
-            quantized.decision = decision.keeping(nodes, quantized.path, drop)
-    if taken:
-        shutil.copyfile(other, quantized.path)
-        quantized.reasons |= dict.fromkeys(nodes, "it is faster so")
-    # Both files are quantized.
-    names = {"float_p50_ms": "int8_p50_ms"}
-    both = {names.get(name, name): value for name, value in timing.items()}
-    return {"nodes": list(nodes), "taken": taken, **both}
+            shutil.copyfile(other, quantized.path)
+            quantized.reasons |= dict.fromkeys(nodes, "it is faster so")
+        # Both files are quantized.
+        names = {"float_p50_ms": "int8_p50_ms"}
+        both = {names.get(name, name): value for name, value in timing.items()}
+        return {"nodes": list(nodes), "taken": taken, **both}
+
+    def compared(self, quantized: Quantized, record: dict[str, Any]) -> dict[str, Any]:
+        """The record with the comparison of the file with float32."""
+        from edgekd.onnx.inference import BatchedModel
+
+        assert self.evaluator is not None
+        evaluator, samples, threads = self.evaluator, self.evaluator.samples, self.settings.threads
+        runnable = quantized.runnable(self.scratch)
+        found = evaluator.compare(runnable)
+        warnings = found.pop("warnings")
+        if warnings or largest_drop(found) > (self.settings.max_drop or SUSPICIOUS_DROP):
+            found |= _optimizer_fault(runnable, evaluator, found, threads)
+            warnings += found.get("optimizer_fault", {}).get("remarks", ())
+        compared_on: dict[str, Any] = {
+            "samples": samples.count,
+            "calibrated_on": _fitted(self.settings, samples.count),
+        }
+        if notes := BatchedModel(self.model, samples, threads=threads).outputs.notes():
+            compared_on["outputs"] = notes
+        found |= {"warnings": record["warnings"] + warnings, "compared_on": compared_on}
+        if self.settings.per_layer:
+            from edgekd.onnx.layer_errors import layer_errors
+
+            rows = layer_errors(self.model, runnable, samples)
+            found["layers"] = [row.to_json() for row in rows]
+        return record | found
 
 
 def _optimizer_fault(
-    file: Path,
-    evaluator: SampleEvaluator,
-    samples: Samples,
-    found: Mapping[str, Any],
-    threads: int,
+    file: Path, evaluator: SampleEvaluator, found: Mapping[str, Any], threads: int
 ) -> dict[str, Any]:
     """``optimizer_fault`` where a file is far closer to float32 without optimizations than with
     them.
@@ -262,8 +272,8 @@ def _optimizer_fault(
     if plain > largest_drop(found) / MUCH_NEARER:
         return {}
     session = open_session(file, (CPU_PROVIDER,), 1, "disabled")
-    batch = first_batch(session, samples, file, 16)
-    fault = find_fault(file, batch, threads=threads, tolerance=ROUNDING)
+    inputs = first_batch(session, evaluator.samples, file, 16)
+    fault = find_fault(file, inputs, threads=threads, tolerance=ROUNDING)
     if fault is None:
         return {}
     remark = f"{fault}; the drop is {plain:.4g} without: {fault.remedy}"
@@ -283,14 +293,7 @@ def compare_latency(
     """p50 of both, interleaved, in a fresh process: ``p50_ms``, ``float_p50_ms``, ``speedup``
     with its ``interval``, ``threads``.
 
-    Where they could not be timed, ``failed`` says why.
-
-    Args:
-        model: the file that was made.
-        against: the float model.
-        spec: the specs of its inputs.
-        samples: None takes random inputs.
-        threads: number of threads of ONNX Runtime.
+    Where they could not be timed, ``failed`` says why. Without samples inputs are random.
 
     Raises:
         CrashError: ONNX Runtime crashes on one of the files.

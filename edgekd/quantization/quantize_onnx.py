@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from edgekd.files import write_npz
 
 if TYPE_CHECKING:
     from edgekd.onnx.samples import Samples
+    from edgekd.quantization.evaluator import Evaluator
     from edgekd.quantization.mixed_precision import MixedPrecisionInfo
     from edgekd.quantization.mixed_precision_search import Decision
     from edgekd.quantization.node_selection import FloatNode
@@ -61,14 +62,6 @@ class QuantizeSettings:
     timing: bool = True
     per_layer: bool = False
     reduce_range: bool | None = None
-
-
-class Evaluator(Protocol):
-    """Measures files against float32 on the same samples."""
-
-    def drop_of(self, path: Path) -> float:
-        """How much the metric falls against float32; negative where it rises."""
-        ...
 
 
 @dataclass
@@ -240,11 +233,7 @@ def opener(
     """A function that opens a file in another process and runs it once; raises as
     :meth:`edgekd.targets.LocalTarget.probe` does.
 
-    Args:
-        folder: a folder that exists for as long as the function is used.
-        spec: the inputs of the files.
-        samples: None takes random inputs.
-        threads: of ONNX Runtime.
+    ``folder`` exists for as long as the function is used; without samples inputs are random.
     """
     from edgekd.targets import LocalTarget
 

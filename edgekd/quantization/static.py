@@ -16,13 +16,12 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from onnxruntime.quantization.quant_utils import add_infer_metadata
 
 from edgekd.config.host import saturates
-from edgekd.onnx.file import check_onnx
 from edgekd.onnx.inference import BatchedModel, is_ragged
 from edgekd.onnx.output_parts import APART, find_parts
 from edgekd.onnx.samples import Array, Samples
 from edgekd.quantization.calibration import Calibration, Ranges, calibrate
 from edgekd.quantization.node_selection import (
-    Candidates,
+    NodeSelection,
     QuantizationRuntime,
     masked_tensors,
     nothing_to_quantize,
@@ -35,7 +34,6 @@ from edgekd.quantization.rewrites import (
     free_float_values,
     pool_spatial_means,
     readers_of,
-    restore_identity,
     set_aside_outputs,
 )
 
@@ -45,9 +43,10 @@ class StaticQuantizer:
 
     ``cpu``: uint8 activations with a zero point, int8 weights per channel, int32 biases: the
     form that ONNX Runtime's CPU kernels are fastest with, on ARM too. Weights have 7 bits where
-    this machine's processor would overflow otherwise (:mod:`.saturation`; ``reduce_range`` says
-    it for another machine). ``tensorrt``: int8 activations and weights, zero points 0, Q/DQ at
-    the inputs of weighted layers only, biases in float, as its parser demands.
+    this machine's processor would overflow otherwise (:func:`edgekd.config.host.saturates`;
+    ``reduce_range`` states it for another machine). ``tensorrt``: int8 activations and weights,
+    zero points 0, Q/DQ at the inputs of weighted layers only, biases in float, as its parser
+    demands.
 
     Args:
         onnx_path: a float32 model.
@@ -75,24 +74,21 @@ class StaticQuantizer:
         threads: int = 1,
         reduce_range: bool | None = None,
     ) -> None:
-        self._source = onnx_path
         self._prepared = prepare_onnx(onnx_path, samples, threads)
         graph = self._prepared.model.graph
         kept = self.kept = self._prepared.named(keep)
         """The nodes of ``keep``, by their names in the written model."""
         if runtime == "cpu":
-            plain = Candidates(graph, runtime, kept)
+            plain = NodeSelection(graph, runtime, kept)
             pool_spatial_means(
                 self._prepared.model,
                 lambda mean: (
                     mean.name not in kept and plain.feeds_layers(mean.output[0], plain.all)
                 ),
             )
-        self._candidates = Candidates(graph, runtime, kept)
-        if not self._candidates.all:
-            raise nothing_to_quantize(
-                self._prepared.model, onnx_path, self._candidates.weighted, kept
-            )
+        self._selection = NodeSelection(graph, runtime, kept)
+        if not self._selection.all:
+            raise nothing_to_quantize(self._prepared, self._selection.weighted, kept)
         self.runtime = runtime
         self._reduce_range = runtime == "cpu" and (
             saturates() if reduce_range is None else reduce_range
@@ -103,7 +99,7 @@ class StaticQuantizer:
         save_onnx(self._prepared.model, self.prepared)
         found = calibrate(
             self.prepared,
-            self._candidates.tensors | _joined(graph),
+            self._selection.tensors | _joined(graph),
             samples,
             scratch,
             calibration=calibration,
@@ -113,35 +109,30 @@ class StaticQuantizer:
         )
         self.ranges = found.ranges
         """(lowest, highest) value covered, by activation."""
-        wanted = self._candidates
+        wanted = self._selection
         self._without, self._masked = found.without, masked_tensors(graph, found.ranges)
-        self._candidates = self._among(kept)
-        reasons = {name: self._candidates.reason(name) for name in wanted.nodes}
+        self._selection = self._among(kept)
+        reasons = {name: self._selection.reason(name) for name in wanted.nodes}
         self.left_in_float = {
             name: reason
             for name, reason in reasons.items()
-            if reason is not None and name not in self._candidates.all
+            if reason is not None and name not in self._selection.all
         }
         """Nodes that cannot be in 8 bits because of their values, with the reason."""
-        if not self._candidates.all:
-            raise nothing_to_quantize(
-                self._prepared.model,
-                onnx_path,
-                self._candidates.weighted,
-                kept,
-                self.left_in_float,
-            )
+        if not self._selection.all:
+            weighted = self._selection.weighted
+            raise nothing_to_quantize(self._prepared, weighted, kept, self.left_in_float)
         self.mixed: tuple[MixedRange, ...] = ()
         """Nodes that stay in float because one 8-bit scale would lose a part of them."""
         self._leave_mixed_in_float(samples, kept)
 
-    def _among(self, kept: Collection[str]) -> Candidates:
+    def _among(self, kept: Collection[str]) -> NodeSelection:
         """What can be in 8 bits when ``kept`` stays in float."""
         graph = self._prepared.model.graph
-        return Candidates(graph, self.runtime, kept, self._without, self._masked)
+        return NodeSelection(graph, self.runtime, kept, self._without, self._masked)
 
     def _leave_mixed_in_float(self, samples: Samples, kept: Collection[str]) -> None:
-        graph, before = self._prepared.model.graph, self._candidates
+        graph, before = self._prepared.model.graph, self._selection
         found = mixed_joins(graph, self.ranges, before.weighted)
         if self.runtime == "cpu":
             found += mixed_outputs(self.prepared, samples)
@@ -150,7 +141,7 @@ class StaticQuantizer:
         after = self._among({*kept, *floats})
         # A model with no quantizable node is still written; the comparison shows it.
         if found and after.all:
-            self._candidates, self.mixed = after, found
+            self._selection, self.mixed = after, found
 
     @property
     def mixed_nodes(self) -> tuple[str, ...]:
@@ -160,7 +151,7 @@ class StaticQuantizer:
     @property
     def nodes(self) -> tuple[str, ...]:
         """Names of the nodes that can be quantized, in graph order."""
-        return self._candidates.nodes
+        return self._selection.nodes
 
     def input_layers(self, float_nodes: Collection[str] = ()) -> tuple[str, ...]:
         """Names of the convolutions in 8 bits that read the model's inputs, where others follow.
@@ -171,7 +162,7 @@ class StaticQuantizer:
         Args:
             float_nodes: names of nodes that stay in float32, in addition to ``keep``.
         """
-        return self._candidates.input_layers(self._prepared.named(float_nodes))
+        return self._selection.input_layers(self._prepared.named(float_nodes))
 
     @property
     def constant(self) -> tuple[str, ...]:
@@ -190,13 +181,10 @@ class StaticQuantizer:
             StageError: the file cannot be written.
         """
         floats = self._prepared.named(float_nodes)
-        chosen = self._candidates.select(floats)
+        chosen = self._selection.select(floats)
         if not chosen:
-            raise nothing_to_quantize(
-                self._prepared.model, self._source, self._candidates.weighted, floats
-            )
-        model = onnx.ModelProto()
-        model.CopyFrom(self._prepared.model)
+            raise nothing_to_quantize(self._prepared, self._selection.weighted, floats)
+        model = self._prepared.copy()
         copy_shared_weights(model.graph, chosen)
         put_outputs_back = set_aside_outputs(model.graph)
         # Tells ONNX Runtime that the types are inferred: preparation did that.
@@ -229,11 +217,7 @@ class StaticQuantizer:
         free_float_values(written.graph, self._prepared.model.graph, chosen)
         quantizer.model.topological_sort()
         drop_unused(written.graph)
-        # Types of tensors that are gone; a runtime infers those that it needs.
-        del written.graph.value_info[:]
-        restore_identity(written, self._prepared.model)
-        save_onnx(written, out)
-        check_onnx(out)
+        self._prepared.write(written, out)
 
     def _tensor_ranges(self) -> TensorsData:
         # A fresh one for each file: the quantizer narrows those before a Relu in place.

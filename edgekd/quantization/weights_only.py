@@ -12,11 +12,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.errors import InputError
-from edgekd.onnx.file import check_onnx
 from edgekd.onnx.samples import Samples
 from edgekd.quantization.node_selection import nothing_to_quantize
-from edgekd.quantization.prepare import prepare_onnx, save_onnx
-from edgekd.quantization.rewrites import assign, drop_unused, restore_identity
+from edgekd.quantization.prepare import prepare_onnx
+from edgekd.quantization.rewrites import assign, drop_unused
 
 _LARGEST = 127
 _LEAST_ELEMENTS = 64  # below that the scales and the extra node outweigh the savings
@@ -87,15 +86,11 @@ def quantize_weights(
         file's.
     """
     prepared = prepare_onnx(onnx_path, samples)
-    model = onnx.ModelProto()
-    model.CopyFrom(prepared.model)
+    model = prepared.copy()
     kept = prepared.named(keep)
     if not dequantize_weights(model.graph, set(_WEIGHTS), kept, onnx_path):
-        raise nothing_to_quantize(model, onnx_path, _WEIGHTS, kept)
-    del model.graph.value_info[:]
-    restore_identity(model, prepared.model)
-    save_onnx(model, out)
-    check_onnx(out)
+        raise nothing_to_quantize(prepared, _WEIGHTS, kept)
+    prepared.write(model, out)
 
 
 def dequantize_weights(

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
 from pydantic import BaseModel, Field
 
 from edgekd.config.profile import Profile
@@ -17,9 +15,9 @@ from edgekd.files import file_sha256
 from edgekd.measurement import OF_CONSTANT, Evidence, Measurement, Number, drop_unit
 from edgekd.release import statistics
 from edgekd.release.result import ModelResult, Result, read_json, validate
+from edgekd.release.statistics import Scores
 
 MB = 1e6
-Scores = npt.NDArray[np.float64]
 
 BENCH_SCHEMA = "edgerun.bench/1"
 _MEASURE_AGAIN = "measure again: python -m edgerun bench model.onnx --json bench.json"
@@ -31,7 +29,7 @@ _NOT_SCORED = (
 )
 
 
-class Percentile(BaseModel):
+class BenchPercentile(BaseModel):
     """A percentile of the latency, in ms; without a value where there are too few queries."""
 
     value: Number | None
@@ -40,16 +38,16 @@ class Percentile(BaseModel):
     note: str
 
 
-class Percentiles(BaseModel):
+class BenchPercentiles(BaseModel):
     """The percentiles that a result states."""
 
-    p50: Percentile
-    p90: Percentile
-    p95: Percentile
-    p99: Percentile
+    p50: BenchPercentile
+    p90: BenchPercentile
+    p95: BenchPercentile
+    p99: BenchPercentile
 
 
-class Memory(BaseModel):
+class BenchMemory(BaseModel):
     """Peak memory in MB above an empty process; None where the system does not report it."""
 
     above_empty_mb: Number | None
@@ -61,15 +59,15 @@ class BenchModel(BaseModel):
     path: str
     sha256: str
     size_bytes: int
-    latency: Percentiles
-    memory: Memory | None
+    latency: BenchPercentiles
+    memory: BenchMemory | None
     samples_ms: tuple[Annotated[Number, Field(ge=0)], ...]
     warmup: dict[str, Any]
     providers: dict[str, Any]
     threads: int | None
 
 
-class Speedup(BaseModel):
+class BenchSpeedup(BaseModel):
     """How many times slower the second model is, over the interleaved rounds."""
 
     ratio: Number
@@ -81,7 +79,7 @@ class BenchRecord(BaseModel):
     """What is read of a record of ``edgerun bench`` (``edgerun.bench/1``)."""
 
     models: Annotated[tuple[BenchModel, ...], Field(min_length=1)]
-    comparison: Speedup | None
+    comparison: BenchSpeedup | None
     environment: dict[str, Any]
 
     @classmethod
@@ -154,8 +152,8 @@ def build_result(
     Raises:
         InputError: the record is damaged, or contradicts itself.
     """
-    where, evidence = f"target {run.target}", run.evidence
-    record = BenchRecord.from_json(bench, where)
+    evidence = run.evidence
+    record = BenchRecord.from_json(bench, f"target {run.target}")
     timed = dict(zip(("student", "teacher"), record.models, strict=False))
     content: dict[str, Any] = {
         **run.__dict__,
@@ -171,7 +169,8 @@ def build_result(
     }
     if constant is not None:
         content["constant"] = statistics.mean_score(constant).figure(task.metric, evidence)
-    return validate(Result, content, "the result", where, "run the benchmark stage again")
+    where = f"task {task.name}, target {run.target}"
+    return validate(Result, content, "the result", where, "check the task's scores and the target")
 
 
 def _model(

@@ -18,9 +18,10 @@ import numpy.typing as npt
 from edgekd.errors import StageError
 from edgekd.files import write_npz
 from edgekd.measurement import full_text
-from edgekd.release.bundle_verify import MANIFEST, SCHEMA, sha256_of
 from edgekd.release.result import Result
 from edgekd.spec import ModelSpec
+from edgerun.files import sha256
+from edgerun.manifest import BUNDLE_SCHEMA, MANIFEST
 
 
 def _readme(manifest: Mapping[str, Any], result: Result) -> str:
@@ -39,7 +40,8 @@ def _readme(manifest: Mapping[str, Any], result: Result) -> str:
         "",
         "Run them in this folder; their output is written next to it, so that the bundle stays "
         "unchanged. The outputs for `example.npz` (real samples) were, when this "
-        "was packed, those in `expected.npz`:",
+        "was packed, those in `expected.npz`. The empty files named `__pycache__` belong to it: "
+        "they keep Python from writing byte code here, and from running any that was put here.",
         "",
         "```sh",
         "python -c \"import numpy as n; o, e = n.load('../outputs.npz'), n.load('expected.npz'); "
@@ -189,6 +191,9 @@ def write_bundle(
         folder / "edgerun",
         ignore=shutil.ignore_patterns("__pycache__", "*.pyc", ".*"),
     )
+    for package in [path.parent for path in (folder / "edgerun").rglob("__init__.py")]:
+        # A file where Python's cache would be: no byte code is written there, nor read from there.
+        (package / "__pycache__").touch()
     builds = {}
     if engines is not None and engines.is_dir():
         shutil.copytree(engines, folder / ENGINES)
@@ -197,7 +202,7 @@ def write_bundle(
     (folder / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
     write_npz(folder / EXAMPLE, example)
     manifest = {
-        "schema": SCHEMA,
+        "schema": BUNDLE_SCHEMA,
         "name": name,
         "task": dict(task),
         "model": {"file": MODEL},
@@ -224,6 +229,8 @@ def write_bundle(
     _write_manifest(folder, manifest)
     _run_example(folder, runtime)
     _write_manifest(folder, manifest)
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
     archive = folder.parent / f"{folder.name}.tar.gz"
     write_archive(folder, archive)
     return archive
@@ -250,7 +257,7 @@ def write_archive(folder: Path, archive: Path) -> None:
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     files = {
         path.relative_to(folder).as_posix(): {
-            "sha256": sha256_of(path),
+            "sha256": sha256(path),
             "bytes": path.stat().st_size,
         }
         for path in sorted(folder.rglob("*"))
@@ -262,7 +269,7 @@ def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 def _run_example(folder: Path, runtime: Mapping[str, Any]) -> None:
     """Run the bundle on its own example, as the device will."""
-    command = [sys.executable, "-B", "-m", "edgerun", "run", MODEL]
+    command = [sys.executable, "-m", "edgerun", "run", MODEL]
     command += ["--inputs", EXAMPLE, "--output", EXPECTED]
     if runtime.get("threads"):
         command += ["--threads", str(runtime["threads"])]

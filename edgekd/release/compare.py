@@ -19,7 +19,7 @@ _RESULT_PLACES = ("result.json", "benchmark/result.json")
 
 
 @dataclass(frozen=True)
-class Row:
+class FigureRow:
     """One figure of every result, in the order of the results; None where it is absent."""
 
     label: str
@@ -35,15 +35,15 @@ class SeedMeans:
 
     name: str
     seeds: tuple[int, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[FigureRow, ...]
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ResultComparison:
     """Results side by side: ``labels`` are their columns."""
 
     labels: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[FigureRow, ...]
     seed_means: tuple[SeedMeans, ...]
     notes: tuple[str, ...]
 
@@ -90,7 +90,7 @@ def find_result(path: Path) -> Path:
     )
 
 
-def compare_files(paths: Sequence[Path]) -> Comparison:
+def compare_files(paths: Sequence[Path]) -> ResultComparison:
     """Read result files or run folders and compare them.
 
     Raises:
@@ -106,7 +106,7 @@ def compare_files(paths: Sequence[Path]) -> Comparison:
     return compare(_distinct(labels), results)
 
 
-def compare(labels: Sequence[str], results: Sequence[Result]) -> Comparison:
+def compare(labels: Sequence[str], results: Sequence[Result]) -> ResultComparison:
     """Compare results.
 
     Results whose recipe is the same and whose seeds differ are also averaged over the seeds.
@@ -120,7 +120,7 @@ def compare(labels: Sequence[str], results: Sequence[Result]) -> Comparison:
         notes.append("the results have different metrics, so their metric rows do not compare")
     if len({(result.profile, result.target, result.evidence) for result in results}) > 1:
         notes.append("the results were not measured in the same way; see profile and evidence")
-    return Comparison(
+    return ResultComparison(
         labels=tuple(labels),
         rows=tuple(_rows(results)),
         seed_means=tuple(_seed_means(results, notes)),
@@ -128,11 +128,11 @@ def compare(labels: Sequence[str], results: Sequence[Result]) -> Comparison:
     )
 
 
-def _rows(results: Sequence[Result]) -> Iterator[Row]:
+def _rows(results: Sequence[Result]) -> Iterator[FigureRow]:
     """The figures that at least one result has."""
     tables = [dict(_figures(result)) for result in results]
     for label in dict.fromkeys(label for table in tables for label in table):
-        yield Row(label, tuple(table.get(label) for table in tables))
+        yield FigureRow(label, tuple(table.get(label) for table in tables))
 
 
 def _figures(result: Result) -> Iterator[tuple[str, Measurement]]:
@@ -174,7 +174,7 @@ def _seed_means(results: Sequence[Result], notes: list[str]) -> Iterator[SeedMea
         yield SeedMeans(group[0].name, tuple(seeds), tuple(row for row in rows if row is not None))
 
 
-def _mean_row(row: Row, seeds: int) -> Row | None:
+def _mean_row(row: FigureRow, seeds: int) -> FigureRow | None:
     known = [figure for figure in row.figures if figure is not None and figure.value is not None]
     if not known:
         return None
@@ -186,7 +186,7 @@ def _mean_row(row: Row, seeds: int) -> Row | None:
     if len(known) < seeds:
         note = f"{seeds - len(known)} of {seeds} seeds have no value"
         figure = replace(figure, note=note)
-    return Row(row.label, (figure,))
+    return FigureRow(row.label, (figure,))
 
 
 def _distinct(labels: Sequence[str]) -> list[str]:

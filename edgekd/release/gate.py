@@ -30,7 +30,7 @@ from edgekd.measurement import (
 from edgekd.release.result import PERCENTILES, SHARES, Result, read_json, validate
 from edgekd.release.statistics import samples_to_show
 
-Status = Literal["pass", "fail", "inconclusive"]
+VerdictStatus = Literal["pass", "fail", "inconclusive"]
 
 Side = Literal["at most", "at least", "more than"]
 
@@ -46,7 +46,7 @@ class Verdict:
 
     rule: str
     """The budget's key, such as ``latency.p95_ms``."""
-    status: Annotated[Status, BeforeValidator(_current_status)]
+    status: Annotated[VerdictStatus, BeforeValidator(_current_status)]
     figure: Measurement
     budget: float
     reason: str
@@ -261,7 +261,7 @@ def _verdict(rule: Rule, required: Evidence) -> Verdict:
     return Verdict(rule.key, status, figure, rule.budget, reason, rule.side, rule.origin)
 
 
-def _status(rule: Rule, figure: Measurement, required: Evidence) -> tuple[Status, str]:
+def _status(rule: Rule, figure: Measurement, required: Evidence) -> tuple[VerdictStatus, str]:
     if figure.value is None:
         return "inconclusive", figure.note or "there are too few samples to state it"
     if rule.performance and EVIDENCE_STRENGTH[figure.evidence] < EVIDENCE_STRENGTH[required]:

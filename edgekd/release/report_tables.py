@@ -17,10 +17,9 @@ from edgekd.measurement import (
     value_text,
 )
 from edgekd.release.gate import Verdict, passed
-from edgekd.release.result import ModelResult, Result
+from edgekd.release.result import PERCENTILES, ModelResult, Result
 
 ROLES = {"teacher": "teacher", "baseline": "student alone", "student": "student distilled"}
-_PERCENTILES = {"p50_ms": "p50", "p90_ms": "p90", "p95_ms": "p95", "p99_ms": "p99"}
 
 
 @dataclass(frozen=True)
@@ -132,12 +131,12 @@ def result_table(result: Result) -> tuple[list[str], list[TableRow]]:
         _row("parameters", [m.parameters for m in models]),
         _row("size", [m.size_mb for m in models], "the file, 1 MB = 10⁶ bytes"),
     ]
-    for key, name in _PERCENTILES.items():
+    for key in PERCENTILES:
         figures = [model.latency.get(key) for model in models]
         if any(figures):
             counts = {f.n for f in figures if f}
             note = f"n = {', '.join(f'{n:,}' for n in sorted(counts))} queries"
-            rows.append(_row(f"latency {name}", figures, note))
+            rows.append(_row(f"latency {key.removesuffix('_ms')}", figures, note))
     memory = [model.peak_memory_mb for model in models]
     if any(memory):
         rows.append(_row("peak memory", memory, "above an empty process"))

@@ -63,19 +63,25 @@ class ModelResult(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     file: str
+    """Name of the file."""
     sha256: str | None = None
-    """Of the file; None in a result of edgekd 0.1 before it was stated."""
+    """Of the file; None in the first results of edgekd 0.1."""
     metric: Measurement
+    """The task's metric on the test split."""
     size_mb: Measurement | None = None
+    """Of the file, in MB of 10⁶ bytes."""
     parameters: Measurement | None = None
+    """Number of parameters."""
     latency: Annotated[dict[str, Measurement], AfterValidator(_known(tuple(PERCENTILES)))] = Field(
         default_factory=dict
     )
     """Percentiles of one query, by name (``p50_ms``)."""
     peak_memory_mb: Measurement | None = None
+    """Peak of the process above an empty one, in MB."""
     samples_ms: tuple[Annotated[Number, Field(ge=0)], ...] = ()
     """The latency of every query, in ms."""
     warmup: dict[str, Any] = Field(default_factory=dict)
+    """Number of warm-up queries, and whether the latency was steady after them."""
     runtime: dict[str, Any] = Field(default_factory=dict)
     """Providers (requested, of the session, of the nodes) and threads it was timed with."""
 
@@ -86,19 +92,26 @@ class Result(BaseModel):
     model_config = ConfigDict(frozen=True, populate_by_name=True)
 
     name: str
+    """Of the pipeline."""
     seed: StrictInt | None = None
+    """Of the training."""
     recipe: str | None = None
     """:func:`recipe_sha256` of the pipeline: the same for all seeds of one pipeline."""
     profile: str
+    """The device's name."""
     target: str
+    """Where it was measured."""
     evidence: Evidence
+    """How strong the figures are that depend on the machine."""
     task: str = Field(validation_alias=AliasPath("task", "name"))
     metric: str = Field(validation_alias=AliasPath("task", "metric"))
     higher_is_better: StrictBool = Field(validation_alias=AliasPath("task", "higher_is_better"))
     models: Annotated[dict[str, ModelResult], AfterValidator(_known(ROLES))]
+    """By role: ``teacher``, ``baseline`` (the student alone) and ``student``."""
     constant: Measurement | None = None
     """The metric of the best constant prediction of all samples but the test split."""
     comparison: Annotated[dict[str, Measurement], AfterValidator(_known(COMPARISONS))]
+    """The student against the others: ``drop``, ``speedup``, ``gap_closed`` and others."""
     environment: dict[str, Any]
     versions: dict[str, Any]
     fingerprints: dict[str, Any]
@@ -248,8 +261,9 @@ def _explain(details: ErrorDetails) -> str:
         return f"{key} is missing"
     if kind == "unexpected_keyword_argument":
         return f"{parent} is not a figure: it has the unknown key {location[-1]!r}"
+    message = details["msg"].replace("a valid tuple", "a list")
     shown = reprlib.repr(details["input"])
-    return f"{key} is {shown}: {details['msg'][0].lower()}{details['msg'][1:]}"
+    return f"{key} is {shown}: {message[0].lower()}{message[1:]}"
 
 
 def read_json(path: Path, what: str, remedy: str) -> Any:

@@ -21,7 +21,6 @@ from edgekd.stages.teacher import TeacherStage
 if TYPE_CHECKING:
     from edgekd.tasks import Task
 
-
 STAGES: tuple[Stage, ...] = (
     DataStage(),
     TeacherStage(),
@@ -54,6 +53,7 @@ def preflight(job: Job, gated: bool = True) -> None:
     from edgekd.distill.objective import Objective
     from edgekd.distill.optimizer import check_train_config
     from edgekd.distill.schemes import find_scheme
+    from edgekd.engines.builder import ExternalBuilder
     from edgekd.engines.onnxruntime import provider_chain
     from edgekd.models.build import find_model
     from edgekd.stages.student import student_network
@@ -98,6 +98,8 @@ def preflight(job: Job, gated: bool = True) -> None:
     for engine in config.engines:
         if engine.kind == "onnxruntime":
             provider_chain(job.profile.runtime.providers, engine.providers, engine.fallback)
+        if engine.kind == "external":
+            ExternalBuilder(engine)
     _check_quantization(job, task)
     job.budgets.check_metric(task.metric, task.higher_is_better)
     if gated:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 from edgekd.config.networks import ModelConfig, TeacherConfig
+from edgekd.config.pipeline import PipelineConfig
 from edgekd.files import file_sha256
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.student import FIRST_WEIGHTS, build_student, check_logits
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from edgekd.distill.teacher import Teacher
     from edgekd.models.dict_model import DictModel
 
-
 STUDENT_WEIGHTS, BASELINE_WEIGHTS = "student.safetensors", "baseline.safetensors"
 
 
@@ -40,16 +40,9 @@ class DistillStage:
 
     def config_slice(self, job: Job) -> dict[str, Any]:
         """The section ``distill`` and what the teacher's outputs depend on."""
-        config = job.config
         return {
-            # The cache's folder does not affect the outputs.
-            "distill": config.distill.model_dump(mode="json", exclude={"cache": {"folder"}}),
-            "losses": [term.model_dump(mode="json") for term in config.loss_terms],
+            **training_settings(job.config),
             "files": files_of_scheme(job),
-            "student": config.student.model_dump(mode="json", exclude={"checkpoint"}),
-            "teacher": config.teacher.model_dump(mode="json", include={"model", "args"}),
-            "seed": config.seed,
-            "augment": list(config.data.augment),
             "task": job.task_settings,
         }
 
@@ -76,6 +69,19 @@ class DistillStage:
         for label, history in histories.items():
             name = f"{label.replace(' ', '-')}-history.json"
             write_json(context.out / name, history.to_json())
+
+
+def training_settings(config: PipelineConfig) -> dict[str, Any]:
+    """The settings that the student's training depends on, for a ``config_slice``."""
+    return {
+        # The cache's folder does not affect the outputs.
+        "distill": config.distill.model_dump(mode="json", exclude={"cache": {"folder"}}),
+        "losses": [term.model_dump(mode="json") for term in config.loss_terms],
+        "student": config.student.model_dump(mode="json", exclude={"checkpoint"}),
+        "teacher": config.teacher.model_dump(mode="json", include={"model", "args"}),
+        "augment": list(config.data.augment),
+        "seed": config.seed,
+    }
 
 
 def open_scheme_context(

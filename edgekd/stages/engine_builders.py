@@ -7,9 +7,15 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
-from edgekd.config.pipeline import OnnxRuntimeConfig, TensorRTConfig
+from edgekd.config.pipeline import (
+    EngineConfig,
+    ExternalEngineConfig,
+    OnnxRuntimeConfig,
+    TensorRTConfig,
+)
+from edgekd.engines.builder import EngineBuilder, ExternalBuilder, Precision
 from edgekd.engines.selection import FLOAT
 from edgekd.errors import CrashError, EdgekdError
 from edgekd.files import write_npz
@@ -19,8 +25,6 @@ from edgekd.stages.task_data import read_json, write_json
 
 if TYPE_CHECKING:
     from edgekd.onnx.samples import Array
-
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 TOLERANCE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 0.1, "int8": 0.25}
 """|optimized − exported| over max(1, max|exported|) that building an engine may change. An
@@ -35,49 +39,28 @@ def common_level(levels: Iterable[str]) -> str:
     return "disabled" if "disabled" in each else each[0]
 
 
-class Builder(Protocol):
-    """Builds an engine file for a runtime from an ONNX file."""
-
-    suffix: str
-    settings: dict[str, Any]
-    """Keyword arguments of a target's ``run`` and ``bench`` for all of its engines; a file's own
-    ``provider_options`` and ``run_level`` are in its row."""
-
-    def build(
-        self, source: Path, out: Path, precision: Precision, keep: tuple[str, ...] = ()
-    ) -> dict[str, Any]:
-        """Write ``out``, and return how: ``providers_requested``, ``threads``, ``run_level`` and
-        more.
-
-        Args:
-            source: the ONNX file.
-            out: where to write; its suffix is :attr:`suffix`.
-            precision: the precision that the file computes in.
-            keep: nodes left in float32 intentionally.
-        """
-        ...
-
-    def describe(self) -> str:
-        """A short description of what runs the engine."""
-        ...
-
-
 def open_builder(
-    context: Context, engine: OnnxRuntimeConfig | TensorRTConfig, samples: Mapping[str, Array]
-) -> Builder:
+    context: Context, engine: EngineConfig, samples: Mapping[str, Array]
+) -> EngineBuilder:
     """The builder for one entry of ``engines``; ``samples`` are real inputs to compare on, (N, …).
 
     Raises:
         InputError: a provider or TensorRT is not available, or cannot build for the profile on this
-        machine.
+            machine; an engine of the user's own is not found or is none.
     """
     if isinstance(engine, OnnxRuntimeConfig):
         return OnnxRuntimeBuilder(context, engine, samples)
+    if isinstance(engine, ExternalEngineConfig):
+        return ExternalBuilder(engine)
     return TensorRTBuilder(context, engine)
 
 
 class OnnxRuntimeBuilder:
-    """ONNX Runtime: a model optimized offline."""
+    """ONNX Runtime: a model optimized offline.
+
+    ``settings`` are keyword arguments of a target's ``run`` and ``bench`` for all engines of a
+    builder; a file's own ``provider_options`` and ``run_level`` are in its row.
+    """
 
     suffix = ".onnx"
 
@@ -98,7 +81,7 @@ class OnnxRuntimeBuilder:
     def build(
         self, source: Path, out: Path, precision: Precision, keep: tuple[str, ...] = ()
     ) -> dict[str, Any]:
-        """Write the optimized model; see :meth:`Builder.build`.
+        """Write the optimized model; see :meth:`edgekd.engines.builder.EngineBuilder.build`.
 
         Raises:
             CrashError: ONNX Runtime crashes on the file.
@@ -167,7 +150,7 @@ class TensorRTBuilder:
     def build(
         self, source: Path, out: Path, precision: Precision, keep: tuple[str, ...] = ()
     ) -> dict[str, Any]:
-        """Build the engine; see :meth:`Builder.build`."""
+        """Build the engine; see :meth:`edgekd.engines.builder.EngineBuilder.build`."""
         from edgekd.engines.tensorrt import check_runtime, engine_settings
 
         settings = engine_settings(
@@ -283,9 +266,9 @@ it is built already; the same for additional ONNX Runtime entries."""
 
 def write_further(
     context: Context,
-    engine: OnnxRuntimeConfig | TensorRTConfig,
+    engine: EngineConfig,
     variant: StudentVariant,
-    builder: Builder,
+    builder: EngineBuilder,
     measured: Mapping[str, Any] | None,
 ) -> None:
     """The student's ONNX file for a runtime, how it is built on the device, and the engine.
@@ -294,7 +277,10 @@ def write_further(
     """
     from edgekd.engines.tensorrt import where_built
 
-    folder = context.out / FURTHER / engine.kind
+    name = (
+        engine.name.replace(":", ".") if isinstance(engine, ExternalEngineConfig) else engine.kind
+    )
+    folder = context.out / FURTHER / name
     folder.mkdir(parents=True)
     shutil.copyfile(variant.file, folder / STUDENT)
     record: dict[str, Any] = {

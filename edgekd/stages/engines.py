@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from edgekd.engines.builder import EngineBuilder, Precision
 from edgekd.engines.selection import FLOAT, Candidate, Choice, choose
 from edgekd.errors import CrashError
 from edgekd.files import write_npz
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.engine_builders import (
-    Builder,
-    Precision,
     StudentVariant,
-    TensorRTBuilder,
     common_level,
     lowest_precision,
     open_builder,
@@ -98,7 +96,7 @@ class EnginesStage:
                 out = context.out / f"{exported.stem}{builder.suffix}"
                 rows[exported.stem] = engines.build(exported, out, "fp32")
         choice, chosen, rows["student"] = engines.select()
-        if isinstance(builder, TensorRTBuilder):
+        if builder.suffix != ".onnx":
             write_further(context, first, chosen, builder, rows["student"])
         for engine in further:
             variant = lowest_precision(
@@ -144,7 +142,7 @@ class _StudentEngines:
     """Builds engines for the measured runtime, and selects the best of the student's variants."""
 
     def __init__(
-        self, context: Context, inputs: Mapping[str, Path], builder: Builder, runtime: Runtime
+        self, context: Context, inputs: Mapping[str, Path], builder: EngineBuilder, runtime: Runtime
     ) -> None:
         self.context, self.inputs = context, inputs
         self.builder, self.runtime = builder, runtime
@@ -283,7 +281,7 @@ class _CandidateBenchmark:
         )
 
     def _scores(self, built: _Built) -> Any:
-        outputs = self.context.scratch / "answers.npz"
+        outputs = self.context.scratch / "outputs.npz"
         self.target.run(
             built.file,
             self.samples,

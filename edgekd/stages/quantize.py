@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgekd.config.pipeline import (
+    EngineConfig,
     ExportConfig,
-    OnnxRuntimeConfig,
+    ExternalEngineConfig,
     PipelineConfig,
     QatConfig,
     QuantizeConfig,
@@ -18,9 +19,18 @@ from edgekd.config.pipeline import (
 )
 from edgekd.config.training import TrainConfig
 from edgekd.errors import CrashError, InputError, StageError
+from edgekd.pipeline.fingerprint import library_versions
 from edgekd.pipeline.stage import Context, Job
 from edgekd.quantization.evaluator import remarks_on_errors
-from edgekd.stages.distill import STUDENT_WEIGHTS
+from edgekd.quantization.quantize_onnx import (
+    Method,
+    Quantized,
+    QuantizeSettings,
+    opener,
+    quantize_onnx,
+    raise_crash,
+)
+from edgekd.stages.distill import STUDENT_WEIGHTS, training_settings
 from edgekd.stages.export import metadata_of, parity_samples
 from edgekd.stages.student import build_student
 from edgekd.stages.task_data import (
@@ -41,7 +51,6 @@ if TYPE_CHECKING:
     from edgekd.distill.checkpoint import History
     from edgekd.distill.objective import Objective
     from edgekd.models.dict_model import DictModel
-    from edgekd.quantization.quantize_onnx import Method, Quantized
     from edgekd.tasks import Task
 
 Runtime = Literal["cpu", "tensorrt"]
@@ -71,13 +80,16 @@ class QuantizeStage:
         config = job.config
         if config.quantize is None:
             return {"quantize": None}
+        training = None
+        if config.quantize.int8 == "qat":
+            training = training_settings(config) | {"libraries": library_versions(("torchao",))}
         return {
             "quantize": config.quantize.model_dump(mode="json", exclude={"select"}),
             "runtimes": runtimes_of(job),
             "reduce_range": reduce_range(job),
             "task": job.task_settings,
             "opset": config.export.opset,
-            "qat": _training_slice(config) if config.quantize.int8 == "qat" else None,
+            "qat": training,
         }
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
@@ -87,18 +99,27 @@ class QuantizeStage:
         if config is not None:
             task_data = open_task_data(inputs["data"], context.job.config)
             work = _CandidateBuilder(task_data, context, inputs, config)
-            for runtime in runtimes_of(context.job) if config.int8 else ():
-                index.update(work.int8(runtime))
+            if config.int8 == "dynamic" or config.int8 == "weights-only":
+                # TensorRT's parser takes no DynamicQuantizeLinear, and quantized weights alone do
+                # not speed it up.
+                index |= work.quantized(f"int8-{config.int8}", config.int8, "cpu")
+            elif config.int8:
+                for runtime in runtimes_of(context.job):
+                    index |= work.int8(runtime)
             if config.precision:
-                index.update(work.half(config.precision))
+                # ONNX Runtime's CPU provider has no bfloat16 kernels.
+                runtime_of_half: Runtime | None = "tensorrt" if config.precision == "bf16" else None
+                index |= work.quantized(config.precision, config.precision, runtime_of_half)
         write_json(context.out / INDEX, index)
 
 
-def runtime_of(job: Job, engine: OnnxRuntimeConfig | TensorRTConfig) -> Runtime:
+def runtime_of(job: Job, engine: EngineConfig) -> Runtime:
     """The runtime whose INT8 scheme an engine needs; the pipeline may override it."""
     config = job.config
     if config.quantize is not None and config.quantize.runtime is not None:
         return config.quantize.runtime
+    if isinstance(engine, ExternalEngineConfig):
+        return engine.runtime
     if isinstance(engine, TensorRTConfig):
         return "tensorrt"
     chain = engine.providers or job.profile.runtime.providers
@@ -121,7 +142,6 @@ class _CandidateBuilder:
         config: QuantizeConfig,
     ) -> None:
         from edgekd.onnx.file import describe_onnx
-        from edgekd.quantization.quantize_onnx import opener
 
         self.task_data, self.context, self.inputs, self.config = task_data, context, inputs, config
         self.source = inputs["export"] / STUDENT
@@ -140,27 +160,15 @@ class _CandidateBuilder:
         """Opens and runs a file in another process; raises CrashError where that crashes."""
 
     def int8(self, runtime: Runtime) -> dict[str, Any]:
-        """The INT8 candidates for one runtime, by name."""
-        kind = self.config.int8
-        if kind == "dynamic" or kind == "weights-only":
-            # TensorRT's parser takes no DynamicQuantizeLinear, and quantized weights alone do not
-            # speed it up.
-            return self.quantized(f"int8-{kind}", kind, "cpu")
+        """The static INT8 candidates for one runtime, and that of QAT, by name."""
         self._say_unit()
         found = self.quantized(f"int8-{runtime}", "static", runtime)
-        if kind == "qat":
+        if self.config.int8 == "qat":
             found |= self._qat(runtime)
         return found
 
-    def half(self, kind: Literal["fp16", "bf16"]) -> dict[str, Any]:
-        """The half precision candidate, by name."""
-        # ONNX Runtime's CPU provider has no bfloat16 kernels.
-        return self.quantized(kind, kind, "tensorrt" if kind == "bf16" else None)
-
     def quantized(self, name: str, method: Method, runtime: Runtime | None) -> dict[str, Any]:
         """The candidates of one method, by name."""
-        from edgekd.quantization.quantize_onnx import QuantizeSettings, quantize_onnx
-
         config, static = self.config, method == "static"
         settings = QuantizeSettings(
             method=method,
@@ -191,8 +199,8 @@ class _CandidateBuilder:
                 self.context.progress.message(f"  {name}: {line}")
             more["decision"] = decision.to_json()
             if quantized.refused:
-                whole = decision.drop_all
-                drop = "give no numbers" if whole is None else f"drop it by {whole:.4f}"
+                drop_all = decision.drop_all
+                drop = "give no numbers" if drop_all is None else f"drop it by {drop_all:.4f}"
                 reason = f"no layer can stay in INT8 within a drop of {config.max_drop:g}"
                 refused = f"{reason}; all of them {drop}"
                 entry = {"method": method, "runtime": runtime, **more, "refused": refused}
@@ -225,8 +233,6 @@ class _CandidateBuilder:
             )
 
     def _qat(self, runtime: Runtime) -> dict[str, Any]:
-        from edgekd.quantization.quantize_onnx import Quantized
-
         name = f"int8-{runtime}-qat"
         file = self._out(name)
         history = train_quantized(
@@ -248,8 +254,6 @@ class _CandidateBuilder:
         Its ``kept`` are the layers that are intentionally in float32; a builder that finds another
         one there refuses the file.
         """
-        from edgekd.quantization.quantize_onnx import raise_crash
-
         file, method = quantized.path, quantized.method
         there = _node_names(file)
         entry: dict[str, Any] = {
@@ -311,21 +315,6 @@ def _float_layers(file: Path) -> tuple[str, ...]:
     return tuple(node.name for node in layers)
 
 
-def _training_slice(config: PipelineConfig) -> dict[str, Any]:
-    """Settings that quantization-aware training depends on besides its own section."""
-    from edgekd.pipeline.fingerprint import library_versions
-
-    return {
-        "libraries": library_versions(("torchao",)),
-        "distill": config.distill.model_dump(mode="json", exclude={"cache": {"folder"}}),
-        "losses": [term.model_dump(mode="json") for term in config.loss_terms],
-        "student": config.student.model_dump(mode="json", exclude={"checkpoint"}),
-        "teacher": config.teacher.model_dump(mode="json", include={"model", "args"}),
-        "augment": list(config.data.augment),
-        "seed": config.seed,
-    }
-
-
 def reduce_range(job: Job) -> bool:
     """Whether INT8 weights for a CPU have 7 bits: only older x86 processors need that.
 
@@ -353,15 +342,8 @@ def train_quantized(
     """Continue the student's training with simulated 8-bit rounding, and write it as Q/DQ ONNX.
 
     The teacher, its cache, the augmentation and the data are those of the distillation; the
-    objective is that of its terms that compare outputs, or ``config.losses``.
-
-    Args:
-        task_data: the data and the task.
-        context: the stage's context; a stopped training is resumed from its scratch folder.
-        inputs: the artifacts of the stages ``teacher``, ``student`` and ``distill``.
-        runtime: determines how activations are rounded.
-        config: the training.
-        out: the ONNX file to write.
+    objective is that of its terms that compare outputs, or ``config.losses``. ``runtime``
+    determines how activations are rounded. A stopped training is resumed.
 
     Raises:
         InputError: torchao is missing, no loss is left, or the training or the network cannot
@@ -424,10 +406,7 @@ def qat_objective(
 
 
 def _check_outputs(model: DictModel, path: Path, task_data: TaskData) -> str:
-    """Compare the file with the converted network over validation samples.
-
-    Returns:
-        A one-line summary.
+    """Compare the file with the converted network over validation samples, in a line.
 
     Raises:
         StageError: they are further apart than rounding explains.

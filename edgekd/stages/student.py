@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +62,7 @@ class StudentStage:
             "task": job.task_settings,
             **files,
             **hub_fingerprint(network.model),
-            **(_pruning_library() if student.prune is not None else {}),
+            **(library_versions(("torch-pruning",)) if student.prune is not None else {}),
         }
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
@@ -109,13 +108,9 @@ class StudentStage:
 def build_student(task_data: TaskData, folder: Path | None, index: int = 0) -> DictModel:
     """The student's network with fresh weights drawn from the pipeline's seed.
 
-    Args:
-        task_data: the data and the task.
-        folder: the student stage's artifact, which records what was pruned; None: the network
-        before
-            pruning.
-        index: 0 for the student; another index draws other weights, for a scheme's additional
-        students.
+    ``folder`` is the student stage's artifact, which records what was pruned; None: the network
+    before pruning. ``index`` is 0 for the student; another one draws other weights, for a
+    scheme's additional students.
 
     Raises:
         InputError: the student is the teacher's network, and that is an ONNX file.
@@ -201,8 +196,8 @@ def _pruned(task_data: TaskData, model: DictModel, context: Context) -> Pruned:
     write_cuts(pruned.cuts, context.out / STRUCTURE)
     context.progress.message(f"  pruned: {pruned.summary()}")
     if pruned.left:
-        whole = "; ".join(f"{name} ({reason})" for name, reason in pruned.left.items())
-        context.progress.message(f"  not pruned: {whole}")
+        left = "; ".join(f"{name} ({reason})" for name, reason in pruned.left.items())
+        context.progress.message(f"  not pruned: {left}")
     return pruned
 
 
@@ -239,11 +234,3 @@ def _preprocess_of(job: Job) -> dict[str, Any] | None:
     if own is None or job.config.student.model != TEACHERS_OWN:
         return None
     return own.model_dump(mode="json")
-
-
-def _pruning_library() -> dict[str, str]:
-    try:
-        return library_versions(("torch-pruning",))
-    except PackageNotFoundError:
-        # Its absence is reported when the names are resolved.
-        return {}

@@ -13,6 +13,7 @@ import numpy as np
 from edgekd.config.pipeline import PipelineConfig
 from edgekd.errors import InputError
 from edgekd.pipeline.store import digest_of
+from edgekd.quantization.evaluator import BATCH, Evaluator
 from edgekd.spec import ModelSpec
 from edgekd.tasks.classification import Classification
 from edgekd.tasks.continuous import ContinuousTask
@@ -23,9 +24,8 @@ if TYPE_CHECKING:
 
     from edgekd.data.dataset import Dataset
     from edgekd.data.loader import Loader
-    from edgekd.onnx.compare import OutputError, Reference
+    from edgekd.onnx.compare import OutputError
     from edgekd.onnx.samples import Array
-    from edgekd.onnx.session import Optimization
     from edgekd.tasks import Task
 
 EVALUATION_BATCH = 512
@@ -134,10 +134,6 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-BATCH = 64
-"""Batch size."""
-
-
 class ValidationSamples:
     """Prepared inputs of the validation split, batch by batch; at most ``limit`` samples.
 
@@ -178,13 +174,12 @@ def some_samples(task_data: TaskData) -> dict[str, Tensor]:
     }
 
 
-class TaskEvaluator:
-    """The task's metric on the validation split, of float32 and of any other file.
+class TaskEvaluator(Evaluator):
+    """By the task's metric on the validation split.
 
-    Models are run batch by batch: only scores and errors of their outputs are stored. The reference
-    is the model as written, run without graph optimizations. Scores of a metric that
-    is better when lower, an error, are divided by the error of the best constant prediction on the
-    same samples: a drop of them is a share, whatever the unit of the targets.
+    Scores of a metric that is better when lower, an error, are divided by the error of the best
+    constant prediction on the same samples: a drop of them is a share, whatever the unit of the
+    targets. Without labels the metric is agreement with float32.
 
     Attributes:
         scale: the divisor of the scores: that error, or 1 for a metric that is better when higher.
@@ -193,26 +188,22 @@ class TaskEvaluator:
         InputError: the constant's error is zero, so that no share of it is defined.
     """
 
-    def __init__(self, task_data: TaskData, reference: Path) -> None:
+    def __init__(self, task_data: TaskData, model: Path) -> None:
         from edgekd.tasks import agreement_task
 
-        self.samples = ValidationSamples(task_data)
+        super().__init__(model, ValidationSamples(task_data))
         self.task = task_data.task
-        split = task_data.dataset.splits["validation"]
-        self.targets = {
-            spec.name: np.asarray(split.arrays[spec.name]) for spec in task_data.dataset.targets
-        }
+        arrays = task_data.dataset.splits["validation"].arrays
+        self.targets = {s.name: np.asarray(arrays[s.name]) for s in task_data.dataset.targets}
         self.labelled = self.task.labelled(self.targets)
-        self._file = reference
-        self._reference: Reference | None = None
         if not self.labelled.any():
             # The reference is then float32's predictions.
             self.task = agreement_task(self.task)
             self.targets |= self._predictions()
             self.labelled = np.ones(self.samples.count, bool)
+        self.output = self.task.output if isinstance(self.task, Classification) else None
         self.scale = 1.0 if self.task.higher_is_better else self._constant_error()
-        self.scores = self._scores(reference, BATCH, "disabled")
-        """Float32's scores, as of :meth:`score`."""
+        self.scores = self.scores_of(model, "disabled")
 
     @property
     def drop_unit(self) -> str:
@@ -241,22 +232,9 @@ class TaskEvaluator:
         scores: Array = sign * self.task.scores(outputs, targets)[self.labelled[rows]] / self.scale
         return scores
 
-    def drop_of(self, path: Path, batch: int = BATCH) -> float:
-        """The metric's drop of a file against float32 (negative: it rises)."""
-        return float((self.scores - self._scores(path, batch)).mean())
-
     def compare(self, path: Path, batch: int = BATCH) -> tuple[float, tuple[OutputError, ...]]:
         """:meth:`drop_of` a file, and the error of each of its outputs against float32's."""
-        from edgekd.onnx.compare import Reference
-
-        if self._reference is None:
-            self._reference = Reference(self._file, self.samples)
-        found = self._reference.compare(
-            path,
-            self.task.output if isinstance(self.task, Classification) else None,
-            lambda _, outputs, rows: self.score(outputs, rows),
-            batch=batch,
-        )
+        found = self.side_by_side(path, batch=batch)
         return float((self.scores - found.scores).mean()), found.errors
 
     def _constant_error(self) -> float:
@@ -271,24 +249,12 @@ class TaskEvaluator:
             )
         return error
 
-    def _scores(self, path: Path, batch: int, optimization: Optimization = "all") -> Array:
-        batches = self._run(path, batch, optimization)
-        return np.concatenate([self.score(outputs, rows) for rows, outputs in batches])
-
     def _predictions(self) -> dict[str, Array]:
         """Float32's own predictions as targets."""
         from edgekd.onnx.inference import joined
 
-        batches = self._run(self._file, BATCH, "disabled")
+        batches = self.run(self.model, "disabled")
         return joined([self.task.pseudo_targets(outputs) for _, outputs in batches])
-
-    def _run(
-        self, path: Path, batch: int, optimization: Optimization
-    ) -> Iterator[tuple[slice, dict[str, Array]]]:
-        from edgekd.onnx.inference import BatchedModel
-
-        model = BatchedModel(path, self.samples, batch=batch, optimization=optimization)
-        return model.predict_batches()
 
 
 def drop_unit_of(task: Task) -> str:

@@ -22,8 +22,6 @@ from edgekd.stages.training import fit, hub_fingerprint, scale_output
 from edgekd.tasks.classification import Classification
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor
 
     from edgekd.distill.checkpoint import History
@@ -31,8 +29,6 @@ if TYPE_CHECKING:
     from edgekd.models.adapted import Adaptation, InputAdaptation
     from edgekd.models.dict_model import DictModel
     from edgekd.models.weights import ClassNames
-    from edgekd.tasks import Task
-
 
 WEIGHTS, BLACK_BOX = "teacher.safetensors", "teacher.onnx"
 ADAPTATION = "adaptation.json"
@@ -167,11 +163,7 @@ def load_teacher(
 ) -> Teacher:
     """A teacher in addition to the pipeline's own, such as a member of an ensemble.
 
-    Args:
-        task_data: the data and the task.
-        config: its section.
-        context: the context of the calling stage; a training writes its checkpoints there.
-        where: its YAML position, for errors and as the label of its training.
+    ``where`` is its YAML position, for errors and as the label of its training.
     """
     from edgekd.distill.distributed import training_device
     from edgekd.distill.teacher import ModuleTeacher
@@ -202,6 +194,8 @@ def check_teacher(
     Raises:
         InputError: the teacher's outputs are in another order, or it is not better than chance.
     """
+    import torch
+
     from edgekd.distill.teacher import adaptation_of_teacher
     from edgekd.distill.trainer import score
     from edgekd.release.statistics import paired_difference
@@ -215,8 +209,17 @@ def check_teacher(
         return {task.metric: None, "chance": None, "labelled": 0}
     arrays = task_data.dataset.splits["validation"].arrays
     targets = {s.name: arrays[s.name][rows] for s in task_data.dataset.targets}
-    seen = _Decisions(teacher, task)
-    scores = score(seen.predict, task_data.validation_loader(), task)
+    labels: list[Tensor] = []
+    predictions: list[Tensor] = []
+
+    def predict(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        outputs = teacher.predict(batch)
+        if isinstance(task, Classification):
+            labels.append(batch[task.target].cpu().flatten())
+            predictions.append(outputs[task.output].argmax(dim=-1).cpu().flatten())
+        return outputs
+
+    scores = score(predict, task_data.validation_loader(), task)
     by_chance = task.scores(task.constant(targets), targets)
     metric, chance = float(scores.mean()), float(by_chance.mean())
     context.progress.message(
@@ -225,7 +228,9 @@ def check_teacher(
     )
     if isinstance(task, Classification):
         figures = f"{task.metric} {metric:.4f}"
-        check_order(task_data, adaptation_of_teacher(teacher), *seen.labelled(), figures, where)
+        known, predicted = torch.cat(labels).numpy(), torch.cat(predictions).numpy()
+        adaptation, labelled = adaptation_of_teacher(teacher), known >= 0
+        check_order(task_data, adaptation, known[labelled], predicted[labelled], figures, where)
     if len(rows) >= ENOUGH_LABELS:
         sign = 1 if task.higher_is_better else -1
         # The lower end of a two-sided 90 % interval is a one-sided 95 % bound.
@@ -244,29 +249,6 @@ def check_teacher(
     return {task.metric: metric, "chance": chance, "labelled": len(rows)}
 
 
-class _Decisions:
-    """A teacher that records its predictions and the labels of a classification."""
-
-    def __init__(self, teacher: Teacher, task: Task) -> None:
-        self._teacher, self._task = teacher, task
-        self._pairs: list[tuple[Tensor, Tensor]] = []
-
-    def predict(self, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        outputs = self._teacher.predict(batch)
-        if isinstance(self._task, Classification):
-            chosen = outputs[self._task.output].argmax(dim=-1).cpu()
-            self._pairs.append((batch[self._task.target].cpu(), chosen))
-        return outputs
-
-    def labelled(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Labels and decisions, (N,) each, of all samples and positions that have a label."""
-        import numpy as np
-
-        labels = np.concatenate([label.reshape(-1).numpy() for label, _ in self._pairs])
-        chosen = np.concatenate([decision.reshape(-1).numpy() for _, decision in self._pairs])
-        return labels[labels >= 0], chosen[labels >= 0]
-
-
 def build_teacher(
     task_data: TaskData,
     config: TeacherConfig | None = None,
@@ -275,11 +257,8 @@ def build_teacher(
 ) -> DictModel:
     """The teacher's network with fresh weights drawn from the pipeline's seed.
 
-    Args:
-        task_data: the data and the task.
-        config: its section; None: the pipeline's.
-        where: its YAML position, for errors.
-        adaptation: its adaptation to the data; None: that of the section alone.
+    Without ``config`` it is the pipeline's teacher, and without ``adaptation`` it is adapted to
+    the data as its section alone states.
     """
     import torch
 
@@ -331,12 +310,7 @@ def plan_adaptation(
 ) -> Adaptation:
     """The preprocessing and the order of the outputs, from the section and from the file.
 
-    Args:
-        task_data: the data and the task.
-        config: the teacher's section; its ``classes`` take precedence over the file's.
-        where: its YAML position, for errors.
-        found: the class names in its file.
-        say: prints a progress message.
+    ``found`` are the class names in the teacher's file; ``classes`` of its section take precedence.
 
     Raises:
         InputError: keys that do not fit the data, or names that are not all the data's classes.
@@ -386,12 +360,7 @@ def with_form(
 ) -> Adaptation:
     """The adaptation with the form of the teacher's outputs: configured, else detected.
 
-    Args:
-        planned: the rest of the adaptation.
-        outputs: the network's own outputs for real samples, (N, ..., outputs).
-        config: the teacher's section.
-        where: its YAML position, for errors.
-        say: prints a progress message.
+    ``outputs`` are the network's own for real samples, (N, ..., outputs).
 
     Raises:
         InputError: the outputs cannot have the configured form.
@@ -431,13 +400,7 @@ def check_order(
 ) -> None:
     """Refuse a teacher whose outputs, in another order, fit the labels far better.
 
-    Args:
-        task_data: the data and the task.
-        adaptation: the teacher's.
-        labels: (N,) classes of labelled validation samples.
-        predictions: (N,) the teacher's predictions.
-        figures: the measured figures, for the error.
-        where: the teacher's YAML position.
+    ``labels`` and ``predictions`` are classes of labelled validation samples, (N,).
 
     Raises:
         InputError: there is such an order; it is given as the line to add.

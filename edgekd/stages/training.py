@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from importlib.metadata import PackageNotFoundError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from edgekd.pipeline.stage import Context
     from edgekd.tasks import Task
 
-_FIRST_ANSWERS, _SMALLEST = 64, 1e-3
+_FIRST_OUTPUTS, _SMALLEST = 64, 1e-3
 """Number of samples to run a fresh network on; smallest scale assumed for its outputs."""
 
 HUB_PACKAGES = ("timm", "transformers")
@@ -54,7 +53,7 @@ def scale_output(task_data: TaskData, model: DictModel) -> str:
     if not isinstance(task, ContinuousTask) or task.offset is None:
         return ""
     dataset = task_data.dataset
-    count = min(_FIRST_ANSWERS, len(dataset.splits["train"]))
+    count = min(_FIRST_OUTPUTS, len(dataset.splits["train"]))
     inputs = dataset.model_inputs("train", 0, count)
     training = model.training
     with torch.no_grad():
@@ -163,19 +162,10 @@ def hub_fingerprint(name: str | None) -> dict[str, str]:
     from edgekd.files import hash_path
     from edgekd.models.build import find_folder
 
-    try:
-        found = library_versions((package,))
-    except PackageNotFoundError:
-        return {}
-    folder = find_folder(rest) if package == "transformers" else None
+    found = library_versions((package,))
+    folder = find_folder(rest) if found and package == "transformers" else None
     return found if folder is None else {**found, "folder": hash_path(folder)}
 
-
-_DECIDES_ANSWERS = (
-    "edgekd.data.loader", "edgekd.models.build",
-    "edgekd.distill.teacher", "edgekd.distill.schemes.offline", "edgekd.distill.cache_store",
-)  # fmt: skip
-"""The modules whose code a teacher's outputs depend on, besides its weights."""
 
 Augment = tuple[str | dict[str, dict[str, Any]], ...]
 
@@ -215,6 +205,7 @@ def cached_teacher(
         StageError: the cache cannot be written.
     """
     from edgekd.distill.cache import fill_cache
+    from edgekd.models.build import build_model
 
     layers = objective.teacher_layers
     teacher.capture(layers)
@@ -235,7 +226,9 @@ def cached_teacher(
         task_data.config.distill.scheme.model_dump(mode="json"),
     ]
     own = [augment, networks]
-    code = [code_sha256(_DECIDES_ANSWERS), references_sha256(own), extension_versions(own)]
+    makers = (type(teacher), type(training), build_model, fill_cache)
+    modules = tuple(sorted({maker.__module__ for maker in makers}))
+    code = [code_sha256(modules), references_sha256(own), extension_versions(own)]
     classes = task_data.num_classes
     top = cache.top
     if classes > top and objective.needs_full_logits:

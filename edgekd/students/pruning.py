@@ -117,8 +117,8 @@ class _Group:
 
     def keep_about(self, wanted: float) -> None:
         """Remove the least important units so that the nearest multiple of the step remains."""
-        kept = max(self.step, math.floor(wanted / self.step + 0.5) * self.step)
-        self.removed = self.least_first[: max(0, self.units - kept)]
+        remaining = max(self.step, math.floor(wanted / self.step + 0.5) * self.step)
+        self.removed = self.least_first[: max(0, self.units - remaining)]
 
     def cut(self) -> ChannelCut:
         channels = [i + r * self.units for i in self.removed for r in range(self.repeats)]
@@ -144,10 +144,10 @@ def prune(model: DictModel, config: PruneConfig, seed: int = 0) -> Pruned:
         InputError: torch-pruning is not installed; ``keep`` names no layer; the ratio leaves
             nothing of a layer, or nothing can be pruned.
     """
-    kept = _kept(model, config.keep)
+    protected = _protected(model, config.keep)
     with traced(model) as graph, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        groups, left = _groups(model, graph, config, kept)
+        groups, left = _groups(model, graph, config, protected)
         widths = _widths(graph)
     choose = _choose_in_each if config.scope == "layer" else _choose_in_all
     choose(groups, config.ratio)
@@ -193,7 +193,7 @@ def count_macs(model: DictModel) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def _kept(model: DictModel, names: Sequence[str]) -> set[nn.Module]:
+def _protected(model: DictModel, names: Sequence[str]) -> set[nn.Module]:
     """The layers that ``keep`` names, with all layers inside them."""
     modules = dict(model.module.named_modules())
     for name in names:
@@ -223,7 +223,7 @@ def _importance(kind: str) -> Any:
 
 
 def _groups(
-    model: DictModel, graph: Graph, config: PruneConfig, kept: set[nn.Module]
+    model: DictModel, graph: Graph, config: PruneConfig, protected: set[nn.Module]
 ) -> tuple[list[_Group], dict[str, str]]:
     """The groups of channels that may be removed, and why others may not, by their first layer."""
     groups: list[_Group] = []
@@ -234,7 +234,7 @@ def _groups(
         if found is None:
             left[name] = _UNCERTAIN
             continue
-        if reason := _reason_to_stay(model, graph, found, kept):
+        if reason := _reason_to_stay(model, graph, found, protected):
             left[name] = reason
             continue
         try:
@@ -258,13 +258,13 @@ def _groups(
     return groups, dict(sorted(left.items(), key=lambda entry: order[entry[0]]))
 
 
-def _reason_to_stay(model: DictModel, graph: Graph, group: Any, kept: set[nn.Module]) -> str:
+def _reason_to_stay(model: DictModel, graph: Graph, group: Any, protected: set[nn.Module]) -> str:
     """Why a group's channels cannot go; empty when they may."""
     is_out = graph.dependencies.is_out_channel_pruning_fn
     targets = [dep.target for dep, _ in group if is_out(dep.handler)]
     if any(target.grad_fn in graph.outputs for target in targets):
         return "it is an output layer"
-    if any(target.module in kept for target in targets):
+    if any(target.module in protected for target in targets):
         return "keep"
     if not channel_dependencies(model, graph, group):
         return _UNCERTAIN
@@ -313,14 +313,14 @@ def _together(graph: Graph, layer: nn.Module, width: int) -> int:
     0 where these are not the same place of equal parts, so that units cannot be identified.
     """
     out = graph.dependencies.is_out_channel_pruning_fn
-    gone = {
+    removed = {
         channel
         for dep, channels in graph.group(layer, [0])
         if dep.target.module is layer and out(dep.handler)
         for channel in channels
     }
-    count = len(gone)
-    if not count or width % count or gone != {k * (width // count) for k in range(count)}:
+    count = len(removed)
+    if not count or width % count or removed != {k * (width // count) for k in range(count)}:
         return 0
     return count
 

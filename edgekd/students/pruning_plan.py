@@ -86,7 +86,7 @@ def traced(model: DictModel) -> Iterator[Graph]:
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     given: list[torch.Tensor] = []
 
-    def answers(network: DictModel, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    def forward(network: DictModel, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         given.extend(network(batch).values())
         return given
 
@@ -97,7 +97,7 @@ def traced(model: DictModel) -> Iterator[Graph]:
         try:
             with torch.enable_grad(), torch.random.fork_rng(devices=[]):
                 graph = library.DependencyGraph().build_dependency(
-                    model, example_batch(model.spec.inputs), forward_fn=answers, verbose=False
+                    model, example_batch(model.spec.inputs), forward_fn=forward, verbose=False
                 )
         except Exception as error:
             raise InputError(
@@ -235,15 +235,16 @@ def loses_only_its_inputs(
         torch.manual_seed(0)
         batch = _noise(model)
         try:
-            wanted, found = model(batch), pruned(batch)
+            expected, found = model(batch), pruned(batch)
         except (IndexError, RuntimeError, ValueError):
             return False
     return all(
-        found[name].shape == wanted[name].shape
+        found[name].shape == expected[name].shape
         and bool(
-            (found[name] - wanted[name]).abs().max() <= _ROUNDING * wanted[name].abs().max() + 1e-6
+            (found[name] - expected[name]).abs().max()
+            <= _ROUNDING * expected[name].abs().max() + 1e-6
         )
-        for name in wanted
+        for name in expected
     )
 
 

@@ -23,8 +23,6 @@ from edgekd.tasks.task import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from edgekd.tasks.losses import Distance
-
 _NARROWEST, _WIDEST = 0.1, 3.0
 """Range of target deviations and means that needs no scaling of a network's outputs."""
 
@@ -36,9 +34,19 @@ class ContinuousTask:
     Where the data have ``<target>_mask``, elements with a zero there (the padding at the end of
     an action chunk) count neither in the loss nor in the metric. A mask has the target's shape
     or that of its leading dimensions.
+
+    Args:
+        target: the name of the target array; its mask is ``<target>_mask``.
+        output: the name of the model's output.
+        loss: the hard loss. ``mae`` is less drawn to rare, large values than ``mse``.
+        metric: the mean absolute or the mean squared error.
+        standardize: train in units of the targets' deviation, from their mean: ``auto`` where
+            their range requires it. A network's outputs are always in the user's units.
     """
 
     name: str
+    default_target = "target"
+    default_output = "prediction"
     metric = "mae"
     higher_is_better = False
     unit = 1.0
@@ -48,15 +56,15 @@ class ContinuousTask:
 
     def __init__(
         self,
-        target: str,
-        output: str,
-        loss: Distance,
+        target: str | None = None,
+        output: str | None = None,
+        loss: Literal["mse", "mae", "huber"] = "mse",
         metric: Literal["mae", "mse"] = "mae",
         standardize: bool | Literal["auto"] = "auto",
     ) -> None:
-        self.target = target
-        self.output = output
-        self.loss: Distance = loss
+        self.target = target or self.default_target
+        self.output = output or self.default_output
+        self.loss = loss
         self.standardize = standardize
         self._squared = metric == "mse"
         if self._squared:
@@ -76,12 +84,12 @@ class ContinuousTask:
         if self.standardize is False:
             return
         values = np.asarray(targets[self.target], np.float64)
-        kept = np.ones(values.shape, bool)
+        selected = np.ones(values.shape, bool)
         if self.mask in targets:
-            kept = _expand(np.asarray(targets[self.mask]), values.shape)
-        count = np.maximum(kept.sum(axis=0), 1)
-        mean = np.where(kept, values, 0.0).sum(axis=0) / count
-        deviation = math.sqrt(np.square((values - mean)[kept]).mean())
+            selected = _expand(np.asarray(targets[self.mask]), values.shape)
+        count = np.maximum(selected.sum(axis=0), 1)
+        mean = np.where(selected, values, 0.0).sum(axis=0) / count
+        deviation = math.sqrt(np.square((values - mean)[selected]).mean())
         # A deviation of rounding alone is none.
         unit = deviation if deviation > 1e-6 * float(np.abs(mean).max()) else 1.0
         wide = not _NARROWEST <= unit <= _WIDEST or float(np.abs(mean).max()) > _WIDEST
@@ -151,16 +159,16 @@ class ContinuousTask:
         """The mean error of each sample over the unmasked elements: absolute for
         ``mae``, squared for ``mse``."""
         predicted = required(outputs, self.output, "output")
-        wanted = required(targets, self.target, "target")
-        if predicted.shape == (*wanted.shape, 1):
-            wanted = wanted[..., None]
-        if predicted.shape != wanted.shape:
+        target = required(targets, self.target, "target")
+        if predicted.shape == (*target.shape, 1):
+            target = target[..., None]
+        if predicted.shape != target.shape:
             raise InputError(
-                f"output {list(predicted.shape)} does not fit target {list(wanted.shape)}",
+                f"output {list(predicted.shape)} does not fit target {list(target.shape)}",
                 remedy="the model's output must have the shape of the target",
             )
         check_outputs_finite(predicted, self.output)
-        error = np.abs(predicted.astype(np.float64) - wanted.astype(np.float64))
+        error = np.abs(predicted.astype(np.float64) - target.astype(np.float64))
         if self._squared:
             error = np.square(error)
         rows = error.reshape(len(error), -1)
@@ -168,8 +176,8 @@ class ContinuousTask:
         if self.mask not in targets:
             scores = rows.mean(axis=1)
             return scores
-        kept = _expand(np.asarray(targets[self.mask]), error.shape).reshape(rows.shape)
-        scores = np.where(kept, rows, 0.0).sum(axis=1) / np.maximum(kept.sum(axis=1), 1)
+        selected = _expand(np.asarray(targets[self.mask]), error.shape).reshape(rows.shape)
+        scores = np.where(selected, rows, 0.0).sum(axis=1) / np.maximum(selected.sum(axis=1), 1)
         return scores
 
     def labelled(self, targets: Arrays) -> np.ndarray[Any, Any]:
@@ -187,17 +195,17 @@ class ContinuousTask:
 
         With a mask, over the unmasked elements; 0 where there are none.
         """
-        wanted = required(targets, self.target, "target").astype(np.float64)
+        target = required(targets, self.target, "target").astype(np.float64)
         if self.mask in targets:
-            kept = _expand(np.asarray(targets[self.mask]), wanted.shape)
-            elements = np.ma.masked_array(wanted, ~kept)
+            selected = _expand(np.asarray(targets[self.mask]), target.shape)
+            elements = np.ma.masked_array(target, ~selected)
             masked = (
                 elements.mean(axis=0) if self._squared else np.ma.median(elements, axis=0)  # type: ignore[no-untyped-call]
             )
             best = np.ma.filled(masked, 0.0)
         else:
-            best = wanted.mean(axis=0) if self._squared else np.median(wanted, axis=0)
-        return {self.output: np.broadcast_to(best, wanted.shape)}
+            best = target.mean(axis=0) if self._squared else np.median(target, axis=0)
+        return {self.output: np.broadcast_to(best, target.shape)}
 
     def _check_masked(
         self,
@@ -219,8 +227,8 @@ class ContinuousTask:
                 where=where,
                 remedy="a mask has the shape of the target, or of its leading dimensions",
             )
-        kept = _expand(mask, values.shape)
-        empty = np.logical_not(np.any(kept.reshape(len(kept), -1), axis=1))
+        selected = _expand(mask, values.shape)
+        empty = np.logical_not(np.any(selected.reshape(len(selected), -1), axis=1))
         if empty.any():
             raise InputError(
                 f"the mask of sample {int(np.argmax(empty))} selects nothing "
@@ -229,7 +237,7 @@ class ContinuousTask:
                 remedy="remove samples that have no target at all",
             )
         # Masked elements may be NaN; they are never read.
-        check_finite(np.where(kept, values, 0), f"the target {self.target!r}", split)
+        check_finite(np.where(selected, values, 0), f"the target {self.target!r}", split)
 
 
 def _expand(mask: np.ndarray[Any, Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
@@ -239,50 +247,16 @@ def _expand(mask: np.ndarray[Any, Any], shape: tuple[int, ...]) -> np.ndarray[An
 
 
 class Regression(ContinuousTask):
-    """A prediction (B, ...) against a target of the same shape; see :class:`ContinuousTask`.
-
-    Args:
-        target: the name of the target array.
-        output: the name of the model's prediction.
-        loss: the hard loss.
-        metric: the mean absolute or the mean squared error.
-        standardize: train in units of the targets' deviation, from their mean: ``auto`` where
-            their range requires it. A network's outputs are always in the user's units.
-    """
+    """A prediction (B, ...) against a target of the same shape."""
 
     name = "regression"
 
-    def __init__(
-        self,
-        target: str = "target",
-        output: str = "prediction",
-        loss: Literal["mse", "mae", "huber"] = "mse",
-        metric: Literal["mae", "mse"] = "mae",
-        standardize: bool | Literal["auto"] = "auto",
-    ) -> None:
-        super().__init__(target, output, loss, metric, standardize)
-
 
 class Policy(ContinuousTask):
-    """Actions (B, A), or a chunk (B, T, A), imitating recorded ones; see :class:`ContinuousTask`.
+    """Actions (B, A), or a chunk (B, T, A), imitating recorded ones.
 
-    Args:
-        target: the name of the recorded actions; their mask is ``<target>_mask``.
-        output: the name of the model's actions.
-        loss: the hard loss. ``mae`` is less drawn to rare, large actions than ``mse``.
-        metric: the mean absolute or the mean squared error.
-        standardize: train in units of the targets' deviation, from their mean: ``auto`` where
-            their range requires it. A network's outputs are always in the user's units.
+    ``target`` and ``output`` are ``action`` by default.
     """
 
     name = "policy"
-
-    def __init__(
-        self,
-        target: str = "action",
-        output: str = "action",
-        loss: Literal["mse", "mae", "huber"] = "mse",
-        metric: Literal["mae", "mse"] = "mae",
-        standardize: bool | Literal["auto"] = "auto",
-    ) -> None:
-        super().__init__(target, output, loss, metric, standardize)
+    default_target = default_output = "action"

@@ -95,10 +95,10 @@ def distance(
     target = align(target.to(prediction.dtype), prediction)
     if mask is None:
         return _error(prediction, target, kind).mean()
-    kept = expand_mask(mask, target)
+    selected = expand_mask(mask, target)
     # Padding may hold NaN, whose gradient survives a product with 0: it is replaced beforehand.
-    target = torch.where(kept, target, prediction.detach())
-    return _error(prediction, target, kind).sum() / kept.sum().clamp(min=1)
+    target = torch.where(selected, target, prediction.detach())
+    return _error(prediction, target, kind).sum() / selected.sum().clamp(min=1)
 
 
 def _error(prediction: Tensor, target: Tensor, kind: Distance) -> Tensor:

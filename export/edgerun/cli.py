@@ -13,7 +13,18 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, List, Mapping, Sequence
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    List,
+    Mapping,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import edgerun
 from edgerun.errors import BadInput, EdgerunError, RunFailed
@@ -38,7 +49,7 @@ def command_parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="outputs for every sample of an npz file")
     run.add_argument("model", type=Path, nargs="?", metavar="MODEL.onnx")
     run.add_argument("--inputs", type=Path, required=True, metavar="DATA.npz")
-    run.add_argument("--output", type=Path, required=True, metavar="ANSWERS.npz")
+    run.add_argument("--output", type=Path, required=True, metavar="OUTPUTS.npz")
     run.add_argument("--bundle", type=Path, metavar="FOLDER", help="with model and manifest")
     run.add_argument("--manifest", type=Path, metavar="manifest.json")
     run.add_argument("--raw", action="store_true", help="preprocess data of any dtype")
@@ -62,7 +73,7 @@ def command_parser() -> argparse.ArgumentParser:
     _add_settings(bench)
 
     verify = commands.add_parser("verify", help="whether a bundle is intact")
-    verify.add_argument("folder", type=Path, metavar="FOLDER")
+    verify.add_argument("bundle", type=Path, metavar="FOLDER", help="or its .tar.gz")
 
     info = commands.add_parser("info", help="describe this device, or a model")
     info.add_argument("model", type=Path, nargs="?", metavar="MODEL.onnx")
@@ -167,29 +178,21 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimization", choices=LEVELS, default="all")
 
 
-def _natural(text: str) -> int:
-    return _whole(text, least=0)
-
-
-def _count(text: str) -> int:
-    return _whole(text, least=1)
-
-
-def _whole(text: str, least: int) -> int:
+def _natural(text: str, least: int = 0) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
     return int(text)
 
 
+def _count(text: str) -> int:
+    return _natural(text, least=1)
+
+
 def _seconds(text: str) -> float:
-    return _number(text, "of seconds ")
+    return _positive(text, "of seconds ")
 
 
-def _positive(text: str) -> float:
-    return _number(text)
-
-
-def _number(text: str, unit: str = "") -> float:
+def _positive(text: str, unit: str = "") -> float:
     try:
         value = float(text)
     except ValueError:
@@ -251,7 +254,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if getattr(options, "json", None) is not None:
             check_output(options.json, "--json", stream=True)
-        code: int = _COMMANDS[options.name](options)
+        code, record, lines = _COMMANDS[options.name](options)
+        if record is not None and getattr(options, "json", None) is not None:
+            _write_json(options.json, record)
+        for line in lines:
+            print(line)
     except EdgerunError as error:
         return error.report()
     except ImportError as error:
@@ -280,7 +287,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run(options: argparse.Namespace) -> int:
+Done = Tuple[int, Optional[Dict[str, Any]], Iterable[str]]
+"""What a command returns: its exit code, its record, and the lines to print."""
+
+
+def _run(options: argparse.Namespace) -> Done:
     from edgerun.manifest import MANIFEST, manifest_beside, read_manifest
     from edgerun.run import open_model, run
 
@@ -298,16 +309,17 @@ def _run(options: argparse.Namespace) -> int:
     outputs = run(model, options.inputs, options.batch, manifest, options.raw)
     seconds = time.perf_counter() - begin
     outputs.save(options.output)
-    for name, array in outputs.arrays.items():
-        print(f"{name} {array.dtype} {'x'.join(map(str, array.shape))}")
+    lines = [
+        f"{name} {array.dtype} {'x'.join(map(str, array.shape))}"
+        for name, array in outputs.arrays.items()
+    ]
     if outputs.labels is not None:
         more = " …" if outputs.samples > 10 else ""
-        print(f"labels: {', '.join(outputs.labels[:10])}{more}")
-    print(f"{outputs.samples} samples in {seconds:.2f} s -> {options.output}")
-    return 0
+        lines.append(f"labels: {', '.join(outputs.labels[:10])}{more}")
+    return 0, None, [*lines, f"{outputs.samples} samples in {seconds:.2f} s -> {options.output}"]
 
 
-def _bench(options: argparse.Namespace) -> int:
+def _bench(options: argparse.Namespace) -> Done:
     from edgerun.bench import BenchmarkConfig, bench, bench_lines
     from edgerun.model import parse_shapes
 
@@ -325,38 +337,32 @@ def _bench(options: argparse.Namespace) -> int:
             against_settings=model_settings(options, against=True),
         )
     )
-    if options.json is not None:
-        _write_json(options.json, record)
-    print("\n".join(bench_lines(record)))
-    return 0
+    return 0, record, bench_lines(record)
 
 
-def _verify(options: argparse.Namespace) -> int:
+def _verify(options: argparse.Namespace) -> Done:
     from edgerun.manifest import verify
 
-    verdict = verify(options.folder)
-    print("\n".join(verdict.lines()))
-    return 0 if verdict.intact else 1
+    verdict = verify(options.bundle)
+    if verdict.intact:
+        return 0, None, [f"intact: {verdict.listed} files"]
+    return 1, None, verdict.problems
 
 
-def _info(options: argparse.Namespace) -> int:
+def _info(options: argparse.Namespace) -> Done:
     from edgerun.run import describe_model, model_lines
     from edgerun.system import describe_environment, description_lines, read_conditions
 
-    described: dict[str, Any] = {
-        "schema": "edgerun.info/1",
-        "environment": {**describe_environment(), "now": read_conditions()},
-    }
+    environment = {**describe_environment(), "now": read_conditions()}
+    record: Dict[str, Any] = {"schema": "edgerun.info/1", "environment": environment}
+    lines = list(description_lines(environment))
     if options.model is not None:
-        described["model"] = model = describe_model(options.model)
-        print("\n".join(model_lines(model)))
-    if options.json is not None:
-        _write_json(options.json, described)
-    print("\n".join(description_lines(described["environment"])))
-    return 0
+        record["model"] = describe_model(options.model)
+        lines = [*model_lines(record["model"]), *lines]
+    return 0, record, lines
 
 
-def _probe(options: argparse.Namespace) -> int:
+def _probe(options: argparse.Namespace) -> Done:
     from edgerun.model import parse_shapes
     from edgerun.run import probe
 
@@ -370,12 +376,10 @@ def _probe(options: argparse.Namespace) -> int:
         # Flushed at once: the next step may crash this process.
         report=lambda step: print(step, flush=True),
     )
-    if options.json is not None:
-        _write_json(options.json, record)
-    return 0
+    return 0, record, ()
 
 
-def _build(options: argparse.Namespace) -> int:
+def _build(options: argparse.Namespace) -> Done:
     from edgerun.tensorrt.build import build, build_lines
     from edgerun.tensorrt.settings import BuildSettings, parse_ranges
 
@@ -394,31 +398,24 @@ def _build(options: argparse.Namespace) -> int:
         gpu_fallback=not options.no_gpu_fallback,
     )
     record = build(options.model, options.engine, settings)
-    if options.json is not None:
-        _write_json(options.json, record)
-    print("\n".join(build_lines(record)))
-    return 0
+    return 0, record, build_lines(record)
 
 
-def _parse(options: argparse.Namespace) -> int:
+def _parse(options: argparse.Namespace) -> Done:
     from edgerun.tensorrt.network import parse
 
-    verdict = parse(options.model, options.library)
-    if options.json is not None:
-        _write_json(options.json, verdict)
-    said = "takes the model" if verdict["supported"] else "does not take the model"
-    print(f"{verdict['library']} {verdict['version']} {said}")
-    for problem in verdict["problems"]:
-        print(f"  {problem['node']} ({problem['op']}): {problem['message']}")
-    return 0
+    record = parse(options.model, options.library)
+    takes = "takes the model" if record["supported"] else "does not take the model"
+    problems = [f"  {p['node']} ({p['op']}): {p['message']}" for p in record["problems"]]
+    return 0, record, [f"{record['library']} {record['version']} {takes}", *problems]
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def _write_json(path: Path, value: Dict[str, Any]) -> None:
     with write_errors(path, "the result"):
         path.write_text(json.dumps(value, allow_nan=False) + "\n", encoding="utf-8")
 
 
-_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+_COMMANDS: Dict[str, Callable[[argparse.Namespace], Done]] = {
     "run": _run,
     "bench": _bench,
     "verify": _verify,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 
 AS_JSON = "EDGERUN_ERRORS"
@@ -45,7 +46,7 @@ class EdgerunError(Exception):
             line = json.dumps({"edgerun_error": {**fields, "code": self.exit_code}})
             print(line, file=sys.stderr)
         else:
-            print(f"edgerun: {self}", file=sys.stderr)
+            print(printable(f"edgerun: {self}"), file=sys.stderr)
         return self.exit_code
 
 
@@ -69,3 +70,15 @@ class CannotWrite(EdgerunError):
     """A file cannot be written: no space, no permission."""
 
     exit_code = 5
+
+
+_CONTROL = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    """A text for a terminal or a log: control characters, which could move its cursor or hide
+    what follows, as escapes such as ``\\x1b``; line breaks and tabs stay.
+    """
+    return _CONTROL.sub(lambda found: repr(found.group(0))[1:-1], text)

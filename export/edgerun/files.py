@@ -12,7 +12,7 @@ import time
 import zlib
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Callable, Collection, Iterator, Optional, Union
+from typing import IO, Any, Callable, Collection, Iterator, Optional, Union
 
 from edgerun.errors import BadInput, CannotWrite
 
@@ -261,10 +261,12 @@ def describe_files(path: Path) -> dict[str, Any]:
     }
 
 
-def sha256(path: Path) -> str:
-    """The hexadecimal SHA-256 of a file."""
+def sha256(file: Path | IO[bytes]) -> str:
+    """The hexadecimal SHA-256 of a file, or of what remains of an open one."""
+    if isinstance(file, Path):
+        with file.open("rb") as content:
+            return sha256(content)
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
+    while block := file.read(1 << 20):
+        digest.update(block)
     return digest.hexdigest()

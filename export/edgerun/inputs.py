@@ -187,9 +187,9 @@ class Samples:
             if count != total and layout.size is not None and count == layout.size:
                 axes[name] = None
             elif count != total:
-                told = ", ".join(f"{n}: {c}" for n, c in counts.items())
+                each = ", ".join(f"{n}: {c}" for n, c in counts.items())
                 raise BadInput(
-                    f"the inputs have different numbers of samples ({told})",
+                    f"the inputs have different numbers of samples ({each})",
                     where=where,
                     remedy="give every input the same number along its batch axis",
                 )

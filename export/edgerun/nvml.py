@@ -93,9 +93,7 @@ class Nvml:
 
     def driver(self) -> str:
         """The driver's version, such as ``580.95.05``; raises Unread."""
-        text = ctypes.create_string_buffer(96)
-        self._call("nvmlSystemGetDriverVersion", text, len(text))
-        return text.value.decode("utf-8", errors="replace")
+        return self._text("nvmlSystemGetDriverVersion")
 
     def count(self) -> int:
         """How many GPUs there are; raises Unread."""
@@ -105,9 +103,7 @@ class Nvml:
 
     def name(self) -> str:
         """The product's name; raises Unread."""
-        text = ctypes.create_string_buffer(96)
-        self._call("nvmlDeviceGetName", self._device, text, len(text))
-        return text.value.decode("utf-8", errors="replace")
+        return self._text("nvmlDeviceGetName", self._device)
 
     def total(self) -> int:
         """Bytes of the device's memory; raises Unread."""
@@ -123,16 +119,14 @@ class Nvml:
         In a container the driver may have another number for the process; it is then not found.
         """
         name = "nvmlDeviceGetComputeRunningProcesses_v3"
-        if not self._has(name):
+        if not hasattr(self._library, name):
             name = "nvmlDeviceGetComputeRunningProcesses_v2"
-        room = 16
-        while True:
-            entries, count = (ProcessInfo * room)(), ctypes.c_uint(room)
-            code = self._code(name, self._device, ctypes.byref(count), entries)
-            if code != INSUFFICIENT_SIZE:
-                break
+        code, count = INSUFFICIENT_SIZE, ctypes.c_uint(0)
+        while code == INSUFFICIENT_SIZE:
             # More processes may start in between.
-            room = count.value + 16
+            count.value += 16
+            entries = (ProcessInfo * count.value)()
+            code = self._code(name, self._device, ctypes.byref(count), entries)
         self._check(name, code)
         known = [e.used for e in entries[: count.value] if e.pid == pid and e.used != NOT_AVAILABLE]
         if not known:
@@ -148,12 +142,17 @@ class Nvml:
         """
         reasons = ctypes.c_ulonglong()
         arguments = (self._device, ctypes.byref(reasons))
-        told = self._code("nvmlDeviceGetCurrentClocksThrottleReasons", *arguments) == 0
+        code = self._code("nvmlDeviceGetCurrentClocksThrottleReasons", *arguments)
         return {
             "temperature_c": self._reading("nvmlDeviceGetTemperature", TEMPERATURE_OF_GPU),
             "clock_mhz": self._reading("nvmlDeviceGetClockInfo", CLOCK_SM),
-            "throttle_reasons": hex(reasons.value) if told else None,
+            "throttle_reasons": None if code else hex(reasons.value),
         }
+
+    def _text(self, function: str, *device: Any) -> str:
+        text = ctypes.create_string_buffer(96)
+        self._call(function, *device, text, len(text))
+        return text.value.decode("utf-8", errors="replace")
 
     def _reading(self, function: str, which: int) -> float | None:
         value = ctypes.c_uint()
@@ -165,17 +164,10 @@ class Nvml:
         self._call("nvmlDeviceGetMemoryInfo", self._device, ctypes.byref(info))
         return info
 
-    def _has(self, function: str) -> bool:
-        try:
-            getattr(self._library, function)
-        except AttributeError:
-            return False
-        return True
-
     def _code(self, function: str, *arguments: Any) -> int:
-        if not self._has(function):
+        called = getattr(self._library, function, None)
+        if called is None:
             return NOT_SUPPORTED
-        called = getattr(self._library, function)
         called.argtypes, called.restype = SIGNATURES[function], ctypes.c_int
         code: int = called(*arguments)
         return code

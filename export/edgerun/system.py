@@ -257,8 +257,8 @@ def _turbo(root: Path) -> bool | None:
 def _nvpmodel(root: Path) -> str | None:
     if root != ROOT or shutil.which("nvpmodel") is None:
         return None
-    answer = _command("nvpmodel", "-q")
-    match = re.search(r"NV Power Mode:\s*(\S+)", answer or "")
+    output = _command("nvpmodel", "-q")
+    match = re.search(r"NV Power Mode:\s*(\S+)", output or "")
     return match.group(1) if match else None
 
 

@@ -95,9 +95,9 @@ class Stopwatch:
             chosen = {name: note for name, note in self.feeds.notes.items() if "=" in note}
             if not chosen:
                 raise
-            told = "; ".join(f"{name}: {note}" for name, note in chosen.items())
+            sizes = "; ".join(f"{name}: {note}" for name, note in chosen.items())
             raise BadInput(
-                f"{error.what} (sizes were chosen here: {told})", error.where, error.remedy
+                f"{error.what} (sizes were chosen here: {sizes})", error.where, error.remedy
             ) from error
         finally:
             overdue.cancel()

@@ -38,3 +38,15 @@ def test_check_goes_on_after_a_wrong_profile_and_fails(tmp_path):
     result = call("check", path, "l4", code=2)
     assert f"{path}: wrong" in result.output
     assert "l4: ok" in result.output
+
+
+def test_brackets_in_a_profile_are_text(tmp_path):
+    path = tmp_path / "x.yaml"
+    shown = call("show", "raspberry-pi-5", "--json").output
+    path.write_text(
+        shown.replace("Raspberry Pi 5", "[/red] Pi").replace('"note": "', '"note": "[/b]')
+    )
+    result = call("show", str(path))
+    assert result.exception is None
+    assert "[/red] Pi" in result.output
+    assert "[/b]" in result.output

@@ -5,7 +5,14 @@ import pytest
 import torch
 
 from edgekd.data.augment import SampleRng
-from edgekd.data.transforms import cutmix, mixed_classes, mixed_values, mixup, partner_rows
+from edgekd.data.transforms import (
+    cutmix,
+    mixed_classes,
+    mixed_values,
+    mixing,
+    mixup,
+    partner_rows,
+)
 from edgekd.errors import InputError
 
 COUNT = 300
@@ -98,6 +105,8 @@ def test_continuous_targets_are_mixed_linearly():
 @pytest.mark.parametrize("function", [mixup, cutmix])
 def test_an_alpha_that_is_none(function):
     images = torch.zeros(2, 1, 3, 3)
-    for alpha in (0, -1, "x"):
+    for alpha in (0, -1):
         with pytest.raises(InputError, match="alpha is"):
             function(images, images, draws(2), alpha=alpha)
+    with pytest.raises(InputError, match=r"alpha: .* it is 'x'"):
+        mixing([{function.__name__: {"alpha": "x"}}])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from edgekd.config.training import LossTerm
@@ -109,8 +110,10 @@ def test_all_weights_zero():
 
 
 def test_infinite_weight():
-    with pytest.raises(InputError, match="the weight is inf"):
-        Objective(terms({"hard_labels": {}, "weight": float("inf")}), TASK)
+    with pytest.raises(ValidationError, match="finite"):
+        terms({"hard_labels": {}, "weight": float("inf")})
+    with pytest.raises(ValidationError, match="finite"):
+        terms({"hard_labels": {}, "weight": {"start": 1, "end": float("inf")}})
 
 
 def test_a_loss_of_ones_own(users_code):

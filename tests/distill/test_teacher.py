@@ -47,7 +47,7 @@ def test_any_batch_size_is_served_by_a_file_fixed_to_one(tmp_path, batch, size):
 
 
 def test_names_that_differ_are_matched_by_order(tmp_path, batch):
-    path = onnx_file(tmp_path / "t.onnx", names=("input.1", "output_7"))
+    path = onnx_file(tmp_path / "t.onnx", names=("input_1", "output_7"))
     answers = OnnxTeacher(path, [X], [LOGITS]).predict(batch)
     torch.testing.assert_close(answers, {"logits": expected(batch)})
 

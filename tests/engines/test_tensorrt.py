@@ -4,6 +4,7 @@ import shlex
 
 import pytest
 
+from edgekd.config.budgets import Budgets, GateConfig
 from edgekd.config.pipeline import TensorRTConfig
 from edgekd.config.profile import load_profile
 from edgekd.engines import tensorrt
@@ -48,6 +49,8 @@ def test_the_profile_limits_memory_and_names_the_gpu_where_the_engine_does_not(c
     settings = engine_settings(own, profile)
     assert (settings.compute_capabilities, settings.workspace_mb) == (("8.6",), 32)
     assert engine_settings(own, None).batch == 1
+    gated = Budgets.resolve(GateConfig.model_validate({"memory": {"peak_mb": 64}}), profile)
+    assert engine_settings(config, profile, gated).workspace_mb == 64
 
 
 def test_the_command_for_the_device_is_one_that_edgerun_takes(config):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import ast
+import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +29,10 @@ def test_each_file_is_python_3_8_and_imports_only_what_a_device_has(file):
 
 
 def test_verify_works_where_neither_numpy_nor_a_runtime_is(tmp_path):
-    (tmp_path / "manifest.json").write_text('{"files": {}}')
+    (tmp_path / "m").write_bytes(b"")
+    files = {"m": {"sha256": hashlib.sha256(b"").hexdigest(), "bytes": 0}}
+    manifest = {"schema": "edgekd.bundle/1", "files": files}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     script = (
         "import sys; sys.modules['numpy'] = sys.modules['onnxruntime'] = None\n"
         "from edgerun.cli import main\n"
@@ -40,7 +45,7 @@ def test_verify_works_where_neither_numpy_nor_a_runtime_is(tmp_path):
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stdout) == (0, "intact: 0 files\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "intact: 1 files\n"), done.stderr
 
 
 def test_a_missing_runtime_is_said_in_one_message(tmp_path):

@@ -81,7 +81,7 @@ def deep_header(folder: Path) -> None:
 
 def many_arrays(folder: Path) -> None:
     with zipfile.ZipFile(folder / "d.npz", "w") as archive:
-        for number in range(100_000):
+        for number in range(10_001):
             archive.writestr(f"{number}.npy", b"")
 
 
@@ -119,7 +119,7 @@ CASES = {
         "t.onnx",
     ),
     "a deep header in the data": (deep_header, [], "train_state"),
-    "100,000 arrays": (many_arrays, [], "100,000 arrays"),
+    "too many arrays": (many_arrays, [], "10,001 arrays"),
     "a single number as data": (
         lambda f: save(f, train_state=np.float32(1), test_state=np.float32(1)),
         [],

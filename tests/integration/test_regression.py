@@ -60,7 +60,7 @@ def test_prices_are_learnt_and_the_file_answers_in_euros(shipped) -> None:
 
 
 def test_a_student_no_better_than_a_constant_is_not_shipped(shipped, tmp_path: Path) -> None:
-    folder = shutil.copytree(shipped[0], tmp_path / "prices")
+    folder = shutil.copytree(shipped[0], tmp_path / "prices", symlinks=True)
     untaught = ("--set", "distill.epochs=1", "--set", "distill.learning_rate=1e-9")
     untaught += ("--set", "gate.accuracy.max_drop=null")
     done = edgekd("run", "p.yaml", *untaught, cwd=folder, code=1)

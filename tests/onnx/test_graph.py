@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, parser
+from onnx import parser
 
 from edgekd.onnx.graph import deciding_inputs, precisions_of
-from tests.onnx_builders import save_onnx
+from tests.onnx_builders import parse_onnx, save_onnx
 
 CONSTANT = "w = Constant <value = float16[2] {1, 1}> ()"
 DEQUANTIZE = "w = DequantizeLinear (a, b)"
@@ -42,9 +42,8 @@ def test_weights_and_quantization_are_found_at_any_depth(tmp_path, node, half_we
     assert precisions_of(path) == {"half": half, "int8": int8}
 
 
-def model(inputs, body, opset=18):
-    text = f'<ir_version: 8, opset_import: ["" : {opset}]> g ({inputs}) => (float y) {{ {body} }}'
-    return parser.parse_model(text)
+def model(inputs, body):
+    return parse_onnx(f"({inputs}) => (float y) {{ {body} }}", opset=18)
 
 
 @pytest.mark.parametrize(
@@ -84,32 +83,16 @@ def test_values_that_decide_no_size_are_none_of_them(inputs, body):
     assert deciding_inputs(model(inputs, body)) == {}
 
 
-def looped(trips, condition, inner):
-    """A loop over ``acc`` whose body has ``inner`` before it says whether to go on."""
-    scalars = {"i": TensorProto.INT64, "go": TensorProto.BOOL, "acc": TensorProto.FLOAT}
-    body = helper.make_graph(
-        [*inner, helper.make_node("Tanh", ["acc"], ["next"])],
-        "body",
-        [helper.make_tensor_value_info(name, kind, []) for name, kind in scalars.items()],
-        [
-            helper.make_tensor_value_info("again", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("next", TensorProto.FLOAT, []),
-        ],
-    )
-    node = helper.make_node("Loop", [trips, condition, "x"], ["y"], "rounds", body=body)
-    inputs = {"n": TensorProto.INT64, "on": TensorProto.BOOL, "x": TensorProto.FLOAT}
-    graph = helper.make_graph(
-        [node],
-        "g",
-        [helper.make_tensor_value_info(name, kind, []) for name, kind in inputs.items()],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [])],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+def looped(trips, condition, again):
+    """A loop over ``acc`` whose body computes ``again``, whether to go on."""
+    body = f"""body (int64 i, bool go, float acc) => (bool again, float next)
+    {{ again = {again}  next = Tanh (acc) }}"""
+    loop = f"[rounds] y = Loop ({trips}, {condition}, x) <body = {body}>"
+    return model("int64 n, bool on, float x", loop)
 
 
 def test_a_loop_is_counted_by_its_trips_its_condition_and_what_its_body_compares():
-    same = [helper.make_node("Identity", ["go"], ["again"])]
-    below = [helper.make_node("Less", ["i", "n"], ["again"])]
+    same, below = "Identity (go)", "Less (i, n)"
     assert set(deciding_inputs(looped("n", "", same))) == {"n"}
     assert set(deciding_inputs(looped("n", "on", same))) == {"n", "on"}
     assert deciding_inputs(looped("", "", below)) == {"n": "the number of rounds of Loop 'rounds'"}
@@ -117,17 +100,11 @@ def test_a_loop_is_counted_by_its_trips_its_condition_and_what_its_body_compares
 
 
 def test_a_function_is_looked_into():
-    body = [helper.make_node("ConstantOfShape", ["a"], ["b"])]
-    opsets = [helper.make_opsetid("", 18)]
-    function = helper.make_function("local", "Zeros", ["a"], ["b"], body, opsets)
-    graph = helper.make_graph(
-        [helper.make_node("Zeros", ["n"], ["y"], "z", domain="local")],
-        "g",
-        [helper.make_tensor_value_info("n", TensorProto.INT64, [2])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, None])],
-    )
-    made = helper.make_model(
-        graph, opset_imports=[*opsets, helper.make_opsetid("local", 1)], functions=[function]
-    )
+    made = parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 18, "local" : 1]>
+        g (int64[2] n) => (float[?,?] y) { [z] y = local.Zeros (n) }
+        <domain: "local", opset_import: ["" : 18]>
+        Zeros (a) => (b) { b = ConstantOfShape (a) }
+    """)
     onnx.checker.check_model(made)
     assert set(deciding_inputs(made)) == {"n"}

@@ -207,3 +207,8 @@ def test_a_name_brings_what_its_definition_uses_and_no_more(sources: Path) -> No
     assert "edgekd.e" not in set(code_of(("edgekd.d",)))
     waiting = dependencies._next("edgekd.b", "used")
     assert {module for module, _ in waiting} == {"edgekd.d"}
+
+
+def test_a_distribution_that_is_not_installed_has_no_version() -> None:
+    """What needs it reports that before the first stage; a fingerprint is no place to fail."""
+    assert set(fingerprint.library_versions(("numpy", "no-such-distribution"))) == {"numpy"}

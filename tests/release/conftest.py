@@ -101,6 +101,20 @@ def make_result():
     }
 
 
+def bare_result():
+    """The least that a result may have, such as the first ones had."""
+    figure = {"value": 0.0, "unit": "points", "n": 100, "interval": None, "confidence": 0.95,
+              "evidence": "measured-on-target", "note": ""}  # fmt: skip
+    return {
+        "schema": SCHEMA, "name": "x", "profile": "host", "target": "local",
+        "evidence": "measured-on-target",
+        "task": {"name": "classification", "metric": "accuracy", "higher_is_better": True},
+        "models": {"student": {"file": "s.onnx", "metric": {**figure, "unit": "accuracy"}}},
+        "comparison": {"drop": dict(figure)},
+        "environment": {}, "versions": {}, "fingerprints": {},
+    }  # fmt: skip
+
+
 def make_history(epochs, level, terms, seed):
     rng = np.random.default_rng(seed)
     rows = []

@@ -123,6 +123,24 @@ def test_a_damaged_bench_is_an_error_that_names_the_file(tmp_path, key):
 
 
 @pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"value": 9999.0}, "models.student.latency.p95_ms is 9999, outside its interval"),
+        ({"n": 1, "interval": None}, "models.student.latency.p95_ms has no interval"),
+        ({"value": None, "interval": [1, 2]}, "has an interval and no value"),
+        ({"value": "fast"}, "models.0.latency.p95.value is 'fast'"),
+    ],
+)
+def test_a_bench_that_contradicts_itself_is_refused(tmp_path, change, words):
+    damaged = bench()
+    damaged["models"][0]["latency"]["p95"] |= change
+    (tmp_path / "bench.json").write_text(json.dumps(damaged))
+    (tmp_path / "budget.yaml").write_text("latency: {p95_ms: 50}\n")
+    done = edgekd("gate", tmp_path / "bench.json", "--budget", tmp_path / "budget.yaml", code=2)
+    assert words in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize(
     ("machine", "cpu", "profile", "evidence"),
     [
         ("aarch64", "Cortex-A76", "raspberry-pi-5", "measured-on-target"),

@@ -1,7 +1,7 @@
-"""Where samples come from: the built-in sources, and the user's own by ``package.module:name`` or
-by an entry point of ``edgekd.sources``.
+"""The data sources: built-in ones, of which digits and npz are here, and the user's own.
 
-Adding a source is one file with a :class:`~edgekd.data.source.Source`, and its line here.
+A source is a :class:`~edgekd.data.source.Source`, and its line in :data:`SOURCES`; or a function,
+by ``package.module:name`` or an entry point of ``edgekd.sources``.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import numpy as np
 from edgekd.config.pipeline import DataConfig
 from edgekd.data.build_dataset import build_dataset
 from edgekd.data.classes import LABEL_CLASSES, ClassTarget
-from edgekd.data.dataset import Dataset
-from edgekd.data.source import UNSPLIT, RawData, Request, Source
+from edgekd.data.dataset import Array, Dataset
+from edgekd.data.source import LABEL_NAMES, UNSPLIT, RawData, Request, Source
 from edgekd.data.sources.fashion_mnist import FASHION_MNIST
 from edgekd.data.sources.function import fingerprint_function, read_function
 from edgekd.data.sources.image_folder import IMAGE_FOLDER
-from edgekd.data.sources.npz import NPZ
+from edgekd.data.splits import by_split
+from edgekd.errors import InputError
 from edgekd.extension import find_reference, resolve, searching
-
-TEST_FRACTION = 0.25
+from edgekd.files import file_sha256
+from edgerun.npz import NpzFile
 
 
 def read_digits(request: Request) -> RawData:
@@ -41,7 +42,7 @@ def read_digits(request: Request) -> RawData:
         labels=tuple(str(digit) for digit in range(10)),
         layout="nchw",
         image_scale=1 / 16,
-        test_fraction=TEST_FRACTION,
+        test_fraction=0.25,
     )
 
 
@@ -51,6 +52,41 @@ def fingerprint_digits(request: Request) -> dict[str, str]:
 
 
 DIGITS = Source(read_digits, fingerprint_digits)
+
+
+def read_npz(request: Request) -> RawData:
+    """Arrays named ``train_image``, ``test_label``; or ``x_train``, ``y_test``; or unsplit.
+
+    ``val_``, ``valid_`` and ``dev_`` mean ``validation_``, in any case and without the underscore
+    where that is plain (``trainX``). An array of text named ``classes`` names the classes. Of
+    unsplit arrays a fifth is split off as test. Pickles are never read.
+
+    Raises:
+        InputError: the file is missing, damaged, no npz, or contains an object array.
+    """
+    request.refuse("download")
+    request.arguments(())
+    path = request.required_path("an .npz file")
+    with NpzFile(path, InputError) as archive:
+        arrays: dict[str, Array] = {name: archive.read(name) for name in archive.names}
+    if not arrays:
+        raise InputError(
+            "the file has no array", where=str(path), remedy="write it again with numpy.savez"
+        )
+    labels = None
+    if LABEL_NAMES in arrays and arrays[LABEL_NAMES].dtype.kind == "U":
+        labels = tuple(str(name) for name in arrays.pop(LABEL_NAMES).ravel())
+    return RawData(
+        splits=by_split(arrays, str(path)), where=str(path), description=str(path), labels=labels
+    )
+
+
+def fingerprint_npz(request: Request) -> dict[str, str]:
+    """SHA-256 of the file."""
+    return {"npz": file_sha256(request.required_path("an .npz file"))}
+
+
+NPZ = Source(read_npz, fingerprint_npz)
 
 SOURCES: dict[str, Source] = {
     "digits": DIGITS,

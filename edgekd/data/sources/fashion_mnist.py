@@ -50,20 +50,20 @@ def read_bytes(path: Path) -> bytes:
 def _decompressed(content: bytes, where: str) -> bytes:
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(content)) as stream:
-            whole = stream.read(_MOST_BYTES + 1)
+            unpacked = stream.read(_MOST_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(
             f"the gzip file is corrupt or truncated after {len(content)} bytes: {error}",
             where=where,
             remedy="get the file again",
         ) from error
-    if len(whole) > _MOST_BYTES:
+    if len(unpacked) > _MOST_BYTES:
         raise InputError(
             f"the gzip file holds more than {_MOST_BYTES / 1e6:.0f} MB",
             where=where,
             remedy="give a data set of this format; Fashion-MNIST has 47 MB",
         )
-    return whole
+    return unpacked
 
 
 def parse_idx(content: bytes, dimensions: int, where: str) -> NDArray[np.uint8]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from edgekd.data.dataset import Array, Dataset, check_arrays, check_samples
 from edgekd.data.source import (
+    LABEL_NAMES,
     SHARED_ARGUMENTS,
     SPLITS,
     RawData,
@@ -21,9 +22,6 @@ from edgekd.data.splits import by_split, recognized, split_of
 from edgekd.errors import EdgekdError, InputError, unknown_name
 from edgekd.extension import parse, source_files
 from edgekd.files import file_sha256, hash_path
-
-LABEL_NAMES = "classes"
-"""The key of the class names, next to the splits (or arrays)."""
 
 _LONGEST_PATH = 1024
 _RUN = "**/artifacts/*/*/artifact.json"

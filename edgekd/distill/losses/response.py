@@ -4,9 +4,11 @@ Each takes tensors and gives a scalar. Shapes: logits (B, C) or (B, T, C), the l
 samples; numbers (B, ...). Sums run over classes, means over everything else, so that a weight means
 the same for every batch size and sequence length. Half precision is widened before any exponential.
 
-Losses that take a ``target`` and treat the right class separately need one integer class per row of
-logits, C at least 2. A row whose class is below 0 is unlabelled and left out; the mean is over the
-labelled rows, and none gives 0.
+Unless a loss says otherwise, ``student`` and ``teacher`` are logits of the same shape, and
+``temperature`` is T, at least 1. ``dkd``, ``wsld`` and ``tf_kd`` treat the right class separately:
+their ``target`` is one integer class per row of logits, C at least 2. A row whose class is below 0
+is unlabelled and left out; the mean is over the labelled rows, and none gives 0. Shapes that do not
+fit, or a target of probabilities, raise an InputError.
 """
 
 from __future__ import annotations
@@ -52,11 +54,6 @@ def soft_labels(student: Tensor, teacher: Tensor, temperature: Temperature = 4.0
 
     T² keeps the gradient's size when T changes. Adding a constant to all logits of a sample
     changes nothing; equal logits give 0.
-
-    Args:
-        student: logits.
-        teacher: logits of the same shape.
-        temperature: T, at least 1.
     """
     check_same_shape(student, teacher, SAME_CLASSES)
     log_p = log_probabilities(teacher, temperature)
@@ -70,12 +67,7 @@ def soft_labels(student: Tensor, teacher: Tensor, temperature: Temperature = 4.0
 
 @traits(needs_full_logits=False, compares="classes")
 def hard_distillation(student: Tensor, teacher: Tensor) -> Tensor:
-    """``CE(z_s, argmax z_t)``: the teacher's decision as a label (DeiT, Touvron et al. 2021).
-
-    Args:
-        student: logits.
-        teacher: logits of the same shape.
-    """
+    """``CE(z_s, argmax z_t)``: the teacher's decision as a label (DeiT, Touvron et al. 2021)."""
     check_same_shape(student, teacher, SAME_CLASSES)
     return cross_entropy(student, teacher.argmax(dim=-1))
 
@@ -116,8 +108,6 @@ def logit_standardization(
     and scale of a sample. Logits that are all equal have no Z; they count as 0, without gradient.
 
     Args:
-        student: logits.
-        teacher: logits of the same shape.
         temperature: T, at least 1. The authors weight this loss by 9 and hard labels by 0.1.
     """
     check_same_shape(student, teacher, SAME_CLASSES)
@@ -141,10 +131,7 @@ def jsd(
     an end the loss is small and needs a larger weight. T² is not in the paper, where T is 1.
 
     Args:
-        student: logits.
-        teacher: logits of the same shape.
         beta: β, from 0 to 1.
-        temperature: T, at least 1.
     """
     check_same_shape(student, teacher, SAME_CLASSES)
     log_p = log_probabilities(teacher, temperature)
@@ -164,11 +151,6 @@ def multi_label(student: Tensor, teacher: Tensor, temperature: Temperature = 1.0
 
     Soft labels of classes that do not exclude each other: each logit is a separate yes-or-no
     question, so that a shift of a sample's logits does change the loss.
-
-    Args:
-        student: logits.
-        teacher: logits of the same shape.
-        temperature: T, at least 1.
     """
     check_same_shape(student, teacher, SAME_CLASSES)
     log_p = log_probabilities(_yes_and_no(teacher), temperature)
@@ -224,8 +206,6 @@ def dist(
     One sample alone therefore always pays γ for its columns.
 
     Args:
-        student: logits.
-        teacher: logits of the same shape.
         beta: β, the weight of the relation between classes, within each sample.
         gamma: γ, the weight of the relation between samples, within each class.
         temperature: T, at least 1; the authors take 1 for ImageNet and 4 for CIFAR.
@@ -252,8 +232,6 @@ def mlkd(
     the less confident half, are left out. Takes memory for a matrix (B·T, B·T).
 
     Args:
-        student: logits.
-        teacher: logits of the same shape.
         temperatures: at least one, each at least 1.
     """
     check_same_shape(student, teacher, SAME_CLASSES)
@@ -301,15 +279,8 @@ def dkd(
     With two classes there is one other, and NCKD is 0.
 
     Args:
-        student: logits.
-        teacher: logits of the same shape.
-        target: integer classes, below 0 where there is none.
         alpha: α, the weight of TCKD.
         beta: β, the weight of NCKD.
-        temperature: T, at least 1.
-
-    Raises:
-        InputError: shapes that do not fit; targets that are probabilities.
     """
     check_same_shape(student, teacher, SAME_CLASSES)
     classes = _one_class_each("dkd", student, target)
@@ -332,13 +303,7 @@ def wsld(
     is that of the KL, its lowest value the teacher's entropy and not 0.
 
     Args:
-        student: logits.
-        teacher: logits of the same shape.
-        target: integer classes, below 0 where there is none.
         temperature: T, at least 1. The authors weight this loss by 2.5 and hard labels by 1.
-
-    Raises:
-        InputError: shapes that do not fit; targets that are probabilities.
     """
     check_same_shape(student, teacher, SAME_CLASSES)
     classes = _one_class_each("wsld", student, target)
@@ -363,13 +328,7 @@ def tf_kd(
     themselves and leaves the student at T = 1; its weights do not carry over.
 
     Args:
-        student: logits.
-        target: integer classes, below 0 where there is none.
         correct: the probability of the right class; the paper takes 0.9 and above.
-        temperature: T, at least 1.
-
-    Raises:
-        InputError: shapes that do not fit; targets that are probabilities.
     """
     classes = _one_class_each("tf_kd", student, target)
     log_q = log_probabilities(student, temperature)

@@ -346,24 +346,24 @@ def _use_dla(library: Library, builder: Any, config: Any, settings: BuildSetting
 
 def _ask_precision(library: Library, network: Any, config: Any, settings: BuildSettings) -> None:
     """Flags of a weakly typed network, and the type of each layer that requires one."""
-    asked = str(settings.precision)
-    flags: List[str] = [asked.upper()]
-    if settings.dla is not None and asked == "int8":
+    precision = str(settings.precision)
+    flags: List[str] = [precision.upper()]
+    if settings.dla is not None and precision == "int8":
         # Layers without INT8 support on the DLA compute in FP16.
         flags.append("FP16")
     for flag in flags:
         _set_flag(library, config, flag, "--precision")
-    if asked == "int8":
+    if precision == "int8":
         # Quantize and dequantize nodes state the precision; a second statement would be refused.
         return
     obey = library.member("BuilderFlag", "OBEY_PRECISION_CONSTRAINTS")
     if obey is None:
         raise _missing(library, "precision constraints", "--precision")
     config.set_flag(obey)
-    _constrain(library, network, asked, settings.keep)
+    _constrain(library, network, precision, settings.keep)
 
 
-def _constrain(library: Library, network: Any, asked: str, keep: Collection[str]) -> None:
+def _constrain(library: Library, network: Any, precision: str, keep: Collection[str]) -> None:
     types: Dict[str, Any] = {
         name: library.member("DataType", kind) for name, kind in _DATA_TYPES.items()
     }
@@ -371,7 +371,7 @@ def _constrain(library: Library, network: Any, asked: str, keep: Collection[str]
         layer = network.get_layer(index)
         if layer.type.name not in MATRIX_LAYERS or layer.get_output(0).dtype.name not in FLOATS:
             continue
-        layer.precision = types["fp32" if onnx_name(layer) in keep else asked]
+        layer.precision = types["fp32" if onnx_name(layer) in keep else precision]
 
 
 def _add_profile(builder: Any, config: Any, ranges: Mapping[str, Range]) -> None:

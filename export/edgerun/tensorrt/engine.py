@@ -256,7 +256,7 @@ def inspect_engine(library: Library, engine: bytes, version_compatible: bool) ->
     try:
         seen = json.loads(inspector.get_engine_information(module.LayerInformationFormat.JSON))
     except ValueError as error:
-        return Inspection(None, [], reason=f"the inspector's answer is not JSON: {error}")
+        return Inspection(None, [], reason=f"the inspector's output is not JSON: {error}")
     return Inspection(
         layers=list(seen.get("Layers", [])),
         # "I/O Tensors" since 11; the same list.

@@ -160,7 +160,9 @@ def check_keep(layers: Layers, keep: Collection[str]) -> None:
         )
 
 
-def check_precision(layers: Layers, asked: str | None, keep: Collection[str], where: str) -> None:
+def check_precision(
+    layers: Layers, requested: str | None, keep: Collection[str], where: str
+) -> None:
     """Check the convolutions and matrix products against the requested precision.
 
     A model without any must have at least one layer in it. Layers of unknown precision
@@ -169,12 +171,12 @@ def check_precision(layers: Layers, asked: str | None, keep: Collection[str], wh
     Raises:
         BadInput: layers not among ``keep`` compute in another one; they are counted and named.
     """
-    if asked is None:
+    if requested is None:
         return
     wrong = {
         precision: kept_out
         for precision, names in layers.matrix.items()
-        if precision not in ENOUGH[asked] and precision != UNKNOWN
+        if precision not in ENOUGH[requested] and precision != UNKNOWN
         for kept_out in [tuple(name for name in names if name not in keep)]
         if kept_out
     }
@@ -185,17 +187,17 @@ def check_precision(layers: Layers, asked: str | None, keep: Collection[str], wh
             for precision, names in wrong.items()
         )
         raise BadInput(
-            f"{asked.upper()} was asked for, and of the convolutions and matrix products there "
+            f"{requested.upper()} was asked for, and of the convolutions and matrix products there "
             f"are {found}",
             where=where,
-            remedy=f"{_REMEDY[asked]}; or name those that are meant to stay so: --keep NODE",
+            remedy=f"{_REMEDY[requested]}; or name those that are meant to stay so: --keep NODE",
         )
-    if not layers.matrix and not ENOUGH[asked] & set(layers.by_precision):
+    if not layers.matrix and not ENOUGH[requested] & set(layers.by_precision):
         found = ", ".join(p.upper() for p in layers.by_precision) or "none"
         raise BadInput(
-            f"{asked.upper()} was asked for and no layer computes in it; there is {found}",
+            f"{requested.upper()} was asked for and no layer computes in it; there is {found}",
             where=where,
-            remedy=_REMEDY[asked],
+            remedy=_REMEDY[requested],
         )
 
 

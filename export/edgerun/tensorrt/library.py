@@ -196,8 +196,8 @@ def _log(module: Any) -> Any:
             return next((e for e in self.errors if "catchCudaError" not in e), "")
 
         def log(self, severity: Any, message: str) -> None:
-            kept = {"WARNING": self.warnings, "ERROR": self.errors, "INTERNAL_ERROR": self.errors}
-            messages = kept.get(severity.name)
+            lists = {"WARNING": self.warnings, "ERROR": self.errors, "INTERNAL_ERROR": self.errors}
+            messages = lists.get(severity.name)
             text = " ".join(message.split())
             if messages is not None and text not in messages:
                 messages.append(text)

@@ -88,12 +88,12 @@ class EngineTensors:
         for index in order:
             if all(_within(feed[n].shape, r) for n, r in self._profiles[index].items()):
                 return index
-        told = "; or ".join(
+        accepted = "; or ".join(
             ", ".join(f"{n} {written(low)} to {written(high)}" for n, (low, high) in p.items())
             for p in self._profiles
         )
         raise BadInput(
-            f"the engine was not built for {written_feed(feed)}; it takes {told}",
+            f"the engine was not built for {written_feed(feed)}; it takes {accepted}",
             where=str(self._path),
             remedy="give --batch or --shape within that, or build the engine for these shapes",
         )
@@ -176,7 +176,7 @@ class EngineModel:
         self._context = self._engine.create_execution_context()
         if self._context is None:
             raise RunFailed(
-                f"the engine cannot be initialised: {self._told()}",
+                f"the engine cannot be initialised: {self._reason()}",
                 where=str(path),
                 remedy="the GPU's memory may not suffice: end what else runs on it",
             )
@@ -240,17 +240,17 @@ class EngineModel:
 
     def _query(self, feed: Feed) -> list[Any]:
         self._launch(feed)
-        answers: list[Any] = []
+        outputs: list[Any] = []
         for tensor in self.outputs:
             name = tensor.name
             allocator = self._allocators.get(name)
             shape = self._shapes[name] if allocator is None else allocator.shape
-            answer = np.empty(shape, tensor.dtype)
-            if answer.nbytes:
-                self._cuda.copy_out(answer, self._buffers.address(name), self._stream)
-            answers.append(answer)
+            output = np.empty(shape, tensor.dtype)
+            if output.nbytes:
+                self._cuda.copy_out(output, self._buffers.address(name), self._stream)
+            outputs.append(output)
         self._cuda.synchronize(self._stream)
-        return answers
+        return outputs
 
     def _launch(self, feed: Feed, events: tuple[int, int] | None = None) -> None:
         shapes = [feed[tensor.name].shape for tensor in self.inputs]
@@ -310,18 +310,18 @@ class EngineModel:
 
     def _failed(self, feed: Feed, reason: str = "") -> RunFailed:
         return RunFailed(
-            f"the engine fails on inputs {written_feed(feed)}: {reason or self._told()}",
+            f"the engine fails on inputs {written_feed(feed)}: {reason or self._reason()}",
             where=str(self.path),
             remedy="give the shapes it was built for (--shape NAME=1x3x224x224) or real inputs "
             "(--inputs data.npz)",
         )
 
-    def _told(self) -> str:
+    def _reason(self) -> str:
         """The library's last error."""
         log = self._loaded.library.log
-        told = str(log.last_error())
+        reason = str(log.last_error())
         log.clear()
-        return told or "TensorRT gives no reason"
+        return reason or "TensorRT gives no reason"
 
 
 def _allocator(module: Any, buffers: DeviceBuffers) -> Any:
@@ -388,10 +388,12 @@ def open_engine(path: Path) -> EngineModel:
 def _refused(
     path: Path, libraries: Sequence[str], refusals: Sequence[EdgerunError]
 ) -> EdgerunError:
-    told = "; ".join(f"{name}: {error.what}" for name, error in zip(libraries, refusals))
+    reasons = "; ".join(f"{name}: {error.what}" for name, error in zip(libraries, refusals))
     # A library that lacks only the GPU has not rejected the file.
     kind = NoDevice if any(isinstance(error, NoDevice) for error in refusals) else BadInput
-    return kind(f"no library here takes the engine: {told}", str(path), remedy=refusals[-1].remedy)
+    return kind(
+        f"no library here takes the engine: {reasons}", str(path), remedy=refusals[-1].remedy
+    )
 
 
 def _dimension_names(record: Mapping[str, Any]) -> dict[str, Sequence[int | str | None]]:
