@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
+
+from edgekd.errors import printable
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 """A finite number; pydantic refuses a boolean and a text in its place."""
@@ -136,3 +139,10 @@ def display_scale(unit: str) -> float:
 def display_unit(unit: str) -> str:
     """The unit as shown: ``%`` for an accuracy, empty for a plain count."""
     return _SHOWN_UNIT.get(unit, unit)
+
+
+def markdown_text(text: object) -> str:
+    """A text such as a class name in Markdown, also in a table: on one line, without markup."""
+    line = printable(" ".join(str(text).split()))
+    escaped = re.sub(r"([\\`*_\[\]|~])", r"\\\1", line)
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -24,6 +24,8 @@ from rich.progress import (
     Progress as RichProgress,
 )
 
+from edgekd.errors import printable
+
 
 class Progress(Protocol):
     """A progress display: bars on a terminal, lines in a log, or nothing."""
@@ -136,7 +138,7 @@ class ConsoleProgress:
         if self._log is not None:
             self._log.write("message", text=text)
         if not self._quiet:
-            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self._console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
     def finish(self) -> None:
         """End the work, successful or not."""

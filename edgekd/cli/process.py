@@ -7,6 +7,7 @@ import importlib.metadata
 import io
 import os
 import platform
+import re
 import signal
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from edgekd.errors import StageError
+from edgekd.errors import StageError, printable
 
 REPORTS = 20
 """Number of error reports that are stored; older ones are removed."""
@@ -42,6 +43,20 @@ class _Stream(io.FileIO):
             return len(data)
 
 
+_UNSAFE = re.compile(
+    r"\x1b(?!\[[0-9;?]*[A-Za-z])|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]"
+    r"|[\u200e\u200f\u2028-\u202e\u2066-\u2069]"
+)
+"""Control characters and sequences but those of colors and bars, such as a terminal's title."""
+
+
+class _Text(io.TextIOWrapper):
+    """Text of a standard stream, in which names from data cannot control the terminal."""
+
+    def write(self, text: str) -> int:
+        return super().write(_UNSAFE.sub(lambda found: printable(found[0]), text))
+
+
 def protect_streams() -> None:
     """Keep the exit code with a closed pipe, a full disk, a terminal without a character.
 
@@ -54,7 +69,7 @@ def protect_streams() -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         old = getattr(sys, name)
         buffer = io.BufferedWriter(_Stream(number, "wb", closefd=False))
-        stream = io.TextIOWrapper(
+        stream = _Text(
             buffer,
             encoding=old.encoding if old else "utf-8",
             errors="backslashreplace",

@@ -79,7 +79,8 @@ def run_pipeline_until(
         archive = f"bundle/{job.config.name}.tar.gz"
         for name, place in (("report", "report/report.html"), ("bundle", archive)):
             if name in outcome.artifacts:
-                console.print(f"{name + ':':8}{folder / place}", highlight=False, soft_wrap=True)
+                shown = f"{name + ':':8}{folder / place}"
+                console.print(shown, markup=False, highlight=False, soft_wrap=True)
         if "benchmark" in outcome.artifacts:
             print_headline(console, outcome)
         if outcome.failure is not None:
@@ -105,12 +106,14 @@ def print_result(console: Console, outcome: RunOutcome) -> None:
     console.print(_models(result))
     for name, figure in result.comparison.items():
         if name in _COMPARISONS and figure.value is not None:
-            console.print(f"  {name.replace('_', ' ')}: {full_text(figure)}", highlight=False)
+            text = f"  {name.replace('_', ' ')}: {full_text(figure)}"
+            console.print(text, markup=False, highlight=False)
     gap = result.comparison.get("gap_closed")
     if gap is not None and gap.value is None:
-        console.print(f"  gap closed: not defined: {gap.note}", highlight=False, soft_wrap=True)
+        text = f"  gap closed: not defined: {gap.note}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     for line in constant_caution(result) + thread_caution(result):
-        console.print(f"  [bold red]{line}[/]", highlight=False, soft_wrap=True)
+        console.print(f"  {line}", style="bold red", markup=False, highlight=False, soft_wrap=True)
     if "gate" not in outcome.artifacts:
         return
     verdicts = read_gate(outcome.folder("gate"))

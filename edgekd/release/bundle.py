@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from edgekd.errors import StageError
 from edgekd.files import write_npz
-from edgekd.measurement import full_text
+from edgekd.measurement import full_text, markdown_text
 from edgekd.release.result import Result
 from edgekd.spec import ModelSpec
 from edgerun.files import sha256
@@ -27,10 +28,10 @@ from edgerun.manifest import BUNDLE_SCHEMA, MANIFEST
 def _readme(manifest: Mapping[str, Any], result: Result) -> str:
     """The README for the content of a manifest."""
     parts = [
-        f"# {manifest['name']}",
+        f"# {markdown_text(manifest['name'])}",
         "",
-        f"A {manifest['task']['name']} model in ONNX, with what runs and checks it. It needs "
-        "Python 3.8 or newer, numpy and onnxruntime; nothing else.",
+        f"A {markdown_text(manifest['task']['name'])} model in ONNX, with what runs and checks "
+        "it. It needs Python 3.8 or newer, numpy and onnxruntime; nothing else.",
         "",
         "```sh",
         "python -m pip install -r requirements.txt      # numpy onnxruntime",
@@ -56,15 +57,17 @@ def _readme(manifest: Mapping[str, Any], result: Result) -> str:
     ]
     for kind in ("inputs", "outputs"):
         for tensor in manifest[kind]:
-            shape = " × ".join(map(str, tensor["shape"]))
-            parts.append(f"| {kind[:-1]} | `{tensor['name']}` | {tensor['dtype']} | {shape} |")
+            shape = " × ".join(map(markdown_text, tensor["shape"]))
+            plain = re.fullmatch(r"[\w./:-]+", tensor["name"])
+            name = f"`{tensor['name']}`" if plain else markdown_text(tensor["name"])
+            parts.append(f"| {kind[:-1]} | {name} | {tensor['dtype']} | {shape} |")
     parts += [
         "",
         "Give raw `uint8` data and `edgerun` prepares it with the constants in `manifest.json`, "
         "`(x · scale − mean) / std`; `float32` data must be preprocessed already.",
     ]
     if manifest["labels"]:
-        labels = ", ".join(map(str, manifest["labels"][:20]))
+        labels = ", ".join(map(markdown_text, manifest["labels"][:20]))
         more = " …" if len(manifest["labels"]) > 20 else ""
         parts += [
             "",
@@ -115,12 +118,14 @@ def _figure_rows(result: Result) -> list[str]:
         "| figure | value (95 % interval) | n | evidence |",
         "|---|---|---|---|",
         *(
-            f"| {label} | {full_text(figure)} | {figure.n:,} | {figure.evidence} |"
+            f"| {markdown_text(label)} | {markdown_text(full_text(figure))} | {figure.n:,} "
+            f"| {figure.evidence} |"
             for label, figure in rows
             if figure is not None
         ),
         "",
-        f"Profile: {result.profile}; measured on target: {result.target}.",
+        f"Profile: {markdown_text(result.profile)}; "
+        f"measured on target: {markdown_text(result.target)}.",
     ]
 
 

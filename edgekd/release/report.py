@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 import yaml
 
-from edgekd.measurement import ABSENT, Measurement, drop_unit, full_text, value_text
+from edgekd.measurement import ABSENT, Measurement, drop_unit, full_text, markdown_text, value_text
 from edgekd.release.charts import charts_of
 from edgekd.release.gate import Verdict, passed, summary_line
 from edgekd.release.report_tables import (
@@ -115,15 +115,15 @@ def summary_markdown(result: Result, verdicts: Sequence[Verdict]) -> str:
     """Verdict, gate table, result table and comparisons as GitHub-flavoured Markdown."""
     line = summary_line(verdicts) if verdicts else "nothing was gated"
     parts = [
-        f"## {_plain(result.name)}: {verdict_word(verdicts)}",
+        f"## {markdown_text(result.name)}: {verdict_word(verdicts)}",
         "",
-        _plain(headline(result)),
+        markdown_text(headline(result)),
         "",
-        f"Gate: {line}. Profile {_plain(result.profile)}, target {_plain(result.target)}, "
-        f"evidence {result.evidence}.",
+        f"Gate: {line}. Profile {markdown_text(result.profile)}, "
+        f"target {markdown_text(result.target)}, evidence {result.evidence}.",
         "",
     ]
-    parts += [f"> {_plain(caution)}" for caution in cautions(result)]
+    parts += [f"> {markdown_text(caution)}" for caution in cautions(result)]
     if verdicts:
         parts += ["", "| rule | verdict | figure | budget | why |", "|---|---|---|---|---|"]
         for rule in gate_rows(verdicts):
@@ -146,13 +146,7 @@ def _cell(cell: Cell) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(_plain(cell) for cell in cells) + " |"
-
-
-def _plain(text: str) -> str:
-    """Text escaped for a table cell."""
-    escaped = text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
-    return escaped.replace("<", "&lt;").replace("_", "\\_").replace("*", "\\*").replace("`", "\\`")
+    return "| " + " | ".join(markdown_text(cell) for cell in cells) + " |"
 
 
 SCHEMA = "edgekd.report/2"

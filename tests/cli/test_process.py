@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from edgekd import cli
+from edgekd.cli import process
 from edgekd.errors import InputError, printable
 from tests.onnx_builders import Graph
 
@@ -148,3 +151,18 @@ def test_children_end_with_a_command_that_is_ended(number, tmp_path):
     if number == signal.SIGTERM:
         assert process.returncode == 143
         assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_names_from_data_do_not_control_the_terminal(tmp_path):
+    """A title of the terminal (OSC), a deletion of a line and a change of direction are shown."""
+    name = "m\x1b]0;title\x07\x9b2J\u202e.onnx"
+    (tmp_path / name).write_bytes(b"")
+    code, out, err = command(f"edgekd check {shlex.quote(str(tmp_path / name))}")
+    assert code == 2
+    assert "\\x1b]0;title\\x07\\x9b2J\\u202e.onnx" in out + err
+    code, out, err = command("edgekd profiles list", FORCE_COLOR="1")
+    assert code == 0
+    stream = process._Text(io.BytesIO(), "utf-8")
+    stream.write("\x1b[1;31mred\x1b[0m\x1b]52;c;eA==\x07\x1b[2K\x1bc")
+    stream.seek(0)
+    assert stream.read() == "\x1b[1;31mred\x1b[0m\\x1b]52;c;eA==\\x07\x1b[2K\\x1bc"

@@ -354,3 +354,15 @@ def test_a_bundle_that_does_not_run_is_not_written(made, result, tmp_path):
             example={"image": np.zeros((2, 1, 5, 5), np.float32)},
         )
     assert not (tmp_path / "b.tar.gz").exists()
+
+
+def test_names_from_data_are_text_in_the_readme(tmp_path):
+    tiny_model(tmp_path / "m.onnx")
+    names = ("<img src=x onerror=alert(1)>", "[a](http://x)", "a`b|c\n# d\x1b[31m\u202e")
+    build(tmp_path / "b", tmp_path / "m.onnx", make_result(), labels=names, name="b")
+    readme = (tmp_path / "b" / "README.md").read_text()
+    (line,) = (line for line in readme.splitlines() if line.startswith("Classes"))
+    assert "&lt;img src=x onerror=alert(1)&gt;, \\[a\\](http://x), a\\`b\\|c # d" in line
+    assert "\x1b" not in readme
+    assert "\u202e" not in readme
+    assert "\n# d" not in readme
