@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from edgekd.cli.benchmark import write_record
-from edgekd.cli.options import PIPELINE_SUFFIXES
+from edgekd.cli.options import PIPELINE_SUFFIXES, parse_shape
 from edgekd.errors import GateFailed, InputError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from edgekd.engines.check import CheckReport
+    from edgekd.progress import Console
 
 FILE = click.Path(path_type=Path)
 _ENGINES = click.Choice(["tensorrt-rtx", "tensorrt", "onnxruntime"])
@@ -25,7 +23,6 @@ _MARKS = {
     "inconclusive": "[yellow]inconclusive[/yellow]",
     "note": "–",
 }
-_SHAPE = re.compile(r"(?P<name>.+)=(?P<sizes>[1-9]\d*(?:x[1-9]\d*)*|)")
 
 
 @click.command()
@@ -55,12 +52,12 @@ def check(
 
     Exit codes: 0 every check passed, 1 a check failed, 2 the input is wrong.
     """
-    from rich.console import Console
-
     from edgekd.config.profile import load_profile
     from edgekd.crashes import note_model
     from edgekd.engines.check import check_model
     from edgekd.files import check_output
+    from edgekd.onnx.file import files_of_onnx
+    from edgekd.progress import Console
     from edgekd.targets import LocalTarget, open_target
 
     if model.suffix.lower() in PIPELINE_SUFFIXES:
@@ -72,7 +69,8 @@ def check(
         )
     note_model(model)
     if out is not None:
-        check_output(out, "--json", inputs=[model], stream=True)
+        read = [*files_of_onnx(model), *([Path(profile)] if profile else [])]
+        check_output(out, "--json", inputs=read, stream=True)
     target = open_target(LocalTarget.name)
     with Console(stderr=True).status("checking with the runtimes"):
         report = check_model(
@@ -82,7 +80,7 @@ def check(
             engines=engines,
             profile=load_profile(profile) if profile else None,
             providers=[name.strip() for name in (providers or "").split(",") if name.strip()],
-            shapes=_shapes(shapes),
+            shapes=dict(map(parse_shape, shapes)),
             batch=batch,
         )
     if out is not None:
@@ -90,21 +88,6 @@ def check(
     _print(Console(), report)
     if not report.passed:
         click.get_current_context().exit(GateFailed.exit_code)
-
-
-def _shapes(options: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    shapes = {}
-    for option in options:
-        match = _SHAPE.fullmatch(option)
-        if match is None:
-            raise InputError(
-                f"{option!r} is not a shape",
-                where="--shape",
-                remedy="write NAME=1x3x224x224, with sizes of at least 1",
-            )
-        sizes = match["sizes"]
-        shapes[match["name"]] = tuple(map(int, sizes.split("x"))) if sizes else ()
-    return shapes
 
 
 def _print(console: Console, report: CheckReport) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from edgekd.cli.options import PIPELINE_SUFFIXES, parse_shape
 from edgekd.config.networks import ModelConfig
 from edgekd.errors import InputError
+from edgekd.progress import Console
 from edgekd.spec import TensorSpec
 from edgekd.stages.task_data import TaskData
 
@@ -74,9 +75,6 @@ def _listed(model: DictModel) -> list[Layer]:
     return list_layers(model, example_batch(model.spec.inputs))
 
 
-_PIPELINE_SUFFIXES = (".yaml", ".yml")
-
-
 @click.command()
 @click.argument("model", metavar="MODEL|PIPELINE.yaml")
 @click.option("--shape", "shapes", multiple=True, metavar="NAME=1x28x28",
@@ -93,7 +91,7 @@ def layers(model: str, shapes: tuple[str, ...], classes: int, output: Path | Non
     A loss names them in a pipeline: {attention: {student: PATH, teacher: PATH}, weight: 1000}.
     """
     console = Console()
-    if model.endswith(_PIPELINE_SUFFIXES):
+    if model.lower().endswith(PIPELINE_SUFFIXES):
         from edgekd.api import execute, open_job, run_folder
         from edgekd.extension import searching
         from edgekd.stages.task_data import open_task_data
@@ -113,28 +111,18 @@ def layers(model: str, shapes: tuple[str, ...], classes: int, output: Path | Non
         return
     from edgekd.config.networks import ModelConfig
 
-    with_here = dict(map(_shape, shapes))
+    with_here = dict(map(parse_shape, shapes))
     console.print(_table(model, layers_of_model(ModelConfig(model=model), with_here, classes)))
 
 
-def _shape(text: str) -> tuple[str, tuple[int, ...]]:
-    name, _, sizes = text.partition("=")
-    try:
-        return name, tuple(int(size) for size in sizes.split("x"))
-    except ValueError as error:
-        raise InputError(
-            f"{text!r} is no shape", where="--shape", remedy="write NAME=1x28x28"
-        ) from error
-
-
 def _table(title: str, rows: Sequence[Layer]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     table.add_column("layer", overflow="fold")
     table.add_column("class")
     table.add_column("shape (batch first)")
     table.add_column("parameters", justify="right")
     for row in rows:
-        table.add_row(row.path, row.kind, _shape_text(row), f"{row.parameters:,}")
+        table.add_row(Text(row.path), Text(row.kind), _shape_text(row), f"{row.parameters:,}")
     return table
 
 

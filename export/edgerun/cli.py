@@ -28,10 +28,13 @@ from typing import (
 
 import edgerun
 from edgerun.errors import BadInput, EdgerunError, RunFailed
-from edgerun.files import check_output, write_errors
+from edgerun.files import check_output, read_json, write_errors
 
 if TYPE_CHECKING:
     from edgerun.model import Settings
+
+MAX_THREADS = 1024
+"""More threads than this only exhaust the system; ONNX Runtime starts all at once."""
 
 LEVELS = ("all", "extended", "basic", "disabled")
 """ONNX Runtime's levels of graph optimization, the highest first."""
@@ -136,8 +139,8 @@ def _provider_options(text: str, option: str) -> dict[str, dict[str, str]]:
         return {}
     try:
         inline = text.lstrip().startswith("{")
-        given = json.loads(text if inline else Path(text).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        given = json.loads(text) if inline else read_json(Path(text))
+    except (OSError, ValueError, RecursionError) as error:
         raise _bad_options(f"the providers' options cannot be read: {error}", option) from error
     if not isinstance(given, dict):
         raise _bad_options("the providers' options are no mapping", option)
@@ -167,7 +170,9 @@ def _add_library(parser: argparse.ArgumentParser) -> None:
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=_count, metavar="N", help="samples of one call")
-    parser.add_argument("--threads", type=_count, metavar="N", help="default: the runtime's choice")
+    parser.add_argument(
+        "--threads", type=_threads, metavar="N", help="default: the runtime's choice"
+    )
     parser.add_argument("--providers", default="cpu", metavar="A,B", help="default: cpu")
     parser.add_argument(
         "--provider-options",
@@ -186,6 +191,13 @@ def _natural(text: str, least: int = 0) -> int:
 
 def _count(text: str) -> int:
     return _natural(text, least=1)
+
+
+def _threads(text: str) -> int:
+    threads = _count(text)
+    if threads > MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {MAX_THREADS:,} threads")
+    return threads
 
 
 def _seconds(text: str) -> float:

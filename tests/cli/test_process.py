@@ -14,10 +14,13 @@ import click
 import psutil
 import pytest
 from click.testing import CliRunner
+from rich.markup import escape
+from rich.table import Table
 
 from edgekd import cli
-from edgekd.cli import process
+from edgekd.cli import process, quantize
 from edgekd.errors import InputError, printable
+from edgekd.progress import Console
 from tests.onnx_builders import Graph
 
 
@@ -166,3 +169,36 @@ def test_names_from_data_do_not_control_the_terminal(tmp_path):
     stream.write("\x1b[1;31mred\x1b[0m\x1b]52;c;eA==\x07\x1b[2K\x1bc")
     stream.seek(0)
     assert stream.read() == "\x1b[1;31mred\x1b[0m\\x1b]52;c;eA==\\x07\x1b[2K\\x1bc"
+    stream.write("\x1b[2J\x1b[?1049h")
+    stream.seek(0)
+    assert stream.read().endswith("\\x1b[2J\\x1b[?1049h")
+
+
+def test_a_console_shows_colors_of_names_from_data_as_text():
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, color_system="standard", width=60)
+    table = Table("[red]own[/red]", title="\x1b[31mtitle")
+    table.add_row(escape("[/red]\x1b[8m\r and a long name"))
+    console.print(table)
+    console.print("\x1b[8mhidden", markup=False, highlight=False)
+    assert screen.getvalue().count("\\x1b[8m") == 2
+    assert "\\x1b[31mtitle" in screen.getvalue()
+    assert "\x1b[8m" not in screen.getvalue()
+    assert "\x1b[31m" not in screen.getvalue()
+
+
+def test_usage_errors_show_control_characters_as_text(run):
+    option = "--\x1b[31mred"
+    assert "--\\x1b[31mred" in run("gate", option).output
+
+
+def test_names_of_outputs_and_nodes_are_no_markup():
+    record = {"name": "[/red]", "max_absolute": 0.0, "rmse": 0.0, "sqnr_db": 1.0, "cosine": 1.0}
+    part = {"kind": "values", "agreement": None, "part": "[/red]"}
+    rows = [record | {"argmax_agreement": None, "parts": [part]}]
+    screen = io.StringIO()
+    console = Console(file=screen, width=100)
+    console.print(quantize._errors(rows, {"samples": 2, "calibrated_on": 0, "file": "d"}))
+    layer = {"node": "[/red]", "op": "[/blue]", "sqnr_db": None, "own": None}
+    console.print(quantize._layers([layer]))
+    assert screen.getvalue().count("[/red]") == 2
