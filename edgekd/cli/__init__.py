@@ -21,6 +21,7 @@ from edgekd.errors import (
     InputError,
     StageError,
     edgerun_errors,
+    is_utf8,
     nearest,
     printable,
     unknown_name,
@@ -97,6 +98,13 @@ class LazyGroup(click.Group):
         """Suggest the nearest command for a misspelt one."""
         if any(re.fullmatch(r"(--[^=]*=)?", word) for word in args):
             ctx.fail("An argument is empty. Give a name, or leave the option out.")
+        try:
+            Path.cwd()
+        except FileNotFoundError:
+            ctx.fail("The working folder was removed. Change to another one.")
+        for word in args:
+            if not is_utf8(word):
+                ctx.fail(f"The argument {word!r} is not valid UTF-8. Rename the file.")
         if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
             guess = nearest(args[0], _COMMANDS)
             hint = f" Did you mean {guess!r}?" if guess else ""

@@ -15,7 +15,7 @@ import numpy as np
 from edgekd.config.pipeline import DataConfig
 from edgekd.data.dataset import Array
 from edgekd.data.label_format import IntegerLabels, integer_labels, plain_labels
-from edgekd.errors import InputError
+from edgekd.errors import InputError, is_utf8
 from edgekd.spec import UNLABELLED
 
 _SHOWN = 12
@@ -118,7 +118,7 @@ class _Reader:
     def checked(self, found: ClassLabels) -> ClassLabels:
         """The classes, whose names can be written in UTF-8."""
         for name in found.names or ():
-            if not name.isascii() and name.encode(errors="ignore").decode() != name:
+            if not is_utf8(name):
                 raise self.error(
                     f"the class name {name!r} is not valid UTF-8",
                     "rename it, for example the folder of its images",

@@ -27,7 +27,7 @@ from typing import (
 )
 
 import edgerun
-from edgerun.errors import BadInput, EdgerunError, RunFailed
+from edgerun.errors import BadInput, EdgerunError, RunFailed, is_utf8, printable
 from edgerun.files import check_output, read_json, write_errors
 
 if TYPE_CHECKING:
@@ -259,18 +259,42 @@ def command_words(command: str, model: Path | None, settings: Mapping[str, Any])
     return words
 
 
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Check that no file to write is one that is read or written besides.
+
+    Raises:
+        BadInput, CannotWrite: as :func:`edgerun.files.check_output`.
+    """
+    given = {name: path for name, path in vars(options).items() if isinstance(path, Path)}
+    outputs = {name: given.pop(name) for name in ("json", "output", "engine") if name in given}
+    read = list(given.values())
+    if given.get("bundle") is not None and given["bundle"].is_dir():
+        read += given["bundle"].iterdir()
+    for name, path in outputs.items():
+        others = [other for key, other in outputs.items() if key != name]
+        # Whether an engine or an output can be written at all is found when that is done.
+        if name == "json" or os.path.lexists(str(path)):
+            check_output(path, f"--{name}", [*read, *others], stream=True)
+
+
 # numpy and the runtime are imported inside the commands: verify must work without them.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = command_parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not a stream that a program put in its place
+            stream.reconfigure(errors="backslashreplace")
+    parser = command_parser()
+    for word in sys.argv[1:] if arguments is None else arguments:
+        if not is_utf8(word):
+            parser.error(f"the argument {word!r} is not valid UTF-8: rename the file")
+    options = parser.parse_args(arguments)
     try:
-        if getattr(options, "json", None) is not None:
-            check_output(options.json, "--json", stream=True)
+        _check_outputs(options)
         code, record, lines = _COMMANDS[options.name](options)
         if record is not None and getattr(options, "json", None) is not None:
             _write_json(options.json, record)
         for line in lines:
-            print(line)
+            print(printable(line))
     except EdgerunError as error:
         return error.report()
     except ImportError as error:

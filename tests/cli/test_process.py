@@ -21,7 +21,7 @@ from edgekd import cli
 from edgekd.cli import process, quantize
 from edgekd.errors import InputError, printable
 from edgekd.progress import Console
-from tests.onnx_builders import Graph
+from tests.onnx_builders import Graph, save_onnx
 
 
 @click.command()
@@ -202,3 +202,49 @@ def test_names_of_outputs_and_nodes_are_no_markup():
     layer = {"node": "[/red]", "op": "[/blue]", "sqnr_db": None, "own": None}
     console.print(quantize._layers([layer]))
     assert screen.getvalue().count("[/red]") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["benchmark", "m.onnx", "--max-seconds", "nan"], "not a finite number"),
+        (["benchmark", "m.onnx", "--max-seconds", "inf"], "not a finite number"),
+        (["quantize", "m.onnx", "--max-drop", "nan"], "not a finite number"),
+        (["benchmark", "m.onnx", "--threads", "999999999999"], "1<=x<=1024"),
+        (["check", "m.onnx", "--shape", "x=" + "9" * 5000], "is not a shape"),
+        (["check", "m.onnx", "--shape", "x=" + "9" * 19], "is not a shape"),
+        (["layers", "convnet-xs", "--shape", "image=-1x8x8"], "is not a shape"),
+        (["gate", "a" * 5000], "too long"),
+        (["verify", "a" * 300], "too long"),
+        (["benchmark", "m.onnx", "--inputs", "loop"], "levels of symbolic links"),
+        (["check", "loop"], "levels of symbolic links"),
+    ],
+)
+def test_an_impossible_argument_is_two(run, tmp_path, monkeypatch, words, says):
+    monkeypatch.chdir(tmp_path)
+    save_onnx(tmp_path / "m.onnx", "(float[n,4] x) => (float[n,4] y) { y = Relu (x) }")
+    (tmp_path / "loop").symlink_to("loop")
+    done = run(*words)
+    assert done.exit_code == 2, done.output
+    assert says in done.output
+
+
+def test_memory_that_no_machine_has_is_three_and_no_bug(run):
+    done = run("layers", "convnet-xs", "--shape", "image=1x9999999x9999999")
+    assert done.exit_code == 3
+    assert "the memory ran out" in done.output
+
+
+def test_an_argument_that_is_not_utf8_is_two(run):
+    done = run("check", os.fsdecode(b"\xff.onnx"))
+    assert done.exit_code == 2
+    assert "not valid UTF-8" in done.output
+
+
+def test_a_removed_working_folder_is_two(run, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    done = run("plan", "../p.yaml")
+    assert done.exit_code == 2
+    assert "working folder was removed" in done.output
