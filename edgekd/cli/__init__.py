@@ -121,7 +121,7 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except click.ClickException as error:
-            error.message = printable(error.message)
+            vars(error)["message"] = printable(error.message)  # declared final
             raise
         except (click.Abort, click.exceptions.Exit, SystemExit):
             raise

@@ -268,8 +268,8 @@ def _check_outputs(options: argparse.Namespace) -> None:
     given = {name: path for name, path in vars(options).items() if isinstance(path, Path)}
     outputs = {name: given.pop(name) for name in ("json", "output", "engine") if name in given}
     read = list(given.values())
-    if given.get("bundle") is not None and given["bundle"].is_dir():
-        read += given["bundle"].iterdir()
+    if options.name == "run" and options.bundle is not None:
+        read += [options.bundle / "manifest.json", *options.bundle.glob("*.onnx")]
     for name, path in outputs.items():
         others = [other for key, other in outputs.items() if key != name]
         # Whether an engine or an output can be written at all is found when that is done.

@@ -242,3 +242,9 @@ def test_a_split_without_labels_goes_with_named_ones():
     dataset, _ = make(words, splits=splits)
     assert (dataset.splits["train"].arrays["label"] == -1).all()
     np.testing.assert_array_equal(dataset.splits["test"].arrays["label"], LABELS % 3)
+
+
+def test_names_that_are_not_utf8_are_refused():
+    words = np.array(["cat", "dog", "eel", "fox", "gnu\udcff"])[LABELS]
+    assert "not valid UTF-8" in error_of(words)
+    assert "not valid UTF-8" in error_of(LABELS, names=("a", "b", "c", "d", "e\udcff"))

@@ -89,3 +89,33 @@ def test_one_initial_state_serves_every_sample(tmp_path):
     got, _ = answers(tmp_path, model, "--batch", 1)
     np.testing.assert_array_equal(got["y"], 2 * x)
     np.testing.assert_array_equal(got["next"].reshape(3, 3), 5 + 2 * x)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("run", "m.onnx", "--inputs", "d.npz", "--output", "m.onnx"),
+        ("run", "m.onnx", "--inputs", "d.npz", "--output", "d.npz"),
+        ("bench", "m.onnx", "--json", "m.onnx"),
+        ("info", "m.onnx", "--json", "m.onnx"),
+    ],
+)
+def test_an_output_never_overwrites_what_is_read(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    models.linear(tmp_path / "m.onnx")
+    np.savez(tmp_path / "d.npz", x=np.zeros((2, 4), np.float32))
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    assert "would overwrite another file" in edgerun(*words, code=2).stderr
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_terminal_without_unicode_gets_escapes(tmp_path, monkeypatch):
+    save_onnx(tmp_path / "m.onnx", '(float[2] "é") => (float[2] y) { y = Relu ("é") }')
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = edgerun("info", tmp_path / "m.onnx")
+    assert "\\xe9" in done.stdout
+
+
+def test_too_many_threads_are_refused(tmp_path):
+    done = edgerun("bench", "m.onnx", "--threads", 99999999, code=2)
+    assert "more than 1,024 threads" in done.stderr
