@@ -78,12 +78,16 @@ def number(value: float, digits: int = 4) -> str:
     return (text.rstrip("0").rstrip(".") if places else text).replace("-", MINUS)
 
 
-def value_text(figure: Measurement | None, signed: bool = False) -> str:
-    """``92.13 %``, ``0.0412 ms``; a dash for a figure that is absent or has no value."""
+def value_text(figure: Measurement | None, signed: bool = False, unit: str | None = None) -> str:
+    """``92.13 %``, ``0.0412 ms``; a dash for a figure that is absent or has no value.
+
+    ``unit`` is shown in place of the figure's own.
+    """
     if figure is None or figure.value is None:
         return ABSENT
     sign = "+" if signed and figure.value > 0 else ""
-    return f"{sign}{_scaled(figure.value, figure.unit)}{_unit(figure.unit)}"
+    shown = _spaced(display_unit(figure.unit) if unit is None else unit)
+    return f"{sign}{_scaled(figure.value, figure.unit)}{shown}"
 
 
 def drop_unit(metric: str) -> str:
@@ -116,7 +120,7 @@ def full_text(figure: Measurement | None) -> str:
 
 def bound_text(value: float, unit: str) -> str:
     """A budget in the unit of the figure it bounds."""
-    return f"{number(value * display_scale(unit))}{_unit(unit)}"
+    return f"{number(value * display_scale(unit))}{_spaced(display_unit(unit))}"
 
 
 def _scaled(value: float, unit: str) -> str:
@@ -125,8 +129,7 @@ def _scaled(value: float, unit: str) -> str:
     return number(value)
 
 
-def _unit(unit: str) -> str:
-    shown = display_unit(unit)
+def _spaced(shown: str) -> str:
     # A factor is written 9.8×, as a percentage never is.
     return shown if shown == "×" else f" {shown}" if shown else ""
 
