@@ -11,7 +11,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from edgekd.cli.options import PIPELINE_SUFFIXES, refuse_options_of_a_model
+from edgekd.cli.options import is_pipeline, refuse_options_of_a_model
 from edgekd.errors import InputError, StageError
 from edgekd.measurement import ABSENT, number
 from edgerun.cli import LEVELS
@@ -62,7 +62,7 @@ def benchmark(
 
     Given a pipeline's YAML file, run the pipeline up to its benchmark.
     """
-    if model.suffix.lower() in PIPELINE_SUFFIXES:
+    if is_pipeline(model):
         refuse_options_of_a_model({"model"})
         from edgekd.cli.run import run_pipeline_until
 
