@@ -27,7 +27,7 @@ from edgekd.measurement import (
     full_text,
     value_text,
 )
-from edgekd.release.result import PERCENTILES, SHARES, Result, read_json, validate
+from edgekd.release.result import PERCENTILES, SHARES, Result, read_json_input, validate
 from edgekd.release.statistics import samples_to_show
 
 VerdictStatus = Literal["pass", "fail", "inconclusive"]
@@ -244,7 +244,7 @@ def read_gate(folder: Path) -> list[Verdict]:
         InputError: ``gate.json`` is missing or is not one.
     """
     path, remedy = folder / "gate.json", "run the gate stage again"
-    content = read_json(path, "the gate file", remedy)
+    content = read_json_input(path, "the gate file", remedy)
     return list(validate(_GateFile, content, "the gate file", str(path), remedy).verdicts)
 
 

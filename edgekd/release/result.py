@@ -266,8 +266,8 @@ def _explain(details: ErrorDetails) -> str:
     return f"{key} is {shown}: {message[0].lower()}{message[1:]}"
 
 
-def read_json(path: Path, what: str, remedy: str) -> Any:
-    """The content of a JSON file.
+def read_json_input(path: Path, what: str, remedy: str) -> Any:
+    """The content of a JSON file that someone else may have written.
 
     Args:
         path: the file.
@@ -300,7 +300,7 @@ def read_result(path: Path) -> Result:
         InputError: the file is missing, is not JSON, or is not a valid result.
     """
     remedy = "give the result.json of a benchmark stage"
-    return Result.from_json(read_json(path, "the result file", remedy), str(path))
+    return Result.from_json(read_json_input(path, "the result file", remedy), str(path))
 
 
 def recipe_sha256(pipeline: Mapping[str, Any]) -> str:
