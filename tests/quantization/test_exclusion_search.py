@@ -10,7 +10,7 @@ import pytest
 from edgekd.errors import InputError
 from edgekd.onnx.inference import run_samples
 from edgekd.onnx.samples import ArraySamples
-from edgekd.quantization.mixed_precision_search import UNITS, search_float_layers
+from edgekd.quantization.exclusion_search import UNITS, search_float_layers
 from edgekd.quantization.static import StaticQuantizer
 from tests.onnx_builders import Graph, pairs_of, save_onnx
 
