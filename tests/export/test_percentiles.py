@@ -35,7 +35,7 @@ def test_one_query_fewer_leaves_the_confidence_unmet(p: float, confidence: float
 
 
 @given(st.integers(2, 400), st.floats(0.05, 0.95))
-def test_order_statistics_cover_the_percentile_and_no_narrower_pair_of_tails_does(n: int, p: float):
+def test_order_statistics_cover_the_percentile_with_minimal_tails(n: int, p: float):
     ranks = interval_ranks(n, p)
     if ranks is None:
         return

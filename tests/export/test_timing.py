@@ -9,7 +9,7 @@ from edgerun.timing import LEAST_ROUNDS, ROUNDS, WarmUp, compare, is_steady, tim
 
 @dataclass
 class Recorded:
-    """A stopwatch that notes the order of calls and returns made-up latencies."""
+    """A stopwatch that records the order of calls and returns given latencies."""
 
     name: str
     order: list[str]
