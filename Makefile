@@ -8,8 +8,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-# One process per core, the tests of a file in one of them.
-PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# One process per core, the tests of a file in one of them; the slow ones are named at the end.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile \
+  --no-loadscope-reorder --durations 10 --durations-min 5
 
 setup: .venv/.installed
 

@@ -16,7 +16,8 @@ from rich.console import Console
 from edgekd.config.budgets import Budgets, GateConfig, load_budgets
 from edgekd.config.pipeline import load_pipeline
 from edgekd.config.profile import Profile, load_profile
-from edgekd.errors import InputError, StageError
+from edgekd.errors import InputError
+from edgekd.files import write_errors
 from edgekd.pipeline.runner import Runner, RunOutcome, Workers, join_workers, stages_until
 from edgekd.pipeline.stage import Job
 from edgekd.pipeline.store import Store
@@ -105,14 +106,9 @@ def _temporary_files(folder: Path) -> Iterator[None]:
     place = Path(chosen) / f"edgekd-{name}" if chosen else folder.resolve() / "tmp"
     before = tempfile.tempdir
     shutil.rmtree(place, ignore_errors=True)
-    try:
+    remedy = "free space there, or set TMPDIR to a larger disk"
+    with write_errors(place, "the folder of temporary files", remedy):
         place.mkdir(mode=0o700)
-    except OSError as error:
-        raise StageError(
-            f"the folder of temporary files cannot be written: {error.strerror}",
-            where=str(place),
-            remedy="free space there, or set TMPDIR to a larger disk",
-        ) from error
     tempfile.tempdir = os.environ["TMPDIR"] = str(place)
     try:
         yield

@@ -39,10 +39,10 @@ def edgekd(
 
 
 def edgekd_process(
-    *words: object, cwd: Path, code: int | None = 0
+    *words: object, cwd: Path, code: int | None = 0, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a command in a process of its own and check its exit code, unless ``code`` is None."""
-    return _process("edgekd", *words, cwd=cwd, code=code)
+    return _process("-m", "edgekd", *words, cwd=cwd, code=code, env=env)
 
 
 def edgerun(
@@ -50,14 +50,24 @@ def edgerun(
 ) -> subprocess.CompletedProcess[str]:
     """Run ``python -m edgerun`` and check its exit code, unless ``code`` is None."""
     environment = {**os.environ, "PYTHONPATH": str(EXPORT)}
-    return _process("edgerun", *words, cwd=cwd, code=code, env=environment)
+    return _process("-m", "edgerun", *words, cwd=cwd, code=code, env=environment)
 
 
-def _process(
-    module: str, *words: object, code: int | None, **settings: Any
+def python(
+    source: str, *words: object, code: int | None = 0, **settings: Any
 ) -> subprocess.CompletedProcess[str]:
+    """Run Python source in a process of its own and check its exit code, unless it is None."""
+    return _process("-c", source, *words, code=code, **settings)
+
+
+def check_not_imported(modules: set[str], source: str) -> None:
+    """Run Python source in a process of its own; it must import none of the modules."""
+    python(f"{source}\nimport sys\nassert not {modules!r} & set(sys.modules)")
+
+
+def _process(*words: object, code: int | None, **settings: Any) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, "-m", module, *map(str, words)],
+        [sys.executable, *map(str, words)],
         capture_output=True,
         text=True,
         check=False,

@@ -33,6 +33,14 @@ def save_onnx(path, text, weights=(), **settings):
     return path
 
 
+def save_external(model, path, location="w.bin"):
+    """Save a model, or the one in a file, with its weights in a second file; the path."""
+    model = model if isinstance(model, onnx.ModelProto) else onnx.load(str(model))
+    settings = {"save_as_external_data": True, "location": location, "size_threshold": 0}
+    onnx.save(model, str(path), **settings)
+    return path
+
+
 class Graph:
     """Collects nodes and weights; ``save`` writes the model."""
 
@@ -105,5 +113,5 @@ def pairs_of(path):
 
 
 def distance(reference, candidate):
-    """The largest difference over the largest answer."""
+    """The largest difference over the largest reference value."""
     return float(np.abs(candidate - reference).max() / np.abs(reference).max())

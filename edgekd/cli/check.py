@@ -22,7 +22,7 @@ _ENGINES = click.Choice(["tensorrt-rtx", "tensorrt", "onnxruntime"])
 _MARKS = {
     "ok": "[green]ok[/green]",
     "fails": "[red]fails[/red]",
-    "not shown": "[yellow]not shown[/yellow]",
+    "inconclusive": "[yellow]inconclusive[/yellow]",
     "note": "–",
 }
 _SHAPE = re.compile(r"(?P<name>.+)=(?P<sizes>[1-9]\d*(?:x[1-9]\d*)*|)")

@@ -6,8 +6,6 @@ may be shared by several, also concurrent, runs.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
@@ -23,6 +21,7 @@ from torch import Tensor
 from edgekd.distill.cache_store import SCHEMA, CacheStore, LogitCodec, Records
 from edgekd.distill.teacher import Teacher
 from edgekd.errors import InputError, StageError
+from edgekd.files import json_sha256
 from edgekd.progress import Progress
 from edgekd.spec import SAMPLE, VIEW, TensorSpec
 
@@ -65,8 +64,8 @@ def fill_cache(
 
     The outputs are in ``root/<first 16 digits of their key>``; the key covers everything that
     they depend on, so that a changed teacher, preprocessing or data set never reads stale outputs.
-    Further views are added to an existing cache. A kill at any moment loses
-    at most the unfinished block.
+    Further views are added to an existing cache. A kill at any moment loses at most the unfinished
+    block.
 
     Args:
         teacher: run here, and again where a block turns out to be damaged later.
@@ -81,7 +80,8 @@ def fill_cache(
         augment: the augmentations' configuration, as JSON.
         preprocess: how raw data become inputs, as JSON.
         progress: receives the number of finished samples, and a message when another run is waited
-        for. block_samples: samples that share a checksum.
+            for.
+        block_samples: samples that share a checksum.
 
     Returns:
         The teacher that reads its outputs from disk.
@@ -102,7 +102,7 @@ def fill_cache(
         "outputs": codec.to_json(),
         "block_samples": block_samples,
     }
-    key = cache_key(parts)
+    key = json_sha256({**parts, "schema": SCHEMA})
     folder = root.resolve() / key[:16]
     store = CacheStore(folder, key, codec.dtype.itemsize, loader.samples, block_samples)
     cached = CachedTeacher(teacher, loader, codec, store, seed, views, progress)
@@ -121,20 +121,12 @@ def fill_cache(
     return cached
 
 
-def cache_key(parts: Mapping[str, Any]) -> str:
-    """The SHA-256 of what the outputs depend on (JSON) and of the format, independent of key
-    order.
-    """
-    text = json.dumps({**parts, "schema": SCHEMA}, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 class CachedTeacher:
     """A teacher's outputs read from disk; made by :func:`fill_cache`.
 
     Each block's checksum is verified when the first of its records is read. A damaged block is
-    recomputed by the teacher immediately. A small cache stays in
-    memory once it is read; of a large one each record is read when it is needed.
+    recomputed by the teacher immediately. A small cache stays in memory once it is read; of a large
+    one each record is read when it is needed.
     """
 
     def __init__(

@@ -88,25 +88,20 @@ def training_fingerprint(
     model: nn.Module, objective: Objective, config: TrainConfig, seed: int, steps: int
 ) -> dict[str, Any]:
     """The values that must be equal for a checkpoint to be resumed, as plain values."""
+    # The output scaling of the networks inside is part of what their weights mean.
+    scales = {
+        key: buffer.tolist()
+        for key, buffer in model.named_buffers()
+        if key.rpartition(".")[2] in ("output_scale", "output_offset")
+    }
     return {
         "config": config.model_dump_json(),
         "seed": seed,
         "steps": steps,
         "terms": objective.fingerprint,
         "shapes": {key: list(tensor.shape) for key, tensor in model.state_dict().items()},
-        **output_scales(model),
+        **({"outputs": scales} if scales else {}),
     }
-
-
-def output_scales(model: nn.Module) -> dict[str, Any]:
-    """The output scaling of the networks inside, part of what their weights mean."""
-    names = ("output_scale", "output_offset")
-    found = {
-        key: buffer.tolist()
-        for key, buffer in model.named_buffers()
-        if key.rpartition(".")[2] in names
-    }
-    return {"outputs": found} if found else {}
 
 
 def save_checkpoint(

@@ -106,11 +106,17 @@ class ProcessGroup:
         """This process's rows of a batch of ``total``."""
         return slice(*self._ends(total)[self.rank : self.rank + 2])
 
-    def shard(self, batch: Mapping[str, Tensor], total: int) -> dict[str, Tensor]:
-        """This process's rows of a batch.
+    def run_sharded(
+        self,
+        predict: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+        batch: Mapping[str, Tensor],
+        total: int,
+    ) -> dict[str, Tensor]:
+        """``predict(batch)``, of whose rows each process computes its own; with the graph.
 
         Raises:
-            InputError: there are fewer rows than processes.
+            InputError: there are fewer rows than processes, or an output does not have a row per
+                sample.
         """
         if total < self.count:
             raise InputError(
@@ -118,34 +124,17 @@ class ProcessGroup:
                 remedy="raise batch_size, or start fewer processes",
             )
         rows = self.rows(total)
-        return {name: tensor[rows] for name, tensor in batch.items()}
-
-    def all_gather(self, outputs: Mapping[str, Tensor], total: int) -> dict[str, Tensor]:
-        """The outputs of all processes, (total, …) each, with their graph.
-
-        Raises:
-            InputError: an output does not have a row per sample.
-        """
-        rows = self.rows(total)
-        for name, output in outputs.items():
+        gathered = {}
+        gather: Any = _Gathered.apply
+        for name, output in predict({key: t[rows] for key, t in batch.items()}).items():
             if output.ndim == 0 or len(output) != rows.stop - rows.start:
                 raise InputError(
                     f"{name!r} is {list(output.shape)} for {rows.stop - rows.start} samples, and "
                     "several processes need one row per sample",
                     remedy="give the batch as the first dimension, or train in one process",
                 )
-        gather: Any = _Gathered.apply
-        return {name: gather(output, self, total) for name, output in outputs.items()}
-
-    def run_sharded(
-        self,
-        predict: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
-        batch: Mapping[str, Tensor],
-        total: int,
-    ) -> dict[str, Tensor]:
-        """``predict(batch)``, of which each process computes its own rows."""
-        outputs = predict(self.shard(batch, total))
-        return self.all_gather({k: t.to(self.device) for k, t in outputs.items()}, total)
+            gathered[name] = gather(output.to(self.device), self, total)
+        return gathered
 
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace each gradient by its mean over the processes.

@@ -38,6 +38,7 @@ class Term(nn.Module):
         label: its name in the history.
         weight: its constant factor in the sum.
         layers: the layers of the trained network that it reads; none: the primary output.
+        settings: everything else that decides its value.
 
     Attributes:
         needs_teacher: whether it compares with the teacher.
@@ -54,17 +55,21 @@ class Term(nn.Module):
     teacher_layers: tuple[str, ...] = ()
 
     def __init__(
-        self, label: str, weight: float | Schedule = 1.0, layers: tuple[str, ...] = ()
+        self,
+        label: str,
+        weight: float | Schedule = 1.0,
+        layers: tuple[str, ...] = (),
+        settings: tuple[object, ...] = (),
     ) -> None:
         super().__init__()
         self.label = label
         self.student_layers = layers
-        self._weight = weight
+        self._weight, self._settings = weight, settings
 
     @property
     def fingerprint(self) -> str:
         """Everything that decides its value, as text."""
-        return f"{self.label} {self._weight} {self.student_layers}"
+        return f"{self.label} {self._weight} {self.student_layers} {self._settings}"
 
     def config_path(self, role: Literal["student", "teacher"]) -> str:
         """Where the pipeline file names its layers of the student or the teacher, for errors."""

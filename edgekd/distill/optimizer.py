@@ -38,16 +38,12 @@ class EMA(AveragedModel):
             updates: Tensor | int,
         ) -> None:
             if average[0].is_floating_point():
-                torch._foreach_lerp_(average, now, 1 - decay_at(int(updates), decay))
+                update = int(updates)
+                torch._foreach_lerp_(average, now, 1 - min(decay, (1 + update) / (10 + update)))
             else:
                 torch._foreach_copy_(average, now)
 
         super().__init__(model, multi_avg_fn=follow, use_buffers=True)
-
-
-def decay_at(update: int, decay: float) -> float:
-    """The decay of an update, counted from 0."""
-    return min(decay, (1 + update) / (10 + update))
 
 
 WARM_UP = 0.2

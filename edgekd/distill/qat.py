@@ -123,8 +123,7 @@ def terms_of_outputs(
 
     Args:
         terms: those of the distillation; terms that name layers of the student are left out,
-        because the
-            prepared graph does not have them.
+            because the prepared graph does not have them.
         own: the explicitly configured ones (``quantize.qat.losses``), if any.
 
     Raises:

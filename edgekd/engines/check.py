@@ -52,9 +52,9 @@ class CheckReport:
         return all(finding.status in ("ok", "note") for finding in self.findings)
 
     def to_json(self) -> dict[str, Any]:
-        """The record ``edgekd.check/1``."""
+        """The record ``edgekd.check/2``."""
         return {
-            "schema": "edgekd.check/1",
+            "schema": "edgekd.check/2",
             "model": self.model,
             "engines": list(self.engines),
             "profile": self.profile,
@@ -230,7 +230,7 @@ def _provider(
     if not row.here:
         needed = requested and row.provider == preferred
         detail = f"not in this ONNX Runtime: {row.install}"
-        return Diagnostic(name, "not shown" if needed else "note", detail, row.install * needed)
+        return Diagnostic(name, "inconclusive" if needed else "note", detail, row.install * needed)
     if row.nodes is None:
         return Diagnostic(
             name, "note", "takes the model; this ONNX Runtime does not report which nodes"
@@ -274,4 +274,4 @@ def _memory(memory: MemoryEstimate, info: OnnxInfo, budgets: Budgets) -> Diagnos
     detail += f"; budget {budget:g} MB"
     if mb > budget:
         return Diagnostic("memory", "fails", detail, "a smaller batch or input, or a smaller model")
-    return Diagnostic("memory", "not shown" if memory.unknown else "ok", detail, remedy)
+    return Diagnostic("memory", "inconclusive" if memory.unknown else "ok", detail, remedy)

@@ -168,12 +168,12 @@ def can_run_here(kind: str) -> str | None:
     return f"CUDA cannot be started: {last}"
 
 
-Status = Literal["ok", "fails", "not shown", "note"]
+Status = Literal["ok", "fails", "inconclusive", "note"]
 
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """The result of one check: with ``fails`` and ``not shown`` the model does not pass.
+    """The result of one check: with ``fails`` and ``inconclusive`` the model does not pass.
 
     ``note`` is information, also about engines that were not requested. ``nodes`` are those
     affected.
@@ -236,7 +236,7 @@ def tensorrt_verdict(
     wanted = [name for name in MODULES if name in requested]
     good: Status = "ok" if wanted else "note"
     bad: Status = "fails" if wanted else "note"
-    gap: Status = "not shown" if wanted else "note"
+    gap: Status = "inconclusive" if wanted else "note"
     version = profile.runtime.tensorrt if profile and "tensorrt" in requested else None
     if version:
         found.append(_opset(model, version.value))

@@ -239,7 +239,7 @@ class ConvNet(nn.Module):
         return outputs
 
 
-class Policy(nn.Module):
+class PolicyNetwork(nn.Module):
     """Each image through its own convnet, each vector through a linear layer, then a joint trunk.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,15 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekd.errors import InputError, nearest
+from edgekd.files import require_regular_file
 from edgekd.onnx.file import UNKNOWN_RANK
 from edgekd.spec import Dimension, ModelSpec, TensorSpec
 from edgerun.inputs import MOST_ELEMENTS
 from edgerun.model import BatchLayout, TensorInfo
+from edgerun.npz import ArrayHeader, NpzFile, read_header
 
 Array = npt.NDArray[Any]
-_NPY_MAGIC = b"\x93NUMPY"
-# Errors of zipfile and zlib for a truncated or corrupted file.
-_BROKEN = (zipfile.BadZipFile, EOFError, ValueError, OSError, NotImplementedError, RuntimeError)
 
 
 class Samples(Protocol):
@@ -101,16 +101,6 @@ def spec_layout(inputs: Sequence[TensorSpec]) -> BatchLayout:
             for t in inputs
         ]
     )
-
-
-@dataclass(frozen=True)
-class _Header:
-    """The header of one array of the file; ``member`` None is a plain .npy."""
-
-    member: str | None
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    fortran: bool
 
 
 def open_samples(path: Path, spec: ModelSpec) -> Samples:
@@ -194,7 +184,7 @@ class _FileSamples:
     """
 
     path: Path
-    headers: dict[str, _Header]
+    headers: dict[str, ArrayHeader]
     count: int
     others: dict[str, _Arranged]
     _whole: dict[str, Array] | None = None
@@ -225,19 +215,12 @@ class _FileSamples:
                 yield batch
 
     def _streams(self, stack: ExitStack) -> dict[str, IO[bytes]]:
-        streams: dict[str, IO[bytes]] = {}
-        try:
-            archive: zipfile.ZipFile | None = None
-            for name, header in self.headers.items():
-                if header.member is None:
-                    streams[name] = stack.enter_context(self.path.open("rb"))
-                else:
-                    archive = archive or stack.enter_context(zipfile.ZipFile(self.path))
-                    streams[name] = stack.enter_context(archive.open(header.member))
-                _read_header(streams[name], header.member)
-        except _BROKEN as error:
-            raise _truncated(self.path) from error
-        return streams
+        if _is_npy(self.path):
+            stream = stack.enter_context(self.path.open("rb"))
+            _npy_header(self.path, stream)
+            return dict.fromkeys(self.headers, stream)
+        archive = stack.enter_context(NpzFile(self.path, InputError))
+        return {name: stack.enter_context(archive.open(name)[1]) for name in self.headers}
 
     def _read(self, stream: IO[bytes], name: str, start: int, rows: int | None) -> Array:
         """The next rows of an array, or all of it."""
@@ -246,7 +229,7 @@ class _FileSamples:
         wanted = int(np.prod(shape, dtype=np.int64)) * header.dtype.itemsize
         try:
             content = stream.read(wanted)
-        except (*_BROKEN, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
             raise _truncated(self.path) from error
         if len(content) < wanted:
             raise _truncated(self.path)
@@ -263,67 +246,60 @@ class _FileSamples:
         return array
 
 
-def _headers(path: Path, spec: ModelSpec) -> dict[str, _Header]:
+def _headers(path: Path, spec: ModelSpec) -> dict[str, ArrayHeader]:
+    require_regular_file(path, "give an .npz file with one array per input of the model")
     if not path.is_file():
-        what = "this is a folder, not a file" if path.is_dir() else "the file does not exist"
-        raise InputError(
-            what, where=str(path), remedy="give an .npz file with one array per input of the model"
-        )
-    try:
+        raise InputError("the file does not exist", where=str(path), remedy="check the path")
+    if _is_npy(path):
+        if len(spec.inputs) != 1:
+            raise InputError(
+                f"an .npy file holds one array, the model takes {len(spec.inputs)} inputs",
+                where=str(path),
+                remedy=f"write an .npz file with {_named(spec)}",
+            )
         with path.open("rb") as stream:
-            start = stream.read(len(_NPY_MAGIC))
-            stream.seek(0)
-            if start == _NPY_MAGIC:
-                header = _read_header(stream, None)
-                if len(spec.inputs) == 1:
-                    return {spec.inputs[0].name: header}
-                raise InputError(
-                    f"an .npy file holds one array, the model takes {len(spec.inputs)} inputs",
-                    where=str(path),
-                    remedy=f"write an .npz file with {_named(spec)}",
-                )
-        if zipfile.is_zipfile(path):
-            return _archived(path, spec)
-    except _BROKEN as error:
-        raise _truncated(path) from error
-    if start.startswith(b"PK"):
-        raise _truncated(path)
-    raise InputError(
-        "the file is neither .npz nor .npy",
-        where=str(path),
-        remedy="write it with numpy: np.savez(file, NAME=array, …) with the names of the inputs: "
-        + _named(spec),
-    )
-
-
-def _archived(path: Path, spec: ModelSpec) -> dict[str, _Header]:
-    headers: dict[str, _Header] = {}
-    with zipfile.ZipFile(path) as archive:
-        members = {name.removesuffix(".npy"): name for name in archive.namelist()}
+            return {spec.inputs[0].name: _npy_header(path, stream)}
+    if not zipfile.is_zipfile(path) and not _starts_with(path, b"PK"):
+        raise InputError(
+            "the file is neither .npz nor .npy",
+            where=str(path),
+            remedy="write it with numpy: np.savez(file, NAME=array, …) with the names of the "
+            f"inputs: {_named(spec)}",
+        )
+    headers = {}
+    with NpzFile(path, InputError) as archive:
         for tensor in spec.inputs:
-            if tensor.name not in members:
-                guess = nearest(tensor.name, members)
+            if tensor.name not in archive.names:
+                guess = nearest(tensor.name, archive.names)
                 hint = f"rename {guess!r} to {tensor.name!r}; " if guess else ""
                 raise InputError(
                     f"the file has no array for input {tensor.name!r}",
                     where=str(path),
                     remedy=f"{hint}the model takes {_named(spec)}; "
-                    f"the file has {', '.join(sorted(members)) or 'nothing'}",
+                    f"the file has {', '.join(sorted(archive.names)) or 'nothing'}",
                 )
-            with archive.open(members[tensor.name]) as stream:
-                headers[tensor.name] = _read_header(stream, members[tensor.name])
+            headers[tensor.name], elements = archive.open(tensor.name)
+            elements.close()
     return headers
 
 
-def _read_header(stream: IO[bytes], member: str | None) -> _Header:
-    version = np.lib.format.read_magic(stream)
-    read = (
-        np.lib.format.read_array_header_1_0
-        if version == (1, 0)
-        else np.lib.format.read_array_header_2_0
-    )
-    shape, fortran, dtype = read(stream)
-    return _Header(member, shape, dtype, fortran)
+def _starts_with(path: Path, magic: bytes) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(len(magic)) == magic
+
+
+def _is_npy(path: Path) -> bool:
+    return _starts_with(path, b"\x93NUMPY")
+
+
+def _npy_header(path: Path, stream: IO[bytes]) -> ArrayHeader:
+    try:
+        header = read_header(stream)
+    except Exception as error:  # numpy's parser raises errors of many kinds
+        raise _truncated(path) from error
+    if not header.dtype.hasobject and header.nbytes > path.stat().st_size - stream.tell():
+        raise _truncated(path)
+    return header
 
 
 def _arranged(
@@ -392,7 +368,7 @@ def _form(shape: tuple[Dimension, ...]) -> str:
     return f"({', '.join(map(str, shape))})"
 
 
-def _check_type(path: Path, tensor: TensorSpec, header: _Header) -> None:
+def _check_type(path: Path, tensor: TensorSpec, header: ArrayHeader) -> None:
     where = str(path)
     if header.dtype.hasobject:
         raise InputError(
@@ -415,7 +391,7 @@ def _check_type(path: Path, tensor: TensorSpec, header: _Header) -> None:
         )
 
 
-def _check_shape(path: Path, tensor: TensorSpec, header: _Header) -> None:
+def _check_shape(path: Path, tensor: TensorSpec, header: ArrayHeader) -> None:
     """Raise InputError for an array whose rows do not fit the model."""
     if tensor.shape == (UNKNOWN_RANK,):
         wrong = None if header.shape else "it has no dimension for the samples"
@@ -440,7 +416,7 @@ def _check_shape(path: Path, tensor: TensorSpec, header: _Header) -> None:
 
 
 def _check_symbols(
-    path: Path, spec: ModelSpec, headers: dict[str, _Header], others: set[str]
+    path: Path, spec: ModelSpec, headers: dict[str, ArrayHeader], others: set[str]
 ) -> None:
     """Dimensions of one name (sequence length) have one size in all inputs of data."""
     sizes: dict[str, tuple[str, int]] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from edgekd.errors import InputError, unknown_name
+from edgerun.npz import NpzFile
 
 if TYPE_CHECKING:
     from edgekd.onnx.compare import Comparison, Reference
@@ -99,7 +99,7 @@ _SHOWN = 8  # wrong values that an error spells out
 
 
 def read_labels(path: Path, name: str) -> Array:
-    """The array ``name`` of a file that :func:`edgekd.onnx.sample_files.open_samples` takes.
+    """The array ``name`` of a file that :func:`edgekd.onnx.samples.open_samples` takes.
 
     Raises:
         InputError: the file is an .npy, which holds one array; there is no such array; it is
@@ -111,18 +111,10 @@ def read_labels(path: Path, name: str) -> Array:
             where=WHERE,
             remedy=f"write an npz file: np.savez(file, INPUT=inputs, {name}=classes)",
         )
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            if name not in archive:
-                raise unknown_name("array", name, list(archive), where=f"{WHERE} in {path}")
-            labels: Array = archive[name]
-    except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
-        raise InputError(
-            f"the labels {name!r} in {path} cannot be read: they are pickled objects, or damaged",
-            where=WHERE,
-            remedy="save whole numbers: np.asarray(classes).astype(np.int64)",
-        ) from error
-    return labels
+    with NpzFile(path, InputError) as archive:
+        if name not in archive.names:
+            raise unknown_name("array", name, archive.names, where=f"{WHERE} in {path}")
+        return archive.read(name)
 
 
 def check_labels(labels: Array, count: int, classes: int) -> None:

@@ -14,17 +14,10 @@ from edgerun.inputs import Feed, Feeds, feeds_from, make_feeds
 from edgerun.manifest import manifest_beside
 from edgerun.memory import model_memory
 from edgerun.model import LoadedModel, Settings
+from edgerun.percentiles import PERCENTILES, summarize
 from edgerun.run import open_model
 from edgerun.system import describe_environment, read_conditions
-from edgerun.timing import (
-    PERCENTILES,
-    Stopwatch,
-    WarmUp,
-    compare,
-    device_times,
-    summarize,
-    timed_rounds,
-)
+from edgerun.timing import Stopwatch, WarmUp, compare, device_times, timed_rounds
 
 SCHEMA = "edgerun.bench/1"
 WARM_UP_SHARE = 0.25
@@ -34,7 +27,7 @@ that times an engine's queries on the GPU alone."""
 
 
 @dataclass(frozen=True)
-class BenchmarkConfig:
+class BenchOptions:
     """Settings of a benchmark: what to measure and for how long.
 
     Attributes:
@@ -65,7 +58,7 @@ class BenchmarkConfig:
         return self.settings if index == 0 else self.against_settings or self.settings
 
 
-def bench(config: BenchmarkConfig) -> dict[str, Any]:
+def bench(config: BenchOptions) -> dict[str, Any]:
     """Measure and return the record of schema ``edgerun.bench/1``; times in ms, memory in MB.
 
     Everything that would disturb the timing (hashing, memory, profiling) is done afterwards.
@@ -101,7 +94,7 @@ def bench(config: BenchmarkConfig) -> dict[str, Any]:
     }
 
 
-def _feeds(config: BenchmarkConfig, models: Sequence[LoadedModel]) -> list[Feeds]:
+def _feeds(config: BenchOptions, models: Sequence[LoadedModel]) -> list[Feeds]:
     if config.inputs is not None:
         if config.shapes:
             raise BadInput(

@@ -320,11 +320,11 @@ def _run(options: argparse.Namespace) -> Done:
 
 
 def _bench(options: argparse.Namespace) -> Done:
-    from edgerun.bench import BenchmarkConfig, bench, bench_lines
+    from edgerun.bench import BenchOptions, bench, bench_lines
     from edgerun.model import parse_shapes
 
     record = bench(
-        BenchmarkConfig(
+        BenchOptions(
             models=tuple(p for p in (options.model, options.against) if p is not None),
             settings=model_settings(options),
             inputs=options.inputs,

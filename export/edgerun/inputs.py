@@ -151,7 +151,7 @@ def load_arrays(
 
 
 @dataclass(frozen=True)
-class Samples:
+class SampleArrays:
     """Arrays split into batches along the batch axis."""
 
     arrays: Feed
@@ -159,7 +159,7 @@ class Samples:
     count: int
 
     @classmethod
-    def of(cls, arrays: Feed, inputs: Sequence[TensorInfo], where: str) -> Samples:
+    def of(cls, arrays: Feed, inputs: Sequence[TensorInfo], where: str) -> SampleArrays:
         """Check the arrays' shapes against the declared ones and count the samples.
 
         Raises:
@@ -224,9 +224,9 @@ def feeds_from(
     """Feeds from the first samples of an npz file.
 
     Raises:
-        BadInput: as :func:`load_arrays` and :meth:`Samples.of`; fewer samples than one batch.
+        BadInput: as :func:`load_arrays` and :meth:`SampleArrays.of`; fewer samples than one batch.
     """
-    samples = Samples.of(load_arrays(path, inputs, manifest), inputs, str(path))
+    samples = SampleArrays.of(load_arrays(path, inputs, manifest), inputs, str(path))
     size = samples.layout.batch(batch)
     batched = any(axis is not None for axis in samples.layout.axes.values())
     if batched and samples.count < size:

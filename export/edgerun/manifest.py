@@ -28,7 +28,7 @@ before it takes the time or the memory.
 
 
 @dataclass(frozen=True)
-class Preprocess:
+class InputPreprocessing:
     """``(x * scale - mean) / std`` in float32.
 
     ``mean`` and ``std`` contain one value for all, or one per channel or feature, along
@@ -73,7 +73,7 @@ class Manifest:
 
     path: Path
     model: str | None = None
-    preprocess: Mapping[str, Preprocess] = field(default_factory=dict)
+    preprocess: Mapping[str, InputPreprocessing] = field(default_factory=dict)
     labels: tuple[str, ...] | None = None
     files: Mapping[str, Any] = field(default_factory=dict)
 
@@ -130,13 +130,13 @@ def _model_file(value: Mapping[str, Any]) -> str | None:
     return None if name is None else str(name)
 
 
-def _preprocess(constants: Mapping[str, Any]) -> Preprocess:
+def _preprocess(constants: Mapping[str, Any]) -> InputPreprocessing:
     def numbers(key: str, default: float) -> tuple[float, ...]:
         value = constants.get(key, default)
         return tuple(map(float, value)) if isinstance(value, (list, tuple)) else (float(value),)
 
     axis = constants.get("axis")
-    return Preprocess(
+    return InputPreprocessing(
         float(constants.get("scale", 1.0)),
         numbers("mean", 0.0),
         numbers("std", 1.0),
@@ -145,7 +145,7 @@ def _preprocess(constants: Mapping[str, Any]) -> Preprocess:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verification:
     """Whether a bundle is what was packed: the number of files listed, and one line a problem."""
 
     listed: int
@@ -157,7 +157,7 @@ class Verdict:
         return not self.problems
 
 
-def verify(bundle: Path) -> Verdict:
+def verify(bundle: Path) -> Verification:
     """Compare a bundle's files with its ``manifest.json``; nothing is unpacked or run.
 
     Nothing else may be there, byte code and empty folders included, as Python would import it. A
@@ -184,7 +184,9 @@ def verify(bundle: Path) -> Verdict:
         problems.append(f"changed: {MANIFEST} cannot be read ({type(error).__name__}: {error})")
     else:
         problems += _differences(listed, found)
-    return Verdict(len(listed), tuple(printable(line).replace("\n", "\\n") for line in problems))
+    return Verification(
+        len(listed), tuple(printable(line).replace("\n", "\\n") for line in problems)
+    )
 
 
 @dataclass

@@ -154,7 +154,7 @@ class NpzFile:
         with stream:
             if header.dtype.hasobject:
                 self._refuse(
-                    f"the array {name!r} cannot be read: it holds Python objects",
+                    f"the array {name!r} cannot be read: it holds pickled objects",
                     "save plain numbers: arrays of objects are pickles, which are refused",
                 )
             self._refuse_large(name, header.nbytes)

@@ -10,7 +10,7 @@ import numpy as np
 
 from edgerun.errors import BadInput, EdgerunError, NoDevice, RunFailed
 from edgerun.files import describe_files, is_engine, write_errors
-from edgerun.inputs import Samples, feeds_from, load_arrays, make_feeds
+from edgerun.inputs import SampleArrays, feeds_from, load_arrays, make_feeds
 from edgerun.manifest import Manifest, manifest_beside
 from edgerun.model import LoadedModel, Settings, TensorInfo
 from edgerun.npz import write_npz
@@ -177,7 +177,7 @@ def run(
             remedy="give --bundle FOLDER or --manifest manifest.json",
         )
     arrays = load_arrays(inputs, model.inputs, manifest, raw)
-    samples = Samples.of(arrays, model.inputs, str(inputs))
+    samples = SampleArrays.of(arrays, model.inputs, str(inputs))
     least, most = model.batch_range or (1, BATCH)
     size = samples.layout.batch(batch, default=max(least, min(BATCH, most, samples.count)))
     gathered: dict[str, np.ndarray[Any, Any]] = {}

@@ -13,7 +13,7 @@ from onnx import numpy_helper
 
 from edgekd.errors import TargetError
 from edgekd.targets import LocalTarget
-from tests.command_line import edgekd
+from tests.command_line import check_not_imported, edgekd
 from tests.onnx_builders import Graph, save_onnx
 
 
@@ -38,7 +38,7 @@ def test_a_model_is_measured_alone_and_against_another(model, tmp_path):
         assert word in done.output
     record = json.loads(out.read_text())
     assert record["profile"] == "raspberry-pi-5"
-    # This machine merely stands in for the board.
+    # This machine is only a substitute for the board.
     assert record["evidence"] == "measured-on-host"
     assert "measured-on-host" in done.output
 
@@ -92,15 +92,10 @@ def test_options_of_a_model_are_refused_for_a_pipeline(tmp_path):
 
 
 def test_torch_is_never_imported(model):
-    script = (
-        "import sys\n"
-        "from edgekd.cli import main\n"
-        f"main(['benchmark', {str(model)!r}, '--shape', 'x=1x3x8x8', '--min-queries', '11',"
-        " '--max-seconds', '1'], standalone_mode=False)\n"
-        "sys.exit('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr
+    quick = ["--shape", "x=1x3x8x8", "--min-queries", "11", "--max-seconds", "1"]
+    words = ["benchmark", str(model), *quick]
+    code = f"from edgekd.cli import main\nmain({words!r}, standalone_mode=False)"
+    check_not_imported({"torch"}, code)
 
 
 def counted(path):
@@ -112,7 +107,7 @@ def counted(path):
     return save_onnx(path, text, opset=18)
 
 
-def test_made_up_values_that_decide_the_work_are_named_and_real_ones_are_not(tmp_path):
+def test_random_inputs_that_decide_the_work_are_named(tmp_path):
     model, out = counted(tmp_path / "m.onnx"), tmp_path / "out.json"
     quick = ("--min-queries", 11, "--max-seconds", 1, "--json", out)
     done = invoke(model, *quick)

@@ -33,7 +33,7 @@ def test_a_model_that_holds_leaves_with_0_and_a_whole_record(model, tmp_path):
     for word in ("opset 18", "x float32[batch, length]", "runs 1 of 1 nodes", "[bold]relu"):
         assert word in done.output
     record = json.loads(out.read_text())
-    assert record["schema"] == "edgekd.check/1"
+    assert record["schema"] == "edgekd.check/2"
     assert record["passed"] is True
     assert record["memory"]["activations_bytes"] == 2 * (2 * 300 * 4)
     assert record["coverage"][0]["nodes"][0]["name"] == "[bold]relu"
@@ -88,7 +88,7 @@ def test_a_pipeline_is_told_from_a_damaged_file(tmp_path):
     assert f"edgekd build {path}" in done.output
 
 
-def test_an_engine_that_is_built_on_the_device_is_not_said_to_be_built_here(model):
+def test_an_engine_for_the_device_is_not_reported_as_built_here(model):
     pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
     if platform.machine() == "aarch64":
         pytest.skip("this may be the device")

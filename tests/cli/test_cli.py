@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from edgekd.cli import _COMMANDS
 from edgekd.files import pipelines_folder
-from tests.command_line import edgekd
+from tests.command_line import check_not_imported, edgekd
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["benchmark", "--help"]])
 def test_help_does_not_import_torch(arguments: list[str]) -> None:
-    code = (
-        "import sys\n"
-        "from edgekd.cli import main\n"
-        f"main({arguments!r}, standalone_mode=False)\n"
-        "sys.exit('torch' in sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+    code = f"from edgekd.cli import main\nmain({arguments!r}, standalone_mode=False)"
+    check_not_imported({"torch"}, code)
 
 
 @pytest.mark.parametrize("command", list(_COMMANDS))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import sys
 
 import numpy as np
@@ -17,7 +16,7 @@ from onnx import TensorProto
 from edgekd.errors import CrashError
 from edgekd.quantization.mixed_precision import convert_mixed_precision
 from edgekd.targets import LocalTarget
-from tests.command_line import edgekd_process
+from tests.command_line import edgekd_process, python
 from tests.onnx_builders import save_onnx
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals")
@@ -33,7 +32,7 @@ def transposed_product(path, dtype):
 
 
 def divided(path):
-    """y = (n - 2^63) / -1 in whole numbers: where n is 0 that has no result, and x86 ends the
+    """y = (n - 2^63) / -1 in whole numbers: where n is 0 that has no result, and x86 kills the
     process."""
     text = "(int64[4] n) => (int64[4] y) { [sum] s = Add (least, n)  [ratio] y = Div (s, minus) }"
     weights = {"least": np.full(4, np.iinfo(np.int64).min), "minus": np.full(4, -1)}
@@ -45,8 +44,7 @@ def dies(path, level):
         "import sys, onnxruntime as o; s = o.SessionOptions(); s.graph_optimization_level = "
         f"getattr(o.GraphOptimizationLevel, {level!r}); o.InferenceSession(sys.argv[1], s)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(path)], check=False)
-    return done.returncode < 0
+    return python(code, path, code=None).returncode < 0
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +65,7 @@ def crashing(tmp_path_factory):
         (("benchmark",), 3),
     ],
 )
-def test_a_model_that_kills_the_runtime_is_named_with_a_level_that_was_tried(
+def test_a_model_that_kills_the_runtime_is_named_with_a_working_level(
     crashing, tmp_path, command, code
 ):
     done = edgekd_process(command[0], crashing, *command[1:], cwd=tmp_path, code=code)
@@ -85,18 +83,13 @@ def test_the_level_that_the_error_names_works(crashing, tmp_path):
 
 
 def test_a_killed_build_leaves_the_old_file_and_no_temporary_one(tmp_path):
-    # Made-up whole numbers are 0: the model is opened and dies while it runs.
+    # Random integers are 0: the model opens and crashes while it runs.
     model = divided(tmp_path / "m.onnx")
     (tmp_path / "out.onnx").write_bytes(b"from before")
     (tmp_path / "tmp").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-m", "edgekd", "build", "m.onnx", "-o", "out.onnx"],
-        cwd=tmp_path,
-        env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
+    build = ("build", "m.onnx", "-o", "out.onnx")
+    done = edgekd_process(*build, cwd=tmp_path, code=None, env=environment)
     if done.returncode == 0:
         pytest.skip("this processor has a result")
     assert done.returncode == 3

@@ -3,11 +3,9 @@
 import json
 import sys
 
-from click.testing import CliRunner
-
 from edgekd.cli import doctor
-from edgekd.cli.doctor import doctor as command
 from edgekd.cli.doctor import examine
+from tests.command_line import edgekd
 
 
 def named(checks, name):
@@ -74,9 +72,7 @@ def test_a_torch_that_does_not_start_is_reported(monkeypatch):
 
 
 def test_the_command_prints_a_table_and_json():
-    result = CliRunner().invoke(command, [])
-    assert result.exit_code == 0
-    assert "ONNX Runtime" in result.output
-    rows = json.loads(CliRunner().invoke(command, ["--json"]).output)
+    assert "ONNX Runtime" in edgekd("doctor").output
+    rows = json.loads(edgekd("doctor", "--json").output)
     assert {"name", "status", "detail", "needed_for", "remedy"} == set(rows[0])
     assert rows[0]["detail"].startswith(f"{sys.version_info.major}.")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import os
 
-import onnx
 import pytest
 
 from tests.cli.quantizing import quantize
+from tests.onnx_builders import save_external
 
 LOST = "would overwrite another file of this command"
 
@@ -57,9 +57,7 @@ def test_a_file_that_would_be_lost_is_refused_before_the_work(
 
 
 def test_external_data_of_the_model_is_not_written_over(model, data, tmp_path):
-    outside = tmp_path / "m.onnx"
-    settings = {"save_as_external_data": True, "location": "m.bin", "size_threshold": 0}
-    onnx.save(onnx.load(model), str(outside), **settings)
+    outside = save_external(model, tmp_path / "m.onnx", "m.bin")
     before = (tmp_path / "m.bin").read_bytes()
     quantize(outside, "-o", tmp_path / "m.bin", "--calibration", data, code=2)
     assert (tmp_path / "m.bin").read_bytes() == before

@@ -1,7 +1,5 @@
 """Device profiles: sources stated, sparse never dense, errors at the line, this machine read."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +7,7 @@ import pytest
 from edgekd.config import host
 from edgekd.config.profile import Profile, Quantity, list_profiles, load_profile
 from edgekd.errors import InputError
+from tests.command_line import check_not_imported
 
 MINIMAL = """\
 name: board
@@ -208,8 +207,5 @@ def test_a_profile_goes_through_json():
 
 
 def test_profiles_are_read_without_torch():
-    code = (
-        "import sys; from edgekd.config.profile import load_profile; load_profile('host'); "
-        "import edgekd.cli.profiles, edgekd.cli.doctor; assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = "from edgekd.config.profile import load_profile; load_profile('host'); "
+    check_not_imported({"torch"}, code + "import edgekd.cli.profiles, edgekd.cli.doctor")

@@ -13,7 +13,7 @@ from edgekd.data.loader import preprocess
 from edgekd.data.preprocessing import fit_preprocess
 from edgekd.data.source import RawData
 from edgekd.errors import InputError
-from edgerun.manifest import Preprocess as DevicePreprocess
+from edgerun.manifest import InputPreprocessing
 
 RANDOM = np.random.default_rng(0)
 LABELS = np.arange(60) % 2
@@ -129,7 +129,7 @@ def test_training_and_device_normalize_a_signal_alike(channels):
     constants = dataset.preprocess["x"]
     raw = dataset.splits["train"].arrays["x"][:7]
     written = constants.to_json()
-    device = DevicePreprocess(
+    device = InputPreprocessing(
         written["scale"], tuple(written["mean"]), tuple(written["std"]), written.get("axis")
     )
     np.testing.assert_array_equal(device.apply(raw), constants.apply(raw))

@@ -146,7 +146,7 @@ def test_the_same_folder_from_another_working_directory(tmp_path, monkeypatch):
     teacher = Teacher()
     fill(Path("../caches"), teacher)
     assert not teacher.asked
-    # The one that was opened elsewhere still reads, and mends, where it was opened.
+    # The cache opened elsewhere still reads, and repairs, where it was opened.
     (cached.folder / "blocks.bin").write_bytes(b"")
     assert_right(cached)
 

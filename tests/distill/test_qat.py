@@ -29,7 +29,7 @@ from edgekd.distill.qat_graph import computed_weights, with_plain_weights
 from edgekd.distill.trainer import Trainer
 from edgekd.errors import InputError, StageError
 from edgekd.models import DictModel
-from edgekd.models.networks import Mlp, Policy
+from edgekd.models.networks import Mlp, PolicyNetwork
 from edgekd.onnx.export import export_onnx
 from edgekd.onnx.file import describe_onnx
 from edgekd.spec import ModelSpec, TensorSpec
@@ -100,7 +100,7 @@ def fit(model, folder, stop_in=None, epochs=3, **keys):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The float32 network: it knows the digits somewhat."""
+    """The float32 network, trained briefly on the digits."""
     model = network()
     fit(model, tmp_path_factory.mktemp("float"))
     return model
@@ -385,7 +385,7 @@ def test_two_inputs_and_two_outputs(tmp_path):
     outputs = (TensorSpec("action", ("batch", 2, 3)), TensorSpec("value", ("batch", 1)))
     torch.manual_seed(0)
     model = DictModel(
-        Policy(inputs, outputs, widths=(4,), blocks=(), hidden=8), ModelSpec(inputs, outputs)
+        PolicyNetwork(inputs, outputs, widths=(4,), blocks=(), hidden=8), ModelSpec(inputs, outputs)
     )
     student = PreparedStudent(model, "tensorrt").train()
     batch = {"image": torch.rand(9, 1, 8, 8), "state": torch.randn(9, 5), "target": torch.zeros(9)}
@@ -496,7 +496,7 @@ def test_result_is_what_was_trained(result):
     assert isinstance(found, QatResult)
     assert isinstance(found.prepared, PreparedStudent)
     assert len(found.history.epochs) == 3
-    # The training loop says how far it is.
+    # The training loop reports its progress.
     assert found.prepared.module.frozen
 
 
@@ -515,7 +515,7 @@ def test_weights_of_seven_bits_where_the_processor_needs_them(tmp_path):
 
 
 class Normed(Network):
-    """Two of its weights are computed anew in each forward pass."""
+    """Two of its weights are recomputed in each forward pass."""
 
     def __init__(self, of_weight, of_spectrum):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Will it run there? Real models, asked of the real runtimes."""
+"""``edgekd check`` on real models and the real runtimes."""
 
 import importlib.util
 import json
@@ -15,7 +15,7 @@ from edgekd.engines.check import check_model
 from edgekd.engines.tensorrt import remedy_for, takes_opset
 from edgekd.errors import InputError, StageError, TargetError
 from edgekd.targets import open_target
-from tests.onnx_builders import save_onnx
+from tests.onnx_builders import save_external, save_onnx
 
 RELU = "(float[batch,16] x) => (float[] y) { y = Relu (x) }"
 needs_rtx = pytest.mark.skipif(
@@ -54,7 +54,7 @@ def test_an_exported_model_passes_everywhere(exported):
 
 
 @needs_rtx
-def test_an_operation_that_tensorrt_lacks_is_named_and_runs_in_onnx_runtime(tmp_path):
+def test_an_operation_tensorrt_lacks_is_named_and_runs_in_onnx_runtime(tmp_path):
     text = """(float[batch,16] x) => (float[] y)
     { [fold] m = Reshape (x, shape)  [volume] y = Det (m) }"""
     path = save_onnx(tmp_path / "det.onnx", text, {"shape": np.array([-1, 4, 4])})
@@ -63,7 +63,7 @@ def test_an_operation_that_tensorrt_lacks_is_named_and_runs_in_onnx_runtime(tmp_
     assert refusal.nodes == ("volume",)
     assert "Det" in refusal.detail
     assert "ONNX Runtime" in refusal.remedy
-    # Nobody asked for TensorRT: the same verdict is told, and keeps nothing from passing.
+    # TensorRT was not requested: the same verdict is reported and fails nothing.
     relaxed = ask(path)
     assert relaxed.passed
     assert any("volume" in finding.detail for finding in findings(relaxed, "note"))
@@ -104,7 +104,7 @@ def test_a_model_with_a_branch_and_one_of_opset_9(tmp_path):
 
 @needs_rtx
 def test_words_as_integers_and_a_dynamic_length(tmp_path):
-    """As magika: integers in, a length of its own; without the length the memory is not known."""
+    """As magika: integers in, an open length, without which the memory is unknown."""
     text = """(int64[batch,length] x) => (float[] y) {
         [look_up] words = Gather (table, x)
         [mean] y = ReduceMean <axes = [1], keepdims = 0> (words)
@@ -112,7 +112,7 @@ def test_words_as_integers_and_a_dynamic_length(tmp_path):
     path = save_onnx(tmp_path / "m.onnx", text, {"table": np.ones((257, 64), np.float32)})
     profile = load_profile("jetson-orin-nano-8gb")
     unknown = ask(path, profile=profile)
-    (gap,) = findings(unknown, "not shown")
+    (gap,) = findings(unknown, "inconclusive")
     assert gap.subject == "memory"
     assert gap.remedy.startswith("give open sizes")
     assert gap.detail.startswith("at least ")
@@ -126,7 +126,7 @@ def test_words_as_integers_and_a_dynamic_length(tmp_path):
 def test_without_tensorrt_a_device_of_tensorrt_is_not_shown(exported, without_tensorrt):
     report = check_model(exported, never, profile=load_profile("jetson-orin-nano-8gb"))
     assert not report.passed
-    (gap,) = findings(report, "not shown")
+    (gap,) = findings(report, "inconclusive")
     assert "not checked" in gap.detail
     assert "edgekd[rtx]" in gap.remedy
     assert check_model(exported, never).passed
@@ -178,7 +178,7 @@ def test_a_tensorrt_that_cannot_be_asked_matters_only_to_who_asked_for_it(
     (told,) = [finding for finding in report.findings if finding.subject == "tensorrt"]
     assert (told.status, told.remedy) == ("note", "it needs a GPU")
     assert "tensorrt 10.3 does not start here" in told.detail
-    (gap,) = findings(check_model(exported, parse, engines=["tensorrt"]), "not shown")
+    (gap,) = findings(check_model(exported, parse, engines=["tensorrt"]), "inconclusive")
     assert gap.subject == "tensorrt"
 
 
@@ -212,8 +212,7 @@ def test_what_only_onnx_runtime_cannot_read_is_a_verdict(tmp_path, without_tenso
     """The checker takes a model whose axes lie in another file; ONNX Runtime does not."""
     text = "(float[batch,16] x) => (float[] y) { y = ReduceMax <keepdims = 0> (x, axes) }"
     path = save_onnx(tmp_path / "m.onnx", text, {"axes": np.array([1])}, opset=18)
-    model = onnx.load(str(path))
-    onnx.save(model, str(path), save_as_external_data=True, location="w.bin", size_threshold=0)
+    save_external(path, path)
     (refusal,) = findings(check_model(path, never), "fails")
     assert "constants that shapes and axes depend on (here 'axes')" in refusal.detail
     assert "size_threshold=1024" in refusal.remedy
@@ -233,7 +232,7 @@ def test_an_opset_that_the_runtime_does_not_take_is_a_verdict(tmp_path, without_
 def test_an_absent_provider_is_not_shown_and_says_what_to_install(exported, without_tensorrt):
     chain = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     report = check_model(exported, never, providers=chain)
-    (gap,) = findings(report, "not shown")
+    (gap,) = findings(report, "inconclusive")
     assert (gap.subject, "onnxruntime-gpu" in gap.detail) == ("CUDA", True)
     with pytest.raises(InputError, match="did you mean 'CUDAExecutionProvider'"):
         check_model(exported, never, providers=["CUDAExecutionProvder"])

@@ -4,12 +4,11 @@ import json
 import sys
 
 import numpy as np
-import onnx
 import pytest
 
 from tests.command_line import edgerun
 from tests.export import models
-from tests.onnx_builders import save_onnx
+from tests.onnx_builders import save_external, save_onnx
 
 QUICK = ("--threads", 1, "--min-queries", 70, "--max-seconds", 4)
 
@@ -72,11 +71,7 @@ def test_peak_memory_grows_with_what_the_model_holds(tmp_path):
 
 
 def test_weights_outside_the_file_count_in_its_size(tmp_path):
-    model = onnx.load(models.heavy(tmp_path / "m.onnx"))
-    onnx.save(
-        model, tmp_path / "split.onnx", save_as_external_data=True, location="w.bin",
-        size_threshold=0,
-    )  # fmt: skip
+    save_external(models.heavy(tmp_path / "m.onnx"), tmp_path / "split.onnx")
     done = edgerun("info", tmp_path / "split.onnx", "--json", tmp_path / "out.json")
     described = json.loads((tmp_path / "out.json").read_text())["model"]
     parts = [tmp_path / "split.onnx", tmp_path / "w.bin"]

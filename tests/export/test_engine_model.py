@@ -4,15 +4,13 @@ import importlib.util
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import edgerun as edgerun_package
-from edgerun.bench import BenchmarkConfig, bench, engine_precisions, provider_nodes
+from edgerun.bench import BenchOptions, bench, engine_precisions, provider_nodes
 from edgerun.cuda_runtime import CudaRuntime
 from edgerun.errors import BadInput, NoDevice, RunFailed
 from edgerun.inputs import make_feeds
@@ -22,7 +20,7 @@ from edgerun.tensorrt.engine import LoadedEngine
 from edgerun.tensorrt.library import find_gpu, open_library
 from edgerun.tensorrt.runner import EngineModel, open_engine
 from edgerun.timing import Stopwatch, device_times
-from tests.command_line import edgerun
+from tests.command_line import edgerun, python
 from tests.export import models
 from tests.export.cuda_library import CudaLibrary
 
@@ -32,7 +30,7 @@ WEIGHTS = np.arange(12, dtype=np.float32).reshape(4, 3)
 
 
 class Engine:
-    """y = x · w, and the positive values of x, whose number only they tell.
+    """y = x · w, and the positive values of x, whose number depends on the data.
 
     Its methods are those of ``ICudaEngine`` that are used; the enums are the library's.
     """
@@ -304,7 +302,7 @@ def test_the_record_of_an_engine_has_the_gpu_s_time_beside_the_latency(
     model.path.write_bytes(b"engine")
     monkeypatch.setattr("edgerun.bench.open_model", lambda path, settings: model)
     record = bench(
-        BenchmarkConfig((model.path,), Settings(), min_queries=70, max_seconds=0.4, memory=False)
+        BenchOptions((model.path,), Settings(), min_queries=70, max_seconds=0.4, memory=False)
     )
     (timed,) = record["models"]
     assert timed["device_ms"]["mean_ms"] == 0.25
@@ -335,15 +333,8 @@ def test_an_engine_opens_where_onnx_runtime_is_not(engine):
         "except EdgerunError as error:\n"
         "    print(error.remedy)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={"PYTHONPATH": str(Path(edgerun_package.__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    folder = Path(edgerun_package.__file__).parents[1]
+    assert python(script, env={"PYTHONPATH": str(folder)}).stdout.strip()
 
 
 def test_an_engine_s_layers_are_counted_by_precision(make_engine, tmp_path):
@@ -413,9 +404,7 @@ def test_without_a_gpu_an_engine_is_described_by_its_record(engine, tmp_path):
     edgerun("info", engine, code=3)
 
 
-def test_a_library_that_misses_only_the_gpu_finds_nothing_wrong_with_the_file(
-    monkeypatch, tmp_path
-):
+def test_a_library_that_lacks_only_the_gpu_does_not_blame_the_file(monkeypatch, tmp_path):
     (tmp_path / "m.engine").write_bytes(b"of tensorrt-rtx")
 
     def load(path, library):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from edgerun.errors import BadInput
-from edgerun.inputs import Samples, feeds_from, load_arrays, make_feeds
+from edgerun.inputs import SampleArrays, feeds_from, load_arrays, make_feeds
 from edgerun.model import BatchLayout, Settings, TensorInfo, choose_shapes, parse_shapes
 from edgerun.onnx_session import OrtSession
 from tests.export import models
@@ -108,7 +108,7 @@ def test_a_file_that_does_not_fit_says_what_is_wrong(tmp_path, arrays, message):
     model = OrtSession(models.linear(tmp_path / "m.onnx"), Settings(1))
     np.savez(tmp_path / "d.npz", **arrays)
     with pytest.raises(BadInput, match=message):
-        Samples.of(load_arrays(tmp_path / "d.npz", model.inputs), model.inputs, "d.npz")
+        SampleArrays.of(load_arrays(tmp_path / "d.npz", model.inputs), model.inputs, "d.npz")
 
 
 def test_integers_are_cast_only_where_their_values_fit(tmp_path):

@@ -3,11 +3,12 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.command_line import python
 
 PACKAGE = Path(__file__).resolve().parents[2] / "export" / "edgerun"
 ALLOWED = {"numpy", "onnxruntime", "edgerun"}
@@ -38,14 +39,8 @@ def test_verify_works_where_neither_numpy_nor_a_runtime_is(tmp_path):
         "from edgerun.cli import main\n"
         f"sys.exit(main(['verify', {str(tmp_path)!r}]))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={"PYTHONPATH": str(PACKAGE.parent)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (0, "intact: 1 files\n"), done.stderr
+    done = python(script, env={"PYTHONPATH": str(PACKAGE.parent)})
+    assert done.stdout == "intact: 1 files\n"
 
 
 def test_a_missing_runtime_is_said_in_one_message(tmp_path):
@@ -55,14 +50,6 @@ def test_a_missing_runtime_is_said_in_one_message(tmp_path):
         "from edgerun.cli import main\n"
         "sys.exit(main(['info', 'm.onnx']))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={"PYTHONPATH": str(PACKAGE.parent)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 3
+    done = python(script, env={"PYTHONPATH": str(PACKAGE.parent)}, cwd=tmp_path, code=3)
     assert "onnxruntime is not installed" in done.stderr
     assert "Traceback" not in done.stderr

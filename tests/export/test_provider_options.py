@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 
 from edgerun import memory, onnx_session
-from edgerun.bench import BenchmarkConfig, bench
+from edgerun.bench import BenchOptions, bench
 from edgerun.model import Settings
 from tests.command_line import edgerun
 from tests.export import models
@@ -45,7 +45,7 @@ def test_every_session_of_a_benchmark_has_the_options(opened, tmp_path, monkeypa
     monkeypatch.setattr(memory, "empty_memory", lambda runtime: 1.0)
     path = models.linear(tmp_path / "m.onnx")
     settings = Settings(1, (CPU,), "all", OPTIONS)
-    record = bench(BenchmarkConfig((path,), settings, min_queries=70, max_seconds=0.4))
+    record = bench(BenchOptions((path,), settings, min_queries=70, max_seconds=0.4))
     # The timed one, the profiled one, and one in each process that measures memory.
     assert opened == [[(CPU, OPTIONS[CPU])]] * (2 + memory.PROCESSES)
     assert record["models"][0]["providers"]["options"] == OPTIONS
@@ -54,7 +54,7 @@ def test_every_session_of_a_benchmark_has_the_options(opened, tmp_path, monkeypa
 def test_two_models_are_each_opened_with_their_own(opened, tmp_path):
     path = models.linear(tmp_path / "m.onnx")
     other = {CPU: {"arena_extend_strategy": "kNextPowerOfTwo"}}
-    plan = BenchmarkConfig(
+    plan = BenchOptions(
         (path, path),
         Settings(1, (CPU,), "all", OPTIONS),
         min_queries=70,
@@ -109,7 +109,7 @@ def test_wrong_options_are_wrong_input(tmp_path, given, message):
 
 
 def test_weights_in_8_bits_leave_the_activations_in_float(tmp_path):
-    """Left to itself, ONNX Runtime rounds both: answers up to 0.25 off here."""
+    """Left to itself, ONNX Runtime rounds both: outputs up to 0.25 off here."""
     random = np.random.default_rng(0)
     steps = random.integers(-127, 128, (128, 64), dtype=np.int8)
     scales = random.uniform(0.01, 0.02, 64).astype(np.float32)

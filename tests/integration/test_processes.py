@@ -1,4 +1,4 @@
-"""Several processes: the same answers as one, and an end in finite time when one of them fails."""
+"""Several processes: the same result as one, and an end in finite time when one of them fails."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from edgekd.distill.trainer import Trainer
 from edgekd.models import DictModel
 from edgekd.spec import SAMPLE, ModelSpec, TensorSpec
 from edgekd.tasks import Classification
+from tests.progress import RecordedProgress
 
 TASK = Classification()
 SPEC = ModelSpec((TensorSpec("image", ("batch", 2, 6, 6)),), (TensorSpec("logits", ("batch", 4)),))
@@ -62,13 +63,6 @@ def network(seed):
     ), SPEC).double()
 
 
-class Silent:
-    def start(self, label, total, unit): ...
-    def advance(self, n=1, **figures): ...
-    def message(self, text): ...
-    def finish(self): ...
-
-
 torch.set_default_dtype(torch.float64)
 folder = Path(sys.argv[1])
 terms = [
@@ -86,7 +80,7 @@ config = TrainConfig(
 )
 arguments = (objective, Source(1), Source(2), TASK, config, 0)
 trainer = Trainer(
-    model, *arguments, checkpoint_folder=folder, progress=Silent(), teacher=teacher
+    model, *arguments, checkpoint_folder=folder, progress=RecordedProgress(), teacher=teacher
 )
 history = trainer.fit()
 kinds = sorted({type(m).__name__ for m in model.modules()})
@@ -178,7 +172,7 @@ def alone(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """Relations, batch norms, adapters, a memory bank, uneven rows: all of the whole batch."""
+    """Relations, batch norms, adapters, a memory bank, uneven rows: all of the global batch."""
     (tmp_path / "training.py").write_text(TRAINING)
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
@@ -247,7 +241,7 @@ def test_one_process_that_fails_ends_all(
     assert text not in second.stdout + second.stderr
     log = (pipeline / "run" / "log.jsonl").read_text().splitlines()
     assert any(json.loads(line)["event"] == "stage-failed" for line in log)
-    # The epoch that was finished is gone on with, by one process alone.
+    # One process alone resumes after the finished epoch.
     rest = alone(command, pipeline)
     assert rest.returncode == 0, rest.stderr
     assert "resuming after epoch 1" in rest.stdout

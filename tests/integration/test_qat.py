@@ -7,7 +7,6 @@ import json
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 
 from edgekd import api
@@ -19,6 +18,7 @@ from edgekd.onnx.file import describe_onnx
 from edgekd.pipeline.stage import Context
 from edgekd.stages.quantize import train_quantized
 from edgekd.stages.task_data import open_task_data
+from tests import onnx_builders
 from tests.integration.pipelines import DIGITS
 from tests.progress import RecordedProgress
 
@@ -65,8 +65,8 @@ def call(run, tmp_path):
 
 def accuracy(path, ground):
     split = ground.dataset.splits["validation"]
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    logits = session.run(None, ground.dataset.model_inputs("validation", 0, len(split)))[0]
+    inputs = ground.dataset.model_inputs("validation", 0, len(split))
+    logits = onnx_builders.run(path, inputs)["logits"]
     return float((logits.argmax(1) == split.arrays["label"]).mean())
 
 
@@ -87,7 +87,7 @@ def test_student_becomes_a_file_in_int8(run, call):
     )
     assert json.loads(json.dumps(history.to_json()))
     assert set(history.epochs[0].terms) == {"hard_labels", "soft_labels"}
-    # Nothing else: the teacher's answers to these views are in the cache of the run.
+    # Nothing else: the teacher's outputs for these views are in the cache of the run.
     assert call.progress.labels == ["student int8 cpu"]
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 
+from tests import onnx_builders
 from tests.command_line import edgekd
 from tests.integration.pipelines import prepared_images
 
@@ -61,8 +61,7 @@ def test_what_is_shipped_computes_in_8_bits_and_is_what_was_scored(run: Path) ->
     assert "QLinearConv" in operators
     data = artifact(run, "data")
     prepared = prepared_images(run, "test")
-    session = onnxruntime.InferenceSession(shipped, providers=["CPUExecutionProvider"])
-    (logits,) = session.run(["logits"], {"image": prepared})
+    logits = onnx_builders.run(shipped, {"image": prepared})["logits"]
     accuracy = float((logits.argmax(1) == np.load(data / "test" / "label.npy")).mean())
     result = json.loads((run / "benchmark" / "result.json").read_text())
     assert result["models"]["student"]["metric"]["value"] == accuracy
@@ -76,8 +75,8 @@ def test_the_drop_in_the_index_is_that_of_the_file(run: Path) -> None:
     prepared = prepared_images(run, "validation")
 
     def accuracy(file: Path) -> float:
-        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        return float((session.run(["logits"], {"image": prepared})[0].argmax(1) == labels).mean())
+        logits = onnx_builders.run(file, {"image": prepared})["logits"]
+        return float((logits.argmax(1) == labels).mean())
 
     plain = accuracy(artifact(run, "export") / "student.onnx")
     for entry in index.values():
@@ -97,7 +96,7 @@ def test_one_candidate_computes_the_input_layer_in_float(run: Path) -> None:
         assert (makers.get(first.input[1]) == "DequantizeLinear") is scaled
 
 
-def test_tensorrt_gets_a_file_of_its_own_scheme_and_the_bundle_says_how_to_build_it(
+def test_tensorrt_gets_its_own_scheme_and_the_bundle_a_build_file(
     run: Path,
 ) -> None:
     folder = run / "bundle" / "small" / "engines" / "tensorrt-rtx"
@@ -135,7 +134,7 @@ def test_another_drop_does_not_train_again(run: Path) -> None:
     assert rows["quantize"] == rows["engines"] == "run"
 
 
-def test_layers_kept_on_purpose_do_not_stop_tensorrt_and_nothing_asked_for_is_lost(
+def test_excluded_layers_leave_tensorrt_and_requested_precisions_valid(
     run: Path,
 ) -> None:
     exported = onnx.load(artifact(run, "export") / "student.onnx").graph.node

@@ -62,7 +62,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def work(taught: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(taught, tmp_path, dirs_exist_ok=True)
+    return shutil.copytree(taught, tmp_path, dirs_exist_ok=True, symlinks=True)
 
 
 def shapes(file: Path) -> dict[str, tuple[int, ...]]:

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from onnxruntime import InferenceSession
 from PIL import Image
 from sklearn.datasets import load_digits
+
+from tests.onnx_builders import run
 
 PIPELINE = """\
 name: order
@@ -79,15 +80,14 @@ def test_another_order_is_refused_and_its_line_mends_it(edgekd, folder):
     done = edgekd("run", "order.yaml", "--until", "export", "--set", PIXELS, "--set", classes)
     (artifact,) = (folder / "runs/order/artifacts/teacher").glob("*/validation.json")
     assert json.loads(artifact.read_text())["accuracy"] > 0.9
-    # The exported teacher takes the student's samples and answers in the data's order.
+    # The exported teacher takes the student's samples and predicts in the data's order.
     (file,) = (folder / "runs/order/artifacts/export").glob("*/teacher.onnx")
     digits = load_digits()
     image = np.round(digits.images / 16 * 255).astype(np.float32)[:, None].repeat(3, 1) / 255
     (data,) = (folder / "runs/order/artifacts/data").glob("*/dataset.json")
     own = json.loads(data.read_text())["preprocess"]["image"]
     mean, std = (np.float32(own[key]).reshape(-1, 1, 1) for key in ("mean", "std"))
-    session = InferenceSession(file, providers=["CPUExecutionProvider"])
-    (logits,) = session.run(None, {"image": (image - mean) / std})
+    logits = run(file, {"image": (image - mean) / std})["logits"]
     assert (logits.argmax(1) == digits.target).mean() > 0.9
 
 

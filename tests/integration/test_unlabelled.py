@@ -1,4 +1,4 @@
-"""Labels are optional: runs without any, trainings with few, and teachers that know nothing."""
+"""Labels are optional: runs without any, trainings with few, and teachers no better than chance."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from edgekd.stages.task_data import TaskData
 from edgekd.stages.teacher import check_teacher
 from edgekd.stages.training import fit, pseudo_labelled_validation
 from edgekd.tasks import get_task
+from tests import onnx_builders
 from tests.command_line import edgekd
 from tests.progress import RecordedProgress
 
@@ -78,8 +79,6 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_run_without_any_label_is_gated_by_agreement_with_the_teacher(work: Path) -> None:
-    import onnxruntime
-
     outcome = run()
     folder = work / "runs" / "bare"
     result = json.loads((folder / "benchmark" / "result.json").read_text())
@@ -93,8 +92,7 @@ def test_a_run_without_any_label_is_gated_by_agreement_with_the_teacher(work: Pa
     answers = {}
     for role in ("teacher", "student"):
         file = next((folder / "artifacts" / "export").glob(f"*/{role}.onnx"))
-        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-        answers[role] = session.run(["logits"], {"image": image})[0].argmax(1)
+        answers[role] = onnx_builders.run(file, {"image": image})["logits"].argmax(1)
     agreement = (answers["teacher"] == answers["student"]).mean()
     # Optimization may turn a tie of float32 logits in a sample or two.
     found = result["models"]["student"]["metric"]
@@ -179,7 +177,7 @@ class Watched(nn.Module):
 
 
 class Noting(TaskLoss):
-    """The supervised loss, which notes how much of a class each sample was taught."""
+    """The supervised loss, which records the label weight of each sample."""
 
     def forward(self, student, teacher, batch, part):
         target = batch["label"]
@@ -236,7 +234,7 @@ def test_the_student_has_its_share_of_the_labels_and_the_teacher_all(tmp_path: P
     student = replace(on, config=on.config.model_copy(update={"distill": share}))
     seen, _ = trained(student, tmp_path / "student")
     assert {row for batch in seen for row in batch} == {int(images[row]) for row in allowed}
-    # A teacher's training has a TrainConfig, which knows no share.
+    # A teacher's training has a TrainConfig, which has no share of labels.
     spec = ModelSpec(on.dataset.inputs, on.task.outputs(on.dataset))
     model = DictModel(Watched(3), spec)
     config = TrainConfig(epochs=1, batch_size=16)
@@ -291,7 +289,7 @@ def test_unlabelled_validation_is_scored_by_the_teachers_answers(tmp_path: Path)
 
 
 class Answers:
-    """A teacher that answers from the rows of the images."""
+    """A teacher that computes its outputs from the rows of the images."""
 
     def __init__(self, name, function) -> None:
         self.name, self.function, self.digest = name, function, "d"
@@ -336,7 +334,7 @@ def test_few_labels_are_shown_and_not_judged() -> None:
 
 
 class Machine:
-    """A target whose models answer what they are told to."""
+    """A target whose models give the stated logits."""
 
     name = "machine"
 

@@ -12,6 +12,7 @@ import onnx
 
 from tests.command_line import edgekd
 from tests.integration.pipelines import DIGITS, prepared_images
+from tests.onnx_builders import run
 
 
 def test_every_artifact_is_there(digits_run: Path) -> None:
@@ -36,13 +37,9 @@ def test_report_needs_no_network(digits_run: Path) -> None:
 
 
 def test_accuracy_is_that_of_the_shipped_file(digits_run: Path) -> None:
-    import onnxruntime
-
     data = next((digits_run / "artifacts" / "data").iterdir())
-    session = onnxruntime.InferenceSession(
-        digits_run / "bundle" / "digits" / "model.onnx", providers=["CPUExecutionProvider"]
-    )
-    (logits,) = session.run(["logits"], {"image": prepared_images(digits_run, "test")})
+    model = digits_run / "bundle" / "digits" / "model.onnx"
+    logits = run(model, {"image": prepared_images(digits_run, "test")})["logits"]
     accuracy = float((logits.argmax(1) == np.load(data / "test" / "label.npy")).mean())
     result = json.loads((digits_run / "benchmark" / "result.json").read_text())
     assert result["models"]["student"]["metric"]["value"] == accuracy

@@ -1,4 +1,4 @@
-"""A foreign model gets the pipeline's names and keeps its answers."""
+"""An imported model gets the pipeline's names and the same outputs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 
 from edgekd.onnx.file import describe_onnx
 from edgekd.onnx.import_onnx import pack_onnx, rename_onnx
-from tests.onnx_builders import parse_onnx
+from tests.onnx_builders import parse_onnx, run, save_external
 
 
 def model_with_subgraph() -> onnx.ModelProto:
@@ -27,21 +26,14 @@ def model_with_subgraph() -> onnx.ModelProto:
 
 
 def answers(path: Path, name: str) -> list[np.ndarray]:
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     x = np.ones((2, 4), np.float32)
-    return [session.run(None, {name: sign * x})[0] for sign in (1, -1)]
+    return [next(iter(run(path, {name: sign * x}).values())) for sign in (1, -1)]
 
 
 def test_packed_and_renamed_model_gives_the_same_answers(tmp_path: Path) -> None:
     source, packed = tmp_path / "a" / "m.onnx", tmp_path / "packed.onnx"
     source.parent.mkdir()
-    onnx.save(
-        model_with_subgraph(),
-        source,
-        save_as_external_data=True,
-        location="w.bin",
-        size_threshold=0,
-    )
+    save_external(model_with_subgraph(), source)
     before = answers(source, "x")
     pack_onnx(source, packed)
     (source.parent / "w.bin").unlink()

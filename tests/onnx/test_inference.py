@@ -1,4 +1,4 @@
-"""Where inputs and outputs count samples, and answers whose size depends on the data."""
+"""Which axis of inputs and outputs counts samples, and outputs whose size depends on the data."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from edgekd.onnx.samples import ArraySamples, open_samples
 from edgekd.quantization.mixed_precision import convert_mixed_precision
 from edgekd.quantization.static import StaticQuantizer
 from tests.onnx_builders import Graph, run, save_onnx
+from tests.quantization.quantizing import quantized
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.standard_normal((20, 6, 8)).astype(np.float32)
@@ -20,7 +21,7 @@ SAMPLES = ArraySamples({"x": X})
 
 
 def time_first(path, batch="N", declared=(6, "N", 5)):
-    """(N, T, 8) to (T, N, 5), as networks for CTC answer."""
+    """(N, T, 8) to (T, N, 5), as the outputs of networks for CTC."""
     g = Graph(1)
     g.add("Transpose", ["x"], "t", "turn", perm=[1, 0, 2])
     g.add("MatMul", ["t", g.weight("w", 8, 5)], "y", "head")
@@ -42,7 +43,7 @@ def test_time_first_answers_of_a_fixed_batch(tmp_path, batch):
     path = time_first(tmp_path / "m.onnx", batch, (6, batch, 5) if batch != 6 else (6, 6, 5))
     answers = run_samples(path, SAMPLES)["y"]
     assert len(answers) == 20
-    if batch != 6:  # six samples and six steps are not told apart
+    if batch != 6:  # six samples and six steps are ambiguous
         wanted = np.moveaxis(X, 1, 0) @ onnx.numpy_helper.to_array(
             onnx.load(str(path)).graph.initializer[0]
         )
@@ -52,8 +53,8 @@ def test_time_first_answers_of_a_fixed_batch(tmp_path, batch):
 
 def test_a_time_first_model_is_quantized_and_compared(tmp_path):
     path = time_first(tmp_path / "m.onnx")
-    StaticQuantizer(path, SAMPLES, tmp_path / "s", runtime="cpu").write(tmp_path / "q.onnx")
-    found = Reference(path, SAMPLES).compare(tmp_path / "q.onnx")
+    _, out = quantized(path, {"x": X}, tmp_path)
+    found = Reference(path, SAMPLES).compare(out)
     assert found.errors[0].samples == 20
     assert found.errors[0].sqnr_db > 30
 
@@ -97,10 +98,9 @@ def test_what_a_suppression_leaves_is_each_samples_own(tmp_path, batch):
 def test_detections_are_quantized_and_compared_as_sets(tmp_path):
     path = detector(tmp_path / "m.onnx")
     samples = ArraySamples(IMAGES)
-    StaticQuantizer(path, samples, tmp_path / "s", runtime="cpu").write(tmp_path / "q.onnx")
+    _, out = quantized(path, IMAGES, tmp_path)
     same, other = (
-        {row.name: row for row in Reference(path, samples).compare(p).errors}
-        for p in (path, tmp_path / "q.onnx")
+        {row.name: row for row in Reference(path, samples).compare(p).errors} for p in (path, out)
     )
     assert same["sel"].max_absolute == 0
     assert other["sel"].max_absolute == 1  # a box in one of the sets only

@@ -4,7 +4,6 @@ import json
 
 import ml_dtypes
 import numpy as np
-import onnx
 import pytest
 
 import edgekd.onnx.layer_errors as module
@@ -13,8 +12,8 @@ from edgekd.onnx.layer_errors import layer_errors
 from edgekd.onnx.samples import ArraySamples
 from edgekd.quantization.mixed_precision import convert_mixed_precision
 from edgekd.quantization.mixed_precision_graph import write_rounded
-from edgekd.quantization.static import StaticQuantizer
-from tests.onnx_builders import save_onnx
+from tests.onnx_builders import save_external, save_onnx
+from tests.quantization.quantizing import quantized
 
 RANDOM = np.random.default_rng(0)
 SAMPLES = {"x": RANDOM.standard_normal((40, 8)).astype(np.float32)}
@@ -68,9 +67,7 @@ def by_tensor(rows):
 
 
 @pytest.mark.parametrize("fault", range(4))
-def test_the_layer_at_fault_is_the_first_with_an_error_and_the_one_with_the_most_of_its_own(
-    tmp_path, fault
-):
+def test_the_faulty_layer_is_first_and_largest_in_own_error(tmp_path, fault):
     weights = list(WEIGHTS)
     weights[fault] = coarse(weights[fault])
     rows = layer_errors(
@@ -151,9 +148,7 @@ def test_no_more_samples_than_the_limit_are_read(tmp_path):
 @pytest.mark.parametrize("runtime", ["cpu", "tensorrt"])
 def test_a_quantized_model_is_taken_after_dequantization(tmp_path, runtime):
     """Its tensors then have at most 256 values a sample; before it they have any."""
-    source, out = image_net(tmp_path / "m.onnx"), tmp_path / "q.onnx"
-    quantizer = StaticQuantizer(source, ArraySamples(IMAGES), tmp_path / "scratch", runtime=runtime)
-    quantizer.write(out)
+    quantizer, out = quantized(image_net(tmp_path / "m.onnx"), IMAGES, tmp_path, runtime=runtime)
     found = by_tensor(layer_errors(quantizer.prepared, out, ArraySamples(IMAGES)))
     assert found["x"].op == "Input"
     assert found["x"].node == ""
@@ -167,9 +162,8 @@ def test_a_quantized_model_is_taken_after_dequantization(tmp_path, runtime):
 
 
 def test_a_folded_batch_norm_is_one_layer_with_the_convolution(tmp_path):
-    source, out = image_net(tmp_path / "m.onnx"), tmp_path / "q.onnx"
-    quantizer = StaticQuantizer(source, ArraySamples(IMAGES), tmp_path / "s", runtime="cpu")
-    quantizer.write(out)
+    source = image_net(tmp_path / "m.onnx")
+    quantizer, out = quantized(source, IMAGES, tmp_path)
     rows = layer_errors(source, out, ArraySamples(IMAGES))
     folded = next(row for row in rows if "BatchNormalization" in row.op)
     assert folded.node == "conv1"
@@ -188,7 +182,7 @@ def test_half_precision_has_errors_of_half_precision(tmp_path):
     assert all(0 < row.relative < 8 * 2**-12 for row in rows)
 
 
-def test_a_layer_that_overflows_is_named_and_those_after_it_are_not_blamed(tmp_path):
+def test_an_overflowing_layer_is_named_and_later_layers_not_blamed(tmp_path):
     weights = list(WEIGHTS)
     weights[1] = weights[1] * np.float32(3e38)
     first, second = chain(tmp_path / "a.onnx"), chain(tmp_path / "b.onnx", weights)
@@ -214,11 +208,7 @@ def test_weights_that_are_computed_are_no_layers(tmp_path):
 def test_external_weights_are_found(tmp_path):
     folder = tmp_path / "big"
     folder.mkdir()
-    model = onnx.load(str(chain(tmp_path / "a.onnx")))
-    onnx.save(
-        model, str(folder / "m.onnx"), save_as_external_data=True, location="w.bin",
-        size_threshold=0,
-    )  # fmt: skip
+    save_external(chain(tmp_path / "a.onnx"), folder / "m.onnx")
     rows = layer_errors(tmp_path / "a.onnx", folder / "m.onnx", ArraySamples(SAMPLES))
     assert len(rows) == 7
     assert sorted(file.name for file in folder.iterdir()) == ["m.onnx", "w.bin"]

@@ -1,7 +1,4 @@
-"""Estimated memory: what a simulated execution with reference counts holds at most."""
-
-import subprocess
-import sys
+"""Estimated memory: the peak of a simulated execution with reference counts."""
 
 import numpy as np
 import onnx
@@ -17,6 +14,7 @@ from edgekd.models.build import build_model
 from edgekd.onnx.export import export_onnx
 from edgekd.onnx.memory_estimate import estimate_memory
 from edgekd.spec import TensorSpec
+from tests.command_line import python
 from tests.onnx_builders import parse_onnx, save_onnx
 
 
@@ -129,9 +127,7 @@ def test_the_runtimes_arena_is_of_the_same_order(convnet):
         "s = o.InferenceSession(sys.argv[1], options, ['CPUExecutionProvider'])\n"
         f"s.run(None, {{'image': np.zeros(({batch}, 1, 28, 28), np.float32)}})\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(convnet)], capture_output=True, text=True, check=True
-    )
+    done = python(code, convnet)
     grown = [line.rsplit(" ", 1)[1] for line in done.stderr.splitlines() if "Total alloc" in line]
     if not grown:
         pytest.skip("this ONNX Runtime does not log its arena")

@@ -1,4 +1,4 @@
-"""Which nodes keep float weights is said, with the bytes; what has a form in 8 bits gets it."""
+"""Nodes that keep float weights are reported, with the bytes; what has an 8-bit form gets it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edgekd.errors import InputError
-from edgekd.onnx.samples import ArraySamples
 from edgekd.quantization.dynamic import quantize_dynamic
 from edgekd.quantization.node_selection import float_nodes
-from edgekd.quantization.static import StaticQuantizer
 from edgekd.quantization.weights_only import quantize_weights
 from tests.onnx_builders import Graph, distance, run
+from tests.quantization.quantizing import quantized
 
 X = np.random.default_rng(0).standard_normal((40, 6, 16)).astype(np.float32)
 GATES = {"GRU": 3, "LSTM": 4, "RNN": 1}
@@ -31,9 +30,7 @@ def recurrent(path, op, head=True):
 
 
 def static(path, tmp_path):
-    quantizer = StaticQuantizer(path, ArraySamples({"x": X}), tmp_path / "s", runtime="cpu")
-    quantizer.write(tmp_path / "q.onnx")
-    return tmp_path / "q.onnx"
+    return quantized(path, {"x": X}, tmp_path)[1]
 
 
 @pytest.mark.parametrize("op", GATES)
@@ -127,9 +124,8 @@ def test_an_ordinary_network_has_none(tmp_path, convolutional, images):
         write(convolutional, tmp_path / "o.onnx")
         left = {row.op for row in float_nodes(tmp_path / "o.onnx", {}, "none")}
         assert left == (set() if write is quantize_weights else {"Conv"})
-    quantizer = StaticQuantizer(convolutional, ArraySamples(images), tmp_path / "s", runtime="cpu")
-    quantizer.write(tmp_path / "q.onnx")
-    assert float_nodes(tmp_path / "q.onnx", {}, "none") == ()
+    quantizer, out = quantized(convolutional, images, tmp_path)
+    assert float_nodes(out, {}, "none") == ()
     assert quantizer.left_in_float == {}
     quantizer.write(tmp_path / "q.onnx", ["second"])
     (row,) = float_nodes(tmp_path / "q.onnx", {"second": "for accuracy"}, "none")

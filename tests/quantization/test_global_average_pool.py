@@ -4,9 +4,8 @@ import numpy as np
 import onnx
 import pytest
 
-from edgekd.onnx.samples import ArraySamples
-from edgekd.quantization.static import StaticQuantizer
 from tests.onnx_builders import distance, pairs_of, run, types_of
+from tests.quantization import quantizing
 
 IMAGES = np.random.default_rng(2).standard_normal((40, 3, 6, 8)).astype("f4")
 
@@ -24,11 +23,8 @@ def network(graph, path, opset, axes, keepdims, gemm_inputs):
     return graph.save(path, {"image": ["batch", 3, 6, 8]}, {"y": ["batch", 5]}, opset)
 
 
-def quantized(path, tmp_path, runtime="cpu"):
-    samples = ArraySamples({"image": IMAGES})
-    quantizer = StaticQuantizer(path, samples, tmp_path / "scratch", runtime=runtime)
-    quantizer.write(tmp_path / "int8.onnx")
-    return quantizer, tmp_path / "int8.onnx"
+def quantized(path, tmp_path, runtime="cpu", **settings):
+    return quantizing.quantized(path, {"image": IMAGES}, tmp_path, runtime=runtime, **settings)
 
 
 @pytest.mark.parametrize("opset", [13, 18])
@@ -119,7 +115,5 @@ def test_new_names_are_free(graph, tmp_path):
 
 def test_it_is_kept_as_it_is_by_its_name(graph, tmp_path):
     path = network(graph, tmp_path / "m.onnx", 18, [2, 3], 0, 4)
-    samples = ArraySamples({"image": IMAGES})
-    quantizer = StaticQuantizer(path, samples, tmp_path / "scratch", runtime="cpu", keep=["mean"])
-    quantizer.write(tmp_path / "kept.onnx")
-    assert types_of(tmp_path / "kept.onnx")["ReduceMean"] == 1
+    _, out = quantized(path, tmp_path, keep=["mean"])
+    assert types_of(out)["ReduceMean"] == 1

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from edgekd.errors import InputError
-from edgekd.onnx.samples import ArraySamples, is_mask, open_samples
-from edgekd.quantization.static import StaticQuantizer
+from edgekd.onnx.samples import is_mask, open_samples
 from edgekd.spec import ModelSpec, TensorSpec
 from tests.onnx_builders import Graph, distance, pairs_of, run, save_onnx
+from tests.quantization.quantizing import quantized, quantizer
 
 T, WIDTH = 8, 16
 CAUSAL = np.triu(np.ones((T, T), bool), 1)
@@ -103,26 +103,22 @@ def test_attention_under_a_mask_is_as_near_as_attention_without(
 ):
     mask, more = CASES[case]
     path, feed = attention(tmp_path / "m.onnx", mask), {"x": X, **more}
-    quantizer = StaticQuantizer(
-        path, ArraySamples(feed), tmp_path / "s", runtime=runtime, calibration=calibration
-    )
-    quantizer.write(tmp_path / "o.onnx")
-    pairs = pairs_of(tmp_path / "o.onnx")
+    _, out = quantized(path, feed, tmp_path, runtime=runtime, calibration=calibration)
+    pairs = pairs_of(out)
     assert all(all(pairs[name]) for name in PRODUCTS)
 
-    assert distance(run(path, feed)["y"], run(tmp_path / "o.onnx", feed)["y"]) < 0.1
+    assert distance(run(path, feed)["y"], run(out, feed)["y"]) < 0.1
 
 
 @pytest.mark.parametrize("case", ["causal -inf", "causal -1e9", "padding -1e4", "input -inf"])
 def test_the_node_of_the_mask_is_named_and_stays_in_float(tmp_path, case):
     mask, more = CASES[case]
     path = attention(tmp_path / "m.onnx", mask)
-    quantizer = StaticQuantizer(path, ArraySamples({"x": X, **more}), tmp_path / "s", runtime="cpu")
+    quantizer, out = quantized(path, {"x": X, **more}, tmp_path)
     assert set(quantizer.left_in_float) == {"mask_add"}
     assert "'s'" in quantizer.left_in_float["mask_add"]
     assert "mask_add" not in quantizer.nodes
-    quantizer.write(tmp_path / "o.onnx")
-    assert not any(pairs_of(tmp_path / "o.onnx")["softmax"])
+    assert not any(pairs_of(out)["softmax"])
 
 
 def test_a_sum_without_a_mask_stays_in_8_bits(tmp_path):
@@ -131,7 +127,7 @@ def test_a_sum_without_a_mask_stays_in_8_bits(tmp_path):
         return {}
 
     path = attention(tmp_path / "m.onnx", bias)
-    quantizer = StaticQuantizer(path, ArraySamples({"x": X}), tmp_path / "s", runtime="cpu")
+    quantizer, _ = quantized(path, {"x": X}, tmp_path)
     assert quantizer.left_in_float == {}
     assert "bias_add" in quantizer.nodes
 
@@ -145,26 +141,25 @@ def test_masked_logits_may_be_answers(tmp_path):
     mask = np.zeros((40, 5), np.float32)
     mask[np.arange(40), RANDOM.integers(0, 5, 40)] = -np.inf
     feed = {"x": X[:, 0], "mask": mask}
-    quantizer = StaticQuantizer(path, ArraySamples(feed), tmp_path / "s", runtime="cpu")
-    quantizer.write(tmp_path / "o.onnx")
-    wanted, found = run(path, feed)["y"], run(tmp_path / "o.onnx", feed)["y"]
+    _, out = quantized(path, feed, tmp_path)
+    wanted, found = run(path, feed)["y"], run(out, feed)["y"]
     np.testing.assert_array_equal(np.isneginf(wanted), np.isneginf(found))
     finite = np.isfinite(wanted)
     assert distance(wanted[finite], found[finite]) < 0.03
 
 
 def test_infinities_that_break_an_answer_are_still_the_samples_fault(tmp_path):
-    """log 0 in one of forty samples: the answer to it is infinite, those to others are not."""
+    """log 0 in one of forty samples: its output is infinite, those of others are not."""
     g = Graph(3)
     g.add("Log", ["x"], "log", "log")
     g.add("Neg", ["log"], "neg", "neg")
     g.add("MatMul", ["neg", g.constant("w", np.full((WIDTH, 4), -0.1, "f4"))], "y", "mm")
     path = g.save(tmp_path / "m.onnx", {"x": ["N", WIDTH]}, {"y": ["N", 4]})
     x = RANDOM.uniform(0.5, 2, (40, WIDTH)).astype(np.float32)
-    StaticQuantizer(path, ArraySamples({"x": x}), tmp_path / "s", runtime="cpu")
+    quantizer(path, {"x": x}, tmp_path)
     x[7, 3] = 0
     with pytest.raises(InputError, match=r"'neg' .* becomes NaN or infinite on samples 0 to 39"):
-        StaticQuantizer(path, ArraySamples({"x": x}), tmp_path / "s", runtime="cpu")
+        quantizer(path, {"x": x}, tmp_path)
 
 
 def test_a_mask_in_a_file_is_read_and_broken_data_is_not(tmp_path):
@@ -192,13 +187,10 @@ def test_a_tensor_without_elements_has_no_range(tmp_path, opset, calibration):
     g.add("Conv", ["cc", g.weight("w2", 4, 8, 3, 3)], "y", "second", pads=[1] * 4)
     path = g.save(tmp_path / "m.onnx", {"x": ["N", 3, 8, 8]}, {"y": ["N", 4, 8, 8]}, opset=opset)
     feed = {"x": RANDOM.standard_normal((20, 3, 8, 8)).astype(np.float32)}
-    quantizer = StaticQuantizer(
-        path, ArraySamples(feed), tmp_path / "s", runtime="cpu", calibration=calibration
-    )
+    quantizer, out = quantized(path, feed, tmp_path, calibration=calibration)
     assert quantizer.left_in_float["join"] == "'e' has no elements on the samples"
     assert {"first", "second"} <= set(quantizer.nodes)
-    quantizer.write(tmp_path / "o.onnx")
-    assert distance(run(path, feed)["y"], run(tmp_path / "o.onnx", feed)["y"]) < 0.1
+    assert distance(run(path, feed)["y"], run(out, feed)["y"]) < 0.1
 
 
 def test_an_output_without_elements(tmp_path):
@@ -208,7 +200,5 @@ def test_an_output_without_elements(tmp_path):
     w = np.random.default_rng(5).standard_normal((16, 8)).astype(np.float32) * np.float32(0.3)
     path = save_onnx(tmp_path / "m.onnx", text, {"w": w, **ends})
     feed = {"x": X[:, 0]}
-    StaticQuantizer(path, ArraySamples(feed), tmp_path / "s", runtime="cpu").write(
-        tmp_path / "o.onnx"
-    )
-    assert distance(run(path, feed)["y"], run(tmp_path / "o.onnx", feed)["y"]) < 0.05
+    _, out = quantized(path, feed, tmp_path)
+    assert distance(run(path, feed)["y"], run(out, feed)["y"]) < 0.05

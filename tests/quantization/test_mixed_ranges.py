@@ -5,10 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from edgekd.onnx.samples import ArraySamples
-from edgekd.quantization.static import StaticQuantizer
 from tests.cli.quantizing import classifier, quantize, samples
 from tests.onnx_builders import Graph, pairs_of, run
+from tests.quantization.quantizing import quantized, quantizer
 
 X = np.random.default_rng(0).standard_normal((32, 3, 8, 8)).astype(np.float32)
 MOVES = {
@@ -41,11 +40,7 @@ def detector(path, moves=(), *, then=None, pixels=640.0):
 
 
 def written(path, tmp_path, **settings):
-    settings = {"runtime": "cpu", "reduce_range": False} | settings
-    quantizer = StaticQuantizer(path, ArraySamples({"x": X}), tmp_path / "scratch", **settings)
-    out = tmp_path / "int8.onnx"
-    quantizer.write(out)
-    return quantizer, out
+    return quantized(path, {"x": X}, tmp_path, **({"reduce_range": False} | settings))
 
 
 @pytest.mark.parametrize("moves", MOVES.values(), ids=MOVES.keys())
@@ -115,12 +110,10 @@ def test_a_classifier_has_nothing_that_is_mixed(tmp_path):
     data = samples(tmp_path / "x.npz")
     with np.load(data) as archive:
         image = archive["image"]
-    settings = {"runtime": "cpu", "reduce_range": False}
-    quantizer = StaticQuantizer(path, ArraySamples({"image": image}), tmp_path / "s", **settings)
-    assert quantizer.mixed == ()
+    assert quantizer(path, {"image": image}, tmp_path, reduce_range=False).mixed == ()
 
 
-def test_what_stays_in_float_is_told_and_the_budget_holds_for_the_worst_part(tmp_path):
+def test_float_nodes_are_reported_and_the_worst_part_meets_the_budget(tmp_path):
     path, to = detector(tmp_path / "m.onnx", MOVES["reshaped"]), tmp_path / "r.json"
     np.save(tmp_path / "x.npy", X)
     words = ["--calibration", tmp_path / "x.npy", "--no-timing", "--json", to]

@@ -6,11 +6,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edgekd.onnx.samples import ArraySamples
 from edgekd.quantization.dynamic import quantize_dynamic
-from edgekd.quantization.static import StaticQuantizer
 from edgekd.quantization.weights_only import quantize_weights
 from tests.onnx_builders import Graph, distance, run, save_onnx, weights_of
+from tests.quantization import quantizing
+from tests.quantization.quantizing import quantized
 
 RANDOM = np.random.default_rng(0)
 
@@ -19,13 +19,8 @@ def normal(*shape):
     return RANDOM.standard_normal(shape).astype(np.float32)
 
 
-def static(path, samples, tmp_path, runtime="cpu", **settings):
-    out = tmp_path / f"{runtime}.onnx"
-    quantizer = StaticQuantizer(
-        path, ArraySamples(samples), tmp_path / "s", runtime=runtime, **settings
-    )
-    quantizer.write(out)
-    return out
+def static(path, samples, tmp_path, runtime="cpu"):
+    return quantized(path, samples, tmp_path, runtime=runtime)[1]
 
 
 def float_matrices(path):
@@ -57,7 +52,7 @@ def test_a_product_whose_shortcut_is_added_is_in_8_bits(tmp_path, runtime):
 
 def test_a_fused_product_and_its_sum_keep_their_names(tmp_path):
     path, x = residual(tmp_path / "m.onnx"), {"x": normal(40, 32)}
-    quantizer = StaticQuantizer(path, ArraySamples(x), tmp_path / "s", runtime="cpu")
+    quantizer = quantizing.quantizer(path, x, tmp_path)
     assert {"up0", "down0", "sum0", "up1", "down1", "sum1"} <= set(quantizer.nodes)
     quantizer.write(tmp_path / "kept.onnx", ["down0"])
     assert set(float_matrices(tmp_path / "kept.onnx")) == {"v0"}

@@ -10,11 +10,10 @@ import pytest
 from onnx import numpy_helper
 
 from edgekd.errors import InputError
-from edgekd.onnx.samples import ArraySamples
 from edgekd.quantization.dynamic import quantize_dynamic
-from edgekd.quantization.static import StaticQuantizer
 from edgekd.quantization.weights_only import quantize_weights
 from tests.onnx_builders import Graph, parse_onnx
+from tests.quantization.quantizing import quantizer
 
 X = np.random.default_rng(0).standard_normal((4, 16)).astype(np.float32)
 
@@ -32,7 +31,7 @@ def weights(value):
 
 
 def static(path, tmp_path, keep=()):
-    return StaticQuantizer(path, ArraySamples({"x": X}), tmp_path / "s", runtime="cpu", keep=keep)
+    return quantizer(path, {"x": X}, tmp_path, keep=keep)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -109,14 +108,13 @@ def test_an_answer_that_is_nan_leaks_no_warning(tmp_path):
 def test_activations_that_do_not_vary_are_told(tmp_path):
     path = linear(tmp_path / "m.onnx", weights(0))
     assert static(path, tmp_path).constant == ()
-    zeros = ArraySamples({"x": np.zeros((4, 16), np.float32)})
-    quantizer = StaticQuantizer(path, zeros, tmp_path / "z", runtime="cpu")
-    assert set(quantizer.constant) == {"x", "y"}
+    zeros = {"x": np.zeros((4, 16), np.float32)}
+    assert set(quantizer(path, zeros, tmp_path).constant) == {"x", "y"}
 
 
 def test_errors_of_the_calibration_name_the_users_model(tmp_path):
     path = linear(tmp_path / "m.onnx", weights(0))
     for samples in ({"x": X[:1]}, {"x": np.full((4, 16), np.nan, np.float32)}, {"z": X}):
         with pytest.raises(InputError) as caught:
-            StaticQuantizer(path, ArraySamples(samples), tmp_path / "s", runtime="cpu")
+            quantizer(path, samples, tmp_path)
         assert caught.value.where == str(path)

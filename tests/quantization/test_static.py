@@ -1,4 +1,4 @@
-"""Static INT8: near the float answers, in the runtime's scheme, with the chosen nodes in float."""
+"""Static INT8: near the float outputs, in the runtime's scheme, with the chosen nodes in float."""
 
 import numpy as np
 import onnx
@@ -6,26 +6,18 @@ import pytest
 
 from edgekd.errors import InputError
 from edgekd.onnx.file import describe_onnx
-from edgekd.onnx.samples import ArraySamples
-from edgekd.quantization.static import StaticQuantizer
 from tests.onnx_builders import distance, pairs_of, run, types_of, weights_of
+from tests.quantization.quantizing import quantized, quantizer
 
 # Eight bits give steps of 1/255 of a tensor's range, an error of at most 1/510 of it each; four
-# layers of weights and activations add up eight such errors, with room for their growth.
+# layers of weights and activations add up eight such errors, with a margin for their growth.
 NEAR = 8 * 2 / 255
-
-
-def quantizer(path, arrays, tmp_path, **settings):
-    settings.setdefault("runtime", "cpu")
-    return StaticQuantizer(path, ArraySamples(arrays), tmp_path / "scratch", **settings)
 
 
 @pytest.mark.parametrize("runtime", ["cpu", "tensorrt"])
 @pytest.mark.parametrize("calibration", ["minmax", "entropy", "percentile"])
 def test_answers_are_near_float(convolutional, images, tmp_path, runtime, calibration):
-    out = tmp_path / "int8.onnx"
-    q = quantizer(convolutional, images, tmp_path, runtime=runtime, calibration=calibration)
-    q.write(out)
+    q, out = quantized(convolutional, images, tmp_path, runtime=runtime, calibration=calibration)
     reference = run(convolutional, images)["logits"]
     np.testing.assert_allclose(run(q.prepared, images)["logits"], reference, rtol=1e-4, atol=1e-4)
     assert distance(reference, run(out, images)["logits"]) < NEAR
@@ -38,8 +30,7 @@ def test_answers_are_near_float(convolutional, images, tmp_path, runtime, calibr
 
 
 def test_weights_have_a_symmetric_scale_per_channel(convolutional, images, tmp_path):
-    out = tmp_path / "int8.onnx"
-    quantizer(convolutional, images, tmp_path, reduce_range=False).write(out)
+    _, out = quantized(convolutional, images, tmp_path, reduce_range=False)
     float_weight = weights_of(convolutional)["w2"]
     weights = weights_of(out)
     largest = np.abs(float_weight).max(axis=(1, 2, 3))
@@ -51,14 +42,12 @@ def test_weights_have_a_symmetric_scale_per_channel(convolutional, images, tmp_p
 
 
 def test_seven_bit_weights_where_eight_would_overflow(convolutional, images, tmp_path):
-    out = tmp_path / "int8.onnx"
-    quantizer(convolutional, images, tmp_path, reduce_range=True).write(out)
+    _, out = quantized(convolutional, images, tmp_path, reduce_range=True)
     assert np.abs(weights_of(out)["w2_quantized"]).max() <= 64
 
 
 def test_tensorrt_gets_int8_with_zero_points_0_and_float_biases(convolutional, images, tmp_path):
-    out = tmp_path / "int8.onnx"
-    quantizer(convolutional, images, tmp_path, runtime="tensorrt").write(out)
+    _, out = quantized(convolutional, images, tmp_path, runtime="tensorrt")
     weights = weights_of(out)
     zeros = [v for name, v in weights.items() if name.endswith("zero_point")]
     assert zeros
@@ -69,8 +58,7 @@ def test_tensorrt_gets_int8_with_zero_points_0_and_float_biases(convolutional, i
 
 def test_tensorrt_parses_and_builds_it(convolutional, images, tmp_path):
     trt = pytest.importorskip("tensorrt_rtx", reason="needs TensorRT for RTX (extra 'rtx')")
-    out = tmp_path / "int8.onnx"
-    quantizer(convolutional, images, tmp_path, runtime="tensorrt").write(out)
+    _, out = quantized(convolutional, images, tmp_path, runtime="tensorrt")
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)  # the parser and network die with it
     network = builder.create_network(0)
@@ -160,9 +148,8 @@ def test_a_value_read_before_its_relu_is_not_clipped(graph, tmp_path):
         {"before": [2, 4, 6, 6], "after": [2, 4, 6, 6], "last": [2, 4, 6, 6]},
     )
     arrays = {"image": np.random.default_rng(0).standard_normal((7, 3, 8, 8)).astype(np.float32)}
-    out = tmp_path / "out.onnx"
     # A fixed batch of 2 and 7 samples: the last batch is filled up.
-    quantizer(path, arrays, tmp_path).write(out)
+    _, out = quantized(path, arrays, tmp_path)
     feed = {"image": arrays["image"][:2]}
     reference, answer = run(path, feed), run(out, feed)
     assert reference["before"].min() < -0.5
@@ -177,8 +164,7 @@ def test_a_clip_away_from_zero_still_clips(graph, tmp_path):
     graph.add("Conv", ["clipped", graph.weight("v", 4, 4, 1, 1)], "y", "conv2")
     path = graph.save(tmp_path / "clip.onnx", {"image": ["n", 3, 8, 8]}, {"y": ["n", 4, 6, 6]})
     arrays = {"image": np.random.default_rng(0).standard_normal((9, 3, 8, 8)).astype(np.float32)}
-    out = tmp_path / "out.onnx"
-    quantizer(path, arrays, tmp_path).write(out)
+    _, out = quantized(path, arrays, tmp_path)
     assert distance(run(path, arrays)["y"], run(out, arrays)["y"]) < NEAR
     assert types_of(out)["Clip"] == 1
 
@@ -196,8 +182,7 @@ def test_gemm_with_factors_and_a_row_of_bias(graph, tmp_path, runtime):
     )
     path = graph.save(tmp_path / "gemm.onnx", {"x": ["n", 6]}, {"y": ["n", 4]})
     arrays = {"x": np.random.default_rng(0).standard_normal((9, 6)).astype(np.float32)}
-    out = tmp_path / "out.onnx"
-    quantizer(path, arrays, tmp_path, runtime=runtime).write(out)
+    _, out = quantized(path, arrays, tmp_path, runtime=runtime)
     assert distance(run(path, arrays)["y"], run(out, arrays)["y"]) < NEAR
 
 
@@ -239,9 +224,7 @@ def test_weights_in_constant_nodes_subgraphs_and_two_inputs(graph, tmp_path):
         "image": random.standard_normal((9, 8, 8, 3)).astype(np.float32),
         "state": np.linspace([-3] * 4, [3] * 4, 9, dtype=np.float32),
     }
-    q = quantizer(path, arrays, tmp_path)
-    out = tmp_path / "out.onnx"
-    q.write(out)
+    _, out = quantized(path, arrays, tmp_path)
     assert any(v.dtype == np.int8 and v.shape == (4, 3, 3, 3) for v in weights_of(out).values())
     for sign in (1, -1):
         feed = {**arrays, "state": np.full((9, 4), 3.0 * sign, np.float32)}
@@ -269,8 +252,7 @@ def test_an_old_opset_and_ir_version_are_raised(tmp_path, graph):
     )
     onnx.save(model, str(path))
     arrays = {"image": np.random.default_rng(0).standard_normal((8, 3, 8, 8)).astype(np.float32)}
-    out = tmp_path / "out.onnx"
-    quantizer(path, arrays, tmp_path).write(out)
+    _, out = quantized(path, arrays, tmp_path)
     feed = {"image": arrays["image"][:4]}
     assert distance(run(path, feed)["y"], run(out, feed)["y"]) < NEAR
     assert types_of(out)["BatchNormalization"] == 0
@@ -278,8 +260,7 @@ def test_an_old_opset_and_ir_version_are_raised(tmp_path, graph):
 
 
 def test_an_already_quantized_model_and_one_without_weights(convolutional, images, graph, tmp_path):
-    out = tmp_path / "int8.onnx"
-    quantizer(convolutional, images, tmp_path).write(out)
+    _, out = quantized(convolutional, images, tmp_path)
     with pytest.raises(InputError, match="quantized already"):
         quantizer(out, images, tmp_path)
     graph.add("Softmax", ["x"], "y")
@@ -321,8 +302,7 @@ def test_copies_of_a_shared_bias_take_no_other_tensors_name(graph, tmp_path):
     g.add("Add", ["c", "n"], "y")
     path = g.save(tmp_path / "m.onnx", {"x": ["batch", 4, 6, 6]}, {"y": ["batch", 4, 6, 6]})
     x = np.random.default_rng(0).standard_normal((16, 4, 6, 6)).astype(np.float32)
-    samples = ArraySamples({"x": x})
-    StaticQuantizer(path, samples, tmp_path / "s", runtime="cpu").write(tmp_path / "q.onnx")
-    expected, answer = run(path, {"x": x})["y"], run(tmp_path / "q.onnx", {"x": x})["y"]
+    _, out = quantized(path, {"x": x}, tmp_path)
+    expected, answer = run(path, {"x": x})["y"], run(out, {"x": x})["y"]
     # Four roundings of activations, each of half a step of its range's 255.
     assert np.abs(answer - expected).max() < 4 * (expected.max() - expected.min()) / 255 * 2

@@ -1,4 +1,4 @@
-"""Tasks: checks of bad data, what they ask of a model, and scores."""
+"""Tasks: checks of bad data, the outputs they require, and scores."""
 
 from types import SimpleNamespace
 
@@ -16,6 +16,7 @@ from edgekd.tasks import (
     constant_outputs,
     get_task,
 )
+from tests.command_line import check_not_imported
 
 
 def dataset(labels=None, targets=("label",), image=None, **splits):
@@ -199,13 +200,13 @@ def test_the_constant_of_an_error_is_its_median_or_its_mean(metric, best):
         assert task.scores(moved, targets).mean() >= error
 
 
-def test_a_constant_that_knows_other_samples_answers_as_many_as_are_asked_for():
+def test_a_constant_from_other_samples_gives_the_requested_count():
     known = {"target": np.array([[1.0, 5.0], [2.0, 6.0], [9.0, 7.0]])}
     answers = constant_outputs(Regression(), known, 4)["prediction"]
     assert answers.tolist() == [[2.0, 6.0]] * 4
 
 
-def test_the_task_against_the_teacher_is_named_so_and_leaves_the_other_alone():
+def test_the_agreement_task_is_named_so_and_leaves_the_original():
     task = Classification(target="digit")
     agreeing = agreement_task(task)
     assert (agreeing.metric, agreeing.target, task.metric) == ("agreement", "digit", "accuracy")
@@ -324,3 +325,7 @@ def test_targets_that_are_all_the_same_number_have_an_offset_and_no_unit():
     task = Regression()
     task.fit_unit({"target": np.full((10, 1), 5e4)})
     assert (task.unit, task.offset.tolist()) == (1.0, [5e4])
+
+
+def test_tasks_do_not_import_torch():
+    check_not_imported({"torch"}, "from edgekd.tasks import get_task; get_task('policy')")

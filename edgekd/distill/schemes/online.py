@@ -117,12 +117,8 @@ class _PeerHard(Term):
     """A peer's loss against the data's targets."""
 
     def __init__(self, number: int, task: Task, label_smoothing: float) -> None:
-        super().__init__(f"peer {number} hard")
+        super().__init__(f"peer {number} hard", settings=(label_smoothing,))
         self._number, self._task, self._label_smoothing = number, task, label_smoothing
-
-    @property
-    def fingerprint(self) -> str:
-        return f"{super().fingerprint} {self._label_smoothing}"
 
     def forward(
         self, student: Named, teacher: Named | None, batch: Named, progress: float
@@ -136,13 +132,9 @@ class _PeerMutual(Term):
     def __init__(
         self, number: int, peers: int, task: Task, temperature: float, weight: float
     ) -> None:
-        super().__init__(f"peer {number} mutual", weight)
+        super().__init__(f"peer {number} mutual", weight, settings=(peers, temperature))
         self._number, self._task, self._temperature = number, task, temperature
         self._others = [other for other in range(peers) if other != number]
-
-    @property
-    def fingerprint(self) -> str:
-        return f"{super().fingerprint} {self._others} {self._temperature}"
 
     def forward(
         self, student: Named, teacher: Named | None, batch: Named, progress: float

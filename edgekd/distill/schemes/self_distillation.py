@@ -6,7 +6,6 @@ of it, so that the exported student has none.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -47,16 +46,11 @@ class Exit(Term):
     def __init__(
         self, layer: str, task: Task, temperature: float, share: float, label_smoothing: float
     ) -> None:
-        super().__init__(f"exit {layer}", layers=(layer,))
+        super().__init__(f"exit {layer}", 1.0, (layer,), (temperature, share, label_smoothing))
         self._key = layer_key(layer)
         self._task, self._temperature, self._share = task, temperature, share
         self._label_smoothing = label_smoothing
         self.head: nn.Linear | None = None
-
-    @property
-    def fingerprint(self) -> str:
-        """Everything that decides the term's value, as text."""
-        return f"{super().fingerprint} {self._temperature} {self._share} {self._label_smoothing}"
 
     def prepare(self, student: Named, teacher: Named | None, samples: int) -> None:
         """Make the head for the layer's channels and the output's size.
@@ -109,25 +103,6 @@ class OwnHint(Term):
         own = {key: value.detach() for key, value in student.items()}
         value: Tensor = self.loss(student, own, batch, progress)
         return value
-
-
-def exit_terms(
-    layers: Sequence[str],
-    task: Task,
-    *,
-    temperature: float,
-    share: float,
-    hint: float,
-    deepest: str | None,
-    label_smoothing: float,
-) -> list[Term]:
-    """An :class:`Exit` at each layer, and with ``deepest`` an :class:`OwnHint`."""
-    terms: list[Term] = []
-    for layer in layers:
-        terms.append(Exit(layer, task, temperature, share, label_smoothing))
-        if deepest is not None:
-            terms.append(OwnHint(layer, deepest, task, hint))
-    return terms
 
 
 def pooled(feature: Tensor, layer: str) -> Tensor:
@@ -193,17 +168,12 @@ def self_(
             if teacher is None
             else context.new_objective()
         )
-        if exits:
-            shallow = exit_terms(
-                exits,
-                context.task,
-                temperature=temperature,
-                share=share,
-                hint=hint,
-                deepest=deepest,
-                label_smoothing=context.label_smoothing,
-            )
-            objective = Objective.of([*objective.terms, *shallow])
+        terms = list(objective.terms)
+        for layer in exits:
+            terms.append(Exit(layer, context.task, temperature, share, context.label_smoothing))
+            if deepest is not None:
+                terms.append(OwnHint(layer, deepest, context.task, hint))
+        objective = Objective.of(terms)
         histories[label] = context.fit(model, objective, label, teacher)
         if not last:
             teacher = ModuleTeacher(model.to(training_device()))

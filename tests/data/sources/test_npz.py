@@ -106,7 +106,7 @@ def damaged(kind):
         ("npy", "single array"),
         ("pickle", "not an npz file"),
         ("no-arrays", "no array"),
-        ("objects", "'label' cannot be read: it holds Python objects"),
+        ("objects", "'label' cannot be read: it holds pickled objects"),
     ],
 )
 def test_damaged_files_and_pickles(tmp_path, kind, said):
