@@ -240,6 +240,22 @@ def test_names_that_are_no_text_are_refused(tmp_path, change, says):
         describe_onnx(tmp_path / "m.onnx")
 
 
+@pytest.mark.parametrize("unknown", [-1, 255])
+@pytest.mark.parametrize("place", ["weight", "constant", "input"])
+def test_a_type_that_onnx_does_not_have_is_refused(tmp_path, unknown, place):
+    text = "(float[2] x) => (float[2] y) { c = Constant <value = float {1}> () y = Mul (c, w) }"
+    model = parse_onnx(text, {"w": np.ones(2, np.float32)})
+    if place == "weight":
+        model.graph.initializer[0].data_type = unknown
+    elif place == "constant":
+        model.graph.node[0].attribute[0].t.data_type = unknown
+    else:
+        model.graph.input[0].type.tensor_type.elem_type = unknown
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(InputError, match=f"the type {unknown}, which ONNX does not have"):
+        describe_onnx(tmp_path / "m.onnx")
+
+
 def test_functions_that_call_each_other_are_refused(tmp_path):
     model = onnx.parser.parse_model("""
         <ir_version: 8, opset_import: ["" : 17, "own" : 1]>
