@@ -183,15 +183,19 @@ def _problem(model: onnx.ModelProto) -> str | None:
     if len(nodes) > MOST_NODES:
         return f"it has {len(nodes):,} nodes, more than {MOST_NODES:,}"
     constants: dict[str, onnx.TensorProto] = {}
+    types = {tensor.data_type for tensor in _all_tensors(model)}
     for graph in graphs:
         constants |= {tensor.name: tensor for tensor in graph.initializer}
+        types |= {tensor.indices.data_type for tensor in graph.sparse_initializer}
         texts += [graph.name, *(tensor.values.name for tensor in graph.sparse_initializer)]
         for value in (*graph.input, *graph.output, *graph.value_info):
+            types.add(value.type.tensor_type.elem_type)
             shape = value.type.tensor_type.shape.dim
             texts += [value.name, *(size.dim_param for size in shape)]
     for node in nodes:
         texts += [node.name, node.op_type, node.domain, *node.input, *node.output]
         texts += [attribute.name for attribute in node.attribute]
+        types |= {attribute.t.data_type for attribute in node.attribute}
         if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t"):
             constants |= dict.fromkeys(node.output, node.attribute[0].t)
     texts += [text for entry in model.metadata_props for text in (entry.key, entry.value)]
@@ -199,6 +203,9 @@ def _problem(model: onnx.ModelProto) -> str | None:
     strange = next((text for text in (*texts, *constants) if isinstance(text, bytes)), None)
     if strange is not None:
         return f"the name {strange!r} in it is not UTF-8"
+    unknown = min(types - set(onnx.TensorProto.DataType.values()), default=None)
+    if unknown is not None:
+        return f"a tensor in it has the type {unknown}, which ONNX does not have"
     if (recursive := _recursive(calls)) is not None:
         return f"the function {recursive[1]!r} calls itself"
     return next((why for node in nodes if (why := _endless(node, constants)) is not None), None)

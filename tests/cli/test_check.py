@@ -89,7 +89,7 @@ def test_a_pipeline_is_told_from_a_damaged_file(tmp_path):
     assert f"edgekd build {path}" in done.output
 
 
-def test_an_engine_that_is_built_on_the_device_is_not_said_to_be_built_here(model):
+def test_an_engine_for_the_device_is_not_reported_as_built_here(model):
     pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
     if platform.machine() == "aarch64":
         pytest.skip("this may be the device")

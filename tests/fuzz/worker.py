@@ -424,6 +424,7 @@ def serve(folder: Path) -> None:
     os.dup2(sink, 1)
     os.dup2(sink, 2)
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    print("ready", file=out, flush=True)
     for line in sys.stdin:
         name, number = line.split()
         answer = make_input(name, int(number), folder / name)
