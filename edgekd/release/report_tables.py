@@ -18,7 +18,7 @@ from edgekd.measurement import (
     value_text,
 )
 from edgekd.release.gate import Verdict, passed
-from edgekd.release.result import PERCENTILES, ModelResult, Result
+from edgekd.release.result import LATENCIES, ModelResult, Result
 
 ROLES = {"teacher": "teacher", "baseline": "student alone", "student": "student distilled"}
 
@@ -146,7 +146,7 @@ def result_table(result: Result) -> tuple[list[str], list[TableRow]]:
         _row("parameters", [m.parameters for m in models]),
         _row("size", [m.size_mb for m in models], "the file, 1 MB = 10⁶ bytes"),
     ]
-    for key in PERCENTILES:
+    for key in LATENCIES:
         figures = [model.latency.get(key) for model in models]
         if any(figures):
             counts = {f.n for f in figures if f}
