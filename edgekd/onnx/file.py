@@ -199,6 +199,12 @@ def _problem(model: onnx.ModelProto) -> str | None:
     strange = next((text for text in (*texts, *constants) if isinstance(text, bytes)), None)
     if strange is not None:
         return f"the name {strange!r} in it is not UTF-8"
+    for tensor in constants.values():
+        if (
+            tensor.data_type not in onnx.TensorProto.DataType.values()
+            or min(tensor.dims, default=0) < 0
+        ):
+            return f"the tensor {tensor.name!r} has a type or a size that ONNX does not know"
     if (recursive := _recursive(calls)) is not None:
         return f"the function {recursive[1]!r} calls itself"
     return next((why for node in nodes if (why := _endless(node, constants)) is not None), None)
@@ -320,6 +326,12 @@ def _tensor_spec(value: onnx.ValueInfoProto, path: Path) -> TensorSpec:
             remedy="export the model with tensors only (for scikit-learn: without ZipMap)",
         )
     tensor = value.type.tensor_type
+    if tensor.elem_type not in onnx.TensorProto.DataType.values():
+        raise InputError(
+            f"{value.name!r} has an element type, {tensor.elem_type}, that ONNX does not know",
+            where=str(path),
+            remedy="export the model again with a current exporter",
+        )
     if tensor.elem_type == onnx.TensorProto.STRING:
         dtype = "string"
     else:
