@@ -77,7 +77,7 @@ def build_dataset(
     layouts, layout_remarks = _layouts(labelled["train"], raw, config)
     renamed = _clean_names(labelled["train"], layouts)
     targets = _target_names(labelled["train"], renamed, config, raw.where)
-    splits = {
+    splits: dict[str, Arrays] = {
         split: {renamed[n]: _convert(renamed[n], a, renamed[n] in targets, layouts.get(n), raw,
                                      config)
                 for n, a in arrays.items()}
