@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from edgekd.cli.options import is_pipeline
 from edgekd.errors import (
     EdgekdError,
     InputError,
@@ -68,7 +69,7 @@ class LazyGroup(click.Group):
 
             protect_streams()
             words = [word for word in sys.argv[1:] if word != "--debug"]
-            pipeline = any(word.lower().endswith((".yaml", ".yml")) for word in words)
+            pipeline = any(map(is_pipeline, words))
             if words[:1] and words[0] in _OPENING_MODELS and not pipeline:
                 from edgekd.crashes import supervise
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from edgekd.cli.benchmark import write_record
-from edgekd.cli.options import PIPELINE_SUFFIXES
-from edgekd.errors import GateFailed, InputError
+from edgekd.cli.options import is_pipeline
+from edgekd.errors import GateFailed, InputError, edgerun_errors
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,7 +24,6 @@ _MARKS = {
     "inconclusive": "[yellow]inconclusive[/yellow]",
     "note": "–",
 }
-_SHAPE = re.compile(r"(?P<name>.+)=(?P<sizes>[1-9]\d*(?:x[1-9]\d*)*|)")
 
 
 @click.command()
@@ -53,7 +51,7 @@ def check(
     TensorRT's own parser reads the model (TensorRT for RTX works without a GPU), and ONNX Runtime
     shows which provider runs which node; the memory is estimated from the graph.
 
-    Exit codes: 0 every check passed, 1 a check failed, 2 the input is wrong.
+    Exit codes: 0 every check passed, 1 a check failed or is inconclusive, 2 the input is wrong.
     """
     from rich.console import Console
 
@@ -62,14 +60,17 @@ def check(
     from edgekd.engines.check import check_model
     from edgekd.files import check_output
     from edgekd.targets import LocalTarget, open_target
+    from edgerun.model import parse_shapes
 
-    if model.suffix.lower() in PIPELINE_SUFFIXES:
+    if is_pipeline(model):
         raise InputError(
             "check takes an ONNX file, and this is a pipeline",
             where=str(model),
             remedy="give one that it exported (artifacts/export in its run folder), or build it: "
             f"edgekd build {model}",
         )
+    with edgerun_errors():
+        given_shapes = parse_shapes(shapes)
     note_model(model)
     if out is not None:
         check_output(out, "--json", inputs=[model], stream=True)
@@ -82,7 +83,7 @@ def check(
             engines=engines,
             profile=load_profile(profile) if profile else None,
             providers=[name.strip() for name in (providers or "").split(",") if name.strip()],
-            shapes=_shapes(shapes),
+            shapes=given_shapes,
             batch=batch,
         )
     if out is not None:
@@ -90,21 +91,6 @@ def check(
     _print(Console(), report)
     if not report.passed:
         click.get_current_context().exit(GateFailed.exit_code)
-
-
-def _shapes(options: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    shapes = {}
-    for option in options:
-        match = _SHAPE.fullmatch(option)
-        if match is None:
-            raise InputError(
-                f"{option!r} is not a shape",
-                where="--shape",
-                remedy="write NAME=1x3x224x224, with sizes of at least 1",
-            )
-        sizes = match["sizes"]
-        shapes[match["name"]] = tuple(map(int, sizes.split("x"))) if sizes else ()
-    return shapes
 
 
 def _print(console: Console, report: CheckReport) -> None:
@@ -126,7 +112,9 @@ def _print(console: Console, report: CheckReport) -> None:
         line = f"  {finding.subject}: {finding.remedy}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     checked = " and ".join(report.engines) + (f" on {report.profile}" if report.profile else "")
-    verdict = "[green]all holds[/green]" if report.passed else "[red]not everything holds[/red]"
+    verdict = (
+        "[green]all checks passed[/green]" if report.passed else "[red]not all checks passed[/red]"
+    )
     unbuilt = report.passed and any(name.startswith("tensorrt") for name in report.engines)
     so_far = ", as far as can be determined without a build" if unbuilt else ""
     console.print(f"\n{verdict} for {checked}{so_far}", highlight=False)

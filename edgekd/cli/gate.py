@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from edgekd.cli.options import is_pipeline
 from edgekd.config.budgets import Budgets, GateConfig, load_budgets
 from edgekd.config.profile import Profile, load_profile
 from edgekd.errors import GateFailed, InputError
@@ -61,7 +62,7 @@ def gate(
     --json' wrote on the device: alone it has latency, memory and size; with --device it adds
     these to the result of the workstation, which has the accuracy.
     """
-    if result.suffix in (".yaml", ".yml") and budget is None:
+    if is_pipeline(result) and budget is None:
         if profile or junit or json_path or device:
             raise InputError(
                 "--profile, --device, --junit and --json go with a result file",

@@ -11,10 +11,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from edgekd.cli.options import is_pipeline
 from edgekd.config.networks import ModelConfig
-from edgekd.errors import InputError
+from edgekd.errors import InputError, edgerun_errors
 from edgekd.spec import TensorSpec
 from edgekd.stages.task_data import TaskData
+from edgerun.model import parse_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,9 +76,6 @@ def _listed(model: DictModel) -> list[Layer]:
     return list_layers(model, example_batch(model.spec.inputs))
 
 
-_PIPELINE_SUFFIXES = (".yaml", ".yml")
-
-
 @click.command()
 @click.argument("model", metavar="MODEL|PIPELINE.yaml")
 @click.option("--shape", "shapes", multiple=True, metavar="NAME=1x28x28",
@@ -93,7 +92,7 @@ def layers(model: str, shapes: tuple[str, ...], classes: int, output: Path | Non
     A loss names them in a pipeline: {attention: {student: PATH, teacher: PATH}, weight: 1000}.
     """
     console = Console()
-    if model.endswith(_PIPELINE_SUFFIXES):
+    if is_pipeline(model):
         from edgekd.api import execute, open_job, run_folder
         from edgekd.extension import searching
         from edgekd.stages.task_data import open_task_data
@@ -111,20 +110,10 @@ def layers(model: str, shapes: tuple[str, ...], classes: int, output: Path | Non
         if "teacher" not in found:
             console.print("the teacher is an ONNX file and shows no layers")
         return
-    from edgekd.config.networks import ModelConfig
 
-    with_here = dict(map(_shape, shapes))
-    console.print(_table(model, layers_of_model(ModelConfig(model=model), with_here, classes)))
-
-
-def _shape(text: str) -> tuple[str, tuple[int, ...]]:
-    name, _, sizes = text.partition("=")
-    try:
-        return name, tuple(int(size) for size in sizes.split("x"))
-    except ValueError as error:
-        raise InputError(
-            f"{text!r} is no shape", where="--shape", remedy="write NAME=1x28x28"
-        ) from error
+    with edgerun_errors():
+        inputs = parse_shapes(shapes)
+    console.print(_table(model, layers_of_model(ModelConfig(model=model), inputs, classes)))
 
 
 def _table(title: str, rows: Sequence[Layer]) -> Table:

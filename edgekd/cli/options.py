@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 
 import click
 
 from edgekd.errors import InputError
 
-PIPELINE_SUFFIXES = (".yaml", ".yml")
+
+def is_pipeline(file: str | Path) -> bool:
+    """Whether a file is a pipeline's by its suffix, in any case."""
+    return str(file).lower().endswith((".yaml", ".yml"))
 
 
 def typed_options() -> frozenset[str]:

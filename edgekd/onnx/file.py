@@ -206,6 +206,9 @@ def _problem(model: onnx.ModelProto) -> str | None:
     unknown = min(types - set(onnx.TensorProto.DataType.values()), default=None)
     if unknown is not None:
         return f"a tensor in it has the type {unknown}, which ONNX does not have"
+    negative = next((t.name for t in constants.values() if min(t.dims, default=0) < 0), None)
+    if negative is not None:
+        return f"the tensor {negative!r} has a negative size"
     if (recursive := _recursive(calls)) is not None:
         return f"the function {recursive[1]!r} calls itself"
     return next((why for node in nodes if (why := _endless(node, constants)) is not None), None)
@@ -327,6 +330,12 @@ def _tensor_spec(value: onnx.ValueInfoProto, path: Path) -> TensorSpec:
             remedy="export the model with tensors only (for scikit-learn: without ZipMap)",
         )
     tensor = value.type.tensor_type
+    if tensor.elem_type not in onnx.TensorProto.DataType.values():
+        raise InputError(
+            f"{value.name!r} has an element type, {tensor.elem_type}, that ONNX does not know",
+            where=str(path),
+            remedy="export the model again with a current exporter",
+        )
     if tensor.elem_type == onnx.TensorProto.STRING:
         dtype = "string"
     else:

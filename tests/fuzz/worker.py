@@ -362,7 +362,7 @@ TARGETS: dict[str, Target] = {
     "safetensors": Target(_safetensors, _load("w.safetensors")),
     "checkpoint": Target(_torch_file, _load("w.pt")),
     "onnx-check": Target(
-        _changed_onnx, ("check", "m.onnx", "--profile", "raspberry-pi-5"), (0, 1, 2)
+        _changed_onnx, ("check", "m.onnx", "--profile", "raspberry-pi-5"), (0, 1, 2), 0.5
     ),
     "onnx-quantize": Target(
         _changed_onnx,
