@@ -21,6 +21,7 @@ from edgekd.files import write_errors
 from edgekd.pipeline.runner import Runner, RunOutcome, Workers, join_workers, stages_until
 from edgekd.pipeline.stage import Job
 from edgekd.pipeline.store import Store
+from edgekd.progress import Console as SafeConsole
 from edgekd.progress import ConsoleProgress, EventLog
 from edgekd.stages import STAGES, preflight
 
@@ -37,7 +38,7 @@ def open_job(pipeline: str | Path, overrides: Sequence[str] = ()) -> Job:
     """
     path = Path(pipeline)
     config = load_pipeline(path, overrides)
-    base = path.resolve().parent
+    base = Path(os.path.realpath(path)).parent
     return Job(config, base, load_profile(config.profile, base))
 
 
@@ -84,7 +85,7 @@ def execute(
         try:
             with (
                 _temporary_files(folder),
-                ConsoleProgress(console or Console(), log, quiet=console is None) as progress,
+                ConsoleProgress(console or SafeConsole(), log, quiet=console is None) as progress,
             ):
                 runner = Runner(job, store, progress, STAGES, log, workers, preflight)
                 return runner.run(until)

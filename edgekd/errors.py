@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from edgerun.errors import BadInput, EdgerunError, printable
+from edgerun.errors import BadInput, EdgerunError, is_utf8, printable
 
 __all__ = [
     "CrashError",
@@ -19,6 +19,7 @@ __all__ = [
     "StageError",
     "TargetError",
     "edgerun_errors",
+    "is_utf8",
     "nearest",
     "printable",
     "unknown_name",

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
 
-from rich.console import Console
+from rich.console import Console as RichConsole
+from rich.console import ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -23,8 +25,20 @@ from rich.progress import (
 from rich.progress import (
     Progress as RichProgress,
 )
+from rich.segment import Segment
 
 from edgekd.errors import printable
+
+
+class Console(RichConsole):
+    """A terminal that names from data cannot control: their control characters are escaped."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterator[Segment]:
+        """The segments of something to print, as :meth:`rich.console.Console.render`."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else printable(text), style, control)
 
 
 class Progress(Protocol):
@@ -70,7 +84,9 @@ class EventLog:
 class ConsoleProgress:
     """The progress shown by the command line; a context manager that restores the terminal."""
 
-    def __init__(self, console: Console, log: EventLog | None = None, quiet: bool = False) -> None:
+    def __init__(
+        self, console: RichConsole, log: EventLog | None = None, quiet: bool = False
+    ) -> None:
         self._console = console
         self._log = log
         self._quiet = quiet

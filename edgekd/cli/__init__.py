@@ -5,6 +5,7 @@ The two shortest commands, ``init`` and ``verify``, are here.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import re
@@ -21,6 +22,7 @@ from edgekd.errors import (
     InputError,
     StageError,
     edgerun_errors,
+    is_utf8,
     nearest,
     printable,
     unknown_name,
@@ -97,6 +99,13 @@ class LazyGroup(click.Group):
         """Suggest the nearest command for a misspelt one."""
         if any(re.fullmatch(r"(--[^=]*=)?", word) for word in args):
             ctx.fail("An argument is empty. Give a name, or leave the option out.")
+        try:
+            Path.cwd()
+        except FileNotFoundError:
+            ctx.fail("The working folder was removed. Change to another one.")
+        for word in args:
+            if not is_utf8(word):
+                ctx.fail(f"The argument {word!r} is not valid UTF-8. Rename the file.")
         if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
             guess = nearest(args[0], _COMMANDS)
             hint = f" Did you mean {guess!r}?" if guess else ""
@@ -112,7 +121,10 @@ class LazyGroup(click.Group):
         """Run the command; print errors without a traceback and exit with their exit code."""
         try:
             return super().invoke(ctx)
-        except (click.ClickException, click.Abort, click.exceptions.Exit, SystemExit):
+        except click.ClickException as error:
+            error.message = printable(error.message)  # type: ignore[misc]
+            raise
+        except (click.Abort, click.exceptions.Exit, SystemExit):
             raise
         except KeyboardInterrupt:
             from edgekd.cli import process
@@ -132,7 +144,14 @@ def _explained(error: BaseException) -> EdgekdError:
     """The error to show, with its exit code."""
     if isinstance(error, EdgekdError):
         return error
-    if isinstance(error, MemoryError):
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        name = str(error.filename)
+        shown = name if len(name) <= 80 else f"{name[:80]}…"
+        return InputError(
+            f"the file cannot be used: {error.strerror}", where=shown, remedy="give another name"
+        )
+    out_of_memory = isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    if isinstance(error, MemoryError) or out_of_memory:
         return StageError(f"the memory ran out: {error}", remedy="free some, or give less")
     if not type(error).__module__.startswith(_LIBRARIES):
         from edgekd.cli.process import unexpected
@@ -193,7 +212,7 @@ def init(path: Path, example: str, schema: bool) -> None:
         text = examples[example].read_text(encoding="utf-8")
     with write_errors(path, error=InputError):
         path.write_text(text, encoding="utf-8")
-    click.echo(f"wrote {path}" + ("" if schema else f"; next: edgekd run {path}"))
+    click.echo(printable(f"wrote {path}" + ("" if schema else f"; next: edgekd run {path}")))
 
 
 @click.command()
@@ -208,8 +227,8 @@ def verify(bundle: Path) -> None:
     with edgerun_errors():
         problems = verify_bundle(bundle).problems
     for problem in problems:
-        click.echo(problem)
+        click.echo(printable(problem))
     if problems:
-        click.echo(f"{bundle}: {len(problems)} problem(s)")
+        click.echo(printable(f"{bundle}: {len(problems)} problem(s)"))
         sys.exit(1)
-    click.echo(f"{bundle}: intact")
+    click.echo(printable(f"{bundle}: intact"))

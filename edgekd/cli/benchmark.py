@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from edgekd.cli.options import is_pipeline, refuse_options_of_a_model
+from edgekd.cli.options import THREADS, FiniteRange, is_pipeline, refuse_options_of_a_model
 from edgekd.errors import InputError, StageError
 from edgekd.measurement import ABSENT, number
+from edgekd.progress import Console
 from edgerun.cli import LEVELS
 from edgerun.percentiles import PERCENTILES
 
@@ -30,7 +31,7 @@ COMPARED_BYTES = 64 << 20
 @click.argument("model", type=FILE, metavar="MODEL.onnx")
 @click.option("--against", type=FILE, metavar="OTHER.onnx", help="Compare, in interleaved rounds.")
 @click.option("--profile", metavar="NAME", help="Threads and providers of this device profile.")
-@click.option("--threads", type=click.IntRange(min=1), help="[default: the profile's, or 1]")
+@click.option("--threads", type=THREADS, help="[default: the profile's, or 1]")
 @click.option("--inputs", type=FILE, metavar="DATA.npz", help="[default: random inputs]")
 @click.option("--shape", "shapes", multiple=True, metavar="NAME=1x3x224x224")
 @click.option("--providers", metavar="A,B", help="[default: the profile's, or the CPU]")
@@ -40,7 +41,7 @@ COMPARED_BYTES = 64 << 20
 )  # fmt: skip
 @click.option("--batch", type=click.IntRange(min=1), help="Samples of one query.  [default: 1]")
 @click.option("--min-queries", type=click.IntRange(min=1), default=1000, show_default=True)
-@click.option("--max-seconds", type=click.FloatRange(0, min_open=True), default=60.0)
+@click.option("--max-seconds", type=FiniteRange(0, min_open=True), default=60.0)
 @click.option("--json", "out", type=FILE, metavar="OUT", help="Write the complete record here.")
 def benchmark(
     model: Path,
@@ -69,20 +70,18 @@ def benchmark(
 
         run_pipeline_until(model, "benchmark")
         return
-    from rich.console import Console
-
     from edgekd.crashes import note_model
     from edgekd.files import check_output
-    from edgekd.onnx.file import ENGINE_SUFFIXES, read_onnx
+    from edgekd.onnx.file import ENGINE_SUFFIXES, files_of_onnx
     from edgekd.release.build_result import evidence_of
     from edgekd.targets import LocalTarget, open_target
 
     note_model(model)
-    if out is not None:
-        check_output(out, "--json", inputs=[path for path in (model, against) if path], stream=True)
+    read = [Path(path) for path in (inputs, profile) if path]
     for given in (model, *([against] if against else [])):
-        if given.suffix.lower() not in ENGINE_SUFFIXES:
-            read_onnx(given)
+        read += [given] if given.suffix.lower() in ENGINE_SUFFIXES else files_of_onnx(given)
+    if out is not None:
+        check_output(out, "--json", inputs=read, stream=True)
     loaded = _load_profile(profile)
     target = open_target(LocalTarget.name)
     console = Console()
@@ -219,7 +218,7 @@ def print_benchmark(console: Console, record: dict[str, Any]) -> None:
     table = Table(title="ms, 95 % interval in brackets", title_justify="left")
     table.add_column("")
     for model in models:
-        table.add_column(Path(model["path"]).name, justify="right", overflow="fold")
+        table.add_column(escape(Path(model["path"]).name), justify="right", overflow="fold")
     for key in PERCENTILES:
         table.add_row(
             key.replace("_", "."), *(_percentile(model["latency"][key]) for model in models)
@@ -322,7 +321,7 @@ def _print_machine(console: Console, record: dict[str, Any]) -> None:
     if record.get("providers_left_out"):
         console.print(
             f"[bold yellow]not on this machine, left out: "
-            f"{', '.join(record['providers_left_out'])}[/]"
+            f"{escape(', '.join(record['providers_left_out']))}[/]"
         )
     throttled = environment["before"]["throttling"] != environment["after"]["throttling"]
     if throttled:

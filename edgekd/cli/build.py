@@ -10,12 +10,14 @@ import click
 
 from edgekd.cli.benchmark import write_record
 from edgekd.cli.options import (
+    THREADS,
+    FiniteRange,
     is_pipeline,
     refuse_options,
     refuse_options_of_a_model,
     typed_options,
 )
-from edgekd.errors import InputError
+from edgekd.errors import InputError, printable
 from edgerun.cli import LEVELS
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ NOT_FOR_MODEL = frozenset({"overrides", "quiet"})
 @click.option("-o", "--output", type=FILE, metavar="OUT", help="The engine, or the run's folder.")
 @click.option("--engine", type=click.Choice(ENGINES), help="[default: the profile's]")
 @click.option("--profile", metavar="NAME", help="Memory, GPU and threads of this device profile.")
-@click.option("--threads", type=click.IntRange(min=1), help="ONNX Runtime's.  [default: 1]")
+@click.option("--threads", type=THREADS, help="ONNX Runtime's.  [default: 1]")
 @click.option(
     "--optimization", type=click.Choice(LEVELS), default="all", help="ONNX Runtime's level to run "
     "at.  [default: all]",
@@ -46,7 +48,7 @@ NOT_FOR_MODEL = frozenset({"overrides", "quiet"})
 @click.option("--shape", "shapes", multiple=True, metavar="NAME=MIN:USUAL:MAX")
 @click.option("--batch", type=click.IntRange(min=1), help="Usual and largest batch.  [default: 1]")
 @click.option("--sm", multiple=True, metavar="8.6", help="A GPU to build for (tensorrt-rtx).")
-@click.option("--workspace-mb", type=click.FloatRange(0, min_open=True), metavar="MB")
+@click.option("--workspace-mb", type=FiniteRange(0, min_open=True), metavar="MB")
 @click.option("--timing-cache", type=FILE, metavar="FILE", help="Reused by later builds.")
 @click.option("--version-compatible", is_flag=True, help="For later releases too.")
 @click.option("--hardware-compatible", is_flag=True, help="For other GPUs too (tensorrt).")
@@ -75,15 +77,16 @@ def build(model: Path, output: Path | None, **options: Any) -> None:
     from edgekd.config.profile import load_profile
     from edgekd.crashes import note_model
     from edgekd.files import check_output
-    from edgekd.onnx.file import read_onnx
+    from edgekd.onnx.file import files_of_onnx
 
     note_model(model)
     profile = None if options["profile"] is None else load_profile(options["profile"])
     engine = options["engine"] or (profile.runtime.engine if profile else "onnxruntime")
-    check_output(output, "-o", inputs=[model])
+    given = (options["profile"], options["timing_cache"])
+    read = [*files_of_onnx(model), *(Path(name) for name in given if name)]
+    check_output(output, "-o", inputs=read)
     if options["out"] is not None:
-        check_output(options["out"], "--json", inputs=[model, output], stream=True)
-    read_onnx(model)
+        check_output(options["out"], "--json", inputs=[*read, output], stream=True)
     if engine == "onnxruntime":
         refuse_options(typed_options() - FOR_ONNXRUNTIME, "TensorRT, not for ONNX Runtime")
         record = _build_onnxruntime(
@@ -114,7 +117,8 @@ def _build_onnxruntime(
     chosen = tuple(name for name in wanted if name in here) or ("CPUExecutionProvider",)
     threads = threads or (profile.runtime.threads if profile else None) or 1
     info = build_engine(model, output, providers_for(chosen, None), threads, optimization)
-    click.echo(f"{output}  {info.size_bytes / 1e6:.3f} MB  ONNX Runtime, {threads} thread(s)")
+    shown = printable(str(output))
+    click.echo(f"{shown}  {info.size_bytes / 1e6:.3f} MB  ONNX Runtime, {threads} thread(s)")
     nodes = ", ".join(f"{count} on {name}" for name, count in info.nodes.items())
     click.echo(f"  nodes: {nodes}; largest difference {info.max_difference:.2g}")
     if info.disabled_optimizers:
@@ -174,5 +178,5 @@ def _build_tensorrt(
     )
     check_runtime(settings, profile, model)
     record = LocalTarget().build(model, output, settings)
-    click.echo("\n".join(build_lines(record)))
+    click.echo(printable("\n".join(build_lines(record))))
     return record

@@ -12,9 +12,8 @@ from edgekd.cli.options import is_pipeline
 from edgekd.errors import GateFailed, InputError, edgerun_errors
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from edgekd.engines.check import CheckReport
+    from edgekd.progress import Console
 
 FILE = click.Path(path_type=Path)
 _ENGINES = click.Choice(["tensorrt-rtx", "tensorrt", "onnxruntime"])
@@ -53,12 +52,12 @@ def check(
 
     Exit codes: 0 every check passed, 1 a check failed or is inconclusive, 2 the input is wrong.
     """
-    from rich.console import Console
-
     from edgekd.config.profile import load_profile
     from edgekd.crashes import note_model
     from edgekd.engines.check import check_model
     from edgekd.files import check_output
+    from edgekd.onnx.file import files_of_onnx
+    from edgekd.progress import Console
     from edgekd.targets import LocalTarget, open_target
     from edgerun.model import parse_shapes
 
@@ -73,7 +72,8 @@ def check(
         given_shapes = parse_shapes(shapes)
     note_model(model)
     if out is not None:
-        check_output(out, "--json", inputs=[model], stream=True)
+        read = [*files_of_onnx(model), *([Path(profile)] if profile else [])]
+        check_output(out, "--json", inputs=read, stream=True)
     target = open_target(LocalTarget.name)
     with Console(stderr=True).status("checking with the runtimes"):
         report = check_model(

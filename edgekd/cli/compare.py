@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from edgekd.errors import InputError
-from edgekd.files import write_errors
+from edgekd.files import check_output, write_errors
 from edgekd.measurement import full_text, interval_text, value_text
-from edgekd.release.compare import ResultComparison, SeedMeans, compare_files
+from edgekd.progress import Console
+from edgekd.release.compare import ResultComparison, SeedMeans, compare_files, find_result
 
 
 @click.command()
@@ -25,6 +25,9 @@ from edgekd.release.compare import ResultComparison, SeedMeans, compare_files
 )
 def compare(paths: tuple[Path, ...], json_path: Path | None) -> None:
     """Compare result files or run folders; average over the seeds of one pipeline."""
+    if json_path is not None:
+        read = [*paths, *map(find_result, paths)]
+        check_output(json_path, "--json", inputs=read, stream=True)
     comparison = compare_files(paths)
     console = Console()
     console.print(_side_by_side(comparison))

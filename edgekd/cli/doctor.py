@@ -19,11 +19,12 @@ from typing import Literal
 
 import click
 import psutil
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from edgekd.config.host import NVIDIA_DRIVER, TEGRA_RELEASE, this_machine, version_of
 from edgekd.data.sources.fashion_mnist import PACKAGE_FOLDER
+from edgekd.progress import Console
 from edgerun.nvml import Unread, open_nvml
 
 Status = Literal["ok", "missing", "note"]
@@ -246,7 +247,9 @@ def doctor(as_json: bool, deep: bool) -> None:
     table.add_column("found")
     table.add_column("for")
     for check in checks:
-        table.add_row(_MARKS[check.status], check.name, check.detail, check.needed_for)
+        table.add_row(
+            _MARKS[check.status], check.name, escape(check.detail), escape(check.needed_for)
+        )
     console.print(table)
     _to_do(console, checks)
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from edgekd.cli.options import is_pipeline
 from edgekd.config.budgets import Budgets, GateConfig, load_budgets
 from edgekd.config.profile import Profile, load_profile
-from edgekd.errors import GateFailed, InputError
-from edgekd.files import write_errors
+from edgekd.errors import GateFailed, InputError, printable
+from edgekd.files import check_output, write_errors
 from edgekd.measurement import full_text
+from edgekd.progress import Console
 from edgekd.release.build_result import evidence_of_bench, read_bench, result_of_bench, with_bench
 from edgekd.release.compare import find_result
 from edgekd.release.gate import (
@@ -74,6 +74,11 @@ def gate(
         # The run prints its result and the verdicts itself.
         verdicts = read_gate(run_pipeline_until(result, "gate").folder("gate"))
     else:
+        read = [result, *(Path(given) for given in (budget, profile, device) if given)]
+        for option, path, other in (("--json", json_path, junit), ("--junit", junit, json_path)):
+            if path is not None:
+                others = [other] if other is not None else []
+                check_output(path, option, inputs=[*read, *others], stream=True)
         section = GateConfig() if budget is None else load_budgets(budget)
         limits = load_profile(profile) if profile else None
         measured = _measured(result, device, limits, section.accuracy.max is not None)
@@ -126,7 +131,9 @@ def _measured(
         evidence, why = evidence_of_bench(bench, expected, result.environment)
         result = with_bench(result, bench, str(device), evidence)
     if why:
-        click.echo(f"{device or file}: {why}; its figures are measured-on-host", err=True)
+        click.echo(
+            printable(f"{device or file}: {why}; its figures are measured-on-host"), err=True
+        )
     return result
 
 

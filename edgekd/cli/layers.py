@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from edgekd.cli.options import is_pipeline
 from edgekd.config.networks import ModelConfig
 from edgekd.errors import InputError, edgerun_errors
+from edgekd.progress import Console
 from edgekd.spec import TensorSpec
 from edgekd.stages.task_data import TaskData
 from edgerun.model import parse_shapes
@@ -117,13 +117,13 @@ def layers(model: str, shapes: tuple[str, ...], classes: int, output: Path | Non
 
 
 def _table(title: str, rows: Sequence[Layer]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")
     table.add_column("layer", overflow="fold")
     table.add_column("class")
     table.add_column("shape (batch first)")
     table.add_column("parameters", justify="right")
     for row in rows:
-        table.add_row(row.path, row.kind, _shape_text(row), f"{row.parameters:,}")
+        table.add_row(Text(row.path), Text(row.kind), _shape_text(row), f"{row.parameters:,}")
     return table
 
 

@@ -1,18 +1,35 @@
-"""Refuse options that do not apply: silently ignoring one would mislead."""
+"""Options of several commands: their types, and which apply to what is given."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import click
 
 from edgekd.errors import InputError
+from edgerun.cli import MAX_THREADS
 
 
 def is_pipeline(file: str | Path) -> bool:
     """Whether a file is a pipeline's by its suffix, in any case."""
     return str(file).lower().endswith((".yaml", ".yml"))
+
+
+THREADS = click.IntRange(1, MAX_THREADS)
+
+
+class FiniteRange(click.FloatRange):
+    """A range of numbers without NaN, which is in every range, and infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 def typed_options() -> frozenset[str]:

@@ -44,10 +44,10 @@ class _Stream(io.FileIO):
 
 
 _UNSAFE = re.compile(
-    r"\x1b(?!\[[0-9;?]*[A-Za-z])|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]"
+    r"\x1b(?!\[([0-9;]*m|[0-9]*A|2K|\?25[hl]))|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f-\x9f]"
     r"|[\u200e\u200f\u2028-\u202e\u2066-\u2069]"
 )
-"""Control characters and sequences but those of colors and bars, such as a terminal's title."""
+"""Control characters and sequences but those of colors and of progress bars."""
 
 
 class _Text(io.TextIOWrapper):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -18,7 +17,8 @@ from edgekd.config.profile import (
     list_profiles,
     load_profile,
 )
-from edgekd.errors import InputError
+from edgekd.errors import InputError, printable
+from edgekd.progress import Console
 
 
 @click.group()
@@ -56,7 +56,8 @@ def show_command(profile: str, as_json: bool) -> None:
         return
     console = Console()
     console.print(
-        f"[bold]{loaded.name}[/bold]  {escape(loaded.device)}  ({loaded.kind})", highlight=False
+        f"[bold]{escape(loaded.name)}[/bold]  {escape(loaded.device)}  ({loaded.kind})",
+        highlight=False,
     )
     threads = loaded.runtime.threads or "the runtime's choice"
     lines = {
@@ -93,9 +94,10 @@ def check_command(names: tuple[str, ...]) -> None:
             profile = load_profile(name)
         except InputError as error:
             wrong += 1
-            click.echo(f"{name}: wrong\n  " + str(error).replace("\n", "\n  "), err=True)
+            wrong_text = f"{name}: wrong\n{error}".replace("\n", "\n  ")
+            click.echo(printable(wrong_text), err=True)
             continue
-        click.echo(_verdict(name, profile))
+        click.echo(printable(_verdict(name, profile)))
     if wrong:
         raise InputError(
             f"{wrong} profile(s) are wrong",

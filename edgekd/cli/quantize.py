@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from edgekd.cli.benchmark import FILE, write_record
 from edgekd.cli.options import (
+    THREADS,
+    FiniteRange,
     is_pipeline,
     refuse_options,
     refuse_options_of_a_model,
@@ -23,6 +24,7 @@ from edgekd.cli.options import (
 from edgekd.errors import GateFailed, InputError
 from edgekd.measurement import Measurement, full_text
 from edgekd.onnx.error_metrics import SCORE_THRESHOLD
+from edgekd.progress import Console
 
 FOR_PIPELINE = frozenset({"model", "out", "overrides", "quiet"})
 
@@ -61,7 +63,7 @@ FOR_PIPELINE = frozenset({"model", "out", "overrides", "quiet"})
 )
 @click.option(
     "--max-drop",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     help="The metric may fall by no more (0.01: one point). Static INT8 keeps layers in float32 "
     "until that holds; else nothing is written.",
 )
@@ -73,7 +75,7 @@ FOR_PIPELINE = frozenset({"model", "out", "overrides", "quiet"})
 )
 @click.option("--labels", metavar="NAME", help="The array with the classes.")
 @click.option("--keep", multiple=True, metavar="NODE", help="A node that is not quantized.")
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option("--threads", type=THREADS, default=1, show_default=True)
 @click.option("--per-layer", is_flag=True, help="List each layer's error.")
 @click.option("--no-timing", is_flag=True, help="Do not compare the latency.")
 @click.option("--json", "record_to", type=FILE, metavar="OUT", help="Write the record here.")
@@ -293,10 +295,10 @@ def _errors(rows: list[Mapping[str, Any]], on: Mapping[str, Any]) -> Table:
         chosen = "–" if same is None else f"{same:.2%}"
         if [part["kind"] for part in parts] == ["decisions"]:
             # A difference between class indices is no error measure.
-            table.add_row(row["name"], "–", "–", "–", "–", chosen)
+            table.add_row(Text(row["name"]), "–", "–", "–", "–", chosen)
             continue
         table.add_row(
-            row["name"],
+            Text(row["name"]),
             _number(row["max_absolute"]),
             _number(row["rmse"]),
             _decibels(row["sqnr_db"]),
@@ -340,7 +342,9 @@ def _layers(rows: list[Mapping[str, Any]]) -> Table:
         table.add_column(heading, justify="left" if heading in ("node", "operation") else "right")
     rows = sorted(rows, key=lambda row: -(math.inf if row["own"] is None else row["own"]))
     for row in rows[:LAYERS_SHOWN]:
-        table.add_row(row["node"], row["op"], _decibels(row["sqnr_db"]), _number(row["own"]))
+        table.add_row(
+            Text(row["node"]), Text(row["op"]), _decibels(row["sqnr_db"]), _number(row["own"])
+        )
     return table
 
 

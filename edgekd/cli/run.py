@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from edgekd.api import execute, open_job, run_folder
 from edgekd.measurement import full_text, value_text
 from edgekd.pipeline.runner import RunOutcome, join_workers
 from edgekd.pipeline.runner import plan as plan_run
+from edgekd.progress import Console
 from edgekd.release.gate import passed, read_gate
 from edgekd.release.report_tables import (
     ROLES,
@@ -140,7 +141,7 @@ def print_headline(console: Console, outcome: RunOutcome) -> None:
 def _models(result: Result) -> Table:
     """One column per model: three models fit on a terminal, six figures as columns do not."""
     shown = [(title, result.models[role]) for role, title in ROLES.items() if role in result.models]
-    table = Table(title=f"{result.name} on {result.profile} ({result.evidence})")
+    table = Table(title=Text(f"{result.name} on {result.profile} ({result.evidence})"))
     table.add_column("")
     for title, _ in shown:
         table.add_column(title, justify="right")
@@ -153,7 +154,7 @@ def _models(result: Result) -> Table:
         "peak memory": lambda model: value_text(model.peak_memory_mb),
     }
     for name, text in rows.items():
-        table.add_row(name, *(text(model) for _, model in shown))
+        table.add_row(Text(name), *(Text(text(model)) for _, model in shown))
     return table
 
 

@@ -9,6 +9,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from edgerun.cli import MAX_THREADS
+
 LOSSES: Mapping[str, str] = {
     "channel_wise": "cwd",
     "hard_targets": "target_regression",
@@ -61,6 +63,8 @@ def _notice(kind: str, old: str, new: str) -> None:
 
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Threads = Annotated[int, Field(ge=1, le=MAX_THREADS)]
+
 PositiveInt = Annotated[int, Field(gt=0)]
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from edgekd.config.base import ConfigModel, Fraction, PositiveFloat, PositiveInt
+from edgekd.config.base import ConfigModel, Fraction, PositiveFloat, PositiveInt, Threads
 from edgekd.config.budgets import GateConfig
 from edgekd.config.loader import load_section
 from edgekd.config.networks import StudentConfig, TeacherConfig
@@ -112,7 +112,7 @@ class OnnxRuntimeConfig(ConfigModel):
     """What happens when a node runs on another provider than the preferred one: ``error`` or
     ``allow``.
     """
-    threads: PositiveInt | None = None
+    threads: Threads | None = None
     """Threads within an operator. Left out: the profile's."""
     optimization: Literal["disabled", "basic", "extended", "all"] = "all"
     """Level of ONNX Runtime's graph optimizations."""

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, StringConstraints, model_validator
 
-from edgekd.config.base import ConfigModel, PositiveInt
+from edgekd.config.base import ConfigModel, Threads
 from edgekd.config.host import local_providers, this_machine
 from edgekd.config.loader import load_section
 from edgekd.errors import InputError, unknown_name
@@ -162,7 +162,7 @@ class DeviceRuntime(ConfigModel):
     """ONNX Runtime's execution providers, the preferred first, for when ONNX Runtime runs the
     model. Only ``host`` leaves them out.
     """
-    threads: PositiveInt | None = None
+    threads: Threads | None = None
     """Threads within an operator. Left out, the runtime chooses."""
     jetpack: SourcedText | None = None
     """JetPack version."""

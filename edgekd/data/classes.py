@@ -15,7 +15,7 @@ import numpy as np
 from edgekd.config.pipeline import DataConfig
 from edgekd.data.dataset import Array
 from edgekd.data.label_format import IntegerLabels, integer_labels, plain_labels
-from edgekd.errors import InputError
+from edgekd.errors import InputError, is_utf8
 from edgekd.spec import UNLABELLED
 
 _SHOWN = 12
@@ -96,9 +96,9 @@ def read_classes(
             "write the labels of all splits in the same form",
         )
     if kinds == {"text"}:
-        return reader.from_text(found)
+        return reader.checked(reader.from_text(found))
     numbers = integer_labels(found, config.label_format, array, where)
-    return None if numbers is None else reader.from_integers(numbers)
+    return None if numbers is None else reader.checked(reader.from_integers(numbers))
 
 
 @dataclass
@@ -114,6 +114,16 @@ class _Reader:
 
     def error(self, what: str, remedy: str) -> InputError:
         return InputError(what, where=self.where or None, remedy=remedy)
+
+    def checked(self, found: ClassLabels) -> ClassLabels:
+        """The classes, whose names can be written in UTF-8."""
+        for name in found.names or ():
+            if not is_utf8(name):
+                raise self.error(
+                    f"the class name {name!r} is not valid UTF-8",
+                    "rename it, for example the folder of its images",
+                )
+        return found
 
     def from_text(self, found: Mapping[str, Array]) -> ClassLabels:
         """Labels that are names: in the order given, else sorted, numbers by their size."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -388,7 +389,7 @@ def _all_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
 
 def _external(model: onnx.ModelProto, path: Path) -> list[Path]:
     """The files of external data, each checked to be in the model's folder and long enough."""
-    folder = path.resolve().parent
+    folder = Path(os.path.realpath(path)).parent
     needed: dict[Path, int] = {}
     for tensor in _all_tensors(model):
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
@@ -397,7 +398,7 @@ def _external(model: onnx.ModelProto, path: Path) -> list[Path]:
         location = entry.get("location", "")
         # A model may name any file of this machine as its data; only its own folder is read.
         usable = location and "\0" not in location and not Path(location).is_absolute()
-        file = (folder / location).resolve() if usable else folder.parent
+        file = Path(os.path.realpath(folder / location)) if usable else folder.parent
         if not file.is_relative_to(folder):
             raise InputError(
                 f"the weights of {tensor.name!r} are outside the model's folder: {location!r}",

@@ -29,6 +29,7 @@ from pydantic_core import ErrorDetails
 
 from edgekd.errors import InputError
 from edgekd.measurement import OF_CONSTANT, Evidence, Measurement, Number, drop_unit
+from edgerun import files
 from edgerun.percentiles import PERCENTILES
 
 SCHEMA = "edgekd.result/1"
@@ -277,10 +278,10 @@ def read_json_input(path: Path, what: str, remedy: str) -> Any:
         remedy: what to do about it.
 
     Raises:
-        InputError: the file is missing, cannot be read, or is not JSON.
+        InputError: the file is missing, too large, cannot be read, or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return files.read_json(path, remedy, InputError)
     except FileNotFoundError as error:
         raise InputError(f"{what} does not exist", where=str(path), remedy=remedy) from error
     except json.JSONDecodeError as error:
@@ -289,7 +290,7 @@ def read_json_input(path: Path, what: str, remedy: str) -> Any:
             where=f"{path}:{error.lineno}:{error.colno}",
             remedy=remedy,
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(
             f"{what} cannot be read: {error}", where=str(path), remedy=remedy
         ) from error

@@ -134,6 +134,7 @@ def clean_environment(threads: int | None) -> dict[str, str]:
     return {
         **inherited,
         "PYTHONPATH": str(edgerun_folder().parent),
+        "PYTHONDONTWRITEBYTECODE": "1",  # a run writes nothing outside its folders
         PARENT: str(os.getpid()),
         AS_JSON: "json",
         # numpy's libraries allocate buffers for each thread when imported: memory that no model
@@ -198,8 +199,8 @@ def _edgerun(
     command: str, model: Path | None, settings: Mapping[str, Any], max_seconds: float | None = None
 ) -> None:
     # edgerun works in a folder of its own; relative paths are meant from here.
-    files = {k: Path(settings[k]).resolve() for k in FILES if settings.get(k) is not None}
-    file = None if model is None else Path(model).resolve()
+    files = {k: Path(os.path.realpath(settings[k])) for k in FILES if settings.get(k) is not None}
+    file = None if model is None else Path(os.path.realpath(model))
     words = command_words(command, file, {**settings, **files})
     # An empty working folder: 'python -m' would prefer a numpy.py in the current folder.
     with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:

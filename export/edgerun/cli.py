@@ -27,11 +27,14 @@ from typing import (
 )
 
 import edgerun
-from edgerun.errors import BadInput, EdgerunError, RunFailed
-from edgerun.files import check_output, write_errors
+from edgerun.errors import BadInput, EdgerunError, RunFailed, is_utf8, printable
+from edgerun.files import check_output, read_json, write_errors
 
 if TYPE_CHECKING:
     from edgerun.model import Settings
+
+MAX_THREADS = 1024
+"""More threads than this only exhaust the system; ONNX Runtime starts all at once."""
 
 LEVELS = ("all", "extended", "basic", "disabled")
 """ONNX Runtime's levels of graph optimization, the highest first."""
@@ -136,8 +139,8 @@ def _provider_options(text: str, option: str) -> dict[str, dict[str, str]]:
         return {}
     try:
         inline = text.lstrip().startswith("{")
-        given = json.loads(text if inline else Path(text).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        given = json.loads(text) if inline else read_json(Path(text))
+    except (OSError, ValueError, RecursionError) as error:
         raise _bad_options(f"the providers' options cannot be read: {error}", option) from error
     if not isinstance(given, dict):
         raise _bad_options("the providers' options are no mapping", option)
@@ -167,7 +170,9 @@ def _add_library(parser: argparse.ArgumentParser) -> None:
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=_count, metavar="N", help="samples of one call")
-    parser.add_argument("--threads", type=_count, metavar="N", help="default: the runtime's choice")
+    parser.add_argument(
+        "--threads", type=_threads, metavar="N", help="default: the runtime's choice"
+    )
     parser.add_argument("--providers", default="cpu", metavar="A,B", help="default: cpu")
     parser.add_argument(
         "--provider-options",
@@ -186,6 +191,13 @@ def _natural(text: str, least: int = 0) -> int:
 
 def _count(text: str) -> int:
     return _natural(text, least=1)
+
+
+def _threads(text: str) -> int:
+    threads = _count(text)
+    if threads > MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than {MAX_THREADS:,} threads")
+    return threads
 
 
 def _seconds(text: str) -> float:
@@ -247,18 +259,42 @@ def command_words(command: str, model: Path | None, settings: Mapping[str, Any])
     return words
 
 
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Check that no file to write is one that is read or written besides.
+
+    Raises:
+        BadInput, CannotWrite: as :func:`edgerun.files.check_output`.
+    """
+    given = {name: path for name, path in vars(options).items() if isinstance(path, Path)}
+    outputs = {name: given.pop(name) for name in ("json", "output", "engine") if name in given}
+    read = list(given.values())
+    if given.get("bundle") is not None and given["bundle"].is_dir():
+        read += given["bundle"].iterdir()
+    for name, path in outputs.items():
+        others = [other for key, other in outputs.items() if key != name]
+        # Whether an engine or an output can be written at all is found when that is done.
+        if name == "json" or os.path.lexists(str(path)):
+            check_output(path, f"--{name}", [*read, *others], stream=True)
+
+
 # numpy and the runtime are imported inside the commands: verify must work without them.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    options = command_parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not a stream that a program put in its place
+            stream.reconfigure(errors="backslashreplace")
+    parser = command_parser()
+    for word in sys.argv[1:] if arguments is None else arguments:
+        if not is_utf8(word):
+            parser.error(f"the argument {word!r} is not valid UTF-8: rename the file")
+    options = parser.parse_args(arguments)
     try:
-        if getattr(options, "json", None) is not None:
-            check_output(options.json, "--json", stream=True)
+        _check_outputs(options)
         code, record, lines = _COMMANDS[options.name](options)
         if record is not None and getattr(options, "json", None) is not None:
             _write_json(options.json, record)
         for line in lines:
-            print(line)
+            print(printable(line))
     except EdgerunError as error:
         return error.report()
     except ImportError as error:

@@ -82,3 +82,12 @@ def printable(text: str) -> str:
     what follows, as escapes such as ``\\x1b``; line breaks and tabs stay.
     """
     return _CONTROL.sub(lambda found: repr(found.group(0))[1:-1], text)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text, such as a file name, can be written in UTF-8; the runtimes take no other."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import itertools
+import json
 import os
 import re
 import stat
@@ -217,6 +218,29 @@ def require_regular_file(
     for is_kind, kind in _KINDS:
         if is_kind(mode):
             raise error(f"this is {kind}, not a file", where=str(path), remedy=remedy)
+
+
+LARGEST_JSON = 64 << 20
+"""Bytes of a JSON file that is read; a result of a million timed queries has a third of it."""
+
+
+def read_json(path: Path, remedy: str = "give a file", error: ErrorType = BadInput) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        BadInput: (or ``error``) it is a folder, pipe, socket or device.
+        OSError: it is missing or cannot be read.
+        ValueError: it is not JSON in UTF-8, too large, or nested too deeply.
+    """
+    require_regular_file(path, remedy, error)
+    with path.open("rb") as stream:
+        content = stream.read(LARGEST_JSON + 1)
+    if len(content) > LARGEST_JSON:
+        raise ValueError(f"it has more than {LARGEST_JSON >> 20} MiB")
+    try:
+        return json.loads(content.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 ENGINE_SUFFIXES = (".engine", ".plan", ".trt")

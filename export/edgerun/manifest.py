@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, Callable, Dict, Iterator, List, Mapping, Set, Tuple
 
 from edgerun.errors import BadInput, printable
-from edgerun.files import sha256
+from edgerun.files import read_json, sha256
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,7 +90,7 @@ def read_manifest(path: Path) -> Manifest:
         BadInput: it is missing or not a manifest.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
         return Manifest(
             path=path,
             model=_model_file(value),
@@ -113,11 +113,11 @@ def read_manifest(path: Path) -> Manifest:
 
 def manifest_beside(model: Path) -> Manifest | None:
     """The manifest of the bundle that contains the model, if it lists the model."""
-    path = model.resolve().parent / MANIFEST
+    path = Path(os.path.realpath(model)).parent / MANIFEST
     if not path.is_file():
         return None
     try:
-        listed = model.name in (json.loads(path.read_text(encoding="utf-8")).get("files") or {})
+        listed = model.name in (read_json(path).get("files") or {})
     except (OSError, ValueError, AttributeError, TypeError):
         # Other programs write a manifest.json too; one that does not list the model is not ours.
         return None

@@ -14,11 +14,14 @@ import click
 import psutil
 import pytest
 from click.testing import CliRunner
+from rich.markup import escape
+from rich.table import Table
 
 from edgekd import cli
-from edgekd.cli import process
+from edgekd.cli import process, quantize
 from edgekd.errors import InputError, printable
-from tests.onnx_builders import Graph
+from edgekd.progress import Console
+from tests.onnx_builders import Graph, save_onnx
 
 
 @click.command()
@@ -166,3 +169,82 @@ def test_names_from_data_do_not_control_the_terminal(tmp_path):
     stream.write("\x1b[1;31mred\x1b[0m\x1b]52;c;eA==\x07\x1b[2K\x1bc")
     stream.seek(0)
     assert stream.read() == "\x1b[1;31mred\x1b[0m\\x1b]52;c;eA==\\x07\x1b[2K\\x1bc"
+    stream.write("\x1b[2J\x1b[?1049h")
+    stream.seek(0)
+    assert stream.read().endswith("\\x1b[2J\\x1b[?1049h")
+
+
+def test_a_console_shows_colors_of_names_from_data_as_text():
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, color_system="standard", width=60)
+    table = Table("[red]own[/red]", title="\x1b[31mtitle")
+    table.add_row(escape("[/red]\x1b[8m\r and a long name"))
+    console.print(table)
+    console.print("\x1b[8mhidden", markup=False, highlight=False)
+    assert screen.getvalue().count("\\x1b[8m") == 2
+    assert "\\x1b[31mtitle" in screen.getvalue()
+    assert "\x1b[8m" not in screen.getvalue()
+    assert "\x1b[31m" not in screen.getvalue()
+
+
+def test_usage_errors_show_control_characters_as_text(run):
+    option = "--\x1b[31mred"
+    assert "--\\x1b[31mred" in run("gate", option).output
+
+
+def test_names_of_outputs_and_nodes_are_no_markup():
+    record = {"name": "[/red]", "max_absolute": 0.0, "rmse": 0.0, "sqnr_db": 1.0, "cosine": 1.0}
+    part = {"kind": "values", "agreement": None, "part": "[/red]"}
+    rows = [record | {"argmax_agreement": None, "parts": [part]}]
+    screen = io.StringIO()
+    console = Console(file=screen, width=100)
+    console.print(quantize._errors(rows, {"samples": 2, "calibrated_on": 0, "file": "d"}))
+    layer = {"node": "[/red]", "op": "[/blue]", "sqnr_db": None, "own": None}
+    console.print(quantize._layers([layer]))
+    assert screen.getvalue().count("[/red]") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["benchmark", "m.onnx", "--max-seconds", "nan"], "not a finite number"),
+        (["benchmark", "m.onnx", "--max-seconds", "inf"], "not a finite number"),
+        (["quantize", "m.onnx", "--max-drop", "nan"], "not a finite number"),
+        (["benchmark", "m.onnx", "--threads", "999999999999"], "1<=x<=1024"),
+        (["check", "m.onnx", "--shape", "x=" + "9" * 5000], "is not a shape"),
+        (["check", "m.onnx", "--shape", "x=" + "9" * 19], "is not a shape"),
+        (["layers", "convnet-xs", "--shape", "image=-1x8x8"], "is not a shape"),
+        (["gate", "a" * 5000], "too long"),
+        (["verify", "a" * 300], "too long"),
+        (["benchmark", "m.onnx", "--inputs", "loop"], "levels of symbolic links"),
+        (["check", "loop"], "levels of symbolic links"),
+    ],
+)
+def test_an_impossible_argument_is_two(run, tmp_path, monkeypatch, words, says):
+    monkeypatch.chdir(tmp_path)
+    save_onnx(tmp_path / "m.onnx", "(float[n,4] x) => (float[n,4] y) { y = Relu (x) }")
+    (tmp_path / "loop").symlink_to("loop")
+    done = run(*words)
+    assert done.exit_code == 2, done.output
+    assert says in done.output
+
+
+def test_memory_that_no_machine_has_is_three_and_no_bug(run):
+    done = run("layers", "convnet-xs", "--shape", "image=1x9999999x9999999")
+    assert done.exit_code == 3
+    assert "the memory ran out" in done.output
+
+
+def test_an_argument_that_is_not_utf8_is_two(run):
+    done = run("check", os.fsdecode(b"\xff.onnx"))
+    assert done.exit_code == 2
+    assert "not valid UTF-8" in done.output
+
+
+def test_a_removed_working_folder_is_two(run, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    done = run("plan", "../p.yaml")
+    assert done.exit_code == 2
+    assert "working folder was removed" in done.output

@@ -1,9 +1,12 @@
 """gate, verify and compare as a user calls them: output and exit codes."""
 
 import json
+import os
 
 import pytest
 
+from edgerun.errors import BadInput
+from edgerun.manifest import read_manifest
 from tests.command_line import check_not_imported, edgekd
 from tests.release.conftest import make_result
 
@@ -79,7 +82,41 @@ def test_gate_with_an_unwritable_output_is_two(tmp_path, result_file):
         tmp_path / "no" / "g.json",
         code=2,
     )
-    assert "cannot be written" in done.output
+    assert "in a folder that does not exist" in done.output
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("gate", "r.json", "--budget", "b.yaml", "--json", "r.json"),
+        ("gate", "r.json", "--budget", "b.yaml", "--junit", "b.yaml"),
+        ("gate", "r.json", "--budget", "b.yaml", "--json", "new", "--junit", "new"),
+        ("compare", "r.json", "--json", "r.json"),
+    ],
+)
+def test_an_output_never_overwrites_a_file_that_is_read(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.json").write_text(json.dumps(make_result()))
+    (tmp_path / "b.yaml").write_text("size: {max_mb: 1}")
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    assert "would overwrite another file" in edgekd(*words, code=2).output
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+@pytest.mark.parametrize("words", [("gate",), ("compare", "r.json")])
+def test_a_pipe_or_device_as_a_result_is_refused_unread(tmp_path, monkeypatch, make, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.json").write_text(json.dumps(make_result()))
+    make(tmp_path / "odd.json")
+    assert ", not a file" in edgekd(*words, "odd.json", code=2).output
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.write_text("[" * 100_000)])
+def test_a_manifest_that_cannot_be_parsed_is_refused(tmp_path, make):
+    make(tmp_path / "manifest.json")
+    with pytest.raises(BadInput):
+        read_manifest(tmp_path / "manifest.json")
 
 
 def test_verify_of_no_bundle_is_two_and_of_a_changed_one_is_one(tmp_path):

@@ -16,7 +16,7 @@ from typing import Any, Dict, List, Tuple
 
 from edgerun.cuda_runtime import load_cuda_runtime
 from edgerun.errors import BadInput, EdgerunError, NoDevice, RunFailed
-from edgerun.files import sha256
+from edgerun.files import read_json, sha256
 from edgerun.tensorrt.library import Gpu, Library, find_gpu, open_library
 
 BUILD_SCHEMA = "edgerun.build/1"
@@ -59,7 +59,7 @@ def read_record(path: Path) -> Dict[str, Any] | None:
     if not beside.is_file():
         return None
     try:
-        record = json.loads(beside.read_text(encoding="utf-8"))
+        record = read_json(beside)
     except (OSError, ValueError) as error:
         raise _bad_record(beside) from error
     if not isinstance(record, dict) or record.get("schema") != BUILD_SCHEMA:
