@@ -174,7 +174,9 @@ def command_line() -> str:
         "# Command line\n",
         "Exit codes: 0 done and the gate passed, 1 the gate failed (or what was checked does not "
         "hold), 2 the input is wrong, 3 a stage failed, 4 the target could not be reached, 130 "
-        "interrupted. Errors say what is wrong, where, and what to do.\n",
+        "interrupted (143 by SIGTERM). Errors say what is wrong, where, and what to do. An "
+        "unexpected one writes its traceback to a file in `~/.cache/edgekd/errors`; `edgekd "
+        "--debug COMMAND …` or `EDGEKD_DEBUG=1` shows it.\n",
     ]
     context = click.Context(main, info_name="edgekd")
     for name in main.list_commands(context):

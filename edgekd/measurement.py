@@ -1,15 +1,16 @@
-"""A measurement: a number with its unit, number of samples and evidence; and its text."""
+"""A measurement: a number with its unit, number of samples, interval and evidence; its text."""
 
 from __future__ import annotations
 
 import math
 import re
 from dataclasses import asdict, dataclass
+from statistics import NormalDist
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from edgekd.errors import printable
+from edgekd.errors import InputError, printable
 
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 """A finite number; pydantic refuses a boolean and a text in its place."""
@@ -65,6 +66,45 @@ class Measurement:
         return cls(**{**value, "interval": tuple(interval) if interval else None})
 
 
+def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The score interval of a proportion.
+
+    Source: Wilson, "Probable inference, the law of succession, and statistical inference",
+    JASA 22 (1927) 209.
+
+    Args:
+        successes: how many of the ``n`` samples are right, 0 to ``n``.
+        n: number of samples, at least 1.
+        confidence: two-sided coverage, in (0, 1).
+
+    Raises:
+        InputError: the counts or the confidence are impossible.
+    """
+    if n < 1 or not 0 <= successes <= n:
+        raise InputError(
+            f"{successes} of {n} samples is not a proportion", remedy="give at least one sample"
+        )
+    z = normal_quantile(confidence)
+    p = successes / n
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    # At 0 and n the bound is exactly 0 and 1; rounding would miss them slightly.
+    low = 0.0 if successes == 0 else middle - half
+    high = 1.0 if successes == n else middle + half
+    return low, high
+
+
+def normal_quantile(confidence: float) -> float:
+    """The z with P[−z ≤ Z ≤ z] = ``confidence``, Z standard normal.
+
+    Raises:
+        InputError: the confidence is not in (0, 1).
+    """
+    if not 0 < confidence < 1:
+        raise InputError(f"a confidence of {confidence} is not between 0 and 1")
+    return NormalDist().inv_cdf((1 + confidence) / 2)
+
+
 def number(value: float, digits: int = 4) -> str:
     """A number with ``digits`` significant digits, without zeros at its end."""
     if value == 0:
@@ -78,12 +118,16 @@ def number(value: float, digits: int = 4) -> str:
     return (text.rstrip("0").rstrip(".") if places else text).replace("-", MINUS)
 
 
-def value_text(figure: Measurement | None, signed: bool = False) -> str:
-    """``92.13 %``, ``0.0412 ms``; a dash for a figure that is absent or has no value."""
+def value_text(figure: Measurement | None, signed: bool = False, unit: str | None = None) -> str:
+    """``92.13 %``, ``0.0412 ms``; a dash for a figure that is absent or has no value.
+
+    ``unit`` is shown in place of the figure's own.
+    """
     if figure is None or figure.value is None:
         return ABSENT
     sign = "+" if signed and figure.value > 0 else ""
-    return f"{sign}{_scaled(figure.value, figure.unit)}{_unit(figure.unit)}"
+    shown = _spaced(display_unit(figure.unit) if unit is None else unit)
+    return f"{sign}{_scaled(figure.value, figure.unit)}{shown}"
 
 
 def drop_unit(metric: str) -> str:
@@ -116,7 +160,7 @@ def full_text(figure: Measurement | None) -> str:
 
 def bound_text(value: float, unit: str) -> str:
     """A budget in the unit of the figure it bounds."""
-    return f"{number(value * display_scale(unit))}{_unit(unit)}"
+    return f"{number(value * display_scale(unit))}{_spaced(display_unit(unit))}"
 
 
 def _scaled(value: float, unit: str) -> str:
@@ -125,8 +169,7 @@ def _scaled(value: float, unit: str) -> str:
     return number(value)
 
 
-def _unit(unit: str) -> str:
-    shown = display_unit(unit)
+def _spaced(shown: str) -> str:
     # A factor is written 9.8×, as a percentage never is.
     return shown if shown == "×" else f" {shown}" if shown else ""
 

@@ -113,5 +113,5 @@ def pairs_of(path):
 
 
 def distance(reference, candidate):
-    """The largest difference over the largest answer."""
+    """The largest difference over the largest reference value."""
     return float(np.abs(candidate - reference).max() / np.abs(reference).max())

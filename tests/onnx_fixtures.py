@@ -26,7 +26,7 @@ class Named(nn.Module):
 
 @pytest.fixture(scope="session")
 def classifier():
-    """Builds an image classifier of 5 classes; ``answer`` replaces what it gives."""
+    """Builds an image classifier of 5 classes; ``answer`` replaces its outputs."""
 
     def build(answer: Callable | None = None) -> Named:
         torch.manual_seed(0)

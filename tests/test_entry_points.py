@@ -116,7 +116,7 @@ NUMBERS = itertools.count()
 
 @dataclass(frozen=True)
 class Package:
-    """A distribution in a folder of its own on the path."""
+    """A distribution in a separate folder on the path."""
 
     folder: Path
     module: str
@@ -149,7 +149,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Package:
 
 @pytest.fixture(params=["reference", "entry point"])
 def named(request: pytest.FixtureRequest, package: Package) -> Callable[[str], str]:
-    """The name of what a group adds, in one of the two ways."""
+    """The name of what a group adds, in one of the two forms."""
     if request.param == "reference":
         return lambda group: f"{package.module}:{NAMES[group][1]}"
     package.install_all("edgekd-outside", "1.0")
@@ -268,7 +268,7 @@ gate: {size: {max_mb: 1}}
     rows = plan(open_job(file), run, STAGES, "benchmark")
     assert [(row.stage, row.action) for row in rows] == [(stage, "cached") for stage in stages]
 
-    # A cache keeps the largest logits, but for a loss that says nothing of them.
+    # A cache keeps the largest logits, except for a loss without that trait.
     assert "logits are cached" not in (run / "log.jsonl").read_text()
     losses = f"distill.losses=[focal, {package.module}:plain]"
     assert execute(open_job(file, [losses]), run, until="distill").ran == ["distill"]
@@ -284,7 +284,7 @@ def test_own_losses_may_have_traits_and_need_none(package) -> None:
     plain = loss_of(f"{package.module}:plain")
     assert plain.needs_full_logits == ("plain",)
     assert not plain.needs_hard_label
-    loss_of(f"{package.module}:plain", Policy())  # Says nothing of classes: not refused.
+    loss_of(f"{package.module}:plain", Policy())  # Does not mention classes: not refused.
     task = Policy()
     task.fit_unit({"action": (1e5 * torch.randn(8, 2)).numpy()})
     value, _ = loss_of(f"{package.module}:gap", task)(

@@ -15,7 +15,7 @@ NUMBER = [0]
 
 @pytest.fixture
 def name(tmp_path):
-    """A package name of its own for each test: python keeps modules by name."""
+    """A separate package name for each test: Python caches modules by name."""
     NUMBER[0] += 1
     return f"own{os.getpid()}_{NUMBER[0]}"
 
@@ -53,9 +53,7 @@ def test_a_linked_package_is_the_users_own(tmp_path, name):
     }  # fmt: skip
 
 
-def test_a_package_linked_into_site_packages_is_followed_and_others_there_are_not(
-    tmp_path, name, monkeypatch
-):
+def test_only_a_package_linked_into_site_packages_is_followed(tmp_path, name, monkeypatch):
     site = tmp_path / "lib" / "site-packages"
     write(site / f"{name}_installed", __init__="from . import more", more="")
     away = write(

@@ -28,7 +28,7 @@ def put(folder, count, value=0):
 
 @pytest.fixture(params=["split", "class", "inner", "file"])
 def linked(tmp_path, request):
-    """A folder of photos of which a part lies elsewhere, and where that part is."""
+    """A folder of photos of which a part is elsewhere, and where that part is."""
     photos, away = tmp_path / "photos", tmp_path / "away"
     for split in ("train", "test"):
         for number, name in enumerate(("a", "b")):
@@ -139,7 +139,7 @@ def test_the_same_arrays_give_the_same_bytes(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_a_new_file_one_from_before_and_a_link_to_one_are_taken_and_left_alone(tmp_path):
+def test_a_new_file_an_existing_one_and_links_are_accepted_unchanged(tmp_path):
     old, link, dangling = tmp_path / "old", tmp_path / "link", tmp_path / "dangling"
     old.write_bytes(b"content")
     link.symlink_to(old)

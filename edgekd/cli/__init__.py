@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 
+from edgekd.cli.options import is_pipeline
 from edgekd.errors import (
     EdgekdError,
     InputError,
@@ -70,7 +71,7 @@ class LazyGroup(click.Group):
 
             protect_streams()
             words = [word for word in sys.argv[1:] if word != "--debug"]
-            pipeline = any(word.lower().endswith((".yaml", ".yml")) for word in words)
+            pipeline = any(map(is_pipeline, words))
             if words[:1] and words[0] in _OPENING_MODELS and not pipeline:
                 from edgekd.crashes import supervise
 
@@ -121,7 +122,7 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except click.ClickException as error:
-            vars(error)["message"] = printable(error.message)  # declared final
+            error.message = printable(error.message)  # type: ignore[misc]
             raise
         except (click.Abort, click.exceptions.Exit, SystemExit):
             raise

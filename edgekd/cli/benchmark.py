@@ -11,11 +11,12 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from edgekd.cli.options import PIPELINE_SUFFIXES, THREADS, FiniteRange, refuse_options_of_a_model
+from edgekd.cli.options import THREADS, FiniteRange, is_pipeline, refuse_options_of_a_model
 from edgekd.errors import InputError, StageError
 from edgekd.measurement import ABSENT, number
 from edgekd.progress import Console
 from edgerun.cli import LEVELS
+from edgerun.percentiles import PERCENTILES
 
 if TYPE_CHECKING:
     from edgekd.config.profile import Profile
@@ -63,7 +64,7 @@ def benchmark(
 
     Given a pipeline's YAML file, run the pipeline up to its benchmark.
     """
-    if model.suffix.lower() in PIPELINE_SUFFIXES:
+    if is_pipeline(model):
         refuse_options_of_a_model({"model"})
         from edgekd.cli.run import run_pipeline_until
 
@@ -205,8 +206,6 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
         path.write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
-PERCENTILES = {"p50": "p50", "p90": "p90", "p95": "p95", "p99": "p99", "p99_9": "p99.9"}
-
 _EVIDENCE = {
     "measured-on-target": "measured on the target itself",
     "measured-on-host": "measured on this machine, which only stands in for the profile's device",
@@ -220,8 +219,10 @@ def print_benchmark(console: Console, record: dict[str, Any]) -> None:
     table.add_column("")
     for model in models:
         table.add_column(escape(Path(model["path"]).name), justify="right", overflow="fold")
-    for key, title in PERCENTILES.items():
-        table.add_row(title, *(_percentile(model["latency"][key]) for model in models))
+    for key in PERCENTILES:
+        table.add_row(
+            key.replace("_", "."), *(_percentile(model["latency"][key]) for model in models)
+        )
     table.add_row("queries", *(f"{model['latency']['n']:,}" for model in models))
     table.add_row("warm-up", *(_warm_up(model["warmup"]) for model in models))
     table.add_row("load", *(f"{number(model['load_ms'])} ms" for model in models))

@@ -10,9 +10,9 @@ import click
 
 from edgekd.cli.benchmark import write_record
 from edgekd.cli.options import (
-    PIPELINE_SUFFIXES,
     THREADS,
     FiniteRange,
+    is_pipeline,
     refuse_options,
     refuse_options_of_a_model,
     typed_options,
@@ -65,7 +65,7 @@ def build(model: Path, output: Path | None, **options: Any) -> None:
 
     Given a pipeline's YAML file, run the pipeline up to its engines.
     """
-    if model.suffix.lower() in PIPELINE_SUFFIXES:
+    if is_pipeline(model):
         refuse_options_of_a_model(FOR_PIPELINE)
         from edgekd.cli.run import run_pipeline_until
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from edgekd.cli.benchmark import write_record
-from edgekd.cli.options import PIPELINE_SUFFIXES, parse_shape
-from edgekd.errors import GateFailed, InputError
+from edgekd.cli.options import is_pipeline
+from edgekd.errors import GateFailed, InputError, edgerun_errors
 
 if TYPE_CHECKING:
     from edgekd.engines.check import CheckReport
@@ -50,7 +50,7 @@ def check(
     TensorRT's own parser reads the model (TensorRT for RTX works without a GPU), and ONNX Runtime
     shows which provider runs which node; the memory is estimated from the graph.
 
-    Exit codes: 0 every check passed, 1 a check failed, 2 the input is wrong.
+    Exit codes: 0 every check passed, 1 a check failed or is inconclusive, 2 the input is wrong.
     """
     from edgekd.config.profile import load_profile
     from edgekd.crashes import note_model
@@ -59,14 +59,17 @@ def check(
     from edgekd.onnx.file import files_of_onnx
     from edgekd.progress import Console
     from edgekd.targets import LocalTarget, open_target
+    from edgerun.model import parse_shapes
 
-    if model.suffix.lower() in PIPELINE_SUFFIXES:
+    if is_pipeline(model):
         raise InputError(
             "check takes an ONNX file, and this is a pipeline",
             where=str(model),
             remedy="give one that it exported (artifacts/export in its run folder), or build it: "
             f"edgekd build {model}",
         )
+    with edgerun_errors():
+        given_shapes = parse_shapes(shapes)
     note_model(model)
     if out is not None:
         read = [*files_of_onnx(model), *([Path(profile)] if profile else [])]
@@ -80,7 +83,7 @@ def check(
             engines=engines,
             profile=load_profile(profile) if profile else None,
             providers=[name.strip() for name in (providers or "").split(",") if name.strip()],
-            shapes=dict(map(parse_shape, shapes)),
+            shapes=given_shapes,
             batch=batch,
         )
     if out is not None:
@@ -109,7 +112,9 @@ def _print(console: Console, report: CheckReport) -> None:
         line = f"  {finding.subject}: {finding.remedy}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     checked = " and ".join(report.engines) + (f" on {report.profile}" if report.profile else "")
-    verdict = "[green]all holds[/green]" if report.passed else "[red]not everything holds[/red]"
+    verdict = (
+        "[green]all checks passed[/green]" if report.passed else "[red]not all checks passed[/red]"
+    )
     unbuilt = report.passed and any(name.startswith("tensorrt") for name in report.engines)
     so_far = ", as far as can be determined without a build" if unbuilt else ""
     console.print(f"\n{verdict} for {checked}{so_far}", highlight=False)

@@ -8,7 +8,7 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from edgekd.cli.options import PIPELINE_SUFFIXES
+from edgekd.cli.options import is_pipeline
 from edgekd.config.budgets import Budgets, GateConfig, load_budgets
 from edgekd.config.profile import Profile, load_profile
 from edgekd.errors import GateFailed, InputError, printable
@@ -62,7 +62,7 @@ def gate(
     --json' wrote on the device: alone it has latency, memory and size; with --device it adds
     these to the result of the workstation, which has the accuracy.
     """
-    if result.suffix.lower() in PIPELINE_SUFFIXES and budget is None:
+    if is_pipeline(result) and budget is None:
         if profile or junit or json_path or device:
             raise InputError(
                 "--profile, --device, --junit and --json go with a result file",

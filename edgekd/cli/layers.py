@@ -10,12 +10,13 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from edgekd.cli.options import PIPELINE_SUFFIXES, parse_shape
+from edgekd.cli.options import is_pipeline
 from edgekd.config.networks import ModelConfig
-from edgekd.errors import InputError
+from edgekd.errors import InputError, edgerun_errors
 from edgekd.progress import Console
 from edgekd.spec import TensorSpec
 from edgekd.stages.task_data import TaskData
+from edgerun.model import parse_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,7 +92,7 @@ def layers(model: str, shapes: tuple[str, ...], classes: int, output: Path | Non
     A loss names them in a pipeline: {attention: {student: PATH, teacher: PATH}, weight: 1000}.
     """
     console = Console()
-    if model.lower().endswith(PIPELINE_SUFFIXES):
+    if is_pipeline(model):
         from edgekd.api import execute, open_job, run_folder
         from edgekd.extension import searching
         from edgekd.stages.task_data import open_task_data
@@ -109,10 +110,10 @@ def layers(model: str, shapes: tuple[str, ...], classes: int, output: Path | Non
         if "teacher" not in found:
             console.print("the teacher is an ONNX file and shows no layers")
         return
-    from edgekd.config.networks import ModelConfig
 
-    with_here = dict(map(parse_shape, shapes))
-    console.print(_table(model, layers_of_model(ModelConfig(model=model), with_here, classes)))
+    with edgerun_errors():
+        inputs = parse_shapes(shapes)
+    console.print(_table(model, layers_of_model(ModelConfig(model=model), inputs, classes)))
 
 
 def _table(title: str, rows: Sequence[Layer]) -> Table:

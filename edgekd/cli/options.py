@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,11 +12,13 @@ import click
 from edgekd.errors import InputError
 from edgerun.cli import MAX_THREADS
 
-PIPELINE_SUFFIXES = (".yaml", ".yml")
+
+def is_pipeline(file: str | Path) -> bool:
+    """Whether a file is a pipeline's by its suffix, in any case."""
+    return str(file).lower().endswith((".yaml", ".yml"))
+
 
 THREADS = click.IntRange(1, MAX_THREADS)
-
-_SHAPE = re.compile(r"(?P<name>.+)=(?P<sizes>[1-9]\d{0,17}(?:x[1-9]\d{0,17})*|)")
 
 
 class FiniteRange(click.FloatRange):
@@ -28,24 +30,6 @@ class FiniteRange(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
         return number
-
-
-def parse_shape(option: str) -> tuple[str, tuple[int, ...]]:
-    """``x=1x3`` as the name and its sizes; ``x=`` is a scalar.
-
-    Raises:
-        InputError: it is not a shape.
-    """
-    match = _SHAPE.fullmatch(option)
-    if match is None:
-        shown = option if len(option) <= 80 else f"{option[:80]}…"
-        raise InputError(
-            f"{shown!r} is not a shape",
-            where="--shape",
-            remedy="write NAME=1x3x224x224, with sizes of at least 1",
-        )
-    sizes = match["sizes"]
-    return match["name"], tuple(map(int, sizes.split("x"))) if sizes else ()
 
 
 def typed_options() -> frozenset[str]:

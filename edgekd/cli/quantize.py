@@ -14,9 +14,9 @@ from rich.text import Text
 
 from edgekd.cli.benchmark import FILE, write_record
 from edgekd.cli.options import (
-    PIPELINE_SUFFIXES,
     THREADS,
     FiniteRange,
+    is_pipeline,
     refuse_options,
     refuse_options_of_a_model,
     typed_options,
@@ -101,7 +101,7 @@ def quantize(
 
     Given a pipeline's YAML file, run the pipeline up to its quantized candidates.
     """
-    if model.suffix.lower() in PIPELINE_SUFFIXES:
+    if is_pipeline(model):
         refuse_options_of_a_model(FOR_PIPELINE)
         from edgekd.cli.run import run_pipeline_until
 

@@ -131,8 +131,8 @@ def print_result(console: Console, outcome: RunOutcome) -> None:
 def print_headline(console: Console, outcome: RunOutcome) -> None:
     """Print what was gained in one sentence, and after a gate that passed what to do next."""
     result = read_result(outcome.folder("benchmark") / "result.json")
-    harmed = distillation_effect(result).startswith("distillation harmed")
-    style = "bold red" if harmed else "bold"
+    effect = distillation_effect(result)
+    style = "bold red" if effect is not None and effect.outcome == "harmed" else "bold"
     console.print(headline(result), style=style, markup=False, highlight=False, soft_wrap=True)
     if "bundle" in outcome.artifacts and outcome.failure is None:
         console.print(NEXT, markup=False, highlight=False, soft_wrap=True)

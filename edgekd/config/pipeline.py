@@ -80,9 +80,9 @@ class QuantizeConfig(ConfigModel):
     """Names of nodes that are never quantized."""
     select: Literal["measured", "smallest", "int8", "half", "float32"] = "measured"
     """Which of the files within the drop is shipped: ``measured`` is the one that meets the
-    budgets best where it is timed; ``int8``, ``precision`` and ``float32`` force one kind (what
-    is timed on this machine says little about another processor), ``smallest`` on the smallest
-    file.
+    budgets best where it is timed. What is timed on this machine says little about another
+    processor: ``int8``, ``half`` and ``float32`` force the file of that kind, ``smallest`` forces
+    the smallest file.
     """
     qat: QatConfig = QatConfig()
     """The training of ``int8: qat``."""
@@ -94,10 +94,10 @@ class QuantizeConfig(ConfigModel):
                 "it requests nothing: add int8: static, dynamic, weights-only or qat, or "
                 "precision: fp16 or bf16; or remove the section"
             )
-        if self.select in ("int8", "half") and getattr(self, self.select) is None:
-            raise ValueError(
-                f"select: {self.select} insists on what is not made: add {self.select}: …"
-            )
+        kind = {"int8": self.int8, "half": self.precision}
+        if self.select in kind and kind[self.select] is None:
+            key = "precision" if self.select == "half" else self.select
+            raise ValueError(f"select: {self.select} insists on what is not made: add {key}: …")
         return self
 
 

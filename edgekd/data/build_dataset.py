@@ -22,7 +22,7 @@ from edgekd.data.dataset import (
 )
 from edgekd.data.preprocessing import IMAGE_NAMES, Layout, fit_preprocess, layout_of, layouts_given
 from edgekd.data.source import SPLITS, UNSPLIT, RawData
-from edgekd.data.splits import cut, fill_labels, keep_share, without_labels
+from edgekd.data.splits import choose_split, fill_labels, keep_share, without_labels
 from edgekd.errors import InputError, unknown_name
 from edgekd.spec import TensorSpec
 
@@ -67,33 +67,21 @@ def build_dataset(
     Raises:
         InputError: the arrays are inconsistent or contain values that cannot be trained on.
     """
-    splits: dict[str, Arrays] = dict(raw.splits)
-    if UNSPLIT in splits:
-        splits = {"train": splits.pop(UNSPLIT), **splits}
-    if unknown := sorted(set(splits) - set(SPLITS)):
-        raise unknown_name("split", unknown[0], SPLITS, raw.where)
-    if "train" not in splits:
-        raise InputError(
-            f"there is no training split, only {', '.join(splits) or 'nothing'}",
-            where=raw.where,
-            remedy="give train, or unsplit samples",
-        )
-    check_axes(splits, raw.where)
-    splits, config = _usual_case(splits, config)
-    splits, labels, remarks = _read_classes(splits, raw, config, classes)
-    splits = fill_labels(splits, config.targets or DEFAULT_TARGETS)
-    if _is_unlabelled(splits["train"], config):
-        splits = without_labels(splits, LABEL)
+    given, config = _lower_usual_names(_given_splits(raw), config)
+    with_classes, labels, remarks = _read_classes(given, raw, config, classes)
+    labelled = fill_labels(with_classes, config.targets or DEFAULT_TARGETS)
+    if _is_unlabelled(labelled["train"], config):
+        labelled = without_labels(labelled, LABEL)
         config = config.model_copy(update={"targets": (LABEL,)})
-    check_arrays(splits, raw.where)
-    layouts, layout_remarks = _layouts(splits["train"], raw, config)
-    renamed = _clean_names(splits["train"], layouts)
-    targets = _target_names(splits["train"], renamed, config, raw.where)
-    splits = {
+    check_arrays(labelled, raw.where)
+    layouts, layout_remarks = _layouts(labelled["train"], raw, config)
+    renamed = _clean_names(labelled["train"], layouts)
+    targets = _target_names(labelled["train"], renamed, config, raw.where)
+    splits: dict[str, Arrays] = {
         split: {renamed[n]: _convert(renamed[n], a, renamed[n] in targets, layouts.get(n), raw,
                                      config)
                 for n, a in arrays.items()}
-        for split, arrays in splits.items()
+        for split, arrays in labelled.items()
     }  # fmt: skip
     # Before splitting, so that messages give a sample's index in the user's own array.
     check_samples(splits, raw.where)
@@ -128,10 +116,27 @@ def build_dataset(
     )
 
 
-def _usual_case(
+def _given_splits(raw: RawData) -> dict[str, Arrays]:
+    """The source's splits, with unsplit samples as ``train``; checked."""
+    splits: dict[str, Arrays] = dict(raw.splits)
+    if UNSPLIT in splits:
+        splits = {"train": splits.pop(UNSPLIT), **splits}
+    if unknown := sorted(set(splits) - set(SPLITS)):
+        raise unknown_name("split", unknown[0], SPLITS, raw.where)
+    if "train" not in splits:
+        raise InputError(
+            f"there is no training split, only {', '.join(splits) or 'nothing'}",
+            where=raw.where,
+            remedy="give train, or unsplit samples",
+        )
+    check_axes(splits, raw.where)
+    return splits
+
+
+def _lower_usual_names(
     splits: dict[str, Arrays], config: DataConfig
 ) -> tuple[dict[str, Arrays], DataConfig]:
-    """The names that mean something in lower case: ``X_train`` and ``Y_train`` are common."""
+    """Lower-case the names that have a meaning: ``X`` and ``Y`` are common."""
     usual = {*IMAGE_NAMES, *DEFAULT_TARGETS}
 
     def lower(name: str, names: Collection[str]) -> str:
@@ -219,7 +224,9 @@ def _normalize(config: DataConfig) -> bool:
     value = config.args.get("normalize", True)
     if not isinstance(value, bool):
         raise InputError(
-            f"normalize is {value!r}, not true or false", where="data.args", remedy="fix it"
+            f"normalize is {value!r}, not true or false",
+            where="data.args",
+            remedy="set normalize: true or false",
         )
     return value
 
@@ -347,13 +354,13 @@ def _split(
                 remedy="give the test samples, or a fraction in data.test to split off",
             )
         fraction = config.test or raw.test_fraction
-        splits = _cut(splits, "test", fraction, targets, raw.where)
+        splits = _split_off(splits, "test", fraction, targets, raw.where)
     if "validation" not in splits:
-        splits = _cut(splits, "validation", config.validation, targets, raw.where)
+        splits = _split_off(splits, "validation", config.validation, targets, raw.where)
     return splits
 
 
-def _cut(
+def _split_off(
     splits: dict[str, Arrays], name: str, fraction: float, targets: set[str], where: str
 ) -> dict[str, Arrays]:
     train = splits["train"]
@@ -366,7 +373,7 @@ def _cut(
     if labels is None or labels.ndim != 1 or labels.dtype.kind != "i":
         labels = candidates[0] if candidates else None
     count = len(next(iter(train.values())))
-    keep, chosen = cut(count, fraction, labels, name, where)
+    keep, chosen = choose_split(count, fraction, labels, name, where)
     return {
         **splits,
         "train": {n: take(array, keep) for n, array in train.items()},

@@ -21,7 +21,7 @@ from edgekd.spec import UNLABELLED
 Indices = NDArray[np.int64]
 
 
-def cut(
+def choose_split(
     count: int, fraction: float, labels: Array | None, what: str, where: str
 ) -> tuple[Indices, Indices]:
     """Choose ``round(count * fraction)`` samples, stratified by ``labels`` when there are any.

@@ -113,7 +113,7 @@ def fill_cache(
             missing = store.missing(views)
             _check_disk_space(store, missing)
             store.write_header({**parts, "views": max(views, store.views_begun())})
-            progress.start("teacher's answers", sum(map(store.length, missing)), "sample")
+            progress.start("teacher's outputs", sum(map(store.length, missing)), "sample")
             try:
                 cached.fill(missing, progress.advance)
             finally:

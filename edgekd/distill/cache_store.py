@@ -39,7 +39,7 @@ from edgekd.files import write_errors, write_whole
 from edgekd.spec import TensorSpec
 
 SCHEMA = "edgekd.teacher-cache/1"
-ANSWERS, BLOCKS, HEADER, LOCK = "answers.bin", "blocks.bin", "header.json", ".lock"
+OUTPUTS, BLOCKS, HEADER, LOCK = "answers.bin", "blocks.bin", "header.json", ".lock"
 
 _ENTRY = np.dtype([("samples", "<u4"), ("crc", "<u4")])
 _BLOCK_BYTES = 4 << 20
@@ -74,7 +74,7 @@ class CacheStore:
         self.samples = samples
         self.block_samples = max(1, min(block_samples, _BLOCK_BYTES // record_bytes))
         self.blocks_per_view = -(-samples // self.block_samples)
-        self.path = folder / ANSWERS
+        self.path = folder / OUTPUTS
 
     def span(self, block: int) -> tuple[int, int, int]:
         """(view, first sample, the sample after its last) of a block."""

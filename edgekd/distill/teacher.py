@@ -161,7 +161,7 @@ class OnnxTeacher:
         spec = self.adaptation.network_spec(ModelSpec(tuple(inputs), tuple(outputs)))
         inputs, outputs = spec.inputs, spec.outputs
         self._inputs = _match_inputs(self._session, inputs, path)
-        self._batch_size = _fixed_batch(self._session)
+        self._batch_size = _fixed_first_size(self._session)
         given = [node.name for node in self._session.get_outputs()]
         wanted = [spec.name for spec in outputs] or given
         if not set(wanted) <= set(given) and len(given) < len(wanted):
@@ -307,8 +307,12 @@ def _element(node: onnxruntime.NodeArg) -> str:
     return str(node.type)[len("tensor(") : -1]
 
 
-def _fixed_batch(session: onnxruntime.InferenceSession) -> int | None:
-    """The batch size the file is fixed to, or None when it accepts any."""
+def _fixed_first_size(session: onnxruntime.InferenceSession) -> int | None:
+    """The batch size that one input fixes, even where others are open; None when all are open.
+
+    Unlike :func:`edgekd.onnx.inference.fixed_batch` it reads first axes only: a teacher is fed
+    every input with the batch first.
+    """
     sizes = {node.shape[0] for node in session.get_inputs() if node.shape}
     fixed = [size for size in sizes if isinstance(size, int) and size > 0]
     return fixed[0] if fixed else None

@@ -39,6 +39,11 @@ class Candidate:
     speedup_interval: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def shown_faster(self) -> bool | None:
+        """Whether the complete interval of the speed-up is above 1; None without one."""
+        return None if self.speedup_interval is None else self.speedup_interval[0] > 1
+
 
 @dataclass(frozen=True)
 class Row:
@@ -112,11 +117,11 @@ def choose(
         teacher_speedup: the teacher's p50 over float32's.
         refused: requested variants that could not be candidates, with the reason.
         select: ``measured`` is the above; any other forces a kind, or the smallest file,
-            among those within the drop, whatever they cost here. Reasons against the selected
-            one is part of the reason.
+            among those within the drop, whatever they cost here. The reason then includes
+            what speaks against the selected one.
 
     Raises:
-        StageError: what is insisted on is not there within the drop.
+        StageError: no candidate of the required kind is within the drop.
     """
     left_out = dict(refused or {})
     plain = next(candidate for candidate in candidates if candidate.name == FLOAT)
@@ -192,11 +197,13 @@ def _against(candidate: Candidate, plain: Candidate, max_drop: float) -> list[st
         found.append(f"not smaller: {candidate.size_bytes:,} of {plain.size_bytes:,} bytes")
     if candidate.speedup is None or candidate.speedup_interval is None:
         found.append("not timed")
-    elif candidate.speedup_interval[1] < 1:
-        found.append(f"slower than float32: {candidate.speedup:.2f}×")
-    elif candidate.speedup_interval[0] <= 1:
+    elif not candidate.shown_faster:
         low, high = candidate.speedup_interval
-        found.append(f"not shown to be faster: {candidate.speedup:.2f}× ({low:.2f} to {high:.2f})")
+        if high < 1:
+            found.append(f"slower than float32: {candidate.speedup:.2f}×")
+        else:
+            interval = f"{low:.2f} to {high:.2f}"
+            found.append(f"not shown to be faster: {candidate.speedup:.2f}× ({interval})")
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from edgekd.errors import InputError, unknown_name
+from edgekd.measurement import wilson_interval
 from edgekd.onnx.error_metrics import ErrorSums, PartError, PartSums, cosines
 from edgekd.onnx.inference import BatchedModel, is_ragged, numbered_batches
 from edgekd.onnx.output_parts import Part, find_parts
@@ -23,7 +24,6 @@ Score = Callable[[Mapping[str, Array], Mapping[str, Array], slice], Array]
 REFERENCE_BYTES = 128 << 20
 """Largest size, in bytes, of a reference's outputs that are cached for the next candidate."""
 _VALUES = 1 << 20  # compared at a time in float64
-_CONFIDENCE = 0.95
 _MATCHED_ROWS = 2048  # of a sample; the cost of an assignment grows with their cube
 
 
@@ -254,17 +254,9 @@ class _OutputSums:
             cosine_worst=self._worst if finite else None,
             not_finite=self._sums.not_finite,
             argmax_agreement=same / samples if self._classes else None,
-            argmax_interval=_interval(same, samples) if self._classes else None,
+            argmax_interval=wilson_interval(same, samples) if self._classes else None,
             parts=tuple(part.row() for part in self._parts),
         )
-
-
-def _interval(successes: int, n: int) -> tuple[float, float]:
-    # Imported here: it takes longer than the rest of the command line's imports.
-    from scipy.stats import binomtest
-
-    interval = binomtest(successes, n).proportion_ci(_CONFIDENCE, method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def comparable(

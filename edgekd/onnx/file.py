@@ -184,15 +184,19 @@ def _problem(model: onnx.ModelProto) -> str | None:
     if len(nodes) > MOST_NODES:
         return f"it has {len(nodes):,} nodes, more than {MOST_NODES:,}"
     constants: dict[str, onnx.TensorProto] = {}
+    types = {tensor.data_type for tensor in _all_tensors(model)}
     for graph in graphs:
         constants |= {tensor.name: tensor for tensor in graph.initializer}
+        types |= {tensor.indices.data_type for tensor in graph.sparse_initializer}
         texts += [graph.name, *(tensor.values.name for tensor in graph.sparse_initializer)]
         for value in (*graph.input, *graph.output, *graph.value_info):
+            types.add(value.type.tensor_type.elem_type)
             shape = value.type.tensor_type.shape.dim
             texts += [value.name, *(size.dim_param for size in shape)]
     for node in nodes:
         texts += [node.name, node.op_type, node.domain, *node.input, *node.output]
         texts += [attribute.name for attribute in node.attribute]
+        types |= {attribute.t.data_type for attribute in node.attribute}
         if node.op_type == "Constant" and node.attribute and node.attribute[0].HasField("t"):
             constants |= dict.fromkeys(node.output, node.attribute[0].t)
     texts += [text for entry in model.metadata_props for text in (entry.key, entry.value)]
@@ -200,6 +204,12 @@ def _problem(model: onnx.ModelProto) -> str | None:
     strange = next((text for text in (*texts, *constants) if isinstance(text, bytes)), None)
     if strange is not None:
         return f"the name {strange!r} in it is not UTF-8"
+    unknown = min(types - set(onnx.TensorProto.DataType.values()), default=None)
+    if unknown is not None:
+        return f"a tensor in it has the type {unknown}, which ONNX does not have"
+    negative = next((t.name for t in constants.values() if min(t.dims, default=0) < 0), None)
+    if negative is not None:
+        return f"the tensor {negative!r} has a negative size"
     if (recursive := _recursive(calls)) is not None:
         return f"the function {recursive[1]!r} calls itself"
     return next((why for node in nodes if (why := _endless(node, constants)) is not None), None)
@@ -321,6 +331,12 @@ def _tensor_spec(value: onnx.ValueInfoProto, path: Path) -> TensorSpec:
             remedy="export the model with tensors only (for scikit-learn: without ZipMap)",
         )
     tensor = value.type.tensor_type
+    if tensor.elem_type not in onnx.TensorProto.DataType.values():
+        raise InputError(
+            f"{value.name!r} has an element type, {tensor.elem_type}, that ONNX does not know",
+            where=str(path),
+            remedy="export the model again with a current exporter",
+        )
     if tensor.elem_type == onnx.TensorProto.STRING:
         dtype = "string"
     else:

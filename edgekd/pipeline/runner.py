@@ -196,7 +196,8 @@ class Runner:
         started = time.monotonic()
         done = self.outcome.artifacts
         read = [done[name] for name in stage.inputs]
-        self._check_artifacts(read)
+        # What is shipped is of a run whose artifacts are all undamaged.
+        self._check_artifacts(list(done.values()) if stage.name == _LINKED[-1] else read)
         self._check_sources(material, before=True)
         self._record("stage-started", stage=stage.name, fingerprint=fingerprint)
         try:

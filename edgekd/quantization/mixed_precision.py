@@ -19,9 +19,9 @@ float32. These stay in float32, each with its reason in the :class:`MixedPrecisi
   smallest normal number; the float model is run over all samples for this;
 - ``keep``; and nodes that only move values between such nodes.
 
-ONNX Runtime's own converter is not used: it clamps weights to the range silently, stores a
-weight shared with a float32 node the low precision in both, puts the casts of a subgraph into the
-main graph, and does not support bfloat16.
+ONNX Runtime's own converter is not used: it clamps weights to the range silently, gives a
+float32 node that shares a weight with a 16-bit one the rounded weight too, puts the casts of a
+subgraph into the main graph, and does not support bfloat16.
 
 Models with Q/DQ nodes are converted too, for TensorRT: their scales become 16 bits at opset 19, so
 that there is no cast between a convolution and its Q/DQ. They are not for ONNX Runtime: its
@@ -67,7 +67,7 @@ _HARMFUL_KINDS = 8
 
 @dataclass(frozen=True)
 class MixedPrecisionInfo:
-    """What became of a model's nodes.
+    """The precision of each of a model's nodes, and the effect on its outputs and size.
 
     ``low`` names the nodes that compute in 16 bits, ``kept`` those in float32 with the reason;
     nodes that touch no floating-point number are in neither. ``max_difference`` is the largest

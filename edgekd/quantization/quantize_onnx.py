@@ -15,8 +15,8 @@ from edgekd.files import write_npz
 if TYPE_CHECKING:
     from edgekd.onnx.samples import Samples
     from edgekd.quantization.evaluator import Evaluator
+    from edgekd.quantization.exclusion_search import Decision
     from edgekd.quantization.mixed_precision import MixedPrecisionInfo
-    from edgekd.quantization.mixed_precision_search import Decision
     from edgekd.quantization.node_selection import FloatNode
     from edgekd.quantization.static import StaticQuantizer
     from edgekd.spec import ModelSpec
@@ -174,7 +174,7 @@ def quantize_onnx(
             model, out, method, samples=calibration, keep=keep, opens=opens
         )
         return Quantized(out, method, (*keep, *info.kept), half=info)
-    from edgekd.quantization.mixed_precision_search import search_float_layers
+    from edgekd.quantization.exclusion_search import search_float_layers
     from edgekd.quantization.static import StaticQuantizer
 
     assert calibration is not None

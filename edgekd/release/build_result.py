@@ -14,7 +14,7 @@ from edgekd.errors import InputError
 from edgekd.files import file_sha256
 from edgekd.measurement import OF_CONSTANT, Evidence, Measurement, Number, drop_unit
 from edgekd.release import statistics
-from edgekd.release.result import ModelResult, Result, read_json, validate
+from edgekd.release.result import ModelResult, Result, read_json_input, validate
 from edgekd.release.statistics import Scores
 
 MB = 1e6
@@ -289,7 +289,7 @@ def read_bench(path: Path) -> BenchRecord | None:
         InputError: it is such a record, and damaged.
     """
     try:
-        content = read_json(path, "the record", _MEASURE_AGAIN)
+        content = read_json_input(path, "the record", _MEASURE_AGAIN)
     except InputError:
         return None
     if not isinstance(content, dict) or content.get("schema") != BENCH_SCHEMA:

@@ -27,7 +27,7 @@ from edgekd.measurement import (
     full_text,
     value_text,
 )
-from edgekd.release.result import PERCENTILES, SHARES, Result, read_json, validate
+from edgekd.release.result import LATENCIES, SHARES, Result, read_json_input, validate
 from edgekd.release.statistics import samples_to_show
 
 VerdictStatus = Literal["pass", "fail", "inconclusive"]
@@ -110,7 +110,7 @@ def rules_of(result: Result, budgets: Budgets) -> list[Rule]:
         "size.min_ratio": against.get("size_ratio"),
         "parameters.max": student.parameters,
         "parameters.max_ratio": against.get("parameter_ratio"),
-        **{f"latency.{name}": student.latency.get(name) for name in PERCENTILES},
+        **{f"latency.{name}": student.latency.get(name) for name in LATENCIES},
         "latency.min_speedup": against.get("speedup"),
         "memory.peak_mb": student.peak_memory_mb,
     }
@@ -244,7 +244,7 @@ def read_gate(folder: Path) -> list[Verdict]:
         InputError: ``gate.json`` is missing or is not one.
     """
     path, remedy = folder / "gate.json", "run the gate stage again"
-    content = read_json(path, "the gate file", remedy)
+    content = read_json_input(path, "the gate file", remedy)
     return list(validate(_GateFile, content, "the gate file", str(path), remedy).verdicts)
 
 

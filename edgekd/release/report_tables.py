@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from edgekd.measurement import (
     ABSENT,
     Measurement,
+    display_unit,
     full_text,
     interval_text,
     metric_change,
@@ -17,7 +18,7 @@ from edgekd.measurement import (
     value_text,
 )
 from edgekd.release.gate import Verdict, passed
-from edgekd.release.result import PERCENTILES, ModelResult, Result
+from edgekd.release.result import LATENCIES, ModelResult, Result
 
 ROLES = {"teacher": "teacher", "baseline": "student alone", "student": "student distilled"}
 
@@ -50,6 +51,17 @@ class KeyFigure:
     detail: str
 
 
+@dataclass(frozen=True)
+class DistillationEffect:
+    """The effect of distillation against the same student trained alone.
+
+    ``outcome`` is ``inconclusive`` where the interval of the difference contains 0.
+    """
+
+    outcome: Literal["gained", "harmed", "inconclusive"]
+    text: str
+
+
 def cell(figure: Measurement | None, with_n: bool = False) -> Cell:
     """The cell of a figure."""
     if figure is None:
@@ -67,9 +79,9 @@ def headline(result: Result) -> str:
     parts = [text for text in (_times_faster(speedup), _times_smaller(size)) if text]
     text = f"The student reaches {value_text(student.metric)} {result.metric}"
     effect, gain = distillation_effect(result), against.get("baseline_gain")
-    if gain is not None and effect.startswith("distillation gained"):
+    gained = effect is not None and effect.outcome == "gained"
+    if gained:
         text += f", {full_text(gain)} better than the same student without the teacher"
-        effect = ""
     if drop and drop.value is not None:
         worse = "below" if drop.value >= 0 else "above"
         if not result.higher_is_better:
@@ -78,29 +90,32 @@ def headline(result: Result) -> str:
         text += f", {value_text(size_of)} {worse} the teacher"
     if parts:
         text += f", and is {' and '.join(parts)}"
-    return f"{text}. {effect[:1].upper()}{effect[1:]}." if effect else text + "."
+    if effect is None or gained:
+        return f"{text}."
+    return f"{text}. {_capitalized(effect.text)}."
 
 
-def distillation_effect(result: Result) -> str:
-    """The gain of distillation over the same student alone; empty without a baseline.
+def distillation_effect(result: Result) -> DistillationEffect | None:
+    """The gain of distillation over the same student alone; None without a baseline.
 
-    ``distillation harmed by 34.40 points (30.54 to 38.17)`` or ``gained``; and where the interval
-    of the difference contains 0, that neither is shown.
+    Its text is ``distillation harmed by 34.40 points (30.54 to 38.17)`` or ``gained``; and where
+    the interval of the difference contains 0, that neither is shown.
     """
     gain = result.comparison.get("baseline_gain")
     if gain is None or gain.value is None:
-        return ""
+        return None
     low, high = gain.interval or (-math.inf, math.inf)
     if low <= 0 <= high:
         interval = interval_text(gain)
         change = value_text(gain, signed=True) + (f" ({interval})" if interval else "")
-        return f"what distillation changed is not shown: {change} against the student alone"
-    size = gain
-    if gain.value < 0:
-        size = replace(gain, value=-gain.value, interval=(-high, -low))
-    done = "harmed" if gain.value < 0 else "gained"
-    by = "by " if gain.value < 0 else ""
-    return f"distillation {done} {by}{full_text(size)} against the student alone"
+        text = f"what distillation changed is not shown: {change} against the student alone"
+        return DistillationEffect("inconclusive", text)
+    if gain.value >= 0:
+        text = f"distillation gained {full_text(gain)} against the student alone"
+        return DistillationEffect("gained", text)
+    loss = replace(gain, value=-gain.value, interval=(-high, -low))
+    text = f"distillation harmed by {full_text(loss)} against the student alone"
+    return DistillationEffect("harmed", text)
 
 
 def key_figures(result: Result) -> list[KeyFigure]:
@@ -131,7 +146,7 @@ def result_table(result: Result) -> tuple[list[str], list[TableRow]]:
         _row("parameters", [m.parameters for m in models]),
         _row("size", [m.size_mb for m in models], "the file, 1 MB = 10⁶ bytes"),
     ]
-    for key in PERCENTILES:
+    for key in LATENCIES:
         figures = [model.latency.get(key) for model in models]
         if any(figures):
             counts = {f.n for f in figures if f}
@@ -198,10 +213,9 @@ def cautions(result: Result) -> list[str]:
                 "latency may change from run to run."
             )
     found += constant_caution(result) + thread_caution(result)
-    gain, gap = (result.comparison.get(key) for key in ("baseline_gain", "gap_closed"))
-    if gain is not None and gain.interval is not None and gain.interval[1] < 0:
-        effect = distillation_effect(result)
-        found.append(f"{effect[0].upper()}{effect[1:]}: ship the student trained alone instead.")
+    effect, gap = distillation_effect(result), result.comparison.get("gap_closed")
+    if effect is not None and effect.outcome == "harmed":
+        found.append(f"{_capitalized(effect.text)}: ship the student trained alone instead.")
     if gap is not None and gap.value is None and gap.note:
         found.append(f"Gap closed: {gap.note}.")
     throttling = _throttled(result.environment)
@@ -326,6 +340,10 @@ def _row(label: str, figures: Sequence[Measurement | None], note: str = "") -> T
     return TableRow(label, tuple(cell(figure) for figure in figures), note)
 
 
+def _capitalized(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
 def _versus(result: Result, key: str) -> str:
     figure = result.comparison.get(key)
     if figure is None or figure.value is None:
@@ -357,8 +375,9 @@ def _times(ratio: Measurement | None, above: str, below: str) -> str:
 def _gap_key(gap: Measurement | None) -> KeyFigure:
     if gap is None or gap.value is None:
         return KeyFigure("gap closed", ABSENT, "")
-    shown = replace(gap, unit="accuracy")
-    return KeyFigure("gap closed", value_text(shown), f"{interval_text(shown)} % of the gap")
+    interval = interval_text(gap)
+    detail = f"{interval} {display_unit(gap.unit)}" if interval else ""
+    return KeyFigure("gap closed", value_text(gap, unit="%"), detail)
 
 
 def _difference(value: float | None) -> str:

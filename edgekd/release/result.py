@@ -30,10 +30,12 @@ from pydantic_core import ErrorDetails
 from edgekd.errors import InputError
 from edgekd.measurement import OF_CONSTANT, Evidence, Measurement, Number, drop_unit
 from edgerun import files
+from edgerun.percentiles import PERCENTILES
 
 SCHEMA = "edgekd.result/1"
 ROLES = ("teacher", "baseline", "student")
-PERCENTILES = {"p50_ms": 0.50, "p90_ms": 0.90, "p95_ms": 0.95, "p99_ms": 0.99}
+LATENCIES = {f"{name}_ms": share for name, share in PERCENTILES.items() if name != "p99_9"}
+"""The percentiles of a result; the p99.9 of a benchmark's record is not in it."""
 COMPARISONS = (
     "drop",
     "relative_drop",
@@ -73,7 +75,7 @@ class ModelResult(BaseModel):
     """Of the file, in MB of 10⁶ bytes."""
     parameters: Measurement | None = None
     """Number of parameters."""
-    latency: Annotated[dict[str, Measurement], AfterValidator(_known(tuple(PERCENTILES)))] = Field(
+    latency: Annotated[dict[str, Measurement], AfterValidator(_known(tuple(LATENCIES)))] = Field(
         default_factory=dict
     )
     """Percentiles of one query, by name (``p50_ms``)."""
@@ -220,7 +222,7 @@ def _sample_problems(key: str, model: ModelResult) -> Iterator[str]:
         if figure.n != len(samples):
             yield f"{key}.latency.{name}.n is {figure.n}, and samples_ms has {len(samples)}"
             continue
-        rank = math.ceil(PERCENTILES[name] * len(samples)) - 1
+        rank = math.ceil(LATENCIES[name] * len(samples)) - 1
         low, high = samples[max(rank - 1, 0)], samples[min(rank + 1, len(samples) - 1)]
         if not low - _ROUNDING <= figure.value <= high + _ROUNDING:
             yield f"{key}.latency.{name} is {figure.value:g}, and that of samples_ms {low:g}"
@@ -267,8 +269,8 @@ def _explain(details: ErrorDetails) -> str:
     return f"{key} is {shown}: {message[0].lower()}{message[1:]}"
 
 
-def read_json(path: Path, what: str, remedy: str) -> Any:
-    """The content of a JSON file.
+def read_json_input(path: Path, what: str, remedy: str) -> Any:
+    """The content of a JSON file that someone else may have written.
 
     Args:
         path: the file.
@@ -301,7 +303,7 @@ def read_result(path: Path) -> Result:
         InputError: the file is missing, is not JSON, or is not a valid result.
     """
     remedy = "give the result.json of a benchmark stage"
-    return Result.from_json(read_json(path, "the result file", remedy), str(path))
+    return Result.from_json(read_json_input(path, "the result file", remedy), str(path))
 
 
 def recipe_sha256(pipeline: Mapping[str, Any]) -> str:

@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from edgekd.errors import InputError
-from edgekd.measurement import Evidence, Measurement
+from edgekd.measurement import Evidence, Measurement, normal_quantile, wilson_interval
 
 Scores = NDArray[np.float64]
 Interval = tuple[float, float]
@@ -43,31 +42,9 @@ class Estimate:
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> Estimate:
-    """A proportion with its score interval.
-
-    Source: Wilson, "Probable inference, the law of succession, and statistical inference",
-    JASA 22 (1927) 209.
-
-    Args:
-        successes: how many of the ``n`` samples are right, 0 to ``n``.
-        n: number of samples, at least 1.
-        confidence: two-sided coverage, in (0, 1).
-
-    Raises:
-        InputError: the counts are impossible.
-    """
-    if n < 1 or not 0 <= successes <= n:
-        raise InputError(
-            f"{successes} of {n} samples is not a proportion", remedy="give at least one sample"
-        )
-    z = _normal_quantile(confidence)
-    p = successes / n
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    # At 0 and n the bound is exactly 0 and 1; rounding would miss them slightly.
-    low = 0.0 if successes == 0 else middle - half
-    high = 1.0 if successes == n else middle + half
-    return Estimate(p, (low, high), n, confidence)
+    """A proportion with its score interval, :func:`~edgekd.measurement.wilson_interval`."""
+    interval = wilson_interval(successes, n, confidence)
+    return Estimate(successes / n, interval, n, confidence)
 
 
 def mean(values: ArrayLike, confidence: float = 0.95) -> Estimate:
@@ -139,7 +116,7 @@ def tango(only_first: int, only_second: int, n: int, confidence: float = 0.95) -
             f"{only_first} and {only_second} discordant samples of {n} is impossible",
             remedy="give counts of the same samples",
         )
-    z = _normal_quantile(confidence)
+    z = normal_quantile(confidence)
 
     def score(difference: float) -> float:
         """Tango's statistic, standard normal when ``difference`` is the true one."""
@@ -250,14 +227,8 @@ def _crossing(score: Callable[[float], float], low: float, high: float, level: f
     return (low + high) / 2
 
 
-def _normal_quantile(confidence: float) -> float:
-    if not 0 < confidence < 1:
-        raise InputError(f"a confidence of {confidence} is not between 0 and 1")
-    return NormalDist().inv_cdf((1 + confidence) / 2)
-
-
 def _t_quantile(confidence: float, degrees: int) -> float:
-    _normal_quantile(confidence)
+    normal_quantile(confidence)
     # Imported here: it takes longer than the rest of the command line's imports.
     from scipy.special import stdtrit
 

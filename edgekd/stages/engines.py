@@ -110,8 +110,7 @@ class EnginesStage:
             context.progress.message(f"  {choice.chosen} is selected: {choice.reason}")
             profile, quantize = context.job.profile.name, context.job.config.quantize
             measured = quantize is not None and quantize.select == "measured"
-            reasons = [reason for row in choice.rows for reason in row.against]
-            slower = any("faster" in reason or "slower" in reason for reason in reasons)
+            slower = any(row.candidate.shown_faster is False for row in choice.rows)
             evidence = evidence_of(profile, context.job.config.target)
             if measured and slower and evidence != "measured-on-target":
                 context.progress.message(

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from edgekd.students import Pruned
 
 FIRST_WEIGHTS, STRUCTURE = "first.safetensors", "structure.json"
-"""Settings that the network of :func:`build_student` depends on."""
+"""The artifact's files: the initial weights, and the channels removed by pruning."""
 
 _GRADIENT_BATCH, _GRADIENT_SAMPLES = 128, 1024
-"""Number of labelled samples that the importance ``taylor`` is computed on."""
+"""The importance ``taylor`` is computed on about so many labelled samples, in such batches."""
 
 
 class StudentStage:

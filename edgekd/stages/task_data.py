@@ -125,7 +125,7 @@ def _evenly(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON values in the form all artifacts use."""
+    """Write an artifact's JSON file."""
     path.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 

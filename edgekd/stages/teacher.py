@@ -334,7 +334,9 @@ def plan_adaptation(
     if config.classes is not None:
         names = ClassNames(config.classes, f"{where}.classes")
         if len(set(config.classes)) < len(config.classes):
-            raise InputError("a class is named twice", where=f"{where}.classes", remedy="fix it")
+            raise InputError(
+                "a class is named twice", where=f"{where}.classes", remedy="name each class once"
+            )
     elif dataset.labels is None or names is None:
         # Numeric labels cannot be matched with the names in a file.
         return planned

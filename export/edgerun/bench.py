@@ -14,17 +14,10 @@ from edgerun.inputs import Feed, Feeds, feeds_from, make_feeds
 from edgerun.manifest import manifest_beside
 from edgerun.memory import model_memory
 from edgerun.model import LoadedModel, Settings
+from edgerun.percentiles import PERCENTILES, summarize
 from edgerun.run import open_model
 from edgerun.system import describe_environment, read_conditions
-from edgerun.timing import (
-    PERCENTILES,
-    Stopwatch,
-    WarmUp,
-    compare,
-    device_times,
-    summarize,
-    timed_rounds,
-)
+from edgerun.timing import Stopwatch, WarmUp, compare, device_times, timed_rounds
 
 SCHEMA = "edgerun.bench/1"
 WARM_UP_SHARE = 0.25

@@ -137,7 +137,7 @@ def full_provider_name(name: str) -> str:
 IMAGE_SIDE = 224
 CHANNELS = (1, 3, 4)
 _BATCH = re.compile(r".*batch|bs$", re.IGNORECASE)
-_SHAPE_OPTION = re.compile(r"^(?P<name>.+)=(?P<shape>\d+(?:x\d+)*|)$")
+_SHAPE_OPTION = re.compile(r"^(?P<name>.+)=(?P<shape>[1-9]\d{0,17}(?:x[1-9]\d{0,17})*|)$")
 
 
 @dataclass(frozen=True)
@@ -232,17 +232,17 @@ def parse_shapes(options: Sequence[str]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for option in options:
         match = _SHAPE_OPTION.match(option)
-        sizes = match.group("shape").split("x") if match and match.group("shape") else []
-        shape = tuple(int(size) for size in sizes)
-        if match is None or 0 in shape:
+        if match is None:
+            shown = option if len(option) <= 80 else f"{option[:80]}…"
             raise BadInput(
-                f"{option!r} is not a shape",
+                f"{shown!r} is not a shape",
                 where="--shape",
                 remedy="write NAME=1x3x224x224, with sizes of at least 1",
             )
         if match.group("name") in shapes:
             raise BadInput(f"the shape of {match.group('name')!r} is given twice", "--shape")
-        shapes[match.group("name")] = shape
+        sizes = match.group("shape")
+        shapes[match.group("name")] = tuple(map(int, sizes.split("x"))) if sizes else ()
     return shapes
 
 

@@ -1,11 +1,4 @@
-"""Latency of one query: warm-up until steady, timed rounds in which two models alternate, and
-percentiles that are shown only with enough queries, each with its confidence interval.
-
-No distribution is assumed: latencies have long tails and several modes. Both rules of the
-percentiles count how many of n independent queries fall below them, which is binomial. Queries
-that follow each other are not quite independent, so the intervals are a little too narrow under
-drift; the warm-up and the interleaved rounds are there to keep drift small.
-"""
+"""Latency of one query: warm-up until steady, and timed rounds in which two models alternate."""
 
 from __future__ import annotations
 
@@ -18,11 +11,10 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Sequence
 
-import numpy as np
-
 from edgerun.errors import BadInput, RunFailed
 from edgerun.inputs import Feeds
 from edgerun.model import LoadedModel
+from edgerun.percentiles import median_interval
 
 WINDOW_QUERIES = 5
 WINDOW_SECONDS = 0.1
@@ -233,101 +225,3 @@ def _block_queries(latency_s: float, round_s: float, min_queries: int, max_secon
     wanted = max(math.ceil(min_queries / ROUNDS), math.ceil(BLOCK_SECONDS / latency_s))
     affordable = math.floor(max_seconds / ROUNDS / max(round_s, 1e-7))
     return max(1, min(wanted, affordable))
-
-
-PERCENTILES = {"p50": 0.50, "p90": 0.90, "p95": 0.95, "p99": 0.99, "p99_9": 0.999}
-ENOUGH_CONFIDENCE = 0.99
-INTERVAL_CONFIDENCE = 0.95
-
-
-def queries_needed(probability: float, confidence: float = ENOUGH_CONFIDENCE) -> int:
-    """The smallest number of queries with which a percentile may be stated.
-
-    It is the smallest n for which at least two queries are slower than the true percentile with
-    the given confidence: P[Binomial(n, 1 - p) <= 1] <= 1 - confidence. This is the bound behind
-    the early stopping of MLPerf Inference: 64 queries for p90, 662 for p99.
-
-    Args:
-        probability: the percentile as a fraction in (0, 1).
-        confidence: in (0, 1).
-    """
-    tail = 1.0 - probability
-
-    def too_few(n: int) -> bool:
-        none = probability**n
-        one = n * tail * probability ** (n - 1)
-        return none + one > 1.0 - confidence
-
-    enough = 2
-    while too_few(enough):
-        enough *= 2
-    short = enough // 2
-    while enough - short > 1:
-        middle = (short + enough) // 2
-        short, enough = (middle, enough) if too_few(middle) else (short, middle)
-    return enough
-
-
-def interval_ranks(
-    n: int, probability: float, confidence: float = INTERVAL_CONFIDENCE
-) -> tuple[int, int] | None:
-    """The ranks (from 0) of the two order statistics that enclose a percentile.
-
-    At least ``confidence`` of all samples of size n have the true percentile between the two
-    (Hahn & Meeker, *Statistical Intervals*, 1991, section 5.2). None when n is too small for
-    such a pair.
-    """
-    side = (1.0 - confidence) / 2.0
-    below = _binomial_cumulative(n, probability)
-    # lower rank l (from 1): P[X <= l - 1] <= side; upper rank u: P[X <= u - 1] >= 1 - side.
-    lower = int(np.searchsorted(below, side, side="right"))
-    upper = int(np.searchsorted(below, 1.0 - side, side="left")) + 1
-    if lower < 1 or upper > n:
-        return None
-    return lower - 1, upper - 1
-
-
-def summarize(samples_ms: Sequence[float]) -> dict[str, Any]:
-    """Mean and percentiles of latencies in ms.
-
-    Each percentile is ``{"value", "interval", "n", "note"}``; with too few queries its value
-    and interval are None and the note says how many are needed.
-    """
-    ordered = np.sort(np.asarray(samples_ms, dtype=np.float64))
-    n = int(ordered.size)
-    summary: dict[str, Any] = {"n": n, "mean_ms": float(ordered.mean()) if n else None}
-    for name, probability in PERCENTILES.items():
-        summary[name] = _percentile(ordered, probability)
-    return summary
-
-
-def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The order-statistic interval of the median; None for fewer than six values."""
-    ranks = interval_ranks(len(values), 0.5)
-    if ranks is None:
-        return None
-    ordered = sorted(values)
-    return ordered[ranks[0]], ordered[ranks[1]]
-
-
-def _percentile(ordered: np.ndarray[Any, Any], probability: float) -> dict[str, Any]:
-    n = int(ordered.size)
-    needed = queries_needed(probability)
-    if n < needed:
-        note = f"n too small: {n} queries, needs {needed}"
-        return {"value": None, "interval": None, "n": n, "note": note}
-    rank = max(0, math.ceil(probability * n) - 1)
-    ranks = interval_ranks(n, probability)
-    interval = None if ranks is None else [float(ordered[ranks[0]]), float(ordered[ranks[1]])]
-    return {"value": float(ordered[rank]), "interval": interval, "n": n, "note": ""}
-
-
-def _binomial_cumulative(n: int, probability: float) -> np.ndarray[Any, Any]:
-    """P[Binomial(n, p) <= k] for k = 0..n, in logarithms because n reaches 10^5."""
-    k = np.arange(1, n + 1, dtype=np.float64)
-    choose = np.concatenate(([0.0], np.cumsum(np.log(n - k + 1) - np.log(k))))
-    successes = np.arange(n + 1, dtype=np.float64)
-    log_mass = (
-        choose + successes * math.log(probability) + (n - successes) * math.log1p(-probability)
-    )
-    return np.cumsum(np.exp(log_mass))

@@ -38,7 +38,7 @@ def test_a_model_is_measured_alone_and_against_another(model, tmp_path):
         assert word in done.output
     record = json.loads(out.read_text())
     assert record["profile"] == "raspberry-pi-5"
-    # This machine merely stands in for the board.
+    # This machine is only a substitute for the board.
     assert record["evidence"] == "measured-on-host"
     assert "measured-on-host" in done.output
 
@@ -107,7 +107,7 @@ def counted(path):
     return save_onnx(path, text, opset=18)
 
 
-def test_made_up_values_that_decide_the_work_are_named_and_real_ones_are_not(tmp_path):
+def test_random_inputs_that_decide_the_work_are_named(tmp_path):
     model, out = counted(tmp_path / "m.onnx"), tmp_path / "out.json"
     quick = ("--min-queries", 11, "--max-seconds", 1, "--json", out)
     done = invoke(model, *quick)

@@ -42,7 +42,7 @@ def test_a_model_that_holds_leaves_with_0_and_a_whole_record(model, tmp_path):
 def test_what_does_not_hold_leaves_with_1(model):
     done = invoke(model, "--profile", "raspberry-pi-5", code=1)
     assert "give open sizes: --shape" in done.output
-    assert "not everything holds for onnxruntime on raspberry-pi-5" in done.output
+    assert "not all checks passed for onnxruntime on raspberry-pi-5" in done.output
     invoke(model, "--profile", "raspberry-pi-5", "--shape", "x=1x16")
 
 
@@ -61,6 +61,7 @@ def test_tensorrt_is_asked_in_a_process_of_its_own(model):
     ("words", "message"),
     [
         (("--shape", "x=0x3"), "is not a shape"),
+        (("--shape", "x=1x3", "--shape", "x=1x4"), "is given twice"),
         (("--shape", "z=1x3"), "there is no input 'z'"),
         (("--providers", "CPUExecutionProvder"), "did you mean 'CPUExecutionProvider'"),
         (("--profile", "raspbery-pi-5"), "raspberry-pi-5"),
@@ -88,7 +89,7 @@ def test_a_pipeline_is_told_from_a_damaged_file(tmp_path):
     assert f"edgekd build {path}" in done.output
 
 
-def test_an_engine_that_is_built_on_the_device_is_not_said_to_be_built_here(model):
+def test_an_engine_for_the_device_is_not_reported_as_built_here(model):
     pytest.importorskip("tensorrt_rtx", reason="the extra rtx is not installed")
     if platform.machine() == "aarch64":
         pytest.skip("this may be the device")

@@ -32,7 +32,7 @@ def transposed_product(path, dtype):
 
 
 def divided(path):
-    """y = (n - 2^63) / -1 in whole numbers: where n is 0 that has no result, and x86 ends the
+    """y = (n - 2^63) / -1 in whole numbers: where n is 0 that has no result, and x86 kills the
     process."""
     text = "(int64[4] n) => (int64[4] y) { [sum] s = Add (least, n)  [ratio] y = Div (s, minus) }"
     weights = {"least": np.full(4, np.iinfo(np.int64).min), "minus": np.full(4, -1)}
@@ -65,7 +65,7 @@ def crashing(tmp_path_factory):
         (("benchmark",), 3),
     ],
 )
-def test_a_model_that_kills_the_runtime_is_named_with_a_level_that_was_tried(
+def test_a_model_that_kills_the_runtime_is_named_with_a_working_level(
     crashing, tmp_path, command, code
 ):
     done = edgekd_process(command[0], crashing, *command[1:], cwd=tmp_path, code=code)
@@ -83,7 +83,7 @@ def test_the_level_that_the_error_names_works(crashing, tmp_path):
 
 
 def test_a_killed_build_leaves_the_old_file_and_no_temporary_one(tmp_path):
-    # Made-up whole numbers are 0: the model is opened and dies while it runs.
+    # Random integers are 0: the model opens and crashes while it runs.
     model = divided(tmp_path / "m.onnx")
     (tmp_path / "out.onnx").write_bytes(b"from before")
     (tmp_path / "tmp").mkdir()

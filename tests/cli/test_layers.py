@@ -49,6 +49,9 @@ def test_a_pipelines_networks_on_its_own_data(tmp_path: Path):
         (["convnet-q"], "did you mean"),
         (["convnet-q", "--shape", "image=1x28x28"], "did you mean"),
         (["convnet-s", "--shape", "image=1xbx28"], "is not a shape"),
+        (["convnet-s", "--shape", "image=0x28x28"], "is not a shape"),
+        (["convnet-s", "--shape", "image=1x-8x28"], "is not a shape"),
+        (["convnet-s", *["--shape", "image=1x28x28"] * 2], "is given twice"),
         (["convnet-s", "--shape", "image=1x4x4"], "at least 8×8"),
     ],
 )

@@ -116,7 +116,7 @@ def test_a_search_within_the_drop_is_recorded_under_the_final_name(written):
 
 
 def test_a_regression_is_judged_by_its_relative_error(tmp_path):
-    """Worked out anew from the two files."""
+    """Recomputed from the two files."""
     g = Graph(2)
     g.add("Conv", ["image", g.weight("w", 4, 3, 3, 3)], "y", "first", pads=[1] * 4)
     model = g.save(tmp_path / "m.onnx", {"image": ["b", 3, 8, 8]}, {"y": ["b", 4, 8, 8]})
@@ -148,7 +148,7 @@ def test_memory_does_not_grow_with_the_samples(tmp_path):
         return peak
 
     peak(64)  # what is loaded once
-    # 960 samples more are 0.25 MB of inputs and 16 MB of answers of each model.
+    # 960 samples more are 0.25 MB of inputs and 16 MB of outputs of each model.
     assert peak(1024) - peak(64) < 1_000_000
 
 

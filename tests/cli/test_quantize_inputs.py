@@ -35,7 +35,7 @@ def timed(monkeypatch):
         ([1.01, 1.2], ("--for", "tensorrt"), False),
     ],
 )
-def test_layers_at_the_input_stay_in_float_where_that_is_shown_to_be_faster(
+def test_input_layers_stay_in_float_where_measured_faster(
     model, data, tmp_path, timed, interval, words, in_float
 ):
     timed(interval)
@@ -51,7 +51,7 @@ def test_layers_at_the_input_stay_in_float_where_that_is_shown_to_be_faster(
         assert tried["int8_p50_ms"] == 1.1
 
 
-def test_layers_at_the_input_stay_in_int8_where_the_drop_would_be_too_large(
+def test_input_layers_stay_in_int8_where_float_exceeds_the_drop(
     model, data, tmp_path, timed, monkeypatch
 ):
     timed([1.01, 1.2])
@@ -78,7 +78,7 @@ def test_the_decision_is_of_the_file_with_the_input_in_float(
     assert (decision["drop"], decision["drop_all"]) == (0.25, 0.125)
     assert "drop 0.125, budget 0.4" in done.output
     assert "first at the input stays in float32: 1.10× faster so" in done.output
-    assert "found with" not in done.output  # the drop asked for nothing
+    assert "found with" not in done.output  # the drop required no float layer
 
 
 def test_where_only_the_input_can_be_in_int8_it_is(model, data, tmp_path, monkeypatch):

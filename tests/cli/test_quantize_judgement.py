@@ -1,4 +1,4 @@
-"""What ``edgekd quantize`` says of the answers, and what it refuses because of them."""
+"""What ``edgekd quantize`` reports about the outputs, and what it refuses because of them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def said(done):
 
 @pytest.fixture(scope="module")
 def coarse(tmp_path_factory):
-    """A linear model whose classes no 8 bits tell apart, and samples of it.
+    """A linear model whose classes 8 bits cannot distinguish, and samples of it.
 
     In each column of the weights one large value, which no sample sees, sets the scale.
     """
@@ -72,7 +72,7 @@ def test_a_drop_over_the_budget_writes_nothing_whatever_the_method(
 
 @pytest.mark.parametrize("kind", ["fp16", "bf16"])
 def test_16_bits_are_held_to_the_drop_too(tmp_path, written, kind):
-    """A regression of 8 or 11 bits is not within a millionth of float32's answers."""
+    """A regression of 8 or 11 bits is not within a millionth of float32's outputs."""
     g = Graph(2)
     g.add("MatMul", ["x", g.weight("w", 16, 4)], "y", "first")
     path = g.save(tmp_path / "m.onnx", {"x": ["b", 2, 16]}, {"y": ["b", 2, 4]})
@@ -89,7 +89,7 @@ def test_16_bits_are_held_to_the_drop_too(tmp_path, written, kind):
 
 
 def test_bf16_is_compared_by_its_rounding(written, model, data):
-    """Its error is that of 8 bits of precision, and every layer has one of its own."""
+    """Its error is that of 8 bits of precision, and every layer adds its own."""
     _done, record, out = written("--calibration", data, "--method", "bf16", "--per-layer")
     assert record["metric"] == "agreement with float32"
     # Each value is off by up to 2⁻⁹, most of them by less: 40 to 60 dB over a few layers.
@@ -125,7 +125,7 @@ def spoiling(path, value):
 
 @pytest.mark.parametrize("labels", [None, np.zeros(8, int)])
 def test_a_row_that_is_no_number_on_one_side_is_wrong(tmp_path, labels):
-    """argmax takes the first NaN for the largest: class 0, which float32 answers here as well."""
+    """argmax takes the first NaN for the largest: class 0, which float32 predicts here as well."""
     x = np.tile(np.float32([5, 1, 1, 1, 1]), (8, 1))
     x[:2, 0] = 7
     sound, spoilt = spoiling(tmp_path / "a.onnx", -1), spoiling(tmp_path / "b.onnx", 7)
@@ -152,7 +152,7 @@ def test_a_regression_that_is_no_number_is_as_wrong_as_zeros(tmp_path):
     assert judge.drop_of(model("b.onnx", np.nan)) == pytest.approx(1 / 4)
 
 
-def test_the_drop_of_an_agreement_is_the_disagreement_with_wilsons_interval(coarse, written):
+def test_agreement_drop_is_the_disagreement_with_wilson_interval(coarse, written):
     path, x = coarse
     done, record, _ = written("--calibration", x, "--method", "weights-only", model=path)
     wrong = round((1 - record["score"]["value"]) * 40)

@@ -1,4 +1,4 @@
-"""What ``edgekd quantize`` says of nodes that stay in float32, of outputs that are not one row per
+"""What ``edgekd quantize`` reports of float32 nodes, of outputs that are not one row per
 sample, and of graphs that cannot run."""
 
 from __future__ import annotations

@@ -141,6 +141,16 @@ def test_a_section_of_several_kinds_is_explained_by_its_own(tmp_path, engines, s
     assert caught.value.where == f"{path}:5"
 
 
+def test_a_file_is_selected_by_force_only_where_it_is_made(write) -> None:
+    path = write(GOOD + "quantize: {precision: fp16, select: half}\n")
+    config = load_pipeline(path)
+    assert config.quantize.select == "half"
+    with pytest.raises(InputError, match="add precision: "):
+        load_pipeline(path, ["quantize={int8: static, select: half}"])
+    with pytest.raises(InputError, match="add int8: "):
+        load_pipeline(path, ["quantize.select=int8"])
+
+
 def test_a_gain_over_the_student_alone_needs_the_student_alone(write) -> None:
     gain = "gate: {accuracy: {min_gain: 0.05}}\n"
     assert load_pipeline(write(GOOD + gain)).gate.accuracy.min_gain == 0.05

@@ -32,7 +32,7 @@ def test_the_mixing_function_is_that_of_splitmix64():
 
 
 def test_numbers_stay_what_they_were():
-    """A cache of answers on disk outlives a version of the code."""
+    """A cache of outputs on disk outlives a version of the code."""
     made = SampleRng(7, np.array([0, 123456]), np.array([0, 3]))
     assert made.uniform().tolist() == [0.854597806930542, 0.3111240267753601]
     assert made.integers(1000).tolist() == [776, 537]
@@ -78,7 +78,7 @@ def test_uniform_and_independent_of_the_neighbour(along):
 
 
 def test_streams_do_not_meet():
-    """Not one 64-bit number twice: along samples, views, seeds, draws and branches from 0 on."""
+    """No 64-bit number repeats: along samples, views, seeds, draws and branches from 0 on."""
     found = []
     for seed in range(4):
         samples, views = (a.ravel() for a in np.meshgrid(np.arange(60), np.arange(30)))
@@ -123,7 +123,7 @@ def test_normal_is_normal():
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
 def test_beta_is_beta(alpha):
     values = draws(40_000).beta(alpha).double().numpy()
-    # Bins and no finer test: within 3e-8 of 1, which for 0.2 is 2 % of it, float32 says 1.
+    # Bins and no finer test: within 3e-8 of 1, which for 0.2 is 2 % of it, float32 rounds to 1.
     bins = stats.beta(alpha, alpha).ppf(np.linspace(0, 1, 21))
     assert stats.chisquare(np.histogram(values, bins)[0]).pvalue > SURE
     # The variance 1 / (4 (2 alpha + 1)); five standard errors of it are below 2 %.

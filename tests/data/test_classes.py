@@ -1,4 +1,4 @@
-"""Labels in every form that people save them in: recognized and said, or asked for by key."""
+"""Labels in every form that people save them in: recognized and reported, or requested by key."""
 
 import numpy as np
 import pytest
@@ -137,7 +137,7 @@ def test_labels_from_one_with_as_many_names_or_classes():
     np.testing.assert_array_equal(labels_of(dataset), LABELS)
     assert dataset.labels == names
     np.testing.assert_array_equal(labels_of(make(LABELS + 1, count=5)[0]), LABELS)
-    # A network with an output for 0, such as a background, is said by the number of classes.
+    # A network with an output for 0, such as a background, is stated by the number of classes.
     dataset, logits = make(LABELS + 1, count=6)
     np.testing.assert_array_equal(labels_of(dataset), LABELS + 1)
     assert logits == ("batch", 6)

@@ -43,7 +43,7 @@ def test_every_class_keeps_its_share_and_at_least_one(members, share, unlabelled
     assert kept["train"]["image"] is split["image"]
 
 
-def test_a_smaller_share_is_part_of_a_larger_one_and_spread_over_the_samples():
+def test_a_smaller_share_is_a_spread_subset_of_a_larger_one():
     split = {"label": np.repeat([0, 1], 500)}
     small, large = (
         keep_share({"train": split}, s, {"label"})["train"]["label"] for s in (0.1, 0.3)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from edgekd.config.pipeline import DataConfig
 from edgekd.data import load_dataset
-from edgekd.data.splits import cut, looks_like_split, split_and_name, split_of
+from edgekd.data.splits import choose_split, looks_like_split, split_and_name, split_of
 from edgekd.errors import InputError
 
 
@@ -22,7 +22,7 @@ def test_every_class_gives_its_share_to_within_one(members, fraction, what):
     count = len(labels)
     if not 0 < round(count * fraction) < count:
         return
-    keep, chosen = cut(count, fraction, labels, what, "here")
+    keep, chosen = choose_split(count, fraction, labels, what, "here")
     np.testing.assert_array_equal(np.sort(np.concatenate([keep, chosen])), np.arange(count))
     assert len(chosen) == round(count * fraction)
     taken = np.array([(labels[chosen] == label).sum() for label in np.unique(labels)])
@@ -31,14 +31,14 @@ def test_every_class_gives_its_share_to_within_one(members, fraction, what):
 
 def test_the_choice_is_the_same_again_and_differs_for_test_and_validation():
     labels = np.arange(200) % 4
-    first, again = (cut(200, 0.2, labels, "test", "here")[1] for _ in range(2))
+    first, again = (choose_split(200, 0.2, labels, "test", "here")[1] for _ in range(2))
     np.testing.assert_array_equal(first, again)
-    assert set(first) != set(cut(200, 0.2, labels, "validation", "here")[1])
+    assert set(first) != set(choose_split(200, 0.2, labels, "validation", "here")[1])
 
 
 def test_sorted_classes_are_cut_at_random_within_each_class():
     labels = np.repeat([0, 1], 500)
-    _, chosen = cut(1000, 0.1, labels, "validation", "here")
+    _, chosen = choose_split(1000, 0.1, labels, "validation", "here")
     # Taking the first of each class would be the classic mistake on sorted files.
     assert chosen[labels[chosen] == 0].max() > 250
     assert chosen[labels[chosen] == 1].max() > 750
@@ -47,7 +47,7 @@ def test_sorted_classes_are_cut_at_random_within_each_class():
 @pytest.mark.parametrize(("count", "fraction"), [(3, 0.1), (1, 0.5), (3, 0.9), (1, 0.9)])
 def test_a_split_without_samples_is_an_error(count, fraction):
     with pytest.raises(InputError, match="sample"):
-        cut(count, fraction, None, "validation", "here")
+        choose_split(count, fraction, None, "validation", "here")
 
 
 LABELS = np.arange(30) % 3

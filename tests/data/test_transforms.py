@@ -94,7 +94,7 @@ def test_a_crop_of_the_full_scale_is_the_image(images):
 
 
 def test_a_crop_is_a_linear_map_of_the_stated_area_and_ratio():
-    """On images that hold each pixel's own place, a bilinear crop reads the places off."""
+    """On images of each pixel's own position, a bilinear crop gives the positions."""
     height, width, count = 40, 30, 400
     rows, columns = torch.arange(height).float(), torch.arange(width).float()
     ramps = torch.stack([rows[:, None].expand(height, width), columns.expand(height, width)])

@@ -1,4 +1,4 @@
-"""A teacher cache of a few samples: a teacher that counts what it is asked, and its answers."""
+"""A teacher cache of a few samples, and a teacher that counts its calls."""
 
 import time
 from collections import Counter
@@ -15,7 +15,7 @@ FEATURE = TensorSpec("feature", ("batch", 2, 3))
 
 
 class Source:
-    """Inputs that tell sample and view apart; batches straddle the blocks."""
+    """Inputs that identify sample and view; batches straddle the blocks."""
 
     samples = SAMPLES
 
@@ -27,7 +27,7 @@ class Source:
 
 
 class Teacher:
-    """Counts how often it is asked for each (sample, view)."""
+    """Counts how often each (sample, view) is requested."""
 
     digest = "teacher-1"
 
@@ -45,7 +45,7 @@ class Teacher:
 
 
 def answers_of(x):
-    """Elementwise in float64, so that a row's answer does not depend on its batch."""
+    """Elementwise in float64, so that a row's output does not depend on its batch."""
     classes = torch.arange(40, dtype=torch.float64)
     logits = 6 * torch.sin(x.double()[:, None] * 17 + classes * 2.3)
     return {"logits": logits.float(), "feature": x[:, None, None] * torch.ones(2, 3) / 3}
@@ -69,7 +69,7 @@ def fill(root, teacher=None, progress=None, **changed):
 
 
 def everything(cached, views=VIEWS):
-    """All that the cache answers, in a shuffled order with the views mixed."""
+    """All outputs of the cache, in a shuffled order with the views mixed."""
     order = torch.randperm(SAMPLES * views, generator=torch.Generator().manual_seed(0))
     batch = {SAMPLE: order % SAMPLES, VIEW: order // SAMPLES}
     return batch, cached.predict(batch)

@@ -1,4 +1,4 @@
-"""Faults of the teacher cache: what it survives, and what it never takes for an answer."""
+"""Faults of the teacher cache: what it survives, and what it never returns as an output."""
 
 import resource
 import shutil
@@ -31,7 +31,7 @@ from tests.progress import RecordedProgress
 
 @pytest.fixture(params=["in memory", "on disk"], autouse=True)
 def large(request, monkeypatch):
-    """Whether the cache is one of those that are not held in memory."""
+    """Whether the cache is too large for memory."""
     large = request.param == "on disk"
     if large:
         monkeypatch.setattr(cache_module, "HELD_BYTES", 0)
@@ -47,7 +47,7 @@ def test_a_teacher_that_falls_over_leaves_whole_blocks(tmp_path):
     assert_right(fill(tmp_path, second))
     twice = [pair for pair, n in (first.asked + second.asked).items() if n > 1]
     assert set(first.asked | second.asked) == set(once())
-    # Only what was answered of the unfinished block.
+    # Only the computed samples of the unfinished block.
     assert len(twice) < BLOCK
 
 
@@ -120,7 +120,7 @@ def test_a_truncated_file_is_filled_up(tmp_path, file, part):
     assert teacher.asked.total() <= SAMPLES * VIEWS * (1 - part) + BLOCK
 
 
-def test_a_cache_that_vanishes_while_training_is_made_again_where_it_is_needed(tmp_path, large):
+def test_a_cache_deleted_during_training_is_rebuilt_where_needed(tmp_path, large):
     teacher = Teacher()
     cached = fill(tmp_path, teacher)
     assert_right(cached)

@@ -1,4 +1,4 @@
-"""Records of a teacher's answers: what of the logits comes back, and how exactly."""
+"""Encoded teacher logits: what is restored, and how exactly."""
 
 import math
 
@@ -47,7 +47,7 @@ def test_the_rest_is_spread_evenly():
     logits = torch.tensor([[5.0, 4.0, 1.0, 0.0, -1.0, -2.0, *[-3.0] * 14]])
     back, _ = shortened(logits, 2)
     rest = math.log(sum(math.exp(z) for z in logits[0, 2:].tolist()) / 18)
-    # The logsumexp is kept to float16: 2.3 below the largest, in steps of 2⁻⁹.
+    # The logsumexp is stored as float16: 2.3 below the largest, in steps of 2⁻⁹.
     torch.testing.assert_close(back[0, 2:], torch.full((18,), rest), rtol=0, atol=2**-10 + 1e-6)
 
 

@@ -50,7 +50,7 @@ def test_an_in_place_activation_after_the_layer_is_an_error():
         model(BATCH)
     with pytest.raises(InputError, match=r"'0' is changed in place[\s\S]*teacher[\s\S]*inplace"):
         capture.take()
-    # The activation itself is what is compared further on, and is right.
+    # The activation itself is compared below, and is correct.
     capture.remove()
     after = FeatureExtractor(model, ["1"])
     model(BATCH)

@@ -100,7 +100,7 @@ def fit(model, folder, stop_in=None, epochs=3, **keys):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The float32 network: it knows the digits somewhat."""
+    """The float32 network, trained briefly on the digits."""
     model = network()
     fit(model, tmp_path_factory.mktemp("float"))
     return model
@@ -496,7 +496,7 @@ def test_result_is_what_was_trained(result):
     assert isinstance(found, QatResult)
     assert isinstance(found.prepared, PreparedStudent)
     assert len(found.history.epochs) == 3
-    # The training loop says how far it is.
+    # The training loop reports its progress.
     assert found.prepared.module.frozen
 
 
@@ -515,7 +515,7 @@ def test_weights_of_seven_bits_where_the_processor_needs_them(tmp_path):
 
 
 class Normed(Network):
-    """Two of its weights are computed anew in each forward pass."""
+    """Two of its weights are recomputed in each forward pass."""
 
     def __init__(self, of_weight, of_spectrum):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The code blocks of the Markdown pages, with what the comment above a block says of it."""
+"""The code blocks of the Markdown pages, with the comment above each."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Block:
 
     @property
     def left_out(self) -> bool:
-        """Whether the page says why it is not checked."""
+        """Whether the page states why it is not checked."""
         return self.mark.startswith("not ")
 
     @property

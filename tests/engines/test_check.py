@@ -1,4 +1,4 @@
-"""Will it run there? Real models, asked of the real runtimes."""
+"""``edgekd check`` on real models and the real runtimes."""
 
 import importlib.util
 import json
@@ -54,7 +54,7 @@ def test_an_exported_model_passes_everywhere(exported):
 
 
 @needs_rtx
-def test_an_operation_that_tensorrt_lacks_is_named_and_runs_in_onnx_runtime(tmp_path):
+def test_an_operation_tensorrt_lacks_is_named_and_runs_in_onnx_runtime(tmp_path):
     text = """(float[batch,16] x) => (float[] y)
     { [fold] m = Reshape (x, shape)  [volume] y = Det (m) }"""
     path = save_onnx(tmp_path / "det.onnx", text, {"shape": np.array([-1, 4, 4])})
@@ -63,7 +63,7 @@ def test_an_operation_that_tensorrt_lacks_is_named_and_runs_in_onnx_runtime(tmp_
     assert refusal.nodes == ("volume",)
     assert "Det" in refusal.detail
     assert "ONNX Runtime" in refusal.remedy
-    # Nobody asked for TensorRT: the same verdict is told, and keeps nothing from passing.
+    # TensorRT was not requested: the same verdict is reported and fails nothing.
     relaxed = ask(path)
     assert relaxed.passed
     assert any("volume" in finding.detail for finding in findings(relaxed, "note"))
@@ -104,7 +104,7 @@ def test_a_model_with_a_branch_and_one_of_opset_9(tmp_path):
 
 @needs_rtx
 def test_words_as_integers_and_a_dynamic_length(tmp_path):
-    """As magika: integers in, a length of its own; without the length the memory is not known."""
+    """As magika: integers in, an open length, without which the memory is unknown."""
     text = """(int64[batch,length] x) => (float[] y) {
         [look_up] words = Gather (table, x)
         [mean] y = ReduceMean <axes = [1], keepdims = 0> (words)

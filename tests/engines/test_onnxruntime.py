@@ -1,4 +1,4 @@
-"""The ONNX Runtime engine: no silent provider, and an optimized file that answers the same."""
+"""The ONNX Runtime engine: no silent provider, and an optimized file with the same outputs."""
 
 import json
 
@@ -46,7 +46,7 @@ def test_a_misspelt_provider_suggests_the_nearest():
 
 
 def test_a_provider_that_does_not_start_is_an_error(exported, monkeypatch):
-    """ONNX Runtime goes on with the CPU when CUDA's libraries are missing; edgekd does not."""
+    """ONNX Runtime falls back to the CPU when CUDA's libraries are missing; edgekd does not."""
     real = onnxruntime.InferenceSession
 
     def without_cuda(path, options, providers):
@@ -277,7 +277,7 @@ def test_inputs_are_made_up_for_every_dtype_with_batch_one():
 
 
 def test_a_size_that_the_model_can_run_is_searched(tmp_path):
-    """Reflect padding by 4 needs at least 5 values: a made-up length of 1 does not run."""
+    """Reflect padding by 4 needs at least 5 values: a random length of 1 does not run."""
     text = """(float[batch,time] x) => (float[] y) { y = Pad <mode = "reflect"> (x, pads) }"""
     path = save_onnx(tmp_path / "pad.onnx", text, {"pads": np.array([0, 4, 0, 4])})
     assert build_engine(path, tmp_path / "engine.onnx", CPU).max_difference == 0

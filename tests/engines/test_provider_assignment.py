@@ -1,4 +1,4 @@
-"""Who runs which node: read from ONNX Runtime itself; what is a fallback and what is meant."""
+"""Which provider runs which node, read from ONNX Runtime; fallback against intention."""
 
 import numpy as np
 import onnx

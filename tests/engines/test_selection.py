@@ -57,7 +57,7 @@ def test_a_budget_does_not_excuse_the_drop():
     assert choose([plain(), int8(drop=0.01)], budgets, 0.002).chosen == FLOAT
 
 
-def test_one_that_meets_size_but_misses_latency_does_not_beat_the_other_way_round():
+def test_meeting_only_size_does_not_beat_meeting_only_latency():
     budgets = gate(size={"max_mb": 0.05}, latency={"p50_ms": 1.1})
     choice = choose([plain(), int8("slower")], budgets, 0.002)
     assert choice.chosen == FLOAT

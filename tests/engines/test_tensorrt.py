@@ -36,12 +36,12 @@ def config():
     )
 
 
-def test_the_profile_limits_memory_and_names_the_gpu_where_the_engine_does_not(config):
+def test_the_profile_gives_memory_and_gpu_where_the_engine_does_not(config):
     profile = load_profile(JETSON)
     assert profile.budget.memory_mb is not None
     settings = engine_settings(config, profile)
     assert settings.workspace_mb == profile.budget.memory_mb.value
-    # TensorRT builds for the GPU it runs on; only TensorRT for RTX is told of others.
+    # TensorRT builds for the GPU it runs on; only TensorRT for RTX builds for others.
     assert settings.compute_capabilities == ()
     rtx = engine_settings(TensorRTConfig(kind="tensorrt-rtx"), profile)
     assert rtx.compute_capabilities == (profile.gpu.compute_capability.value,)
@@ -95,7 +95,7 @@ def test_only_a_jetsons_own_engine_is_built_elsewhere(monkeypatch, kind, profile
 
 
 def test_where_nothing_can_run_an_engine_the_reason_is_edgeruns(monkeypatch, tmp_path):
-    # It must be found out in a folder with anything in it, and in a process of its own.
+    # It must be detected in any folder, and in a separate process.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "numpy.py").write_text("raise SystemError('the wrong numpy')")
     try:

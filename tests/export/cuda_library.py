@@ -3,7 +3,7 @@
 Calls go through ctypes as they would to the real library. Device memory is host memory that only
 its own copies may touch, and only inside what was allocated.
 """
-# ruff: noqa: N802 - the functions are named after those they stand in for.
+# ruff: noqa: N802 - the functions are named after those they replace.
 
 from __future__ import annotations
 

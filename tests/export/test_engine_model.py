@@ -30,7 +30,7 @@ WEIGHTS = np.arange(12, dtype=np.float32).reshape(4, 3)
 
 
 class Engine:
-    """y = x · w, and the positive values of x, whose number only they tell.
+    """y = x · w, and the positive values of x, whose number depends on the data.
 
     Its methods are those of ``ICudaEngine`` that are used; the enums are the library's.
     """
@@ -404,9 +404,7 @@ def test_without_a_gpu_an_engine_is_described_by_its_record(engine, tmp_path):
     edgerun("info", engine, code=3)
 
 
-def test_a_library_that_misses_only_the_gpu_finds_nothing_wrong_with_the_file(
-    monkeypatch, tmp_path
-):
+def test_a_library_that_lacks_only_the_gpu_does_not_blame_the_file(monkeypatch, tmp_path):
     (tmp_path / "m.engine").write_bytes(b"of tensorrt-rtx")
 
     def load(path, library):

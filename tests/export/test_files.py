@@ -1,4 +1,4 @@
-"""Files that appear whole, whatever else is written beside them."""
+"""Files that appear complete, whatever else is written next to them."""
 
 import errno
 import os
@@ -50,7 +50,7 @@ def test_what_is_not_there_is_removed_already(tmp_path):
         remove(tmp_path)
 
 
-def test_what_a_killed_process_left_is_removed_and_what_is_being_written_is_not(tmp_path):
+def test_leftovers_of_a_killed_process_are_removed_unless_recent(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     final = tmp_path / "engine.bin"

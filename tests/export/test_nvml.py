@@ -96,7 +96,7 @@ def test_figures_are_those_of_the_device_and_the_process():
     others = [(pid, 1) for pid in range(1, 40)]
     nvml = Nvml(Library(used=5000, processes=[*others, (77, 1 << 33)]), "0000:01:00.0")
     assert (nvml.total(), nvml.used(), nvml.driver()) == (24_000, 5000, "580.95.05")
-    # More processes than room was made for at first, and more bytes than 32 bits hold.
+    # More processes than the first buffer holds, and more bytes than 32 bits represent.
     assert nvml.used_by(77) == 1 << 33
 
 

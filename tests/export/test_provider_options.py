@@ -109,7 +109,7 @@ def test_wrong_options_are_wrong_input(tmp_path, given, message):
 
 
 def test_weights_in_8_bits_leave_the_activations_in_float(tmp_path):
-    """Left to itself, ONNX Runtime rounds both: answers up to 0.25 off here."""
+    """Left to itself, ONNX Runtime rounds both: outputs up to 0.25 off here."""
     random = np.random.default_rng(0)
     steps = random.integers(-127, 128, (128, 64), dtype=np.int8)
     scales = random.uniform(0.01, 0.02, 64).astype(np.float32)

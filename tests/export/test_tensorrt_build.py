@@ -106,7 +106,7 @@ def test_without_a_gpu_the_record_says_why_the_engine_was_not_inspected(built):
         ("fp32", "fp32", {"fp32": ["conv", "fc"]}),
         ("fp16", "fp16", {"fp16": ["conv", "fc"]}),
         ("int8", "int8", {"int8": ["conv", "fc"]}),
-        # Narrower than asked is not less than asked.
+        # Narrower than requested is not less than requested.
         ("int8", "fp16", {"int8": ["conv", "fc"]}),
     ],
 )
@@ -146,7 +146,7 @@ def test_layers_kept_on_purpose_are_no_error_and_unknown_ones_are(tmp_path):
 
 
 def test_quantized_weights_alone_are_not_int8(tmp_path):
-    # The product is then computed in float: what is asked for is not what runs.
+    # The product is then computed in float: what was requested is not what runs.
     weights = numpy_helper.from_array(np.ones((4, 3), np.int8), "q")
     scale = numpy_helper.from_array(np.float32(0.1), "s")
     nodes = [
@@ -250,7 +250,7 @@ def test_what_cannot_be_set_is_said(tmp_path, settings, error, message):
     assert not (tmp_path / "m.engine").exists()
 
 
-def test_an_unknown_gpu_lists_the_known_ones_and_where_jetson_engines_are_built(tmp_path):
+def test_an_unknown_gpu_lists_the_known_ones_and_the_jetson_remedy(tmp_path):
     with pytest.raises(BadInput) as caught:
         build(
             network(tmp_path / "m.onnx"),

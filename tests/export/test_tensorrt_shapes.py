@@ -42,7 +42,7 @@ def test_dimensions_of_one_name_follow_the_input_that_was_given():
     assert set(ranges) == {"image", "state"}
 
 
-def test_the_batch_is_found_by_its_name_where_it_is_not_the_first_dimension():
+def test_the_batch_dimension_is_found_by_name_where_not_first():
     plain = NetworkInput("x", (-1, 4), ("batch", ""))
     ranges = choose_ranges([STATE, plain], {}, batch=8)
     assert ranges["state"] == Range((2, 1, 8), (2, 8, 8), (2, 8, 8))

@@ -1,7 +1,7 @@
 """Which calls the builder makes of TensorRT 10 and 11, which do not install here.
 
-A stand-in has the shape of their Python API, as documented, and writes down what it is asked. It
-shows that flags are chosen by name and what is done with an inspector's answer; that the real
+A stand-in has the documented Python API and records its calls. It
+shows that flags are chosen by name and how an inspector's output is used; that the real
 libraries behave so was never run.
 """
 
@@ -69,7 +69,7 @@ def quantized_layers():
 
 
 class StandIn:
-    """``tensorrt`` of one version; ``asked`` is what the builder did with it."""
+    """``tensorrt`` of one version; ``asked`` records the builder's calls."""
 
     def __init__(self, version, layers, seen=None, cores=0, key="Bindings"):
         self.__version__ = version
@@ -181,9 +181,7 @@ def seen_as(**types):
     ]
 
 
-def test_tensorrt_10_is_asked_for_fp16_by_flags_and_the_engine_tells_what_it_got(
-    install, build_with
-):
+def test_tensorrt_10_gets_fp16_flags_and_the_engine_reports_the_result(install, build_with):
     layers = float_layers()
     seen = seen_as(conv="Row major linear FP16 format", head="Float")
     library = install("10.3.0", layers, seen=seen)

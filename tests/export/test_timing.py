@@ -1,31 +1,15 @@
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from edgerun.timing import (
-    LEAST_ROUNDS,
-    PERCENTILES,
-    ROUNDS,
-    WarmUp,
-    compare,
-    interval_ranks,
-    is_steady,
-    median_interval,
-    queries_needed,
-    summarize,
-    timed_rounds,
-)
+from edgerun.timing import LEAST_ROUNDS, ROUNDS, WarmUp, compare, is_steady, timed_rounds
 
 
 @dataclass
 class Recorded:
-    """A stopwatch that notes the order of calls and returns made-up latencies."""
+    """A stopwatch that records the order of calls and returns given latencies."""
 
     name: str
     order: list[str]
@@ -79,72 +63,3 @@ def test_a_drift_that_both_models_share_leaves_the_ratio():
     result = compare(*timed_rounds(watches, [warm(1.0), warm(3.0)], 30, 60))
     assert result["ratio"] == pytest.approx(3.0)
     assert result["interval"] == pytest.approx([3.0, 3.0])
-
-
-def binomial_at_most(k: int, n: int, p: float) -> float:
-    return math.fsum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k + 1))
-
-
-def test_the_queries_needed_are_the_published_early_stopping_bounds():
-    needed = {name: queries_needed(p) for name, p in PERCENTILES.items()}
-    assert needed == {"p50": 11, "p90": 64, "p95": 130, "p99": 662, "p99_9": 6636}
-
-
-@given(st.floats(0.05, 0.97), st.floats(0.5, 0.999))
-def test_one_query_fewer_leaves_the_confidence_unmet(p: float, confidence: float):
-    n = queries_needed(p, confidence)
-    # Two or more slower than the percentile: Binomial(n, 1 - p) >= 2.
-    assert binomial_at_most(1, n, 1 - p) <= 1 - confidence + 1e-12
-    if n > 2:
-        assert binomial_at_most(1, n - 1, 1 - p) > 1 - confidence - 1e-12
-
-
-@given(st.integers(2, 400), st.floats(0.05, 0.95))
-def test_order_statistics_cover_the_percentile_and_no_narrower_pair_of_tails_does(n: int, p: float):
-    ranks = interval_ranks(n, p)
-    if ranks is None:
-        return
-    low, high = ranks
-    assert 0 <= low < high < n
-    # P[X_(low) <= percentile < X_(high)] counts from low + 1 to high below it.
-    covered = binomial_at_most(high, n, p) - binomial_at_most(low, n, p)
-    assert covered >= 0.95 - 1e-9
-    # Moving either end inwards would leave more than 2.5 % outside on that side.
-    assert binomial_at_most(low + 1, n, p) > 0.025 - 1e-9
-    assert binomial_at_most(high - 1, n, p) < 0.975 + 1e-9
-
-
-def test_the_interval_covers_the_true_percentile_of_a_skewed_distribution():
-    generator = np.random.default_rng(1)
-    truth = -math.log(1 - 0.9)
-    hits = 0
-    for _ in range(400):
-        p90 = summarize(generator.exponential(size=300))["p90"]
-        hits += p90["interval"][0] <= truth <= p90["interval"][1]
-    # 95 % nominal; four standard errors of 400 draws are 4.4 %.
-    assert hits / 400 >= 0.95 - 0.044
-
-
-def test_too_few_queries_give_a_note_and_no_number():
-    summary = summarize([1.0] * 100)
-    assert summary["p90"]["value"] == 1.0
-    for name in ("p95", "p99", "p99_9"):
-        assert summary[name]["value"] is None
-        assert summary[name]["interval"] is None
-        assert "n too small: 100" in summary[name]["note"]
-
-
-def test_a_percentile_is_a_sample_that_lies_in_its_interval():
-    samples = np.random.default_rng(0).permutation(np.arange(1, 7001, dtype=float))
-    summary = summarize(samples)
-    assert summary["p50"]["value"] == 3500
-    assert summary["p99_9"]["value"] == 6993
-    for name in PERCENTILES:
-        low, high = summary[name]["interval"]
-        assert low <= summary[name]["value"] <= high
-
-
-@pytest.mark.parametrize(("n", "known"), [(5, False), (6, True)])
-def test_a_median_needs_six_values_for_an_interval(n: int, known: bool):
-    # 2 · 0.5^6 = 3.1 % is the first below 5 %.
-    assert (median_interval(list(map(float, range(n)))) is not None) is known

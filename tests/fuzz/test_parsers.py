@@ -26,7 +26,7 @@ FIRST = int(os.environ.get("EDGEKD_FUZZ_FROM", "0"))
 SECONDS = 10.0
 """Of the processor, for one input."""
 
-PATIENCE = 60.0
+PATIENCE = 120.0
 """On the clock, which on a busy machine is more."""
 
 SHOWN = 8
@@ -50,6 +50,9 @@ class Worker:
                 stderr=subprocess.DEVNULL,
                 text=True,
             )
+            # It says that it has imported everything, which is no input's time.
+            assert self.process.stdout is not None
+            assert self.process.stdout.readline() == "ready\n"
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.process.stdin.write(f"{name} {number}\n")

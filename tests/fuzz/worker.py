@@ -362,7 +362,7 @@ TARGETS: dict[str, Target] = {
     "safetensors": Target(_safetensors, _load("w.safetensors")),
     "checkpoint": Target(_torch_file, _load("w.pt")),
     "onnx-check": Target(
-        _changed_onnx, ("check", "m.onnx", "--profile", "raspberry-pi-5"), (0, 1, 2)
+        _changed_onnx, ("check", "m.onnx", "--profile", "raspberry-pi-5"), (0, 1, 2), 0.5
     ),
     "onnx-quantize": Target(
         _changed_onnx,
@@ -424,6 +424,7 @@ def serve(folder: Path) -> None:
     os.dup2(sink, 1)
     os.dup2(sink, 2)
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    print("ready", file=out, flush=True)
     for line in sys.stdin:
         name, number = line.split()
         answer = make_input(name, int(number), folder / name)

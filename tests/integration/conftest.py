@@ -1,4 +1,4 @@
-"""The command line as a user calls it, and one whole run that several tests look at."""
+"""The command line as a user calls it, and one complete run that several tests read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def edgekd(tmp_path: Path) -> partial[Result]:
 
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of a whole, short run on digits whose gate passed."""
+    """The run folder of a complete, short run on digits whose gate passed."""
     folder = tmp_path_factory.mktemp("digits")
     (folder / "digits.yaml").write_text(DIGITS)
     command_line.edgekd_process("run", "digits.yaml", cwd=folder)

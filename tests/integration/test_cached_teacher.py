@@ -1,4 +1,4 @@
-"""How the teacher's answers reach a run: from the cache, again and again, or live."""
+"""How the teacher's outputs reach a run: from the cache, again and again, or live."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FEATURES = (
 
 
 def caches(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of each file of answers, by its folder."""
+    """Size and time of each cache file, by its folder."""
     return {
         file.parent.name: (file.stat().st_size, file.stat().st_mtime_ns)
         for file in folder.glob("*/answers.bin")

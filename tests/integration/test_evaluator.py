@@ -1,4 +1,4 @@
-"""The validation split as a judge of files: the task's scores, batch by batch."""
+"""Files scored on the validation split, batch by batch."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ X = np.random.default_rng(0).standard_normal((150, 8)).astype(np.float32)
 
 @pytest.mark.parametrize("labelled", ["all", "some", "none"])
 def test_the_drop_is_that_of_the_labelled_samples(files, labelled):
-    """Worked out anew; without any label, float32's classes are the labels."""
+    """Recomputed; without any label, float32's classes are the labels."""
     float32, other = files
     ours, theirs = (run(path, {"x": X})["logits"].argmax(1) for path in files)
     labels = np.random.default_rng(1).integers(0, CLASSES, len(X))
     known = {"all": np.ones, "none": np.zeros}.get(labelled, np.ones)(len(X), bool)
     if labelled == "some":
-        known[:70] = False  # a whole batch of samples without a label
+        known[:70] = False  # a full batch of samples without a label
     wanted = ours if labelled == "none" else labels
     counted = np.ones(len(X), bool) if labelled == "none" else known
     expected = (ours == wanted)[counted].mean() - (theirs == wanted)[counted].mean()
@@ -86,6 +86,6 @@ def test_memory_does_not_grow_with_the_size_of_the_outputs(tmp_path):
         return found
 
     peak(4)  # what is loaded once
-    # 2,048 × 1,024 floats are 8 MB of answers of either; a batch of 64 is 0.25 MB, and their
+    # 2,048 × 1,024 floats are 8 MB of outputs of either; a batch of 64 is 0.25 MB, and their
     # comparison in float64 takes some copies of it.
     assert peak(1024) - peak(4) < 5_000_000

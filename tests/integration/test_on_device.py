@@ -18,7 +18,7 @@ CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 
 @pytest.fixture(scope="module")
 def device(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Python of a new environment that holds nothing but numpy and onnxruntime."""
+    """The Python of a new environment with numpy and onnxruntime only."""
     folder = tmp_path_factory.mktemp("device") / "venv"
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = folder / "bin" / "python"

@@ -1,4 +1,4 @@
-"""A user's own teacher, student and data: a module beside a short pipeline file, no subclassing."""
+"""A user's own teacher, student and data: a module and a short pipeline file, no subclassing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several processes: the same answers as one, and an end in finite time when one of them fails."""
+"""Several processes: the same result as one, and an end in finite time when one of them fails."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def alone(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """Relations, batch norms, adapters, a memory bank, uneven rows: all of the whole batch."""
+    """Relations, batch norms, adapters, a memory bank, uneven rows: all of the global batch."""
     (tmp_path / "training.py").write_text(TRAINING)
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
@@ -241,7 +241,7 @@ def test_one_process_that_fails_ends_all(
     assert text not in second.stdout + second.stderr
     log = (pipeline / "run" / "log.jsonl").read_text().splitlines()
     assert any(json.loads(line)["event"] == "stage-failed" for line in log)
-    # The epoch that was finished is gone on with, by one process alone.
+    # One process alone resumes after the finished epoch.
     rest = alone(command, pipeline)
     assert rest.returncode == 0, rest.stderr
     assert "resuming after epoch 1" in rest.stdout

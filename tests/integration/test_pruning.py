@@ -30,7 +30,7 @@ distill: {epochs: 4, batch_size: 64, learning_rate: 1e-2}
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of a pipeline that ran up to its export, and what it said."""
+    """The folder of a pipeline that ran up to its export, and its output."""
     folder = tmp_path_factory.mktemp("pruned")
     (folder / "digits.yaml").write_text(PIPELINE)
     done = run_edgekd("run", "digits.yaml", "--until", "export", cwd=folder)

@@ -87,7 +87,7 @@ def test_student_becomes_a_file_in_int8(run, call):
     )
     assert json.loads(json.dumps(history.to_json()))
     assert set(history.epochs[0].terms) == {"hard_labels", "soft_labels"}
-    # Nothing else: the teacher's answers to these views are in the cache of the run.
+    # Nothing else: the teacher's outputs for these views are in the cache of the run.
     assert call.progress.labels == ["student int8 cpu"]
 
 

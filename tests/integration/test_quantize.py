@@ -96,7 +96,7 @@ def test_one_candidate_computes_the_input_layer_in_float(run: Path) -> None:
         assert (makers.get(first.input[1]) == "DequantizeLinear") is scaled
 
 
-def test_tensorrt_gets_a_file_of_its_own_scheme_and_the_bundle_says_how_to_build_it(
+def test_tensorrt_gets_its_own_scheme_and_the_bundle_a_build_file(
     run: Path,
 ) -> None:
     folder = run / "bundle" / "small" / "engines" / "tensorrt-rtx"
@@ -134,7 +134,7 @@ def test_another_drop_does_not_train_again(run: Path) -> None:
     assert rows["quantize"] == rows["engines"] == "run"
 
 
-def test_layers_kept_on_purpose_do_not_stop_tensorrt_and_nothing_asked_for_is_lost(
+def test_excluded_layers_leave_tensorrt_and_requested_precisions_valid(
     run: Path,
 ) -> None:
     exported = onnx.load(artifact(run, "export") / "student.onnx").graph.node

@@ -80,7 +80,7 @@ def test_another_order_is_refused_and_its_line_mends_it(edgekd, folder):
     done = edgekd("run", "order.yaml", "--until", "export", "--set", PIXELS, "--set", classes)
     (artifact,) = (folder / "runs/order/artifacts/teacher").glob("*/validation.json")
     assert json.loads(artifact.read_text())["accuracy"] > 0.9
-    # The exported teacher takes the student's samples and answers in the data's order.
+    # The exported teacher takes the student's samples and predicts in the data's order.
     (file,) = (folder / "runs/order/artifacts/export").glob("*/teacher.onnx")
     digits = load_digits()
     image = np.round(digits.images / 16 * 255).astype(np.float32)[:, None].repeat(3, 1) / 255

@@ -1,4 +1,4 @@
-"""Labels are optional: runs without any, trainings with few, and teachers that know nothing."""
+"""Labels are optional: runs without any, trainings with few, and teachers no better than chance."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ class Watched(nn.Module):
 
 
 class Noting(TaskLoss):
-    """The supervised loss, which notes how much of a class each sample was taught."""
+    """The supervised loss, which records the label weight of each sample."""
 
     def forward(self, student, teacher, batch, part):
         target = batch["label"]
@@ -234,7 +234,7 @@ def test_the_student_has_its_share_of_the_labels_and_the_teacher_all(tmp_path: P
     student = replace(on, config=on.config.model_copy(update={"distill": share}))
     seen, _ = trained(student, tmp_path / "student")
     assert {row for batch in seen for row in batch} == {int(images[row]) for row in allowed}
-    # A teacher's training has a TrainConfig, which knows no share.
+    # A teacher's training has a TrainConfig, which has no share of labels.
     spec = ModelSpec(on.dataset.inputs, on.task.outputs(on.dataset))
     model = DictModel(Watched(3), spec)
     config = TrainConfig(epochs=1, batch_size=16)
@@ -289,7 +289,7 @@ def test_unlabelled_validation_is_scored_by_the_teachers_answers(tmp_path: Path)
 
 
 class Answers:
-    """A teacher that answers from the rows of the images."""
+    """A teacher that computes its outputs from the rows of the images."""
 
     def __init__(self, name, function) -> None:
         self.name, self.function, self.digest = name, function, "d"
@@ -334,7 +334,7 @@ def test_few_labels_are_shown_and_not_judged() -> None:
 
 
 class Machine:
-    """A target whose models answer what they are told to."""
+    """A target whose models give the stated logits."""
 
     name = "machine"
 

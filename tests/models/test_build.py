@@ -28,7 +28,7 @@ def build(name, inputs, outputs=(LOGITS,), **args):
 
 @pytest.fixture
 def module():
-    """A module that a user could have beside the pipeline file."""
+    """A module that a user could have next to the pipeline file."""
     made = types.ModuleType("users_models")
     sys.modules["users_models"] = made
     yield made
@@ -103,7 +103,7 @@ def test_arguments_change_the_network():
     assert count_parameters(small) < 3_000
 
 
-def test_building_and_trying_is_determined_by_the_seed_and_draws_nothing_more():
+def test_building_is_determined_by_the_seed_and_draws_nothing_more():
     torch.manual_seed(3)
     first = build("policy-s", [image(3, 16, 16), STATE], [ACTIONS])
     after = torch.rand(1)

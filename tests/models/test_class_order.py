@@ -64,7 +64,7 @@ def test_a_class_that_has_no_output_is_an_error_when_others_have_one():
         output_order(found, NAMES, "teacher.classes", stated=False)
 
 
-def test_names_of_another_language_are_an_error_only_when_the_user_wrote_them():
+def test_unmatched_class_names_are_an_error_only_when_stated():
     found = ClassNames(("Katze", "Hund", "Strauss"), "classes")
     assert output_order(found, NAMES, "teacher.classes", stated=False) is None
     with pytest.raises(InputError):

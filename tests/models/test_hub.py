@@ -1,4 +1,4 @@
-"""Networks of timm and transformers: missing packages are said, local folders load and answer."""
+"""Networks of timm and transformers: missing packages are reported, local folders load and run."""
 
 import importlib.util
 import sys
@@ -47,7 +47,7 @@ def test_a_package_that_breaks_while_imported_is_no_traceback(tmp_path, monkeypa
 
 @pytest.fixture
 def timm(monkeypatch):
-    """What the project asks of timm; timm itself needs a torchvision of torch's own build."""
+    """What the project uses of timm; timm itself needs a torchvision of torch's own build."""
     package = types.ModuleType("timm")
     package.is_model = lambda name: name == "resnet18"
     package.list_models = lambda: ["resnet18", "vgg11"]

@@ -1,4 +1,4 @@
-"""A network that answers in the user's units: in files, in training and folded for the device."""
+"""A network with outputs in the user's units: in files, in training and for the device."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Answers of two models: figures worked out by hand, and batches that must not change them."""
+"""Outputs of two models: errors computed by hand, and batches that must not change them."""
 
 import json
 import tracemalloc
@@ -37,9 +37,7 @@ def linear(path, batch="batch", dtype="float", output="", node="", weights=WEIGH
 
 @pytest.mark.parametrize("batch", ["batch", 1, 4, 11, 16])
 @pytest.mark.parametrize("size", [1, 3, 64])
-def test_neither_the_batch_of_the_model_nor_that_of_the_run_changes_an_answer(
-    tmp_path, batch, size
-):
+def test_outputs_do_not_depend_on_the_batch_of_model_or_run(tmp_path, batch, size):
     path = linear(tmp_path / "m.onnx", batch)
     answers = run_samples(path, ArraySamples({"x": INPUT, "unused": INPUT}), batch=size)
     expected = INPUT.astype(np.float64) @ WEIGHTS
@@ -110,7 +108,7 @@ def test_the_same_answers_have_no_error_and_no_ratio():
     assert rows["label"].argmax_agreement is None
 
 
-def test_the_order_and_the_number_of_samples_do_not_change_the_mean_figures():
+def test_mean_errors_do_not_depend_on_order_or_number_of_samples():
     """More samples than are compared at a time."""
     noise = 0.1 * RANDOM.standard_normal((1100, 4))
     reference = RANDOM.standard_normal((1100, 4))
@@ -174,7 +172,7 @@ def test_models_side_by_side_give_the_figures_of_all_answers_at_once(tmp_path, b
     answers = run_samples(one, samples), run_samples(other, samples)
     for row, whole in zip(found.errors, compare_outputs(*answers, "logits"), strict=True):
         for key, value in whole.to_json().items():
-            if key == "parts":  # of a model's graph, which answers alone do not have
+            if key == "parts":  # of a model's graph, which outputs alone do not have
                 continue
             # Matrix products of other sizes are summed in another order.
             inexact = isinstance(value, (float, tuple))
@@ -212,7 +210,7 @@ def test_a_comparison_of_models_holds_one_batch_in_memory(tmp_path):
         return peak
 
     compare(64)  # what is loaded once
-    # 960 samples more are 31 MB of answers of both models, and 15 kB of scores.
+    # 960 samples more are 31 MB of outputs of both models, and 15 kB of scores.
     assert compare(1024) - compare(64) < 1_000_000
 
 

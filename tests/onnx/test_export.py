@@ -66,7 +66,7 @@ def test_another_opset_is_what_is_written(classifier, tmp_path, opset):
 
 
 def test_an_opset_that_the_exporter_cannot_write_is_an_error(policy, tmp_path):
-    """ReduceMean takes its axes as an input from 18 on; the exporter has no way back."""
+    """ReduceMean takes its axes as an input from 18 on; the exporter cannot convert it back."""
     with pytest.raises(StageError, match="wrote opset 18 where 17"):
         export_onnx(policy, tmp_path / "m.onnx", 17)
     assert not (tmp_path / "m.onnx").exists()

@@ -22,7 +22,7 @@ def linear(tmp_path):
     return save_onnx(tmp_path / "linear.onnx", text, weights, opset=18, domains=domains)
 
 
-def test_a_missing_output_shape_is_inferred_and_a_stale_opset_is_no_trouble(linear):
+def test_a_missing_output_shape_is_inferred_and_a_stale_opset_accepted(linear):
     check_onnx(linear)
     info = describe_onnx(linear)
     assert str(info.spec.inputs[0]) == "x float32[batch, 4]"
@@ -146,7 +146,7 @@ def test_a_graph_that_breaks_the_rules_is_refused(tmp_path):
 
 @pytest.fixture
 def external(linear, tmp_path):
-    """The linear model with its weights in a file beside it."""
+    """The linear model with its weights in a second file."""
     path = tmp_path / "apart" / "m.onnx"
     path.parent.mkdir()
     return save_external(linear, path, "weights.bin")
@@ -237,6 +237,22 @@ def test_names_that_are_no_text_are_refused(tmp_path, change, says):
         g (float[2] x) => (float[2] y) { inner = Relu (x) y = Relu (inner) }""")
     (tmp_path / "m.onnx").write_bytes(change(model.SerializeToString()))
     with pytest.raises(InputError, match=says):
+        describe_onnx(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("unknown", [-1, 255])
+@pytest.mark.parametrize("place", ["weight", "constant", "input"])
+def test_a_type_that_onnx_does_not_have_is_refused(tmp_path, unknown, place):
+    text = "(float[2] x) => (float[2] y) { c = Constant <value = float {1}> () y = Mul (c, w) }"
+    model = parse_onnx(text, {"w": np.ones(2, np.float32)})
+    if place == "weight":
+        model.graph.initializer[0].data_type = unknown
+    elif place == "constant":
+        model.graph.node[0].attribute[0].t.data_type = unknown
+    else:
+        model.graph.input[0].type.tensor_type.elem_type = unknown
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(InputError, match=f"the type {unknown}, which ONNX does not have"):
         describe_onnx(tmp_path / "m.onnx")
 
 

@@ -91,7 +91,7 @@ def looped(trips, condition, again):
     return model("int64 n, bool on, float x", loop)
 
 
-def test_a_loop_is_counted_by_its_trips_its_condition_and_what_its_body_compares():
+def test_loop_length_depends_on_trip_count_condition_and_body():
     same, below = "Identity (go)", "Less (i, n)"
     assert set(deciding_inputs(looped("n", "", same))) == {"n"}
     assert set(deciding_inputs(looped("n", "on", same))) == {"n", "on"}

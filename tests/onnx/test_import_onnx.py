@@ -1,4 +1,4 @@
-"""A foreign model gets the pipeline's names and keeps its answers."""
+"""An imported model gets the pipeline's names and the same outputs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where inputs and outputs count samples, and answers whose size depends on the data."""
+"""Which axis of inputs and outputs counts samples, and outputs whose size depends on the data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SAMPLES = ArraySamples({"x": X})
 
 
 def time_first(path, batch="N", declared=(6, "N", 5)):
-    """(N, T, 8) to (T, N, 5), as networks for CTC answer."""
+    """(N, T, 8) to (T, N, 5), as the outputs of networks for CTC."""
     g = Graph(1)
     g.add("Transpose", ["x"], "t", "turn", perm=[1, 0, 2])
     g.add("MatMul", ["t", g.weight("w", 8, 5)], "y", "head")
@@ -43,7 +43,7 @@ def test_time_first_answers_of_a_fixed_batch(tmp_path, batch):
     path = time_first(tmp_path / "m.onnx", batch, (6, batch, 5) if batch != 6 else (6, 6, 5))
     answers = run_samples(path, SAMPLES)["y"]
     assert len(answers) == 20
-    if batch != 6:  # six samples and six steps are not told apart
+    if batch != 6:  # six samples and six steps are ambiguous
         wanted = np.moveaxis(X, 1, 0) @ onnx.numpy_helper.to_array(
             onnx.load(str(path)).graph.initializer[0]
         )

@@ -67,9 +67,7 @@ def by_tensor(rows):
 
 
 @pytest.mark.parametrize("fault", range(4))
-def test_the_layer_at_fault_is_the_first_with_an_error_and_the_one_with_the_most_of_its_own(
-    tmp_path, fault
-):
+def test_the_faulty_layer_is_first_and_largest_in_own_error(tmp_path, fault):
     weights = list(WEIGHTS)
     weights[fault] = coarse(weights[fault])
     rows = layer_errors(
@@ -184,7 +182,7 @@ def test_half_precision_has_errors_of_half_precision(tmp_path):
     assert all(0 < row.relative < 8 * 2**-12 for row in rows)
 
 
-def test_a_layer_that_overflows_is_named_and_those_after_it_are_not_blamed(tmp_path):
+def test_an_overflowing_layer_is_named_and_later_layers_not_blamed(tmp_path):
     weights = list(WEIGHTS)
     weights[1] = weights[1] * np.float32(3e38)
     first, second = chain(tmp_path / "a.onnx"), chain(tmp_path / "b.onnx", weights)

@@ -1,4 +1,4 @@
-"""Estimated memory: what a simulated execution with reference counts holds at most."""
+"""Estimated memory: the peak of a simulated execution with reference counts."""
 
 import numpy as np
 import onnx

@@ -1,4 +1,4 @@
-"""ONNX Runtime's own optimization: what it changes is found, named and kept from happening."""
+"""ONNX Runtime's own optimization: changed outputs are found, named and prevented."""
 
 import contextlib
 import json
@@ -145,7 +145,7 @@ def test_every_method_writes_a_file_that_is_right_in_any_session(tmp_path, metho
     words = ["--calibration", tmp_path / "x.npy", "--method", method, "--no-timing", "--json", to]
     quantize(path, "-o", out, *words)
     record = json.loads(to.read_text())
-    # Of 7 or 8 bits of each value, beside those of the float32 model as PyTorch computes it.
+    # Of 7 or 8 bits of each value, besides those of the float32 model as PyTorch computes it.
     least = {"weights-only": 30, "static": 20, "fp16": 50, "bf16": 35}[method]
     assert record["errors"][0]["sqnr_db"] > least
     assert record["warnings"] == []
@@ -184,9 +184,7 @@ def test_a_model_is_prepared_without_the_optimizer_that_is_wrong(tmp_path, sampl
 
 
 @pytest.mark.parametrize("write", [quantize_weights, quantize_dynamic])
-def test_a_preparation_that_changes_the_answers_is_refused_whatever_the_method(
-    tmp_path, monkeypatch, write
-):
+def test_a_preparation_that_changes_outputs_is_refused_for_any_method(tmp_path, monkeypatch, write):
     g = Graph(2)
     g.add("MatMul", ["x", g.weight("w", 16, 8)], "y", "first")
     path = g.save(tmp_path / "m.onnx", {"x": ["b", 16]}, {"y": ["b", 8]})

@@ -1,4 +1,4 @@
-"""Samples in files: what was saved comes back in batches, and every way to be wrong is said."""
+"""Samples in files: what was saved comes back in batches, and every fault is reported."""
 
 import tracemalloc
 
@@ -202,7 +202,7 @@ def test_damage_inside_is_found_when_it_is_read(samples, tmp_path):
     archive = tmp_path / "s.npz"
     np.savez(archive, **samples)
     content = bytearray(archive.read_bytes())
-    content[2000] ^= 1  # still numbers: only the archive's checksum knows
+    content[2000] ^= 1  # still numbers: only the archive's checksum reveals it
     archive.write_bytes(content)
     with pytest.raises(InputError, match="truncated or damaged"):
         list(open_samples(archive, BOTH).batches(8))

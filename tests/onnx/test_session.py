@@ -8,7 +8,7 @@ from edgekd.onnx.session import default_options, options_record, session_options
 from edgerun.onnx_session import CONFIGURATION
 
 
-def test_a_model_is_measured_with_the_configuration_that_it_was_built_with():
+def test_a_model_is_measured_with_the_configuration_of_its_build():
     options = session_options(1, "all")
     for key, value in CONFIGURATION.items():
         assert options.get_session_config_entry(key) == value

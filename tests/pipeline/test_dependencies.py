@@ -162,7 +162,7 @@ def sources(
 
 
 def forget() -> None:
-    """What a process has read it keeps; a test that edits files is as many processes."""
+    """A process caches what it has read; a test that edits files runs several processes."""
     for cached in (dependencies.module_file, dependencies._read, dependencies._reached):
         cached.cache_clear()
     fingerprint.code_sha256.cache_clear()

@@ -1,4 +1,4 @@
-"""Stages run once, again when what they depend on changes, and go on after a failure."""
+"""Stages run once, again when what they depend on changes, and resume after a failure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.progress import RecordedProgress
 
 @dataclass
 class Recorded:
-    """A stage that writes a text, counts its runs and can be told to fail."""
+    """A stage that writes a text, counts its runs and fails on request."""
 
     name: str
     key: str

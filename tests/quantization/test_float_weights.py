@@ -1,4 +1,4 @@
-"""Which nodes keep float weights is said, with the bytes; what has a form in 8 bits gets it."""
+"""Nodes that keep float weights are reported, with the bytes; what has an 8-bit form gets it."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def test_masked_logits_may_be_answers(tmp_path):
 
 
 def test_infinities_that_break_an_answer_are_still_the_samples_fault(tmp_path):
-    """log 0 in one of forty samples: the answer to it is infinite, those to others are not."""
+    """log 0 in one of forty samples: its output is infinite, those of others are not."""
     g = Graph(3)
     g.add("Log", ["x"], "log", "log")
     g.add("Neg", ["log"], "neg", "neg")

@@ -1,4 +1,4 @@
-"""16-bit models: what they answer, what stays in float32, and that nothing overflows in silence.
+"""16-bit models: their outputs, what stays in float32, and that nothing overflows silently.
 
 Bounds are worked out from u, the roundoff of the type (half its eps): storing a number x costs at
 most u·|x|.
@@ -302,7 +302,7 @@ def test_bfloat16_agrees_with_onnx_reference_evaluator(tmp_path):
     x = normal(2, 6, seed=2)
     (got,) = ReferenceEvaluator(str(tmp_path / "half.onnx")).run(None, {"x": x})
     assert got.dtype == np.float32
-    # Its products are added up in bfloat16: one rounding for each term beside the three of a layer.
+    # Its products are added up in bfloat16: a rounding for each term besides the three of a layer.
     bound = ((1 + U["bf16"]) ** (6 + 8 + 2 * 4) - 1) * (np.abs(x) @ np.abs(a) @ np.abs(b))
     assert np.all(np.abs(got - np.maximum(x @ a, 0) @ b) <= bound)
 
@@ -354,7 +354,7 @@ def test_weights_in_constants_are_stored_in_16_bits(tmp_path, kind):
 
 @pytest.fixture
 def loud(tmp_path):
-    """x (n, 2) → ·10⁵ → relu → ·10⁻⁵: the answer is relu(x), by way of activations of 10⁵."""
+    """x (n, 2) → ·10⁵ → relu → ·10⁻⁵: the output is relu(x), through activations of 10⁵."""
     text = """(float[n,2] x) => (float[n,2] y) {
         [up1] h = MatMul (x, a)
         [up2] k = MatMul (h, b)
@@ -374,7 +374,7 @@ def test_activations_beyond_the_range_are_found_and_stay_in_float32(loud, tmp_pa
     assert set(found.kept) == {"up2", "between", "down1"}
     assert "3e+05 on the samples" in found.kept["up2"]
     (got,) = run(out, x=x)
-    # Five values and four weights on the way, each rounded at most once.
+    # Five values and four weights on the path, each rounded at most once.
     assert np.all(np.abs(got - np.maximum(x, 0)) <= ((1 + U["fp16"]) ** 9 - 1) * np.abs(x))
     assert found.max_difference >= np.abs(got - run(loud, x=x)[0]).max()
     assert found.max_difference <= ((1 + U["fp16"]) ** 9 - 1) * np.abs(x).max()
@@ -391,7 +391,7 @@ def test_an_overflow_names_the_first_node_and_is_not_written(loud, tmp_path, mon
     out = tmp_path / "half.onnx"
     with pytest.raises(StageError) as caught:
         convert_mixed_precision(loud, out, "fp16", samples=samples, keep=kept)
-    # Kept alone, its float32 answer overflows in the cast for the node that takes it.
+    # Kept alone, its float32 output overflows in the cast for the node that takes it.
     assert f"--keep {'between' if kept else 'up2'}" in str(caught.value)
     assert not out.exists()
     convert_mixed_precision(loud, out, "fp16", samples=samples, keep=("up2", "between", "down1"))
@@ -479,7 +479,7 @@ def test_outputs_that_are_also_taken_and_inputs_that_both_take(tmp_path, kind, k
     fed = x.astype(np.float16) if kind == "fp16" and not keep_io else x
     got, reference = answers(out, kind, x=fed), run(path, x=x)
     for ours, theirs in zip(got, reference, strict=True):
-        # At most four values are rounded on the way to any of them, and x·x has two of them.
+        # At most four values are rounded on the path to any of them, and x·x has two of them.
         bound = ((1 + U[kind]) ** 5 - 1) * np.maximum(np.abs(theirs), NORMAL[kind])
         assert np.all(np.abs(ours.astype(np.float32) - theirs) <= bound)
 
@@ -512,7 +512,7 @@ def test_an_epsilon_below_the_type_keeps_its_node(tmp_path):
 
 
 def test_angles_of_positions_are_not_rounded(tmp_path):
-    """Rotary angles: cos(position · frequency) for positions that 16 bits do not tell apart."""
+    """Rotary angles: cos(position · frequency) for positions that 16 bits do not distinguish."""
     text = """(int64[n] t, float[n] x) => (float[n] y) {
         f = Cast <to = 1> (t)
         angle = Mul (f, w)

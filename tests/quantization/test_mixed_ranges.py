@@ -113,7 +113,7 @@ def test_a_classifier_has_nothing_that_is_mixed(tmp_path):
     assert quantizer(path, {"image": image}, tmp_path, reduce_range=False).mixed == ()
 
 
-def test_what_stays_in_float_is_told_and_the_budget_holds_for_the_worst_part(tmp_path):
+def test_float_nodes_are_reported_and_the_worst_part_meets_the_budget(tmp_path):
     path, to = detector(tmp_path / "m.onnx", MOVES["reshaped"]), tmp_path / "r.json"
     np.save(tmp_path / "x.npy", X)
     words = ["--calibration", tmp_path / "x.npy", "--no-timing", "--json", to]

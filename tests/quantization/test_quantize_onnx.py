@@ -44,7 +44,7 @@ def run(joined, tmp_path, evaluator=None, opens=None, **settings):
     )
 
 
-def test_a_layer_behind_a_join_of_two_ranges_is_in_float32_for_that_reason(joined, tmp_path):
+def test_a_layer_behind_a_mixed_join_is_float32_with_that_reason(joined, tmp_path):
     found = run(joined, tmp_path)
     rows = {row.node: row for row in found.float_nodes()}
     assert rows["second"].bytes == 4 * 4 * 16 * 3 * 3

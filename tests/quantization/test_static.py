@@ -1,4 +1,4 @@
-"""Static INT8: near the float answers, in the runtime's scheme, with the chosen nodes in float."""
+"""Static INT8: near the float outputs, in the runtime's scheme, with the chosen nodes in float."""
 
 import numpy as np
 import onnx
@@ -10,7 +10,7 @@ from tests.onnx_builders import distance, pairs_of, run, types_of, weights_of
 from tests.quantization.quantizing import quantized, quantizer
 
 # Eight bits give steps of 1/255 of a tensor's range, an error of at most 1/510 of it each; four
-# layers of weights and activations add up eight such errors, with room for their growth.
+# layers of weights and activations add up eight such errors, with a margin for their growth.
 NEAR = 8 * 2 / 255
 
 

@@ -1,4 +1,4 @@
-"""What a device measured is gated, alone or beside the workstation's result."""
+"""What a device measured is gated, alone or with the workstation's result."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""The report is whole, says the same in its three forms, and cannot be injected into."""
+"""The report is complete, agrees in its three forms, and cannot be injected into."""
 
 import json
 import re

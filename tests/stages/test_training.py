@@ -1,4 +1,4 @@
-"""Whether a fresh network answers in the unit of its targets."""
+"""Whether a fresh network predicts in the unit of its targets."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Whole channels go, the least important ones, and the rest answers as it did without them."""
+"""Entire channels are removed, the least important ones, and the rest computes as without them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def removed_channels(before: nn.Module, after: nn.Module) -> list[int]:
 
 
 def silenced(model: DictModel, pruned: DictModel) -> dict[str, torch.Tensor]:
-    """The whole network's answers, with 0 for what the pruned one's layers do not give."""
+    """The full network's outputs, with 0 for the channels that were pruned."""
 
     def silence(channels: list[int]):
         return lambda module, inputs, output: output.index_fill(
@@ -168,7 +168,7 @@ def test_the_whole_network_shares_a_global_ratio() -> None:
     weak, strong = nn.Linear(10, 16), nn.Linear(16, 16)
     model = of(nn.Sequential(weak, nn.ReLU(), strong, nn.ReLU(), nn.Linear(16, 7)))
     with torch.no_grad():
-        # One channel so large that beside it all others of its layer are small.
+        # One channel so large that all others of its layer are small against it.
         weak.weight[0] *= 50
     done = prune(model, PruneConfig(ratio=0.25, scope="global"))
     assert {w.name: w.before - w.after for w in done.layers} == {"0": 8}
@@ -405,7 +405,7 @@ def test_a_layer_that_cannot_be_followed_is_left_whole(made, whole: set[str]) ->
 
 
 @pytest.mark.parametrize("ratio", [0.25, 0.5, 0.6])
-def test_both_halves_of_a_gate_lose_the_same_channels_and_no_more_than_asked(ratio: float) -> None:
+def test_both_halves_of_a_gate_lose_the_same_requested_channels(ratio: float) -> None:
     torch.manual_seed(0)
     model = of(Gated(), CAMERA)
     with torch.no_grad():

@@ -20,7 +20,7 @@ def model(tmp_path):
 
 
 def test_a_run_answers_and_a_bench_measures(model, tmp_path, monkeypatch):
-    # Relative paths are meant from here, though edgerun runs in a folder of its own.
+    # Relative paths start here, though edgerun runs in another folder.
     monkeypatch.chdir(tmp_path)
     x = np.arange(6, dtype=np.float32).reshape(3, 2)
     np.savez("d.npz", x=x)

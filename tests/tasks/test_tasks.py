@@ -1,4 +1,4 @@
-"""Tasks: checks of bad data, what they ask of a model, and scores."""
+"""Tasks: checks of bad data, the outputs they require, and scores."""
 
 from types import SimpleNamespace
 
@@ -200,13 +200,13 @@ def test_the_constant_of_an_error_is_its_median_or_its_mean(metric, best):
         assert task.scores(moved, targets).mean() >= error
 
 
-def test_a_constant_that_knows_other_samples_answers_as_many_as_are_asked_for():
+def test_a_constant_from_other_samples_gives_the_requested_count():
     known = {"target": np.array([[1.0, 5.0], [2.0, 6.0], [9.0, 7.0]])}
     answers = constant_outputs(Regression(), known, 4)["prediction"]
     assert answers.tolist() == [[2.0, 6.0]] * 4
 
 
-def test_the_task_against_the_teacher_is_named_so_and_leaves_the_other_alone():
+def test_the_agreement_task_is_named_so_and_leaves_the_original():
     task = Classification(target="digit")
     agreeing = agreement_task(task)
     assert (agreeing.metric, agreeing.target, task.metric) == ("agreement", "digit", "accuracy")

@@ -226,10 +226,14 @@ class Pkd(nn.Module):
 
 
 def pkd(student: Tensor, teacher: Tensor) -> Tensor:
-    """``½ mean (f̂_s − f̂_t)²``, f̂ normalised per channel (Cao et al. 2022).
+    """``½ mean (f̂_s − f̂_t)²``, f̂ normalised per channel (Pearson KD, Cao et al. 2022).
 
     It is ``1 − r``, r the Pearson correlation over samples and positions, mean over the channels:
     from 0 to 2. A channel that is constant has no correlation and counts ½.
+
+    Patient KD (Sun et al. 2019), also called PKD, is another method: its ``Σ ‖ĥ_s − ĥ_t‖²`` of
+    hidden states of unit length is twice ``cosine`` with lists of layers, there on the first token
+    only.
 
     Args:
         student: a map.

@@ -121,7 +121,7 @@ def test_a_download_is_kept_and_found_again_without_a_server(elsewhere, served):
     np.testing.assert_array_equal(
         first.splits["train"].arrays["image"], second.splits["train"].arrays["image"]
     )
-    # Else the first run after the download would do everything anew.
+    # Otherwise the first run after the download would repeat everything.
     assert source_fingerprint(config, BASE) == before
 
 

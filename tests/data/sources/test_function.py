@@ -52,7 +52,7 @@ number = 3
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    # A module of its own for each test: python keeps modules by name.
+    # A separate module for each test: Python caches modules by name.
     name = f"my_{tmp_path.name}"
     (tmp_path / f"{name}.py").write_text(MODULE)
     yield tmp_path

@@ -63,7 +63,7 @@ def test_layout_of_pixels_and_orientation(tmp_path):
     pixels = random.integers(0, 256, (6, 4, 3), np.uint8)
     (tmp_path / "test" / "a").mkdir(parents=True)
     Image.fromarray(pixels).save(tmp_path / "test" / "a" / "0.png")
-    # Stored turned by 90 degrees, with the EXIF tag (274) that says to turn it back.
+    # Stored turned by 90 degrees, with the EXIF tag (274) for the rotation back.
     turned = Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()
     exif[274] = 6

@@ -83,7 +83,7 @@ def test_the_first_and_a_later_batch_are_the_published_formula():
     torch.manual_seed(5)
     assert module(s, t, sample).item() == pytest.approx(expected, rel=1e-10)
 
-    # Then Z stands, and samples seen before are contrasted with what the bank holds of them.
+    # Then Z stands, and samples seen before are contrasted with their entries in the bank.
     s, t = batch(seed=1)
     sample = torch.tensor([7, 1, 3, 2])
     rows = drawn_rows(module, sample, seed=6)
@@ -96,7 +96,7 @@ def test_the_first_and_a_later_batch_are_the_published_formula():
     assert module(s, t, sample).item() == pytest.approx(expected, rel=1e-10)
 
 
-def test_one_product_then_a_gather_is_a_gather_of_vectors_and_their_products():
+def test_product_then_gather_equals_gather_then_product():
     anchor, bank = torch.randn(4, 6).double(), torch.randn(9, 6).double()
     rows = torch.randint(9, (4, 20))
     naive = (anchor[:, None] * bank[rows]).sum(-1)
@@ -137,7 +137,7 @@ def test_the_order_of_the_batch_does_not_matter():
 
 
 def test_training_brings_a_sample_s_two_embeddings_together():
-    """The student sees a mixture of what the teacher sees: 32 pairs that can be told apart."""
+    """The student sees a mixture of what the teacher sees: 32 pairs that can be distinguished."""
     shape = (32, 8)
     module = crd(samples=32, student=shape, teacher=shape, embedding=8, negatives=31)
     t, mixture = batch(student=shape, teacher=(8, 8))
@@ -194,7 +194,7 @@ def test_evaluation_changes_nothing_that_is_remembered():
 
 
 def test_two_steps_can_be_differentiated_together():
-    """The bank moves between forward and backward; the graph must keep what it saw."""
+    """The bank moves between forward and backward; the graph must use the forward's values."""
     module, (s, t) = crd(), batch()
     s.requires_grad_()
     losses = [module(s, t, torch.tensor(rows)) for rows in ([0, 1, 2, 3], [2, 3, 4, 5])]
@@ -215,7 +215,7 @@ def test_samples_that_share_a_row_replace_each_other_without_mixing():
     np.testing.assert_allclose(module.teacher_bank[[3, 5]].numpy(), et[[0, 2]], rtol=1e-10)
 
 
-def test_a_replaced_sample_s_positive_is_its_own_teacher_and_not_the_row_s_new_owner():
+def test_a_replaced_sample_keeps_its_own_teacher_as_positive():
     module, (s, t) = crd(samples=1000, bank=8), batch()
     module(s, t, torch.tensor([0, 1, 2, 3]))
     shared, fresh = torch.tensor([8, 9, 10, 11]), crd(samples=1000, bank=8)

@@ -126,7 +126,7 @@ def test_pkd_is_one_minus_the_pearson_correlation_of_each_channel():
         np.corrcoef(student[:, c].numpy().ravel(), teacher[:, c].numpy().ravel())[0, 1]
         for c in range(MAPS[1])
     ]
-    # The 1e-12 beside a variance of 1.
+    # The 1e-12 against a variance of 1.
     assert pkd(student, teacher).item() == pytest.approx(1 - np.mean(correlations), rel=1e-10)
 
 

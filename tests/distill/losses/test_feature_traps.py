@@ -48,7 +48,7 @@ def test_the_student_gets_a_gradient_in_each_layer(kind):
 
 @pytest.mark.parametrize("kind", ONE + MANY)
 def test_the_trained_parts_stay_the_same_from_step_to_step(kind):
-    """A projector made anew in each step is never trained: two calls must agree."""
+    """A projector created in each step is never trained: two calls must agree."""
     loss, student, teacher = made(kind)
     # Evaluation: a batch norm in training may note its statistics.
     loss.eval()
@@ -190,7 +190,7 @@ def test_nst_never_makes_all_pairs_of_channels_at_all_positions():
     with LargestTensor() as largest:
         nst(student, teacher).backward()
     assert largest.bytes <= 4 * batch * others * max(others, side * side)
-    # What the naive broadcast would make is far above it: the bound says something.
+    # What the naive broadcast would make is far above it: the bound is meaningful.
     assert largest.bytes * 4 < batch * channels * others * side * side
 
 

@@ -58,7 +58,7 @@ def test_orders_and_what_is_done_to_both_sets_do_not_matter():
 
 
 def test_gradient():
-    """Against central differences with the bandwidth held, which passes no gradient."""
+    """Against central differences at a fixed bandwidth, which passes no gradient."""
     s, t = normal((4, 3), (5, 3), scale=1.0)
     s.requires_grad_()
     mk_mmd(s, t).backward()

@@ -91,7 +91,7 @@ def test_ofd_margin_is_what_the_teachers_batch_norm_would_give():
 
 
 def test_ofd_leaves_what_a_relu_makes_equal():
-    """Where student and teacher are both negative and the student lower, nothing is asked."""
+    """Where student and teacher are both negative and the student is lower, the loss is zero."""
     _, teacher = layers()
     teacher = [f - 10 for f in teacher]
     student = [(f - 20).requires_grad_() for f in teacher]

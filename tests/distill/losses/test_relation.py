@@ -100,7 +100,7 @@ def test_similarity_is_the_published_formula(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pkt_is_the_published_formula(layout):
     s, t = normal(*LAYOUTS[layout])
-    # 1e-7 beside probabilities near 1/5, relative to a divergence near 0.01 per row.
+    # 1e-7 against probabilities near 1/5, relative to a divergence near 0.01 per row.
     assert pkt(s, t).item() == pytest.approx(pkt_in_loops(s, t), rel=1e-4)
 
 

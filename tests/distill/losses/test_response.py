@@ -89,7 +89,7 @@ def test_soft_labels_of_equal_logits_are_exactly_0_with_no_gradient(shape, tempe
     assert student.grad.abs().max() < 1e-15
 
 
-def test_soft_labels_are_never_negative_and_do_not_depend_on_the_batch_size():
+def test_soft_labels_are_positive_and_independent_of_batch_size():
     student, teacher = logits((64, 10))
     each = torch.stack(
         [soft_labels(s[None], t[None]) for s, t in zip(student, teacher, strict=True)]

@@ -1,4 +1,4 @@
-"""Losses that know the right class, against loops over samples and classes."""
+"""Losses that use the label, against loops over samples and classes."""
 
 import math
 

@@ -43,7 +43,7 @@ def test_dist_asks_for_linear_agreement_only():
 
 
 def test_the_column_relation_is_the_row_relation_of_the_transpose():
-    """On doubly stochastic matrices, where the transpose holds probabilities too."""
+    """On doubly stochastic matrices, whose transpose consists of probabilities too."""
     circulant = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.7, 0.2], [0.2, 0.1, 0.7]]).double()
     other = torch.tensor([[0.1, 0.3, 0.6], [0.6, 0.1, 0.3], [0.3, 0.6, 0.1]]).double()
     columns = dist(circulant.log(), other.log(), 0.0, 1.0)

@@ -98,7 +98,7 @@ def test_soft_labels_are_a_divergence_and_no_distance_of_probabilities():
 @pytest.mark.parametrize("size", [1.0, 60.0, 3000.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dkd_of_two_classes_is_soft_labels(size, dtype):
-    """One other class: nothing to tell apart among the others, and no inf from masking them."""
+    """One other class: nothing to distinguish among the others, and no inf from masking them."""
     student = torch.tensor([[size, -size], [0.3, 0.1], [-size, size]], dtype=dtype)
     teacher = torch.tensor([[-size, size], [0.2, 0.7], [-size, size]], dtype=dtype)
     target = torch.tensor([0, 1, 0])

@@ -38,7 +38,7 @@ def source():
 
 @pytest.fixture
 def make_context(tmp_path, source):
-    """Makes a context; ``context.fits`` are its trainings and ``context.said`` its messages."""
+    """Makes a context; ``context.fits`` are its trainings, ``context.said`` its messages."""
 
     def make(terms=SOFT, student="mlp", student_args=None, teacher=None, task=None, epochs=1):
         task = task or Classification()

@@ -75,7 +75,7 @@ def test_the_nearest_to_the_geometric_mean_is_proposed():
     candidates = {"tiny": 900, "small": 40_000, "medium": 90_000, "large": 600_000, "huge": 10**8}
     # √(1000 · 1 000 000) ≈ 31 623; the arithmetic mean would be "large".
     assert propose_assistant(1_000_000, 1000, candidates) == "small"
-    # The same answer at another scale.
+    # The same prediction at another scale.
     scaled = {name: 7 * count for name, count in candidates.items()}
     assert propose_assistant(7_000_000, 7000, scaled) == "small"
 

@@ -1,4 +1,4 @@
-"""Mutual learning: the total by hand, who gets a gradient, and how often a peer is asked."""
+"""Mutual learning: the total by hand, who gets a gradient, and how often a peer runs."""
 
 import numpy as np
 import pytest
@@ -62,7 +62,7 @@ def test_what_a_peer_teaches_gives_it_no_gradient():
         ) == (None, None)
 
 
-def test_numbers_are_drawn_together_by_the_tasks_distance_where_the_mask_keeps_them():
+def test_mutual_regression_uses_the_task_distance_on_masked_values():
     task = Policy(loss="mae")
     outputs = peers_outputs(2, output="action", shape=(2, 3))
     target = torch.zeros(2, 3, dtype=torch.float64)
@@ -75,7 +75,7 @@ def test_numbers_are_drawn_together_by_the_tasks_distance_where_the_mask_keeps_t
     np.testing.assert_allclose(values["peer 1 mutual"].item(), wanted, rtol=1e-12)
 
 
-def test_one_forward_of_each_peer_per_step_and_the_student_alone_is_scored(make_context, source):
+def test_one_forward_per_peer_and_step_and_only_the_student_is_scored(make_context, source):
     context = make_context()
     asked = {}
     make = context.new_student

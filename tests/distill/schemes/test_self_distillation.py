@@ -1,4 +1,4 @@
-"""Born again under itself, and under its own deepest answer."""
+"""Born-again networks, and early exits under the network's own deepest output."""
 
 import numpy as np
 import pytest

@@ -10,7 +10,7 @@ import pytest
 from edgekd.errors import InputError
 from edgekd.onnx.inference import run_samples
 from edgekd.onnx.samples import ArraySamples
-from edgekd.quantization.mixed_precision_search import UNITS, search_float_layers
+from edgekd.quantization.exclusion_search import UNITS, search_float_layers
 from edgekd.quantization.static import StaticQuantizer
 from tests.onnx_builders import Graph, pairs_of, save_onnx
 
@@ -21,7 +21,7 @@ class Coarse:
     """A chain of MatMuls; quantizing node i rounds its weights to ``levels[i]`` steps.
 
     The file says in its metadata which nodes are in float. ``joins`` are names of further nodes,
-    which are quantized only beside one of the chain.
+    which are quantized only with one of the chain.
     """
 
     def __init__(self, folder, levels, seed=0, joins=()):
@@ -76,7 +76,7 @@ def relative_error(quantizer):
 
 
 def subsets(nodes):
-    """All sets of nodes but the whole, the smaller first."""
+    """All proper subsets of the nodes, the smaller first."""
     return [frozenset(s) for size in range(len(nodes)) for s in combinations(nodes, size)]
 
 
@@ -166,7 +166,7 @@ def test_where_only_float32_will_do_nothing_is_written(tmp_path, value, samples)
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_whatever_the_drops_are_the_result_holds_and_no_kept_node_can_go_back(tmp_path, seed):
+def test_for_any_drops_the_result_fits_and_no_float_node_is_superfluous(tmp_path, seed):
     """Drops drawn at random for each set: more nodes in float are often worse."""
     quantizer = Coarse(tmp_path, (60,) * 6)
     random = np.random.default_rng(seed)
@@ -213,9 +213,7 @@ def test_where_drops_add_up_the_fewest_are_found(tmp_path, seed):
 
 
 @pytest.mark.parametrize("samples", [SAMPLES, None])
-def test_a_join_that_cannot_be_quantized_alone_is_ranked_by_what_it_costs_the_whole(
-    tmp_path, samples
-):
+def test_a_join_not_quantizable_alone_is_ranked_by_its_total_cost(tmp_path, samples):
     quantizer = Coarse(tmp_path, (60, 3, 60), joins=("join",))
     drop = relative_error(quantizer)
     decision = search_float_layers(quantizer, tmp_path / "out.onnx", drop, 0.05, samples=samples)
@@ -228,7 +226,7 @@ def test_a_join_that_cannot_be_quantized_alone_is_ranked_by_what_it_costs_the_wh
 
 
 def test_a_large_model_is_searched_in_groups_and_then_node_by_node(tmp_path):
-    """Three bad nodes of 250: fewer evaluations than nodes, and no good one beside them kept."""
+    """Three bad nodes of 250: fewer evaluations than nodes, and no good one in float."""
     quantizer = Coarse(tmp_path, (60,) * 250)
     bad = {"fc10", "fc11", "fc200"}
     messages = []
@@ -269,7 +267,7 @@ def test_an_error_of_the_metric_is_not_taken_for_a_bad_drop(tmp_path):
 @pytest.mark.parametrize("bad", [0, 1, 2])
 def test_the_layer_that_8_bits_cannot_hold_is_the_one_kept(tmp_path, runtime, bad):
     """In each column of its weights one is 1,000 times the others, for an input that is always
-    0: what 8 bits leave of the rest is nothing, and the float answers do not depend on it."""
+    0: what 8 bits leave of the rest is nothing, and the float outputs do not depend on it."""
     graph, random = Graph(3), np.random.default_rng(4)
     name = "x"
     for index in range(3):
