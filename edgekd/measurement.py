@@ -189,3 +189,13 @@ def markdown_text(text: object) -> str:
     line = printable(" ".join(str(text).split()))
     escaped = re.sub(r"([\\`*_\[\]|~])", r"\\\1", line)
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def evidence_of(profile: str, target: str) -> Evidence:
+    """How strong a measurement is.
+
+    This machine is the target itself only under the profile ``host``; under any other profile
+    it is a substitute for the device.
+    """
+    on_target = target != "local" or profile == "host"
+    return "measured-on-target" if on_target else "measured-on-host"

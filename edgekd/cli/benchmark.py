@@ -72,8 +72,8 @@ def benchmark(
         return
     from edgekd.crashes import note_model
     from edgekd.files import check_output
+    from edgekd.measurement import evidence_of
     from edgekd.onnx.file import ENGINE_SUFFIXES, files_of_onnx
-    from edgekd.release.build_result import evidence_of
     from edgekd.targets import LocalTarget, open_target
 
     note_model(model)

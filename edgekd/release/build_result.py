@@ -123,16 +123,6 @@ class RunInfo:
     fingerprints: Mapping[str, str]
 
 
-def evidence_of(profile: str, target: str) -> Evidence:
-    """How strong a measurement is.
-
-    This machine is the target itself only under the profile ``host``; under any other profile
-    it is a substitute for the device.
-    """
-    on_target = target != "local" or profile == "host"
-    return "measured-on-target" if on_target else "measured-on-host"
-
-
 def build_result(
     run: RunInfo,
     task: Scored,

@@ -57,8 +57,9 @@ class BenchmarkStage:
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """Measure the files and write ``result.json``."""
+        from edgekd.measurement import evidence_of
         from edgekd.pipeline.fingerprint import library_versions
-        from edgekd.release.build_result import Measured, RunInfo, build_result, evidence_of
+        from edgekd.release.build_result import Measured, RunInfo, build_result
         from edgekd.release.report_tables import thread_remark
         from edgekd.release.result import recipe_sha256
         from edgekd.targets import open_target

@@ -82,7 +82,7 @@ class EnginesStage:
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """Build the engines, and select the student's candidate."""
-        from edgekd.release.build_result import evidence_of
+        from edgekd.measurement import evidence_of
 
         first, *further = context.job.config.engines
         task_data = open_task_data(inputs["data"], context.job.config)
