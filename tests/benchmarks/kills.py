@@ -95,7 +95,7 @@ def main() -> None:
             sys.exit(f"the undisturbed run ended with {whole.returncode}:\n{said}")
         seconds, expected = time.monotonic() - begin, contents(folder / "whole")
         print(f"undisturbed: {seconds:.1f} s, {len(expected)} files and rules", flush=True)
-        kills = number = 0
+        kills = number = known = 0
         while kills < options.kills:
             name = f"run{number}"
             number += 1
@@ -125,8 +125,10 @@ def main() -> None:
                     problems.append(f"{name}: {key} differs")
             files = [*(folder / f"{name}-tmp").iterdir(), *(folder / name).glob("tmp/*")]
             problems += [f"{name}: {file.name} is left" for file in files]
-            print(f"{name}: {', '.join(ended) or 'not killed'}; {kills} kills", flush=True)
-    print(*problems, sep="\n")
+            new = problems[known:]
+            known = len(problems)
+            print(f"{name}: {', '.join(ended) or 'not killed'}; {kills} kills", *new, sep="\n  ")
+            sys.stdout.flush()
     print(f"{kills} kills in {number} runs, {len(problems)} problems")
     sys.exit(bool(problems))
 
