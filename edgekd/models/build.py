@@ -41,6 +41,10 @@ _OPEN_DIMENSION = 4
 """The trial size of a symbolic dimension other than the batch."""
 
 
+SUPPLIED = ("inputs", "outputs", "num_classes")
+"""Parameters of a network's constructor that are filled in unless they are given."""
+
+
 def find_model(name: str, where: str = "model") -> Callable[..., nn.Module]:
     """What makes the network of that name.
 
@@ -55,6 +59,24 @@ def find_model(name: str, where: str = "model") -> Callable[..., nn.Module]:
         return HUBS[package](rest, where)
     maker: Callable[..., nn.Module] = resolve(name, MODELS, "model", where, group="edgekd.models")
     return maker
+
+
+def check_model(config: ModelConfig, where: str) -> None:
+    """Check a network's name and arguments before there are data to build it for.
+
+    Args:
+        config: nothing is checked where it names no model.
+        where: the YAML section (``teacher``, ``student``), for errors.
+
+    Raises:
+        InputError: no such model, or arguments that it does not take.
+    """
+    if config.model is None:
+        return
+    maker = find_model(config.model, f"{where}.model")
+    supplied = [name for name in SUPPLIED if name not in config.args]
+    name = f"model {config.model!r}"
+    check_arguments(maker, config.args, supplied=supplied, name=name, where=f"{where}.args")
 
 
 def build_model(

@@ -55,7 +55,7 @@ def preflight(job: Job, gated: bool = True) -> None:
     from edgekd.distill.schemes import find_scheme
     from edgekd.engines.builder import ExternalBuilder
     from edgekd.engines.onnxruntime import provider_chain
-    from edgekd.models.build import find_model
+    from edgekd.models.build import check_model
     from edgekd.stages.student import student_network
     from edgekd.stages.training import augmentation_of
     from edgekd.students.pruning_plan import torch_pruning
@@ -67,12 +67,8 @@ def preflight(job: Job, gated: bool = True) -> None:
     find_source(config.data.source)
     check_augmentations(config.data.augment)
     check_augmentations(config.distill.augment or (), "distill.augment")
-    for name, where in (
-        (config.teacher.model, "teacher.model"),
-        (student_network(config).model, "student.model"),
-    ):
-        if name is not None:
-            find_model(name, where)
+    check_model(config.teacher, "teacher")
+    check_model(student_network(config), "student")
     if config.student.prune is not None:
         torch_pruning()
     device = training_device()
