@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -157,7 +158,7 @@ RELATIVE = "1 - relative error"
 ABSOLUTE = "1 - error (float32 gives zeros)"
 
 
-class Evaluator:
+class Evaluator(ABC):
     """Compares files with the float model on the same samples, batch by batch.
 
     Float32 is the model as written, run without graph optimizations. A subclass gives each sample's
@@ -185,10 +186,10 @@ class Evaluator:
         self.model, self.samples = model, samples
         self._threads, self._batch = threads, batch
 
+    @abstractmethod
     def score(self, outputs: Mapping[str, Array], rows: slice = slice(None)) -> Array:
         """The scores of the samples of these rows, higher is better; samples without a label have
         none."""
-        raise NotImplementedError
 
     @cached_property
     def reference(self) -> Reference:
