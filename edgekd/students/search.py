@@ -364,6 +364,6 @@ def search_record(
         "winner": None,
         "why": "",
         "assistant": None,
-        "cost_model": None if model is None else model.to_json(),
+        "cost_model": None if model is None else model.error(),
         **about,
     }
