@@ -30,10 +30,12 @@ STATUS = {
     "infeasible": "breaks a limit",
     "predicted-infeasible": "breaks a limit (predicted)",
     "not-measured": "not measured",
-    "feasible": "feasible",
+    "feasible": "holds all limits",
+    "proposed": "may hold all limits",
 }
 """What a candidate's status means."""
 
+_LIVE = ("winner", "finalist", "dropped", "feasible", "proposed")
 _COSTS = {"latency": ("latency", "ms"), "memory": ("memory", "MB"), "size": ("size", "MB")}
 """The title and the unit of an objective that is a cost."""
 
@@ -126,7 +128,7 @@ def predictions_text(model: Mapping[str, Any]) -> str:
 
 def candidate_table(search: Mapping[str, Any]) -> list[CandidateRow]:
     """One row per candidate, the selected one first, then those that were trained longest."""
-    order = list(STATUS)
+    order = [*_LIVE, *STATUS]
     percentile = latency_percentile(search["limits"])
 
     def rank(entry: Mapping[str, Any]) -> tuple[int, int, float]:

@@ -44,8 +44,8 @@ from edgekd.stages.task_data import open_task_data, read_json, write_json
 from edgekd.stages.teacher import BLACK_BOX, WEIGHTS, open_network, read_adaptation
 from edgekd.stages.training import hub_fingerprint
 from edgekd.students.candidates import propose
-from edgekd.students.constraints import Footprint, Limits
-from edgekd.students.costs import CostModel, Figures, GraphCosts, graph_costs
+from edgekd.students.constraints import Limits
+from edgekd.students.costs import CostModel, Figures, Footprint, GraphCosts, graph_costs
 from edgekd.students.search import Entry, measure_in_turn, no_candidate, predict_all, search_record
 
 if TYPE_CHECKING:

@@ -26,7 +26,8 @@ from edgekd.stages.teacher import open_teacher
 from edgekd.stages.training import fit
 from edgekd.students.constraints import Limits
 from edgekd.students.costs import Figures
-from edgekd.students.race import check_installed, epochs_of, publish, race, rungs_of
+from edgekd.students.race import epochs_of, race, rungs_of
+from edgekd.students.race_storage import import_optuna, publish
 from edgekd.students.search import (
     Entry,
     no_candidate,
@@ -62,10 +63,10 @@ def check_search(job: Job) -> None:
         raise InputError(
             "a search for the student runs in one process, and torchrun started several",
             where="student.search",
-            remedy="run 'edgekd run PIPELINE --until student' without torchrun first; all processes "
-            "can then train the student that was chosen",
+            remedy="run 'edgekd run PIPELINE --until student' without torchrun first; all processes"
+            " can then train the student that was chosen",
         )
-    check_installed("student.search")
+    import_optuna("student.search")
     for index, source in enumerate(search.candidates or ()):
         if source.prune is not None:
             torch_pruning()
@@ -156,7 +157,7 @@ class StudentRace:
         entries = {entry.name: entry for entry in self.set.entries}
         keys = [self.set.key(entry.candidate.student, {}) for entry in entries.values()]
         study = f"{self.config.name} {json_sha256([keys, self.set.limits.to_json()])[:12]} feasible"
-        names = publish(list(mine), storage=self.search.storage, study=study)
+        names = publish(list(mine), self.search.storage, study)
         if other := sorted(set(names) ^ set(mine)):
             self.say(f"  as another worker measured them: {', '.join(other)}")
         return {name: entries[name] for name in names}
@@ -192,7 +193,7 @@ class StudentRace:
             model, started = self.set.first(entry), time.monotonic()
             scratch = self.context.scratch / f"race-{weights.parent.name}"
             context = replace(self.context, scratch=scratch)
-            label = f"{entry.name} {epochs}"
+            label = f"{entry.name} {epochs}".replace("/", "-")[:120]
             history = fit(self.task_data, model, objective, distill, label, context, teacher)
             save_weights(model, weights)
             result = {

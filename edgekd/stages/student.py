@@ -19,7 +19,8 @@ from edgekd.stages.training import hub_fingerprint
 class StudentStage:
     """Writes the initial weights, from which the student and its baseline both start.
 
-    With ``search`` they are those of the winner, whose section is written too. For one made smaller also what was removed, with which :func:`build_student` builds it.
+    With ``search`` they are those of the winner, whose section is written too. For one made
+    smaller also what was removed, with which :func:`build_student` builds it.
     """
 
     name = "student"

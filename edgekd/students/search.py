@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from edgekd.students.candidates import Candidate
     from edgekd.students.constraints import Limits, Violation
     from edgekd.students.costs import CostModel, Figures, GraphCosts, Prediction
-    from edgekd.students.race import RaceResult, RungScore
+    from edgekd.students.race import RaceResult
+    from edgekd.students.race_storage import RungScore
 
 Status = Literal[
     "proposed", "predicted-infeasible", "infeasible", "not-measured", "failed", "feasible",
