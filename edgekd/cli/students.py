@@ -22,7 +22,6 @@ from edgekd.release.student_search import (
     latency_percentile,
     predictions_text,
 )
-from edgekd.stages.survey import expected_time, nothing_feasible
 
 
 @click.command()
@@ -35,6 +34,8 @@ def students(pipeline: Path, overrides: tuple[str, ...], output: Path | None, qu
     teacher is not trained yet, its network is measured with fresh weights. Exit code 2 when no
     candidate holds all limits.
     """
+    from edgekd.stages.survey import nothing_feasible
+
     job = open_job(pipeline, overrides)
     check_searched(job)
     folder, console = run_folder(job, output), Console()
@@ -66,6 +67,7 @@ def print_search(console: Console, record: Mapping[str, Any], cache: Path) -> No
         record: the content of a ``search.json``.
         cache: the run's cache, which knows how long earlier work took.
     """
+    from edgekd.stages.survey import expected_time
 
     def line(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -11,7 +11,6 @@ from edgekd.files import file_sha256
 from edgekd.pipeline.fingerprint import library_versions
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.build_student import write_student
-from edgekd.stages.search import run_search, search_settings
 from edgekd.stages.task_data import open_task_data
 from edgekd.stages.training import hub_fingerprint
 
@@ -31,6 +30,8 @@ class StudentStage:
         """The section ``student`` and what its network depends on."""
         student = job.config.student
         if student.search is not None:
+            from edgekd.stages.search import search_settings
+
             return search_settings(job)
         files = {}
         if student.checkpoint is not None:
@@ -52,6 +53,8 @@ class StudentStage:
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """Build, and where configured make smaller, the student."""
         if context.job.config.student.search is not None:
+            from edgekd.stages.search import run_search
+
             run_search(context, inputs)
             return
         task_data = open_task_data(inputs["data"], context.job.config)
