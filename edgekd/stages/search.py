@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgekd.config.host import world_size
-from edgekd.config.networks import TEACHERS_OWN, ModelConfig
 from edgekd.errors import InputError, StageError
 from edgekd.files import json_sha256
 from edgekd.pipeline.fingerprint import code_sha256
 from edgekd.pipeline.stage import Context, Job
+from edgekd.stages.build_student import student_network
 from edgekd.stages.candidates import CandidateSet, measuring_settings, section_of
 from edgekd.stages.distill import training_settings
 from edgekd.stages.task_data import read_json, write_json
 from edgekd.stages.teacher import open_teacher
 from edgekd.stages.training import fit
+from edgekd.students.candidates import combinations
 from edgekd.students.constraints import Limits
 from edgekd.students.costs import Figures
 from edgekd.students.race import epochs_of, race, rungs_of
@@ -67,13 +68,11 @@ def check_search(job: Job) -> None:
             " can then train the student that was chosen",
         )
     import_optuna("student.search")
-    for index, source in enumerate(search.candidates or ()):
-        if source.prune is not None:
+    for candidate in combinations(search.candidates or ()):
+        own = job.config.model_copy(update={"student": candidate.student})
+        check_model(student_network(own), candidate.where)
+        if candidate.student.prune is not None:
             torch_pruning()
-        if source.model not in (None, TEACHERS_OWN):
-            first = {key: values[0] for key, values in source.grid.items()}
-            network = ModelConfig(model=source.model, args={**source.args, **first})
-            check_model(network, f"student.search.candidates[{index}]")
     Limits.of(job.budgets, search.margin)
 
 
