@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.pipeline.stage import Context, Job
+from edgekd.stages.comparison import COMPARISON
 from edgekd.stages.quantize import INDEX
+from edgekd.stages.recipes import RECIPES
 from edgekd.stages.task_data import read_json
 
 
@@ -36,6 +38,10 @@ class ReportStage:
         for file in sorted(inputs["quantize"].glob("*-history.json")):
             histories[file.name.removesuffix("-history.json")] = file
         found = {role: read_json(file) for role, file in histories.items() if file.is_file()}
+        distilled = {
+            "comparison": inputs["distill"] / COMPARISON,
+            "recipes": inputs["distill"] / RECIPES,
+        }
         write_report(
             context.out,
             result=read_result(inputs["benchmark"] / "result.json"),
@@ -45,6 +51,7 @@ class ReportStage:
             extras={
                 "choice": read_json(inputs["engines"] / "choice.json"),
                 "parity": read_json(inputs["export"] / "parity.json"),
+                **{name: read_json(f) for name, f in distilled.items() if f.is_file()},
                 **quantized_rows(read_json(inputs["quantize"] / INDEX)),
                 "Chosen epochs": {role: _chosen(history) for role, history in found.items()},
             },
