@@ -268,7 +268,8 @@ def _pass_on(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> T
 
 
 def _channel_dim(module: nn.Module) -> int:
-    return -1 if isinstance(module, nn.Linear) else 1
+    # Subclasses of LayerNorm are those of images, with channels in the second place.
+    return -1 if isinstance(module, nn.Linear) or type(module) is nn.LayerNorm else 1
 
 
 def _silence(channels: list[int]) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
