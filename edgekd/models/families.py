@@ -134,7 +134,7 @@ class Attention(nn.Module):
 
         def split(y: Tensor) -> Tensor:
             # The heads of a pruned layer are narrower.
-            return y.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            return torch.unflatten(y, 2, (self.heads, -1)).transpose(1, 2)
 
         q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
         weights = (q @ k.transpose(-2, -1) * self.scale).softmax(-1)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from edgekd.errors import InputError
 from edgekd.models.build import example_batch
 from edgekd.models.dict_model import DictModel
+from edgekd.students.operators import failing_line
 
 _PREFIX = "module."
 """Where a :class:`DictModel` has the network whose layers are named."""
@@ -101,7 +102,8 @@ def traced(model: DictModel) -> Iterator[Graph]:
                 )
         except Exception as error:
             raise InputError(
-                f"torch-pruning cannot follow this network: {type(error).__name__}: {error}",
+                f"torch-pruning cannot follow this network: {type(error).__name__}: {error}"
+                f"{failing_line(error)}",
                 where="student.prune",
                 remedy="its outputs must be computed by torch operations with gradients; or name a "
                 "smaller student instead of pruning",
