@@ -187,11 +187,12 @@ class CandidateSet:
             entry.reject("failed", f"{error.what}{where}")
 
     def _count(self, model: DictModel) -> GraphCosts:
-        from edgekd.onnx.export import export_onnx
+        from edgekd.onnx.export import export_onnx, export_to_count
 
-        file = self.context.scratch / "counted.onnx"
-        export_onnx(model, file, self.config.export.opset)
-        costs = graph_costs(file, self.config.benchmark.batch_size)
+        file, batch = self.context.scratch / "counted.onnx", self.config.benchmark.batch_size
+        if not export_to_count(model, file, batch):
+            export_onnx(model, file, self.config.export.opset)
+        costs = graph_costs(file, batch)
         file.unlink()
         return costs
 
