@@ -45,7 +45,8 @@ from edgekd.stages.teacher import BLACK_BOX, WEIGHTS, open_network, read_adaptat
 from edgekd.stages.training import hub_fingerprint
 from edgekd.students.candidates import propose
 from edgekd.students.constraints import Limits
-from edgekd.students.costs import CostModel, Figures, Footprint, GraphCosts, graph_costs
+from edgekd.students.cost_model import CostModel
+from edgekd.students.costs import Figures, Footprint, GraphCosts, graph_costs
 from edgekd.students.search import Entry, measure_in_turn, no_candidate, predict_all, search_record
 
 if TYPE_CHECKING:
