@@ -120,26 +120,27 @@ def _table(record: Mapping[str, Any]) -> Table:
     percentile = latency_percentile(record["limits"])
     table = Table(caption="≈ predicted", caption_justify="left")
     table.add_column("candidate", overflow="fold")
-    for heading in ("parameters", percentile, "memory", "size"):
+    for heading in ("parameters", f"{percentile} (ms)", "memory (MB)", "size (MB)"):
         table.add_column(heading, justify="right")
     table.add_column("", overflow="fold")
     entries = {entry["name"]: entry for entry in record["candidates"]}
     for row in candidate_table(record):
-        latency = _figure(entries[row.name], "latency_ms", percentile, "ms")
-        memory = _figure(entries[row.name], "memory_mb", None, "MB")
-        cells = (row.name, row.parameters, latency, memory, row.size, _found(row))
+        latency = _figure(entries[row.name], "latency_ms", percentile)
+        memory = _figure(entries[row.name], "memory_mb")
+        size = row.size.removesuffix(" MB")
+        cells = (row.name, row.parameters, latency, memory, size, _found(row))
         table.add_row(*map(Text, cells))
     return table
 
 
-def _figure(entry: Mapping[str, Any], key: str, part: str | None, unit: str) -> str:
+def _figure(entry: Mapping[str, Any], key: str, part: str | None = None) -> str:
     """A measured figure, or else a predicted one marked so; its range on a second line."""
     for kind, mark in (("measured", ""), ("predicted", "≈ ")):
         found = (entry.get(kind) or {}).get(key)
         found = found[part] if found and part else found
         if found:
             value, low, high = (number(found[each], 3) for each in ("value", "low", "high"))
-            return f"{mark}{value} {unit}" + (f"\n{low} to {high}" if low != high else "")
+            return f"{mark}{value}" + (f"\n{low} to {high}" if low != high else "")
     return "–"
 
 

@@ -30,8 +30,8 @@ STATUS = {
     "infeasible": "breaks a limit",
     "predicted-infeasible": "breaks a limit (predicted)",
     "not-measured": "not measured",
-    "feasible": "holds all limits",
-    "proposed": "may hold all limits",
+    "feasible": "feasible",
+    "proposed": "possible",
 }
 """What a candidate's status means."""
 
