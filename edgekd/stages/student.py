@@ -12,7 +12,13 @@ from edgekd.errors import InputError
 from edgekd.files import file_sha256
 from edgekd.pipeline.fingerprint import library_versions
 from edgekd.pipeline.stage import Context, Job
-from edgekd.stages.task_data import TaskData, open_task_data, some_samples, write_json
+from edgekd.stages.task_data import (
+    STUDENT_SCHEMA,
+    TaskData,
+    open_task_data,
+    some_samples,
+    write_json,
+)
 from edgekd.stages.teacher import (
     WEIGHTS,
     plan_adaptation,
@@ -101,7 +107,7 @@ class StudentStage:
             model, described = pruned.model, {"pruned": pruned.to_json()}
         save_weights(model, context.out / FIRST_WEIGHTS)
         spec = model.spec.to_json() | {"parameters": count_parameters(model)}
-        write_json(context.out / "model.json", spec | described)
+        write_json(context.out / "model.json", spec | described, STUDENT_SCHEMA)
         context.progress.message(f"  student: {count_parameters(model):,} parameters")
 
 

@@ -12,6 +12,9 @@ from edgekd.errors import InputError
 from edgekd.files import file_sha256
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.task_data import (
+    ADAPTATION_SCHEMA,
+    HISTORY_SCHEMA,
+    VALIDATION_SCHEMA,
     TaskData,
     open_task_data,
     read_json,
@@ -87,11 +90,15 @@ class TeacherStage:
         else:
             model, history = _trained_or_loaded(task_data, config, context, "teacher")
             if history is not None:
-                write_json(context.out / "history.json", history.to_json())
+                write_json(context.out / "history.json", history.to_json(), HISTORY_SCHEMA)
             save_weights(model, context.out / WEIGHTS)
             teacher = ModuleTeacher(model)
             write_adaptation(adaptation_of_teacher(teacher), context.out)
-        write_json(context.out / "validation.json", check_teacher(teacher, task_data, context))
+        write_json(
+            context.out / "validation.json",
+            check_teacher(teacher, task_data, context),
+            VALIDATION_SCHEMA,
+        )
 
 
 def _trained_or_loaded(
@@ -434,14 +441,14 @@ def check_order(
 def write_adaptation(adaptation: Adaptation, folder: Path) -> None:
     """Write the detected adaptation next to the teacher's weights."""
     known = {"order": adaptation.order, "outputs": adaptation.outputs, "form": adaptation.form}
-    write_json(folder / ADAPTATION, known)
+    write_json(folder / ADAPTATION, known, ADAPTATION_SCHEMA)
 
 
 def read_adaptation(folder: Path, task_data: TaskData) -> Adaptation:
     """The inverse of :func:`write_adaptation`; the preprocessing comes from the section."""
     from edgekd.models.adapted import Adaptation
 
-    known: Mapping[str, Any] = read_json(folder / ADAPTATION)
+    known = read_json(folder / ADAPTATION, ADAPTATION_SCHEMA)
     own = _preprocessing(task_data, task_data.config.teacher, "teacher")
     order = None if known["order"] is None else tuple(known["order"])
     return Adaptation(task_data.task.output, order, known["outputs"], known["form"], own)
