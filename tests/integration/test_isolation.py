@@ -83,7 +83,7 @@ json.dump(codes, open("../codes", "w"))
 
 SENDING = "socket,connect,sendto,sendmsg,sendmmsg"
 CREATING = "open,openat,creat,mkdir,mkdirat,rename,renameat,renameat2,link,linkat,symlink,symlinkat"
-STRACE = ["strace", "-f", "-qq", "-y", "-e", "signal=none"]
+STRACE = ["strace", "-f", "--seccomp-bpf", "-qq", "-y", "-e", "signal=none"]
 NAMESPACE = ["unshare", "--map-root-user", "--net"]
 
 
