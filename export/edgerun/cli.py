@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -28,7 +29,8 @@ from typing import (
 
 import edgerun
 from edgerun.errors import BadInput, EdgerunError, RunFailed, is_utf8, printable
-from edgerun.files import check_output, read_json, write_errors
+from edgerun.files import check_output, is_engine, read_json, write_errors
+from edgerun.limits import limited_memory
 
 if TYPE_CHECKING:
     from edgerun.model import Settings
@@ -277,6 +279,13 @@ def _check_outputs(options: argparse.Namespace) -> None:
             check_output(path, f"--{name}", [*read, *others], stream=True)
 
 
+def _is_limited(options: argparse.Namespace) -> bool:
+    """Whether a command's memory is limited: drivers of GPUs map more than they use."""
+    model = getattr(options, "model", None)
+    on_cpu = getattr(options, "providers", "cpu") in ("cpu", "CPUExecutionProvider")
+    return options.name not in ("build", "parse") and on_cpu and not (model and is_engine(model))
+
+
 # numpy and the runtime are imported inside the commands: verify must work without them.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
@@ -290,7 +299,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         _check_outputs(options)
-        code, record, lines = _COMMANDS[options.name](options)
+        with limited_memory("the model") if _is_limited(options) else nullcontext():
+            code, record, lines = _COMMANDS[options.name](options)
         if record is not None and getattr(options, "json", None) is not None:
             _write_json(options.json, record)
         for line in lines:
