@@ -51,6 +51,10 @@ _COMMANDS = {
 }
 
 
+_OF_TEXT_FILES = ("init", "gate", "verify", "compare", "profiles", "doctor")
+"""Commands that open no file by the path from the root."""
+
+
 _OPENING_MODELS = ("benchmark", "build", "check", "quantize")
 """Commands that open arbitrary ONNX files; a pipeline's files are made by the project itself."""
 
@@ -100,9 +104,14 @@ class LazyGroup(click.Group):
         if any(re.fullmatch(r"(--[^=]*=)?", word) for word in args):
             ctx.fail("An argument is empty. Give a name, or leave the option out.")
         try:
-            Path.cwd()
+            folder = str(Path.cwd())
         except FileNotFoundError:
             ctx.fail("The working folder was removed. Change to another one.")
+        if not is_utf8(folder) and args and args[0] not in _OF_TEXT_FILES:
+            ctx.fail(
+                f"The name of the working folder, {folder!r}, is not valid UTF-8, and the runtimes "
+                "take no other. Rename it, or change to another one."
+            )
         for word in args:
             if not is_utf8(word):
                 ctx.fail(f"The argument {word!r} is not valid UTF-8. Rename the file.")

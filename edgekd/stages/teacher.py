@@ -152,7 +152,10 @@ def _black_box(
     from edgekd.distill.teacher import OnnxTeacher, check_repeatable_outputs
     from edgekd.models.weights import class_names_in_metadata
     from edgekd.onnx.file import describe_onnx
+    from edgekd.targets import LocalTarget
 
+    # In a process of its own first: some models end the process that opens them.
+    LocalTarget().probe(path, threads=1, run=False)
     say, spec = context.progress.message, task_data.spec
     named = class_names_in_metadata(describe_onnx(path).metadata)
     planned = plan_adaptation(task_data, config, where, named, say)

@@ -22,6 +22,7 @@ from edgekd.errors import (
     StageError,
     TargetError,
     edgerun_errors,
+    is_utf8,
 )
 from edgekd.files import edgerun_folder
 from edgekd.targets.target import BenchSettings, ProbeSettings, ProviderOptions, RunSettings
@@ -205,6 +206,13 @@ def _edgerun(command: str, model: Path | None, settings: Mapping[str, Any]) -> N
     files = {k: Path(os.path.realpath(settings[k])) for k in FILES if settings.get(k) is not None}
     file = None if model is None else Path(os.path.realpath(model))
     words = command_words(command, file, {**settings, **files})
+    for path in (file, *files.values()):
+        if not is_utf8(str(path)):
+            raise InputError(
+                "the path is not valid UTF-8, and the runtimes take no other",
+                where=str(path),
+                remedy="rename the folder or the file",
+            )
     with edgerun_errors():
         memory = memory_limit()
     # The child has this limit, so that it is known where the child is killed.
