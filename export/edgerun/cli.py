@@ -299,7 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parser.parse_args(arguments)
     except SystemExit as ending:
-        raise SystemExit(_print((), ending.code)) from None
+        raise SystemExit(_print((), int(ending.code or 0))) from None
     try:
         _check_outputs(options)
         with limited_memory("the model") if _is_limited(options) else nullcontext():
@@ -330,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ).report()
 
 
-def _print(lines: Iterable[str], code: Any) -> Any:
+def _print(lines: Iterable[str], code: int) -> int:
     """Print lines and all that was printed before; the exit code, which is another one than
     ``code`` where they cannot be written.
     """
@@ -350,7 +350,7 @@ def _print(lines: Iterable[str], code: Any) -> Any:
             where="standard output",
             remedy="free space, or redirect it elsewhere",
         )
-        return lost.report() if not code else code
+        return code or lost.report()
 
 
 Done = Tuple[int, Optional[Dict[str, Any]], Iterable[str]]
