@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edgekd.api import execute, open_job, run_folder
+from edgekd.extension import searching
 from edgekd.measurement import full_text, value_text
 from edgekd.pipeline.runner import RunOutcome, join_workers
 from edgekd.pipeline.runner import plan as plan_run
@@ -186,7 +187,7 @@ def plan(
     rules. Your own modules are imported for that.
     """
     job = open_job(pipeline, overrides)
-    rows = plan_run(job, run_folder(job, output), STAGES, until, preflight)
+    rows = plan_run(job, run_folder(job, output), STAGES, until)
     console = Console()
     for row in rows:
         if not quiet or row.action == "run":
@@ -196,7 +197,11 @@ def plan(
                 markup=False,
                 soft_wrap=True,
             )
-    console.print(f"{sum(row.action == 'run' for row in rows)} of {len(rows)} stages would run")
+    count = sum(row.action == "run" for row in rows)
+    console.print(f"{count} of {len(rows)} stages would run")
+    if count:
+        with searching(job.base):
+            preflight(job, "gate" in [row.stage for row in rows])
 
 
 def _until(stage: str, help_text: str) -> click.Command:

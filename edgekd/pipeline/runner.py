@@ -91,23 +91,14 @@ def stages_until(name: str | None, stages: tuple[Stage, ...]) -> tuple[Stage, ..
 
 
 def plan(
-    job: Job,
-    folder: Path,
-    stages: tuple[Stage, ...],
-    until: str | None = None,
-    preflight: Callable[[Job, bool], None] | None = None,
+    job: Job, folder: Path, stages: tuple[Stage, ...], until: str | None = None
 ) -> list[PlanRow]:
-    """The plan of what :class:`Runner` would do; nothing is run, and nothing written.
-
-    Raises:
-        InputError: ``preflight`` refuses a run of a plan in which a stage would run.
-    """
+    """The plan of what :class:`Runner` would do; nothing is run, and nothing written."""
     store = Store(folder)
     done: dict[str, Artifact] = {}
     rows = []
-    chosen = stages_until(until, stages)
     with searching(job.base):
-        for stage in chosen:
+        for stage in stages_until(until, stages):
             waiting = [name for name in stage.inputs if name not in done]
             if waiting:
                 rows.append(PlanRow(stage.name, "run", f"after {', '.join(waiting)}"))
@@ -122,8 +113,6 @@ def plan(
                 done[stage.name] = artifact
                 reason = artifact.fingerprint[:16]
                 rows.append(PlanRow(stage.name, "cached", reason, artifact))
-        if preflight is not None and len(done) < len(chosen):
-            preflight(job, "gate" in [stage.name for stage in chosen])
     return rows
 
 
