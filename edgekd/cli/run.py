@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edgekd.api import execute, open_job, run_folder
+from edgekd.extension import searching
 from edgekd.measurement import full_text, value_text
 from edgekd.pipeline.runner import RunOutcome, join_workers
 from edgekd.pipeline.runner import plan as plan_run
@@ -24,7 +25,7 @@ from edgekd.release.report_tables import (
     thread_caution,
 )
 from edgekd.release.result import ModelResult, Result, read_result
-from edgekd.stages import STAGES
+from edgekd.stages import STAGES, preflight
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -158,9 +159,12 @@ def _models(result: Result) -> Table:
     return table
 
 
+until_option = click.option("--until", metavar="STAGE", help="Stop after this stage.")
+
+
 @click.command()
 @pipeline_options
-@click.option("--until", metavar="STAGE", help="Stop after this stage.")
+@until_option
 def run(
     pipeline: Path, overrides: tuple[str, ...], output: Path | None, quiet: bool, until: str | None
 ) -> None:
@@ -173,10 +177,17 @@ def run(
 
 @click.command()
 @pipeline_options
-def plan(pipeline: Path, overrides: tuple[str, ...], output: Path | None, quiet: bool) -> None:
-    """Show which stages of PIPELINE would run, and why; nothing is run."""
+@until_option
+def plan(
+    pipeline: Path, overrides: tuple[str, ...], output: Path | None, quiet: bool, until: str | None
+) -> None:
+    """Show which stages of PIPELINE would run, and why; nothing is run or written.
+
+    What a run refuses before its first stage is refused here too: names, arguments, the gate's
+    rules. Your own modules are imported for that.
+    """
     job = open_job(pipeline, overrides)
-    rows = plan_run(job, run_folder(job, output), STAGES)
+    rows = plan_run(job, run_folder(job, output), STAGES, until)
     console = Console()
     for row in rows:
         if not quiet or row.action == "run":
@@ -186,7 +197,11 @@ def plan(pipeline: Path, overrides: tuple[str, ...], output: Path | None, quiet:
                 markup=False,
                 soft_wrap=True,
             )
-    console.print(f"{sum(row.action == 'run' for row in rows)} of {len(rows)} stages would run")
+    count = sum(row.action == "run" for row in rows)
+    console.print(f"{count} of {len(rows)} stages would run")
+    if count:
+        with searching(job.base):
+            preflight(job, "gate" in [row.stage for row in rows])
 
 
 def _until(stage: str, help_text: str) -> click.Command:
