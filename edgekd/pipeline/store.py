@@ -161,6 +161,8 @@ class Store:
             "files": files,
             "made_from": made_from,
         }
+        record = json.loads(json.dumps(record, default=str))  # as it will be read
+        record["record_sha256"] = json_sha256(record)
         # Not atomic by itself: the artifact appears with the rename of its folder.
         text = json.dumps(record, indent=1, default=str)
         (temporary / _RECORD).write_text(text, encoding="utf-8")
@@ -212,11 +214,13 @@ class Store:
 
     @staticmethod
     def _record(folder: Path) -> dict[str, Any] | None:
+        """The record of an artifact; None where there is none, or it is not as it was written."""
         try:
             record: dict[str, Any] = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+            written = record.pop("record_sha256")
+        except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError, KeyError):
             return None
-        return record
+        return record if written == json_sha256(record) else None
 
 
 def _stamp(file: Path) -> dict[str, Any]:
