@@ -55,7 +55,7 @@ class RaceTrials:
     ) -> None:
         self.study_name, self.objectives = study_name, objectives
         self._url, self._definition, self._where = url, definition, where
-        self._optuna = _import_optuna(where)
+        self._optuna = import_optuna(where)
         self._storage: Any = None
         self._study: Any = None
         self._id = 0
@@ -289,7 +289,12 @@ class RaceTrials:
         return re.sub(r":[^:/@]+@", ":…@", self._url or "in memory")
 
 
-def _import_optuna(where: str) -> Any:
+def import_optuna(where: str) -> Any:
+    """The package optuna.
+
+    Raises:
+        InputError: it is not installed; ``where`` is the YAML position that needs it.
+    """
     try:
         return importlib.import_module("optuna")
     except ModuleNotFoundError as error:
