@@ -18,6 +18,7 @@ import yaml
 from numpy.typing import NDArray
 
 from edgekd.config.pipeline import PipelineConfig
+from edgekd.config.recipes import default_recipe
 from edgekd.config.training import WITHOUT_TEACHER, LossTerm, Schedule
 from edgekd.measurement import Measurement, drop_unit, interval_text, value_text
 from edgekd.release.statistics import Estimate, paired_difference, samples_to_show
@@ -45,6 +46,11 @@ _HARD, _UNIFORM, _SOFT = 0.05, 0.9, 0.4
 """Mean entropy of the teacher's labels as a share of the largest, ln C: below the first the labels
 are nearly hard, above the second nearly uniform; another temperature is proposed by the third."""
 
+_SOFTENED = ("soft_labels", "dkd", "wsld", "jsd", "dist")
+"""Losses whose temperature divides the teacher's own logits."""
+
+_AUTO = {"distill": {"losses": "auto"}}
+
 Scores = NDArray[np.float64]
 
 
@@ -63,6 +69,7 @@ class Facts:
         assistant: a network between the two, where one is known.
         teacher_training: the teacher's accuracy on its training samples.
         entropy: by temperature, the mean entropy of the teacher's labels, as a share of ln C.
+        images: whether an input is images.
         views: number of views of a training sample; None for a new one in each epoch.
     """
 
@@ -76,6 +83,7 @@ class Facts:
     assistant: str | None = None
     teacher_training: float | None = None
     entropy: Mapping[float, float] | None = None
+    images: bool = False
     views: int | None = None
 
 
@@ -151,14 +159,14 @@ def causes(facts: Facts, config: PipelineConfig) -> Iterator[dict[str, str]]:
         return {"cause": what, "evidence": evidence, "try": flow.strip()[1:-1]}
 
     if not facts.uses_teacher:
-        default = [{"hard_labels": {}, "weight": 0.1}, {"soft_labels": {}, "weight": 0.9}]
+        default = default_recipe(config.task, config.task_args)
         yield cause(
             "no loss compares with the teacher",
             "all terms of distill.losses read the labels only",
-            {"distill": {"losses": default}},
+            {"distill": {"losses": [_as_yaml(term) for term in default]}},
         )
         return
-    trial: dict[str, Any]
+    trial: Mapping[str, Any]
     gap, unit = facts.teacher_gap, drop_unit(facts.history.metric)
     if gap is not None and (gap.interval is None or gap.interval[0] <= 0):
         what = "worse" if gap.interval is not None and gap.interval[1] < 0 else "hardly better"
@@ -175,23 +183,18 @@ def causes(facts: Facts, config: PipelineConfig) -> Iterator[dict[str, str]]:
         )
     ratio, agreement = facts.parameter_ratio, facts.agreement
     if agreement is not None and agreement < _LOW_AGREEMENT:
-        from edgekd.distill.schemes.offline import LARGE_GAP
-
-        if ratio is not None and ratio > LARGE_GAP:
-            assistant = {"assistant": {"models": [facts.assistant or "…"]}}
-            trial = {"distill": {"scheme": assistant}}
-            if facts.assistant is None:
-                trial = {"student": {"model": "a-larger-network"}}
+        same = f"the same class on {agreement:.1%} of the training samples"
+        if facts.assistant is not None and ratio is not None:
             yield cause(
                 "the student is too small to follow the teacher",
-                f"the same class on {agreement:.1%} of the training samples; the teacher has "
-                f"{ratio:.0f} times the parameters",
-                trial,
+                f"{same}; the teacher has {ratio:.0f} times the parameters",
+                {"distill": {"scheme": {"assistant": {"models": [facts.assistant]}}}},
             )
+        else:
+            yield cause("the student does not follow the teacher", same, _AUTO)
     yield from _temperature(facts, config, cause)
     if (facts.teacher_training or 0) >= _MEMORIZED and facts.views == 1:
-        # Augmented, but with one view only; or not augmented.
-        trial = {"data": {"augment": [{"shift": {"pixels": 2}}]}}
+        trial = {"data": {"augment": [{"shift": {"pixels": 2}}]}} if facts.images else _AUTO
         if config.distill.augment or (config.distill.augment is None and config.data.augment):
             trial = {"distill": {"cache": {"views": 8}}}
         yield cause(
@@ -246,18 +249,17 @@ def _temperature(facts: Facts, config: PipelineConfig, cause: Any) -> Iterator[d
 
 
 def _temperature_of(term: LossTerm) -> float | None:
-    """The temperature of a built-in loss against the teacher's output; None where it has none."""
+    """The T of a loss that compares softmax(z / T) with the teacher's; None for all others."""
     from edgekd.distill.losses import LOSSES
 
-    loss = LOSSES.get(term.name)
-    parameters = {} if loss is None else inspect.signature(loss).parameters
-    if "teacher" not in parameters or "temperature" not in parameters or "teacher" in term.args:
+    if term.name not in _SOFTENED or "teacher" in term.args:
         return None
-    value = term.args.get("temperature", parameters["temperature"].default)
+    default = inspect.signature(LOSSES[term.name]).parameters["temperature"].default
+    value = term.args.get("temperature", default)
     return float(value) if isinstance(value, int | float) else None
 
 
-def _as_yaml(term: LossTerm, temperature: float | None) -> dict[str, Any]:
+def _as_yaml(term: LossTerm, temperature: float | None = None) -> dict[str, Any]:
     args = dict(term.args) if temperature is None else {**term.args, "temperature": temperature}
     weight = term.weight
     shown = weight.model_dump(exclude_defaults=True) if isinstance(weight, Schedule) else weight
@@ -318,6 +320,7 @@ def _measure(
         uses_teacher=scheme_context.new_objective().needs_teacher,
         parameter_ratio=capacity_ratio(scheme_context),
         assistant=assistant_between(scheme_context),
+        images=any(len(spec.shape) == 4 for spec in task_data.dataset.inputs),
         views=views_of(config, config.distill),
         **facts,
     )
@@ -372,7 +375,7 @@ def _sentence(outcome: str, gain: Measurement, values: Mapping[str, float], metr
 
 def _kept(keep: str, better: str, n: int) -> str:
     if keep == "student":
-        return "distill.keep: student ships the distilled student"
+        return "distill.keep: student ships the distilled student; better would ship the better one"
     if n < ENOUGH_SAMPLES:
         return f"distill.keep: better cannot decide on {n} samples; the distilled student is kept"
     if better == "student":

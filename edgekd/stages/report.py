@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.pipeline.stage import Context, Job
+from edgekd.stages.comparison import COMPARISON
 from edgekd.stages.quantize import INDEX
+from edgekd.stages.recipes import RECIPES
 from edgekd.stages.task_data import (
     CHOICE_SCHEMA,
+    COMPARISON_SCHEMA,
     HISTORY_SCHEMA,
     PARITY_SCHEMA,
+    RECIPES_SCHEMA,
     VARIANTS_SCHEMA,
     read_json,
 )
@@ -46,6 +50,10 @@ class ReportStage:
             for role, file in histories.items()
             if file.is_file()
         }
+        distilled = {
+            "comparison": (inputs["distill"] / COMPARISON, COMPARISON_SCHEMA),
+            "recipes": (inputs["distill"] / RECIPES, RECIPES_SCHEMA),
+        }
         write_report(
             context.out,
             result=read_result(inputs["benchmark"] / "result.json"),
@@ -56,6 +64,7 @@ class ReportStage:
                 "choice": read_json(inputs["engines"] / "choice.json", CHOICE_SCHEMA),
                 "parity": read_json(inputs["export"] / "parity.json", PARITY_SCHEMA),
                 **quantized_rows(read_json(inputs["quantize"] / INDEX, VARIANTS_SCHEMA)),
+                **{k: read_json(f, schema) for k, (f, schema) in distilled.items() if f.is_file()},
                 "Chosen epochs": {role: _chosen(history) for role, history in found.items()},
             },
         )
