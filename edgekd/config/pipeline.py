@@ -382,7 +382,7 @@ def pipeline_schema() -> dict[str, Any]:
             "description": full["description"],
             "anyOf": [{"type": "string"}, full, named],
         }
-    parts["AutoLosses"] = {"anyOf": [{"const": "auto"}, parts["AutoLosses"]]}
+    parts["AutoLosses"] = {"anyOf": [{"enum": ["auto", {"auto": None}]}, parts["AutoLosses"]]}
     cache = parts["DistillConfig"]["properties"]["cache"]
     cache["anyOf"].append({"const": False})
     engines = schema["properties"]["engines"]
