@@ -29,7 +29,7 @@ from edgekd.measurement import (
     value_text,
 )
 from edgekd.release.statistics import Estimate, paired_difference, samples_to_show
-from edgekd.stages.task_data import EVALUATION_BATCH, TaskData, read_json
+from edgekd.stages.task_data import COMPARISON_SCHEMA, EVALUATION_BATCH, TaskData, read_json
 from edgekd.stages.training import views_of
 from edgekd.tasks.classification import Classification
 
@@ -134,7 +134,6 @@ def compare_students(
         better = "baseline"
     values = {"student": float(of_student.mean()), "alone": float(of_alone.mean())}
     return {
-        "schema": "edgekd/comparison/1",
         "metric": task.metric,
         "n": gain.n,
         **values,
@@ -151,7 +150,7 @@ def compare_students(
 def is_student_alone(distill: Path) -> bool:
     """Whether the student of that artifact is the one trained alone (``distill.keep: better``)."""
     file = distill / COMPARISON
-    return file.is_file() and bool(read_json(file)["kept"] == "baseline")
+    return file.is_file() and bool(read_json(file, COMPARISON_SCHEMA)["kept"] == "baseline")
 
 
 def causes(facts: Facts, config: PipelineConfig) -> Iterator[dict[str, str]]:

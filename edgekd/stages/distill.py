@@ -17,6 +17,7 @@ from edgekd.stages.comparison import COMPARISON, compare_students
 from edgekd.stages.recipes import race_recipes
 from edgekd.stages.student import FIRST_WEIGHTS, build_student, check_logits
 from edgekd.stages.task_data import (
+    COMPARISON_SCHEMA,
     HISTORY_SCHEMA,
     TaskData,
     open_task_data,
@@ -91,7 +92,7 @@ class DistillStage:
             record = compare_students(
                 task_data, pipeline, scheme_context, model, histories["student"]
             )
-            write_json(out / COMPARISON, record)
+            write_json(out / COMPARISON, record, COMPARISON_SCHEMA)
             _report(record, context)
             if record["kept"] == "baseline":
                 (out / STUDENT_WEIGHTS).rename(out / DISTILLED_WEIGHTS)

@@ -126,10 +126,12 @@ def _evenly(
 
 ADAPTATION_SCHEMA = "edgekd.adaptation/1"
 CHOICE_SCHEMA = "edgekd.choice/1"
+COMPARISON_SCHEMA = "edgekd.comparison/1"
 ENGINES_SCHEMA = "edgekd.engines/1"
 FURTHER_SCHEMA = "edgekd.further-engine/1"
 HISTORY_SCHEMA = "edgekd.history/1"
 PARITY_SCHEMA = "edgekd.parity/1"
+RECIPES_SCHEMA = "edgekd.recipes/1"
 STUDENT_SCHEMA = "edgekd.student/1"
 VALIDATION_SCHEMA = "edgekd.teacher-validation/1"
 VARIANTS_SCHEMA = "edgekd.variants/1"
