@@ -13,7 +13,13 @@ from edgekd.config.pipeline import PipelineConfig
 from edgekd.files import file_sha256
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.build_student import FIRST_WEIGHTS, build_student, check_logits
-from edgekd.stages.task_data import TaskData, open_task_data, some_samples, write_json
+from edgekd.stages.task_data import (
+    HISTORY_SCHEMA,
+    TaskData,
+    open_task_data,
+    some_samples,
+    write_json,
+)
 from edgekd.stages.teacher import load_teacher, open_teacher
 from edgekd.stages.training import fit, hub_fingerprint, scale_output
 
@@ -68,7 +74,7 @@ class DistillStage:
             save_weights(model, context.out / BASELINE_WEIGHTS)
         for label, history in histories.items():
             name = f"{label.replace(' ', '-')}-history.json"
-            write_json(context.out / name, history.to_json())
+            write_json(context.out / name, history.to_json(), HISTORY_SCHEMA)
 
 
 def training_settings(config: PipelineConfig) -> dict[str, Any]:

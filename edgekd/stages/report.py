@@ -8,7 +8,13 @@ from typing import Any
 
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.quantize import INDEX
-from edgekd.stages.task_data import read_json
+from edgekd.stages.task_data import (
+    CHOICE_SCHEMA,
+    HISTORY_SCHEMA,
+    PARITY_SCHEMA,
+    VARIANTS_SCHEMA,
+    read_json,
+)
 
 
 class ReportStage:
@@ -35,7 +41,11 @@ class ReportStage:
         }
         for file in sorted(inputs["quantize"].glob("*-history.json")):
             histories[file.name.removesuffix("-history.json")] = file
-        found = {role: read_json(file) for role, file in histories.items() if file.is_file()}
+        found = {
+            role: read_json(file, HISTORY_SCHEMA)
+            for role, file in histories.items()
+            if file.is_file()
+        }
         write_report(
             context.out,
             result=read_result(inputs["benchmark"] / "result.json"),
@@ -43,9 +53,9 @@ class ReportStage:
             histories=found,
             pipeline=context.job.config.model_dump(mode="json", exclude_defaults=True),
             extras={
-                "choice": read_json(inputs["engines"] / "choice.json"),
-                "parity": read_json(inputs["export"] / "parity.json"),
-                **quantized_rows(read_json(inputs["quantize"] / INDEX)),
+                "choice": read_json(inputs["engines"] / "choice.json", CHOICE_SCHEMA),
+                "parity": read_json(inputs["export"] / "parity.json", PARITY_SCHEMA),
+                **quantized_rows(read_json(inputs["quantize"] / INDEX, VARIANTS_SCHEMA)),
                 "Chosen epochs": {role: _chosen(history) for role, history in found.items()},
             },
         )

@@ -31,6 +31,15 @@ def test_every_artifact_is_there(digits_run: Path) -> None:
         assert any(name.endswith("model.onnx") for name in archive.getnames())
 
 
+def test_every_json_file_names_its_schema(digits_run: Path) -> None:
+    files = [*digits_run.glob("artifacts/*/*/*.json"), *digits_run.glob("report/*.json")]
+    assert len(files) > 12
+    for file in files:
+        kind, _, number = json.loads(file.read_text())["schema"].partition("/")
+        assert kind.startswith("edgekd."), file
+        assert number.isdigit(), file
+
+
 def test_report_needs_no_network(digits_run: Path) -> None:
     page = (digits_run / "report" / "report.html").read_text()
     for fetching in ("<link", "src=", "@import", "url(http", "<script src"):
