@@ -21,6 +21,7 @@ from edgekd.config.networks import ModelConfig
 from edgekd.errors import EdgekdError, InputError, nearest
 from edgekd.extension import check_arguments, parameters_of, resolve
 from edgekd.models.dict_model import DictModel, fits
+from edgekd.models.families import MobileNet, Transformer
 from edgekd.models.networks import ConvNet, Mlp, PolicyNetwork
 from edgekd.spec import ModelSpec, TensorSpec
 
@@ -32,8 +33,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "convnet-s": partial(ConvNet, widths=(16, 24, 48), blocks=(0, 1), stem_stride=2),
     "convnet-xs": partial(ConvNet, widths=(8, 12, 24), blocks=(0, 0), stem_stride=2),
     "mlp": Mlp,
+    "mobilenet": MobileNet,
     "policy-l": partial(PolicyNetwork, widths=(16, 32, 64), blocks=(1, 1), hidden=128),
     "policy-s": partial(PolicyNetwork, widths=(8, 16, 24), blocks=(0, 0), hidden=24),
+    "transformer": Transformer,
 }
 """The built-in networks by the names they have in a pipeline."""
 
@@ -206,7 +209,8 @@ def timm_model(name: str, where: str) -> Maker:
     """What makes a network with ``timm.create_model``.
 
     The arguments of a pipeline are ``pretrained`` (false) and all other arguments of the network,
-    such as ``drop_rate`` or ``img_size``. Channels and classes are those of the data.
+    such as ``drop_rate``. Channels and classes are those of the data, and so is ``img_size`` of a
+    network that is built for one size of image, such as a vision transformer.
 
     Raises:
         InputError: timm is not installed, or has no such network.
@@ -229,6 +233,9 @@ def timm_model(name: str, where: str) -> Maker:
                 f"a network of timm takes one image, and the data give {_listed(inputs)}",
                 remedy="choose another model",
             )
+        known = timm.get_pretrained_cfg(name, allow_unregistered=True)
+        if known is not None and known.fixed_input_size:
+            args = {"img_size": image.shape[2:], **args}
         made: nn.Module = timm.create_model(
             name, pretrained=pretrained, num_classes=num_classes, in_chans=image.shape[1], **args
         )

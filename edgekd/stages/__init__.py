@@ -58,8 +58,9 @@ def preflight(job: Job, gated: bool = True) -> None:
     from edgekd.engines.builder import ExternalBuilder
     from edgekd.engines.onnxruntime import provider_chain
     from edgekd.models.build import check_model
-    from edgekd.stages.student import student_network
+    from edgekd.stages.build_student import student_network
     from edgekd.stages.training import augmentation_of
+    from edgekd.students.candidates import combinations
     from edgekd.students.pruning_plan import torch_pruning
     from edgekd.targets import open_target
     from edgekd.tasks import Classification, get_task
@@ -70,7 +71,14 @@ def preflight(job: Job, gated: bool = True) -> None:
     check_augmentations(config.data.augment)
     check_augmentations(config.distill.augment or (), "distill.augment")
     check_model(config.teacher, "teacher")
-    check_model(student_network(config), "student")
+    search = config.student.search
+    if search is None:
+        check_model(student_network(config), "student")
+    for candidate in combinations(search.candidates or ()) if search is not None else ():
+        resolved = config.model_copy(update={"student": candidate.student})
+        check_model(student_network(resolved), candidate.where)
+        if candidate.student.prune is not None:
+            torch_pruning()
     if config.student.prune is not None:
         torch_pruning()
     device = training_device()

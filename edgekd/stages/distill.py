@@ -13,9 +13,9 @@ from edgekd.config.pipeline import PipelineConfig
 from edgekd.errors import InputError
 from edgekd.files import file_sha256
 from edgekd.pipeline.stage import Context, Job
+from edgekd.stages.build_student import FIRST_WEIGHTS, build_student, check_logits
 from edgekd.stages.comparison import COMPARISON, compare_students
 from edgekd.stages.recipes import race_recipes
-from edgekd.stages.student import FIRST_WEIGHTS, build_student, check_logits
 from edgekd.stages.task_data import (
     COMPARISON_SCHEMA,
     HISTORY_SCHEMA,
@@ -125,7 +125,7 @@ def training_settings(config: PipelineConfig) -> dict[str, Any]:
         # The cache's folder does not affect the outputs.
         "distill": config.distill.model_dump(mode="json", exclude={"cache": {"folder"}}),
         "losses": [t.model_dump(mode="json") for recipe in config.recipes for t in recipe],
-        "student": config.student.model_dump(mode="json", exclude={"checkpoint"}),
+        "student": config.student.model_dump(mode="json", exclude={"checkpoint", "search"}),
         "teacher": config.teacher.model_dump(mode="json", include={"model", "args"}),
         "augment": list(config.data.augment),
         "seed": config.seed,

@@ -30,11 +30,11 @@ from edgekd.quantization.quantize_onnx import (
     quantize_onnx,
     raise_crash,
 )
+from edgekd.stages.build_student import build_student
 from edgekd.stages.comparison import is_student_alone
 from edgekd.stages.distill import STUDENT_WEIGHTS, training_settings
 from edgekd.stages.export import metadata_of, parity_samples
 from edgekd.stages.recipes import trained_config
-from edgekd.stages.student import build_student
 from edgekd.stages.task_data import (
     EVALUATION_BATCH,
     HISTORY_SCHEMA,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from edgekd.errors import InputError
 from edgekd.models.build import example_batch
 from edgekd.models.dict_model import DictModel
+from edgekd.students.operators import failing_line
 
 _PREFIX = "module."
 """Where a :class:`DictModel` has the network whose layers are named."""
@@ -101,7 +102,8 @@ def traced(model: DictModel) -> Iterator[Graph]:
                 )
         except Exception as error:
             raise InputError(
-                f"torch-pruning cannot follow this network: {type(error).__name__}: {error}",
+                f"torch-pruning cannot follow this network: {type(error).__name__}: {error}"
+                f"{failing_line(error)}",
                 where="student.prune",
                 remedy="its outputs must be computed by torch operations with gradients; or name a "
                 "smaller student instead of pruning",
@@ -141,16 +143,20 @@ def apply_cuts(model: DictModel, cuts: Sequence[ChannelCut]) -> None:
             graph.group(layer, cut.removed).prune()  # type: ignore[arg-type]
 
 
-def write_cuts(cuts: Sequence[ChannelCut], path: Path) -> None:
-    """Write the structure of a pruned network as JSON."""
+def write_structure(
+    path: Path, cuts: Sequence[ChannelCut] = (), dropped: Sequence[str] = ()
+) -> None:
+    """Write what was removed from a network as JSON: the dropped blocks, then the cut channels."""
     rows = [asdict(cut) for cut in cuts]
-    path.write_text(json.dumps({"schema": "edgekd.structure/1", "cuts": rows}), encoding="utf-8")
+    content = {"schema": "edgekd.structure/1", "dropped": list(dropped), "cuts": rows}
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def read_cuts(path: Path) -> tuple[ChannelCut, ...]:
-    """Read what :func:`write_cuts` wrote."""
-    rows = json.loads(path.read_text(encoding="utf-8"))["cuts"]
-    return tuple(ChannelCut(row["layer"], tuple(row["removed"])) for row in rows)
+def read_structure(path: Path) -> tuple[tuple[ChannelCut, ...], tuple[str, ...]]:
+    """Read what :func:`write_structure` wrote: the cuts and the dropped blocks."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    cuts = tuple(ChannelCut(row["layer"], tuple(row["removed"])) for row in content["cuts"])
+    return cuts, tuple(content["dropped"])
 
 
 _ACROSS_CHANNELS = (nn.LayerNorm, nn.GroupNorm)
@@ -264,7 +270,8 @@ def _pass_on(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> T
 
 
 def _channel_dim(module: nn.Module) -> int:
-    return -1 if isinstance(module, nn.Linear) else 1
+    # Subclasses of LayerNorm are those of images, with channels in the second place.
+    return -1 if isinstance(module, nn.Linear) or type(module) is nn.LayerNorm else 1
 
 
 def _silence(channels: list[int]) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
