@@ -44,7 +44,8 @@ _FIRST_SPREAD = {"latency": 0.35, "memory": 0.08}
 machine, and with the first ones, which count as one observation more."""
 _RIDGE = 0.3
 _ALIKE = 0.7
-"""How strongly parts keep their common scale; distance in logarithms at which networks are alike."""
+"""How strongly parts keep their common scale, and the distance in logarithms at which networks are
+alike."""
 
 
 @dataclass
