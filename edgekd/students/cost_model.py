@@ -48,8 +48,10 @@ _FIRST_SPREAD = {"latency": 0.35, "memory": 0.08}
 """Standard deviations of the logarithm of measured over predicted: without a measurement of this
 machine, and with the first ones, which count as one observation more."""
 _RIDGE = {"latency": 0.3, "memory": 3.0}
+_SHRINK = {"latency": 0.5, "memory": 2.0}
 _ALIKE = 0.7
-"""How strongly parts keep their common scale, and the distance in logarithms at which networks are
+"""How strongly parts keep their common scale, how many similar networks must agree on what is left
+over to halve it, and the distance in logarithms at which networks are
 alike."""
 
 
@@ -114,7 +116,7 @@ class _Learner:
         weight = np.maximum(x / x.sum(1, keepdims=True), np.array(parts) / sum(parts))
         distance = ((np.clip(logs - here, -3, 3) ** 2) * weight).sum(1)
         alike = np.exp(-distance / (2 * _ALIKE**2))
-        correction = float((alike * left).sum() / (alike.sum() + 0.5))
+        correction = float((alike * left).sum() / (alike.sum() + _SHRINK[self.kind]))
         return float(np.array(parts) @ scales) * math.exp(correction)
 
 
