@@ -28,12 +28,16 @@ demo: setup
 
 test-setup: .venv/.test-installed system-packages
 
-# The real Fashion-MNIST images; tests that need them say why they skip where apt-get is not.
+# The real Fashion-MNIST images, and strace, which sees what commands connect to; tests that need
+# them say why they skip where apt-get is not.
+PACKAGES := dataset-fashion-mnist strace
+
 system-packages:
-	@test -d /usr/share/datasets/fashion-mnist || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
-	  && { apt-get install -y -qq --no-install-recommends dataset-fashion-mnist >/dev/null 2>&1 \
-	       || { apt-get update -qq && apt-get install -y -qq --no-install-recommends dataset-fashion-mnist >/dev/null; }; }; } \
-	  || echo "dataset-fashion-mnist is not installed: tests on it are skipped"
+	@{ test -d /usr/share/datasets/fashion-mnist && command -v strace >/dev/null; } \
+	  || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
+	    && { apt-get install -y -qq --no-install-recommends $(PACKAGES) >/dev/null 2>&1 \
+	         || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(PACKAGES) >/dev/null; }; }; } \
+	  || echo "not all of $(PACKAGES) are installed: tests that need them are skipped"
 
 test: test-setup
 	$(BIN)/ruff check .

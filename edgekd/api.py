@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from edgekd.config.profile import Profile, load_profile
 from edgekd.errors import InputError
 from edgekd.extension import searching
 from edgekd.files import write_errors
-from edgekd.pipeline.runner import Runner, RunOutcome, Workers, join_workers, stages_until
+from edgekd.pipeline.runner import Runner, RunOutcome, Workers, join_workers, up_to_date
 from edgekd.pipeline.runner import plan as plan_run
 from edgekd.pipeline.stage import Context, Job, Stage
 from edgekd.pipeline.store import Store
@@ -69,6 +68,8 @@ def execute(
 ) -> RunOutcome:
     """Run a job with progress on ``console`` (None: silently) and a log in its run folder.
 
+    Where every stage is up to date, nothing is written, and the folder may be read-only.
+
     ``workers``: the processes that train together, of which this is the first; None: a single
     process.
 
@@ -81,15 +82,22 @@ def execute(
     # Read when torch loads its thread pool. Its default of spinning for milliseconds makes two
     # threads many times slower than one as soon as anything else wants the processor.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    stages_until(until, stages)  # A misspelt stage is refused before the folder is created.
     store = Store(folder)
+    shown = console or SafeConsole()
+    finished = up_to_date(job, folder, stages, until)
+    if finished is not None:
+        _remove_leftovers(store)
+        progress = ConsoleProgress(shown, quiet=console is None)
+        for stage in finished.artifacts:
+            progress.message(f"{stage}: unchanged, skipped")
+        return finished
     store.acquire()
     try:
         log = EventLog(folder / "log.jsonl")
         try:
             with (
                 _temporary_files(folder),
-                ConsoleProgress(console or SafeConsole(), log, quiet=console is None) as progress,
+                ConsoleProgress(shown, log, quiet=console is None) as progress,
             ):
                 runner = Runner(job, store, progress, stages, log, workers, preflight)
                 return runner.run(until)
@@ -99,16 +107,33 @@ def execute(
         store.release()
 
 
+def _temporary_folder(folder: Path) -> Path:
+    """In the run folder or, where the user set TMPDIR for a larger disk, of its name there."""
+    chosen = os.environ.get("TMPDIR")
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    return Path(chosen) / f"edgekd-{name}" if chosen else folder.resolve() / "tmp"
+
+
+def _remove_leftovers(store: Store) -> None:
+    """Remove what a killed run left, where this is possible and they are not those of a run in
+    progress.
+    """
+    temporary = _temporary_folder(store.folder)
+    if store.has_leftovers() or temporary.exists():
+        with suppress(InputError):
+            store.acquire()
+            shutil.rmtree(temporary, ignore_errors=True)
+            store.release()
+
+
 @contextmanager
 def _temporary_files(folder: Path) -> Iterator[None]:
     """Put temporary files, also those of processes that are started, into the run folder.
 
-    What a killed run left is removed by the next one. Where the user set TMPDIR, for a larger
-    disk, they are in a folder of this run's name there.
+    What a killed run left is removed by the next one.
     """
     chosen = os.environ.get("TMPDIR")
-    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    place = Path(chosen) / f"edgekd-{name}" if chosen else folder.resolve() / "tmp"
+    place = _temporary_folder(folder)
     before = tempfile.tempdir
     shutil.rmtree(place, ignore_errors=True)
     remedy = "free space there, or set TMPDIR to a larger disk"
@@ -220,10 +245,10 @@ def _finished(job: Job, folder: Path, stages: tuple[Stage, ...]) -> dict[str, Pa
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
-    from edgekd.release.student_search import SEARCH
+    from edgekd.release.student_search import SCHEMA, SEARCH
+    from edgekd.stages.task_data import read_json
 
-    record: dict[str, Any] = json.loads((folder / SEARCH).read_text(encoding="utf-8"))
-    return record
+    return read_json(folder / SEARCH, SCHEMA)
 
 
 def export(pipeline: str | Path, **options: Any) -> RunOutcome:

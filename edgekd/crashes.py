@@ -12,22 +12,35 @@ import mmap
 import os
 import shutil
 import signal
+import struct
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from edgekd.errors import CrashError, EdgekdError, printable
-
-OUT_OF_MEMORY = "it is often the system that ends a process so, for memory: free some"
-"""The remedy for a process that was ended by SIGKILL."""
+from edgekd.errors import CrashError, EdgekdError, InputError, printable
+from edgerun.errors import BadInput, EdgerunError
+from edgerun.limits import call_seconds, too_slow
+from edgerun.process import (
+    FORWARDED,
+    OUT_OF_MEMORY,
+    end_with_parent,
+    forward_signals,
+    named_signal,
+)
 
 _BYTES = 1 << 16
+_SINCE = struct.Struct("d")
+"""After the notes: when the runtime's current call began, by the clock of all processes; 0: none
+runs.
+"""
 
 _shared: mmap.mmap | None = None
+_is_child = False
+_overdue = False
 _noted: dict[str, Any] = {"step": None, "writing": [], "model": None}
 
 
@@ -40,6 +53,24 @@ def note_step(step: str, file: Path | str, level: str = "disabled") -> None:
         level: the level of ONNX Runtime's graph optimization.
     """
     _note(step=[step, str(file), level])
+
+
+@contextmanager
+def native_call(step: str, file: Path | str, level: str = "disabled") -> Iterator[None]:
+    """:func:`note_step` of one call of a runtime, which has a time limit in a supervised process:
+    :func:`edgerun.limits.call_seconds`.
+    """
+    note_step(step, file, level)
+    _set_since(time.monotonic())
+    try:
+        yield
+    finally:
+        _set_since(0.0)
+
+
+def _set_since(moment: float) -> None:
+    if _shared is not None:
+        _SINCE.pack_into(_shared, _BYTES, moment)
 
 
 def note_model(model: Path) -> None:
@@ -89,9 +120,6 @@ def _user_file(file: str | None, folder: Path) -> str | None:
     return file
 
 
-_FORWARDED = (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
-
-
 def supervise(probe: Callable[[Path, str], object]) -> None:
     """Continue in a child process; the parent waits for it and exits with its status.
 
@@ -101,25 +129,26 @@ def supervise(probe: Callable[[Path, str], object]) -> None:
         probe: opens and runs a model at a level of graph optimization, in a process of its own;
             raises CrashError, with a remedy that was tried, if that is killed as well.
     """
-    global _shared
+    global _shared, _is_child
     if not hasattr(os, "fork"):
         return
     try:
         folder = Path(tempfile.mkdtemp(prefix="edgekd-"))
     except OSError:
         return  # A command that needs one reports it.
-    _shared = mmap.mmap(-1, _BYTES)
+    _shared = mmap.mmap(-1, _BYTES + _SINCE.size)
     sys.stdout.flush()
     sys.stderr.flush()
-    child = os.fork()
+    own, child = os.getpid(), os.fork()
     if child == 0:
-        _end_with_parent()
+        _is_child = True
+        end_with_parent(own)
         _use_temporary(folder)
         return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # It reaches the child by itself.
-    for number in _FORWARDED:
-        signal.signal(number, _forwarding(child))
+    forward_signals(child)
+    _kill_when_overdue(child)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    signal.setitimer(signal.ITIMER_REAL, 0)
     try:
         if code < 0:
             _use_temporary(folder)
@@ -134,22 +163,30 @@ def _use_temporary(folder: Path) -> None:
     tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
 
 
-def _end_with_parent() -> None:
-    """Have the kernel kill this process when its parent is killed (Linux)."""
-    if sys.platform != "linux":
-        return
-    import ctypes
-
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+def is_supervised() -> bool:
+    """Whether this process is the child of :func:`supervise`."""
+    return _is_child
 
 
-def _forwarding(child: int) -> Any:
-    def forward(number: int, frame: FrameType | None) -> None:
-        with suppress(ProcessLookupError):
-            os.kill(child, number)
+def _kill_when_overdue(child: int) -> None:
+    """Have a timer kill the child when a call of its runtime exceeds its time."""
 
-    return forward
+    def look(*_: object) -> None:
+        global _overdue
+        assert _shared is not None
+        (since,) = _SINCE.unpack_from(_shared, _BYTES)
+        if since and time.monotonic() - since > seconds:
+            _overdue = True
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+
+    try:
+        seconds = call_seconds()
+    except BadInput:
+        return  # The child reports it.
+    signal.signal(signal.SIGALRM, look)
+    interval = min(1.0, seconds / 4)
+    signal.setitimer(signal.ITIMER_REAL, interval, interval)
 
 
 def _report(number: int, folder: Path, probe: Callable[[Path, str], object]) -> int:
@@ -161,7 +198,7 @@ def _report(number: int, folder: Path, probe: Callable[[Path, str], object]) -> 
         with suppress(ValueError):
             _noted.update(json.loads(_shared[: _shared.find(b"\0")]))
     try:
-        if number in _FORWARDED:
+        if number in FORWARDED:
             return -number
         error = _crash(number, folder, probe)
     finally:
@@ -173,12 +210,15 @@ def _report(number: int, folder: Path, probe: Callable[[Path, str], object]) -> 
     return error.exit_code
 
 
-def _crash(number: int, folder: Path, probe: Callable[[Path, str], object]) -> CrashError:
+def _crash(number: int, folder: Path, probe: Callable[[Path, str], object]) -> EdgerunError:
     step: str | None
     file: str | None
     step, file, level = _noted["step"] or (None, None, "disabled")
     where = _user_file(file, folder)
     what = f"edgekd was killed by signal {named_signal(number)}"
+    if _overdue:
+        doing = {"opened": "opened", "ran": "run once"}.get(step or "", "checked")
+        return too_slow(doing, call_seconds(), where, InputError)
     remedy = OUT_OF_MEMORY if number == signal.SIGKILL else None
     if step is None or file is None:
         return CrashError(what, signal=number, where=where, remedy=remedy)
@@ -188,6 +228,8 @@ def _crash(number: int, folder: Path, probe: Callable[[Path, str], object]) -> C
             probe(Path(file), level)
         except CrashError as error:
             remedy = error.remedy
+        except InputError as error:
+            return error  # What it needs is more than it may have.
         except EdgekdError:
             pass  # No remedy can be tried where random inputs do not reproduce the crash.
     name = Path((where or "the model").partition(",")[0]).name
@@ -199,11 +241,3 @@ def _crash(number: int, folder: Path, probe: Callable[[Path, str], object]) -> C
         where=where,
         remedy=remedy or "export the model again, in another opset or with another exporter",
     )
-
-
-def named_signal(number: int) -> str:
-    """``11`` → ``11 (SIGSEGV)``; without a name, the number alone."""
-    try:
-        return f"{number} ({signal.Signals(number).name})"
-    except ValueError:
-        return str(number)

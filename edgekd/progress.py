@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderableType
@@ -27,7 +27,8 @@ from rich.progress import (
 )
 from rich.segment import Segment
 
-from edgekd.errors import printable
+from edgekd.errors import InputError, StageError, printable
+from edgerun.files import write_errors
 
 
 class Console(RichConsole):
@@ -81,16 +82,26 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class EventLog:
-    """One JSON object a line: ``{"time": …, "event": …, …}``. Append-only, flushed each time."""
+    """One JSON object a line: ``{"time": …, "event": …, …}``. Append-only, not buffered.
+
+    Raises:
+        InputError: the file cannot be opened.
+        StageError: a line cannot be written.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._stream: IO[str] = path.open("a", encoding="utf-8")
+        self._path = path
+        remedy = "remove what is there, or give another folder with --output"
+        with write_errors(path, "the log", remedy, InputError):
+            self._stream = path.open("ab", buffering=0)
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event."""
         entry = {"time": round(time.time(), 3), "event": event, **fields}
-        self._stream.write(json.dumps(entry, default=str) + "\n")
-        self._stream.flush()
+        line = (json.dumps(entry, default=str) + "\n").encode()
+        with write_errors(self._path, "the log", error=StageError):
+            while line:
+                line = line[self._stream.write(line) :]
 
     def close(self) -> None:
         """Close the file."""

@@ -16,9 +16,9 @@ from typing import Any
 
 import click
 
+from edgekd import crashes
 from edgekd.cli.options import is_pipeline
 from edgekd.errors import (
-    EdgekdError,
     InputError,
     StageError,
     edgerun_errors,
@@ -27,6 +27,8 @@ from edgekd.errors import (
     printable,
     unknown_name,
 )
+from edgerun.errors import EdgerunError
+from edgerun.limits import call_seconds, is_limited, is_out_of_memory, limit_memory, too_large
 
 _COMMANDS = {
     "init": ("edgekd.cli:init", "Write an example pipeline to start from."),
@@ -48,6 +50,10 @@ _COMMANDS = {
     "profiles": ("edgekd.cli.profiles:profiles", "List, show and check device profiles."),
     "doctor": ("edgekd.cli.doctor:doctor", "Report what this machine can do and what is missing."),
 }
+
+
+_OF_TEXT_FILES = ("init", "gate", "verify", "compare", "profiles", "doctor")
+"""Commands that open no file by the path from the root."""
 
 
 _OPENING_MODELS = ("benchmark", "build", "check", "quantize")
@@ -74,10 +80,8 @@ class LazyGroup(click.Group):
             words = [word for word in sys.argv[1:] if word != "--debug"]
             pipeline = any(map(is_pipeline, words))
             if words[:1] and words[0] in _OPENING_MODELS and not pipeline:
-                from edgekd.crashes import supervise
-
                 # Its child may be in native code, which only the default of SIGTERM ends.
-                supervise(_probe)
+                crashes.supervise(_probe)
             else:
                 interrupt_on_sigterm()
         return super().main(args, *rest, **extra)
@@ -101,9 +105,14 @@ class LazyGroup(click.Group):
         if any(re.fullmatch(r"(--[^=]*=)?", word) for word in args):
             ctx.fail("An argument is empty. Give a name, or leave the option out.")
         try:
-            Path.cwd()
+            folder = str(Path.cwd())
         except FileNotFoundError:
             ctx.fail("The working folder was removed. Change to another one.")
+        if not is_utf8(folder) and args and args[0] not in _OF_TEXT_FILES:
+            ctx.fail(
+                f"The name of the working folder, {folder!r}, is not valid UTF-8, and the runtimes "
+                "take no other. Rename it, or change to another one."
+            )
         for word in args:
             if not is_utf8(word):
                 ctx.fail(f"The argument {word!r} is not valid UTF-8. Rename the file.")
@@ -121,6 +130,9 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         """Run the command; print errors without a traceback and exit with their exit code."""
         try:
+            if crashes.is_supervised():
+                limit_memory()
+                call_seconds()  # Its parent has no way to report a wrong one.
             return super().invoke(ctx)
         except click.ClickException as error:
             error.message = printable(error.message)  # type: ignore[misc]
@@ -141,9 +153,9 @@ class LazyGroup(click.Group):
             ctx.exit(failed.exit_code)
 
 
-def _explained(error: BaseException) -> EdgekdError:
+def _explained(error: BaseException) -> EdgerunError:
     """The error to show, with its exit code."""
-    if isinstance(error, EdgekdError):
+    if isinstance(error, EdgerunError):
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
         name = str(error.filename)
@@ -151,20 +163,19 @@ def _explained(error: BaseException) -> EdgekdError:
         return InputError(
             f"the file cannot be used: {error.strerror}", where=shown, remedy="give another name"
         )
-    out_of_memory = isinstance(error, RuntimeError) and "allocate memory" in str(error)
-    if isinstance(error, MemoryError) or out_of_memory:
+    if is_out_of_memory(error):
+        if is_limited():
+            return too_large("the model", crashes.noted_file(), InputError)
         return StageError(f"the memory ran out: {error}", remedy="free some, or give less")
     if not type(error).__module__.startswith(_LIBRARIES):
         from edgekd.cli.process import unexpected
 
         return unexpected(error)
-    from edgekd.crashes import noted_file
-
     library, name = type(error).__module__.partition(".")[0], type(error).__name__
     wrong_model = library != "onnxruntime" or name in _WRONG_MODEL
     return (InputError if wrong_model else StageError)(
         f"{library} fails: {' '.join(str(error).split())}",
-        where=noted_file(),
+        where=crashes.noted_file(),
         remedy="'edgekd check' shows what the model needs; export it again, in another "
         "opset or with another exporter",
     )

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from edgekd.api import execute, open_job, plan_students, run_folder
 from edgekd.cli.options import pipeline_options, requirement_options
+from edgekd.extension import searching
 from edgekd.measurement import full_text, value_text
 from edgekd.pipeline.runner import RunOutcome, join_workers
 from edgekd.pipeline.runner import plan as plan_run
@@ -24,7 +25,7 @@ from edgekd.release.report_tables import (
     thread_caution,
 )
 from edgekd.release.result import ModelResult, Result, read_result
-from edgekd.stages import STAGES
+from edgekd.stages import STAGES, preflight
 
 
 def run_pipeline_until(
@@ -133,10 +134,13 @@ def _models(result: Result) -> Table:
     return table
 
 
+until_option = click.option("--until", metavar="STAGE", help="Stop after this stage.")
+
+
 @click.command()
 @pipeline_options
 @requirement_options
-@click.option("--until", metavar="STAGE", help="Stop after this stage.")
+@until_option
 def run(
     pipeline: Path, overrides: tuple[str, ...], output: Path | None, quiet: bool, until: str | None
 ) -> None:
@@ -150,16 +154,22 @@ def run(
 @click.command()
 @pipeline_options
 @requirement_options
-def plan(pipeline: Path, overrides: tuple[str, ...], output: Path | None, quiet: bool) -> None:
-    """Show which stages of PIPELINE would run, and why; nothing is run.
+@until_option
+def plan(
+    pipeline: Path, overrides: tuple[str, ...], output: Path | None, quiet: bool, until: str | None
+) -> None:
+    """Show which stages of PIPELINE would run, and why; no stage is run.
+
+    What a run refuses before its first stage is refused here too: names, arguments, the gate's
+    rules. Your own modules are imported for that.
 
     Where the student is searched for, also its candidates with the memory and latency that are
-    predicted, and how long the search may take; for that the data are prepared. Exit code 2 when
-    no candidate can hold all limits.
+    predicted, and how long the search may take; for that the data are prepared, and what was
+    counted is stored. Exit code 2 when no candidate can hold all limits.
     """
     job = open_job(pipeline, overrides)
     folder, console = run_folder(job, output), Console()
-    rows = plan_run(job, folder, STAGES)
+    rows = plan_run(job, folder, STAGES, until)
     for row in rows:
         if not quiet or row.action == "run":
             console.print(
@@ -168,8 +178,12 @@ def plan(pipeline: Path, overrides: tuple[str, ...], output: Path | None, quiet:
                 markup=False,
                 soft_wrap=True,
             )
-    console.print(f"{sum(row.action == 'run' for row in rows)} of {len(rows)} stages would run")
-    if job.config.student.search is not None:
+    count = sum(row.action == "run" for row in rows)
+    console.print(f"{count} of {len(rows)} stages would run")
+    if count:
+        with searching(job.base):
+            preflight(job, "gate" in [row.stage for row in rows])
+    if job.config.student.search is not None and "student" in [row.stage for row in rows]:
         from edgekd.cli.students import print_search
         from edgekd.stages.survey import nothing_feasible
 

@@ -366,7 +366,7 @@ def pipeline_schema() -> dict[str, Any]:
     """The JSON schema of a pipeline file, with the short forms that YAML allows.
 
     A term, a scheme and an augmentation may be a bare name or ``{name: {arguments}}``, an engine a
-    bare kind, and the cache ``false``.
+    bare kind, the cache ``false``, and a list of a search's candidates one value.
     """
     schema = PipelineConfig.model_json_schema()
     parts = schema["$defs"]
@@ -387,4 +387,15 @@ def pipeline_schema() -> dict[str, Any]:
     cache["anyOf"].append({"const": False})
     engines = schema["properties"]["engines"]
     engines["items"] = {"anyOf": [{"type": "string"}, engines["items"]]}
+    for part in ("CandidateSource", "DropLayersGrid", "PruneGrid"):
+        for about in parts[part]["properties"].values():
+            kinds = about.get("anyOf", [about])
+            lists = [kind for kind in kinds if kind.get("type") == "array"]
+            if lists:
+                items = [kind["items"] for kind in lists]
+                about["anyOf"] = [*(dict(kind) for kind in kinds), *items]
+                about.pop("type", None)
+        grid = parts[part]["properties"].get("grid")
+        if grid is not None:
+            grid.pop("additionalProperties")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": SCHEMA, **schema}

@@ -218,11 +218,14 @@ class _Reader:
                 "give data of two classes or more, or declare how many there are: "
                 "task_args: {classes: …}",
             )
-        missing = sorted(set(range(min(high + 1, low + _SHOWN * len(trained)))) - set(trained))
+        # The labels may be as large as an identifier: only the first missing numbers are listed.
+        first = sorted(set(range(min(high + 1, len(trained) + _SHOWN))) - set(trained))[:_SHOWN]
+        missing = ", ".join(map(str, first))
+        more = ", …" if high + 1 - len(trained) > _SHOWN else ""
         raise self.error(
             f"{self.name!r} holds {len(trained)} different labels from {low} to {high}, so that "
             f"{high + 1 - len(trained):,} numbers below {high + 1:,} have no training sample: "
-            f"{_listed(missing)}",
+            f"{missing}{more}",
             f"write data.classes: {_yaml(trained)} when these are the {len(trained)} classes, or "
             f"task_args: {{classes: {high + 1}}} when all numbers from 0 are",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -227,6 +228,9 @@ def _specs(rows: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
 
 Arrays = Mapping[str, Array]
 
+_LONGEST_NAME = 200
+"""Bytes; that of a file has at most 255."""
+
 
 def check_axes(splits: Mapping[str, Arrays], where: str) -> None:
     """Check that each split has arrays, and each array an axis of samples.
@@ -278,11 +282,12 @@ def check_arrays(splits: Mapping[str, Arrays], where: str) -> None:
 
 
 def _check_one(split: str, name: str, array: Array, where: str) -> None:
-    if not name.isidentifier():
+    if not name.isidentifier() or len(name.encode()) > _LONGEST_NAME:
         raise InputError(
-            f"{name!r} is no usable name for an array",
+            f"{reprlib.repr(name)} is no usable name for an array",
             where=where,
-            remedy="use letters, digits and underscores: the name becomes a model's input",
+            remedy="use letters, digits and underscores, at most 200 bytes: the name becomes a "
+            "model's input and a file's",
         )
     if array.dtype.kind not in "biuf":
         raise InputError(

@@ -209,7 +209,8 @@ def timm_model(name: str, where: str) -> Maker:
     """What makes a network with ``timm.create_model``.
 
     The arguments of a pipeline are ``pretrained`` (false) and all other arguments of the network,
-    such as ``drop_rate`` or ``img_size``. Channels and classes are those of the data.
+    such as ``drop_rate``. Channels and classes are those of the data, and so is ``img_size`` of a
+    network that is built for one size of image, such as a vision transformer.
 
     Raises:
         InputError: timm is not installed, or has no such network.
@@ -232,6 +233,9 @@ def timm_model(name: str, where: str) -> Maker:
                 f"a network of timm takes one image, and the data give {_listed(inputs)}",
                 remedy="choose another model",
             )
+        known = timm.get_pretrained_cfg(name, allow_unregistered=True)
+        if known is not None and known.fixed_input_size:
+            args = {"img_size": image.shape[2:], **args}
         made: nn.Module = timm.create_model(
             name, pretrained=pretrained, num_classes=num_classes, in_chans=image.shape[1], **args
         )

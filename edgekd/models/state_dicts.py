@@ -18,6 +18,7 @@ position.
 """
 
 _NESTING = 4
+_MOST_MAPPINGS = 200_000
 _SHOWN = 4
 """Number of keys of a kind that an error lists."""
 
@@ -64,7 +65,7 @@ def find_state(
         InputError: there is no state dict; none fits (missing, unexpected and mis-shaped keys of
             the nearest are listed); or several different ones fit.
     """
-    candidates = dict(_state_dicts(content))
+    candidates = dict(_state_dicts(content, place))
     if not candidates:
         raise InputError(
             f"the checkpoint holds no state dict but {_described(content)}",
@@ -99,18 +100,38 @@ def find_state(
     return chosen.state, notes
 
 
-def _state_dicts(content: object, path: str = "", depth: int = 0) -> Iterator[tuple[str, State]]:
-    if isinstance(content, nn.Module):
-        yield path, dict(content.state_dict())
-        return
-    if not isinstance(content, Mapping) or depth > _NESTING:
-        return
-    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-    if tensors:
-        yield path, tensors
-    for key, value in content.items():
-        if isinstance(value, Mapping | nn.Module):
-            yield from _state_dicts(value, f"{path}.{key}".lstrip("."), depth + 1)
+def _state_dicts(content: object, place: str) -> Iterator[tuple[str, State]]:
+    """Every mapping with tensors, by its path.
+
+    Raises:
+        InputError: there are more mappings than any checkpoint has. A small file can have any
+            number of paths, as mappings may share others.
+    """
+    left: list[tuple[str, object, int]] = [("", content, 0)]
+    visited = 0
+    while left:
+        path, value, depth = left.pop()
+        visited += 1
+        if visited > _MOST_MAPPINGS:
+            raise InputError(
+                f"the checkpoint has more than {_MOST_MAPPINGS:,} mappings in one another",
+                where=place,
+                remedy="save torch.save(model.state_dict(), …)",
+            )
+        if isinstance(value, nn.Module):
+            yield path, dict(value.state_dict())
+            continue
+        if not isinstance(value, Mapping) or depth > _NESTING:
+            continue
+        tensors = {str(k): v for k, v in value.items() if isinstance(v, Tensor)}
+        if tensors:
+            yield path, tensors
+        inner = [
+            (f"{path}.{key}".lstrip("."), each, depth + 1)
+            for key, each in value.items()
+            if isinstance(each, Mapping | nn.Module)
+        ]
+        left += reversed(inner)
 
 
 def _fits(key: str, state: State, expected: Mapping[str, Tensor], prefix: str | None) -> list[_Fit]:

@@ -27,6 +27,7 @@ from edgekd.errors import InputError
 from edgekd.files import require_regular_file, write_whole
 from edgekd.models.dict_model import DictModel
 from edgekd.models.state_dicts import find_state
+from edgerun.limits import limited_memory
 
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar", ".th")
 _HARMLESS = [
@@ -44,6 +45,10 @@ _UNKNOWN = (ImportError, AttributeError, TypeError)
 """What it raises for a name that is not there."""
 _LARGE, _RATIO = 100_000_000, 10
 """An archive of more than these bytes unpacked, and this many times its size, is refused."""
+_LARGEST_REST = 1 << 30
+"""Bytes that reading a checkpoint may need in addition to three times its file."""
+_LARGEST_HEADER = 8 << 20
+"""Bytes of the names and shapes in a safetensors file; read, they need thirty times as many."""
 _SCALING = ("@output_scale", "@output_offset")
 
 
@@ -183,6 +188,14 @@ def _inner(model: nn.Module) -> nn.Module:
 
 
 def _read_safetensors(path: Path, place: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with path.open("rb") as opened:
+        header = int.from_bytes(opened.read(8), "little")
+    if _LARGEST_HEADER < header < path.stat().st_size:
+        raise InputError(
+            f"the file's header has {header:,} bytes, and {_LARGEST_HEADER:,} are the most",
+            where=place,
+            remedy="save fewer tensors: the largest networks need a tenth of that",
+        )
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = dict(file.metadata() or {})
@@ -205,7 +218,13 @@ def _read_torch(path: Path, allow_pickle: bool, place: str) -> object:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
             # Suppresses torch's warnings: the errors below are clearer.
             warnings.simplefilter("ignore", UserWarning)
-            content: object = torch.load(path, map_location="cpu", weights_only=not allow_pickle)
+            # A pickle of few bytes may ask for any number of them; what it holds besides its
+            # tensors, which are not packed, is small.
+            most = None if allow_pickle else _LARGEST_REST + 3 * path.stat().st_size
+            with limited_memory("the checkpoint", place, InputError, most):
+                content: object = torch.load(
+                    path, map_location="cpu", weights_only=not allow_pickle
+                )
     except pickle.UnpicklingError as error:
         if allow_pickle or not _needs_code(path, error):
             raise _damaged(error, place) from error

@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 from google.protobuf.message import DecodeError
 
-from edgekd.crashes import note_step
+from edgekd.crashes import native_call
 from edgekd.errors import InputError
 from edgekd.files import require_regular_file
 from edgekd.onnx.session import CPU_PROVIDER, first_line, open_session
@@ -72,10 +72,10 @@ def check_onnx(path: Path) -> None:
             is missing, too short or outside the model's folder.
     """
     read_onnx(path)
-    note_step("checked", path)
     try:
         # By path: the checker then also accepts models above protobuf's 2 GB.
-        onnx.checker.check_model(str(path))
+        with native_call("checked", path):
+            onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
         # The checker also refuses files that every runtime accepts, such as those that leave an
         # output's shape out: the runtime has the last word.

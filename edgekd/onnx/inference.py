@@ -17,6 +17,7 @@ from edgekd.errors import InputError, StageError
 from edgekd.onnx.samples import Array, Samples, random_inputs
 from edgekd.onnx.session import CPU_PROVIDER, Optimization, first_line, open_session
 from edgekd.spec import ModelSpec
+from edgerun import limits
 from edgerun.model import BatchLayout, TensorInfo
 from edgerun.onnx_session import shape_of
 
@@ -246,6 +247,8 @@ def run_batch(
     except Exception as error:  # the runtime's own exception classes have no public base
         shapes = ", ".join(f"{name} {a.dtype}{a.shape}" for name, a in inputs.items())
         what = f"the model does not run on {shapes}: {first_line(error)}"
+        if limits.is_limited() and limits.is_out_of_memory(error):
+            raise limits.too_large("the model", str(path), InputError) from error
         if isinstance(error, InvalidArgument):
             remedy = "give samples of the type and shape that the model expects"
             raise InputError(what, where=str(path), remedy=remedy) from error
@@ -283,7 +286,8 @@ def outputs_of_random_inputs(
     """Random inputs of the first size that the model can run, and its outputs for them.
 
     Raises:
-        InputError: as :func:`edgekd.onnx.samples.random_inputs`.
+        InputError: as :func:`edgekd.onnx.samples.random_inputs`; or the model needs more memory
+            than is allowed.
         StageError: the model runs with none of :data:`TRIED_SIZES`.
     """
     failure: InputError | StageError | None = None
@@ -294,6 +298,8 @@ def outputs_of_random_inputs(
         except (InputError, StageError) as error:
             failure = failure or error
     assert failure is not None
+    if limits.is_limited() and limits.is_out_of_memory(failure.__cause__):
+        raise failure
     remedy = "give samples of the shapes that the model expects"
     raise StageError(failure.what, where=str(path), remedy=remedy) from failure
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import onnxruntime
 
-from edgekd.crashes import note_step
+from edgekd.crashes import native_call
 from edgekd.errors import InputError, unknown_name
 from edgerun import onnx_session
 from edgerun.errors import EdgerunError
@@ -181,8 +181,8 @@ class Session(onnxruntime.InferenceSession):  # type: ignore[misc]  # it has no 
 
     def run(self, *arguments: Any, **settings: Any) -> Any:
         """As ``onnxruntime.InferenceSession.run``."""
-        note_step("ran", self.file, self.level)
-        return super().run(*arguments, **settings)
+        with native_call("ran", self.file, self.level):
+            return super().run(*arguments, **settings)
 
 
 def open_session(
@@ -213,17 +213,17 @@ def open_session(
         InputError: ONNX Runtime refuses the file, or a provider does not start on this machine
             (ONNX Runtime alone would continue on the CPU and report it in its log only).
     """
-    note_step("opened", path, optimization)
     try:
-        session: Session = onnx_session.open_session(
-            path,
-            options or session_options(threads, optimization),
-            providers,
-            provider_options or {},
-            fallback == "error",
-            Session,
-            disabled_optimizers,
-        )
+        with native_call("opened", path, optimization):
+            session: Session = onnx_session.open_session(
+                path,
+                options or session_options(threads, optimization),
+                providers,
+                provider_options or {},
+                fallback == "error",
+                Session,
+                disabled_optimizers,
+            )
     except EdgerunError as error:
         raise InputError(
             error.what,

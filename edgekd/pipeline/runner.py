@@ -57,6 +57,8 @@ class PlanRow:
     stage: str
     action: Literal["cached", "run"]
     reason: str
+    artifact: Artifact | None = None
+    """Of a cached stage."""
 
 
 @dataclass
@@ -91,7 +93,7 @@ def stages_until(name: str | None, stages: tuple[Stage, ...]) -> tuple[Stage, ..
 def plan(
     job: Job, folder: Path, stages: tuple[Stage, ...], until: str | None = None
 ) -> list[PlanRow]:
-    """The plan of what :class:`Runner` would do; nothing is run."""
+    """The plan of what :class:`Runner` would do; nothing is run, and nothing written."""
     store = Store(folder)
     done: dict[str, Artifact] = {}
     rows = []
@@ -103,13 +105,29 @@ def plan(
                 continue
             material = fingerprint_inputs(stage, job, done)
             artifact = store.find(stage.name, json_sha256(material))
-            if artifact is None:
+            damaged = stage.name in _LINKED and artifact and not store.is_undamaged(artifact)
+            if artifact is None or damaged:
                 reason = why_outdated(material, store.latest(stage.name))
                 rows.append(PlanRow(stage.name, "run", reason))
             else:
                 done[stage.name] = artifact
-                rows.append(PlanRow(stage.name, "cached", artifact.fingerprint[:16]))
+                reason = artifact.fingerprint[:16]
+                rows.append(PlanRow(stage.name, "cached", reason, artifact))
     return rows
+
+
+def up_to_date(
+    job: Job, folder: Path, stages: tuple[Stage, ...], until: str | None = None
+) -> RunOutcome | None:
+    """The outcome of a run with nothing to do, found without writing; None: there is something."""
+    store = Store(folder)
+    outcome = RunOutcome()
+    for row in plan(job, folder, stages, until):
+        linked = row.stage in _LINKED
+        if row.artifact is None or (linked and not store.is_linked(row.stage, row.artifact)):
+            return None
+        outcome.artifacts[row.stage] = row.artifact
+    return outcome
 
 
 class Runner:
@@ -198,7 +216,7 @@ class Runner:
         read = [done[name] for name in stage.inputs]
         # What is shipped is of a run whose artifacts are all undamaged.
         self._check_artifacts(list(done.values()) if stage.name == _LINKED[-1] else read)
-        self._check_sources(material, before=True)
+        check_sources(material, before=True)
         self._record("stage-started", stage=stage.name, fingerprint=fingerprint)
         try:
             if stage.name in _LINKED:
@@ -213,8 +231,10 @@ class Runner:
             if self.workers is None:
                 stage.run(context, inputs)
             else:
-                self.workers.run(stage, context, inputs)
-            self._check_sources(material, before=False)
+                self.workers.run(stage, context, inputs, material)
+            edited = check_sources(material, before=False)
+            if edited:
+                self.progress.message(f"  edited meanwhile, used in its old form: {edited}")
             if stage.name in (*_LINKED, "gate"):
                 self._check_artifacts(read)  # what is shipped is what was measured
             artifact = self.store.commit(stage.name, fingerprint, temporary, material)
@@ -222,7 +242,8 @@ class Runner:
             self.store.discard(stage.name, fingerprint)
             raise
         except Exception as error:
-            self._record("stage-failed", stage=stage.name, traceback=traceback.format_exc())
+            with suppress(StageError):  # The disk may be full: this error is the one to report.
+                self._record("stage-failed", stage=stage.name, traceback=traceback.format_exc())
             self.store.discard(stage.name, fingerprint)
             raise _explained(error, stage, self.store) from error
         shutil.rmtree(scratch, ignore_errors=True)
@@ -237,33 +258,43 @@ class Runner:
         if damaged:
             raise _Damaged(damaged)
 
-    def _check_sources(self, material: Mapping[str, Any], before: bool) -> None:
-        """Compare own code with the form of it that this process imported.
-
-        Raises:
-            InputError: the result is not, or may not be, that of the code in the fingerprint.
-        """
-        config, references = material["config"], material["references"]
-        edited = edited_sources(config)
-        names = ", ".join(sorted(str(file) for file in edited))
-        if edited and not before and all(edited.values()) and is_imported(config, references):
-            self.progress.message(f"  edited meanwhile, used in its old form: {names}")
-        elif edited:
-            raise InputError(
-                f"your own code was edited after this run imported it: {names}",
-                where=names,
-                remedy="run again; finished stages are stored",
-            )
-        elif not is_imported(config, references):
-            raise InputError(
-                "this process imported another form of your own code, or a module of that name",
-                where=", ".join(sorted(references)),
-                remedy="run it in a new process; finished stages are stored",
-            )
-
     def _record(self, event: str, **fields: Any) -> None:
         if self.log is not None:
             self.log.write(event, **fields)
+
+
+def check_sources(material: Mapping[str, Any], before: bool, rank: int = 0) -> str:
+    """Compare own code with the form of it that this process imported.
+
+    Args:
+        material: what the fingerprint of a stage was made of.
+        before: the stage has not run yet, so that an edited file is refused in any case.
+        rank: this process's number among those of the run, for the error.
+
+    Returns:
+        The files that were edited meanwhile and were used in the form of the fingerprint.
+
+    Raises:
+        InputError: the result is not, or may not be, that of the code in the fingerprint.
+    """
+    config, references = material["config"], material["references"]
+    edited = edited_sources(config)
+    names = ", ".join(sorted(str(file) for file in edited))
+    imported = is_imported(config, references)
+    if edited and (before or not all(edited.values()) or not imported):
+        raise InputError(
+            f"your own code was edited after this run imported it: {names}",
+            where=names,
+            remedy="run again; finished stages are stored",
+        )
+    if not imported:
+        process = f"process {rank}" if rank else "this process"
+        raise InputError(
+            f"{process} imported another form of your own code, or a module of that name",
+            where=", ".join(sorted(references)),
+            remedy="run again, in a new process; finished stages are stored",
+        )
+    return names
 
 
 def _explained(error: Exception, stage: Stage, store: Store) -> EdgekdError:
@@ -311,6 +342,7 @@ class Command:
     stage: str | None
     context: Context | None = None
     inputs: Mapping[str, Path] | None = None
+    material: Mapping[str, Any] | None = None
     exit_code: int = 0
 
 
@@ -358,8 +390,17 @@ class Workers:
         self._processes = processes
         self.is_main = processes.rank == 0
 
-    def run(self, stage: Stage, context: Context, inputs: Mapping[str, Path]) -> None:
+    def run(
+        self,
+        stage: Stage,
+        context: Context,
+        inputs: Mapping[str, Path],
+        material: Mapping[str, Any],
+    ) -> None:
         """Run a stage in the first process, or in all processes when it trains.
+
+        The other processes check own code against ``material``, that of the stage's fingerprint;
+        the first one's is checked by its caller.
 
         Raises:
             Exception: that of the process that failed first.
@@ -369,7 +410,7 @@ class Workers:
             return
         context.progress.message(f"  {stage.name}: {self._processes.count} processes train")
         sent = replace(context, progress=Silent(), fingerprints=dict(context.fingerprints))
-        self._broadcast(Command(stage.name, sent, dict(inputs)))
+        self._broadcast(Command(stage.name, sent, dict(inputs), material))
         own, failures = self._gather_failures(partial(stage.run, context, inputs))
         if own is not None and not isinstance(own, Exception):
             raise own
@@ -389,7 +430,7 @@ class Workers:
         """
         while (command := self._broadcast(None)).stage is not None:
             stage = next(stage for stage in stages if stage.name == command.stage)
-            self._gather_failures(partial(_join, stage, command))
+            self._gather_failures(partial(_join, stage, command, self._processes.rank))
         if command.exit_code:
             # Launchers end all processes when one fails, and the first has not printed its error
             # yet.
@@ -433,13 +474,16 @@ class Workers:
         return own, tuple(found for found in failures if found is not None)
 
 
-def _join(stage: Stage, command: Command) -> None:
+def _join(stage: Stage, command: Command, rank: int) -> None:
     assert command.context is not None
     assert command.inputs is not None
+    assert command.material is not None
     context = command.context
     # What a kill leaves there is removed with the scratch folder.
     with tempfile.TemporaryDirectory(dir=context.scratch) as folder, searching(context.job.base):
+        check_sources(command.material, before=True, rank=rank)
         stage.run(replace(context, out=Path(folder)), command.inputs)
+        check_sources(command.material, before=False, rank=rank)
 
 
 def _as_edgekd_error(error: BaseException, rank: int) -> EdgekdError:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class Store:
         self.folder = folder
         self.artifacts = folder / "artifacts"
         self._lock = FileLock(folder / ".lock")
+        self._owner_file = folder / ".owner"
 
     def acquire(self) -> None:
         """Create the folder and acquire its lock.
@@ -68,19 +70,29 @@ class Store:
             remedy = "give a folder that you may write to with --output"
             with write_errors(self.folder, "the run folder", remedy, InputError):
                 raise
-        # Best effort: the name of the owner is only for the other run's message.
-        (self.folder / ".owner").write_text(str(os.getpid()), encoding="utf-8")
-        for leftover in self.artifacts.glob("*/.tmp-*"):
-            shutil.rmtree(leftover)
+        with suppress(OSError):  # The name of the owner is only for the other run's message.
+            self._owner_file.write_text(str(os.getpid()), encoding="utf-8")
+        for leftover in self._unfinished():
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def release(self) -> None:
         """Release the lock."""
-        (self.folder / ".owner").unlink(missing_ok=True)
+        with suppress(OSError):
+            self._owner_file.unlink(missing_ok=True)
         self._lock.release()
 
+    def has_leftovers(self) -> bool:
+        """Whether there is what a killed run left, or a run in progress has."""
+        return self._owner_file.exists() or any(self._unfinished())
+
+    def _unfinished(self) -> Iterator[Path]:
+        return self.artifacts.glob("*/.tmp-*")
+
     def _owner(self) -> str:
-        owner = self.folder / ".owner"
-        return f" (process {owner.read_text(encoding='utf-8')})" if owner.is_file() else ""
+        try:
+            return f" (process {self._owner_file.read_text(encoding='utf-8')})"
+        except OSError:
+            return ""
 
     def find(self, stage: str, fingerprint: str) -> Artifact | None:
         """The artifact of this fingerprint, or None when there is none or it was damaged."""
@@ -149,6 +161,8 @@ class Store:
             "files": files,
             "made_from": made_from,
         }
+        record = json.loads(json.dumps(record, default=str))  # as it will be read
+        record["record_sha256"] = json_sha256(record)
         # Not atomic by itself: the artifact appears with the rename of its folder.
         text = json.dumps(record, indent=1, default=str)
         (temporary / _RECORD).write_text(text, encoding="utf-8")
@@ -176,6 +190,11 @@ class Store:
         temporary.replace(link)
         return link
 
+    def is_linked(self, name: str, artifact: Artifact) -> bool:
+        """Whether the link of :meth:`link` is there and points at this artifact."""
+        link = self.folder / name
+        return link.is_symlink() and link.readlink() == artifact.folder.relative_to(self.folder)
+
     def unlink(self, name: str) -> None:
         """Remove a link of :meth:`link`, so that it does not show an outdated artifact."""
         self._link(name).unlink(missing_ok=True)
@@ -195,11 +214,13 @@ class Store:
 
     @staticmethod
     def _record(folder: Path) -> dict[str, Any] | None:
+        """The record of an artifact; None where there is none, or it is not as it was written."""
         try:
             record: dict[str, Any] = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+            written = record.pop("record_sha256")
+        except (FileNotFoundError, NotADirectoryError, ValueError, AttributeError, KeyError):
             return None
-        return record
+        return record if written == json_sha256(record) else None
 
 
 def _stamp(file: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 from pydantic import BaseModel, BeforeValidator, Field
 
 from edgekd.config.budgets import Budgets
+from edgekd.errors import printable
 from edgekd.measurement import (
     EVIDENCE_STRENGTH,
     OF_CONSTANT,
@@ -180,7 +181,11 @@ def write_junit(path: Path, name: str, verdicts: Sequence[Verdict]) -> None:
     )
     for verdict in verdicts:
         case = ElementTree.SubElement(
-            suite, "testcase", classname=f"edgekd.gate.{_text(name)}", name=verdict.rule, time="0"
+            suite,
+            "testcase",
+            classname=f"edgekd.gate.{_text(name)}",
+            name=_text(verdict.rule),
+            time="0",
         )
         message = f"{verdict.rule} ({verdict.budget_text}, {verdict.origin}): {verdict.reason}"
         if verdict.status == "pass":
@@ -195,8 +200,10 @@ def write_junit(path: Path, name: str, verdicts: Sequence[Verdict]) -> None:
 
 
 def _text(text: str) -> str:
-    """Without the characters that XML 1.0 does not allow, not even escaped."""
-    return _NOT_XML.sub("�", text)
+    """As printable characters: those that XML 1.0 does not allow, not even escaped, and those that
+    control a terminal appear as escapes such as ``\\x1b``.
+    """
+    return _NOT_XML.sub(lambda found: ascii(found[0])[1:-1], printable(text))
 
 
 SCHEMA = "edgekd.gate/2"

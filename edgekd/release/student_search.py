@@ -19,7 +19,7 @@ from edgekd.measurement import (
 )
 from edgekd.release.charts import Axis, Plot, axis_for, element, linear_axis
 
-SEARCH, SCHEMA = "search.json", "edgekd/search/1"
+SEARCH, SCHEMA = "search.json", "edgekd.search/1"
 """The file in the student stage's artifact, and the schema that it states."""
 
 STATUS = {

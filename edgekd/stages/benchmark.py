@@ -12,7 +12,7 @@ import numpy as np
 from edgekd.files import write_npz
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.engine_builders import common_level
-from edgekd.stages.task_data import TaskData, open_task_data, read_json, write_json
+from edgekd.stages.task_data import ENGINES_SCHEMA, TaskData, open_task_data, read_json, write_json
 
 if TYPE_CHECKING:
     from edgekd.onnx.samples import Array
@@ -61,6 +61,7 @@ class BenchmarkStage:
         from edgekd.pipeline.fingerprint import library_versions
         from edgekd.release.build_result import Measured, RunInfo, build_result
         from edgekd.release.report_tables import thread_remark
+        from edgekd.release.result import SCHEMA as RESULT_SCHEMA
         from edgekd.release.result import recipe_sha256
         from edgekd.targets import open_target
         from edgekd.tasks import agreement_task
@@ -74,7 +75,7 @@ class BenchmarkStage:
             name: np.asarray(test.arrays[name]) for name in _names(task_data.dataset.targets)
         }
 
-        engines = read_json(inputs["engines"] / "engines.json")
+        engines = read_json(inputs["engines"] / "engines.json", ENGINES_SCHEMA)
         target = open_target(config.target)
         files = {
             role: inputs["engines"] / engines[role]["file"] for role in ROLES if role in engines
@@ -143,7 +144,7 @@ class BenchmarkStage:
         result = build_result(
             origin, task, measured, bench, None if constant is None else constant[labelled]
         )
-        write_json(context.out / "result.json", result.to_json())
+        write_json(context.out / "result.json", result.to_json(), RESULT_SCHEMA)
         scores = {role: entry.scores for role, entry in measured.items()}
         write_npz(context.out / "scores.npz", scores)
 

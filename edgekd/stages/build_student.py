@@ -11,7 +11,13 @@ from edgekd.config.networks import HUBS, TEACHERS_OWN, ModelConfig, StudentConfi
 from edgekd.config.pipeline import PipelineConfig
 from edgekd.errors import InputError
 from edgekd.pipeline.stage import Job
-from edgekd.stages.task_data import TaskData, read_json, some_samples, write_json
+from edgekd.stages.task_data import (
+    STUDENT_SCHEMA,
+    TaskData,
+    read_json,
+    some_samples,
+    write_json,
+)
 from edgekd.stages.teacher import (
     WEIGHTS,
     plan_adaptation,
@@ -30,6 +36,9 @@ if TYPE_CHECKING:
 FIRST_WEIGHTS, STRUCTURE, SECTION = "first.safetensors", "structure.json", "student.json"
 """The artifact's files: the initial weights; what was removed from the network; and, of a search,
 the winner's section ``student``."""
+
+SECTION_SCHEMA = "edgekd.student-section/1"
+"""Of ``student.json``."""
 
 _GRADIENT_BATCH, _GRADIENT_SAMPLES = 128, 1024
 """The importance ``taylor`` is computed on about so many labelled samples, in such batches."""
@@ -55,7 +64,7 @@ def resolved_student(config: PipelineConfig, folder: Path | None) -> StudentConf
             where="student.search",
             remedy="run the stage student first: edgekd run PIPELINE --until student",
         )
-    return StudentConfig.model_validate(read_json(folder / SECTION))
+    return StudentConfig.model_validate(read_json(folder / SECTION, SECTION_SCHEMA))
 
 
 def with_student(task_data: TaskData, student: StudentConfig) -> TaskData:
@@ -117,7 +126,7 @@ def write_student(
     section = student.model_dump(mode="json", exclude={"checkpoint"}, exclude_defaults=True)
     about = {"parameters": count_parameters(model), "section": section}
     spec = model.spec.to_json() | about | described
-    write_json(out / "model.json", spec)
+    write_json(out / "model.json", spec, STUDENT_SCHEMA)
     say(f"  student: {count_parameters(model):,} parameters")
     return model, spec
 

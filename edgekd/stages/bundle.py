@@ -12,7 +12,7 @@ from edgekd.errors import GateFailed
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.engine_builders import FURTHER
 from edgekd.stages.quantize import STUDENT
-from edgekd.stages.task_data import open_task_data, read_json
+from edgekd.stages.task_data import ENGINES_SCHEMA, open_task_data, read_json
 
 EXAMPLE_SAMPLES = 8
 
@@ -54,7 +54,7 @@ class BundleStage:
         dataset = task_data.dataset
         test = dataset.splits["test"]
         prepared = dataset.model_inputs("test", 0, min(EXAMPLE_SAMPLES, len(test)))
-        engine = read_json(inputs["engines"] / "engines.json")["student"]
+        engine = read_json(inputs["engines"] / "engines.json", ENGINES_SCHEMA)["student"]
         # Where TensorRT is measured, this is the file that its engine was built from.
         model = inputs["engines"] / STUDENT
         write_bundle(

@@ -5,6 +5,7 @@ Everything is stored in the run's cache as it is found, so that a search that is
 
 from __future__ import annotations
 
+import json
 import platform
 import shutil
 import time
@@ -19,7 +20,7 @@ from edgekd.config.pipeline import QuantizeConfig
 from edgekd.config.search import SearchConfig
 from edgekd.engines.builder import Precision
 from edgekd.errors import CrashError, InputError, StageError
-from edgekd.files import file_sha256, json_sha256
+from edgekd.files import file_sha256, json_sha256, write_whole
 from edgekd.pipeline.fingerprint import (
     code_sha256,
     extension_versions,
@@ -27,10 +28,11 @@ from edgekd.pipeline.fingerprint import (
     references_sha256,
 )
 from edgekd.pipeline.stage import Context, Job
-from edgekd.release.student_search import SEARCH, latency_percentile
+from edgekd.release.student_search import SCHEMA, SEARCH, latency_percentile
 from edgekd.stages.build_student import (
     FIRST_WEIGHTS,
     SECTION,
+    SECTION_SCHEMA,
     build_student,
     with_student,
     write_student,
@@ -40,7 +42,7 @@ from edgekd.stages.measure_candidate import (
     measure_candidate,
     measure_footprint,
 )
-from edgekd.stages.task_data import open_task_data, read_json, write_json
+from edgekd.stages.task_data import open_task_data, write_json
 from edgekd.stages.teacher import BLACK_BOX, WEIGHTS, open_network, read_adaptation
 from edgekd.stages.training import hub_fingerprint
 from edgekd.students.candidates import propose
@@ -60,6 +62,17 @@ FOLDER, SECONDS = "search", "seconds.json"
 _ARTIFACT, _COSTS = "artifact", "costs.json"
 _WHERE = "student.search.candidates"
 _LIMITS = ("size.", "parameters.", "latency.", "memory.")
+
+
+def store(path: Path, value: Mapping[str, Any]) -> None:
+    """Write what a search found into its cache, completely or not at all."""
+    write_whole(path, json.dumps(value))
+
+
+def stored(path: Path) -> dict[str, Any]:
+    """What :func:`store` wrote."""
+    value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return value
 
 
 def section_of(job: Job) -> SearchConfig:
@@ -180,7 +193,7 @@ class CandidateSet:
                 model, _ = write_student(
                     own, self.job, teacher, partial / _ARTIFACT, lambda text: None
                 )
-                write_json(partial / _COSTS, asdict(self._count(model)))
+                store(partial / _COSTS, asdict(self._count(model)))
                 partial.rename(folder)
             entry.costs = _read_costs(folder / _COSTS)
         except (InputError, StageError, CrashError) as error:
@@ -261,12 +274,12 @@ class CandidateSet:
         if self.teacher is None:
             return None
         key = json_sha256([self._common, self._weights])[:16]
-        stored = self.folder / f"teacher-{key}.json"
-        if not stored.is_file():
+        file = self.folder / f"teacher-{key}.json"
+        if not file.is_file():
             assert self.teacher_file is not None
             costs = graph_costs(self.teacher_file, self.config.benchmark.batch_size)
-            write_json(stored, asdict(costs))
-        return _read_costs(stored)
+            store(file, asdict(costs))
+        return _read_costs(file)
 
     @property
     def teacher_figures(self) -> Figures | None:
@@ -304,7 +317,7 @@ class CandidateSet:
         )  # fmt: skip
         if seconds:
             mean = sum(seconds) / len(seconds)
-            write_json(self.folder / SECONDS, {"seconds": mean, "measured": len(seconds)})
+            store(self.folder / SECONDS, {"seconds": mean, "measured": len(seconds)})
         count = sum(entry.figures is not None for entry in self.entries)
         self.say(
             f"  {count} of {len(self.entries)} candidates measured, {len(self.feasible)} of them "
@@ -360,8 +373,8 @@ class CandidateSet:
         out = self.context.out
         shutil.copytree(self.place(winner) / _ARTIFACT, out, dirs_exist_ok=True)
         section = winner.candidate.student.model_dump(mode="json", exclude_defaults=True)
-        write_json(out / SECTION, section)
-        write_json(out / SEARCH, self.record(about))
+        write_json(out / SECTION, section, SECTION_SCHEMA)
+        write_json(out / SEARCH, self.record(about), SCHEMA)
 
 
 def _precisions(quantize: QuantizeConfig | None) -> tuple[Precision, ...]:
@@ -373,5 +386,5 @@ def _precisions(quantize: QuantizeConfig | None) -> tuple[Precision, ...]:
 
 
 def _read_costs(path: Path) -> GraphCosts:
-    value = read_json(path)
+    value = stored(path)
     return GraphCosts(**{**value, "operators": tuple(value["operators"])})

@@ -20,9 +20,16 @@ from numpy.typing import NDArray
 from edgekd.config.pipeline import PipelineConfig
 from edgekd.config.recipes import default_recipe
 from edgekd.config.training import WITHOUT_TEACHER, LossTerm, Schedule
-from edgekd.measurement import Measurement, drop_unit, interval_text, value_text
+from edgekd.measurement import (
+    Measurement,
+    display_unit,
+    drop_unit,
+    interval_text,
+    metric_change,
+    value_text,
+)
 from edgekd.release.statistics import Estimate, paired_difference, samples_to_show
-from edgekd.stages.task_data import EVALUATION_BATCH, TaskData, read_json
+from edgekd.stages.task_data import COMPARISON_SCHEMA, EVALUATION_BATCH, TaskData, read_json
 from edgekd.stages.training import views_of
 from edgekd.tasks.classification import Classification
 
@@ -125,16 +132,14 @@ def compare_students(
     better = "student"
     if config.distill.keep == "better" and gain.n >= ENOUGH_SAMPLES and (gain.value or 0) < 0:
         better = "baseline"
-    figure = gain.figure(drop_unit(task.metric), "measured-on-host")
     values = {"student": float(of_student.mean()), "alone": float(of_alone.mean())}
     return {
-        "schema": "edgekd/comparison/1",
         "metric": task.metric,
         "n": gain.n,
         **values,
         "gain": {"value": gain.value, "interval": gain.interval},
         "outcome": outcome,
-        "sentence": _sentence(outcome, figure, values, task.metric),
+        "sentence": _sentence(outcome, gain, values, task.metric, task.higher_is_better),
         "causes": found,
         "keep": config.distill.keep,
         "kept": better,
@@ -145,7 +150,7 @@ def compare_students(
 def is_student_alone(distill: Path) -> bool:
     """Whether the student of that artifact is the one trained alone (``distill.keep: better``)."""
     file = distill / COMPARISON
-    return file.is_file() and bool(read_json(file)["kept"] == "baseline")
+    return file.is_file() and bool(read_json(file, COMPARISON_SCHEMA)["kept"] == "baseline")
 
 
 def causes(facts: Facts, config: PipelineConfig) -> Iterator[dict[str, str]]:
@@ -167,18 +172,17 @@ def causes(facts: Facts, config: PipelineConfig) -> Iterator[dict[str, str]]:
         )
         return
     trial: Mapping[str, Any]
-    gap, unit = facts.teacher_gap, drop_unit(facts.history.metric)
+    gap, history = facts.teacher_gap, facts.history
     if gap is not None and (gap.interval is None or gap.interval[0] <= 0):
         what = "worse" if gap.interval is not None and gap.interval[1] < 0 else "hardly better"
         train = config.teacher.train
         remedy: dict[str, Any] = {"checkpoint": "a-better-teacher.safetensors"}
         if train is not None:
             remedy = {"train": {"epochs": 2 * train.epochs}}
-        difference = Measurement(gap.value, unit, gap.n, gap.interval)
+        change = _change_text(gap, history.metric, history.higher_is_better)
         yield cause(
             f"the teacher is {what} than the student alone",
-            f"{value_text(difference, signed=True)} ({interval_text(difference)}) on {gap.n:,} "
-            "validation samples",
+            f"{change} on {gap.n:,} validation samples",
             {"teacher": remedy},
         )
     ratio, agreement = facts.parameter_ratio, facts.agreement
@@ -203,11 +207,11 @@ def causes(facts: Facts, config: PipelineConfig) -> Iterator[dict[str, str]]:
             f"{facts.teacher_training:.2%} of them right, and one view of each",
             trial,
         )
-    rise = _late_rise(facts.history)
+    rise = _late_rise(history)
     if rise > facts.deviation:
         yield cause(
             "too few epochs",
-            f"validation {facts.history.metric} still rose by {rise:.4f} in the last fifth",
+            f"validation {history.metric} was still better by {rise:.4g} in the last fifth",
             {"distill": {"epochs": 2 * config.distill.epochs}},
         )
     low, high = facts.gain.interval or (0.0, 0.0)
@@ -357,12 +361,24 @@ def _late_rise(history: History) -> float:
     return max(0.0, max(values[-late:]) - max(values[:-late])) if len(values) > late else 0.0
 
 
-def _sentence(outcome: str, gain: Measurement, values: Mapping[str, float], metric: str) -> str:
+def _change_text(gain: Estimate, metric: str, higher_is_better: bool) -> str:
+    """How the metric itself moves with a gain: ``+0.74 points (−2.05 to 4.08)``; an error falls."""
+    low, high = gain.interval or (math.nan, math.nan)
+    ends = (low, high) if higher_is_better else (-high, -low)
+    value = metric_change(-(gain.value or 0.0), higher_is_better)
+    figure = Measurement(value, drop_unit(metric), gain.n, ends if gain.interval else None)
+    interval = interval_text(figure)
+    return value_text(figure, signed=True) + (f" ({interval})" if interval else "")
+
+
+def _sentence(
+    outcome: str, gain: Estimate, values: Mapping[str, float], metric: str, better: bool
+) -> str:
     both = " against ".join(
         value_text(Measurement(values[name], metric)) for name in ("student", "alone")
     )
-    change = f"{value_text(gain, signed=True)} ({interval_text(gain)})"
-    figures = f"{metric} {both}, {change} on {gain.n:,} validation samples"
+    name = "" if display_unit(metric) == metric else f"{metric} "
+    figures = f"{name}{both}, {_change_text(gain, metric, better)} on {gain.n:,} validation samples"
     if outcome == "too few samples":
         return f"{gain.n} labelled validation samples do not show whether the teacher helped"
     what = {

@@ -16,7 +16,14 @@ from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.build_student import FIRST_WEIGHTS, build_student, check_logits
 from edgekd.stages.comparison import COMPARISON, compare_students
 from edgekd.stages.recipes import race_recipes
-from edgekd.stages.task_data import TaskData, open_task_data, some_samples, write_json
+from edgekd.stages.task_data import (
+    COMPARISON_SCHEMA,
+    HISTORY_SCHEMA,
+    TaskData,
+    open_task_data,
+    some_samples,
+    write_json,
+)
 from edgekd.stages.teacher import load_teacher, open_teacher
 from edgekd.stages.training import fit, hub_fingerprint, scale_output
 
@@ -85,14 +92,14 @@ class DistillStage:
             record = compare_students(
                 task_data, pipeline, scheme_context, model, histories["student"]
             )
-            write_json(out / COMPARISON, record)
+            write_json(out / COMPARISON, record, COMPARISON_SCHEMA)
             _report(record, context)
             if record["kept"] == "baseline":
                 (out / STUDENT_WEIGHTS).rename(out / DISTILLED_WEIGHTS)
                 save_weights(model, out / STUDENT_WEIGHTS)
         for label, history in histories.items():
             name = f"{label.replace(' ', '-')}-history.json"
-            write_json(out / name, history.to_json())
+            write_json(out / name, history.to_json(), HISTORY_SCHEMA)
 
 
 def _report(record: Mapping[str, Any], context: Context) -> None:

@@ -21,7 +21,7 @@ from edgekd.errors import CrashError, EdgekdError
 from edgekd.files import write_npz
 from edgekd.pipeline.stage import Context
 from edgekd.stages.quantize import INDEX, STUDENT, Runtime
-from edgekd.stages.task_data import read_json, write_json
+from edgekd.stages.task_data import FURTHER_SCHEMA, VARIANTS_SCHEMA, read_json, write_json
 
 if TYPE_CHECKING:
     from edgekd.onnx.samples import Array
@@ -221,7 +221,7 @@ class StudentVariant:
 
 def variants_of(inputs: Mapping[str, Path], runtime: Runtime) -> list[StudentVariant]:
     """The variants for this runtime's scheme, float32 first."""
-    index = read_json(inputs["quantize"] / INDEX)
+    index = read_json(inputs["quantize"] / INDEX, VARIANTS_SCHEMA)
     return [
         StudentVariant(FLOAT, inputs["export"] / STUDENT, {}),
         *(
@@ -236,7 +236,7 @@ def refused_variants(inputs: Mapping[str, Path], runtime: Runtime) -> dict[str, 
     """The requested variants that are no candidates for this runtime, with the reason."""
     return {
         name: entry.get("refused") or f"is for {entry['runtime']}"
-        for name, entry in read_json(inputs["quantize"] / INDEX).items()
+        for name, entry in read_json(inputs["quantize"] / INDEX, VARIANTS_SCHEMA).items()
         if "file" not in entry or entry["runtime"] not in (None, runtime)
     }
 
@@ -302,4 +302,4 @@ def write_further(
     else:
         message = f"for {context.job.profile.name} is built there: {record['command']}"
         context.progress.message(f"  {engine.kind}: {message}")
-    write_json(folder / "build.json", record)
+    write_json(folder / "build.json", record, FURTHER_SCHEMA)

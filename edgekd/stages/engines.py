@@ -29,7 +29,14 @@ from edgekd.stages.engine_builders import (
     write_further,
 )
 from edgekd.stages.quantize import STUDENT, Runtime, runtime_of
-from edgekd.stages.task_data import TaskEvaluator, drop_unit_of, open_task_data, write_json
+from edgekd.stages.task_data import (
+    CHOICE_SCHEMA,
+    ENGINES_SCHEMA,
+    TaskEvaluator,
+    drop_unit_of,
+    open_task_data,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from edgekd.targets import Target
@@ -103,9 +110,11 @@ class EnginesStage:
                 context, variants_of(inputs, runtime_of(context.job, engine))
             )
             write_further(context, engine, variant, open_builder(context, engine, samples), None)
-        write_json(context.out / "engines.json", rows)
+        write_json(context.out / "engines.json", rows, ENGINES_SCHEMA)
         unit = drop_unit_of(task_data.task)
-        write_json(context.out / "choice.json", choice.to_json() | {"drop_unit": unit})
+        write_json(
+            context.out / "choice.json", choice.to_json() | {"drop_unit": unit}, CHOICE_SCHEMA
+        )
         if len(choice.rows) > 1 or choice.refused:
             context.progress.message(f"  {choice.chosen} is selected: {choice.reason}")
             profile, quantize = context.job.profile.name, context.job.config.quantize

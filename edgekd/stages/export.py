@@ -13,7 +13,7 @@ import numpy as np
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.build_student import build_student
 from edgekd.stages.distill import BASELINE_WEIGHTS, STUDENT_WEIGHTS
-from edgekd.stages.task_data import TaskData, open_task_data, write_json
+from edgekd.stages.task_data import PARITY_SCHEMA, TaskData, open_task_data, write_json
 from edgekd.stages.teacher import BLACK_BOX, WEIGHTS, open_network, read_adaptation
 from edgekd.tasks.classification import Classification
 
@@ -92,7 +92,7 @@ class ExportStage:
                 read_adaptation(inputs["teacher"], task_data),
                 task_data.spec,
             )
-        write_json(context.out / "parity.json", reports)
+        write_json(context.out / "parity.json", reports, PARITY_SCHEMA)
 
 
 def parity_samples(task_data: TaskData) -> dict[str, Array]:

@@ -337,9 +337,9 @@ class _FileMeter:
         teacher = None
         if self.teacher is not None:
             teacher = self._build("teacher", StudentVariant(FLOAT, self.teacher, {}))
-        records = self.stored.timed.setdefault(name, [])
-        record = self._bench(self._engine(name), teacher, memory=not records)
-        records.append(record)
+        known = self.stored.timed.get(name, [])
+        record = self._bench(self._engine(name), teacher, memory=not known)
+        self.stored.timed[name] = [*known, record]
         self.stored.write()
 
     def _bench(self, built: _Built, against: _Built | None, memory: bool) -> dict[str, Any]:

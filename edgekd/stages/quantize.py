@@ -37,6 +37,8 @@ from edgekd.stages.export import metadata_of, parity_samples
 from edgekd.stages.recipes import trained_config
 from edgekd.stages.task_data import (
     EVALUATION_BATCH,
+    HISTORY_SCHEMA,
+    VARIANTS_SCHEMA,
     TaskData,
     TaskEvaluator,
     ValidationSamples,
@@ -112,7 +114,7 @@ class QuantizeStage:
                 # ONNX Runtime's CPU provider has no bfloat16 kernels.
                 runtime_of_half: Runtime | None = "tensorrt" if config.precision == "bf16" else None
                 index |= work.quantized(config.precision, config.precision, runtime_of_half)
-        write_json(context.out / INDEX, index)
+        write_json(context.out / INDEX, index, VARIANTS_SCHEMA)
 
 
 def runtime_of(job: Job, engine: EngineConfig) -> Runtime:
@@ -240,7 +242,7 @@ class _CandidateBuilder:
         history = train_quantized(
             self.task_data, self.context, self.inputs, runtime, self.config.qat, file
         )
-        write_json(self.context.out / f"{name}-history.json", history.to_json())
+        write_json(self.context.out / f"{name}-history.json", history.to_json(), HISTORY_SCHEMA)
         # What torchao does not round (transposed and one-dimensional convolutions) stays in
         # float32.
         return {name: self._entry(name, Quantized(file, "qat", _float_layers(file)), runtime)}

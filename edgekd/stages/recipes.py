@@ -11,7 +11,7 @@ from edgekd.config.pipeline import PipelineConfig
 from edgekd.config.recipes import recipe_text
 from edgekd.config.training import LossTerm, Recipe
 from edgekd.pipeline.stage import Context
-from edgekd.stages.task_data import TaskData, read_json, write_json
+from edgekd.stages.task_data import RECIPES_SCHEMA, TaskData, read_json, write_json
 from edgekd.stages.training import augmentation_of, fit
 
 if TYPE_CHECKING:
@@ -60,10 +60,11 @@ def race_recipes(
             say(f"  losses: without {name}: {reason}")
     rungs = race_rungs(config, len(recipes))
     most = epochs_of(rungs, len(recipes), auto.reduction, kept=1)
+    each = f"{', then '.join(map(str, rungs))} epoch{'s' if rungs[-1] > 1 else ''}"
     say(
-        f"  losses: auto: {len(recipes)} recipes are raced on validation data, for "
-        f"{', then '.join(map(str, rungs))} epochs each; at most {most} epochs of the student in "
-        f"all, besides the {config.distill.epochs} of its training"
+        f"  losses: auto: {len(recipes)} recipes are raced on validation data, for {each} each; at "
+        f"most {most} epochs of the student in all, besides the {config.distill.epochs} of its "
+        "training"
     )
     numbers = {name: number for number, name in enumerate(recipes, start=1)}
 
@@ -106,7 +107,6 @@ def race_recipes(
     write_json(
         context.out / RECIPES,
         {
-            "schema": "edgekd/recipes/1",
             "metric": task.metric,
             "higher_is_better": task.higher_is_better,
             "reduction": auto.reduction,
@@ -115,6 +115,7 @@ def race_recipes(
             "terms": _terms_json(recipes[result.winner]),
             "why": why,
         },
+        RECIPES_SCHEMA,
     )
     return config.with_losses(recipes[result.winner])
 
@@ -128,7 +129,7 @@ def trained_config(config: PipelineConfig, distill: Path) -> PipelineConfig:
     """
     if config.distill.auto is None:
         return config
-    terms = read_json(distill / RECIPES)["terms"]
+    terms = read_json(distill / RECIPES, RECIPES_SCHEMA)["terms"]
     return config.with_losses(tuple(LossTerm.model_validate(term) for term in terms))
 
 
@@ -159,8 +160,8 @@ def _why(result: RaceResult, default: str, task_data: TaskData) -> str:
     metric, score = task_data.task.metric, result.rungs[result.winner][-1]
     samples = len(task_data.dataset.splits["validation"])
     text = (
-        f"{metric} {score.values[metric]:.4f} after {score.epochs} epochs on "
-        f"{samples:,} validation samples"
+        f"{metric} {score.values[metric]:.4f} after {score.epochs} "
+        f"epoch{'s' if score.epochs > 1 else ''} on {samples:,} validation samples"
     )
     if default == result.winner:
         return f"{text}; no other recipe was better than the default"

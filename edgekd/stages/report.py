@@ -7,11 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.pipeline.stage import Context, Job
+from edgekd.release.student_search import SCHEMA as SEARCH_SCHEMA
 from edgekd.release.student_search import SEARCH
 from edgekd.stages.comparison import COMPARISON
 from edgekd.stages.quantize import INDEX
 from edgekd.stages.recipes import RECIPES
-from edgekd.stages.task_data import read_json
+from edgekd.stages.task_data import (
+    CHOICE_SCHEMA,
+    COMPARISON_SCHEMA,
+    HISTORY_SCHEMA,
+    PARITY_SCHEMA,
+    RECIPES_SCHEMA,
+    VARIANTS_SCHEMA,
+    read_json,
+)
 
 
 class ReportStage:
@@ -38,11 +47,15 @@ class ReportStage:
         }
         for file in sorted(inputs["quantize"].glob("*-history.json")):
             histories[file.name.removesuffix("-history.json")] = file
-        found = {role: read_json(file) for role, file in histories.items() if file.is_file()}
+        found = {
+            role: read_json(file, HISTORY_SCHEMA)
+            for role, file in histories.items()
+            if file.is_file()
+        }
         records = {
-            "search": inputs["student"] / SEARCH,
-            "comparison": inputs["distill"] / COMPARISON,
-            "recipes": inputs["distill"] / RECIPES,
+            "search": (inputs["student"] / SEARCH, SEARCH_SCHEMA),
+            "comparison": (inputs["distill"] / COMPARISON, COMPARISON_SCHEMA),
+            "recipes": (inputs["distill"] / RECIPES, RECIPES_SCHEMA),
         }
         write_report(
             context.out,
@@ -51,10 +64,10 @@ class ReportStage:
             histories=found,
             pipeline=context.job.config.model_dump(mode="json", exclude_defaults=True),
             extras={
-                "choice": read_json(inputs["engines"] / "choice.json"),
-                "parity": read_json(inputs["export"] / "parity.json"),
-                **{name: read_json(f) for name, f in records.items() if f.is_file()},
-                **quantized_rows(read_json(inputs["quantize"] / INDEX)),
+                "choice": read_json(inputs["engines"] / "choice.json", CHOICE_SCHEMA),
+                "parity": read_json(inputs["export"] / "parity.json", PARITY_SCHEMA),
+                **quantized_rows(read_json(inputs["quantize"] / INDEX, VARIANTS_SCHEMA)),
+                **{k: read_json(f, schema) for k, (f, schema) in records.items() if f.is_file()},
                 "Chosen epochs": {role: _chosen(history) for role, history in found.items()},
             },
         )

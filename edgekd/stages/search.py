@@ -19,9 +19,8 @@ from edgekd.files import json_sha256
 from edgekd.pipeline.fingerprint import code_sha256
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.build_student import student_network
-from edgekd.stages.candidates import CandidateSet, measuring_settings, section_of
+from edgekd.stages.candidates import CandidateSet, measuring_settings, section_of, store, stored
 from edgekd.stages.distill import training_settings
-from edgekd.stages.task_data import read_json, write_json
 from edgekd.stages.teacher import open_teacher
 from edgekd.stages.training import fit
 from edgekd.students.candidates import combinations
@@ -133,8 +132,8 @@ class StudentRace:
         )
         take_race(list(arms.values()), result)
         for entry in arms.values():
-            stored = self._trained(entry, rungs[0]).with_suffix(".json")
-            entry.agreement = read_json(stored)["agreement"] if stored.is_file() else None
+            file = self._trained(entry, rungs[0]).with_suffix(".json")
+            entry.agreement = stored(file)["agreement"] if file.is_file() else None
         order = [arms[name] for name in result.order]
         winner, confirmed = self._confirm(order)
         others = [entry for entry in order if entry is not winner]
@@ -182,8 +181,8 @@ class StudentRace:
         from edgekd.models.weights import save_weights
 
         weights = self._trained(entry, epochs)
-        stored = weights.with_suffix(".json")
-        if not stored.is_file():
+        file = weights.with_suffix(".json")
+        if not file.is_file():
             distill = self.config.distill.model_copy(update={"epochs": epochs})
             terms, task = self.config.recipes[0], self.task_data.task
             objective = Objective(terms, task, distill.label_smoothing)
@@ -201,10 +200,10 @@ class StudentRace:
                 "epochs": epochs,
                 "seconds": time.monotonic() - started,
             }
-            write_json(stored, result)
+            store(file, result)
             shutil.rmtree(scratch, ignore_errors=True)
         assert entry.figures is not None
-        validation = read_json(stored)["validation"]
+        validation = stored(file)["validation"]
         names, percentile = self.search.objectives, self.set.percentile
         return objective_values(names, validation, entry.figures, percentile)
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from edgekd.errors import InputError
 from edgekd.pipeline.stage import Context, Job
-from edgekd.release.student_search import SEARCH
-from edgekd.stages.candidates import FOLDER, SECONDS, CandidateSet, measuring_settings
+from edgekd.release.student_search import SCHEMA, SEARCH
+from edgekd.stages.candidates import FOLDER, SECONDS, CandidateSet, measuring_settings, stored
 from edgekd.stages.search import rungs_for
-from edgekd.stages.task_data import TaskData, open_task_data, read_json, write_json
+from edgekd.stages.task_data import TaskData, open_task_data, write_json
 from edgekd.stages.teacher import WEIGHTS, build_teacher, plan_adaptation, write_adaptation
 from edgekd.students.race import epochs_of
 from edgekd.students.search import no_candidate
@@ -46,7 +46,8 @@ class CandidatesStage:
         candidates = CandidateSet(context, inputs["data"], teacher)
         candidates.propose()
         candidates.measure()
-        write_json(context.out / SEARCH, survey_record(candidates, len(candidates.feasible)))
+        record = survey_record(candidates, len(candidates.feasible))
+        write_json(context.out / SEARCH, record, SCHEMA)
 
 
 def untrained_teacher(task_data: TaskData, folder: Path) -> Path:
@@ -113,8 +114,8 @@ def expected_time(record: Mapping[str, Any], cache: Path) -> ExpectedTime:
     folder, candidates = cache / FOLDER, record["candidates"]
     each, epoch = None, None
     if (folder / SECONDS).is_file():
-        each = read_json(folder / SECONDS)["seconds"]
-    trained = [read_json(file) for file in folder.glob("*/trained-*.json")]
+        each = stored(folder / SECONDS)["seconds"]
+    trained = [stored(file) for file in folder.glob("*/trained-*.json")]
     if trained:
         epoch = statistics.median(value["seconds"] / value["epochs"] for value in trained)
     waiting = sum(entry["status"] == "proposed" for entry in candidates)

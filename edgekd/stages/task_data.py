@@ -124,14 +124,38 @@ def _evenly(
     return {name: np.asarray(array[rows]) for name, array in found.items()}
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write an artifact's JSON file."""
-    path.write_text(json.dumps(value, indent=1), encoding="utf-8")
+ADAPTATION_SCHEMA = "edgekd.adaptation/1"
+CHOICE_SCHEMA = "edgekd.choice/1"
+COMPARISON_SCHEMA = "edgekd.comparison/1"
+ENGINES_SCHEMA = "edgekd.engines/1"
+FURTHER_SCHEMA = "edgekd.further-engine/1"
+HISTORY_SCHEMA = "edgekd.history/1"
+PARITY_SCHEMA = "edgekd.parity/1"
+RECIPES_SCHEMA = "edgekd.recipes/1"
+STUDENT_SCHEMA = "edgekd.student/1"
+VALIDATION_SCHEMA = "edgekd.teacher-validation/1"
+VARIANTS_SCHEMA = "edgekd.variants/1"
 
 
-def read_json(path: Path) -> Any:
-    """Read what :func:`write_json` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def write_json(path: Path, value: Mapping[str, Any], schema: str) -> None:
+    """Write an artifact's JSON file, with its schema as ``schema``."""
+    path.write_text(json.dumps({"schema": schema, **value}, indent=1), encoding="utf-8")
+
+
+def read_json(path: Path, schema: str) -> dict[str, Any]:
+    """Read what :func:`write_json` wrote, without the schema; the first files had none.
+
+    Raises:
+        InputError: it has another schema.
+    """
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if (found := content.pop("schema", schema)) != schema:
+        raise InputError(
+            f"the file has the schema {found!r}, not {schema!r}",
+            where=str(path),
+            remedy="use the release of edgekd that wrote it, or another run folder (-o)",
+        )
+    return content
 
 
 class ValidationSamples:

@@ -12,6 +12,9 @@ from edgekd.errors import InputError
 from edgekd.files import file_sha256
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.task_data import (
+    ADAPTATION_SCHEMA,
+    HISTORY_SCHEMA,
+    VALIDATION_SCHEMA,
     TaskData,
     open_task_data,
     read_json,
@@ -78,7 +81,7 @@ class TeacherStage:
         task_data = open_task_data(inputs["data"], job.config)
         if config.onnx is not None:
             packed = context.out / BLACK_BOX
-            pack_onnx(job.existing_file(config.onnx, "teacher.onnx"), packed)
+            pack_onnx(_opened_apart(context, config.onnx, "teacher"), packed)
             black_box = _black_box(task_data, config, packed, "teacher", context)
             # Student and teacher are timed on the same samples, so they share their names.
             rename_onnx(packed, black_box.names)
@@ -87,11 +90,15 @@ class TeacherStage:
         else:
             model, history = _trained_or_loaded(task_data, config, context, "teacher")
             if history is not None:
-                write_json(context.out / "history.json", history.to_json())
+                write_json(context.out / "history.json", history.to_json(), HISTORY_SCHEMA)
             save_weights(model, context.out / WEIGHTS)
             teacher = ModuleTeacher(model)
             write_adaptation(adaptation_of_teacher(teacher), context.out)
-        write_json(context.out / "validation.json", check_teacher(teacher, task_data, context))
+        write_json(
+            context.out / "validation.json",
+            check_teacher(teacher, task_data, context),
+            VALIDATION_SCHEMA,
+        )
 
 
 def _trained_or_loaded(
@@ -138,6 +145,15 @@ def _trained_or_loaded(
     return model, fit(task_data, model, objective, config.train, where, context)
 
 
+def _opened_apart(context: Context, onnx: str, where: str) -> Path:
+    """The path of an ONNX file that another process could open: some end the one that does."""
+    from edgekd.targets import LocalTarget
+
+    path = context.job.existing_file(onnx, f"{where}.onnx")
+    LocalTarget().probe(path, threads=1, run=False)
+    return path
+
+
 def _black_box(
     task_data: TaskData, config: TeacherConfig, path: Path, where: str, context: Context
 ) -> OnnxTeacher:
@@ -169,7 +185,7 @@ def load_teacher(
     from edgekd.distill.teacher import ModuleTeacher
 
     if config.onnx is not None:
-        path = context.job.existing_file(config.onnx, f"{where}.onnx")
+        path = _opened_apart(context, config.onnx, where)
         teacher: Teacher = _black_box(task_data, config, path, where, context)
     else:
         model, _ = _trained_or_loaded(task_data, config, context, where)
@@ -434,14 +450,14 @@ def check_order(
 def write_adaptation(adaptation: Adaptation, folder: Path) -> None:
     """Write the detected adaptation next to the teacher's weights."""
     known = {"order": adaptation.order, "outputs": adaptation.outputs, "form": adaptation.form}
-    write_json(folder / ADAPTATION, known)
+    write_json(folder / ADAPTATION, known, ADAPTATION_SCHEMA)
 
 
 def read_adaptation(folder: Path, task_data: TaskData) -> Adaptation:
     """The inverse of :func:`write_adaptation`; the preprocessing comes from the section."""
     from edgekd.models.adapted import Adaptation
 
-    known: Mapping[str, Any] = read_json(folder / ADAPTATION)
+    known = read_json(folder / ADAPTATION, ADAPTATION_SCHEMA)
     own = _preprocessing(task_data, task_data.config.teacher, "teacher")
     order = None if known["order"] is None else tuple(known["order"])
     return Adaptation(task_data.task.output, order, known["outputs"], known["form"], own)

@@ -24,7 +24,7 @@ Parts = tuple[float, ...]
 FOOTPRINT = Footprint(9.94, 0.01, measured=False)
 """ONNX Runtime 1.31 on x86-64 above an empty process, with a model that does nothing."""
 _MEMORY_PARTS: dict[bool, tuple[float, ...]] = {
-    False: (0.018, 2.4, 3.1, 1.2, 1.0, 2.3, 0.0, 3.0, 2.4),
+    False: (0.018, 2.4, 3.1, 1.5, 1.0, 2.3, 0.0, 3.0, 2.4),
     True: (0.025, 1.8, 0.0, 2.6, 0.0, 2.3, 8e-6, 1.2, 2.7),
 }
 """In float32 and in INT8: MB for each node; how often memory holds a byte of the weights of
@@ -32,6 +32,11 @@ convolutions (of which float32 ones are copied to blocks), of the largest convol
 loaded, of products, of the largest product while it is loaded, and of recurrent layers; MB for each
 position that a quantized convolution reads, an address; and how often memory holds the inputs and
 the activations: the arena of the first query, and the block that is planned after it."""
+_ATTENTION = 2.0
+"""How much more of the activations is held with attention, whose reshaped products ONNX Runtime
+plans without reuse."""
+_RETURNED = 32 << 20
+"""The C library returns larger blocks than this to the system at once: no copy stays."""
 _TAILS = {"p50": 1.0, "p90": 1.15, "p95": 1.3, "p99": 2.0}
 """Percentiles over the median where none was measured."""
 _CYCLE_MACS = {"fp32": 8.0, "fp16": 8.0, "bf16": 8.0, "int8": 16.0}
@@ -42,9 +47,12 @@ _PRIOR_SPREAD = {"latency": 0.9, "memory": 0.1}
 _FIRST_SPREAD = {"latency": 0.35, "memory": 0.08}
 """Standard deviations of the logarithm of measured over predicted: without a measurement of this
 machine, and with the first ones, which count as one observation more."""
-_RIDGE = 0.3
+_RIDGE = {"latency": 0.3, "memory": 3.0}
+_SHRINK = {"latency": 0.5, "memory": 2.0}
 _ALIKE = 0.7
-"""How strongly parts keep their common scale; distance in logarithms at which networks are alike."""
+"""How strongly parts keep their common scale, how many similar networks must agree on what is left
+over to halve it, and the distance in logarithms at which networks are
+alike."""
 
 
 @dataclass
@@ -97,7 +105,7 @@ class _Learner:
         x = np.array([self.parts[i] for i in rows])
         y = np.array([self.measured[i] for i in rows])
         scale = float(np.exp(np.median(np.log(y / x.sum(1)))))
-        keep = math.sqrt(_RIDGE) * np.eye(len(parts))
+        keep = math.sqrt(_RIDGE[self.kind]) * np.eye(len(parts))
         scales, _ = nnls(
             np.vstack([x * scale / y[:, None], keep]), np.append(np.ones(len(y)), keep.sum(1))
         )
@@ -108,7 +116,7 @@ class _Learner:
         weight = np.maximum(x / x.sum(1, keepdims=True), np.array(parts) / sum(parts))
         distance = ((np.clip(logs - here, -3, 3) ** 2) * weight).sum(1)
         alike = np.exp(-distance / (2 * _ALIKE**2))
-        correction = float((alike * left).sum() / (alike.sum() + 0.5))
+        correction = float((alike * left).sum() / (alike.sum() + _SHRINK[self.kind]))
         return float(np.array(parts) @ scales) * math.exp(correction)
 
 
@@ -214,8 +222,10 @@ class CostModel:
         )
         scale = _BYTES[precision] / 1e6
         layers = costs.convolution_bytes + costs.product_bytes + costs.recurrent_bytes
+        large = costs.largest_product_bytes * _BYTES[precision]
         held = (
             scale * (conv * costs.convolution_bytes + product * costs.product_bytes)
+            - (product - 1) * large / 1e6 * (large > _RETURNED)
             # Recurrent layers, and what is no layer's, stay in float32.
             + (recurrent * costs.recurrent_bytes + max(0, costs.weights_bytes - layers)) / 1e6
         )
@@ -224,6 +234,8 @@ class CostModel:
         )
         peak = costs.activations_bytes if whole else costs.blocked_bytes
         moving = (peak - costs.inputs_bytes) * _stored(costs, precision)
+        if "Softmax" in costs.operators and costs.product_bytes:
+            active *= _ATTENTION
         running = (inputs * costs.inputs_bytes + active * moving) / 1e6 + window * costs.windows
         footprint = self.footprint.memory_mb or FOOTPRINT.memory_mb or 0.0
         return (footprint, node * costs.nodes, held, max(loading, running))

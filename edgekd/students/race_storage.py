@@ -311,10 +311,10 @@ def publish(
 
 
 def import_optuna(where: str) -> Any:
-    """The package Optuna.
+    """The package optuna.
 
     Raises:
-        InputError: it is not installed.
+        InputError: it is not installed; ``where`` is the YAML position that needs it.
     """
     try:
         return importlib.import_module("optuna")

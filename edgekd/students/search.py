@@ -380,10 +380,7 @@ def search_record(
     entries: Sequence[Entry], limits: Limits, model: CostModel | None, about: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The content of ``search.json``; ``about`` are its keys about the choice."""
-    from edgekd.release.student_search import SCHEMA
-
     return {
-        "schema": SCHEMA,
         "limits": limits.to_json(),
         "margin": limits.margin,
         "candidates": [entry.to_json() for entry in entries],

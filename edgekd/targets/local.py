@@ -15,14 +15,22 @@ from typing import Any
 
 from typing_extensions import Unpack
 
-from edgekd.crashes import OUT_OF_MEMORY, named_signal
-from edgekd.errors import CrashError, EdgekdError, InputError, StageError, TargetError
+from edgekd.errors import (
+    CrashError,
+    EdgekdError,
+    InputError,
+    StageError,
+    TargetError,
+    edgerun_errors,
+    is_utf8,
+)
 from edgekd.files import edgerun_folder
 from edgekd.targets.target import BenchSettings, ProbeSettings, ProviderOptions, RunSettings
 from edgerun.cli import LEVELS, command_words
-from edgerun.errors import AS_JSON, BadInput, CannotWrite, RunFailed
+from edgerun.errors import AS_JSON, BadInput, CannotWrite, EdgerunError, RunFailed
 from edgerun.files import is_engine
-from edgerun.system import PARENT
+from edgerun.limits import MEMORY, is_out_of_memory, memory_limit, too_large
+from edgerun.process import OUT_OF_MEMORY, PARENT, named_signal
 from edgerun.tensorrt.settings import BuildSettings
 
 THREAD_VARIABLES = (
@@ -67,22 +75,20 @@ class LocalTarget:
         with self._explained([(model, settings.get("provider_options"))], given):
             _edgerun("run", model, given)
 
-    def probe(
-        self, model: Path, *, max_seconds: float = 300.0, **settings: Unpack[ProbeSettings]
-    ) -> dict[str, Any]:
+    def probe(self, model: Path, **settings: Unpack[ProbeSettings]) -> dict[str, Any]:
         """Open a model and run it once: a record ``edgerun.probe/1``.
 
         Raises:
             CrashError: the runtime ends the process. Where it does so at a high level of graph
                 optimization, lower ones were tried and the remedy names the one that works.
-            StageError: it takes longer than ``max_seconds``.
+            InputError: it needs more memory or time than :mod:`edgerun.limits` allows.
         """
         _check_names(settings, ProbeSettings)
         try:
-            return _edgerun_record("probe", model, settings, max_seconds)
+            return _edgerun_record("probe", model, settings)
         except CrashError as crash:
             crash.where = str(model)
-            crash.remedy = _remedy(crash, model, settings, max_seconds)
+            crash.remedy = _remedy(crash, model, settings)
             raise
 
     @contextmanager
@@ -150,14 +156,14 @@ def _check_names(settings: Mapping[str, Any], known: type) -> None:
             raise TypeError(f"there is no setting {name!r} in {known.__name__}")
 
 
-def _remedy(crash: CrashError, model: Path, settings: Mapping[str, Any], max_seconds: float) -> str:
+def _remedy(crash: CrashError, model: Path, settings: Mapping[str, Any]) -> str:
     """The remedy for a model that crashes the process; lower levels of optimization are tried."""
     if crash.signal == signal.SIGKILL:
         return OUT_OF_MEMORY
     for lower in LEVELS[LEVELS.index(settings.get("optimization", LEVELS[0])) + 1 :]:
         try:
             probed = {**settings, "optimization": lower}
-            ran = _edgerun_record("probe", model, probed, max_seconds)["ran"]
+            ran = _edgerun_record("probe", model, probed)["ran"]
         except EdgekdError:
             continue
         return (
@@ -178,12 +184,12 @@ def _remedy(crash: CrashError, model: Path, settings: Mapping[str, Any], max_sec
 
 
 def _edgerun_record(
-    command: str, model: Path | None, settings: Mapping[str, Any], max_seconds: float | None = None
+    command: str, model: Path | None, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Run edgerun with ``--json`` and read its record."""
     with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
         path = Path(folder) / "record.json"
-        _edgerun(command, model, {"json": path, **settings}, max_seconds)
+        _edgerun(command, model, {"json": path, **settings})
         try:
             record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -195,34 +201,36 @@ def _edgerun_record(
     return record
 
 
-def _edgerun(
-    command: str, model: Path | None, settings: Mapping[str, Any], max_seconds: float | None = None
-) -> None:
+def _edgerun(command: str, model: Path | None, settings: Mapping[str, Any]) -> None:
     # edgerun works in a folder of its own; relative paths are meant from here.
     files = {k: Path(os.path.realpath(settings[k])) for k in FILES if settings.get(k) is not None}
     file = None if model is None else Path(os.path.realpath(model))
     words = command_words(command, file, {**settings, **files})
+    for path in (file, *files.values()):
+        if not is_utf8(str(path)):
+            raise InputError(
+                "the path is not valid UTF-8, and the runtimes take no other",
+                where=str(path),
+                remedy="rename the folder or the file",
+            )
+    with edgerun_errors():
+        memory = memory_limit()
+    # The child has this limit, so that it is known where the child is killed.
+    limits = {} if memory is None else {MEMORY: f"{memory / 1e6:.6f}"}
     # An empty working folder: 'python -m' would prefer a numpy.py in the current folder.
     with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
         try:
             done = subprocess.run(
                 [sys.executable, "-m", "edgerun", *words],
                 # Temporary files of a crashed process are removed with this folder.
-                env=clean_environment(settings.get("threads")) | {"TMPDIR": folder},
+                env=clean_environment(settings.get("threads")) | limits | {"TMPDIR": folder},
                 cwd=folder,
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
                 errors="replace",
                 check=False,
-                timeout=max_seconds,
             )
-        except subprocess.TimeoutExpired as error:
-            raise StageError(
-                f"the model was not opened and run once within {max_seconds:g} s",
-                where=str(file),
-                remedy="give smaller inputs, or a smaller model",
-            ) from error
         except OSError as error:
             raise TargetError(
                 f"{sys.executable} could not be started: {error}", where=LocalTarget.name
@@ -230,14 +238,20 @@ def _edgerun(
     if done.returncode != 0:
         # An engine fails for what the machine lacks, an ONNX model by itself.
         runs_onnx = command in ("bench", "run", "probe") and file and not is_engine(file)
-        raise _error(command, done, file if runs_onnx else None)
+        raise _error(command, done, file if runs_onnx else None, memory)
 
 
-def _error(command: str, done: subprocess.CompletedProcess[str], model: Path | None) -> EdgekdError:
+def _error(
+    command: str,
+    done: subprocess.CompletedProcess[str],
+    model: Path | None,
+    memory: int | None = None,
+) -> EdgerunError:
     """The error that a failed edgerun reported, or what it last wrote when it crashed.
 
     Args:
         model: the ONNX file that it ran; None for an engine and for other commands.
+        memory: its limit in bytes.
     """
     reported = _reported(done.stderr)
     if reported is not None:
@@ -251,6 +265,9 @@ def _error(command: str, done: subprocess.CompletedProcess[str], model: Path | N
     last = "\n".join(f"    {line}" for line in done.stderr.strip().splitlines()[-STDERR_LINES:])
     wrote = f"; it last wrote:\n{last}" if last else ""
     remedy = OUT_OF_MEMORY if code == -9 else None
+    if code < 0 and model is not None and is_out_of_memory(done.stderr):
+        # Thrown in a thread of the runtime, the exception ends the process.
+        return too_large("the model", str(model), InputError, memory)
     if code < 0 and model is not None:
         steps = {"opens": f"while it opened {model.name}", "runs": f"while it ran {model.name}"}
         step = steps.get((done.stdout.strip().splitlines() or [""])[-1], f"in edgerun {command}")

@@ -96,9 +96,7 @@ class Target(Protocol):
         """
         ...
 
-    def probe(
-        self, model: Path, *, max_seconds: float = 300.0, **settings: Unpack[ProbeSettings]
-    ) -> dict[str, Any]:
+    def probe(self, model: Path, **settings: Unpack[ProbeSettings]) -> dict[str, Any]:
         """Open a model and run it once: a record ``edgerun.probe/1``.
 
         Args:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 
 from edgerun.cli import main
-from edgerun.system import end_with_parent
+from edgerun.process import supervised
 
 if __name__ == "__main__":
-    end_with_parent()
-    sys.exit(main())
+    sys.exit(supervised(main))

@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -27,8 +28,9 @@ from typing import (
 )
 
 import edgerun
-from edgerun.errors import BadInput, EdgerunError, RunFailed, is_utf8, printable
-from edgerun.files import check_output, read_json, write_errors
+from edgerun.errors import BadInput, CannotWrite, EdgerunError, RunFailed, is_utf8, printable
+from edgerun.files import check_output, is_engine, read_json, write_errors
+from edgerun.limits import limited_memory
 
 if TYPE_CHECKING:
     from edgerun.model import Settings
@@ -277,6 +279,13 @@ def _check_outputs(options: argparse.Namespace) -> None:
             check_output(path, f"--{name}", [*read, *others], stream=True)
 
 
+def _is_limited(options: argparse.Namespace) -> bool:
+    """Whether a command's memory is limited: drivers of GPUs map more than they use."""
+    model = getattr(options, "model", None)
+    on_cpu = getattr(options, "providers", "cpu") in ("cpu", "CPUExecutionProvider")
+    return options.name not in ("build", "parse") and on_cpu and not (model and is_engine(model))
+
+
 # numpy and the runtime are imported inside the commands: verify must work without them.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
@@ -287,14 +296,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for word in sys.argv[1:] if arguments is None else arguments:
         if not is_utf8(word):
             parser.error(f"the argument {word!r} is not valid UTF-8: rename the file")
-    options = parser.parse_args(arguments)
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as ending:
+        raise SystemExit(_print((), int(ending.code or 0))) from None
     try:
         _check_outputs(options)
-        code, record, lines = _COMMANDS[options.name](options)
+        with limited_memory("the model") if _is_limited(options) else nullcontext():
+            code, record, lines = _COMMANDS[options.name](options)
         if record is not None and getattr(options, "json", None) is not None:
             _write_json(options.json, record)
-        for line in lines:
-            print(printable(line))
+        return _print(lines, code)
     except EdgerunError as error:
         return error.report()
     except ImportError as error:
@@ -308,10 +320,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return RunFailed(
             f"the memory ran out: {error}", remedy="give smaller inputs, or free some"
         ).report()
-    except BrokenPipeError:
-        # The reader of the output closed it (| head); Python must not flush the rest.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except Exception as error:
         if os.environ.get("EDGERUN_DEBUG"):
             raise
@@ -320,7 +328,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"edgerun failed unexpectedly: {type(error).__name__}: {text}",
             remedy="EDGERUN_DEBUG=1 shows the traceback, to be reported",
         ).report()
-    return code
+
+
+def _print(lines: Iterable[str], code: int) -> int:
+    """Print lines and all that was printed before; the exit code, which is another one than
+    ``code`` where they cannot be written.
+    """
+    try:
+        for line in lines:
+            print(printable(line))
+        if sys.stdout is not None:  # it was closed by the caller otherwise
+            sys.stdout.flush()
+        return code
+    except OSError as error:
+        # Python would try to write the rest when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # the reader closed it (| head)
+            return 141
+        lost = CannotWrite(
+            f"the output cannot be written: {error.strerror}",
+            where="standard output",
+            remedy="free space, or redirect it elsewhere",
+        )
+        return code or lost.report()
 
 
 Done = Tuple[int, Optional[Dict[str, Any]], Iterable[str]]

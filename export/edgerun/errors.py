@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from contextlib import suppress
 
 AS_JSON = "EDGERUN_ERRORS"
 """With this environment variable set to ``json``, an error is one JSON line for a program."""
@@ -41,12 +42,12 @@ class EdgerunError(Exception):
 
         The line is ``{"edgerun_error": {"what", "where", "remedy", "code"}}``.
         """
+        text = printable(f"edgerun: {self}")
         if os.environ.get(AS_JSON) == "json":
             fields = {"what": self.what, "where": self.where, "remedy": self.remedy}
-            line = json.dumps({"edgerun_error": {**fields, "code": self.exit_code}})
-            print(line, file=sys.stderr)
-        else:
-            print(printable(f"edgerun: {self}"), file=sys.stderr)
+            text = json.dumps({"edgerun_error": {**fields, "code": self.exit_code}})
+        with suppress(OSError):  # the exit code remains
+            print(text, file=sys.stderr)
         return self.exit_code
 
 

@@ -350,8 +350,10 @@ def _listed(manifest: bytes, problems: List[str]) -> Dict[str, Tuple[str, int]]:
     for name, entry in content["files"].items():
         if reason := _not_plain(name):
             problems.append(f"changed: {MANIFEST} lists {name[:80]!r}, and {reason}")
+        elif type(entry["bytes"]) is not int:
+            raise ValueError(f"the size of {name!r} is {entry['bytes']!r:.40}, not an integer")
         else:
-            listed[name] = str(entry["sha256"]), int(entry["bytes"])
+            listed[name] = str(entry["sha256"]), entry["bytes"]
     if not listed:
         raise ValueError("it lists no file")
     return listed

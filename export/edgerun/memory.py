@@ -26,8 +26,8 @@ from edgerun.files import is_engine
 from edgerun.inputs import Feed
 from edgerun.model import LoadedModel, Settings
 from edgerun.nvml import MB, Nvml, Unread, open_nvml
+from edgerun.process import PARENT, end_with_parent
 from edgerun.run import open_model
-from edgerun.system import PARENT, end_with_parent
 from edgerun.tensorrt.library import MODULES
 
 PROCESSES = 3

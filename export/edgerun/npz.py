@@ -5,7 +5,6 @@ Nothing is ever unpickled.
 
 from __future__ import annotations
 
-import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from edgerun.errors import BadInput
 from edgerun.files import ErrorType, require_regular_file
+from edgerun.limits import MEMORY, memory_limit
 
 MOST_ARRAYS = 10_000
 
@@ -89,6 +89,8 @@ class NpzFile:
         self._path = path
         self._error = error
         self._bytes = 0
+        # Asked once: what is read here is no longer available.
+        self._memory = memory_limit()
         remedy = "write it with numpy.savez(path, NAME=array)"
         require_regular_file(path, remedy, error)
         try:
@@ -169,12 +171,11 @@ class NpzFile:
     def _refuse_large(self, name: str, size: int) -> None:
         self._bytes += size
         packed = self._members[name].compress_size
-        memory = _physical_memory()
-        if memory is not None and self._bytes > memory:
+        if self._memory is not None and self._bytes > self._memory:
             self._refuse(
-                f"the arrays up to {name!r} need {self._bytes / 1e9:.1f} GB, and this machine has "
-                f"{memory / 1e9:.1f} GB of memory",
-                "save fewer or smaller samples",
+                f"the arrays up to {name!r} need {self._bytes / 1e6:,.0f} MB, more than the "
+                f"{self._memory / 1e6:,.0f} MB of memory that may be used",
+                f"save fewer or smaller samples, free memory, or allow more with {MEMORY}",
             )
         if size > _LARGE and size > _RATIO * packed:
             self._refuse(
@@ -194,11 +195,3 @@ class NpzFile:
             where=str(self._path),
             remedy="write it again with numpy.savez; it is no complete npz file",
         ) from problem
-
-
-def _physical_memory() -> Optional[int]:
-    """Bytes of memory; None where the system does not say."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return None

@@ -13,6 +13,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
 from edgerun.errors import BadInput, EdgerunError, RunFailed
+from edgerun.limits import is_out_of_memory, time_limit, too_large
 from edgerun.model import Settings, TensorInfo, check_file, dimension_name, written_feed
 
 if hasattr(onnxruntime, "disable_telemetry_events"):
@@ -52,6 +53,7 @@ Otherwise a product with weights stored in 8 bits rounds the activations to 8 bi
 RUNTIME_ERRORS: tuple[type[Exception], ...] = (
     *(v for v in vars(_state).values() if isinstance(v, type) and issubclass(v, Exception)),
     RuntimeError,
+    MemoryError,
     UnicodeError,  # of a message with a name from the file
 )
 _NOT_A_MODEL = ("InvalidProtobuf", "InvalidGraph", "InvalidArgument", "NoSuchFile", "NoModel")
@@ -145,7 +147,10 @@ class OrtSession:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile_to)
         begin = time.perf_counter()
-        self.session = open_session(path, options, settings.providers, settings.provider_options)
+        with time_limit("opened", str(path)):
+            self.session = open_session(
+                path, options, settings.providers, settings.provider_options
+            )
         self.load_ms = (time.perf_counter() - begin) * 1e3
         self.providers = tuple(self.session.get_providers())
         self.inputs = tuple(_tensor(node) for node in self.session.get_inputs())
@@ -166,8 +171,11 @@ class OrtSession:
             RunFailed: the runtime fails; the message names the shapes fed.
         """
         try:
-            outputs: list[Any] = self.session.run(None, dict(feed))
+            with time_limit("run once", str(self.path)):
+                outputs: list[Any] = self.session.run(None, dict(feed))
         except RUNTIME_ERRORS as error:
+            if is_out_of_memory(error):
+                raise too_large("the model", str(self.path)) from error
             refused = type(error).__name__ == "InvalidArgument"
             raise (BadInput if refused else RunFailed)(
                 f"the model fails on inputs {written_feed(feed)}: {_reason(error)}",
@@ -250,6 +258,8 @@ def _reason(error: Exception) -> str:
 
 
 def _load_error(path: Path, error: Exception) -> EdgerunError:
+    if is_out_of_memory(error):
+        return too_large("the model", str(path))
     reason, whole = _reason(error), str(error)
     if match := _SHAPE_IN_FILE.search(whole):
         tensor = f" (here {match.group('tensor')!r})" if match.group("tensor") else ""

@@ -10,7 +10,6 @@ import os
 import platform
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,8 +24,6 @@ from edgerun.nvml import MB, Unread, open_nvml, read_gpus
 from edgerun.tensorrt.library import find_gpu
 
 ROOT = Path("/")
-PARENT = "EDGERUN_PARENT"
-"""Environment variable: the number of the process with which this one has to end."""
 RUNTIMES = ("onnxruntime", "tensorrt", "tensorrt_rtx")
 
 
@@ -54,25 +51,6 @@ def describe_environment(root: Path = ROOT) -> dict[str, Any]:
         "virtual_machine": _virtual_machine(root),
         **read_power(root),
     }
-
-
-def end_with_parent() -> None:
-    """Have the kernel (Linux) kill this process when the one that ``PARENT`` names ends.
-
-    Otherwise the child of a process that was killed goes on measuring, and disturbs what is
-    measured next.
-    """
-    parent = os.environ.get(PARENT, "")
-    if not parent.isdigit() or sys.platform != "linux":
-        return
-    import ctypes
-
-    try:
-        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
-    except (OSError, AttributeError):
-        return
-    if os.getppid() != int(parent):  # It ended before that call.
-        sys.exit(128 + signal.SIGKILL)
 
 
 def _runtimes() -> dict[str, str]:

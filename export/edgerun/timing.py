@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-import os
 import statistics
-import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any, Sequence
@@ -50,20 +48,6 @@ class WarmUp:
         }
 
 
-QUERY_SECONDS = 120.0
-"""Time limit of the first queries, which a model with an endless loop does not keep."""
-
-
-def _end_overdue() -> None:
-    """End the process from another thread, as the runtime's code cannot be interrupted."""
-    os._exit(
-        RunFailed(
-            f"the first queries took more than {QUERY_SECONDS:g} s",
-            remedy="give smaller inputs, or a smaller model",
-        ).report()
-    )
-
-
 @dataclass
 class Stopwatch:
     """A model with its feeds, timed one query at a time."""
@@ -73,13 +57,7 @@ class Stopwatch:
     _next: int = field(default=0, init=False)
 
     def check(self) -> None:
-        """Run each feed once, so that one that does not fit is a clear error before any timing.
-
-        Where that takes longer than ``QUERY_SECONDS``, the process ends with an error.
-        """
-        overdue = threading.Timer(QUERY_SECONDS, _end_overdue)
-        overdue.daemon = True
-        overdue.start()
+        """Run each feed once, so that one that does not fit is a clear error before any timing."""
         try:
             for feed in self.feeds.feeds:
                 self.model.run(feed)
@@ -91,8 +69,6 @@ class Stopwatch:
             raise BadInput(
                 f"{error.what} (sizes were chosen here: {sizes})", error.where, error.remedy
             ) from error
-        finally:
-            overdue.cancel()
 
     def block(self, queries: int) -> list[float]:
         """Latencies in ms of this many queries, one after the other.

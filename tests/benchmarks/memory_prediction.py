@@ -16,12 +16,13 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from edgekd.config.profile import load_profile
 from edgekd.engines.onnxruntime import build_engine
 from edgekd.errors import EdgekdError
 from edgekd.models.dict_model import DictModel
@@ -29,7 +30,8 @@ from edgekd.onnx.export import export_onnx
 from edgekd.onnx.samples import ArraySamples
 from edgekd.quantization.quantize_onnx import QuantizeSettings, quantize_onnx
 from edgekd.spec import ModelSpec, TensorSpec
-from edgekd.students.costs import graph_costs
+from edgekd.students.cost_model import CostModel
+from edgekd.students.costs import Figures, GraphCosts, Precision, Range, graph_costs
 from edgekd.targets import LocalTarget
 
 CPU = ("CPUExecutionProvider",)
@@ -235,11 +237,10 @@ def measure(
                 np.savez(inputs, x=x.numpy()[:batch])
                 record = LocalTarget().bench(
                     built, inputs=inputs, batch=batch, threads=threads, providers=CPU,
-                    min_queries=100, max_seconds=2.0, optimization=row.run_level,
+                    min_queries=20, max_seconds=5.0, optimization=row.run_level,
                 )["models"][0]  # fmt: skip
                 known[keys[precision, batch]] = {
                     "costs": vars(graph_costs(source, batch)),
-                    "own": vars(graph_costs(file, batch)),
                     "memory": record["memory"],
                     "latency_ms": record["latency"]["p50"]["value"],
                     "size_mb": built.stat().st_size / 1e6,
@@ -265,6 +266,50 @@ def main() -> None:
             known,
             lambda: options.records.write_text(json.dumps(known)),
         )
+
+    _table(known)
+
+
+def _table(known: dict[str, Any]) -> None:
+    """Predicted and measured, and how many networks are within 15 % at all batch sizes."""
+    rows = {key: (_costs(each), _figures(key, each)) for key, each in known.items()}
+    heads = ("measured MB", "a priori", "others known", "p50 ms", "others known")
+    print(f"| network | precision | batch | {' | '.join(heads)} |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|")
+    worst: dict[tuple[str, str], float] = {}
+    for key, (costs, found) in rows.items():
+        name, precision, batch = key.split(" | ")
+        model = CostModel(load_profile("host"), (cast(Precision, precision),))
+        before = model.predict(costs).memory_mb.value
+        for other, (others_costs, others_figures) in rows.items():
+            if not other.startswith(f"{name} |"):
+                model.correct(others_costs, others_figures)
+        after = model.predict(costs)
+        assert found.memory_mb is not None
+        measured, p50 = found.memory_mb.value, found.latency_ms["p50"].value
+        off = before / measured - 1
+        worst[precision, name] = max(worst.get((precision, name), 0.0), abs(off))
+        print(
+            f"| {name} | {precision} | {batch} | {measured:.1f} | {before:.1f} ({off:+.0%}) "
+            f"| {after.memory_mb.value:.1f} ({after.memory_mb.value / measured - 1:+.0%}) "
+            f"| {p50:.3f} | {after.latency_ms['p50'].value:.3f} |"
+        )
+    for precision in ("fp32", "int8"):
+        errors = [error for (which, _), error in worst.items() if which == precision]
+        print(
+            f"{precision}: {sum(e <= 0.15 for e in errors)} of {len(errors)} within 15 % a priori"
+        )
+
+
+def _costs(record: dict[str, Any]) -> GraphCosts:
+    return GraphCosts(**{**record["costs"], "operators": tuple(record["costs"]["operators"])})
+
+
+def _figures(key: str, record: dict[str, Any]) -> Figures:
+    variant = "int8" if "| int8 |" in key else "float32"
+    latency, memory = record["latency_ms"], record["memory"]["above_empty_mb"]
+    known = {"p50": Range(latency, latency, latency)}
+    return Figures(known, Range(memory, memory, memory), record["size_mb"], 1, variant, 1)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def run(pipeline: Path, folder: Path, method: str, seed: int, overrides: list[st
     from edgekd.distill.trainer import score
     from edgekd.models.weights import load_weights
     from edgekd.stages.build_student import build_student
-    from edgekd.stages.task_data import open_task_data, read_json
+    from edgekd.stages.task_data import HISTORY_SCHEMA, open_task_data, read_json
     from edgekd.stages.teacher import open_teacher
 
     ground = open_task_data(outcome.folder("data"), job.config)
@@ -89,7 +89,7 @@ def run(pipeline: Path, folder: Path, method: str, seed: int, overrides: list[st
     load_weights(student, outcome.folder("distill") / "student.safetensors")
     test = Loader("test", ground.dataset, 500)
     teacher = open_teacher(outcome.folder("teacher"), ground)
-    history = read_json(outcome.folder("distill") / "student-history.json")
+    history = read_json(outcome.folder("distill") / "student-history.json", HISTORY_SCHEMA)
     row = {
         "method": method,
         "seed": seed,

@@ -57,3 +57,11 @@ def test_a_pipelines_networks_on_its_own_data(tmp_path: Path):
 )
 def test_what_cannot_be_listed(arguments, said):
     assert said in call(*arguments, code=2).output
+
+
+def test_a_student_that_is_still_to_be_searched_for_is_not_listed(tmp_path: Path):
+    text = PIPELINE.replace("{model: convnet-xs}", "{search: {}}")
+    (tmp_path / "pipeline.yaml").write_text(text)
+    result = call(str(tmp_path / "pipeline.yaml"), "-o", str(tmp_path / "run"))
+    assert "chosen by a search, which has not been run" in result.output
+    assert rows(result.output)["features"][1] == "[batch, 64]"

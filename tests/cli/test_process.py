@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import click
+import numpy as np
 import psutil
 import pytest
 from click.testing import CliRunner
@@ -248,3 +250,38 @@ def test_a_removed_working_folder_is_two(run, tmp_path, monkeypatch):
     done = run("plan", "../p.yaml")
     assert done.exit_code == 2
     assert "working folder was removed" in done.output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes")
+def test_a_working_folder_that_is_not_utf8_is_two_or_works(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    save_onnx(folder / "m.onnx", "(float[n,4] x) => (float[n,4] y) { y = Relu (x) }")
+    np.savez(folder / "x.npz", x=np.ones((2, 4), np.float32))
+    (tmp_path / "link").symlink_to(folder)
+    inside = f"cd {tmp_path}/caf*; edgekd"
+    for words in ("benchmark m.onnx", "check m.onnx", "build m.onnx -o b.onnx", "run p.yaml"):
+        code, _, err = command(f"{inside} {words}")
+        assert code == 2, err
+        assert r"caf\udce9', is not valid UTF-8" in " ".join(err.split())
+    code, _, err = command(f"edgekd benchmark {tmp_path}/link/m.onnx")
+    assert code == 2, err
+    assert "the path is not valid UTF-8" in err
+    quick = "--min-queries 1 --max-seconds 0.1"
+    for words in (f"bench m.onnx {quick}", "info m.onnx", "run m.onnx --inputs x.npz --output o"):
+        assert (
+            command(f"{inside} {words}".replace("edgekd", f"{sys.executable} -m edgerun", 1))[0]
+            == 0
+        )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_output_that_edgerun_cannot_write_is_five(tmp_path):
+    edgerun = f"{sys.executable} -m edgerun"
+    code, _, err = command(f"{edgerun} info > /dev/full")
+    assert code == 5
+    assert "the output cannot be written: No space left on device" in err
+    assert command(f"{edgerun} info --json /dev/full")[0] == 5
+    # What was wrong before is not hidden.
+    assert command(f"{edgerun} verify {tmp_path} > /dev/full 2> /dev/full")[0] == 2
+    assert command(f"{edgerun} info >&-")[0] == 0

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from edgekd.config.networks import StudentConfig
-from edgekd.config.pipeline import load_pipeline
+from edgekd.config.pipeline import load_pipeline, pipeline_schema
 from edgekd.config.search import SearchConfig
 from edgekd.errors import InputError
 
@@ -78,3 +78,17 @@ def test_the_last_rung_is_a_quarter_of_the_training_at_least_two() -> None:
     assert SearchConfig().last_epochs(40) == 10
     assert SearchConfig().last_epochs(5) == 2
     assert SearchConfig(epochs=3).last_epochs(40) == 3
+
+
+def test_the_schema_takes_one_value_for_a_list() -> None:
+    validator = pytest.importorskip("jsonschema").Draft202012Validator(pipeline_schema())
+    rest = {"name": "p", "data": {"source": "digits"}, "teacher": {"model": "mlp", "train": {}}}
+
+    def problems(*candidates: dict[str, Any]) -> list[Any]:
+        search = {"candidates": list(candidates)}
+        return list(validator.iter_errors({**rest, "student": {"search": search}}))
+
+    one = {"prune": {"ratio": 0.5, "scope": "layer"}, "drop_layers": {"keep": 3}, "resolution": 20}
+    several = {"model": "mlp", "grid": {"dropout": 0.1}, "resolution": [20, [20, 24]]}
+    assert not problems(one, several)
+    assert problems({"prune": {"ratio": "half"}})

@@ -129,6 +129,7 @@ STATE = np.ones((40, 3))
         ({"all": {"state": STATE.astype(object), "y": LABELS}}, {}, "dtype object"),
         ({"all": {"state": STATE.astype(complex), "y": LABELS}}, {}, "dtype complex128"),
         ({"all": {"my state": STATE, "y": LABELS}}, {}, "no usable name"),
+        ({"all": {"s" * 300: STATE, "y": LABELS}}, {}, "no usable name"),
         ({"all": {"x": STATE, "lbl": LABELS}}, {}, "none of the arrays is a target: x, lbl"),
         ({"all": {"x": STATE, "lbl": LABELS[:, None]}}, {}, "none of the arrays is a target"),
         ({"all": {"x": STATE, "y": LABELS}}, {"targets": []}, "'y' is the name of a target"),

@@ -150,6 +150,7 @@ def test_labels_from_one_with_as_many_names_or_classes():
         (LABELS * 3, "[0, 3, 6, 9, 12]"),
         (LABELS + 40, "[40, 41, 42, 43, 44]"),
         (np.where(LABELS == 4, 10**12, LABELS), "[0, 1, 2, 3, 1000000000000]"),
+        (LABELS + 10**12, str([10**12 + number for number in range(5)])),
         (LABELS.astype(np.uint8) * 51, "[0, 51, 102, 153, 204]"),
     ],
 )

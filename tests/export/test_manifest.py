@@ -65,7 +65,16 @@ def test_a_manifest_that_reaches_outside_is_refused(bundle, name):
     assert "not a plain path inside" in problem
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"files": 3}', '{"files": {"a": "b"}}', "\xff"])
+LISTED = '{"schema": "edgekd.bundle/1", "files": {"model.onnx": {"sha256": "0", "bytes": %s}}}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", '{"files": 3}', '{"files": {"a": "b"}}', "\xff"),
+        *(LISTED % size for size in ("1e999", "NaN", '"5"', "5.5", "true", "null")),
+    ],
+)
 def test_an_unreadable_manifest_is_a_change(bundle, content):
     (bundle / "manifest.json").write_text(content, encoding="latin-1")
     done = edgerun("verify", bundle, code=1)

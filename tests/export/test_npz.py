@@ -120,7 +120,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
 
 def test_arrays_that_together_exceed_the_memory_are_refused(tmp_path, monkeypatch):
     path = archive(tmp_path / "a.npz", [(n, npy(np.zeros(1 << 10, np.uint8))) for n in "xyz"])
-    monkeypatch.setattr(npz, "_physical_memory", lambda: 2500)
+    monkeypatch.setattr(npz, "memory_limit", lambda: 2500)
     with NpzFile(path) as file:
         file.read("x"), file.read("y")
         with pytest.raises(BadInput, match="the arrays up to 'z' need"):

@@ -23,6 +23,9 @@ from tests.fuzz.worker import MEMORY, ROOT, TARGETS, Target
 COUNT = int(os.environ.get("EDGEKD_FUZZ", "90"))
 FIRST = int(os.environ.get("EDGEKD_FUZZ_FROM", "0"))
 
+FOUND = {"manifest": (110,), "npz-data": (288, 1086)}
+"""Numbers of inputs that once were read wrongly, read in every run."""
+
 SECONDS = 10.0
 """Of the processor, for one input."""
 
@@ -122,13 +125,17 @@ def in_its_own_process(target: Target, folder: Path) -> dict[str, object]:
 @pytest.mark.parametrize("name", TARGETS)
 def test_changed_inputs_give_errors(name, worker):
     target = TARGETS[name]
-    found = []
-    for number in range(FIRST, FIRST + max(1, round(COUNT * target.share))):
+    found, codes = [], set()
+    numbers = range(FIRST, FIRST + max(1, round(COUNT * target.share)))
+    for number in (*numbers, *FOUND.get(name, ())):
         answer = worker.ask(name, number)
         wrong = problem(target, answer, worker.folder / name)
+        codes.add(answer.get("code"))
         if wrong is not None:
             found.append(f"{name} {number}: {wrong}")
         assert float(str(answer.get("peak_mb", 0))) < (MEMORY + (1 << 30)) / 1e6, f"{name} {number}"
         if len(found) == SHOWN:
             break
     assert not found, "\n\n".join(found)
+    # Else they are all refused by the same first check, and the rest of the parser is not read.
+    assert 0 in codes or target.share * COUNT < 20, codes

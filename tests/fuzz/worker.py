@@ -30,6 +30,7 @@ from click.testing import CliRunner
 
 from edgekd.cli import main
 from edgekd.errors import EdgekdError
+from edgerun.manifest import BUNDLE_SCHEMA
 from tests.fuzz.mutators import changed_bytes, changed_json, changed_yaml
 from tests.release.conftest import latency, make_result
 
@@ -134,7 +135,7 @@ def _changed_manifest(random_: random.Random) -> None:
     for name in ("model.onnx", "README.md"):
         _write(f"bundle/{name}", name.encode())
         files[name] = {"sha256": hashlib.sha256(name.encode()).hexdigest(), "bytes": len(name)}
-    manifest = {"schema": "edgekd.manifest/1", "name": "x", "files": files}
+    manifest = {"schema": BUNDLE_SCHEMA, "name": "x", "files": files}
     _write("bundle/manifest.json", changed_json(manifest, random_))
 
 

@@ -127,6 +127,14 @@ CASES = {
     ),
     "no gate at all": (save, ["gate={}"], "gate"),
     "a file as run folder": (save, ["name=taken"], "taken"),
+    **{
+        f"something in the way of {name}": (
+            lambda f, name=name: (save(f), (f / "runs" / "wrong" / name).mkdir(parents=True)),
+            ["gate={}"],
+            says,
+        )
+        for name, says in ((".lock", "run folder"), (".owner", "gate"), ("log.jsonl", "the log"))
+    },
 }
 
 

@@ -125,6 +125,60 @@ def net(*args, **kwargs):
 """
 
 
+IMPORTING = """
+import sys
+from pathlib import Path
+
+import torch
+
+from edgekd.config.pipeline import PipelineConfig
+from edgekd.config.profile import load_profile
+from edgekd.errors import EdgekdError
+from edgekd.extension import resolve
+from edgekd.pipeline.runner import Runner, join_workers
+from edgekd.pipeline.stage import Job
+from edgekd.pipeline.store import Store
+from tests.progress import RecordedProgress
+
+
+class Teacher:
+    name, inputs, libraries = "teacher", (), ()
+
+    def config_slice(self, job):
+        return {"loss": "mine:VALUE"}
+
+    def run(self, context, inputs):
+        # The first process imports the file before it is edited, the second one after that.
+        first = torch.distributed.get_rank() == 0
+        if first:
+            resolve("mine:VALUE", {}, "loss")
+            Path("mine.py").write_text(sys.argv[1])
+        torch.distributed.barrier()
+        if not first:
+            resolve("mine:VALUE", {}, "loss")
+        (context.out / "out.txt").write_text("made")
+
+
+config = {
+    "name": "n", "data": {"source": "digits"}, "teacher": {"model": "m", "train": {}},
+    "student": {"model": "s"},
+}
+job = Job(PipelineConfig.model_validate(config), Path.cwd(), load_profile("host"))
+stages = (Teacher(),)
+try:
+    with join_workers() as workers:
+        if workers.is_main:
+            progress = RecordedProgress()
+            Runner(job, Store(Path("run")), progress, stages, workers=workers).run()
+            print(progress.messages)
+        else:
+            workers.serve(stages)
+except EdgekdError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -191,6 +245,20 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     for ours, theirs in zip(first["history"]["epochs"], expected["history"]["epochs"], strict=True):
         assert ours["terms"] == pytest.approx(theirs["terms"], rel=1e-6)
         assert ours["validation"] == theirs["validation"]
+
+
+def test_another_process_that_imports_an_edited_form_is_noticed(tmp_path: Path) -> None:
+    (tmp_path / "importing.py").write_text(IMPORTING)
+    (tmp_path / "mine.py").write_text("VALUE = 1\n")
+    first, second = together(["importing.py", "VALUE = 2  # edited\n"], tmp_path)
+    assert (first.returncode, second.returncode) == (2, 2), first.stdout + first.stderr
+    assert "process 1 imported another form of your own code" in first.stdout
+    assert "run again" in first.stdout
+    assert not list((tmp_path / "run" / "artifacts").glob("teacher/[0-9a-f]*")), "not stored"
+    # Unchanged code is accepted, of both.
+    first, second = together(["importing.py", "VALUE = 2  # edited\n"], tmp_path)
+    assert (first.returncode, second.returncode) == (0, 0), first.stdout + first.stderr
+    assert "teacher: done" in first.stdout
 
 
 @pytest.fixture

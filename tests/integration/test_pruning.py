@@ -43,7 +43,7 @@ def one(folder: Path, pattern: str) -> Path:
 
 
 def planned(folder: Path, *arguments: str) -> dict[str, str]:
-    done = run_edgekd("plan", "digits.yaml", *arguments, cwd=folder)
+    done = run_edgekd("plan", "digits.yaml", "--until", "export", *arguments, cwd=folder)
     rows = [line.split()[:2] for line in done.stdout.splitlines()]
     return dict(row for row in rows if len(row) == 2)
 

@@ -96,7 +96,15 @@ def test_interrupted_run_leaves_with_its_code(tmp_path: Path, number: int, code:
 def test_files_that_a_killed_run_left_are_removed(tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text(DIGITS)
     left = tmp_path / "run" / "tmp" / "edgekd-1234"
-    left.mkdir(parents=True)
-    (left / "feed.npz").touch()
-    edgekd_process("run", "p.yaml", "-o", "run", "--until", "data", cwd=tmp_path)
-    assert not left.parent.exists()
+    unfinished = tmp_path / "run" / "artifacts" / "data" / ".tmp-0123456789abcdef"
+    for left_to_do in (True, False):
+        left.mkdir(parents=True)
+        unfinished.mkdir(parents=True)
+        (left / "feed.npz").touch()
+        (tmp_path / "run" / ".owner").write_text("1234")
+        done = edgekd_process("run", "p.yaml", "-o", "run", "--until", "data", cwd=tmp_path)
+        assert ("Nothing to do" in done.stdout) is not left_to_do
+        assert sorted(p.name for p in (tmp_path / "run").iterdir() if p.name != ".lock") == [
+            *("artifacts", "log.jsonl", "scratch"),
+        ]
+        assert not unfinished.exists()

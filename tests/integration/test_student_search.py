@@ -107,6 +107,7 @@ def test_the_winner_is_feasible_and_its_section_runs(searched: Path) -> None:
     assert large["status"] in ("infeasible", "predicted-infeasible")
     assert "latency.p95_ms" in large["reason"]
     section = json.loads((student_of(searched) / "student.json").read_text())
+    assert section.pop("schema") == "edgekd.student-section/1"
     assert section == winner["student"]
     raced = [entry for entry in record["candidates"] if entry["rungs"]]
     assert {rung["epochs"] for entry in raced for rung in entry["rungs"]} <= {1, 2}
@@ -159,13 +160,13 @@ def test_no_feasible_candidate_names_the_nearest_budget(tmp_path: Path) -> None:
         (["--set", "student.search.candidates=[{model: convnet-xs}]"], "one candidate"),
         (["--set", "student.search.candidates=[]"], "empty"),
         (["--set", "student={model: convnet-xs}"], "nothing to search"),
-        (["--set", "student.search.storage=nonsense://x"], "storage"),
+        (["--latency-ms", "0.061", "--set", "student.search.storage=nonsense://x"], "storage"),
         (["--set", "student.search.objectives=[accuracy, speed]"], "objectives"),
     ],
 )
 def test_wrong_input_is_refused(options: list[str], says: str, searched: Path) -> None:
-    command = "run" if "storage" in options[-1] else "students"
-    failed = edgekd(command, "found.yaml", *options, cwd=searched, code=2)
+    command = ["run", "--until", "student"] if "storage" in options[-1] else ["students"]
+    failed = edgekd(*command, "found.yaml", *options, cwd=searched, code=2)
     assert says in failed.output
     assert "Traceback" not in failed.output
 

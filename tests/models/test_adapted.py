@@ -9,21 +9,28 @@ from torch import nn
 from torch.nn import functional as F
 
 from edgekd.config.networks import PreprocessConfig
+from edgekd.config.pipeline import ExportConfig
 from edgekd.data.dataset import Preprocess
 from edgekd.errors import InputError
 from edgekd.models.adapted import (
     Adaptation,
     AdaptedModel,
+    InputAdaptation,
     adapt,
     as_logits,
     check_form,
     input_adaptation,
+    input_resolution,
     recognized_form,
+    resize,
 )
 from edgekd.models.dict_model import DictModel
 from edgekd.onnx.export import export_onnx
 from edgekd.onnx.import_onnx import adapt_onnx
+from edgekd.onnx.parity import check_parity, parity
 from edgekd.spec import ModelSpec, TensorSpec
+from tests.onnx_builders import distance, run
+from tests.quantization.quantizing import quantized
 
 NORMALIZATION = Preprocess(1 / 255, (0.4, 0.5, 0.6), (0.2, 0.3, 0.1))
 
@@ -181,3 +188,69 @@ def test_an_adapted_network_has_the_networks_own_weights_and_layers():
     assert isinstance(model, AdaptedModel)
     assert model.state_dict().keys() == network.state_dict().keys()
     assert adapt(network, spec(), Adaptation("logits")) is network
+
+
+def test_whole_factors_are_averaged_and_others_interpolated():
+    image = torch.randn(2, 3, 8, 12, dtype=torch.float64)
+    blocks = image.reshape(2, 3, 4, 2, 4, 3).mean((3, 5))
+    torch.testing.assert_close(resize(image, (4, 4)), blocks)
+    assert resize(image, (5, 16)).shape == (2, 3, 5, 16)
+    flat = torch.full((1, 1, 9, 9), 0.7)
+    torch.testing.assert_close(resize(flat, (7, 12)), torch.full((1, 1, 7, 12), 0.7))
+
+
+@pytest.mark.parametrize(
+    ("resolution", "size"), [(8, (8, 12)), (20, (20, 30)), ((9, 9), (9, 9)), (16, None)]
+)
+def test_a_resolution_is_the_shorter_side_or_both(resolution, size):
+    image = TensorSpec("image", ("batch", 3, 16, 24))
+    found = input_resolution(
+        resolution, (image, TensorSpec("state", ("batch", 4))), None, "student"
+    )
+    assert (found and found.resolution) == size
+    if found is not None:
+        assert found.spec(image).shape == ("batch", 3, *size)
+        assert found(torch.zeros(2, 3, 16, 24)).shape == (2, 3, *size)
+
+
+def test_a_resolution_replaces_the_teachers_image_size_and_keeps_its_scale():
+    config = PreprocessConfig(image_size=(32, 32), mean=(0.5,), std=(0.25,))
+    own = InputAdaptation("image", config, None)
+    image = TensorSpec("image", ("batch", 1, 16, 16))
+    found = input_resolution(8, (image,), own, "student")
+    assert found.spec(image).shape == ("batch", 1, 8, 8)
+    torch.testing.assert_close(found(torch.ones(2, 1, 16, 16)), torch.full((2, 1, 8, 8), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "says"),
+    [
+        ((TensorSpec("x", ("batch", 4)),), "resizes one image"),
+        ((TensorSpec("a", ("batch", 1, 8, 8)), TensorSpec("b", ("batch", 1, 8, 8))), "one image"),
+        ((TensorSpec("image", ("batch", 1, 8, 8), "uint8"),), "needs floats and a fixed size"),
+        ((TensorSpec("image", ("batch", 1, "height", 8)),), "needs floats and a fixed size"),
+    ],
+)
+def test_what_cannot_be_resized(inputs, says):
+    with pytest.raises(InputError, match=says):
+        input_resolution(4, inputs, None, "student")
+
+
+@pytest.mark.parametrize("resolution", [4, (5, 7), 12])
+def test_a_resolution_is_in_the_onnx_file_and_in_its_int8(resolution, tmp_path):
+    torch.manual_seed(0)
+    outer = spec(size=8)
+    own = input_resolution(resolution, outer.inputs, None, "student")
+    adaptation = Adaptation(input=own)
+    inner = adaptation.network_spec(outer)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 4),
+    )  # fmt: skip
+    model = adapt(DictModel(network, inner), outer, adaptation).eval()
+    images = {"image": np.random.default_rng(0).normal(size=(16, 3, 8, 8)).astype(np.float32)}
+    path = tmp_path / "m.onnx"
+    export_onnx(model, path)
+    check_parity(parity(model, path, images, "logits", ExportConfig()))
+    _, out = quantized(path, images, tmp_path)
+    assert distance(run(path, images)["logits"], run(out, images)["logits"]) < 8 * 2 / 255

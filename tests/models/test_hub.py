@@ -49,11 +49,16 @@ def test_a_package_that_breaks_while_imported_is_no_traceback(tmp_path, monkeypa
 def timm(monkeypatch):
     """What the project uses of timm; timm itself needs a torchvision of torch's own build."""
     package = types.ModuleType("timm")
-    package.is_model = lambda name: name == "resnet18"
+    package.is_model = lambda name: name in ("resnet18", "vit_tiny_patch16_224")
     package.list_models = lambda: ["resnet18", "vgg11"]
 
-    def create_model(name, pretrained, num_classes, in_chans, width=4):
+    package.get_pretrained_cfg = lambda name, allow_unregistered: types.SimpleNamespace(
+        fixed_input_size=name.startswith("vit")
+    )
+
+    def create_model(name, pretrained, num_classes, in_chans, width=4, **size):
         package.asked = (name, pretrained, width)
+        package.size = size
         return nn.Sequential(
             nn.Conv2d(in_chans, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
             nn.Linear(width, num_classes),
@@ -70,6 +75,15 @@ def test_timm_gets_the_channels_and_classes_of_the_data(timm):
     assert timm.asked == ("resnet18", False, 6)
     build("timm:resnet18", pretrained=True)
     assert timm.asked == ("resnet18", True, 4)
+
+
+def test_timm_gets_the_images_size_where_it_is_fixed(timm):
+    build("timm:vit_tiny_patch16_224")
+    assert timm.size == {"img_size": (16, 16)}
+    build("timm:vit_tiny_patch16_224", img_size=32)
+    assert timm.size == {"img_size": 32}
+    build("timm:resnet18")
+    assert timm.size == {}
 
 
 def test_timm_names_are_looked_up_and_only_one_image_fits(timm):

@@ -2,6 +2,7 @@
 
 import contextlib
 import pickle
+import sys
 import zipfile
 
 import numpy as np
@@ -319,3 +320,33 @@ def test_whatever_is_wrong_with_a_file_is_an_input_error(tmp_path, suffix):
         path.write_bytes(changed)
         with contextlib.suppress(InputError):
             load_weights(network(), path)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit of Linux")
+def test_a_pickle_that_asks_for_any_memory_is_refused(tmp_path, monkeypatch):
+    """``bytearray(3 * 10**9)`` in 100 bytes."""
+    monkeypatch.setattr(weights, "_LARGEST_REST", 1 << 28)
+    size = (3 * 10**9).to_bytes(5, "little")
+    program = b"\x80\x02c__builtin__\nbytearray\n\x8a\x05" + size + b"\x85R."
+    with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", program)
+        archive.writestr("archive/version", "3\n")
+    with pytest.raises(InputError, match="the checkpoint needs more memory than 2"):
+        read_checkpoint(tmp_path / "w.pt")
+
+
+def test_mappings_that_hold_one_another_many_times_are_refused(tmp_path):
+    content = {"a": 1}
+    for _ in range(5):
+        content = dict.fromkeys(map(str, range(100)), content)
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(InputError, match="more than 200,000 mappings"):
+        load_weights(network(), tmp_path / "w.pt")
+
+
+def test_a_header_of_many_megabytes_is_refused(tmp_path):
+    header = b"[" * (9 << 20)
+    content = len(header).to_bytes(8, "little") + header + b"0"
+    (tmp_path / "w.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match="header has 9,437,184 bytes"):
+        read_checkpoint(tmp_path / "w.safetensors")

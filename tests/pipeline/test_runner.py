@@ -19,6 +19,7 @@ from edgekd.extension import resolve
 from edgekd.pipeline.runner import Runner, is_disk_full, plan, stages_until
 from edgekd.pipeline.stage import Context, Job
 from edgekd.pipeline.store import Store
+from edgekd.progress import EventLog
 from edgekd.stages import STAGES
 from tests.progress import RecordedProgress
 
@@ -123,6 +124,14 @@ def test_full_disk_is_said_and_leaves_the_store_consistent(tmp_path: Path, stage
         "run",
         "run",
     ]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file that is full")
+def test_full_disk_is_named_when_the_log_cannot_be_written() -> None:
+    log = EventLog(Path("/dev/full"))
+    with pytest.raises(StageError, match=r"the log cannot be written: No space left"):
+        log.write("message", text="x")
+    log.close()
 
 
 def test_disk_full_is_found_behind_a_library_error(tmp_path: Path) -> None:

@@ -66,6 +66,18 @@ def test_corrupt_record_means_absent(tmp_path: Path) -> None:
     assert store.latest("data") is None
 
 
+def test_any_flipped_bit_in_the_record_means_absent(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    record = put(store) / "artifact.json"
+    written = record.read_bytes()
+    for position in range(len(written)):
+        record.write_bytes(bytes(b ^ (position == i) for i, b in enumerate(written)))
+        found = store.find("data", PRINT)
+        assert found is None, written[position - 5 : position + 5]
+    record.write_bytes(written)
+    assert store.find("data", PRINT) is not None
+
+
 def test_second_process_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from edgekd.pipeline.store import Store\n"

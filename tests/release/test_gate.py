@@ -1,16 +1,19 @@
 """The gate never passes what was not shown."""
 
 import json
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edgekd.config.budgets import Budgets, GateConfig
-from edgekd.errors import InputError
-from edgekd.release.gate import evaluate, passed, read_gate, write_gate
+from edgekd.errors import InputError, printable
+from edgekd.measurement import Measurement
+from edgekd.release.gate import Verdict, evaluate, passed, read_gate, write_gate, write_junit
 from edgekd.release.result import Result
 from tests.release.conftest import bare_result
 
@@ -186,3 +189,35 @@ def test_verdicts_come_back_and_junit_counts_what_did_not_pass(result, tmp_path)
     assert (suite.get("tests"), suite.get("failures")) == ("3", "2")
     types = sorted(failure.get("type") for failure in suite.iter("failure"))
     assert types == ["fail", "inconclusive"]
+
+
+NAMES = ["<b>&amp;", "]]>", "\x00\x1b[31m", "\x9b2J", "\u202e", "\ud800", "\ufffe\uffff", "\ufdd0"]
+
+
+@given(*[st.text() | st.sampled_from(NAMES)] * 2)
+@example("".join(NAMES), "a\r\n\tb\u2028c")
+def test_junit_shows_every_name_and_parses(name, reason):
+    figure = Measurement(1.0, "MB", 1, note=reason)
+    verdicts = [
+        Verdict(f"size.{status}", status, figure, 2.0, reason, origin=f"profile {name}")
+        for status in ("pass", "fail")
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "g.xml")
+        write_junit(path, name, verdicts)
+        suite = ElementTree.parse(path).getroot().find("testsuite")
+    assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
+    good, bad = suite
+    # Nothing is lost and nothing can control a terminal: an escape is as readable as its name.
+    assert good.get("classname") == f"edgekd.gate.{suite.get('name')}"
+    failure = bad.find("failure")
+    for shown, text in (
+        (suite.get("name"), name),
+        (good.find("system-out").text, reason),
+        (failure.get("message"), name),
+        (failure.get("message"), reason),
+        (failure.text, reason),
+    ):
+        assert printable(shown) == shown
+        escaped = printable(text).replace("\ufffe", r"\ufffe").replace("\uffff", r"\uffff")
+        assert escaped in shown

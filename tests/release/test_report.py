@@ -156,3 +156,42 @@ def test_what_distillation_did_is_said(
     assert words in page
     assert words in (tmp_path / "summary.md").read_text(encoding="utf-8")
     assert ("ship the student trained alone" in page) == (interval[1] < 0)
+
+
+def test_the_teachers_harm_and_the_race_are_shown(tmp_path, result, histories, pipeline):
+    hostile = "<script>x</script>"
+    extras = {
+        "comparison": {
+            "outcome": "worse",
+            "sentence": "the distilled student is worse than the student alone: −3 points",
+            "causes": [{"cause": hostile, "evidence": "0.1 %", "try": "distill: {keep: better}"}],
+            "kept": "baseline",
+            "kept_why": "the student alone is better on validation data, and is shipped",
+        },
+        "recipes": {
+            "metric": "accuracy",
+            "winner": "soft_labels",
+            "why": "accuracy 0.9000 after 4 epochs",
+            "recipes": [
+                {
+                    "name": "soft_labels",
+                    "rungs": [{"epochs": 1, "score": 0.5}, {"epochs": 4, "score": 0.9}],
+                    "failed": None,
+                },
+                {"name": "own", "rungs": [], "failed": "the loss became nan"},
+            ],
+        },
+    }
+    page = written(tmp_path, result, histories, pipeline, extras)
+    parser = Balanced()
+    parser.feed(page)
+    assert parser.open == []
+    assert parser.scripts == 0
+    for text in ("is worse than the student alone", "the loss became nan", "90.00 %", "4 epochs"):
+        assert text in page
+    summary = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    for form in (page, summary):
+        assert "no teacher trained it" in form
+        assert "student shipped (alone)" in form
+    # The column is not that of a distilled student.
+    assert "student distilled" not in summary

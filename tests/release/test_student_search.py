@@ -46,7 +46,7 @@ def candidate(name, status, latency, rungs=(), front=False, reason=""):
 def search():
     return copy.deepcopy(
         {
-            "schema": "edgekd/search/1",
+            "schema": "edgekd.search/1",
             "metric": "accuracy",
             "higher_is_better": True,
             "limits": {"latency.p95_ms": {"limit": 0.3, "origin": "profile raspberry-pi-4"}},

@@ -55,3 +55,17 @@ def test_what_a_constructor_is_given_by_the_project_is_not_missing(tmp_path: Pat
         preflight(job(tmp_path, student=own), gated=False)
         with pytest.raises(InputError, match="no argument 'wdith'"):
             preflight(job(tmp_path, student={**own, "args": {"wdith": 3}}), gated=False)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "says"),
+    [
+        ([{"model": "mlp", "grid": {"hiden": [[4], [8]]}}], r"'hiden'[\s\S]*candidates\[0\].args"),
+        ([{"prune": {"ratio": 0.5}}, {"model": "mlq"}], r"'mlq'[\s\S]*candidates\[1\].model"),
+        ([{"model": "mlp", "grid": {"hidden": [[4], "x"]}}], r"'x'[\s\S]*candidates\[0\].args"),
+    ],
+)
+def test_a_searchs_networks_are_checked(tmp_path: Path, candidates: list[Any], says: str) -> None:
+    preflight(job(tmp_path, student={"search": {}}), gated=False)
+    with pytest.raises(InputError, match=says):
+        preflight(job(tmp_path, student={"search": {"candidates": candidates}}), gated=False)

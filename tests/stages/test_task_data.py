@@ -1,5 +1,6 @@
 """Drops on the validation split: of an error a share of a constant's, with the metric's sign."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from edgekd.errors import InputError
 from edgekd.spec import TensorSpec
-from edgekd.stages.task_data import TaskEvaluator
+from edgekd.stages.task_data import TaskEvaluator, read_json, write_json
 from edgekd.tasks import Regression
 from tests.onnx_builders import save_onnx
 
@@ -72,3 +73,13 @@ def test_a_lower_error_is_said_to_be_lower(tmp_path):
 def test_targets_that_are_all_one_number_have_no_share(tmp_path):
     with pytest.raises(InputError, match="the same prediction"):
         validation(tmp_path, np.full((50, 1), 3.0, np.float32))
+
+
+def test_files_have_a_schema_which_older_ones_lack(tmp_path):
+    path, content = tmp_path / "choice.json", {"chosen": "float32"}
+    write_json(path, content, "edgekd.choice/2")
+    assert read_json(path, "edgekd.choice/2") == content
+    with pytest.raises(InputError, match=r"schema 'edgekd.choice/2', not 'edgekd.choice/3'"):
+        read_json(path, "edgekd.choice/3")
+    path.write_text(json.dumps(content))
+    assert read_json(path, "edgekd.choice/2") == content

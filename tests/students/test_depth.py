@@ -187,3 +187,22 @@ def test_what_cannot_be_dropped(network, keep: float, says: str) -> None:
 def test_structure_of_another_network_is_refused() -> None:
     with pytest.raises(InputError, match=r"no block 'layer.7'"):
         skip_blocks(of(Encoder(3)), ["layer.7"])
+
+
+@pytest.mark.parametrize("name", ["Bert", "DistilBert", "GPT2"])
+def test_layers_of_transformers(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "Bert": {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2,
+                 "intermediate_size": 8},
+        "DistilBert": {"dim": 16, "n_layers": 4, "n_heads": 2, "hidden_dim": 8},
+        "GPT2": {"n_embd": 16, "n_layer": 4, "n_head": 2, "pad_token_id": 0},
+    }  # fmt: skip
+    config = getattr(transformers, f"{name}Config")(vocab_size=20, num_labels=7, **sizes[name])
+    network = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    tokens = [TensorSpec(n, ("batch", 6), "int64") for n in ("input_ids", "attention_mask")]
+    model = DictModel(network, ModelSpec(tuple(tokens), (LOGITS,)))
+    smaller, names = drop_layers(model, DropLayersConfig(keep=0.5))
+    assert [name.rpartition(".")[2] for name in names] == ["1", "2"]
+    batch = {"input_ids": torch.arange(12).reshape(2, 6), "attention_mask": torch.ones(2, 6).long()}
+    assert smaller(batch)["logits"].shape == (2, 7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -424,3 +425,86 @@ def test_both_halves_of_a_gate_lose_the_same_requested_channels(ratio: float) ->
 def test_a_network_in_which_nothing_is_certain_is_refused() -> None:
     with pytest.raises(InputError, match="not certain"):
         prune(of(Flipped(), CAMERA), PruneConfig(ratio=0.5))
+
+
+def test_each_layer_has_its_own_ratio() -> None:
+    ratios = {"features.*": 0.25, "features.layers.1": 0.75, "features.layers.2.first": 0}
+    done = prune(network("convnet-l"), PruneConfig(ratio=0.5, ratios=ratios))
+    left = {row.name: row.after / row.before for row in done.layers}
+    # The last pattern that matches counts; layers of one sum share theirs.
+    assert left["features.layers.0.0"] == left["features.layers.4.first.0"] == 0.75
+    assert left["features.layers.1.0"] == left["features.layers.2.second.0"] == 0.25
+    assert done.left["features.layers.2.first.0"] == "its ratio is 0"
+    assert done.to_json()["ratios"] == ratios
+
+
+def test_without_a_ratio_only_the_named_layers_are_pruned() -> None:
+    done = prune(network("convnet-s"), PruneConfig(ratios={"features.layers.0": 0.5}, round_to=4))
+    assert [(row.name, row.after) for row in done.layers] == [("features.layers.0.0", 8)]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "says"),
+    [
+        ({"features.layer.0": 0.5}, r"no layer named 'features.layer.0'[\s\S]*prune.ratios"),
+        ({"features.layers.0": 0.99}, r"leaves nothing of 'features.layers.0.0'[\s\S]*ratios"),
+    ],
+)
+def test_wrong_ratios_are_refused(ratios: dict[str, float], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        prune(network("convnet-s"), PruneConfig(ratios=ratios))
+
+
+class Chain(nn.Module):
+    """Two layers, with something between them that cannot be followed."""
+
+    def __init__(self, between) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(10, 12), nn.Linear(12, 12), nn.Linear(12, 7)
+        self.between = between
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.between(self, torch.tanh(self.first(x))))
+
+
+def without_gradient(network: Chain, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return network.second(x)
+
+
+@pytest.mark.parametrize(
+    ("between", "layer", "reason"),
+    [
+        (lambda n, x: n.second(x.detach()), "first", "it is detached before second"),
+        (lambda n, x: n.second(x.sort()[0]), "first", r"is not certain \(after it: sort\)"),
+        (without_gradient, "second", "called under torch.no_grad()"),
+    ],
+)
+def test_what_cannot_be_followed_is_named(between, layer: str, reason: str) -> None:
+    model = of(Chain(between))
+    try:
+        said = prune(model, PruneConfig(ratio=0.5)).left[layer]
+    except InputError as error:
+        said = str(error)
+    assert re.search(reason.replace("()", r"\(\)"), said)
+
+
+def test_a_network_that_fails_names_its_line() -> None:
+    def as_numpy(network: Chain, x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(network.second(x).numpy())
+
+    with pytest.raises(InputError, match=r"test_pruning.py:\d+: return torch.from_numpy"):
+        prune(of(Chain(as_numpy)), PruneConfig(ratio=0.5))
+
+
+def test_an_lstm_is_named_as_what_is_not_pruned() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(5, 6, batch_first=True), nn.Linear(6, 7)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.lstm(x.reshape(-1, 2, 5))[0][:, -1])
+
+    with pytest.raises(InputError, match="lstm: LSTM is not pruned"):
+        prune(of(Recurrent()), PruneConfig(ratio=0.5))

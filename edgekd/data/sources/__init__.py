@@ -24,6 +24,7 @@ from edgekd.data.splits import by_split
 from edgekd.errors import InputError
 from edgekd.extension import find_reference, resolve, searching
 from edgekd.files import file_sha256
+from edgerun.limits import limited_memory
 from edgerun.npz import NpzFile
 
 
@@ -117,7 +118,8 @@ def load_dataset(
     with searching(base):
         source = find_source(config.source)
         if isinstance(source, Source):
-            return build_dataset(source.read(request), config, classes)
+            with limited_memory("the data", str(config.path or config.source), InputError):
+                return build_dataset(source.read(request), config, classes)
         result = read_function(source, request, seed)
     return result if isinstance(result, Dataset) else build_dataset(result, config, classes)
 
