@@ -81,7 +81,7 @@ class TeacherStage:
         task_data = open_task_data(inputs["data"], job.config)
         if config.onnx is not None:
             packed = context.out / BLACK_BOX
-            pack_onnx(_opened_apart(context, config.onnx, "teacher"), packed)
+            pack_onnx(job.existing_file(config.onnx, "teacher.onnx"), packed)
             black_box = _black_box(task_data, config, packed, "teacher", context)
             # Student and teacher are timed on the same samples, so they share their names.
             rename_onnx(packed, black_box.names)
@@ -145,15 +145,6 @@ def _trained_or_loaded(
     return model, fit(task_data, model, objective, config.train, where, context)
 
 
-def _opened_apart(context: Context, onnx: str, where: str) -> Path:
-    """The path of an ONNX file that another process could open: some end the one that does."""
-    from edgekd.targets import LocalTarget
-
-    path = context.job.existing_file(onnx, f"{where}.onnx")
-    LocalTarget().probe(path, threads=1, run=False)
-    return path
-
-
 def _black_box(
     task_data: TaskData, config: TeacherConfig, path: Path, where: str, context: Context
 ) -> OnnxTeacher:
@@ -185,7 +176,7 @@ def load_teacher(
     from edgekd.distill.teacher import ModuleTeacher
 
     if config.onnx is not None:
-        path = _opened_apart(context, config.onnx, where)
+        path = context.job.existing_file(config.onnx, f"{where}.onnx")
         teacher: Teacher = _black_box(task_data, config, path, where, context)
     else:
         model, _ = _trained_or_loaded(task_data, config, context, where)
