@@ -34,6 +34,7 @@ _COMMANDS = {
     "init": ("edgekd.cli:init", "Write an example pipeline to start from."),
     "run": ("edgekd.cli.run:run", "Run a pipeline: from the teacher to the gated bundle."),
     "plan": ("edgekd.cli.run:plan", "Show what a run would do, without doing it."),
+    "students": ("edgekd.cli.students:students", "Measure the candidates for a student."),
     "distill": ("edgekd.cli.run:distill", "Run a pipeline up to the distilled student."),
     "export": ("edgekd.cli.run:export", "Run a pipeline up to the checked ONNX files."),
     "quantize": ("edgekd.cli.quantize:quantize", "Make an ONNX model INT8 or FP16, and compare."),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
 from rich.table import Table
 from rich.text import Text
 
-from edgekd.api import execute, open_job, run_folder
+from edgekd.api import execute, open_job, plan_students, run_folder
+from edgekd.cli.options import pipeline_options, requirement_options
 from edgekd.extension import searching
 from edgekd.measurement import full_text, value_text
 from edgekd.pipeline.runner import RunOutcome, join_workers
@@ -26,31 +26,6 @@ from edgekd.release.report_tables import (
 )
 from edgekd.release.result import ModelResult, Result, read_result
 from edgekd.stages import STAGES, preflight
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-def pipeline_options(command: Command) -> Command:
-    """The argument and options of every command that takes a pipeline file."""
-    for decorate in (
-        click.option("-q", "--quiet", is_flag=True, help="Print only errors and the result."),
-        click.option(
-            "-o",
-            "--output",
-            type=click.Path(path_type=Path, file_okay=True),
-            help="The run folder.  [default: runs/<name>]",
-        ),
-        click.option(
-            "--set",
-            "overrides",
-            multiple=True,
-            metavar="KEY=VALUE",
-            help="Change a key for this run, e.g. --set distill.epochs=5.",
-        ),
-        click.argument("pipeline", type=click.Path(path_type=Path)),
-    ):
-        command = decorate(command)
-    return command
 
 
 def run_pipeline_until(
@@ -164,6 +139,7 @@ until_option = click.option("--until", metavar="STAGE", help="Stop after this st
 
 @click.command()
 @pipeline_options
+@requirement_options
 @until_option
 def run(
     pipeline: Path, overrides: tuple[str, ...], output: Path | None, quiet: bool, until: str | None
@@ -177,18 +153,23 @@ def run(
 
 @click.command()
 @pipeline_options
+@requirement_options
 @until_option
 def plan(
     pipeline: Path, overrides: tuple[str, ...], output: Path | None, quiet: bool, until: str | None
 ) -> None:
-    """Show which stages of PIPELINE would run, and why; nothing is run or written.
+    """Show which stages of PIPELINE would run, and why; no stage is run.
 
     What a run refuses before its first stage is refused here too: names, arguments, the gate's
     rules. Your own modules are imported for that.
+
+    Where the student is searched for, also its candidates with the memory and latency that are
+    predicted, and how long the search may take; for that the data are prepared, and what was
+    counted is stored. Exit code 2 when no candidate can hold all limits.
     """
     job = open_job(pipeline, overrides)
-    rows = plan_run(job, run_folder(job, output), STAGES, until)
-    console = Console()
+    folder, console = run_folder(job, output), Console()
+    rows = plan_run(job, folder, STAGES, until)
     for row in rows:
         if not quiet or row.action == "run":
             console.print(
@@ -202,6 +183,14 @@ def plan(
     if count:
         with searching(job.base):
             preflight(job, "gate" in [row.stage for row in rows])
+    if job.config.student.search is not None and "student" in [row.stage for row in rows]:
+        from edgekd.cli.students import print_search
+        from edgekd.stages.survey import nothing_feasible
+
+        record = plan_students(job, folder, None if quiet else console)
+        print_search(console, record, folder / "cache")
+        if (error := nothing_feasible(record)) is not None:
+            raise error
 
 
 def _until(stage: str, help_text: str) -> click.Command:

@@ -59,8 +59,8 @@ def preflight(job: Job, gated: bool = True) -> None:
     from edgekd.engines.onnxruntime import provider_chain
     from edgekd.models.build import check_model
     from edgekd.stages.build_student import student_network
+    from edgekd.stages.search import check_search
     from edgekd.stages.training import augmentation_of
-    from edgekd.students.candidates import combinations
     from edgekd.students.pruning_plan import torch_pruning
     from edgekd.targets import open_target
     from edgekd.tasks import Classification, get_task
@@ -72,14 +72,10 @@ def preflight(job: Job, gated: bool = True) -> None:
     check_augmentations(config.distill.augment or (), "distill.augment")
     check_model(config.teacher, "teacher")
     _open_black_boxes(job)
-    search = config.student.search
-    if search is None:
+    if config.student.search is not None:
+        check_search(job)
+    else:
         check_model(student_network(config), "student")
-    for candidate in combinations(search.candidates or ()) if search is not None else ():
-        resolved = config.model_copy(update={"student": candidate.student})
-        check_model(student_network(resolved), candidate.where)
-        if candidate.student.prune is not None:
-            torch_pruning()
     if config.student.prune is not None:
         torch_pruning()
     device = training_device()

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.pipeline.stage import Context, Job
+from edgekd.release.student_search import SCHEMA as SEARCH_SCHEMA
+from edgekd.release.student_search import SEARCH
 from edgekd.stages.comparison import COMPARISON
 from edgekd.stages.quantize import INDEX
 from edgekd.stages.recipes import RECIPES
@@ -25,7 +27,7 @@ class ReportStage:
     """Writes ``report.html``, ``report.json`` and ``summary.md``."""
 
     name = "report"
-    inputs = ("teacher", "distill", "export", "quantize", "engines", "benchmark", "gate")
+    inputs = ("teacher", "student", "distill", "export", "quantize", "engines", "benchmark", "gate")
     libraries = ("jinja2",)
 
     def config_slice(self, job: Job) -> dict[str, Any]:
@@ -50,7 +52,8 @@ class ReportStage:
             for role, file in histories.items()
             if file.is_file()
         }
-        distilled = {
+        records = {
+            "search": (inputs["student"] / SEARCH, SEARCH_SCHEMA),
             "comparison": (inputs["distill"] / COMPARISON, COMPARISON_SCHEMA),
             "recipes": (inputs["distill"] / RECIPES, RECIPES_SCHEMA),
         }
@@ -64,7 +67,7 @@ class ReportStage:
                 "choice": read_json(inputs["engines"] / "choice.json", CHOICE_SCHEMA),
                 "parity": read_json(inputs["export"] / "parity.json", PARITY_SCHEMA),
                 **quantized_rows(read_json(inputs["quantize"] / INDEX, VARIANTS_SCHEMA)),
-                **{k: read_json(f, schema) for k, (f, schema) in distilled.items() if f.is_file()},
+                **{k: read_json(f, schema) for k, (f, schema) in records.items() if f.is_file()},
                 "Chosen epochs": {role: _chosen(history) for role, history in found.items()},
             },
         )

@@ -117,7 +117,7 @@ def propose(
     if len(found) > search.max_candidates:
         say(
             f"  search: {len(found)} candidates, of which {search.max_candidates} of evenly "
-            f"spread size are measured ({_WHERE}.max_candidates)"
+            f"spread size are considered ({_WHERE}.max_candidates)"
         )
         order = {candidate.name: number for number, candidate in enumerate(found)}
         by_size = sorted(found, key=lambda candidate: candidate.parameters)

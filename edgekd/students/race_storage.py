@@ -43,6 +43,10 @@ class RaceTrials:
     Each is enqueued with these two as fixed parameters, and claimed by setting it running, which
     the storage grants to one process. Where two processes enqueued the same one at the same moment
     the lower number counts, and the other is marked as pruned.
+
+    Attributes:
+        definition: what the study is of.
+        adopts: whether another definition that the storage has is taken instead.
     """
 
     def __init__(
@@ -54,7 +58,8 @@ class RaceTrials:
         where: str,
     ) -> None:
         self.study_name, self.objectives = study_name, objectives
-        self._url, self._definition, self._where = url, definition, where
+        self._url, self.definition, self._where = url, definition, where
+        self.adopts = False
         self._optuna = import_optuna(where)
         self._storage: Any = None
         self._study: Any = None
@@ -101,10 +106,12 @@ class RaceTrials:
         found = self._study.user_attrs.get("race")
         if found is None and not self._study.get_trials(deepcopy=False):
             self._study.set_metric_names([name for name, _ in self.objectives])
-            self._study.set_user_attr("race", self._definition)
+            self._study.set_user_attr("race", self.definition)
             found = self._study.user_attrs.get("race")
         self._first_counted = self._study.user_attrs.get("failures before", 0)
-        if found != self._definition:
+        if self.adopts and found is not None and found.keys() == self.definition.keys():
+            self.definition = found
+        if found != self.definition:
             theirs = ", ".join((found or {}).get("arms", ())) or "trials that are not this race's"
             raise InputError(
                 f"the storage already holds a study {self.study_name!r} of other candidates or "
@@ -144,8 +151,8 @@ class RaceTrials:
         """The arm of a claimed trial, as Optuna's parameter."""
         with self._errors():
             trial = self._optuna.Trial(self._study, self._trial_id(number))
-            trial.suggest_categorical("epochs", self._definition["rungs"])
-            arm: str = trial.suggest_categorical("arm", self._definition["arms"])
+            trial.suggest_categorical("epochs", self.definition["rungs"])
+            arm: str = trial.suggest_categorical("arm", self.definition["arms"])
             return arm
 
     @contextmanager
@@ -287,6 +294,20 @@ class RaceTrials:
     @property
     def _shown(self) -> str:
         return re.sub(r":[^:/@]+@", ":…@", self._url or "in memory")
+
+
+def publish(
+    value: Sequence[str], url: str, study: str, where: str = "student.search.storage"
+) -> list[str]:
+    """What the first process published in a storage under this name: its value, or this one.
+
+    Raises:
+        InputError: as :meth:`RaceTrials.open`.
+    """
+    trials = RaceTrials(study, url, {"published": list(value)}, (("published", "max"),), where)
+    trials.adopts = True
+    with trials.open():
+        return list(trials.definition["published"])
 
 
 def import_optuna(where: str) -> Any:
