@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -30,6 +31,48 @@ class FiniteRange(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
         return number
+
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_ABOVE_ZERO = FiniteRange(min=0, min_open=True)
+
+_REQUIREMENTS = {
+    "--memory-mb": ("gate.memory.peak_mb", _ABOVE_ZERO, "Peak memory above an empty process."),
+    "--latency-ms": ("gate.latency.p95_ms", _ABOVE_ZERO, "95th percentile of one query."),
+    "--size-mb": ("gate.size.max_mb", _ABOVE_ZERO, "The shipped file."),
+    "--max-drop": ("gate.accuracy.max_drop", FiniteRange(min=0), "Loss against the teacher."),
+}
+"""Each option of :func:`requirement_options`: the key that it sets, its range, its help."""
+
+
+def requirement_options(command: Command) -> Command:
+    """Add the options that state a requirement; the command receives them among ``overrides``.
+
+    Raises:
+        InputError: the same key is set by ``--set``.
+    """
+
+    @functools.wraps(command)
+    def with_requirements(*args: Any, overrides: tuple[str, ...] = (), **given: Any) -> Any:
+        for option, (key, _, _) in _REQUIREMENTS.items():
+            value = given.pop(option[2:].replace("-", "_"))
+            if value is None:
+                continue
+            if clash := [text for text in overrides if text.partition("=")[0].strip() == key]:
+                raise InputError(
+                    f"{option} {value:g} sets {key}, which --set {clash[0]} sets too",
+                    where=option,
+                    remedy="leave one of them out",
+                )
+            overrides = (*overrides, f"{key}={value!r}")
+        return command(*args, overrides=overrides, **given)
+
+    decorated: Any = with_requirements
+    for option, (key, kind, text) in reversed(_REQUIREMENTS.items()):
+        decorated = click.option(option, type=kind, help=f"{text}  [{key}]")(decorated)
+    result: Command = decorated
+    return result
 
 
 def typed_options() -> frozenset[str]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
 import click
 from rich.table import Table
 from rich.text import Text
 
 from edgekd.api import execute, open_job, run_folder
+from edgekd.cli.options import Command, requirement_options
 from edgekd.measurement import full_text, value_text
 from edgekd.pipeline.runner import RunOutcome, join_workers
 from edgekd.pipeline.runner import plan as plan_run
@@ -25,8 +25,6 @@ from edgekd.release.report_tables import (
 )
 from edgekd.release.result import ModelResult, Result, read_result
 from edgekd.stages import STAGES
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def pipeline_options(command: Command) -> Command:
@@ -160,6 +158,7 @@ def _models(result: Result) -> Table:
 
 @click.command()
 @pipeline_options
+@requirement_options
 @click.option("--until", metavar="STAGE", help="Stop after this stage.")
 def run(
     pipeline: Path, overrides: tuple[str, ...], output: Path | None, quiet: bool, until: str | None
@@ -173,6 +172,7 @@ def run(
 
 @click.command()
 @pipeline_options
+@requirement_options
 def plan(pipeline: Path, overrides: tuple[str, ...], output: Path | None, quiet: bool) -> None:
     """Show which stages of PIPELINE would run, and why; nothing is run."""
     job = open_job(pipeline, overrides)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
 import pytest
 
+from edgekd.api import open_job
 from edgekd.cli import _COMMANDS
+from edgekd.cli.options import requirement_options
 from edgekd.files import pipelines_folder
 from tests.command_line import check_not_imported, edgekd
 
@@ -40,6 +43,8 @@ def test_misspelt_command_is_suggested() -> None:
         (["run", "PIPELINE", "--set", "task=clasification"], "classification"),
         (["run", "PIPELINE", "--set", "student.model=absent_module:net"], "absent_module"),
         (["run", "PIPELINE", "--until", "distil"], "distill"),
+        (["plan", "PIPELINE", "--memory-mb", "8", "--set", "gate.memory.peak_mb=9"], "--memory-mb"),
+        (["run", "PIPELINE", "--latency-ms", "1", "--set", "gate.latency.p50_ms=2"], "p95_ms"),
         (["run", "PIPELINE", "-o", "/proc/edgekd"], "--output"),
     ],
 )
@@ -52,6 +57,23 @@ def test_wrong_input_is_explained(
     assert says in outcome.output
     assert "to do:" in outcome.output
     assert "Traceback" not in outcome.output
+
+
+def test_requirements_are_budgets_of_the_gate() -> None:
+    options = ["--memory-mb", "64", "--latency-ms", "5", "--size-mb", "1e-3", "--max-drop", "0"]
+    found: list[str] = []
+
+    @click.command()
+    @click.option("--set", "overrides", multiple=True)
+    @requirement_options
+    def command(overrides: tuple[str, ...]) -> None:
+        found.extend(overrides)
+
+    command([*options, "--set", "profile=raspberry-pi-5"], standalone_mode=False)
+    budgets = open_job(pipelines_folder() / "digits.yaml", found).budgets
+    keys = ("memory.peak_mb", "latency.p95_ms", "size.max_mb", "accuracy.max_drop")
+    assert [budgets[key] for key in keys] == [64, 5, 1e-3, 0]
+    assert budgets.profile == "raspberry-pi-5"
 
 
 def test_init_writes_an_example_and_never_over_a_file(tmp_path: Path) -> None:
