@@ -31,7 +31,7 @@ def layers_of_pipeline(task_data: TaskData) -> Mapping[str, list[Layer]]:
     A student that will be pruned is listed as it is before: pruning preserves the layers and their
     names.
     """
-    from edgekd.stages.student import build_student
+    from edgekd.stages.build_student import build_student
     from edgekd.stages.teacher import build_teacher
 
     role = "student" if task_data.config.student.prune is None else "student, before it is pruned"

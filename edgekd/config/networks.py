@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from edgekd.config.base import ConfigModel, PositiveFloat, PositiveInt
+from edgekd.config.pruning import DropLayersConfig, PruneConfig, Resolution
+from edgekd.config.search import SearchConfig
 from edgekd.config.training import TrainConfig
 
 OutputForm = Literal["logits", "probabilities", "log_probabilities", "sigmoid"]
@@ -125,31 +127,14 @@ class TeacherConfig(ModelConfig):
         return self
 
 
-class PruneConfig(ConfigModel):
-    """Section ``student.prune``: structured pruning; complete channels and neurons are removed
-    along the network's dependency graph (the extra ``prune``).
-    """
-
-    ratio: Annotated[float, Field(gt=0, lt=1)]
-    """Share of the channels that is removed."""
-    importance: Literal["magnitude", "taylor", "lamp", "random"] = "magnitude"
-    """How channels are ranked."""
-    scope: Literal["layer", "global"] = "layer"
-    """``layer``: the share of each layer; ``global``: of all layers together."""
-    round_to: PositiveInt = 1
-    """Widths stay a multiple of this."""
-    keep: tuple[str, ...] = ()
-    """Names of layers that are not pruned."""
-
-
 class StudentConfig(ModelConfig):
-    """Section ``student``: the network that is shipped.
+    """Section ``student``: the network that is shipped, or a ``search`` that chooses it.
 
-    ``model: teacher`` is the teacher's network with its weights, to be pruned or
+    ``model: teacher`` is the teacher's network with its weights, to be made smaller or
     quantized unchanged.
     """
 
-    model: str
+    model: str | None = None
     """As for the teacher, or ``teacher``."""
     checkpoint: str | None = None
     """Weights to start from."""
@@ -159,13 +144,33 @@ class StudentConfig(ModelConfig):
     """Prefix of the weights' names in the checkpoint, such as ``teacher.``; detected where
     it is the same for all.
     """
+    drop_layers: DropLayersConfig | None = None
+    """Remove repeated blocks first; the others keep their weights."""
     prune: PruneConfig | None = None
     """Remove channels first, then distill the teacher into the pruned network. Needs trained
     weights: the teacher's or a checkpoint's.
     """
+    resolution: Resolution | None = None
+    """Size to which images are resized inside the network, and so inside its ONNX file, which
+    takes the images as the data have them: the shorter side in pixels, or height and width.
+    """
+    search: SearchConfig | None = None
+    """Choose the student among candidates by the budgets; instead of all other keys. ``{}`` takes
+    the defaults.
+    """
 
     @model_validator(mode="after")
     def _weights_to_prune(self) -> StudentConfig:
+        if self.search is not None:
+            given = [k for k, v in self if k != "search" and v not in (None, {})]
+            if given:
+                raise ValueError(
+                    f"search chooses the student: remove {', '.join(map(repr, given))}, or write "
+                    "it as an entry of search.candidates"
+                )
+            return self
+        if self.model is None:
+            raise ValueError("no network is named: add 'model: …', or 'search: {}'")
         if self.model == TEACHERS_OWN and self.checkpoint is not None:
             raise ValueError("'model: teacher' has the teacher's weights: remove 'checkpoint'")
         if self.model == TEACHERS_OWN and self.args:

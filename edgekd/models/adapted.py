@@ -47,11 +47,13 @@ class InputAdaptation:
         name: the input.
         config: the teacher's preprocessing.
         normalization: what the data were normalised with; None: they were not.
+        resolution: height and width of images, instead of the teacher's.
     """
 
     name: str
     config: PreprocessConfig
     normalization: Normalization | None
+    resolution: tuple[int, int] | None = None
 
     def spec(self, given: TensorSpec) -> TensorSpec:
         """The input as the teacher expects it."""
@@ -59,7 +61,7 @@ class InputAdaptation:
             return given
         channels, *size = given.shape[1:]
         channels = self.config.channels or channels
-        size = list(self.config.image_size or size)
+        size = list(self.resolution or self.config.image_size or size)
         shape: tuple[Dimension, ...] = (given.shape[0], channels, *size)
         if self.config.layout == "nhwc":
             shape = (given.shape[0], *size, channels)
@@ -78,7 +80,9 @@ class InputAdaptation:
                 values = (values * _constant(_LUMA, values)).sum(dim=1, keepdim=True)
         if image and config.channel_order == "bgr":
             values = torch.cat([values[:, 2:3], values[:, 1:2], values[:, 0:1]], dim=1)
-        if image and config.image_size is not None:
+        if image and self.resolution is not None:
+            values = resize(values, self.resolution)
+        elif image and config.image_size is not None:
             align = None if config.interpolation == "nearest" else False
             values = F.interpolate(
                 values, config.image_size, mode=config.interpolation, align_corners=align
@@ -88,6 +92,17 @@ class InputAdaptation:
             values = values * (config.scale or 1.0) - _constant(mean, values)
             values = values / _constant(std, values)
         return values.permute(0, 2, 3, 1) if image and config.layout == "nhwc" else values
+
+
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, C, H, W) to (B, C, *size): means of blocks for whole factors, else bilinear.
+
+    Bilinear interpolation alone skips pixels when it shrinks by more than two.
+    """
+    height, width = image.shape[2:]
+    if height % size[0] == 0 and width % size[1] == 0:
+        return F.avg_pool2d(image, (height // size[0], width // size[1]))
+    return F.interpolate(image, size, mode="bilinear", align_corners=False)
 
 
 @dataclass(frozen=True)
@@ -283,6 +298,55 @@ def input_adaptation(
                 remedy="give one for all, or one for each",
             )
     return InputAdaptation(spec.name, config, normalizations.get(spec.name))
+
+
+def input_resolution(
+    resolution: int | tuple[int, int],
+    inputs: Sequence[TensorSpec],
+    own: InputAdaptation | None,
+    where: str,
+) -> InputAdaptation | None:
+    """The adaptation that resizes the image inside the network.
+
+    Args:
+        resolution: the shorter side, the other one in proportion; or height and width.
+        inputs: what the data deliver.
+        own: the teacher's preprocessing, for its network; None: there is none.
+        where: the YAML section, for errors.
+
+    Returns:
+        None where the images have that size.
+
+    Raises:
+        InputError: there is no image, or several, or it is none of floats.
+    """
+    place = f"{where}.resolution"
+    images = [spec for spec in inputs if len(spec.shape) == 4]
+    if len(images) != 1:
+        raise InputError(
+            f"resolution resizes one image (batch, channels, height, width), and the data give "
+            f"{', '.join(map(str, inputs))}",
+            where=place,
+            remedy="remove it",
+        )
+    spec = images[0]
+    height, width = spec.shape[2:]
+    if not (spec.dtype == "float32" and isinstance(height, int) and isinstance(width, int)):
+        raise InputError(
+            f"the image {spec} cannot be resized: it needs floats and a fixed size",
+            where=place,
+            remedy="remove it",
+        )
+    if isinstance(resolution, int):
+        shorter = min(height, width)
+        size = (round(height * resolution / shorter), round(width * resolution / shorter))
+    else:
+        size = resolution
+    if own is not None:
+        return replace(own, resolution=size)
+    if size == (height, width):
+        return None
+    return InputAdaptation(spec.name, PreprocessConfig(), None, size)
 
 
 def _constant(numbers: Sequence[float], like: Tensor) -> Tensor:

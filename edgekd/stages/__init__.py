@@ -56,7 +56,7 @@ def preflight(job: Job, gated: bool = True) -> None:
     from edgekd.engines.builder import ExternalBuilder
     from edgekd.engines.onnxruntime import provider_chain
     from edgekd.models.build import check_model
-    from edgekd.stages.student import student_network
+    from edgekd.stages.build_student import student_network
     from edgekd.stages.training import augmentation_of
     from edgekd.students.pruning_plan import torch_pruning
     from edgekd.targets import open_target

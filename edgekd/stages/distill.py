@@ -12,7 +12,7 @@ from edgekd.config.networks import ModelConfig, TeacherConfig
 from edgekd.config.pipeline import PipelineConfig
 from edgekd.files import file_sha256
 from edgekd.pipeline.stage import Context, Job
-from edgekd.stages.student import FIRST_WEIGHTS, build_student, check_logits
+from edgekd.stages.build_student import FIRST_WEIGHTS, build_student, check_logits
 from edgekd.stages.task_data import TaskData, open_task_data, some_samples, write_json
 from edgekd.stages.teacher import load_teacher, open_teacher
 from edgekd.stages.training import fit, hub_fingerprint, scale_output
@@ -77,7 +77,7 @@ def training_settings(config: PipelineConfig) -> dict[str, Any]:
         # The cache's folder does not affect the outputs.
         "distill": config.distill.model_dump(mode="json", exclude={"cache": {"folder"}}),
         "losses": [term.model_dump(mode="json") for term in config.loss_terms],
-        "student": config.student.model_dump(mode="json", exclude={"checkpoint"}),
+        "student": config.student.model_dump(mode="json", exclude={"checkpoint", "search"}),
         "teacher": config.teacher.model_dump(mode="json", include={"model", "args"}),
         "augment": list(config.data.augment),
         "seed": config.seed,

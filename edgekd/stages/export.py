@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgekd.pipeline.stage import Context, Job
+from edgekd.stages.build_student import build_student
 from edgekd.stages.distill import BASELINE_WEIGHTS, STUDENT_WEIGHTS
-from edgekd.stages.student import build_student
 from edgekd.stages.task_data import TaskData, open_task_data, write_json
 from edgekd.stages.teacher import BLACK_BOX, WEIGHTS, open_network, read_adaptation
 from edgekd.tasks.classification import Classification

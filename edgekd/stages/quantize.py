@@ -30,9 +30,9 @@ from edgekd.quantization.quantize_onnx import (
     quantize_onnx,
     raise_crash,
 )
+from edgekd.stages.build_student import build_student
 from edgekd.stages.distill import STUDENT_WEIGHTS, training_settings
 from edgekd.stages.export import metadata_of, parity_samples
-from edgekd.stages.student import build_student
 from edgekd.stages.task_data import (
     EVALUATION_BATCH,
     TaskData,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from edgekd.config.networks import PruneConfig
+from edgekd.config.pruning import PruneConfig
 from edgekd.errors import InputError, unknown_name
 from edgekd.models.build import example_batch, probe
 from edgekd.models.dict_model import DictModel, count_parameters

@@ -80,7 +80,7 @@ def run(pipeline: Path, folder: Path, method: str, seed: int, overrides: list[st
     from edgekd.distill.teacher import ModuleTeacher
     from edgekd.distill.trainer import score
     from edgekd.models.weights import load_weights
-    from edgekd.stages.student import build_student
+    from edgekd.stages.build_student import build_student
     from edgekd.stages.task_data import open_task_data, read_json
     from edgekd.stages.teacher import open_teacher
 

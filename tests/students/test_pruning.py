@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from edgekd.config.networks import ModelConfig, PruneConfig
+from edgekd.config.networks import ModelConfig
+from edgekd.config.pruning import PruneConfig
 from edgekd.errors import InputError
 from edgekd.models import DictModel, build_model, count_parameters
 from edgekd.spec import ModelSpec, TensorSpec
