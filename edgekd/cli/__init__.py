@@ -31,6 +31,10 @@ from edgekd.errors import (
 _COMMANDS = {
     "init": ("edgekd.cli:init", "Write an example pipeline to start from."),
     "run": ("edgekd.cli.run:run", "Run a pipeline: from the teacher to the gated bundle."),
+    "advise": (
+        "edgekd.cli.advise:advise",
+        "Advise student, losses, precision and engine, as YAML.",
+    ),
     "plan": ("edgekd.cli.run:plan", "Show what a run would do, without doing it."),
     "distill": ("edgekd.cli.run:distill", "Run a pipeline up to the distilled student."),
     "export": ("edgekd.cli.run:export", "Run a pipeline up to the checked ONNX files."),

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edgekd.api import execute, open_job, run_folder
+from edgekd.cli.advise import advice_summary, goal_option
 from edgekd.cli.options import Command, requirement_options
 from edgekd.measurement import full_text, value_text
 from edgekd.pipeline.runner import RunOutcome, join_workers
@@ -159,6 +160,7 @@ def _models(result: Result) -> Table:
 @click.command()
 @pipeline_options
 @requirement_options
+@goal_option
 @click.option("--until", metavar="STAGE", help="Stop after this stage.")
 def run(
     pipeline: Path, overrides: tuple[str, ...], output: Path | None, quiet: bool, until: str | None
@@ -173,11 +175,15 @@ def run(
 @click.command()
 @pipeline_options
 @requirement_options
+@goal_option
 def plan(pipeline: Path, overrides: tuple[str, ...], output: Path | None, quiet: bool) -> None:
     """Show which stages of PIPELINE would run, and why; nothing is run."""
     job = open_job(pipeline, overrides)
     rows = plan_run(job, run_folder(job, output), STAGES)
     console = Console()
+    if not quiet:
+        for line in advice_summary(job, output):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     for row in rows:
         if not quiet or row.action == "run":
             console.print(

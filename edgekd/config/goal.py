@@ -8,17 +8,14 @@ word is part of something understood, a filler of the table, or an error: nothin
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from itertools import pairwise
 from typing import Any
 
-from edgekd.config.goal_terms import ALIASES, AMBIGUOUS, TERMS, THREADS, VENDORS
-from edgekd.config.profile import list_profiles
+from edgekd.config.goal_terms import THREADS, Token, nearest_term, tokens_of
 from edgekd.errors import InputError
 
 LONGEST = 1000
@@ -102,15 +99,7 @@ def _threads(engines: Any, threads: int) -> tuple[str, Any]:
 
 
 @dataclass
-class _Token:
-    kind: str
-    value: Any
-    start: int
-    end: int
-
-
-@dataclass
-class _Quantity(_Token):
+class _Quantity(Token):
     """A number with its unit, and the words of its clause that belong to it."""
 
     at_most: bool = False
@@ -119,13 +108,7 @@ class _Quantity(_Token):
     about: bool = False
 
 
-_SIGNED = re.compile(r"[-+−]\s*\d|\d\s*[-–−]\s*\d")
 _COMMA = re.compile(r"\d+,\d+")
-_NUMBER = re.compile(r"\d+(?:\.\d+)?|(?<![\d.])\.\d+")
-_FRACTION = re.compile(r"1\s*/\s*(\d+)")
-_DIGITS = {c: n for n, c in enumerate("零一二三四五六七八九")} | {"两": 2, "俩": 2, "〇": 0}
-_NUMERAL = re.compile(r"[零〇一二两三四五六七八九十百]+(?:点[零〇一二三四五六七八九]+(?![零〇一二三四五六七八九]))?|半")
-_CHINESE_FRACTION = re.compile(r"([二三四五六七八九十百]+|\d+)分之([一二两三四五六七八九]|\d+)")
 
 
 def parse_goal(text: str) -> Goal:
@@ -143,14 +126,14 @@ def parse_goal(text: str) -> Goal:
     if found := _COMMA.search(text):
         raise _wrong(
             f"{found[0]!r} has a comma between its digits",
-            f"write decimals with a point ({found[0].replace(',', '.')}) and thousands without "
-            f"anything ({found[0].replace(',', '')}); a space follows a comma between wishes",
+            f"write decimals with a point ({found[0].replace(',', '.')}), thousands without a "
+            "comma, and a space after a comma between wishes",
         )
-    tokens, unknown = _tokens(text)
+    tokens, unknown = tokens_of(text)
     if unknown:
         raise _not_understood(unknown)
     wishes: list[Wish] = []
-    left: list[_Token] = []
+    left: list[Token] = []
     for clause in _clauses(tokens):
         found_here, rest = _understood(clause, text)
         wishes += found_here
@@ -168,7 +151,7 @@ def _wrong(what: str, remedy: str) -> InputError:
 
 def _not_understood(words: Iterable[str]) -> InputError:
     named = list(dict.fromkeys(word.strip() for word in words))
-    hints = [hint for word in named if (hint := _nearest(word))]
+    hints = [hint for word in named if (hint := nearest_term(word))]
     guess = f"did you mean {', '.join(map(repr, hints))}? " if hints else ""
     return _wrong(
         f"not understood: {', '.join(map(repr, named))}",
@@ -178,139 +161,13 @@ def _not_understood(words: Iterable[str]) -> InputError:
     )
 
 
-def _nearest(word: str) -> str | None:
-    if len(word) < 4 or not word.isascii():
-        return None
-    known = {phrase for _, _, phrases in TERMS for phrase in phrases.split("|")} | _devices().keys()
-    found = difflib.get_close_matches(word.lower(), sorted(known), n=1, cutoff=0.75)
-    return found[0] if found and found[0] != word.lower() else None
-
-
-# Terms ------------------------------------------------------------------------------------------
-
-
-@cache
-def _devices() -> dict[str, str | tuple[str, ...]]:
-    """Every name of a device: its profile, or the profiles that it may be."""
-    names: dict[str, str | tuple[str, ...]] = dict(AMBIGUOUS)
-    for profile in list_profiles():
-        for alias in (profile.replace("-", " "), *ALIASES.get(profile, "").split("|")):
-            if alias:
-                names |= {f"{vendor} {alias}".strip(): profile for vendor in ("", *VENDORS)}
-    return names
-
-
-@cache
-def _patterns() -> tuple[tuple[re.Pattern[str], str, Any], ...]:
-    rows = [
-        (_pattern(phrase, r"\s+", kind == "unit"), kind, value)
-        for kind, value, phrases in TERMS
-        for phrase in phrases.split("|")
-    ]
-    rows += [(_pattern(name, r"\s*", False), "device", value) for name, value in _devices().items()]
-    return tuple(rows)
-
-
-def _pattern(phrase: str, space: str, unit: bool) -> re.Pattern[str]:
-    """A phrase as a pattern; one of letters must be words of its own, a unit may follow a digit."""
-    body = space.join(map(re.escape, phrase.split()))
-    if re.match(r"[a-z0-9]", phrase):
-        body = (r"(?<![a-z])" if unit else r"(?<![a-z0-9])") + body
-    if re.search(r"[a-z0-9]$", phrase):
-        body += r"(?![a-z0-9])"
-    return re.compile(body)
-
-
-def _plain(text: str) -> str:
-    """The text in lower case, with full-width forms and hyphens between letters replaced; of the
-    same length, so that positions are those of the text.
-    """
-    parts = (unicodedata.normalize("NFKC", c).lower() for c in text)
-    plain = "".join(p if len(p) == 1 else c for p, c in zip(parts, text, strict=True))
-    return re.sub(r"(?<=[a-z])-(?=[a-z0-9])|(?<=[0-9])-(?=[a-z])", " ", plain.replace("’", "'"))
-
-
-def _tokens(text: str) -> tuple[list[_Token], list[str]]:
-    """The terms of a goal, and the words that are none."""
-    plain, position = _plain(text), 0
-    tokens: list[_Token] = []
-    unknown: list[str] = []
-    broken = -1
-    while position < len(plain):
-        if plain[position].isspace():
-            position += 1
-            continue
-        token = _term_at(plain, position)
-        if token is not None:
-            tokens.append(token)
-            position = token.end
-            continue
-        word = re.compile(r"[a-z0-9_]+|.").match(plain, position)
-        end = word.end() if word else position + 1
-        if broken == position and unknown:
-            unknown[-1] += text[position:end]
-        else:
-            unknown.append(text[position:end])
-        position = broken = end
-    return tokens, unknown
-
-
-def _term_at(plain: str, start: int) -> _Token | None:
-    if _SIGNED.match(plain, start):
-        return None
-    best: _Token | None = None
-    for pattern, kind, value in _patterns():
-        found = pattern.match(plain, start)
-        if found and (best is None or found.end() > best.end):
-            best = _Token(kind, value, start, found.end())
-    for token in _numbers_at(plain, start):
-        if best is None or token.end > best.end:
-            best = token
-    return best
-
-
-def _numbers_at(plain: str, start: int) -> Iterator[_Token]:
-    if found := _FRACTION.match(plain, start):
-        if int(found[1]) > 1:
-            yield _Token("fraction", 1 / int(found[1]), start, found.end())
-    elif (found := _NUMBER.match(plain, start)) and not plain[start - 1 : start].isalpha() | (
-        plain[start - 1 : start] == "."
-    ):
-        yield _Token("number", float(found[0]), start, found.end())
-    elif start and "一" <= plain[start - 1] and (found := _NUMBER.match(plain, start)):
-        yield _Token("number", float(found[0]), start, found.end())
-    if found := _CHINESE_FRACTION.match(plain, start):
-        below, above = _numeral(found[1]), _numeral(found[2])
-        if 0 < above < below:
-            value, kind = (above, "percent") if below == 100 else (above / below, "fraction")
-            yield _Token(kind, float(value), start, found.end())
-    if found := _NUMERAL.match(plain, start):
-        yield _Token("number", _numeral(found[0]), start, found.end())
-
-
-def _numeral(text: str) -> float:
-    """A Chinese numeral below a thousand, with decimals, or digits."""
-    if text.isdigit() and text.isascii():
-        return float(text)
-    if text == "半":
-        return 0.5
-    whole, _, decimals = text.partition("点")
-    total = digit = 0
-    for c in whole:
-        if c in "十百":
-            total, digit = total + (digit or 1) * (10 if c == "十" else 100), 0
-        else:
-            digit = 10 * digit + _DIGITS[c]
-    return float(f"{total + digit}.{''.join(str(_DIGITS[c]) for c in decimals) or 0}")
-
-
 # Clauses ----------------------------------------------------------------------------------------
 
 
-def _clauses(tokens: Sequence[_Token]) -> Iterator[list[_Token]]:
+def _clauses(tokens: Sequence[Token]) -> Iterator[list[Token]]:
     """The tokens between separators, with the quantities put together."""
-    clause: list[_Token] = []
-    for token in (*tokens, _Token("separator", None, 0, 0)):
+    clause: list[Token] = []
+    for token in (*tokens, Token("separator", None, 0, 0)):
         if token.kind != "separator":
             clause.append(token)
         elif clause:
@@ -318,8 +175,8 @@ def _clauses(tokens: Sequence[_Token]) -> Iterator[list[_Token]]:
             clause = []
 
 
-def _with_quantities(tokens: list[_Token]) -> list[_Token]:
-    result: list[_Token] = []
+def _with_quantities(tokens: list[Token]) -> list[Token]:
+    result: list[Token] = []
     rest = list(tokens)
     while rest:
         token = rest.pop(0)
@@ -357,16 +214,21 @@ _TOPICS = {
 """What the words around a quantity may be about, by its unit."""
 
 
-def _understood(clause: list[_Token], text: str) -> tuple[list[Wish], list[_Token]]:
+def _understood(clause: list[Token], text: str) -> tuple[list[Wish], list[Token]]:
     """The wishes of a clause, and its words that belong to nothing."""
-    left: list[_Token] = []
-    spans: dict[int, list[_Token]] = {}
+    left: list[Token] = []
+    spans: dict[int, list[Token]] = {}
     quantities = [token for token in clause if isinstance(token, _Quantity)]
     topics = [token.start for token in clause if token.kind == "topic"]
     topics_first = bool(quantities and topics and topics[0] < quantities[0].start)
     for token in clause:
-        if isinstance(token, _Quantity) or token.kind in ("filler", "article", "set", "device",
-                                                          "objective"):  # fmt: skip
+        if isinstance(token, _Quantity) or token.kind in (
+            "filler",
+            "article",
+            "set",
+            "device",
+            "objective",
+        ):
             continue
         before = [q for q in quantities if q.start < token.start][-1:]
         after = [q for q in quantities if q.start > token.start][:1]
@@ -384,6 +246,7 @@ def _understood(clause: list[_Token], text: str) -> tuple[list[Wish], list[_Toke
         owner.at_most |= token.kind.startswith("at-most")
         owner.at_least |= token.kind.startswith("at-least")
         owner.about |= token.kind == "about"
+    _check_board(clause, text)
     wishes = [(t.start, w) for t in clause for w in _complete(t, text[t.start : t.end])]
     for quantity in quantities:
         parts = [quantity, *spans.get(quantity.start, [])]
@@ -392,12 +255,28 @@ def _understood(clause: list[_Token], text: str) -> tuple[list[Wish], list[_Toke
     return [wish for _, wish in sorted(wishes, key=lambda pair: pair[0])], left
 
 
-def _complete(token: _Token, words: str) -> Iterator[Wish]:
+def _check_board(clause: Sequence[Token], text: str) -> None:
+    """Refuse the memory of a board behind its name, which is no limit of the model.
+
+    Raises:
+        InputError: a device is followed by gigabytes.
+    """
+    for device, size in pairwise(clause):
+        if device.kind != "device" or not isinstance(size, _Quantity) or size.kind != "bytes":
+            continue
+        if size.value >= 1e9 and not (size.topics or size.at_most):
+            raise _wrong(
+                f"{text[device.start : size.end]!r}: there is no profile of this size of the board",
+                "name a device of 'edgekd profiles list', or say what the gigabytes limit",
+            )
+
+
+def _complete(token: Token, words: str) -> Iterator[Wish]:
     """The wishes of a term that says everything by itself."""
     if token.kind == "set":
         yield from (Wish(key, value, words) for key, value in token.value.items())
     elif token.kind == "objective":
-        yield Wish(OBJECTIVES, [token.value], words)
+        yield Wish(OBJECTIVES, list(dict.fromkeys((token.value, "accuracy"))), words)
     elif token.kind == "device":
         if not isinstance(token.value, str):
             raise _wrong(f"{words!r} can be {' or '.join(token.value)}", "name one of them")
@@ -426,8 +305,15 @@ def _wish(quantity: _Quantity, words: str) -> Wish:
         )
     if quantity.about:
         note = "; ".join(filter(None, (note, "taken as the limit")))
-    return Wish(key, value, words, note, rate=quantity.kind in ("rate", "pieces") and upper is False
-                and key.startswith("gate.latency"))  # fmt: skip
+    return Wish(
+        key,
+        value,
+        words,
+        note,
+        rate=quantity.kind in ("rate", "pieces")
+        and upper is False
+        and key.startswith("gate.latency"),
+    )
 
 
 _Found = tuple[str, Any, bool | None, str | None]
@@ -488,7 +374,9 @@ def _share(quantity: _Quantity, words: str) -> _Found:
     share = _rounded(value / 100)
     if "gain" in topics:
         return "gate.accuracy.min_gain", share, False, None
-    if "drop" in topics or ("teacher" in topics and quantity.at_most and not topics & {"size", "parameters"}):
+    if "drop" in topics or (
+        "teacher" in topics and quantity.at_most and not topics & {"size", "parameters"}
+    ):
         note = "percent taken as percentage points" if percent else None
         return "gate.accuracy.max_drop", share, True, note
     if not percent and topics <= {"accuracy"} and not quantity.at_least:
@@ -568,7 +456,10 @@ def _consistent(wishes: Sequence[Wish]) -> tuple[Wish, ...]:
         before = result.get(wish.key)
         if before is None:
             result[wish.key] = wish
-        elif wish.key == OBJECTIVES and wish.value[0] not in before.value:
+        elif wish.key == OBJECTIVES:
+            named = [*before.value, *wish.value]
+            if named[1:2] == ["accuracy"]:  # Added to the first, so that it comes last.
+                named = [named[0], *wish.value, "accuracy"]
             words = f"{before.words} … {wish.words}"
-            result[wish.key] = Wish(OBJECTIVES, [*before.value, *wish.value], words)
+            result[wish.key] = Wish(OBJECTIVES, list(dict.fromkeys(named)), words)
     return tuple(result.values())
