@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -17,12 +18,14 @@ from edgekd.config.budgets import Budgets, GateConfig, load_budgets
 from edgekd.config.pipeline import load_pipeline
 from edgekd.config.profile import Profile, load_profile
 from edgekd.errors import InputError
+from edgekd.extension import searching
 from edgekd.files import write_errors
 from edgekd.pipeline.runner import Runner, RunOutcome, Workers, join_workers, stages_until
-from edgekd.pipeline.stage import Job
+from edgekd.pipeline.runner import plan as plan_run
+from edgekd.pipeline.stage import Context, Job, Stage
 from edgekd.pipeline.store import Store
 from edgekd.progress import Console as SafeConsole
-from edgekd.progress import ConsoleProgress, EventLog
+from edgekd.progress import ConsoleProgress, EventLog, Silent
 from edgekd.stages import STAGES, preflight
 
 if TYPE_CHECKING:
@@ -62,6 +65,7 @@ def execute(
     until: str | None = None,
     console: Console | None = None,
     workers: Workers | None = None,
+    stages: tuple[Stage, ...] = STAGES,
 ) -> RunOutcome:
     """Run a job with progress on ``console`` (None: silently) and a log in its run folder.
 
@@ -77,7 +81,7 @@ def execute(
     # Read when torch loads its thread pool. Its default of spinning for milliseconds makes two
     # threads many times slower than one as soon as anything else wants the processor.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    stages_until(until, STAGES)  # A misspelt stage is refused before the folder is created.
+    stages_until(until, stages)  # A misspelt stage is refused before the folder is created.
     store = Store(folder)
     store.acquire()
     try:
@@ -87,7 +91,7 @@ def execute(
                 _temporary_files(folder),
                 ConsoleProgress(console or SafeConsole(), log, quiet=console is None) as progress,
             ):
-                runner = Runner(job, store, progress, STAGES, log, workers, preflight)
+                runner = Runner(job, store, progress, stages, log, workers, preflight)
                 return runner.run(until)
         finally:
             log.close()
@@ -155,6 +159,70 @@ def run(
         if outcome.failure is not None:
             raise outcome.failure
         return outcome
+
+
+def measure_students(job: Job, folder: Path, console: Console | None = None) -> dict[str, Any]:
+    """Propose and measure the candidates of a search; nothing is trained.
+
+    Returns:
+        The record, as ``search.json`` has it; without a feasible candidate it says so.
+
+    Raises:
+        EdgekdError: as the stages raise.
+    """
+    stages = _survey_stages(job, folder)
+    outcome = execute(job, folder, console=console, stages=stages)
+    return _read_record(outcome.folder(stages[-1].name))
+
+
+def plan_students(job: Job, folder: Path, console: Console | None = None) -> dict[str, Any]:
+    """What is known of a search's candidates: chosen, measured, or predicted without running any.
+
+    The data are prepared where they were not, for the shapes of the networks.
+
+    Raises:
+        EdgekdError: the data or the teacher's network cannot be opened.
+    """
+    from edgekd.stages.survey import predicted_survey
+
+    survey = _survey_stages(job, folder)
+    for stages in (STAGES[:3], survey):
+        done = _finished(job, folder, stages)
+        if (found := done.get(stages[-1].name)) is not None:
+            return _read_record(found)
+    if "data" not in done:
+        execute(job, folder, "data", console)
+        done = _finished(job, folder, STAGES[:2])
+    with tempfile.TemporaryDirectory() as scratch, searching(job.base):
+        preflight(job, gated=False)
+        place = Path(scratch)
+        context = Context(job, place, place, folder / "cache", Silent(), {})
+        return predicted_survey(context, done["data"], done.get("teacher"))
+
+
+def _survey_stages(job: Job, folder: Path) -> tuple[Stage, ...]:
+    """The stages of :func:`measure_students`: with the teacher's unless it would be trained."""
+    from edgekd.stages.survey import CandidatesStage
+
+    with_teacher = job.config.teacher.train is None or "teacher" in _finished(
+        job, folder, STAGES[:2]
+    )
+    inputs = ("data", "teacher") if with_teacher else ("data",)
+    return (*STAGES[: len(inputs)], CandidatesStage(inputs))
+
+
+def _finished(job: Job, folder: Path, stages: tuple[Stage, ...]) -> dict[str, Path]:
+    """The artifacts of those of these stages that are up to date."""
+    rows = plan_run(job, folder, stages)
+    artifacts = Store(folder).artifacts
+    return {row.stage: artifacts / row.stage / row.reason for row in rows if row.action == "cached"}
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    from edgekd.release.student_search import SEARCH
+
+    record: dict[str, Any] = json.loads((folder / SEARCH).read_text(encoding="utf-8"))
+    return record
 
 
 def export(pipeline: str | Path, **options: Any) -> RunOutcome:

@@ -61,6 +61,22 @@ class Progress(Protocol):
         ...
 
 
+class Silent:
+    """A progress display that shows nothing."""
+
+    def start(self, label: str, total: int, unit: str) -> None:
+        """Nothing."""
+
+    def advance(self, n: int = 1, **figures: float) -> None:
+        """Nothing."""
+
+    def message(self, text: str) -> None:
+        """Nothing."""
+
+    def finish(self) -> None:
+        """Nothing."""
+
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 

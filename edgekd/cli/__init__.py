@@ -36,6 +36,7 @@ _COMMANDS = {
         "Advise student, losses, precision and engine, as YAML.",
     ),
     "plan": ("edgekd.cli.run:plan", "Show what a run would do, without doing it."),
+    "students": ("edgekd.cli.students:students", "Measure the candidates for a student."),
     "distill": ("edgekd.cli.run:distill", "Run a pipeline up to the distilled student."),
     "export": ("edgekd.cli.run:export", "Run a pipeline up to the checked ONNX files."),
     "quantize": ("edgekd.cli.quantize:quantize", "Make an ONNX model INT8 or FP16, and compare."),

@@ -70,6 +70,7 @@ OPTIONAL = {
     ),
     "torchao": ("quantization-aware distillation", "pip install 'edgekd[qat]'"),
     "torch-pruning": ("structured pruning", "pip install 'edgekd[prune]'"),
+    "optuna": ("search for the student, losses: auto", "pip install 'edgekd[search]'"),
     "nvidia-ml-py": ("GPU name, clocks and temperature", "pip install nvidia-ml-py"),
 }
 PROGRAMS = {

@@ -25,17 +25,31 @@ if TYPE_CHECKING:
     from edgekd.models.dict_model import DictModel
 
 
-def layers_of_pipeline(task_data: TaskData) -> Mapping[str, list[Layer]]:
+def layers_of_pipeline(
+    task_data: TaskData, student: Path | None = None
+) -> Mapping[str, list[Layer]]:
     """The layers of the student and of the teacher, unless that is an ONNX file.
 
-    A student that will be pruned is listed as it is before: pruning preserves the layers and their
-    names.
+    A student that will be made smaller is listed as it is before: the layers that remain keep
+    their names.
+
+    Args:
+        task_data: the data and the pipeline.
+        student: the student stage's artifact, where a search has chosen it; a student that is
+            still to be searched for is not listed.
     """
     from edgekd.stages.build_student import build_student
     from edgekd.stages.teacher import build_teacher
 
-    role = "student" if task_data.config.student.prune is None else "student, before it is pruned"
-    networks = {role: build_student(task_data, None)}
+    config = task_data.config.student
+    networks = {}
+    if student is not None:
+        networks["student, chosen by the search"] = build_student(task_data, student)
+    elif config.search is None:
+        done = "pruned" if config.prune is not None else "made smaller"
+        before = config.prune is not None or config.drop_layers is not None
+        role = f"student, before it is {done}" if before else "student"
+        networks[role] = build_student(task_data, None)
     if task_data.config.teacher.model is not None:
         networks["teacher"] = build_teacher(task_data)
     return {role: _listed(network) for role, network in networks.items()}
@@ -95,6 +109,8 @@ def layers(model: str, shapes: tuple[str, ...], classes: int, output: Path | Non
     if is_pipeline(model):
         from edgekd.api import execute, open_job, run_folder
         from edgekd.extension import searching
+        from edgekd.pipeline.runner import plan
+        from edgekd.stages import STAGES
         from edgekd.stages.task_data import open_task_data
 
         if shapes:
@@ -102,11 +118,19 @@ def layers(model: str, shapes: tuple[str, ...], classes: int, output: Path | Non
                 "a pipeline's data give the shapes", where="--shape", remedy="remove --shape"
             )
         job = open_job(model)
-        outcome = execute(job, run_folder(job, output), "data")
+        folder = run_folder(job, output)
+        searched = job.config.student.search is not None
+        chosen = searched and all(
+            row.action == "cached" for row in plan(job, folder, STAGES, "student")
+        )
+        outcome = execute(job, folder, "student" if chosen else "data")
         with searching(job.base):
-            found = layers_of_pipeline(open_task_data(outcome.folder("data"), job.config))
+            student = outcome.folder("student") if chosen else None
+            found = layers_of_pipeline(open_task_data(outcome.folder("data"), job.config), student)
         for role, rows in found.items():
             console.print(_table(role, rows))
+        if searched and not chosen:
+            console.print("the student is chosen by a search, which has not been run")
         if "teacher" not in found:
             console.print("the teacher is an ONNX file and shows no layers")
         return

@@ -35,6 +35,30 @@ class FiniteRange(click.FloatRange):
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+
+def pipeline_options(command: Command) -> Command:
+    """The argument and options of every command that takes a pipeline file."""
+    for decorate in (
+        click.option("-q", "--quiet", is_flag=True, help="Print only errors and the result."),
+        click.option(
+            "-o",
+            "--output",
+            type=click.Path(path_type=Path, file_okay=True),
+            help="The run folder.  [default: runs/<name>]",
+        ),
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Change a key for this run, e.g. --set distill.epochs=5.",
+        ),
+        click.argument("pipeline", type=click.Path(path_type=Path)),
+    ):
+        command = decorate(command)
+    return command
+
+
 _ABOVE_ZERO = FiniteRange(min=0, min_open=True)
 
 _REQUIREMENTS = {

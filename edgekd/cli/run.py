@@ -9,9 +9,9 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from edgekd.api import execute, open_job, run_folder
+from edgekd.api import execute, open_job, plan_students, run_folder
 from edgekd.cli.advise import advice_summary, goal_option
-from edgekd.cli.options import Command, requirement_options
+from edgekd.cli.options import pipeline_options, requirement_options
 from edgekd.measurement import full_text, value_text
 from edgekd.pipeline.runner import RunOutcome, join_workers
 from edgekd.pipeline.runner import plan as plan_run
@@ -26,29 +26,6 @@ from edgekd.release.report_tables import (
 )
 from edgekd.release.result import ModelResult, Result, read_result
 from edgekd.stages import STAGES
-
-
-def pipeline_options(command: Command) -> Command:
-    """The argument and options of every command that takes a pipeline file."""
-    for decorate in (
-        click.option("-q", "--quiet", is_flag=True, help="Print only errors and the result."),
-        click.option(
-            "-o",
-            "--output",
-            type=click.Path(path_type=Path, file_okay=True),
-            help="The run folder.  [default: runs/<name>]",
-        ),
-        click.option(
-            "--set",
-            "overrides",
-            multiple=True,
-            metavar="KEY=VALUE",
-            help="Change a key for this run, e.g. --set distill.epochs=5.",
-        ),
-        click.argument("pipeline", type=click.Path(path_type=Path)),
-    ):
-        command = decorate(command)
-    return command
 
 
 def run_pipeline_until(
@@ -177,13 +154,18 @@ def run(
 @requirement_options
 @goal_option
 def plan(pipeline: Path, overrides: tuple[str, ...], output: Path | None, quiet: bool) -> None:
-    """Show which stages of PIPELINE would run, and why; nothing is run."""
+    """Show which stages of PIPELINE would run, and why; nothing is run.
+
+    Where the student is searched for, also its candidates with the memory and latency that are
+    predicted, and how long the search may take; for that the data are prepared. Exit code 2 when
+    no candidate can hold all limits.
+    """
     job = open_job(pipeline, overrides)
-    rows = plan_run(job, run_folder(job, output), STAGES)
-    console = Console()
+    folder, console = run_folder(job, output), Console()
     if not quiet:
         for line in advice_summary(job, output):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
+    rows = plan_run(job, folder, STAGES)
     for row in rows:
         if not quiet or row.action == "run":
             console.print(
@@ -193,6 +175,14 @@ def plan(pipeline: Path, overrides: tuple[str, ...], output: Path | None, quiet:
                 soft_wrap=True,
             )
     console.print(f"{sum(row.action == 'run' for row in rows)} of {len(rows)} stages would run")
+    if job.config.student.search is not None:
+        from edgekd.cli.students import print_search
+        from edgekd.stages.survey import nothing_feasible
+
+        record = plan_students(job, folder)
+        print_search(console, record, folder / "cache")
+        if (error := nothing_feasible(record)) is not None:
+            raise error
 
 
 def _until(stage: str, help_text: str) -> click.Command:

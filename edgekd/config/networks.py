@@ -159,6 +159,11 @@ class StudentConfig(ModelConfig):
     the defaults.
     """
 
+    @property
+    def inherits(self) -> bool:
+        """Whether a pruned network keeps the weights of its remaining channels."""
+        return self.prune is None or self.prune.inherit
+
     @model_validator(mode="after")
     def _weights_to_prune(self) -> StudentConfig:
         if self.search is not None:

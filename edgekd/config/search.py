@@ -10,6 +10,9 @@ from pydantic import Field, field_validator, model_validator
 from edgekd.config.base import ConfigModel, PositiveInt
 from edgekd.config.pruning import DropLayersGrid, NotEmpty, PruneGrid, Resolution, as_list
 
+_MOST = 1000
+"""Combinations that are built to estimate their size, at most."""
+
 Objective = Literal["accuracy", "latency", "memory", "size"]
 
 
@@ -122,6 +125,11 @@ class SearchConfig(ConfigModel):
         count = sum(source.count for source in value)
         if count == 0:
             raise ValueError("the list is empty: add an entry, or remove it for the default ones")
+        if count > _MOST:
+            raise ValueError(
+                f"its lists have {count:,} combinations, and at most {_MOST:,} are compared by "
+                "size before any is measured: shorten a list"
+            )
         if count == 1:
             raise ValueError(
                 "it has one candidate, and there is nothing to choose: write it as 'student: …' "

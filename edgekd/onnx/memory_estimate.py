@@ -74,13 +74,14 @@ def estimate_memory(
     Raises:
         InputError: the file is broken, or a shape is of no input or contradicts the declared one.
     """
-    model = read_onnx(onnx_path)
-    inputs = describe_onnx(onnx_path).spec.inputs
-    bound = bind_dimensions(inputs, shapes or {}, batch, str(onnx_path))
-    if model.functions:
-        model = inliner.inline_local_functions(model)
-    sizes = _inferred_sizes(model, inputs, bound)
-    graph = model.graph
+    bound = bind_graph(onnx_path, shapes, batch)
+    graph = bound.model.graph
+    sizes: dict[str, int] = {}
+    for value in bound.values:
+        size = _value_bytes(value)
+        if size is not None:
+            # Two branches may use one name for tensors of their own; the larger one counts.
+            sizes[value.name] = max(size, sizes.get(value.name, 0))
     filled = {tensor.name for tensor in graph.initializer}
     given = [value.name for value in graph.input if value.name not in filled]
     walk = _Walk(sizes)
@@ -91,8 +92,44 @@ def estimate_memory(
         at_node=at_node,
         alive=dict(sorted(alive.items(), key=lambda item: -item[1])),
         unknown=tuple(sorted(walk.unknown)),
-        dimensions=bound,
+        dimensions=bound.dimensions,
     )
+
+
+@dataclass(frozen=True)
+class BoundGraph:
+    """A model whose symbolic dimensions have sizes, as far as they are known.
+
+    ``values`` declare the tensors of the graph and its subgraphs, with inferred shapes where the
+    file or shape inference has them; ``dimensions`` are the sizes of symbolic dimensions.
+    """
+
+    model: onnx.ModelProto
+    values: tuple[onnx.ValueInfoProto, ...]
+    dimensions: dict[str, int]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """By name: the shapes that are known completely, those of initializers included."""
+        found = {value.name: shape for value in self.values if (shape := _shape(value)) is not None}
+        for graph in all_graphs(self.model.graph):
+            found |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+        return found
+
+
+def bind_graph(
+    onnx_path: Path, shapes: Shapes | None = None, batch: int | None = None
+) -> BoundGraph:
+    """A model with the sizes of its symbolic dimensions; arguments as :func:`estimate_memory`.
+
+    Raises:
+        InputError: the file is broken, or a shape is of no input or contradicts the declared one.
+    """
+    model = read_onnx(onnx_path)
+    inputs = describe_onnx(onnx_path).spec.inputs
+    bound = bind_dimensions(inputs, shapes or {}, batch, str(onnx_path))
+    if model.functions:
+        model = inliner.inline_local_functions(model)
+    return BoundGraph(model, _inferred_values(model, inputs, bound), bound)
 
 
 def bind_dimensions(
@@ -196,22 +233,22 @@ def _last_uses(graph: onnx.GraphProto) -> dict[int, list[str]]:
 
 
 def _weight_bytes(graph: onnx.GraphProto) -> int:
-    total = sum(_tensor_bytes(tensor) for tensor in graph.initializer)
+    total = sum(_proto_bytes(tensor) for tensor in graph.initializer)
     for sparse in graph.sparse_initializer:
-        total += _tensor_bytes(sparse.values) + _tensor_bytes(sparse.indices)
+        total += _proto_bytes(sparse.values) + _proto_bytes(sparse.indices)
     for node in graph.node:
         for attribute in node.attribute:
             if node.op_type == "Constant" and attribute.HasField("t"):
-                total += _tensor_bytes(attribute.t)
+                total += _proto_bytes(attribute.t)
         total += sum(_weight_bytes(inner) for inner in subgraphs(node))
     return total
 
 
-def _tensor_bytes(tensor: onnx.TensorProto) -> int:
-    return _bytes(tensor.data_type, tuple(tensor.dims)) or 0
+def _proto_bytes(tensor: onnx.TensorProto) -> int:
+    return tensor_bytes(tensor.data_type, tuple(tensor.dims)) or 0
 
 
-def _bytes(elem_type: int, shape: Sequence[int]) -> int | None:
+def tensor_bytes(elem_type: int, shape: Sequence[int]) -> int | None:
     """None for strings and what is no tensor: their size is in their values."""
     elements = math.prod(shape)
     if elem_type in _PACKED_BITS:
@@ -221,13 +258,10 @@ def _bytes(elem_type: int, shape: Sequence[int]) -> int | None:
     return elements * int(onnx.helper.tensor_dtype_to_np_dtype(elem_type).itemsize)
 
 
-def _inferred_sizes(
+def _inferred_values(
     model: onnx.ModelProto, inputs: Sequence[TensorSpec], bound: Mapping[str, int]
-) -> dict[str, int]:
-    """Bytes by tensor name where the file or shape inference has the size.
-
-    Two branches may use one name for tensors of their own; the larger one counts for both.
-    """
+) -> tuple[onnx.ValueInfoProto, ...]:
+    """All tensors with the types and shapes that the file or shape inference has."""
     specs = {tensor.name: tensor for tensor in inputs}
     for graph in all_graphs(model.graph):
         for value in [*graph.input, *graph.value_info, *graph.output]:
@@ -238,12 +272,7 @@ def _inferred_sizes(
         graph = shape_inference.infer_shapes(model, data_prop=True).graph
     except (shape_inference.InferenceError, ValueError):
         graph = model.graph  # only the file's own shapes are known
-    sizes: dict[str, int] = {}
-    for value in (v for g in all_graphs(graph) for v in [*g.input, *g.value_info, *g.output]):
-        size = _value_bytes(value)
-        if size is not None:
-            sizes[value.name] = max(size, sizes.get(value.name, 0))
-    return sizes
+    return tuple(v for g in all_graphs(graph) for v in [*g.input, *g.value_info, *g.output])
 
 
 def _bind(value: onnx.ValueInfoProto, shape: Sequence[Dimension], bound: Mapping[str, int]) -> None:
@@ -260,10 +289,15 @@ def _bind(value: onnx.ValueInfoProto, shape: Sequence[Dimension], bound: Mapping
             dimension.dim_value = bound[size]
 
 
-def _value_bytes(value: onnx.ValueInfoProto) -> int | None:
+def _shape(value: onnx.ValueInfoProto) -> tuple[int, ...] | None:
     tensor = value.type.tensor_type
     if value.type.WhichOneof("value") != "tensor_type" or not tensor.HasField("shape"):
         return None
     if not all(dimension.HasField("dim_value") for dimension in tensor.shape.dim):
         return None
-    return _bytes(tensor.elem_type, [dimension.dim_value for dimension in tensor.shape.dim])
+    return tuple(dimension.dim_value for dimension in tensor.shape.dim)
+
+
+def _value_bytes(value: onnx.ValueInfoProto) -> int | None:
+    shape = _shape(value)
+    return None if shape is None else tensor_bytes(value.type.tensor_type.elem_type, shape)

@@ -32,7 +32,7 @@ from edgekd.pipeline.fingerprint import (
 )
 from edgekd.pipeline.stage import Context, Job, Stage
 from edgekd.pipeline.store import Artifact, Store
-from edgekd.progress import EventLog, Progress
+from edgekd.progress import EventLog, Progress, Silent
 
 if TYPE_CHECKING:
     from edgekd.distill.distributed import ProcessGroup
@@ -324,15 +324,6 @@ class _Failure:
     trace: str
 
 
-class _Silent:
-    """The silent progress of the processes other than the first."""
-
-    def start(self, label: str, total: int, unit: str) -> None: ...
-    def advance(self, n: int = 1, **figures: float) -> None: ...
-    def message(self, text: str) -> None: ...
-    def finish(self) -> None: ...
-
-
 @contextmanager
 def join_workers() -> Iterator[Workers | None]:
     """The processes of this run; None with a single process.
@@ -377,7 +368,7 @@ class Workers:
             stage.run(context, inputs)
             return
         context.progress.message(f"  {stage.name}: {self._processes.count} processes train")
-        sent = replace(context, progress=_Silent(), fingerprints=dict(context.fingerprints))
+        sent = replace(context, progress=Silent(), fingerprints=dict(context.fingerprints))
         self._broadcast(Command(stage.name, sent, dict(inputs)))
         own, failures = self._gather_failures(partial(stage.run, context, inputs))
         if own is not None and not isinstance(own, Exception):

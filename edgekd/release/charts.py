@@ -119,14 +119,14 @@ def log_axis(values: Iterable[float], pad: float = 1.15) -> Axis:
     return Axis(low, high, True, tuple(ticks))
 
 
-def _axis_for(values: Iterable[float]) -> Axis:
+def axis_for(values: Iterable[float]) -> Axis:
     """Logarithmic where the values are positive and spread widely, else linear."""
     known = list(values)
     spread = min(known) > 0 and max(known) / min(known) >= _LOG_RATIO
     return log_axis(known, 1.3) if spread else linear_axis(known, 0.12)
 
 
-def _element(
+def element(
     tag: str, *content: str | Markup, tip: str = "", **attributes: str | float | None
 ) -> Markup:
     """An SVG element with everything escaped.
@@ -152,7 +152,7 @@ def _plain(value: str | float) -> str:
 
 
 @dataclass
-class _Plot:
+class Plot:
     """A chart being drawn. Data values are mapped by :meth:`x_at` and :meth:`y_at`."""
 
     title: str
@@ -165,23 +165,25 @@ class _Plot:
     legend: list[Markup] = field(default_factory=list)
 
     def x_at(self, value: float) -> float:
+        """The horizontal place of a value, in pixels."""
         return _LEFT + self.x.position(value) * (_EDGE - _LEFT)
 
     def y_at(self, value: float) -> float:
+        """The vertical place of a value, in pixels."""
         return _FLOOR - self.y.position(value) * (_FLOOR - _TOP)
 
     def add(self, class_: str, *parts: Markup) -> None:
         """Draw a group of elements over what is there."""
-        self.body.append(_element("g", *parts, class_=class_))
+        self.body.append(element("g", *parts, class_=class_))
 
     def add_key(self, class_: str, label: str, mark: Markup) -> None:
         """Add an entry to the legend."""
-        swatch = _element("svg", mark, viewBox="0 0 28 14", class_=class_, aria_hidden="true")
-        self.legend.append(_element("span", swatch, label, class_="key"))
+        swatch = element("svg", mark, viewBox="0 0 28 14", class_=class_, aria_hidden="true")
+        self.legend.append(element("span", swatch, label, class_="key"))
 
     def render(self) -> Markup:
         """The chart as a ``<figure>`` with its title, SVG, legend and note."""
-        svg = _element(
+        svg = element(
             "svg",
             *self._frame(),
             *self.body,
@@ -189,27 +191,27 @@ class _Plot:
             role="img",
             aria_label=f"{self.title}: {self.y_title} over {self.x_title}",
         )
-        parts = [_element("figcaption", self.title), svg]
-        parts += [_element("div", *self.legend, class_="legend")] if self.legend else []
-        parts += [_element("p", self.note, class_="note")] if self.note else []
-        return _element("figure", *parts, class_="chart")
+        parts = [element("figcaption", self.title), svg]
+        parts += [element("div", *self.legend, class_="legend")] if self.legend else []
+        parts += [element("p", self.note, class_="note")] if self.note else []
+        return element("figure", *parts, class_="chart")
 
     def _frame(self) -> Iterator[Markup]:
         for value, label in self.y.ticks:
             y = self.y_at(value)
-            yield _element("line", class_="grid", x1=_LEFT, x2=_EDGE, y1=y, y2=y)
+            yield element("line", class_="grid", x1=_LEFT, x2=_EDGE, y1=y, y2=y)
             yield _text(label, "tick", _LEFT - 6, y + 4, "end")
         for value, label in self.x.ticks:
             x = self.x_at(value)
-            yield _element("line", class_="grid", x1=x, x2=x, y1=_TOP, y2=_FLOOR)
+            yield element("line", class_="grid", x1=x, x2=x, y1=_TOP, y2=_FLOOR)
             yield _text(label, "tick", x, _FLOOR + 16, "middle")
-        yield _element("line", class_="axis", x1=_LEFT, x2=_EDGE, y1=_FLOOR, y2=_FLOOR)
+        yield element("line", class_="axis", x1=_LEFT, x2=_EDGE, y1=_FLOOR, y2=_FLOOR)
         yield _text(self.x_title, "name", (_LEFT + _EDGE) / 2, _HEIGHT - 8, "middle")
         yield _text(self.y_title, "name", 4, 14)
 
 
 def _text(text: str, class_: str, x: float, y: float, anchor: str | None = None) -> Markup:
-    return _element("text", text, class_=class_, x=x, y=y, text_anchor=anchor)
+    return element("text", text, class_=class_, x=x, y=y, text_anchor=anchor)
 
 
 @dataclass(frozen=True)
@@ -250,9 +252,9 @@ def _scatter(
     if not points:
         return None
     ends = [(_ends(point.x), _ends(point.y)) for point in points]
-    plot = _Plot(
+    plot = Plot(
         f"{result.metric.capitalize()} against {cost}",
-        _axis_for(value for x, _ in ends for value in x),
+        axis_for(value for x, _ in ends for value in x),
         linear_axis((value for _, y in ends for value in y), 0.12),
         x_title,
         _metric_title(result),
@@ -266,8 +268,8 @@ def _scatter(
         tip += f"; {point.note}" if point.note else ""
         plot.add(
             f"point s-{point.role}",
-            _element("line", x1=plot.x_at(left), x2=plot.x_at(right), y1=up, y2=up),
-            _element("line", x1=across, x2=across, y1=plot.y_at(low), y2=plot.y_at(high)),
+            element("line", x1=plot.x_at(left), x2=plot.x_at(right), y1=up, y2=up),
+            element("line", x1=across, x2=across, y1=plot.y_at(low), y2=plot.y_at(high)),
             _marker(point.role, across, up, tip),
         )
     middle = (plot.x_at(plot.x.low) + plot.x_at(plot.x.high)) / 2
@@ -284,11 +286,11 @@ def _scatter(
 def _marker(role: str, x: float, y: float, tip: str) -> Markup:
     """A square for the teacher, a triangle for the student alone, a circle for the distilled."""
     if role == "teacher":
-        return _element("rect", tip=tip, x=x - 5, y=y - 5, width=10, height=10)
+        return element("rect", tip=tip, x=x - 5, y=y - 5, width=10, height=10)
     if role == "baseline":
         points = f"{x:.1f},{y - 6:.1f} {x + 6:.1f},{y + 6:.1f} {x - 6:.1f},{y + 6:.1f}"
-        return _element("polygon", tip=tip, points=points)
-    return _element("circle", tip=tip, cx=x, cy=y, r=6)
+        return element("polygon", tip=tip, points=points)
+    return element("circle", tip=tip, cx=x, cy=y, r=6)
 
 
 def _ends(figure: Measurement) -> tuple[float, float, float]:
@@ -372,16 +374,16 @@ def _curves(
     span = linear_axis(epochs, 0.02) if max(epochs) > min(epochs) else linear_axis([0, 2], 0)
     integers = tuple((mark, label) for mark, label in span.ticks if float(mark).is_integer())
     if axis is None:
-        axis = _axis_for(y for line in lines for _, y in line.points)
-    plot = _Plot(title, Axis(span.low, span.high, False, integers), axis, "epoch", y_title, note)
+        axis = axis_for(y for line in lines for _, y in line.points)
+    plot = Plot(title, Axis(span.low, span.high, False, integers), axis, "epoch", y_title, note)
     for index, line in enumerate(lines):
         dash = _DASHES[index % len(_DASHES)]
         places = [(x, y, plot.x_at(x), plot.y_at(y)) for x, y in line.points]
         path = " ".join(f"{across:.1f},{up:.1f}" for _, _, across, up in places)
-        parts = [_element("polyline", points=path, stroke_dasharray=dash)]
+        parts = [element("polyline", points=path, stroke_dasharray=dash)]
         if len(places) <= _MOST_DOTS:
             parts += [
-                _element(
+                element(
                     "circle",
                     tip=f"{line.label}, epoch {x:.0f}: {number(y)}",
                     cx=across,
@@ -393,12 +395,12 @@ def _curves(
         for x, y, across, up in places:
             if x == line.best:
                 tip = f"{line.label}: best epoch {x:.0f} ({number(y)})"
-                parts.append(_element("circle", tip=tip, class_="best", cx=across, cy=up, r=6))
+                parts.append(element("circle", tip=tip, class_="best", cx=across, cy=up, r=6))
         plot.add(f"line {line.series}", *parts)
-        swatch = _element("line", x1=0, x2=28, y1=7, y2=7, stroke_dasharray=dash)
+        swatch = element("line", x1=0, x2=28, y1=7, y2=7, stroke_dasharray=dash)
         plot.add_key(f"line {line.series}", line.label, swatch)
     if any(line.best is not None for line in lines):
-        ring = _element("circle", class_="best", cx=14, cy=7, r=5)
+        ring = element("circle", class_="best", cx=14, cy=7, r=5)
         plot.add_key("line neutral", "best epoch, whose weights are used", ring)
     return plot.render()
 
@@ -422,7 +424,7 @@ def _histogram(role: str, model: ModelResult) -> Markup:
         slowest = number(float(samples.max()), 3)
         note += f"; {beyond:,} above {number(high, 3)} ms are not drawn (slowest {slowest} ms)"
     warmup = warmup_text(model)
-    plot = _Plot(
+    plot = Plot(
         f"Latency, {ROLES[role]}" + (f" ({warmup})" if warmup else ""),
         linear_axis([low, high], 0.03),
         linear_axis([0.0, float(shares.max())], 0.18),
@@ -436,7 +438,7 @@ def _histogram(role: str, model: ModelResult) -> Markup:
             x, y = plot.x_at(float(left)), plot.y_at(share)
             tip = f"{number(float(left), 3)} to {number(float(right), 3)} ms: {share:.1f} %"
             width = max(plot.x_at(float(right)) - x - 0.6, 0.6)
-            bars.append(_element("rect", tip=tip, x=x, y=y, width=width, height=_FLOOR - y))
+            bars.append(element("rect", tip=tip, x=x, y=y, width=width, height=_FLOOR - y))
     plot.add(f"bars s-{role}", *bars)
     right_of_last, row = float("-inf"), 0
     for name, (ms, text) in percentiles.items():
@@ -446,7 +448,7 @@ def _histogram(role: str, model: ModelResult) -> Markup:
         right_of_last = x
         y = _TOP + 8 + 14 * row
         plot.body.append(
-            _element(
+            element(
                 "line", tip=f"{name}: {text}", class_="percentile", x1=x, x2=x, y1=y - 4, y2=_FLOOR
             )
         )

@@ -27,6 +27,7 @@ from edgekd.release.report_tables import (
     verdict_word,
 )
 from edgekd.release.result import Result
+from edgekd.release.student_search import search_section
 
 MOST_SENSITIVE = 5
 """Layers that are listed by their sensitivity to INT8."""
@@ -172,14 +173,14 @@ def write_report(
             that was not trained here is absent or None.
         pipeline: the configuration as JSON values.
         extras: more tables by title; ``parity`` maps a role to its parity report, ``choice`` is
-            that of the engines stage.
+            that of the engines stage, ``search`` that of a search for the student.
 
     Returns:
         The three files.
     """
     trained = {role: history for role, history in histories.items() if history}
     more = dict(extras or {})
-    choice = more.pop("choice", {})
+    choice, search = more.pop("choice", {}), more.pop("search", None)
     page = (
         _environment()
         .get_template(_TEMPLATE)
@@ -196,6 +197,7 @@ def write_report(
             gate=gate_rows(verdicts),
             candidates=candidate_rows(choice, result.metric),
             choice_line=f"{choice.get('chosen')} is shipped: {choice.get('reason')}.",
+            search=search_section(search) if search else None,
             charts=charts_of(result, trained),
             parity=parity_rows(more.pop("parity", {})),
             environment=flat_rows(result.environment),

@@ -59,7 +59,7 @@ def mean(values: ArrayLike, confidence: float = 0.95) -> Estimate:
     n, value = len(scores), float(scores.mean())
     if n == 1:
         return Estimate(value, None, 1, confidence, "one value has no interval")
-    half = _t_quantile(confidence, n - 1) * float(scores.std(ddof=1)) / math.sqrt(n)
+    half = t_quantile(confidence, n - 1) * float(scores.std(ddof=1)) / math.sqrt(n)
     return Estimate(value, (value - half, value + half), n, confidence)
 
 
@@ -227,7 +227,12 @@ def _crossing(score: Callable[[float], float], low: float, high: float, level: f
     return (low + high) / 2
 
 
-def _t_quantile(confidence: float, degrees: int) -> float:
+def t_quantile(confidence: float, degrees: int) -> float:
+    """The t with P[−t ≤ T ≤ t] = ``confidence``, T Student's with so many degrees of freedom.
+
+    Raises:
+        InputError: the confidence is not in (0, 1).
+    """
     normal_quantile(confidence)
     # Imported here: it takes longer than the rest of the command line's imports.
     from scipy.special import stdtrit

@@ -57,6 +57,7 @@ def preflight(job: Job, gated: bool = True) -> None:
     from edgekd.engines.onnxruntime import provider_chain
     from edgekd.models.build import check_model
     from edgekd.stages.build_student import student_network
+    from edgekd.stages.search import check_search
     from edgekd.stages.training import augmentation_of
     from edgekd.students.pruning_plan import torch_pruning
     from edgekd.targets import open_target
@@ -68,7 +69,10 @@ def preflight(job: Job, gated: bool = True) -> None:
     check_augmentations(config.data.augment)
     check_augmentations(config.distill.augment or (), "distill.augment")
     check_model(config.teacher, "teacher")
-    check_model(student_network(config), "student")
+    if config.student.search is not None:
+        check_search(job)
+    else:
+        check_model(student_network(config), "student")
     if config.student.prune is not None:
         torch_pruning()
     device = training_device()

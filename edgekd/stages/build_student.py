@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgekd.config.networks import TEACHERS_OWN, ModelConfig, StudentConfig, TeacherConfig
+from edgekd.config.networks import HUBS, TEACHERS_OWN, ModelConfig, StudentConfig, TeacherConfig
 from edgekd.config.pipeline import PipelineConfig
 from edgekd.errors import InputError
 from edgekd.pipeline.stage import Job
@@ -22,7 +22,7 @@ from edgekd.stages.training import scale_output
 from edgekd.tasks.classification import Classification
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Size, Tensor
 
     from edgekd.models.adapted import Adaptation
     from edgekd.models.dict_model import DictModel
@@ -140,8 +140,11 @@ def build_student(task_data: TaskData, folder: Path | None, index: int = 0) -> D
 
     torch.manual_seed(task_data.config.seed + index * 1_000_003)
     spec = task_data.spec
-    task_data = with_student(task_data, resolved_student(task_data.config, folder))
+    student = resolved_student(task_data.config, folder)
+    task_data = with_student(task_data, student)
     network = student_network(task_data.config)
+    if not student.inherits and network.model is not None and network.model.startswith(HUBS):
+        network = network.model_copy(update={"args": {**network.args, "pretrained": False}})
     adaptation = Adaptation(task_data.task.output)
     if isinstance(network, TeacherConfig):
         # The teacher's own network uses the same adaptation to the data.
@@ -154,10 +157,29 @@ def build_student(task_data: TaskData, folder: Path | None, index: int = 0) -> D
     own = adaptation.network_spec(spec)
     model = adapt(build_model(network, own.inputs, own.outputs, where="student"), spec, adaptation)
     if folder is not None and (folder / STRUCTURE).is_file():
-        from edgekd.students import apply_cuts, read_cuts
+        from edgekd.students import apply_cuts, read_structure, skip_blocks
 
-        apply_cuts(model, read_cuts(folder / STRUCTURE))
+        cuts, dropped = read_structure(folder / STRUCTURE)
+        before = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        skip_blocks(model, dropped)
+        apply_cuts(model, cuts)
+        if not student.inherits:
+            _initialize_again(model, before)
     return model
+
+
+def _initialize_again(model: DictModel, before: Mapping[str, Size]) -> None:
+    """Draw the weights of layers that lost inputs or outputs for the width that they now have.
+
+    ``before`` are the shapes of the network's tensors when they were drawn.
+    """
+    from torch import nn
+
+    for path, layer in model.named_modules():
+        if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd):
+            shape = layer.weight.shape
+            if before.get(f"{path}.weight", shape) != shape:
+                layer.reset_parameters()
 
 
 def _with_resolution(task_data: TaskData, adaptation: Adaptation) -> Adaptation:
@@ -218,21 +240,31 @@ def student_network(config: PipelineConfig) -> ModelConfig:
 def _made_smaller(
     task_data: TaskData, model: DictModel, out: Path, say: Say
 ) -> tuple[DictModel, dict[str, Any]]:
-    """Prune the student as configured, and write its structure."""
-    from edgekd.students import prune, write_cuts
+    """Drop blocks of the student and prune it as configured, and write its structure."""
+    from edgekd.students import drop_layers, prune, write_structure
 
-    config = task_data.config.student.prune
-    if config is None:
-        return model, {}
-    if config.importance == "taylor":
-        _add_gradients(task_data, model)
-    pruned = prune(model, config, task_data.config.seed)
-    write_cuts(pruned.cuts, out / STRUCTURE)
-    say(f"  pruned: {pruned.summary()}")
-    if pruned.left:
-        left = "; ".join(f"{name} ({reason})" for name, reason in pruned.left.items())
-        say(f"  not pruned: {left}")
-    return pruned.model, {"pruned": pruned.to_json()}
+    student, described = task_data.config.student, dict[str, Any]()
+    if student.drop_layers is not None:
+        model, dropped = drop_layers(model, student.drop_layers)
+        write_structure(out / STRUCTURE, dropped=dropped)
+        say(f"  dropped: {', '.join(dropped)}")
+        described["dropped"] = dropped
+    if student.prune is not None:
+        if student.prune.importance == "taylor":
+            _add_gradients(task_data, model)
+        pruned = prune(model, student.prune, task_data.config.seed)
+        write_structure(out / STRUCTURE, pruned.cuts, described.get("dropped", ()))
+        say(f"  pruned: {pruned.summary()}")
+        if pruned.left:
+            left = "; ".join(f"{name} ({reason})" for name, reason in pruned.left.items())
+            say(f"  not pruned: {left}")
+        model = pruned.model
+        described["pruned"] = pruned.to_json()
+    if not student.inherits:
+        model = build_student(task_data, out)
+        if scaled := scale_output(task_data, model):
+            say(f"  student: {scaled}")
+    return model, described
 
 
 def _add_gradients(task_data: TaskData, model: DictModel) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.pipeline.stage import Context, Job
+from edgekd.release.student_search import SEARCH
 from edgekd.stages.quantize import INDEX
 from edgekd.stages.task_data import read_json
 
@@ -15,7 +16,7 @@ class ReportStage:
     """Writes ``report.html``, ``report.json`` and ``summary.md``."""
 
     name = "report"
-    inputs = ("teacher", "distill", "export", "quantize", "engines", "benchmark", "gate")
+    inputs = ("teacher", "student", "distill", "export", "quantize", "engines", "benchmark", "gate")
     libraries = ("jinja2",)
 
     def config_slice(self, job: Job) -> dict[str, Any]:
@@ -35,6 +36,7 @@ class ReportStage:
         }
         for file in sorted(inputs["quantize"].glob("*-history.json")):
             histories[file.name.removesuffix("-history.json")] = file
+        search = inputs["student"] / SEARCH
         found = {role: read_json(file) for role, file in histories.items() if file.is_file()}
         write_report(
             context.out,
@@ -45,6 +47,7 @@ class ReportStage:
             extras={
                 "choice": read_json(inputs["engines"] / "choice.json"),
                 "parity": read_json(inputs["export"] / "parity.json"),
+                **({"search": read_json(search)} if search.is_file() else {}),
                 **quantized_rows(read_json(inputs["quantize"] / INDEX)),
                 "Chosen epochs": {role: _chosen(history) for role, history in found.items()},
             },

@@ -18,7 +18,8 @@ from edgekd.stages.training import hub_fingerprint
 class StudentStage:
     """Writes the initial weights, from which the student and its baseline both start.
 
-    For one made smaller also what was removed, with which :func:`build_student` builds it.
+    With ``search`` they are those of the winner, whose section is written too. For one made
+    smaller also what was removed, with which :func:`build_student` builds it.
     """
 
     name = "student"
@@ -28,6 +29,10 @@ class StudentStage:
     def config_slice(self, job: Job) -> dict[str, Any]:
         """The section ``student`` and what its network depends on."""
         student = job.config.student
+        if student.search is not None:
+            from edgekd.stages.search import search_settings
+
+            return search_settings(job)
         files = {}
         if student.checkpoint is not None:
             files["checkpoint"] = file_sha256(
@@ -47,6 +52,11 @@ class StudentStage:
 
     def run(self, context: Context, inputs: Mapping[str, Path]) -> None:
         """Build, and where configured make smaller, the student."""
+        if context.job.config.student.search is not None:
+            from edgekd.stages.search import run_search
+
+            run_search(context, inputs)
+            return
         task_data = open_task_data(inputs["data"], context.job.config)
         say = context.progress.message
         write_student(task_data, context.job, inputs["teacher"], context.out, say)

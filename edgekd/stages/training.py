@@ -219,11 +219,13 @@ def cached_teacher(
         )
         return teacher
     dataset, augment = task_data.dataset, list(augmentation_of(task_data.config, train_config))
-    # Weights and names do not identify what a network's forward does with its arguments.
+    config = task_data.config
+    # Weights and names do not identify what a network's forward does with its arguments. Offline
+    # no student is a teacher of another, and the candidates of a search share one cache.
+    teaches = () if config.distill.scheme.name == "offline" else (config.student,)
     networks = [
-        task_data.config.teacher.model_dump(mode="json", include={"model", "args"}),
-        task_data.config.student.model_dump(mode="json", include={"model", "args"}),
-        task_data.config.distill.scheme.model_dump(mode="json"),
+        *(c.model_dump(mode="json", include={"model", "args"}) for c in (config.teacher, *teaches)),
+        config.distill.scheme.model_dump(mode="json"),
     ]
     own = [augment, networks]
     makers = (type(teacher), type(training), build_model, fill_cache)
@@ -245,7 +247,7 @@ def cached_teacher(
         logits=[task_data.task.output] if isinstance(task_data.task, Classification) else [],
         views=training.views,
         top=top,
-        seed=task_data.config.seed,
+        seed=config.seed,
         data=task_data.digest,
         augment=[augment, networks, code],
         preprocess={name: p.to_json() for name, p in dataset.preprocess.items()},

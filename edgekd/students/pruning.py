@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -49,8 +50,8 @@ class Pruned:
 
     model: DictModel
     cuts: tuple[ChannelCut, ...]
-    ratio: float
-    """The requested ratio; rounding and unpruned layers change the actual one."""
+    config: PruneConfig
+    """The request; rounding and unpruned layers change the actual ratios."""
     layers: tuple[Width, ...]
     """Those that became narrower, in the order of the network."""
     left: dict[str, str]
@@ -73,7 +74,8 @@ class Pruned:
             "to_parameters": self.parameters[1],
             "from_macs": self.macs[0],
             "to_macs": self.macs[1],
-            "ratio": self.ratio,
+            "ratio": self.config.ratio,
+            "ratios": self.config.ratios,
             "layers": [{"name": w.name, "from": w.before, "to": w.after} for w in self.layers],
             "left": self.left,
         }
@@ -90,6 +92,8 @@ class _Group:
     """Channels of a unit."""
     step: int
     """Units by which the width may change, for ``round_to``."""
+    layers: tuple[str, ...] = ()
+    """All that lose these channels as outputs."""
     removed: list[int] = field(default_factory=list)
 
     @property
@@ -107,6 +111,7 @@ class _Group:
             [sum(of) / times for of in zip(*parts, strict=True)],
             self.repeats * times,
             max(1, self.step // math.gcd(self.step, times)),
+            self.layers,
         )
         made.keep_about(made.units * (1 - len(self.removed) / self.units))
         return made if made.removed else None
@@ -149,9 +154,10 @@ def prune(model: DictModel, config: PruneConfig, seed: int = 0) -> Pruned:
         torch.manual_seed(seed)
         groups, left = _groups(model, graph, config, protected)
         widths = _widths(graph)
-    choose = _choose_in_each if config.scope == "layer" else _choose_in_all
-    choose(groups, config.ratio)
-    left |= {g.name: "it is as narrow as allowed" for g in groups if not g.removed}
+    left |= _choose(groups, config, names=[name for name in graph.names.values() if name])
+    left |= {
+        g.name: "it is as narrow as allowed" for g in groups if not g.removed and g.name not in left
+    }
     cuts = [group.cut() for group in groups if group.removed]
     pruned = _checked(model, cuts)
     if pruned is None:
@@ -173,7 +179,7 @@ def prune(model: DictModel, config: PruneConfig, seed: int = 0) -> Pruned:
     return Pruned(
         model=pruned,
         cuts=tuple(cuts),
-        ratio=config.ratio,
+        config=config,
         layers=tuple(Width(n, w, now[n]) for n, w in widths.items() if now[n] != w),
         left=left,
         parameters=(count_parameters(model), count_parameters(pruned)),
@@ -252,7 +258,13 @@ def _groups(
             # Layers that got no gradient at all are normalised to NaN.
             each = scores.float().view(repeats, -1).mean(0).nan_to_num(0.0)
             step = config.round_to // math.gcd(config.round_to, repeats)
-            groups.append(_Group(name, each.tolist(), repeats, step))
+            outputs = tuple(
+                graph.names[dep.target.module]
+                for dep, _ in found
+                if graph.dependencies.is_out_channel_pruning_fn(dep.handler)
+                and dep.target.module in graph.names
+            )
+            groups.append(_Group(name, each.tolist(), repeats, step, outputs))
     order = {name: number for number, name in enumerate(graph.names.values())}
     groups.sort(key=lambda group: order[group.name])
     return groups, dict(sorted(left.items(), key=lambda entry: order[entry[0]]))
@@ -325,18 +337,48 @@ def _together(graph: Graph, layer: nn.Module, width: int) -> int:
     return count
 
 
-def _choose_in_each(groups: Sequence[_Group], ratio: float) -> None:
-    """The same share of every group is removed."""
-    narrowest = min((g for g in groups if g.units > g.step), key=lambda g: g.units, default=None)
-    if narrowest is not None and narrowest.step == 1 and narrowest.units * (1 - ratio) < 0.5:
-        raise InputError(
-            f"a ratio of {ratio:g} leaves nothing of {narrowest.name!r}, which has "
-            f"{narrowest.units * narrowest.repeats} channels",
-            where=f"{_WHERE}.ratio",
-            remedy=f"at most {math.floor(100 * (1 - 0.5 / narrowest.units)) / 100:g}, or keep: "
-            f"[{narrowest.name}], or scope: global",
-        )
-    for group in groups:
+def _choose(groups: Sequence[_Group], config: PruneConfig, names: Sequence[str]) -> dict[str, str]:
+    """Choose what every group loses; returns why the others lose nothing, by name.
+
+    Raises:
+        InputError: a pattern of ``ratios`` matches no layer, or a ratio leaves nothing of one.
+    """
+    own: dict[str, float] = {}
+    for pattern, ratio in config.ratios.items():
+        matched = {name for name in names if _matches(name, pattern)}
+        if not matched:
+            raise unknown_name("layer", pattern, names, f"{_WHERE}.ratios")
+        own |= {group.name: ratio for group in groups if matched & set(group.layers)}
+    _choose_in_each([(g, own[g.name]) for g in groups if own.get(g.name)], "ratios")
+    others = [group for group in groups if group.name not in own]
+    if config.ratio is not None:
+        if config.scope == "layer":
+            _choose_in_each([(group, config.ratio) for group in others], "ratio")
+        else:
+            _choose_in_all(others, config.ratio)
+    none = [name for name, ratio in own.items() if ratio == 0]
+    if config.ratio is None:
+        none += [group.name for group in others]
+    return dict.fromkeys(none, "its ratio is 0")
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a pattern names a layer or a module around it."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
+def _choose_in_each(chosen: Sequence[tuple[_Group, float]], key: str) -> None:
+    """Of every group its own share is removed."""
+    for group, ratio in sorted(chosen, key=lambda one: one[0].units):
+        if group.units > group.step == 1 and group.units * (1 - ratio) < 0.5:
+            raise InputError(
+                f"a ratio of {ratio:g} leaves nothing of {group.name!r}, which has "
+                f"{group.units * group.repeats} channels",
+                where=f"{_WHERE}.{key}",
+                remedy=f"at most {math.floor(100 * (1 - 0.5 / group.units)) / 100:g}, or keep: "
+                f"[{group.name}], or scope: global",
+            )
+    for group, ratio in chosen:
         group.keep_about(group.units * (1 - ratio))
 
 

@@ -141,16 +141,20 @@ def apply_cuts(model: DictModel, cuts: Sequence[ChannelCut]) -> None:
             graph.group(layer, cut.removed).prune()  # type: ignore[arg-type]
 
 
-def write_cuts(cuts: Sequence[ChannelCut], path: Path) -> None:
-    """Write the structure of a pruned network as JSON."""
+def write_structure(
+    path: Path, cuts: Sequence[ChannelCut] = (), dropped: Sequence[str] = ()
+) -> None:
+    """Write what was removed from a network as JSON: the dropped blocks, then the cut channels."""
     rows = [asdict(cut) for cut in cuts]
-    path.write_text(json.dumps({"schema": "edgekd.structure/1", "cuts": rows}), encoding="utf-8")
+    content = {"schema": "edgekd.structure/1", "dropped": list(dropped), "cuts": rows}
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def read_cuts(path: Path) -> tuple[ChannelCut, ...]:
-    """Read what :func:`write_cuts` wrote."""
-    rows = json.loads(path.read_text(encoding="utf-8"))["cuts"]
-    return tuple(ChannelCut(row["layer"], tuple(row["removed"])) for row in rows)
+def read_structure(path: Path) -> tuple[tuple[ChannelCut, ...], tuple[str, ...]]:
+    """Read what :func:`write_structure` wrote: the cuts and the dropped blocks."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    cuts = tuple(ChannelCut(row["layer"], tuple(row["removed"])) for row in content["cuts"])
+    return cuts, tuple(content["dropped"])
 
 
 _ACROSS_CHANNELS = (nn.LayerNorm, nn.GroupNorm)

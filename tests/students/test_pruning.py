@@ -13,7 +13,7 @@ from edgekd.config.pruning import PruneConfig
 from edgekd.errors import InputError
 from edgekd.models import DictModel, build_model, count_parameters
 from edgekd.spec import ModelSpec, TensorSpec
-from edgekd.students import apply_cuts, prune, read_cuts, write_cuts
+from edgekd.students import apply_cuts, prune, read_structure, write_structure
 
 LOGITS = TensorSpec("logits", ("batch", 7))
 ACTIONS = TensorSpec("action", ("batch", 3, 2))
@@ -107,9 +107,9 @@ def test_half_goes_and_the_rest_answers_as_without_it(name: str, scope: str) -> 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_structure_is_built_again(name: str, tmp_path) -> None:
     done = prune(network(name), PruneConfig(ratio=0.4, importance="random", scope="global"))
-    write_cuts(done.cuts, tmp_path / "structure.json")
+    write_structure(tmp_path / "structure.json", done.cuts)
     fresh = network(name, seed=9)
-    apply_cuts(fresh, read_cuts(tmp_path / "structure.json"))
+    apply_cuts(fresh, read_structure(tmp_path / "structure.json")[0])
     fresh.load_state_dict(done.model.state_dict())
     for output, answer in answers(done.model).items():
         assert torch.equal(answers(fresh)[output], answer)
