@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import tempfile
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import yaml
 
 from edgekd.api import open_job, run_folder
-from edgekd.cli.options import Command, requirement_options
+from edgekd.cli.options import goal_words, join_overrides, requirement_options, show_goal
 from edgekd.config.goal import OBJECTIVES, Goal, Wish, parse_goal
 from edgekd.config.loader import Override, apply_overrides
 from edgekd.config.yaml_source import read_yaml
@@ -24,16 +23,7 @@ from edgekd.files import write_errors, write_whole
 from edgekd.pipeline.runner import plan
 from edgekd.pipeline.stage import Job
 from edgekd.stages import STAGES, preflight
-
-if TYPE_CHECKING:
-    from edgekd.students.advice import Advice
-
-_GOAL: Any = click.option(
-    "--goal",
-    metavar="WORDS",
-    help="Requirements in plain words, English or "
-    "Chinese: 'under 5 ms on a Raspberry Pi 5, lose at most one point'.",
-)
+from edgekd.students.advice_facts import Advice, at, short
 
 _SHOWN = ("student", "distill.losses", "distill.scheme", "quantize")
 """What the short form is about."""
@@ -49,24 +39,9 @@ _PATHS = (
 """Keys whose value may be a path relative to the file."""
 
 
-def goal_option(command: Command) -> Command:
-    """Add ``--goal``; the command receives its keys among ``overrides``, after they are shown."""
-
-    @functools.wraps(command)
-    def with_goal(
-        *args: Any, pipeline: Path, goal: str | None, overrides: tuple[str, ...] = (), **given: Any
-    ) -> Any:
-        if goal is not None:
-            overrides = goal_overrides(goal, pipeline, overrides)
-        return command(*args, pipeline=pipeline, overrides=overrides, **given)
-
-    result: Command = _GOAL(with_goal)
-    return result
-
-
 @click.command()
 @click.argument("pipeline", type=click.Path(path_type=Path))
-@_GOAL
+@goal_words
 @requirement_options
 @click.option(
     "--set",
@@ -105,8 +80,10 @@ def advise(
         )
     understood = parse_goal(goal) if goal is not None else None
     if understood is not None:
-        show_goal(understood)
-    content, advice, job = _advice(pipeline, understood, overrides, folder)
+        show_goal(understood, "# ")
+    settings = click.get_current_context().params["overrides"]
+    requirements = overrides[len(settings) :]
+    content, advice, job = _advice(pipeline, understood, settings, requirements, folder)
     text = _yaml(content, advice)
     _check(text, job)
     if output is None:
@@ -122,93 +99,60 @@ def advise(
     click.echo(printable(f"wrote {output}; next: edgekd plan {output}"))
 
 
-def show_goal(goal: Goal) -> None:
-    """Print what a goal was understood as."""
-    click.echo("# understood:")
-    for line in goal.lines():
-        click.echo(printable(f"#   {line}"))
-
-
-def goal_overrides(text: str, pipeline: Path, overrides: Sequence[str] = ()) -> tuple[str, ...]:
-    """The overrides of ``--goal`` for a pipeline file, shown, behind those of ``--set``.
-
-    Raises:
-        InputError: the goal is not understood, needs what the file does not leave open, or sets
-            what ``--set`` or an option sets too.
-    """
-    goal = parse_goal(text)
-    show_goal(goal)
-    content = apply_overrides(read_yaml(pipeline).content, [Override.parse(o) for o in overrides])
-    return _joined(goal.overrides(content), overrides)
-
-
-def _joined(wanted: Sequence[str], overrides: Sequence[str]) -> tuple[str, ...]:
-    """Overrides of a goal behind the others.
-
-    Raises:
-        InputError: both set a key.
-    """
-    given = {text.partition("=")[0].strip(): text for text in overrides}
-    for text in wanted:
-        key = text.partition("=")[0]
-        if key in given and given[key] != text:
-            raise InputError(
-                f"the goal sets {key}, which is set by {given[key]!r} too",
-                where="--goal",
-                remedy="leave one of them out",
-            )
-    return (*overrides, *wanted)
-
-
 def _advice(
-    pipeline: Path, goal: Goal | None, overrides: Sequence[str], folder: Path | None
+    pipeline: Path,
+    goal: Goal | None,
+    settings: Sequence[str],
+    requirements: Sequence[str],
+    folder: Path | None,
 ) -> tuple[dict[str, Any], tuple[Advice, ...], Job]:
     """The advised content, the advice and the job it is for."""
-    from edgekd.stages.advice_facts import read_facts
+    from edgekd.stages.advice import read_facts
     from edgekd.students.advice import advise as rules
     from edgekd.students.advice import advised_content
 
     source = read_yaml(pipeline)
-    requirements = [o for o in overrides if o.startswith("gate.")]
-    settings = [o for o in overrides if o not in requirements]
     before = apply_overrides(source.content, [Override.parse(o) for o in settings])
     # "As small as possible" is a wish of the search that is advised, which the file need not have.
     wishes: tuple[Wish, ...] = goal.wishes if goal is not None else ()
     objectives = next((w.value for w in wishes if w.key == OBJECTIVES), None)
     fixed = Goal(tuple(w for w in wishes if w.key != OBJECTIVES))
-    wanted = _joined(fixed.overrides(before), requirements)
+    wanted = join_overrides(fixed.overrides(before), (*settings, *requirements))[len(settings) :]
     content = apply_overrides(before, [Override.parse(o) for o in wanted])
     as_it_is = open_job(pipeline, settings)
     job = open_job(pipeline, [*settings, *wanted])
     place = run_folder(as_it_is, folder)
     rows = plan(as_it_is, place, STAGES) if place.is_dir() else []
     keys = [o.partition("=")[0] for o in wanted]
-    facts = read_facts(job, content, source.content, keys, rows, place, objectives)
+    facts = read_facts(job, content, before, keys, rows, place, objectives)
     advice = rules(facts)
     return advised_content(content, advice), advice, job
 
 
-def advice_summary(job: Job, folder: Path | None = None) -> list[str]:
-    """The advice for a job in a few lines, for the plan.
+def advice_summary(job: Job, content: Mapping[str, Any], folder: Path) -> list[str]:
+    """The advice for a job in a few lines, for the plan: what is advised other than it is.
 
     Args:
         job: as it would be run.
-        folder: its run folder; None: ``runs/<name>``.
+        content: the same as it is written.
+        folder: its run folder.
     """
-    from edgekd.stages.advice_facts import read_facts
+    from edgekd.stages.advice import read_facts
     from edgekd.students.advice import advise as rules
 
-    place = run_folder(job, folder)
-    rows = plan(job, place, STAGES) if place.is_dir() else []
-    content = job.config.model_dump(mode="json", exclude_unset=True)
-    return _short_lines(rules(read_facts(job, content, content, (), rows, place)))
+    rows = plan(job, folder, STAGES) if folder.is_dir() else []
+    advice = rules(read_facts(job, content, content, (), rows, folder))
+    others = [one for one in advice if one.key in _SHOWN and one.value != at(content, one.key)]
+    lines = _short_lines(others)
+    alike = [key for key in _SHOWN if key not in {one.key for one in others}]
+    if alike:
+        lines.append(f"advise {', '.join(alike)}: as the file has it")
+    return [*lines, "'edgekd advise' gives the reasons, and YAML"]
 
 
 def _short_lines(advice: Sequence[Advice]) -> list[str]:
-    from edgekd.students.advice import short
-
     return [
-        f"advise {one.key}: {short(one.value)}: {one.reason.split(';')[0]}"
+        f"advise {one.key}: {short(one.value, 60)}: {one.reason.split(';')[0]}"
         for one in advice
         if one.key in _SHOWN and one.value is not None
     ]

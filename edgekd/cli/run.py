@@ -10,8 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from edgekd.api import execute, open_job, plan_students, run_folder
-from edgekd.cli.advise import advice_summary, goal_option
-from edgekd.cli.options import pipeline_options, requirement_options
+from edgekd.cli.advise import advice_summary
+from edgekd.cli.options import goal_option, pipeline_options, requirement_options
+from edgekd.config.loader import Override, apply_overrides
+from edgekd.config.yaml_source import read_yaml
 from edgekd.measurement import full_text, value_text
 from edgekd.pipeline.runner import RunOutcome, join_workers
 from edgekd.pipeline.runner import plan as plan_run
@@ -163,7 +165,9 @@ def plan(pipeline: Path, overrides: tuple[str, ...], output: Path | None, quiet:
     job = open_job(pipeline, overrides)
     folder, console = run_folder(job, output), Console()
     if not quiet:
-        for line in advice_summary(job, output):
+        content = read_yaml(pipeline).content
+        content = apply_overrides(content, [Override.parse(text) for text in overrides])
+        for line in advice_summary(job, content, folder):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     rows = plan_run(job, folder, STAGES)
     for row in rows:

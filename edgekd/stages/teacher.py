@@ -258,7 +258,7 @@ def _entropy(logits: Tensor) -> Tensor:
     """The entropy of each distribution, as a share of the largest, ln(classes)."""
     import torch
 
-    entropy = torch.special.entr(logits.float().softmax(dim=-1)).sum(dim=-1)
+    entropy: Tensor = torch.special.entr(logits.float().softmax(dim=-1)).sum(dim=-1)
     return entropy / math.log(max(2, logits.shape[-1]))
 
 

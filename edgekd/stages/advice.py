@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from edgekd.config.host import local_providers, saturates
-from edgekd.engines.tensorrt import MODULES
 from edgekd.pipeline.runner import PlanRow
 from edgekd.pipeline.stage import Job
 from edgekd.release.result import Result, read_result
+from edgekd.release.student_search import SEARCH
 from edgekd.stages.task_data import read_json
 from edgekd.stages.teacher import WEIGHTS
-from edgekd.students.advice import Facts, Known
+from edgekd.students.advice_facts import Facts, Known
 from edgekd.tasks import get_task
+from edgerun.tensorrt.library import is_installed
 
 
 def read_facts(
@@ -69,6 +70,9 @@ def read_facts(
     if student := artifacts.get("student"):
         file = student / "model.json"
         found["student_parameters"] = Known(read_json(file)["parameters"], _shown(file))
+        if (student / SEARCH).is_file():
+            record = student / SEARCH
+            found |= {"searched": read_json(record), "searched_file": _shown(record)}
     if benchmark := artifacts.get("benchmark"):
         file = benchmark / "result.json"
         result: Result = read_result(file)
