@@ -142,7 +142,10 @@ def advice_summary(job: Job, content: Mapping[str, Any], folder: Path) -> list[s
 
     rows = plan(job, folder, STAGES) if folder.is_dir() else []
     advice = rules(read_facts(job, content, content, (), rows, folder))
-    others = [one for one in advice if one.key in _SHOWN and one.value != at(content, one.key)]
+    written = {key: at(content, key) for key in _SHOWN} | {
+        "distill.scheme": at(content, "distill.scheme") or "offline"
+    }
+    others = [one for one in advice if one.key in _SHOWN and one.value != written[one.key]]
     lines = _short_lines(others)
     alike = [key for key in _SHOWN if key not in {one.key for one in others}]
     if alike:
