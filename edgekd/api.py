@@ -25,7 +25,7 @@ from edgekd.pipeline.runner import plan as plan_run
 from edgekd.pipeline.stage import Context, Job, Stage
 from edgekd.pipeline.store import Store
 from edgekd.progress import Console as SafeConsole
-from edgekd.progress import ConsoleProgress, EventLog, Silent
+from edgekd.progress import ConsoleProgress, EventLog
 from edgekd.stages import STAGES, preflight
 
 if TYPE_CHECKING:
@@ -193,10 +193,11 @@ def plan_students(job: Job, folder: Path, console: Console | None = None) -> dic
     if "data" not in done:
         execute(job, folder, "data", console)
         done = _finished(job, folder, STAGES[:2])
-    with tempfile.TemporaryDirectory() as scratch, searching(job.base):
+    shown = ConsoleProgress(console or SafeConsole(), quiet=console is None)
+    with tempfile.TemporaryDirectory() as scratch, searching(job.base), shown as progress:
         preflight(job, gated=False)
         place = Path(scratch)
-        context = Context(job, place, place, folder / "cache", Silent(), {})
+        context = Context(job, place, place, folder / "cache", progress, {})
         return predicted_survey(context, done["data"], done.get("teacher"))
 
 

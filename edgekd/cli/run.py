@@ -183,7 +183,7 @@ def plan(pipeline: Path, overrides: tuple[str, ...], output: Path | None, quiet:
         from edgekd.cli.students import print_search
         from edgekd.stages.survey import nothing_feasible
 
-        record = plan_students(job, folder)
+        record = plan_students(job, folder, None if quiet else console)
         print_search(console, record, folder / "cache")
         if (error := nothing_feasible(record)) is not None:
             raise error

@@ -124,24 +124,24 @@ def _table(record: Mapping[str, Any]) -> Table:
     for heading in ("parameters", percentile, "memory", "size"):
         table.add_column(heading, justify="right")
     table.add_column("", overflow="fold")
+    entries = {entry["name"]: entry for entry in record["candidates"]}
     for row in candidate_table(record):
-        cells = (row.name, row.parameters, *_figures(row), row.size, _found(row))
+        latency = _figure(entries[row.name], "latency_ms", percentile, "ms")
+        memory = _figure(entries[row.name], "memory_mb", None, "MB")
+        cells = (row.name, row.parameters, latency, memory, row.size, _found(row))
         table.add_row(*map(Text, cells))
     return table
 
 
-def _figures(row: CandidateRow) -> tuple[str, str]:
-    """Latency and memory: measured, or predicted and marked so."""
-    pairs = (
-        (row.measured_latency, row.predicted_latency),
-        (row.measured_memory, row.predicted_memory),
-    )
-    absent = "–"
-    latency, memory = (
-        measured if measured != absent else f"≈ {predicted}" if predicted != absent else absent
-        for measured, predicted in pairs
-    )
-    return latency, memory
+def _figure(entry: Mapping[str, Any], key: str, part: str | None, unit: str) -> str:
+    """A measured figure, or else a predicted one marked so; its range on a second line."""
+    for kind, mark in (("measured", ""), ("predicted", "≈ ")):
+        found = (entry.get(kind) or {}).get(key)
+        found = found[part] if found and part else found
+        if found:
+            value, low, high = (number(found[each], 3) for each in ("value", "low", "high"))
+            return f"{mark}{value} {unit}" + (f"\n{low} to {high}" if low != high else "")
+    return "–"
 
 
 def _found(row: CandidateRow) -> str:

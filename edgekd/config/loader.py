@@ -210,11 +210,15 @@ def _sections_at(
 ) -> tuple[list[type[BaseModel]], tuple[str | int, ...]]:
     """The section classes that a location's last key may belong to, and the keys as written.
 
-    Where a section is one of several kinds, pydantic adds the kind to the location.
+    Where a section is one of several kinds, pydantic adds the kind, or the tag ``<Class>``, to
+    the location.
     """
     current: list[type[BaseModel]] = [model]
     written: list[str | int] = []
     for index, part in enumerate(location):
+        if isinstance(part, str) and part.startswith("<"):
+            current = [section for section in current if part == f"<{section.__name__}>"]
+            continue
         tagged = [section for section in current if len(current) > 1 and part in _kinds(section)]
         if tagged:
             current = tagged

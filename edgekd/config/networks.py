@@ -20,12 +20,17 @@ class ModelConfig(ConfigModel):
     """A network and its arguments."""
 
     model: str | None = None
-    """``convnet-l``, ``convnet-m``, ``convnet-s``, ``convnet-xs``, ``mlp``, ``policy-l``,
-    ``policy-s``; ``timm:NAME`` or ``transformers:NAME_OR_PATH`` (extras of these names); or
-    ``package.module:name``.
+    """``convnet-l``, ``convnet-m``, ``convnet-s``, ``convnet-xs``, ``mobilenet``, ``transformer``
+    (of patches of an image, or of a signal), ``mlp``, ``policy-l``, ``policy-s``; ``timm:NAME`` or
+    ``transformers:NAME_OR_PATH`` (extras of these names); or ``package.module:name``.
     """
     args: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of the network's constructor."""
+    """Arguments of the network's constructor: of a ``convnet`` ``widths``, ``blocks``,
+    ``stem_stride``, ``residual``, ``dropout``; of ``mobilenet`` ``width``, ``depth``,
+    ``expansion``, ``dropout``; of ``transformer`` ``width``, ``depth``, ``heads``, ``expansion``,
+    ``patch``, ``dropout``; of ``mlp`` ``hidden``, ``dropout``; of a ``policy`` ``widths``,
+    ``blocks``, ``hidden``, ``stem_stride``, ``dropout``.
+    """
 
 
 class PreprocessConfig(ConfigModel):

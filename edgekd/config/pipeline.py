@@ -14,7 +14,9 @@ from edgekd.config.base import ConfigModel, Fraction, PositiveFloat, PositiveInt
 from edgekd.config.budgets import GateConfig
 from edgekd.config.loader import load_section
 from edgekd.config.networks import StudentConfig, TeacherConfig
-from edgekd.config.training import DistillConfig, LossTerm, TrainConfig
+from edgekd.config.recipes import built_in_recipes, default_recipe
+from edgekd.config.training import DistillConfig, LossTerm, Recipe, TrainConfig
+from edgekd.errors import InputError
 from edgekd.extension import installed_extensions, is_reference
 
 
@@ -286,21 +288,39 @@ class PipelineConfig(ConfigModel):
 
     @property
     def loss_terms(self) -> tuple[LossTerm, ...]:
-        """The terms of the student's objective: those of the file, else the task's defaults.
+        """The terms of the student's objective: those of the file, else the default ones.
 
-        A tenth against the labels and nine tenths against the teacher; continuous outputs have
-        no classes, so both are distances there.
+        Raises:
+            InputError: they are ``auto``, which the stage ``distill`` decides; see ``recipes``.
         """
-        if self.distill.losses is not None:
-            return self.distill.losses
-        if self.task in ("regression", "policy"):
-            kind = {"kind": self.task_args.get("loss", "mse")}
-            hard = LossTerm(name="target_regression", args=kind, weight=0.1)
-            soft = LossTerm(name="output_regression", args=kind)
-        else:
-            hard = LossTerm(name="hard_labels", weight=0.1)
-            soft = LossTerm(name="soft_labels", args={"temperature": 4.0})
-        return hard, soft.model_copy(update={"weight": 0.9})
+        if self.distill.auto is not None:
+            raise InputError(
+                "the losses are auto: they are known when the stage distill has raced the recipes",
+                where="distill.losses",
+                remedy="name the losses, or run the stage distill first",
+            )
+        return self.recipes[0]
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """The objectives that the student may be trained with: one, or the candidates of
+        ``distill.losses: auto``, the default first.
+        """
+        losses = self.distill.losses
+        if isinstance(losses, tuple):
+            return (losses,)
+        default = default_recipe(self.task, self.task_args)
+        if losses is None:
+            return (default,)
+        own = losses.auto.recipes
+        candidates = built_in_recipes(self.task, self.task_args) if own is None else own
+        return (default, *(recipe for recipe in candidates if recipe != default))
+
+    def with_losses(self, recipe: Recipe) -> PipelineConfig:
+        """The same pipeline with these terms in ``distill.losses``."""
+        return self.model_copy(
+            update={"distill": self.distill.model_copy(update={"losses": tuple(recipe)})}
+        )
 
     @field_validator("engines")
     @classmethod
@@ -362,6 +382,7 @@ def pipeline_schema() -> dict[str, Any]:
             "description": full["description"],
             "anyOf": [{"type": "string"}, full, named],
         }
+    parts["AutoLosses"] = {"anyOf": [{"enum": ["auto", {"auto": None}]}, parts["AutoLosses"]]}
     cache = parts["DistillConfig"]["properties"]["cache"]
     cache["anyOf"].append({"const": False})
     engines = schema["properties"]["engines"]

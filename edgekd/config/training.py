@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from edgekd.config.base import ConfigModel, PositiveFloat, PositiveInt, current_loss
 
@@ -116,6 +116,64 @@ class LossTerm(ConfigModel):
         return current_loss(_one_name(value, "a loss term", example, ("weight",)))
 
 
+_Entries = TypeVar("_Entries", bound=tuple[Any, ...])
+
+
+def _one_or_more(terms: _Entries) -> _Entries:
+    if not terms:
+        raise ValueError("no loss is named: add one, such as soft_labels")
+    return terms
+
+
+Recipe = Annotated[tuple[LossTerm, ...], AfterValidator(_one_or_more)]
+"""The loss terms of one objective."""
+
+
+class AutoSettings(ConfigModel):
+    """Section ``distill.losses.auto``: recipes are raced with the cached teacher by successive
+    halving on validation data, and the student is trained with the best one (the extra ``search``).
+    """
+
+    recipes: Annotated[tuple[Recipe, ...], AfterValidator(_one_or_more)] | None = None
+    """Candidates, each a list of loss terms. Left out: the built-in ones of the task. The default
+    terms are always among them.
+    """
+    epochs: PositiveInt | None = None
+    """Epochs of the race's last rung. Left out: a quarter of ``distill.epochs``, at least 2."""
+    reduction: Annotated[int, Field(ge=2)] = 3
+    """One recipe of so many is promoted to the next rung, with so many times the epochs."""
+
+
+class AutoLosses(ConfigModel):
+    """``losses: auto``, or ``losses: {auto: {epochs: 5}}``."""
+
+    auto: AutoSettings = AutoSettings()
+    """The race."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_yaml(cls, value: Any) -> Any:
+        return {} if value in ("auto", {"auto": None}) else value
+
+
+def _kind_of_losses(value: Any) -> str | None:
+    if isinstance(value, AutoLosses) or value == "auto":
+        return "<AutoLosses>"
+    if isinstance(value, dict) and "auto" in value:
+        return "<AutoLosses>"
+    return "<LossTerm>" if isinstance(value, list | tuple) else None
+
+
+Losses = Annotated[
+    Annotated[Recipe, Tag("<LossTerm>")] | Annotated[AutoLosses, Tag("<AutoLosses>")],
+    Discriminator(
+        _kind_of_losses,
+        custom_error_type="losses",
+        custom_error_message="give a list of loss terms, or auto",
+    ),
+]
+
+
 class SchemeConfig(ConfigModel):
     """Section ``distill.scheme``: who teaches whom; ``offline``, or ``{online: {peers: 2}}``."""
 
@@ -146,12 +204,17 @@ class CacheConfig(ConfigModel):
     """A folder shared between runs. Left out: the run's folder."""
 
 
+WITHOUT_TEACHER = ("online", "self")
+"""Schemes in which the pipeline's teacher does not teach."""
+
+
 class DistillConfig(TrainConfig):
     """Section ``distill``: the student's training; all keys of a training, and these."""
 
-    losses: tuple[LossTerm, ...] | None = Field(default=None, min_length=1)
-    """Loss terms. Left out: a tenth against the labels and nine tenths against the teacher (soft
-    labels at T = 4; for continuous outputs the task's distance).
+    losses: Losses | None = None
+    """Loss terms; or ``auto``: the best of several recipes, found by a race. Left out: a tenth
+    against the labels and nine tenths against the teacher (soft labels at T = 4; for continuous
+    outputs the task's distance).
     """
     scheme: SchemeConfig = SchemeConfig()
     """Who teaches whom."""
@@ -171,6 +234,36 @@ class DistillConfig(TrainConfig):
     """Share of the training and validation labels that the student may use, with the teacher and
     alone; the teacher's own training uses all of them.
     """
+    keep: Literal["student", "better"] = "student"
+    """Which network is shipped: the distilled ``student``, or the ``better`` one of it and the
+    student alone on validation data.
+    """
+
+    @property
+    def auto(self) -> AutoSettings | None:
+        """The race of ``losses: auto``; None where the losses are named."""
+        return self.losses.auto if isinstance(self.losses, AutoLosses) else None
+
+    @model_validator(mode="after")
+    def _has_what_it_compares(self) -> DistillConfig:
+        if self.keep == "better" and not self.baseline:
+            raise ValueError(
+                "keep: better compares with the student alone, which baseline: false does not "
+                "train; set baseline: true, or keep: student"
+            )
+        if self.auto is None:
+            return self
+        if self.scheme.name in WITHOUT_TEACHER:
+            raise ValueError(
+                f"losses: auto races losses against the teacher, which scheme: {self.scheme.name} "
+                "does not use; remove one of the two"
+            )
+        if self.auto.epochs is not None and self.auto.epochs > self.epochs:
+            raise ValueError(
+                f"losses.auto.epochs: {self.auto.epochs} is more than the training's own epochs, "
+                f"{self.epochs}; give fewer, or leave it out for a quarter"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -21,6 +21,7 @@ from edgekd.config.networks import ModelConfig
 from edgekd.errors import EdgekdError, InputError, nearest
 from edgekd.extension import check_arguments, parameters_of, resolve
 from edgekd.models.dict_model import DictModel, fits
+from edgekd.models.families import MobileNet, Transformer
 from edgekd.models.networks import ConvNet, Mlp, PolicyNetwork
 from edgekd.spec import ModelSpec, TensorSpec
 
@@ -32,8 +33,10 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "convnet-s": partial(ConvNet, widths=(16, 24, 48), blocks=(0, 1), stem_stride=2),
     "convnet-xs": partial(ConvNet, widths=(8, 12, 24), blocks=(0, 0), stem_stride=2),
     "mlp": Mlp,
+    "mobilenet": MobileNet,
     "policy-l": partial(PolicyNetwork, widths=(16, 32, 64), blocks=(1, 1), hidden=128),
     "policy-s": partial(PolicyNetwork, widths=(8, 16, 24), blocks=(0, 0), hidden=24),
+    "transformer": Transformer,
 }
 """The built-in networks by the names they have in a pipeline."""
 

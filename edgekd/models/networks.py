@@ -179,11 +179,11 @@ def _halved(side: int) -> int:
 def image_features(
     spec: TensorSpec,
     widths: Sequence[int],
-    blocks: Sequence[int],
+    blocks: Sequence[int] | int,
     stem_stride: int,
     residual: bool,
 ) -> ConvFeatures:
-    """The convolutional part for an image input.
+    """The convolutional part for an image input; one number of ``blocks`` is that of each stage.
 
     Raises:
         InputError: the input is no image, is too small, or widths and blocks do not fit.
@@ -201,6 +201,8 @@ def image_features(
             remedy=f"enlarge it with data.image_size: [{SMALLEST_SIDE}, {SMALLEST_SIDE}], "
             "or use the model 'mlp'",
         )
+    if isinstance(blocks, int):
+        blocks = (blocks,) * (len(widths) - 1)
     if len(widths) != len(blocks) + 1:
         raise InputError(
             f"{len(widths)} widths need {len(widths) - 1} blocks, and there are {len(blocks)}",
@@ -217,7 +219,7 @@ class ConvNet(nn.Module):
         inputs: tuple[TensorSpec, ...],
         outputs: tuple[TensorSpec, ...],
         widths: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)],
-        blocks: tuple[Annotated[int, Field(ge=0)], ...],
+        blocks: tuple[Annotated[int, Field(ge=0)], ...] | Annotated[int, Field(ge=0)],
         stem_stride: Annotated[int, Field(ge=1, le=2)] = 1,
         residual: bool = False,
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
@@ -260,7 +262,7 @@ class PolicyNetwork(nn.Module):
         inputs: tuple[TensorSpec, ...],
         outputs: tuple[TensorSpec, ...],
         widths: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(min_length=1)],
-        blocks: tuple[Annotated[int, Field(ge=0)], ...],
+        blocks: tuple[Annotated[int, Field(ge=0)], ...] | Annotated[int, Field(ge=0)],
         hidden: Annotated[int, Field(gt=0)] = 64,
         stem_stride: Annotated[int, Field(ge=1, le=2)] = 1,
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,

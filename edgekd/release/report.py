@@ -16,12 +16,14 @@ from edgekd.release.gate import Verdict, passed, summary_line
 from edgekd.release.report_tables import (
     Cell,
     cautions,
+    comparison_remarks,
     comparison_rows,
     flat_rows,
     gate_rows,
     headline,
     key_figures,
     parity_rows,
+    recipe_rows,
     result_table,
     run_rows,
     verdict_word,
@@ -112,8 +114,15 @@ def _ends(interval: Sequence[float] | None) -> tuple[float, float] | None:
 _MARKS = {"pass": "✅ pass", "fail": "❌ fail", "inconclusive": "⚠️ inconclusive"}
 
 
-def summary_markdown(result: Result, verdicts: Sequence[Verdict]) -> str:
-    """Verdict, gate table, result table and comparisons as GitHub-flavoured Markdown."""
+def summary_markdown(
+    result: Result, verdicts: Sequence[Verdict], students: Mapping[str, Any] | None = None
+) -> str:
+    """Verdict, gate table, result table and comparisons as GitHub-flavoured Markdown.
+
+    ``students`` is the content of ``comparison.json``.
+    """
+    students = students or {}
+    remarks = [*cautions(result), *comparison_remarks(students)]
     line = summary_line(verdicts) if verdicts else "nothing was gated"
     parts = [
         f"## {markdown_text(result.name)}: {verdict_word(verdicts)}",
@@ -124,14 +133,14 @@ def summary_markdown(result: Result, verdicts: Sequence[Verdict]) -> str:
         f"target {markdown_text(result.target)}, evidence {result.evidence}.",
         "",
     ]
-    parts += [f"> {markdown_text(caution)}" for caution in cautions(result)]
+    parts += [f"> {markdown_text(remark)}" for remark in remarks]
     if verdicts:
         parts += ["", "| rule | verdict | figure | budget | why |", "|---|---|---|---|---|"]
         for rule in gate_rows(verdicts):
             budget = rule["budget"] + (f" ({rule['origin']})" if rule["origin"] else "")
             status = _MARKS[rule["status"]]
             parts.append(_line((rule["rule"], status, rule["figure"], budget, rule["reason"])))
-    headings, rows = result_table(result)
+    headings, rows = result_table(result, students.get("kept") == "baseline")
     parts += ["", _line(["", *headings]), "|---|" + "---:|" * len(headings)]
     parts += [_line([row.label, *(_cell(cell) for cell in row.cells)]) for row in rows]
     compared = comparison_rows(result)
@@ -173,7 +182,8 @@ def write_report(
             that was not trained here is absent or None.
         pipeline: the configuration as JSON values.
         extras: more tables by title; ``parity`` maps a role to its parity report, ``choice`` is
-            that of the engines stage, ``search`` that of a search for the student.
+            that of the engines stage, ``search`` that of a search for the student, ``comparison``
+            and ``recipes`` the distill stage's records.
 
     Returns:
         The three files.
@@ -181,6 +191,7 @@ def write_report(
     trained = {role: history for role, history in histories.items() if history}
     more = dict(extras or {})
     choice, search = more.pop("choice", {}), more.pop("search", None)
+    students, recipes = more.pop("comparison", {}), more.pop("recipes", {})
     page = (
         _environment()
         .get_template(_TEMPLATE)
@@ -190,9 +201,12 @@ def write_report(
             verdict_line=summary_line(verdicts) if verdicts else "Nothing was gated",
             passed=passed(verdicts),
             gated=bool(verdicts),
-            cautions=cautions(result),
+            cautions=[*cautions(result), *comparison_remarks(students)],
             key_figures=key_figures(result),
-            table=result_table(result),
+            table=result_table(result, students.get("kept") == "baseline"),
+            students=students,
+            recipes=recipe_rows(recipes),
+            recipes_why=recipes.get("why", ""),
             comparison=comparison_rows(result),
             gate=gate_rows(verdicts),
             candidates=candidate_rows(choice, result.metric),
@@ -225,7 +239,7 @@ def write_report(
             indent=1,
         )
         + "\n",
-        "summary.md": summary_markdown(result, verdicts),
+        "summary.md": summary_markdown(result, verdicts, students),
     }
     for name, content in files.items():
         (folder / name).write_text(content, encoding="utf-8")

@@ -136,8 +136,45 @@ def key_figures(result: Result) -> list[KeyFigure]:
     return [figure for figure in found if figure.value != ABSENT]
 
 
-def result_table(result: Result) -> tuple[list[str], list[TableRow]]:
-    """Column headings and rows of the table teacher / student alone / student distilled."""
+def comparison_remarks(comparison: Mapping[str, Any]) -> list[str]:
+    """What a reader must know of the comparison of both students on validation data.
+
+    Args:
+        comparison: the content of ``comparison.json``, or empty.
+    """
+    if not comparison:
+        return []
+    shown = comparison["outcome"] == "better"
+    found = [] if shown else [f"On validation data {comparison['sentence']}."]
+    if comparison["kept"] == "baseline":
+        found.append(f"{_capitalized(comparison['kept_why'])}: no teacher trained it.")
+    return found
+
+
+def recipe_rows(recipes: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the race of ``distill.losses: auto``, the best recipe first.
+
+    Args:
+        recipes: the content of ``recipes.json``, or empty.
+    """
+    found = recipes.get("recipes", ())
+    epochs = sorted({score["epochs"] for row in found for score in row["rungs"]})
+    headings = [f"{count} epoch{'s' if count > 1 else ''}" for count in epochs]
+    unit = recipes.get("metric", "")
+    rows = []
+    for row in found:
+        scores = {score["epochs"]: score["score"] for score in row["rungs"]}
+        cells = [value_text(Measurement(scores.get(count), unit)) for count in epochs]
+        won = "chosen" if row["name"] == recipes["winner"] else ""
+        rows.append([row["name"], *cells, row["failed"] or won])
+    return headings, rows
+
+
+def result_table(result: Result, alone: bool = False) -> tuple[list[str], list[TableRow]]:
+    """Column headings and rows of the table teacher / student alone / student distilled.
+
+    ``alone``: the shipped student is the one that was trained without the teacher.
+    """
     roles = [role for role in ROLES if role in result.models]
     models = [result.models[role] for role in roles]
     metric_n = result.student.metric.n
@@ -155,7 +192,8 @@ def result_table(result: Result) -> tuple[list[str], list[TableRow]]:
     memory = [model.peak_memory_mb for model in models]
     if any(memory):
         rows.append(_row("peak memory", memory, "above an empty process"))
-    return [ROLES[role] for role in roles], rows
+    names = ROLES | ({"student": "student shipped (alone)"} if alone else {})
+    return [names[role] for role in roles], rows
 
 
 def comparison_rows(result: Result) -> list[TableRow]:

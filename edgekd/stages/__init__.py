@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from edgekd.config.recipes import recipe_text
 from edgekd.errors import InputError
 from edgekd.pipeline.stage import Job, Stage
 from edgekd.stages.benchmark import BenchmarkStage
@@ -19,6 +20,7 @@ from edgekd.stages.student import StudentStage
 from edgekd.stages.teacher import TeacherStage
 
 if TYPE_CHECKING:
+    from edgekd.config.pipeline import PipelineConfig
     from edgekd.tasks import Task
 
 STAGES: tuple[Stage, ...] = (
@@ -76,15 +78,24 @@ def preflight(job: Job, gated: bool = True) -> None:
     if config.student.prune is not None:
         torch_pruning()
     device = training_device()
-    objective = Objective(config.loss_terms, task)
-    check_train_config(config.distill, objective, device)
-    if mixing(augmentation_of(config, config.distill)) is not None and objective.needs_hard_label:
-        raise InputError(
-            f"{', '.join(objective.needs_hard_label)} needs one class per sample, and the images "
-            "and labels of two are mixed",
-            where="distill.losses",
-            remedy="leave mixup or cutmix out (distill.augment), or use soft_labels",
-        )
+    mixed = mixing(augmentation_of(config, config.distill)) is not None
+    auto = config.distill.auto
+    for index, recipe in enumerate(config.recipes):
+        # The default terms come first, and then those that are named.
+        own = auto is not None and auto.recipes is not None and index > 0
+        where = f"distill.losses.auto, {recipe_text(recipe)}" if own else "distill.losses"
+        objective = Objective(recipe, task, where=where)
+        check_train_config(config.distill, objective, device)
+        # Of the built-in recipes those that do not fit are left out.
+        if mixed and objective.needs_hard_label and (auto is None or own):
+            raise InputError(
+                f"{', '.join(objective.needs_hard_label)} needs one class per sample, and the "
+                "images and labels of two are mixed",
+                where=where,
+                remedy="leave mixup or cutmix out (distill.augment), or use soft_labels",
+            )
+    if auto is not None:
+        _check_race(config, task)
     if config.distill.label_smoothing and not isinstance(task, Classification):
         raise InputError(
             f"label_smoothing has no meaning for the task {task.name}",
@@ -104,6 +115,22 @@ def preflight(job: Job, gated: bool = True) -> None:
     job.budgets.check_metric(task.metric, task.higher_is_better)
     if gated:
         job.budgets.require_any(task.higher_is_better)
+
+
+def _check_race(config: PipelineConfig, task: Task) -> None:
+    """Check that the recipes of ``losses: auto`` can be raced."""
+    from edgekd.students.race_storage import import_optuna
+    from edgekd.tasks.continuous import ContinuousTask
+
+    import_optuna("distill.losses")
+    numbers = isinstance(task, ContinuousTask)
+    if numbers and any(t.name == "multi_label" for recipe in config.recipes for t in recipe):
+        raise InputError(
+            "multi_label reads the outputs as logits, and the default terms, which are always in "
+            "the race, as numbers",
+            where="distill.losses.auto",
+            remedy="name the losses, or leave multi_label out",
+        )
 
 
 def _check_quantization(job: Job, task: Task) -> None:
@@ -138,7 +165,8 @@ def _check_quantization(job: Job, task: Task) -> None:
                 remedy="use static or qat",
             )
     if quantize is not None and quantize.int8 == "qat":
-        qat_objective(config, quantize.qat, task)
+        for recipe in config.recipes:
+            qat_objective(config.with_losses(recipe), quantize.qat, task)
     for index, engine in enumerate(config.engines):
         where, first = f"engines[{index}]", index == 0
         elsewhere = where_built(engine.kind, job.profile) == "on the device"

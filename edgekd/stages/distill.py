@@ -10,9 +10,12 @@ from zlib import crc32
 
 from edgekd.config.networks import ModelConfig, TeacherConfig
 from edgekd.config.pipeline import PipelineConfig
+from edgekd.errors import InputError
 from edgekd.files import file_sha256
 from edgekd.pipeline.stage import Context, Job
 from edgekd.stages.build_student import FIRST_WEIGHTS, build_student, check_logits
+from edgekd.stages.comparison import COMPARISON, compare_students
+from edgekd.stages.recipes import race_recipes
 from edgekd.stages.task_data import TaskData, open_task_data, some_samples, write_json
 from edgekd.stages.teacher import load_teacher, open_teacher
 from edgekd.stages.training import fit, hub_fingerprint, scale_output
@@ -25,13 +28,16 @@ if TYPE_CHECKING:
     from edgekd.distill.schemes import SchemeContext
     from edgekd.distill.teacher import Teacher
     from edgekd.models.dict_model import DictModel
+    from edgekd.tasks import Task
 
 STUDENT_WEIGHTS, BASELINE_WEIGHTS = "student.safetensors", "baseline.safetensors"
+DISTILLED_WEIGHTS = "distilled.safetensors"
+"""The distilled student where ``distill.keep: better`` ships the student alone."""
 
 
 class DistillStage:
-    """Writes the student's weights and history; with ``baseline`` also those without the
-    teacher.
+    """Writes the student's weights and history; with ``baseline`` also those without the teacher,
+    and their comparison on validation data; with ``losses: auto`` the race of the recipes.
     """
 
     name = "distill"
@@ -52,12 +58,22 @@ class DistillStage:
         from edgekd.distill.schemes import find_scheme
         from edgekd.models.weights import load_weights, save_weights
 
-        task_data = open_task_data(inputs["data"], context.job.config)
-        config = context.job.config.distill
+        pipeline, out = context.job.config, context.out
+        task_data, config = open_task_data(inputs["data"], pipeline), pipeline.distill
+        if (lacking := task_data.lacks_labels()) and config.keep == "better":
+            raise InputError(
+                f"the student alone, which keep: better compares with, is not trained: {lacking}",
+                where="distill.keep",
+                remedy="give labels, or write keep: student",
+            )
         scheme_context = open_scheme_context(task_data, context, inputs)
+        if config.auto is not None:
+            pipeline = race_recipes(task_data, scheme_context, context)
+            scheme_context = replace(
+                scheme_context, new_objective=lambda: new_objective(pipeline, task_data.task)
+            )
         histories = dict(find_scheme(config.scheme)(scheme_context))
-        save_weights(scheme_context.student, context.out / STUDENT_WEIGHTS)
-        lacking = task_data.lacks_labels()
+        save_weights(scheme_context.student, out / STUDENT_WEIGHTS)
         if config.baseline and lacking:
             context.progress.message(f"  the student alone is not trained: {lacking}")
         elif config.baseline:
@@ -65,10 +81,35 @@ class DistillStage:
             model = build_student(task_data, inputs["student"])
             load_weights(model, inputs["student"] / FIRST_WEIGHTS, where="student")
             histories["baseline"] = fit(task_data, model, alone, config, "student alone", context)
-            save_weights(model, context.out / BASELINE_WEIGHTS)
+            save_weights(model, out / BASELINE_WEIGHTS)
+            record = compare_students(
+                task_data, pipeline, scheme_context, model, histories["student"]
+            )
+            write_json(out / COMPARISON, record)
+            _report(record, context)
+            if record["kept"] == "baseline":
+                (out / STUDENT_WEIGHTS).rename(out / DISTILLED_WEIGHTS)
+                save_weights(model, out / STUDENT_WEIGHTS)
         for label, history in histories.items():
             name = f"{label.replace(' ', '-')}-history.json"
-            write_json(context.out / name, history.to_json())
+            write_json(out / name, history.to_json())
+
+
+def _report(record: Mapping[str, Any], context: Context) -> None:
+    """Print the comparison; where the teacher is not shown to help, also why that may be."""
+    say = context.progress.message
+    say(f"  {record['sentence']}")
+    for row in record["causes"]:
+        say(f"    likely cause: {row['cause']} ({row['evidence']}); try {row['try']}")
+    if record["keep"] == "better":
+        say(f"  {record['kept_why']}")
+
+
+def new_objective(pipeline: PipelineConfig, task: Task) -> Objective:
+    """A fresh objective of the pipeline's loss terms."""
+    from edgekd.distill.objective import Objective
+
+    return Objective(pipeline.loss_terms, task, pipeline.distill.label_smoothing)
 
 
 def training_settings(config: PipelineConfig) -> dict[str, Any]:
@@ -76,7 +117,7 @@ def training_settings(config: PipelineConfig) -> dict[str, Any]:
     return {
         # The cache's folder does not affect the outputs.
         "distill": config.distill.model_dump(mode="json", exclude={"cache": {"folder"}}),
-        "losses": [term.model_dump(mode="json") for term in config.loss_terms],
+        "losses": [t.model_dump(mode="json") for recipe in config.recipes for t in recipe],
         "student": config.student.model_dump(mode="json", exclude={"checkpoint", "search"}),
         "teacher": config.teacher.model_dump(mode="json", include={"model", "args"}),
         "augment": list(config.data.augment),
@@ -90,7 +131,6 @@ def open_scheme_context(
     """The student with its initial weights, its teacher, and factories of further networks."""
     import torch
 
-    from edgekd.distill.objective import Objective
     from edgekd.distill.schemes import SchemeContext
     from edgekd.models.build import build_model
     from edgekd.models.dict_model import check_repeatable
@@ -127,16 +167,13 @@ def open_scheme_context(
         own = replace(task_data, config=pipeline.model_copy(update={"seed": seed}))
         return load_teacher(own, config, context, label)
 
-    def new_objective() -> Objective:
-        return Objective(pipeline.loss_terms, task_data.task, pipeline.distill.label_smoothing)
-
     return SchemeContext(
         student=new_student(0),
         teacher=open_teacher(inputs["teacher"], task_data),
         task=task_data.task,
         label_smoothing=pipeline.distill.label_smoothing,
         fit=train,
-        new_objective=new_objective,
+        new_objective=lambda: new_objective(pipeline, task_data.task),
         new_student=new_student,
         build=build,
         open_teacher=another_teacher,

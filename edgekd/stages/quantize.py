@@ -31,8 +31,10 @@ from edgekd.quantization.quantize_onnx import (
     raise_crash,
 )
 from edgekd.stages.build_student import build_student
+from edgekd.stages.comparison import is_student_alone
 from edgekd.stages.distill import STUDENT_WEIGHTS, training_settings
 from edgekd.stages.export import metadata_of, parity_samples
+from edgekd.stages.recipes import trained_config
 from edgekd.stages.task_data import (
     EVALUATION_BATCH,
     TaskData,
@@ -342,7 +344,8 @@ def train_quantized(
     """Continue the student's training with simulated 8-bit rounding, and write it as Q/DQ ONNX.
 
     The teacher, its cache, the augmentation and the data are those of the distillation; the
-    objective is that of its terms that compare outputs, or ``config.losses``. ``runtime``
+    objective is that of its terms that compare outputs, or ``config.losses``; of a student that was
+    kept because the teacher harmed, its labels alone. ``runtime``
     determines how activations are rounded. A stopped training is resumed.
 
     Raises:
@@ -351,13 +354,17 @@ def train_quantized(
         StageError: the network cannot be traced, the training diverged, or the file does not
             give PyTorch's outputs.
     """
+    from edgekd.distill.objective import Objective
     from edgekd.distill.qat import quantization_aware
     from edgekd.distill.qat_graph import computed_weights
     from edgekd.models.weights import load_weights
     from edgekd.onnx.export import export_onnx
 
-    pipeline, label = context.job.config, f"student int8 {runtime}"
+    pipeline = trained_config(context.job.config, inputs["distill"])
+    label = f"student int8 {runtime}"
     objective, left_out = qat_objective(pipeline, config, task_data.task)
+    if config.losses is None and is_student_alone(inputs["distill"]):
+        objective, left_out = Objective.supervised(task_data.task, config.label_smoothing), ()
     if left_out:
         context.progress.message(
             f"  {label}: without {', '.join(left_out)}: the layers that are compared are not in "

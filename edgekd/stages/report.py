@@ -8,7 +8,9 @@ from typing import Any
 
 from edgekd.pipeline.stage import Context, Job
 from edgekd.release.student_search import SEARCH
+from edgekd.stages.comparison import COMPARISON
 from edgekd.stages.quantize import INDEX
+from edgekd.stages.recipes import RECIPES
 from edgekd.stages.task_data import read_json
 
 
@@ -36,8 +38,12 @@ class ReportStage:
         }
         for file in sorted(inputs["quantize"].glob("*-history.json")):
             histories[file.name.removesuffix("-history.json")] = file
-        search = inputs["student"] / SEARCH
         found = {role: read_json(file) for role, file in histories.items() if file.is_file()}
+        records = {
+            "search": inputs["student"] / SEARCH,
+            "comparison": inputs["distill"] / COMPARISON,
+            "recipes": inputs["distill"] / RECIPES,
+        }
         write_report(
             context.out,
             result=read_result(inputs["benchmark"] / "result.json"),
@@ -47,7 +53,7 @@ class ReportStage:
             extras={
                 "choice": read_json(inputs["engines"] / "choice.json"),
                 "parity": read_json(inputs["export"] / "parity.json"),
-                **({"search": read_json(search)} if search.is_file() else {}),
+                **{name: read_json(f) for name, f in records.items() if f.is_file()},
                 **quantized_rows(read_json(inputs["quantize"] / INDEX)),
                 "Chosen epochs": {role: _chosen(history) for role, history in found.items()},
             },

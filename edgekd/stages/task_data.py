@@ -110,7 +110,7 @@ def open_task_data(data: Path, config: PipelineConfig) -> TaskData:
 
 def _gives_logits(config: PipelineConfig) -> bool:
     """Whether a loss reads the values as logits, which have their own scale."""
-    return any(term.name == "multi_label" for term in config.loss_terms)
+    return any(term.name == "multi_label" for recipe in config.recipes for term in recipe)
 
 
 def _evenly(

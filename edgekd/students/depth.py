@@ -100,7 +100,7 @@ def repeated_blocks(model: DictModel) -> tuple[Run, ...]:
             for name, _ in modules[parent].named_children()
             if (path := f"{parent}.{name}".lstrip(".")) in modules and path not in inside
         ]
-    # Blocks of a single layer, such as a convolution with its norm, count where there are no others.
+    # Blocks of a single layer, such as a convolution with its norm, count where there are no other
     deep = [run for run in runs if _weights(modules[run.blocks[0]]) > 1]
     runs = deep or runs
     # A block that stands alone in its stage is a block all the same: its layers are not a run.

@@ -17,6 +17,7 @@ from edgekd.config.pruning import PruneConfig
 from edgekd.errors import InputError, unknown_name
 from edgekd.models.build import example_batch, probe
 from edgekd.models.dict_model import DictModel, count_parameters
+from edgekd.students.operators import explain
 from edgekd.students.pruning_plan import (
     ChannelCut,
     Graph,
@@ -154,6 +155,7 @@ def prune(model: DictModel, config: PruneConfig, seed: int = 0) -> Pruned:
         torch.manual_seed(seed)
         groups, left = _groups(model, graph, config, protected)
         widths = _widths(graph)
+        unreachable, operators = explain(model)
     left |= _choose(groups, config, names=[name for name in graph.names.values() if name])
     left |= {
         g.name: "it is as narrow as allowed" for g in groups if not g.removed and g.name not in left
@@ -167,10 +169,13 @@ def prune(model: DictModel, config: PruneConfig, seed: int = 0) -> Pruned:
             cut.layer: _UNCERTAIN for cut in cuts if cut.layer not in {fit.layer for fit in fits}
         }
         cuts, pruned = fits, _checked(model, fits)
+    left |= unreachable
+    for name in set(operators) & {name for name, reason in left.items() if reason == _UNCERTAIN}:
+        left[name] = f"{_UNCERTAIN} (after it: {operators[name]})"
     if pruned is None or not cuts:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:4])
+        listed = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:4])
         raise InputError(
-            f"nothing of this network can be pruned: {reasons or 'it has no layers to prune'}",
+            f"nothing of this network can be pruned: {listed or 'it has no layers to prune'}",
             where=_WHERE,
             remedy="raise the ratio, lower round_to, keep less; or name a smaller student",
         )

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from edgekd.errors import InputError
 from edgekd.models.build import example_batch
 from edgekd.models.dict_model import DictModel
+from edgekd.students.operators import failing_line
 
 _PREFIX = "module."
 """Where a :class:`DictModel` has the network whose layers are named."""
@@ -101,7 +102,8 @@ def traced(model: DictModel) -> Iterator[Graph]:
                 )
         except Exception as error:
             raise InputError(
-                f"torch-pruning cannot follow this network: {type(error).__name__}: {error}",
+                f"torch-pruning cannot follow this network: {type(error).__name__}: {error}"
+                f"{failing_line(error)}",
                 where="student.prune",
                 remedy="its outputs must be computed by torch operations with gradients; or name a "
                 "smaller student instead of pruning",
@@ -268,7 +270,8 @@ def _pass_on(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> T
 
 
 def _channel_dim(module: nn.Module) -> int:
-    return -1 if isinstance(module, nn.Linear) else 1
+    # Subclasses of LayerNorm are those of images, with channels in the second place.
+    return -1 if isinstance(module, nn.Linear) or type(module) is nn.LayerNorm else 1
 
 
 def _silence(channels: list[int]) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:

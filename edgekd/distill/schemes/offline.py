@@ -147,20 +147,32 @@ def ensemble(
 def offline(context: SchemeContext) -> dict[str, History]:
     """One training of the student with the pipeline's loss terms."""
     objective = context.new_objective()
-    if objective.needs_teacher:
-        _propose_assistant(context)
+    if objective.needs_teacher and (between := assistant_between(context)) is not None:
+        context.say(
+            f"  the teacher has {capacity_ratio(context):.0f} times the student's parameters; "
+            f"{between} between them may help: distill.scheme: {{assistant: {{models: "
+            f"[{between}]}}}}"
+        )
     return {"student": context.fit(context.student, objective, "student", context.teacher)}
 
 
-def _propose_assistant(context: SchemeContext) -> None:
-    """Suggest an assistant between a large teacher and the student."""
+def capacity_ratio(context: SchemeContext) -> float | None:
+    """The teacher's parameters by the student's; None for an ONNX teacher, where they are not
+    known.
+    """
     if not isinstance(context.teacher, ModuleTeacher):
-        return  # The parameters of an ONNX file are not known.
-    above, below = count_parameters(context.teacher.model), count_parameters(context.student)
-    if above <= LARGE_GAP * below:
-        return
+        return None
+    return count_parameters(context.teacher.model) / count_parameters(context.student)
+
+
+def assistant_between(context: SchemeContext) -> str | None:
+    """The built-in network that :func:`propose_assistant` takes; None where it takes none."""
+    ratio, teacher = capacity_ratio(context), context.teacher
+    if ratio is None or ratio <= LARGE_GAP or not isinstance(teacher, ModuleTeacher):
+        return None
+    below = count_parameters(context.student)
     candidates = {}
-    kinds = (type(context.student.module), type(getattr(context.teacher.model, "module", None)))
+    kinds = (type(context.student.module), type(getattr(teacher.model, "module", None)))
     for name in MODELS:
         try:
             network = context.build(ModelConfig(model=name), 0)
@@ -168,12 +180,7 @@ def _propose_assistant(context: SchemeContext) -> None:
             continue  # It is made for other inputs.
         if isinstance(network.module, kinds):
             candidates[name] = count_parameters(network)
-    between = propose_assistant(above, below, candidates)
-    if between is not None:
-        context.say(
-            f"  the teacher has {above / below:.0f} times the student's parameters; {between} "
-            f"between them may help: distill.scheme: {{assistant: {{models: [{between}]}}}}"
-        )
+    return propose_assistant(round(ratio * below), below, candidates)
 
 
 def member_shares(
