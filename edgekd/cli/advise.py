@@ -8,7 +8,7 @@ import tempfile
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import yaml
@@ -23,7 +23,9 @@ from edgekd.files import write_errors, write_whole
 from edgekd.pipeline.runner import plan
 from edgekd.pipeline.stage import Job
 from edgekd.stages import STAGES, preflight
-from edgekd.students.advice_facts import Advice, at, short
+
+if TYPE_CHECKING:
+    from edgekd.students.advice_facts import Advice
 
 _SHOWN = ("student", "distill.losses", "distill.scheme", "quantize")
 """What the short form is about."""
@@ -139,6 +141,7 @@ def advice_summary(job: Job, content: Mapping[str, Any], folder: Path) -> list[s
     """
     from edgekd.stages.advice import read_facts
     from edgekd.students.advice import advise as rules
+    from edgekd.students.advice_facts import at
 
     rows = plan(job, folder, STAGES) if folder.is_dir() else []
     advice = rules(read_facts(job, content, content, (), rows, folder))
@@ -154,6 +157,8 @@ def advice_summary(job: Job, content: Mapping[str, Any], folder: Path) -> list[s
 
 
 def _short_lines(advice: Sequence[Advice]) -> list[str]:
+    from edgekd.students.advice_facts import short
+
     return [
         f"advise {one.key}: {short(one.value, 60)}: {one.reason.split(';')[0]}"
         for one in advice

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -25,33 +26,44 @@ def training_advice(facts: Facts, searched: bool) -> Iterator[Advice]:
         facts: what is known.
         searched: whether the advised student is chosen by a search.
     """
-    yield _losses(facts)
-    yield _scheme(facts, searched)
+    scheme = _scheme(facts, searched)
+    alone = isinstance(scheme.value, Mapping) and "online" in scheme.value
+    yield from _losses(facts, taught=not alone)
+    yield scheme
     yield from _course(facts)
 
 
-def _losses(facts: Facts) -> Advice:
-    key = "distill.losses"
-    gain = facts.figure("baseline_gain")
+def _losses(facts: Facts, taught: bool) -> Iterator[Advice]:
+    """The loss terms; ``taught``: whether a teacher's outputs are used at all."""
+    key, gain = "distill.losses", facts.figure("baseline_gain")
     written = facts.written(key)
+    auto = written == "auto" or (isinstance(written, Mapping) and "auto" in written)
     measured = f"measured: {facts.result_file}"
-    if gain is not None and gain.interval is not None:
-        worse = gain.interval[1] < 0 if facts.higher_is_better else gain.interval[0] > 0
-        shown = f"against the student alone {full_text(gain)}"
-        if written and not worse:
-            return facts.keep(key, f"yours, not shown to harm: {shown}", measured)
-        if worse:
+    interval = gain.interval if gain is not None else None
+    if auto and not taught:
+        value, reason, evidence = _recipe(facts)
+        yield facts.choose(key, value, f"a race needs a teacher that is used; {reason}", evidence)
+    elif gain is not None and interval is not None and interval[1] < 0 and taught and not auto:
+        shown = f"the file's terms harmed: against the student alone {full_text(gain)}"
+        if importlib.util.find_spec("optuna") is None:
             value, reason, evidence = _recipe(facts)
-            return facts.choose(
-                key,
-                value,
-                f"the file's terms harmed: {shown}. {reason}",
-                f"{measured}; {evidence}",
-            )
-    if written:
-        return facts.keep(key, "yours; nothing measured speaks against them")
-    value, reason, evidence = _recipe(facts)
-    return facts.choose(key, value, reason, evidence)
+            yield facts.choose(key, value, f"{shown}; {reason}", f"{measured}; {evidence}")
+        else:
+            text = f"{shown}; recipes are raced on validation data, plain soft labels among them"
+            yield facts.choose(key, "auto", text, measured)
+            if facts.config.distill.baseline:
+                text = "the student alone is shipped where it is the better one"
+                yield facts.choose("distill.keep", "better", text, measured)
+    elif auto:
+        yield facts.keep(key, "yours: recipes are raced on validation data")
+    elif written and gain is not None:
+        text = f"yours, not shown to harm: against the student alone {full_text(gain)}"
+        yield facts.keep(key, text, measured)
+    elif written:
+        yield facts.keep(key, "yours; nothing measured speaks against them, and auto races others")
+    else:
+        value, reason, evidence = _recipe(facts)
+        yield facts.choose(key, value, f"{reason}; auto would race it against others", evidence)
 
 
 def _temperature(facts: Facts) -> tuple[float, str]:

@@ -97,6 +97,11 @@ ENGLISH: list[tuple[str, dict[str, Any]]] = [
     ("NVIDIA Jetson Orin NX 16GB, under 10 ms", {DEVICE: "jetson-orin-nx-16gb", P95: 10}),
     ("about 5 ms on the L4", {P95: 5, DEVICE: "l4"}),
     ("deploy it here with only 20 MB of RAM", {DEVICE: "host", MEMORY: 20}),
+    (
+        "We deploy to the Orin NX. Latency must be at most 4 ms (p99), and memory at most 200 MB.",
+        {DEVICE: "jetson-orin-nx-16gb", P99: 4, MEMORY: 200},
+    ),
+    ("p95 <= 3ms, model <= 500kB, acc drop <= 0.5%", {P95: 3, SIZE: 0.5, DROP: 0.005}),
     ("Under 5ms.  Twelve MB!", {P95: 5, SIZE: 12}),
 ]
 
@@ -168,6 +173,8 @@ CHINESE: list[tuple[str, dict[str, Any]]] = [
     ("用 3 个线程", {THREADS: 3}),
     ("英伟达 Orin Nano，5 毫秒", {DEVICE: "jetson-orin-nano-8gb", P95: 5}),
     ("RTX 4090 上大约 1 毫秒", {DEVICE: "rtx-4090", P95: 1}),
+    ("尽量小，但是准确率不能低于90%", {BEST: ["size", "accuracy"], FLOOR: 0.9}),
+    ("希望在树莓派4上跑到25fps，内存别超过100M", {DEVICE: "raspberry-pi-4", P95: 40, MEMORY: 100}),
     ("请把模型部署到 Orin NX，延迟２ｍｓ左右", {DEVICE: "jetson-orin-nx-16gb", P95: 2}),
 ]
 
