@@ -6,6 +6,7 @@ be pruned.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import torch
@@ -179,8 +180,8 @@ class Transformer(nn.Module):
         depth: the number of blocks.
         heads: of the attention.
         expansion: the perceptrons' width by the tokens'.
-        patch: the side of a patch, or the length of a piece. Left out: about 7 along the shorter
-            side of an image, 32 of a signal.
+        patch: the side of a patch, or the length of a piece. Left out: the power of two with
+            about 7 along the shorter side of an image, or 32 in a signal.
         dropout: in the blocks.
 
     Raises:
@@ -216,7 +217,9 @@ class Transformer(nn.Module):
             )
         channels, *lengths = sizes
         if patch is None:
-            patch = max(1, min(lengths) // (7 if len(lengths) == 2 else 32))
+            image = len(lengths) == 2
+            nearest = round(math.log2(min(lengths) / (7 if image else 32)))
+            patch = min(max(2 ** max(0, nearest), 2 if image else 1), *lengths)
         if patch > min(lengths):
             raise InputError(
                 f"a patch of {patch} is larger than the input {spec}", remedy="give a smaller patch"

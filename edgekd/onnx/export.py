@@ -75,6 +75,42 @@ def export_onnx(
     _check_signature(describe_onnx(path).spec, model.spec, where)
 
 
+def export_to_count(model: SpecModule, path: Path, batch: int) -> bool:
+    """Write a model's graph for one batch size by torch's older exporter, for counting its costs.
+
+    It takes a tenth of the time of :func:`export_onnx`, and gives the same layers; the file is not
+    one to ship.
+
+    Returns:
+        False where this exporter cannot express the model, or a size besides the batch is open.
+    """
+    open_sizes = {size for each in model.spec.inputs for size in each.shape[1:]}
+    if any(isinstance(size, str) for size in open_sizes):
+        return False
+    module = cast(nn.Module, model)
+    examples = tuple(
+        torch.from_numpy(np.zeros((batch, *each.shape[1:]), dtype=each.dtype))
+        for each in model.spec.inputs
+    )
+    training = module.training
+    try:
+        with _silence():
+            torch.onnx.export(
+                Positional(model).eval(),
+                examples,
+                str(path),
+                dynamo=False,
+                opset_version=DEFAULT_OPSET,
+                input_names=[each.name for each in model.spec.inputs],
+                output_names=[each.name for each in model.spec.outputs],
+            )
+    except Exception:  # It raises many kinds; the other exporter then says what is wrong.
+        return False
+    finally:
+        module.train(training)
+    return True
+
+
 def _bare(proto: onnx.ModelProto) -> None:
     """Remove the exporter's metadata about its machine: stack traces, paths, class names."""
     proto.doc_string = ""

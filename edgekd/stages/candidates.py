@@ -45,7 +45,8 @@ from edgekd.stages.teacher import BLACK_BOX, WEIGHTS, open_network, read_adaptat
 from edgekd.stages.training import hub_fingerprint
 from edgekd.students.candidates import propose
 from edgekd.students.constraints import Limits
-from edgekd.students.costs import CostModel, Figures, Footprint, GraphCosts, graph_costs
+from edgekd.students.cost_model import CostModel
+from edgekd.students.costs import Figures, Footprint, GraphCosts, graph_costs
 from edgekd.students.search import Entry, measure_in_turn, no_candidate, predict_all, search_record
 
 if TYPE_CHECKING:
@@ -187,11 +188,12 @@ class CandidateSet:
             entry.reject("failed", f"{error.what}{where}")
 
     def _count(self, model: DictModel) -> GraphCosts:
-        from edgekd.onnx.export import export_onnx
+        from edgekd.onnx.export import export_onnx, export_to_count
 
-        file = self.context.scratch / "counted.onnx"
-        export_onnx(model, file, self.config.export.opset)
-        costs = graph_costs(file, self.config.benchmark.batch_size)
+        file, batch = self.context.scratch / "counted.onnx", self.config.benchmark.batch_size
+        if not export_to_count(model, file, batch):
+            export_onnx(model, file, self.config.export.opset)
+        costs = graph_costs(file, batch)
         file.unlink()
         return costs
 

@@ -185,7 +185,7 @@ class StudentRace:
         stored = weights.with_suffix(".json")
         if not stored.is_file():
             distill = self.config.distill.model_copy(update={"epochs": epochs})
-            terms, task = self.config.loss_terms, self.task_data.task
+            terms, task = self.config.recipes[0], self.task_data.task
             objective = Objective(terms, task, distill.label_smoothing)
             needed = objective.needs_teacher
             teacher = open_teacher(self.teacher, self.task_data) if needed else None

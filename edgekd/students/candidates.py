@@ -147,7 +147,7 @@ def default_sources(
         except InputError as error:
             say(f"  search: the teacher is not pruned: {error.what} ({error.remedy})")
         if repeated_blocks(network):
-            sources.append(CandidateSource(drop_layers=DropLayersGrid(keep=(0.75, 0.5))))
+            sources.append(CandidateSource(drop_layers=DropLayersGrid(keep=(0.5, 0.75))))
     floats = all(spec.dtype.startswith("float") for spec in inputs)
     images = [spec for spec in inputs if len(spec.shape) == 4]
     grids: dict[str, dict[str, list[Any]]] = {}

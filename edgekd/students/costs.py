@@ -14,17 +14,24 @@ from typing import Any, Literal
 
 import onnx
 
-from edgekd.config.profile import Profile
-from edgekd.onnx.graph import all_graphs
+from edgekd.onnx.graph import all_graphs, reads, subgraphs
 from edgekd.onnx.memory_estimate import bind_graph, estimate_memory, tensor_bytes
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
-_VIEWS = {"Constant", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Shape", "Cast"}
-_QUANTIZING = {"QuantizeLinear", "DequantizeLinear"}
+_VIEWS = {"Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze"}
+_IN_PLACE = {
+    "Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh", "HardSigmoid", "HardSwish", "Gelu", "Erf",
+    "BatchNormalization", "LayerNormalization", "Softmax", "Dropout", "Cast",
+    "Add", "Sub", "Mul", "Div", "Pow", "Sqrt",
+}  # fmt: skip
 _FUSED = {"Relu", "LeakyRelu", "Clip", "Sigmoid", "Tanh", "HardSigmoid", "BatchNormalization"}
-_LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
-"""Operators that ONNX Runtime removes; those that are part of quantized kernels; those that it
-computes inside the layer before them; and these layers."""
+_BLOCK = 16
+_KINDS = {
+    "Conv": "Conv", "ConvTranspose": "Conv", "Gemm": "MatMul", "MatMul": "MatMul",
+    "LSTM": "LSTM", "GRU": "LSTM", "RNN": "LSTM",
+}  # fmt: skip
+"""Operators that copy nothing, those that can write over an input, those that a layer before them
+computes with its own result, and layers by the kind of their weights."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,12 @@ class GraphCosts:
         parameters: elements of weights.
         macs: multiply-accumulates of convolutions, products and recurrent layers.
         weights_bytes: weights as stored.
-        activations_bytes: the most that is alive at one time, by liveness.
-        traffic_bytes: inputs, outputs and weights of all nodes, without those that are fused.
+        convolution_bytes, product_bytes, recurrent_bytes: of convolutions, of Gemm and MatMul, and
+            of LSTM, GRU and RNN; ``largest_product_bytes`` is the largest single product's.
+        inputs_bytes: the inputs.
+        activations_bytes: the most that is alive at one time, by liveness, inputs included;
+            ``blocked_bytes`` where convolutions give blocks of 16 channels, as in float32.
+        traffic_bytes: inputs, outputs and weights of all nodes.
         nodes: nodes that run, roughly as after fusion.
         operators: the operators, with their domain where it is not ONNX's.
     """
@@ -44,7 +55,15 @@ class GraphCosts:
     parameters: int
     macs: int
     weights_bytes: int
+    convolution_bytes: int
+    product_bytes: int
+    recurrent_bytes: int
+    largest_convolution_bytes: int
+    largest_product_bytes: int
+    windows: int
+    inputs_bytes: int
     activations_bytes: int
+    blocked_bytes: int
     traffic_bytes: int
     nodes: int
     operators: tuple[str, ...]
@@ -134,39 +153,116 @@ class Prediction:
 def graph_costs(onnx_path: Path, batch: int | None = None) -> GraphCosts:
     """Count the costs of one query of ``batch`` samples; None is 1, or the model's fixed size.
 
+    As ONNX Runtime computes it: what depends on weights alone is folded, views copy nothing, an
+    activation is part of the layer before it, and an elementwise operator writes over an input of
+    its size that is not read again.
+
     Raises:
         InputError: the file is broken, or is built for another batch size.
     """
     bound = bind_graph(onnx_path, batch=batch)
-    shapes, graph = bound.shapes(), bound.model.graph
-    memory = estimate_memory(onnx_path, batch=batch)
-    sizes = {v.name: tensor_bytes(v.type.tensor_type.elem_type, shapes[v.name])
-             for v in bound.values if v.name in shapes}  # fmt: skip
+    graph, shapes = bound.model.graph, bound.shapes()
+    kinds = {value.name: value.type.tensor_type.elem_type for value in bound.values}
     weights = {t.name: t for each in all_graphs(graph) for t in each.initializer}
-    sizes |= {name: tensor_bytes(t.data_type, tuple(t.dims)) for name, t in weights.items()}
-    nodes = [node for each in all_graphs(graph) for node in each.node]
-    readers: dict[str, int] = {}
+    sizes = {name: tensor_bytes(kinds[name], shapes[name]) or 0
+             for name in kinds if name in shapes}  # fmt: skip
+    nodes, stored = _folded(graph, set(weights))
+    stored_bytes = {name: tensor_bytes(t.data_type, tuple(t.dims)) or 0
+                    for name, t in weights.items()}  # fmt: skip
+    buffers = _buffers(graph, nodes, sizes)
+    made_by = {name: node.op_type for node in nodes for name in node.output}
+    running = [
+        node for node in nodes if node.op_type not in _VIEWS
+        and not (node.op_type in _FUSED and made_by.get(node.input[0]) in _KINDS)
+    ]  # fmt: skip
+    layers: dict[str, list[int]] = {"Conv": [], "MatMul": [], "LSTM": []}
     for node in nodes:
-        for name in node.input:
-            readers[name] = readers.get(name, 0) + 1
-    layer_outputs = {n.output[0] for n in nodes if n.op_type in _LAYERS}
-    fused = [n for n in nodes if n.op_type in _FUSED and n.input[0] in layer_outputs
-             and readers[n.input[0]] == 1]  # fmt: skip
-    # What a fused node gives is read like the output of its layer; it is not written twice.
-    free = {id(n) for n in fused} | {id(n) for n in nodes if n.op_type in _VIEWS | _QUANTIZING}
-    running = [node for node in nodes if id(node) not in free]
+        if (kind := _KINDS.get(node.op_type)) is not None:
+            given = [name for name in node.input[1:] if name in stored]
+            layers[kind].append(sum(sizes.get(n) or stored_bytes.get(n, 0) for n in given))
+    blocked, windows = dict(sizes), [0]
+    for node in nodes:
+        out, weight = shapes.get(node.output[0], ()), shapes.get((*node.input, "", "")[1], ())
+        if node.op_type == "Conv" and len(out) == len(weight) > 2:
+            full = math.ceil(out[1] / _BLOCK) * _BLOCK
+            blocked[node.output[0]] = sizes[node.output[0]] * full // out[1]
+            windows.append(math.prod(weight[2:]) * math.prod(out[2:]))
     traffic = sum(
-        sizes.get(name) or 0 for node in running for name in (*node.input, *node.output) if name
+        sizes.get(name) or stored_bytes.get(name, 0)
+        for node in running
+        for name in {*node.input, *node.output}
+        if name
     )
     return GraphCosts(
         parameters=sum(math.prod(t.dims) for t in weights.values()),
         macs=sum(_macs(node, shapes) for node in nodes),
-        weights_bytes=memory.weights_bytes,
-        activations_bytes=memory.activations_bytes,
+        weights_bytes=estimate_memory(onnx_path, batch=batch).weights_bytes,
+        convolution_bytes=sum(layers["Conv"]),
+        product_bytes=sum(layers["MatMul"]),
+        recurrent_bytes=sum(layers["LSTM"]),
+        largest_convolution_bytes=max(layers["Conv"], default=0),
+        largest_product_bytes=max(layers["MatMul"], default=0),
+        windows=max(windows, default=0),
+        inputs_bytes=sum(sizes.get(v.name, 0) for v in graph.input if v.name not in weights),
+        activations_bytes=_peak(graph, nodes, buffers, sizes),
+        blocked_bytes=_peak(graph, nodes, buffers, blocked),
         traffic_bytes=traffic,
         nodes=len(running),
-        operators=tuple(sorted({operator_name(node) for node in nodes})),
+        operators=tuple(sorted({operator_name(n) for g in all_graphs(graph) for n in g.node})),
     )
+
+
+def _folded(graph: onnx.GraphProto, stored: set[str]) -> tuple[list[onnx.NodeProto], set[str]]:
+    """The nodes that depend on an input, and the names of the tensors that do not."""
+    nodes = []
+    for node in graph.node:
+        if all(name in stored for name in node.input if name) and not subgraphs(node):
+            stored |= set(node.output)
+        else:
+            nodes.append(node)
+    return nodes, stored
+
+
+def _buffers(
+    graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto], sizes: Mapping[str, int]
+) -> dict[str, str]:
+    """By tensor: the one whose memory it shares, itself where it has its own."""
+    last = {name: index for index, node in enumerate(nodes) for name in reads(node)}
+    last |= {value.name: len(nodes) for value in graph.output}
+    given = {value.name for value in graph.input}
+    shares: dict[str, str] = {name: name for name in given}
+    for index, node in enumerate(nodes):
+        for out in node.output:
+            shares[out] = out
+        if node.op_type in _VIEWS and node.input[0] in shares:
+            shares[node.output[0]] = shares[node.input[0]]
+        elif node.op_type in _IN_PLACE:
+            over = (n for n in node.input if last.get(n) == index and n not in given
+                    and n in shares and sizes.get(n) == sizes.get(node.output[0]))  # fmt: skip
+            shares[node.output[0]] = shares[next(over, node.output[0])]
+    return shares
+
+
+def _peak(
+    graph: onnx.GraphProto,
+    nodes: Sequence[onnx.NodeProto],
+    buffers: Mapping[str, str],
+    sizes: Mapping[str, int],
+) -> int:
+    """The most bytes of buffers that are alive at one time, the inputs included."""
+    last: dict[str, int] = {}
+    for index, node in enumerate(nodes):
+        last |= {buffers[name]: index for name in (*reads(node), *node.output) if name in buffers}
+    for value in (*graph.input, *graph.output):
+        if value.name in buffers:
+            last[buffers[value.name]] = len(nodes)
+    alive = {name for name in (value.name for value in graph.input) if name in buffers}
+    peak = 0
+    for index, node in enumerate(nodes):
+        alive |= {buffers[name] for name in node.output if name}
+        peak = max(peak, sum(sizes.get(name, 0) for name in alive))
+        alive -= {name for name in alive if last[name] == index}
+    return peak
 
 
 def operator_name(node: onnx.NodeProto) -> str:
@@ -206,36 +302,3 @@ def _macs(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
                 for k, n in zip(term, shape or (), strict=False)}  # fmt: skip
         return math.prod(dims.values())
     return 0
-
-
-class CostModel:
-    """Predicts a candidate's figures from its graph; each measurement corrects it.
-
-    Args:
-        profile: its peak rates are the prior.
-        precisions: those that may be shipped; without quantization float32 alone.
-        threads: of the runtime.
-        footprint: what the runtime itself needs; None: as on x86-64.
-    """
-
-    def __init__(
-        self,
-        profile: Profile,
-        precisions: Sequence[Precision] = ("fp32",),
-        threads: int = 1,
-        footprint: Footprint | None = None,
-    ) -> None:
-        raise NotImplementedError
-
-    def predict(self, costs: GraphCosts) -> Prediction:
-        """The figures with bands over all precisions that may be shipped."""
-        raise NotImplementedError
-
-    def correct(self, costs: GraphCosts, figures: Figures) -> None:
-        """Learn from the measured figures of a candidate."""
-        raise NotImplementedError
-
-    def error(self) -> dict[str, float | int | None]:
-        """``latency_error`` and ``memory_error``: median relative errors of candidates predicted
-        from all others, None for fewer than three; ``measured``: their number."""
-        raise NotImplementedError

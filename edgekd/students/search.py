@@ -16,7 +16,8 @@ from edgekd.measurement import Measurement, number, value_text
 if TYPE_CHECKING:
     from edgekd.students.candidates import Candidate
     from edgekd.students.constraints import Limits, Violation
-    from edgekd.students.costs import CostModel, Figures, GraphCosts, Prediction
+    from edgekd.students.cost_model import CostModel
+    from edgekd.students.costs import Figures, GraphCosts, Prediction
     from edgekd.students.race import RaceResult
     from edgekd.students.race_storage import RungScore
 
@@ -97,6 +98,11 @@ class Outcome(Protocol):
         ...
 
     @property
+    def variants(self) -> Mapping[str, Figures]:
+        """The figures of all its files, by variant."""
+        ...
+
+    @property
     def violations(self) -> Sequence[Violation]:
         """The limits that it breaks."""
         ...
@@ -168,8 +174,9 @@ def measure_in_turn(
             entry.reject("infeasible", outcome.reason)
         else:
             entry.reject("feasible", "")
-        if entry.figures is not None and entry.costs is not None:
-            model.correct(entry.costs, entry.figures)
+        for figures in outcome.variants.values():
+            assert entry.costs is not None
+            model.correct(entry.costs, figures)
         say(f"  {entry.name}: {figures_text(entry.figures)}{entry.reason and f'; {entry.reason}'}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -24,10 +25,17 @@ from edgekd.students.search import (
 
 LIMITS = Limits({"latency.p95_ms": 1.0}, {"latency.p95_ms": "gate"}, 0.1)
 MS_PER_MAC = 1e-6
+OTHERS = {each.name for each in fields(GraphCosts)} - {
+    "parameters", "macs", "weights_bytes", "activations_bytes", "traffic_bytes", "nodes",
+    "operators",
+}  # fmt: skip
 
 
 def costs(macs: int) -> GraphCosts:
-    return GraphCosts(macs // 10, macs, macs // 2, 1000, macs, 9, ("Conv",))
+    return GraphCosts(
+        parameters=macs // 10, macs=macs, weights_bytes=macs // 2, activations_bytes=1000,
+        traffic_bytes=macs, nodes=9, operators=("Conv",), **dict.fromkeys(OTHERS, 0),
+    )  # fmt: skip
 
 
 def entry(name: str, macs: int, origin: str = "family", **student) -> Entry:
@@ -71,11 +79,16 @@ class Device:
             raise TargetError("the board does not answer")
         self.measured.append(each.name)
         if each.name in self.fails:
-            return SimpleNamespace(figures=None, violations=(), reason="Conv is not implemented")
+            return SimpleNamespace(
+                figures=None, variants={}, violations=(), reason="Conv is not implemented"
+            )
         found = figures(each.costs.macs)
         broken = LIMITS.violations(found)
         return SimpleNamespace(
-            figures=found, violations=broken, reason="; ".join(each.text for each in broken)
+            figures=found,
+            variants={"float32": found},
+            violations=broken,
+            reason="; ".join(each.text for each in broken),
         )
 
 

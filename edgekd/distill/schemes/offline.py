@@ -156,26 +156,26 @@ def offline(context: SchemeContext) -> dict[str, History]:
     return {"student": context.fit(context.student, objective, "student", context.teacher)}
 
 
-def capacity_ratio(context: SchemeContext) -> float | None:
+def capacity_ratio(scheme: SchemeContext) -> float | None:
     """The teacher's parameters by the student's; None for an ONNX teacher, where they are not
     known.
     """
-    if not isinstance(context.teacher, ModuleTeacher):
+    if not isinstance(scheme.teacher, ModuleTeacher):
         return None
-    return count_parameters(context.teacher.model) / count_parameters(context.student)
+    return count_parameters(scheme.teacher.model) / count_parameters(scheme.student)
 
 
-def assistant_between(context: SchemeContext) -> str | None:
+def assistant_between(scheme: SchemeContext) -> str | None:
     """The built-in network that :func:`propose_assistant` takes; None where it takes none."""
-    ratio, teacher = capacity_ratio(context), context.teacher
+    ratio, teacher = capacity_ratio(scheme), scheme.teacher
     if ratio is None or ratio <= LARGE_GAP or not isinstance(teacher, ModuleTeacher):
         return None
-    below = count_parameters(context.student)
+    below = count_parameters(scheme.student)
     candidates = {}
-    kinds = (type(context.student.module), type(getattr(teacher.model, "module", None)))
+    kinds = (type(scheme.student.module), type(getattr(teacher.model, "module", None)))
     for name in MODELS:
         try:
-            network = context.build(ModelConfig(model=name), 0)
+            network = scheme.build(ModelConfig(model=name), 0)
         except InputError:
             continue  # It is made for other inputs.
         if isinstance(network.module, kinds):
