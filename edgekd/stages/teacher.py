@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -197,6 +198,7 @@ def check_teacher(
 
     Returns:
         The metric, that of chance, and the number of labelled samples; None where there is none.
+        Of a classifier also ``entropy``: the mean of its outputs as a share of the largest.
 
     Raises:
         InputError: the teacher's outputs are in another order, or it is not better than chance.
@@ -218,12 +220,14 @@ def check_teacher(
     targets = {s.name: arrays[s.name][rows] for s in task_data.dataset.targets}
     labels: list[Tensor] = []
     predictions: list[Tensor] = []
+    entropies: list[Tensor] = []
 
     def predict(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         outputs = teacher.predict(batch)
         if isinstance(task, Classification):
             labels.append(batch[task.target].cpu().flatten())
             predictions.append(outputs[task.output].argmax(dim=-1).cpu().flatten())
+            entropies.append(_entropy(outputs[task.output]).cpu().flatten())
         return outputs
 
     scores = score(predict, task_data.validation_loader(), task)
@@ -253,7 +257,16 @@ def check_teacher(
                 "their order, and that the checkpoint is the right one; if it is trained "
                 "here, train it longer",
             )
-    return {task.metric: metric, "chance": chance, "labelled": len(rows)}
+    entropy = {"entropy": float(torch.cat(entropies).mean())} if entropies else {}
+    return {task.metric: metric, "chance": chance, "labelled": len(rows), **entropy}
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    """The entropy of each distribution, as a share of the largest, ln(classes)."""
+    import torch
+
+    entropy: Tensor = torch.special.entr(logits.float().softmax(dim=-1)).sum(dim=-1)
+    return entropy / math.log(max(2, logits.shape[-1]))
 
 
 def build_teacher(
