@@ -33,6 +33,10 @@ from edgerun.limits import call_seconds, is_limited, is_out_of_memory, limit_mem
 _COMMANDS = {
     "init": ("edgekd.cli:init", "Write an example pipeline to start from."),
     "run": ("edgekd.cli.run:run", "Run a pipeline: from the teacher to the gated bundle."),
+    "advise": (
+        "edgekd.cli.advise:advise",
+        "Advise student, losses, precision and engine, as YAML.",
+    ),
     "plan": ("edgekd.cli.run:plan", "Show what a run would do, without doing it."),
     "students": ("edgekd.cli.students:students", "Measure the candidates for a student."),
     "distill": ("edgekd.cli.run:distill", "Run a pipeline up to the distilled student."),

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection
+import os
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from edgekd.errors import InputError
+from edgekd.errors import InputError, printable
 from edgerun.cli import MAX_THREADS
+
+if TYPE_CHECKING:
+    from edgekd.config.goal import Goal
 
 
 def is_pipeline(file: str | Path) -> bool:
@@ -97,6 +101,76 @@ def requirement_options(command: Command) -> Command:
         decorated = click.option(option, type=kind, help=f"{text}  [{key}]")(decorated)
     result: Command = decorated
     return result
+
+
+def goal_words(command: Command) -> Command:
+    """Add ``--goal``; the command receives its words."""
+    return click.option(
+        "--goal",
+        metavar="WORDS",
+        help="Requirements in plain words, English or Chinese: 'under 5 ms on a Raspberry Pi 5, "
+        "lose at most one point'.",
+    )(command)
+
+
+def goal_option(command: Command) -> Command:
+    """Add ``--goal``; the command receives its keys among ``overrides``, after they are shown."""
+
+    @functools.wraps(command)
+    def with_goal(
+        *args: Any, pipeline: Path, goal: str | None, overrides: tuple[str, ...] = (), **given: Any
+    ) -> Any:
+        if goal is not None:
+            overrides = goal_overrides(goal, pipeline, overrides)
+        return command(*args, pipeline=pipeline, overrides=overrides, **given)
+
+    decorated: Any = with_goal
+    result: Command = goal_words(decorated)
+    return result
+
+
+def show_goal(goal: Goal, before: str = "") -> None:
+    """Print what a goal was understood as, with a text before each line."""
+    if os.environ.get("RANK", "0") != "0":
+        return  # One of several processes that torchrun started prints.
+    click.echo(f"{before}understood:")
+    for line in goal.lines():
+        click.echo(printable(f"{before}  {line}"))
+
+
+def goal_overrides(text: str, pipeline: Path, overrides: Sequence[str] = ()) -> tuple[str, ...]:
+    """The overrides of ``--goal`` for a pipeline file, shown, behind those of ``--set``.
+
+    Raises:
+        InputError: the goal is not understood, needs what the file does not leave open, or sets
+            what ``--set`` or an option sets too.
+    """
+    from edgekd.config.goal import parse_goal
+    from edgekd.config.loader import Override, apply_overrides
+    from edgekd.config.yaml_source import read_yaml
+
+    goal = parse_goal(text)
+    show_goal(goal)
+    content = apply_overrides(read_yaml(pipeline).content, [Override.parse(o) for o in overrides])
+    return join_overrides(goal.overrides(content), overrides)
+
+
+def join_overrides(wanted: Sequence[str], overrides: Sequence[str]) -> tuple[str, ...]:
+    """Overrides of a goal behind the others.
+
+    Raises:
+        InputError: both set a key.
+    """
+    given = {text.partition("=")[0].strip(): text for text in overrides}
+    for text in wanted:
+        key = text.partition("=")[0]
+        if key in given and given[key] != text:
+            raise InputError(
+                f"the goal sets {key}, which is set by {given[key]!r} too",
+                where="--goal",
+                remedy="leave one of them out",
+            )
+    return (*overrides, *wanted)
 
 
 def typed_options() -> frozenset[str]:

@@ -10,7 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from edgekd.api import execute, open_job, plan_students, run_folder
-from edgekd.cli.options import pipeline_options, requirement_options
+from edgekd.cli.advise import advice_summary
+from edgekd.cli.options import goal_option, pipeline_options, requirement_options
+from edgekd.config.loader import Override, apply_overrides
+from edgekd.config.yaml_source import read_yaml
 from edgekd.extension import searching
 from edgekd.measurement import full_text, value_text
 from edgekd.pipeline.runner import RunOutcome, join_workers
@@ -140,6 +143,7 @@ until_option = click.option("--until", metavar="STAGE", help="Stop after this st
 @click.command()
 @pipeline_options
 @requirement_options
+@goal_option
 @until_option
 def run(
     pipeline: Path, overrides: tuple[str, ...], output: Path | None, quiet: bool, until: str | None
@@ -154,6 +158,7 @@ def run(
 @click.command()
 @pipeline_options
 @requirement_options
+@goal_option
 @until_option
 def plan(
     pipeline: Path, overrides: tuple[str, ...], output: Path | None, quiet: bool, until: str | None
@@ -169,6 +174,11 @@ def plan(
     """
     job = open_job(pipeline, overrides)
     folder, console = run_folder(job, output), Console()
+    if not quiet:
+        content = read_yaml(pipeline).content
+        content = apply_overrides(content, [Override.parse(text) for text in overrides])
+        for line in advice_summary(job, content, folder):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     rows = plan_run(job, folder, STAGES, until)
     for row in rows:
         if not quiet or row.action == "run":

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edgekd.api import measure_students, open_job, run_folder
-from edgekd.cli.options import pipeline_options, requirement_options
+from edgekd.cli.options import goal_option, pipeline_options, requirement_options
 from edgekd.errors import InputError
 from edgekd.measurement import number
 from edgekd.pipeline.stage import Job
@@ -27,6 +27,7 @@ from edgekd.release.student_search import (
 @click.command()
 @pipeline_options
 @requirement_options
+@goal_option
 def students(pipeline: Path, overrides: tuple[str, ...], output: Path | None, quiet: bool) -> None:
     """Propose and measure the candidates for PIPELINE's student, without training any.
 

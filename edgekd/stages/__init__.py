@@ -71,6 +71,7 @@ def preflight(job: Job, gated: bool = True) -> None:
     check_augmentations(config.data.augment)
     check_augmentations(config.distill.augment or (), "distill.augment")
     check_model(config.teacher, "teacher")
+    _open_black_boxes(job)
     if config.student.search is not None:
         check_search(job)
     else:
@@ -115,6 +116,24 @@ def preflight(job: Job, gated: bool = True) -> None:
     job.budgets.check_metric(task.metric, task.higher_is_better)
     if gated:
         job.budgets.require_any(task.higher_is_better)
+
+
+def _open_black_boxes(job: Job) -> None:
+    """Open the ONNX files of teachers in another process first: some end the one that does.
+
+    Raises:
+        EdgekdError: a file is missing, or ONNX Runtime cannot open it.
+    """
+    from edgekd.targets import LocalTarget
+
+    scheme = job.config.distill.scheme.args
+    members = [member for value in scheme.values() if isinstance(value, list) for member in value]
+    sections = [("teacher", job.config.teacher.model_dump()), ("distill.scheme", scheme)]
+    sections += [("distill.scheme", m) for m in members if isinstance(m, dict)]
+    for where, section in sections:
+        if isinstance(onnx := section.get("onnx"), str):
+            path = job.existing_file(onnx, f"{where}.onnx")
+            LocalTarget().probe(path, threads=1, run=False)
 
 
 def _check_race(config: PipelineConfig, task: Task) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -81,7 +82,7 @@ class TeacherStage:
         task_data = open_task_data(inputs["data"], job.config)
         if config.onnx is not None:
             packed = context.out / BLACK_BOX
-            pack_onnx(_opened_apart(context, config.onnx, "teacher"), packed)
+            pack_onnx(job.existing_file(config.onnx, "teacher.onnx"), packed)
             black_box = _black_box(task_data, config, packed, "teacher", context)
             # Student and teacher are timed on the same samples, so they share their names.
             rename_onnx(packed, black_box.names)
@@ -145,15 +146,6 @@ def _trained_or_loaded(
     return model, fit(task_data, model, objective, config.train, where, context)
 
 
-def _opened_apart(context: Context, onnx: str, where: str) -> Path:
-    """The path of an ONNX file that another process could open: some end the one that does."""
-    from edgekd.targets import LocalTarget
-
-    path = context.job.existing_file(onnx, f"{where}.onnx")
-    LocalTarget().probe(path, threads=1, run=False)
-    return path
-
-
 def _black_box(
     task_data: TaskData, config: TeacherConfig, path: Path, where: str, context: Context
 ) -> OnnxTeacher:
@@ -185,7 +177,7 @@ def load_teacher(
     from edgekd.distill.teacher import ModuleTeacher
 
     if config.onnx is not None:
-        path = _opened_apart(context, config.onnx, where)
+        path = context.job.existing_file(config.onnx, f"{where}.onnx")
         teacher: Teacher = _black_box(task_data, config, path, where, context)
     else:
         model, _ = _trained_or_loaded(task_data, config, context, where)
@@ -206,6 +198,7 @@ def check_teacher(
 
     Returns:
         The metric, that of chance, and the number of labelled samples; None where there is none.
+        Of a classifier also ``entropy``: the mean of its outputs as a share of the largest.
 
     Raises:
         InputError: the teacher's outputs are in another order, or it is not better than chance.
@@ -227,12 +220,14 @@ def check_teacher(
     targets = {s.name: arrays[s.name][rows] for s in task_data.dataset.targets}
     labels: list[Tensor] = []
     predictions: list[Tensor] = []
+    entropies: list[Tensor] = []
 
     def predict(batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         outputs = teacher.predict(batch)
         if isinstance(task, Classification):
             labels.append(batch[task.target].cpu().flatten())
             predictions.append(outputs[task.output].argmax(dim=-1).cpu().flatten())
+            entropies.append(_entropy(outputs[task.output]).cpu().flatten())
         return outputs
 
     scores = score(predict, task_data.validation_loader(), task)
@@ -262,7 +257,16 @@ def check_teacher(
                 "their order, and that the checkpoint is the right one; if it is trained "
                 "here, train it longer",
             )
-    return {task.metric: metric, "chance": chance, "labelled": len(rows)}
+    entropy = {"entropy": float(torch.cat(entropies).mean())} if entropies else {}
+    return {task.metric: metric, "chance": chance, "labelled": len(rows), **entropy}
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    """The entropy of each distribution, as a share of the largest, ln(classes)."""
+    import torch
+
+    entropy: Tensor = torch.special.entr(logits.float().softmax(dim=-1)).sum(dim=-1)
+    return entropy / math.log(max(2, logits.shape[-1]))
 
 
 def build_teacher(
