@@ -60,9 +60,20 @@ class BenchSettings(ModelSettings, total=False):
     min_queries: int
     """Timed queries of each model, 1000 by default, unless ``max_seconds`` are over before."""
     max_seconds: float
-    """Of timing all models, 60 by default."""
+    """Of timing all models in all processes, 60 by default."""
     seed: int
     """Of random inputs."""
+    processes: int
+    """Fresh processes at least, 5 by default, each of which opens the models anew."""
+    max_processes: int | None
+    """At most; three times as many by default."""
+    budget_p50_ms: float | None
+    """A limit in ms: processes are added until it is outside the interval of the percentile."""
+    budget_p90_ms: float | None
+    budget_p95_ms: float | None
+    budget_p99_ms: float | None
+    budget_speedup: float | None
+    """The same for the ratio of ``against`` to the model."""
     memory: bool
     """Whether to measure peak memory, in additional processes."""
 

@@ -36,6 +36,8 @@ WIDTH = 0.05
 RATIO_WIDTH = 0.025
 """Half of an interval's width relative to its value, p50's or a ratio's, above which processes are
 added, and above which the figures are not steady."""
+START_SECONDS = 0.2
+"""What a process costs before it opens a model: a shorter time limit has fewer processes."""
 GROWTH = 3
 """At most so many times the least number of processes."""
 
@@ -118,10 +120,11 @@ def _describe(config: BenchOptions) -> tuple[list[_Described], float]:
 def _timed_processes(config: BenchOptions, least_seconds: float) -> list[TimedProcess]:
     """The processes one after the other, as many as it takes.
 
-    A model so slow that opening it and running it a few times takes longer than the time of
-    one process has fewer of them, but two.
+    Where the time is too short for that, or the model so slow that to open it and to run it once
+    takes longer than the time of one process, there are fewer, but two.
     """
-    fewest = min(config.processes, max(2, int(config.max_seconds / max(least_seconds, 1e-3))))
+    affordable = int(config.max_seconds / max(least_seconds, START_SECONDS))
+    fewest = min(config.processes, max(2, affordable))
     most = max(fewest, config.max_processes or GROWTH * config.processes)
     share = Share(
         queries=math.ceil(config.min_queries / fewest),
