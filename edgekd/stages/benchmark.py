@@ -17,7 +17,7 @@ from edgekd.stages.task_data import ENGINES_SCHEMA, TaskData, open_task_data, re
 
 if TYPE_CHECKING:
     from edgekd.onnx.samples import Array
-    from edgekd.targets.target import BenchSettings
+    from edgekd.targets.target import LatencyLimits
 
 ROLES = ("teacher", "student", "baseline")
 """The teacher first: without labels, its predictions replace them."""
@@ -156,7 +156,7 @@ class BenchmarkStage:
         write_npz(context.out / "scores.npz", scores)
 
 
-def _budgets(job: Job) -> BenchSettings:
+def _budgets(job: Job) -> LatencyLimits:
     """The limits of latency and speed-up, as settings of the benchmark: they decide how many
     processes it takes.
     """
@@ -168,7 +168,7 @@ def _budgets(job: Job) -> BenchSettings:
     found = {name: given[key] for key, name in names.items() if key in given}
     if job.config.benchmark.against == "none":
         found.pop("budget_speedup", None)
-    return cast("BenchSettings", found)
+    return cast("LatencyLimits", found)
 
 
 def _names(specs: Any) -> list[str]:

@@ -47,7 +47,7 @@ def bench(config: BenchOptions) -> dict[str, Any]:
 
     The models are timed in several fresh processes, one after the other. Processes are added
     until the intervals of p50 and of the ratio are narrow, or each budget is outside its interval,
-    unless the time is over or the machine is busy. Everything that would disturb the timing
+    unless the time is over; on a busy machine for the ratio alone. Everything that would disturb the timing
     (hashing, memory, profiling) is done afterwards.
 
     Raises:
@@ -141,35 +141,39 @@ def _timed_processes(config: BenchOptions, least_seconds: float) -> list[TimedPr
             continue
         if elapsed * (count + 1) / count > config.max_seconds:
             break
-        if Contention.mean([p.contention for p in processes]).reason or _decided(config, processes):
+        undecided = _undecided(config, processes)
+        if Contention.mean([p.contention for p in processes]).reason:
+            # More of them would be as busy; in a ratio the load cancels.
+            undecided &= {"speedup"}
+        if not undecided:
             break
     return processes
 
 
-def _decided(config: BenchOptions, processes: Sequence[TimedProcess]) -> bool:
-    """Whether every interval is as narrow as it has to be."""
+def _undecided(config: BenchOptions, processes: Sequence[TimedProcess]) -> set[str]:
+    """The figures for which more processes are needed: percentiles, and ``speedup``."""
     by_model = [[p.models[i] for p in processes] for i in range(len(config.models))]
-    latency = summarize(*(model.samples for model in by_model[0]))
-    others = [summarize(*(model.samples for model in models)) for models in by_model[1:]]
-    compared = compare(*([m.rounds for m in models] for models in by_model)) if others else None
-    intervals = {name: latency[name]["interval"] for name in PERCENTILES}
-    if compared is not None:
-        intervals["speedup"] = compared["interval"]
-    for name, budget in config.budgets.items():
-        interval = intervals.get(name)
-        if interval is not None and interval[0] <= budget <= interval[1]:
-            return False
+    summaries = [summarize(*(model.samples for model in models)) for models in by_model]
+    figures: dict[str, Mapping[str, Any]] = {name: summaries[0][name] for name in PERCENTILES}
+    if len(by_model) == 2:
+        ratio = compare(*([model.rounds for model in models] for models in by_model))
+        figures["speedup"] = {"value": ratio["ratio"], "interval": ratio["interval"]}
     if config.budgets:
-        return True
-    wide = [_half_width(each["p50"]) > WIDTH for each in (latency, *others)]
-    if compared is not None:
-        wide.append(_half_width({"value": compared["ratio"], **compared}) > RATIO_WIDTH)
-    return not any(wide)
+        intervals = {name: (figures.get(name) or {}).get("interval") for name in config.budgets}
+        return {
+            name
+            for name, limit in config.budgets.items()
+            if intervals[name] and intervals[name][0] <= limit <= intervals[name][1]
+        }
+    wide = (
+        {"speedup"} & set(figures) if _half_width(figures.get("speedup")) > RATIO_WIDTH else set()
+    )
+    return wide | ({"p50"} if any(_half_width(s["p50"]) > WIDTH for s in summaries) else set())
 
 
-def _half_width(figure: Mapping[str, Any]) -> float:
+def _half_width(figure: Mapping[str, Any] | None) -> float:
     """Half of an interval's width relative to the value; 0 without an interval."""
-    if figure["value"] is None or figure["interval"] is None:
+    if figure is None or figure["value"] is None or figure["interval"] is None:
         return 0.0
     low, high = figure["interval"]
     return float((high - low) / 2 / figure["value"])
@@ -187,7 +191,7 @@ def _steadiness(
     reasons = [contention.reason] if contention.reason else []
     if environment["before"]["throttling"] != environment["after"]["throttling"]:
         reasons.append("the machine throttled during the measurement")
-    decided = bool(config.budgets) and _decided(config, processes)
+    decided = bool(config.budgets) and not _undecided(config, processes)
     for record in records:
         name, unsteady = Path(record["path"]).name, record["warmup"]["processes_not_steady"]
         if 2 * unsteady > len(processes):

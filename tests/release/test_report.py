@@ -123,8 +123,8 @@ def test_short_or_diverged_trainings_are_drawn(tmp_path, result, histories, pipe
 def test_equal_latencies_are_drawn(tmp_path, result, histories, pipeline):
     student = result["models"]["student"]
     student["samples_ms"] = [0.05] * 100
-    for figure in student["latency"].values():
-        figure.update(value=0.05, interval=[0.05, 0.05], n=100)
+    for percentile in student["latency"].values():
+        percentile.update(value=0.05, interval=[0.05, 0.05], n=100)
     assert "NaN" not in written(tmp_path, result, histories, pipeline)
 
 
