@@ -47,8 +47,8 @@ def bench(config: BenchOptions) -> dict[str, Any]:
 
     The models are timed in several fresh processes, one after the other. Processes are added
     until the intervals of p50 and of the ratio are narrow, or each budget is outside its interval,
-    unless the time is over; on a busy machine for the ratio alone. Everything that would disturb the timing
-    (hashing, memory, profiling) is done afterwards.
+    unless the time is over; on a busy machine for the ratio alone. Everything that would disturb
+    the timing (hashing, memory, profiling) is done afterwards.
 
     Raises:
         BadInput: a model, an input or a shape is wrong.
@@ -159,15 +159,13 @@ def _undecided(config: BenchOptions, processes: Sequence[TimedProcess]) -> set[s
         ratio = compare(*([model.rounds for model in models] for models in by_model))
         figures["speedup"] = {"value": ratio["ratio"], "interval": ratio["interval"]}
     if config.budgets:
-        intervals = {name: (figures.get(name) or {}).get("interval") for name in config.budgets}
+        intervals = {name: figures[name]["interval"] for name in config.budgets if name in figures}
         return {
             name
-            for name, limit in config.budgets.items()
-            if intervals[name] and intervals[name][0] <= limit <= intervals[name][1]
+            for name, interval in intervals.items()
+            if interval is not None and interval[0] <= config.budgets[name] <= interval[1]
         }
-    wide = (
-        {"speedup"} & set(figures) if _half_width(figures.get("speedup")) > RATIO_WIDTH else set()
-    )
+    wide = {"speedup"} if _half_width(figures.get("speedup")) > RATIO_WIDTH else set()
     return wide | ({"p50"} if any(_half_width(s["p50"]) > WIDTH for s in summaries) else set())
 
 
