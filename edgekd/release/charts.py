@@ -449,7 +449,7 @@ def _histogram(role: str, model: ModelResult) -> Markup:
         x = plot.x_at(min(max(p50, low), high))
         tip = f"process {index + 1}: p50 {number(p50)} ms"
         parts_at = {"x1": x, "x2": x, "y1": _FLOOR, "y2": _FLOOR - 9}
-        plot.body.append(_element("line", tip=tip, class_="percentile", **parts_at))
+        plot.body.append(element("line", tip=tip, class_="percentile", **parts_at))
     right_of_last, row = float("-inf"), 0
     for name, (ms, text) in percentiles.items():
         x = plot.x_at(ms)
