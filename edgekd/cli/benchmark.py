@@ -42,6 +42,19 @@ COMPARED_BYTES = 64 << 20
 @click.option("--batch", type=click.IntRange(min=1), help="Samples of one query.  [default: 1]")
 @click.option("--min-queries", type=click.IntRange(min=1), default=1000, show_default=True)
 @click.option("--max-seconds", type=FiniteRange(0, min_open=True), default=60.0)
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Fresh "
+    "processes at least; up to three times as many are added while the interval of p50 is wide.",
+)
+@click.option(
+    "--budget-p95-ms",
+    type=FiniteRange(0, min_open=True),
+    help="Add processes until this is outside the interval of p95.",
+)
 @click.option("--json", "out", type=FILE, metavar="OUT", help="Write the complete record here.")
 def benchmark(
     model: Path,
@@ -55,12 +68,15 @@ def benchmark(
     batch: int | None,
     min_queries: int,
     max_seconds: float,
+    processes: int,
+    budget_p95_ms: float | None,
     out: Path | None,
 ) -> None:
     """Measure the latency and peak memory of MODEL.onnx on this machine.
 
-    The model runs in a fresh process that holds only numpy and ONNX Runtime. It is warmed up
-    until steady; percentiles are shown only with enough queries, each with its 95 % interval.
+    The model runs in several fresh processes that hold only numpy and ONNX Runtime, in each of
+    which it is warmed up until steady. Percentiles are shown only with enough queries, each with
+    the 95 % interval in which the same measurement would find it again.
 
     Given a pipeline's YAML file, run the pipeline up to its benchmark.
     """
@@ -101,6 +117,8 @@ def benchmark(
             optimization=optimization,
             min_queries=min_queries,
             max_seconds=max_seconds,
+            processes=processes,
+            budget_p95_ms=budget_p95_ms,
         )
     if inputs is None:
         for measured, path in zip(record["models"], (model, against), strict=False):
@@ -215,7 +233,9 @@ _EVIDENCE = {
 def print_benchmark(console: Console, record: dict[str, Any]) -> None:
     """Print a record ``edgerun.bench/1`` with ``profile`` and ``evidence``: one column a model."""
     models = record["models"]
-    table = Table(title="ms, 95 % interval in brackets", title_justify="left")
+    count = len(record["processes"])
+    title = f"ms, 95 % interval over {count} process{'es' if count != 1 else ''} in brackets"
+    table = Table(title=title, title_justify="left")
     table.add_column("")
     for model in models:
         table.add_column(escape(Path(model["path"]).name), justify="right", overflow="fold")
@@ -225,7 +245,8 @@ def print_benchmark(console: Console, record: dict[str, Any]) -> None:
         )
     table.add_row("queries", *(f"{model['latency']['n']:,}" for model in models))
     table.add_row("warm-up", *(_warm_up(model["warmup"]) for model in models))
-    table.add_row("load", *(f"{number(model['load_ms'])} ms" for model in models))
+    table.add_row("load", *(_cold(model["load"]) for model in models))
+    table.add_row("first query", *(_cold(model["first"]) for model in models))
     table.add_row("peak memory", *(_memory(model["memory"]) for model in models))
     table.add_row("size", *(f"{model['size_bytes'] / 1e6:.3f} MB" for model in models))
     table.add_row("nodes run by", *(_nodes(model["providers"]) for model in models))
@@ -246,6 +267,11 @@ def _percentile(figure: dict[str, Any]) -> str:
         return number(figure["value"])
     low, high = figure["interval"]
     return f"{number(figure['value'])} \\[{number(low)}, {number(high)}]"
+
+
+def _cold(figure: dict[str, Any]) -> str:
+    low, high = figure["range"]
+    return f"{number(figure['value'])} ({number(low)} to {number(high)})"
 
 
 def _warm_up(warm_up: dict[str, Any]) -> str:
@@ -301,7 +327,8 @@ def _print_comparison(console: Console, record: dict[str, Any]) -> None:
     low, high = comparison["interval"]
     console.print(
         f"{second} takes {number(comparison['ratio'])} times the p50 of {first} "
-        f"[{number(low)}, {number(high)}] ({comparison['rounds']} interleaved rounds)",
+        f"[{number(low)}, {number(high)}] ({comparison['rounds']} interleaved rounds in "
+        f"{len(record['processes'])} processes)",
         markup=False,
         highlight=False,
         soft_wrap=True,
@@ -323,13 +350,13 @@ def _print_machine(console: Console, record: dict[str, Any]) -> None:
             f"[bold yellow]not on this machine, left out: "
             f"{escape(', '.join(record['providers_left_out']))}[/]"
         )
-    throttled = environment["before"]["throttling"] != environment["after"]["throttling"]
-    if throttled:
-        console.print("[bold yellow]the machine throttled during the measurement[/]")
-    if not all(model["warmup"]["steady"] for model in record["models"]):
+    for reason in record["steadiness"]["reasons"]:
+        console.print(f"not steady: {reason}", style="bold yellow", highlight=False, markup=False)
+    if not record["steadiness"]["steady"]:
         console.print(
-            "[bold yellow]latency was still changing when the warm-up ended: close other "
-            "programs, fix the clocks, or allow more time (--max-seconds)[/]"
+            "close other programs, fix the clocks, or allow more time (--max-seconds)",
+            style="yellow",
+            highlight=False,
         )
     console.print(
         f"evidence: {record['evidence']} ({_EVIDENCE[record['evidence']]}; "

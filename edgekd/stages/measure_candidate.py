@@ -353,6 +353,9 @@ class _FileMeter:
             min_queries=self.meter.queries,
             max_seconds=SECONDS,
             memory=memory,
+            # Processes are started one by one here, so that each is stored.
+            processes=1,
+            max_processes=1,
             provider_options=built.row.get("provider_options"),
             against_options=other.get("provider_options"),
             optimization=common_level(levels),
