@@ -19,8 +19,8 @@ from edgekd.config.networks import TEACHERS_OWN, StudentConfig
 from edgekd.config.pipeline import QuantizeConfig
 from edgekd.config.search import SearchConfig
 from edgekd.engines.builder import Precision
-from edgekd.errors import CrashError, InputError, StageError
-from edgekd.files import file_sha256, json_sha256, write_whole
+from edgekd.errors import EdgekdError, InputError, StageError
+from edgekd.files import atomic_write, file_sha256, json_sha256, write_whole
 from edgekd.pipeline.fingerprint import (
     code_sha256,
     extension_versions,
@@ -39,6 +39,7 @@ from edgekd.stages.build_student import (
 )
 from edgekd.stages.measure_candidate import (
     CandidateMeasurement,
+    export_candidate,
     measure_candidate,
     measure_footprint,
 )
@@ -61,6 +62,7 @@ FOLDER, SECONDS = "search", "seconds.json"
 
 _ARTIFACT, _COSTS = "artifact", "costs.json"
 _WHERE = "student.search.candidates"
+_RATIOS = {"size.min_ratio", "parameters.max_ratio", "latency.min_speedup"}
 _LIMITS = ("size.", "parameters.", "latency.", "memory.")
 
 
@@ -191,14 +193,14 @@ class CandidateSet:
                 own = with_student(self.task_data, entry.candidate.student)
                 teacher = self.teacher or partial
                 model, _ = write_student(
-                    own, self.job, teacher, partial / _ARTIFACT, lambda text: None
-                )
+                    own, self.job, teacher, partial / _ARTIFACT, lambda text: None,
+                    check=entry.candidate.origin == "list",
+                )  # fmt: skip
                 store(partial / _COSTS, asdict(self._count(model)))
                 partial.rename(folder)
             entry.costs = _read_costs(folder / _COSTS)
-        except (InputError, StageError, CrashError) as error:
-            where = f" ({error.where})" if error.where else ""
-            entry.reject("failed", f"{error.what}{where}")
+        except (InputError, StageError) as error:
+            entry.reject("failed", _text(error))
 
     def _count(self, model: DictModel) -> GraphCosts:
         from edgekd.onnx.export import export_onnx, export_to_count
@@ -237,7 +239,9 @@ class CandidateSet:
             "seed": self.config.seed,
             "opset": self.config.export.opset,
             "batch_size": self.config.benchmark.batch_size,
-            "code": code_sha256(("edgekd.stages.build_student", "edgekd.students.costs")),
+            "code": code_sha256(
+                ("edgekd.stages.build_student", "edgekd.students.costs", "edgekd.onnx.export")
+            ),
             "libraries": library_versions(("torch", "torch-pruning", "onnxscript")),
         }
 
@@ -276,8 +280,11 @@ class CandidateSet:
         key = json_sha256([self._common, self._weights])[:16]
         file = self.folder / f"teacher-{key}.json"
         if not file.is_file():
-            assert self.teacher_file is not None
-            costs = graph_costs(self.teacher_file, self.config.benchmark.batch_size)
+            if (self.teacher / BLACK_BOX).is_file():
+                assert self.teacher_file is not None
+                costs = graph_costs(self.teacher_file, self.config.benchmark.batch_size)
+            else:
+                costs = self._count(open_network(self.teacher, self.task_data))
             store(file, asdict(costs))
         return _read_costs(file)
 
@@ -285,7 +292,7 @@ class CandidateSet:
     def teacher_figures(self) -> Figures | None:
         """The teacher's size and parameters, and its predicted latency: how much faster than it a
         candidate is gets measured with that one."""
-        if (costs := self.teacher_costs) is None:
+        if not _RATIOS & set(self.limits.values) or (costs := self.teacher_costs) is None:
             return None
         latency = self.model.predict(costs).latency_ms
         return Figures(latency, None, costs.weights_bytes / 1e6, costs.parameters, "float32", 0)
@@ -306,7 +313,7 @@ class CandidateSet:
 
         def timed(entry: Entry) -> CandidateMeasurement:
             started = time.monotonic()
-            outcome = self.measured(entry, self.first(entry))
+            outcome = self.measured(entry)
             seconds.extend([time.monotonic() - started] if outcome.measured else [])
             return outcome
 
@@ -324,13 +331,25 @@ class CandidateSet:
             "hold all limits"
         )
 
-    def measured(self, entry: Entry, model: DictModel) -> CandidateMeasurement:
-        """Measure a candidate's network with any weights, as it would be shipped."""
+    def measured(self, entry: Entry, weights: Path | None = None) -> CandidateMeasurement:
+        """Measure a candidate as it would be shipped, with its initial weights or those of a file.
+
+        Its float32 ONNX file is stored, so that a repeated measurement exports nothing.
+        """
+        weights = weights or self._first_weights(entry)
+        file = self.place(entry) / f"{weights.stem}.onnx"
+        try:
+            if not file.is_file():
+                with atomic_write(file) as partial:
+                    export_candidate(self.task_data, self.load(entry, weights), partial)
+        except (InputError, StageError) as error:
+            assert entry.costs is not None
+            return CandidateMeasurement(entry.costs, None, {}, (), _text(error), file, 0)
         fast = "latency.min_speedup" in self.limits.values
         return measure_candidate(
             self.context,
             self.task_data,
-            model,
+            file,
             self.teacher_file if fast else None,
             limits=self.limits,
             teacher_figures=self.teacher_figures,
@@ -344,7 +363,10 @@ class CandidateSet:
 
     def first(self, entry: Entry) -> DictModel:
         """A candidate's network with its initial weights."""
-        return self.load(entry, self.place(entry) / _ARTIFACT / FIRST_WEIGHTS)
+        return self.load(entry, self._first_weights(entry))
+
+    def _first_weights(self, entry: Entry) -> Path:
+        return self.place(entry) / _ARTIFACT / FIRST_WEIGHTS
 
     def load(self, entry: Entry, weights: Path) -> DictModel:
         """A candidate's network with the weights of a file."""
@@ -375,6 +397,10 @@ class CandidateSet:
         section = winner.candidate.student.model_dump(mode="json", exclude_defaults=True)
         write_json(out / SECTION, section, SECTION_SCHEMA)
         write_json(out / SEARCH, self.record(about), SCHEMA)
+
+
+def _text(error: EdgekdError) -> str:
+    return f"{error.what} ({error.where})" if error.where else error.what
 
 
 def _precisions(quantize: QuantizeConfig | None) -> tuple[Precision, ...]:

