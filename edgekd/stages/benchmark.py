@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,13 +43,15 @@ class BenchmarkStage:
 
         The machine is included: a figure of another machine is not valid here.
         """
+        from edgekd.targets import machine_of
+
         config = job.config
         return {
             "name": config.name,
             "benchmark": config.benchmark.model_dump(mode="json"),
             "profile": job.profile.name,
             "target": config.target,
-            "machine": [platform.node(), platform.machine()],
+            "machine": machine_of(config.target),
             "task": job.task_settings,
             "seed": config.seed,
         }
@@ -63,7 +64,7 @@ class BenchmarkStage:
         from edgekd.release.report_tables import thread_remark
         from edgekd.release.result import SCHEMA as RESULT_SCHEMA
         from edgekd.release.result import recipe_sha256
-        from edgekd.targets import open_target
+        from edgekd.targets import LocalTarget, open_target
         from edgekd.tasks import agreement_task
 
         config, profile = context.job.config, context.job.profile
@@ -100,6 +101,9 @@ class BenchmarkStage:
         )
         if remark := thread_remark(settings["threads"], bench["environment"].get("cpus_usable")):
             context.progress.message(f"  {remark}")
+        mismatch = profile.mismatch(bench["environment"])
+        if mismatch and config.target != LocalTarget.name:
+            context.progress.message(f"  not evidence for {profile.name}: {mismatch}")
         task, labelled = task_data.task, task_data.task.labelled(targets)
         by_teacher = not labelled.any() and "teacher" in files
         if by_teacher:
@@ -136,7 +140,7 @@ class BenchmarkStage:
             recipe=recipe_sha256(config.model_dump(mode="json", include=RECIPE)),
             profile=profile.name,
             target=config.target,
-            evidence=evidence_of(profile.name, config.target),
+            evidence=evidence_of(profile.name, config.target, mismatch),
             versions=library_versions(("edgekd", "torch", "onnx", "onnxruntime", "numpy")),
             fingerprints=context.fingerprints,
         )
