@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -191,12 +192,12 @@ def device_command(config: TargetConfig, size: int) -> str:
     """
     python = f"{config.folder}/venv/bin/python"
     if config.python is None:
-        choice = f"p={_home_path(python)}; [ -x \"$p\" ] || p=python3"
+        choice = f'p={_home_path(python)}; [ -x "$p" ] || p=python3'
     else:
         choice = f"p={_home_path(config.python)}"
     script = (
         f"printf '{SHELL}\\n'; {choice}; PYTHONUTF8=1; export PYTHONUTF8; unset PYTHONPATH "
-        f"PYTHONHOME PYTHONSTARTUP; exec \"$p\" -u -c {shlex.quote(_BOOT.format(size=size))}"
+        f'PYTHONHOME PYTHONSTARTUP; exec "$p" -u -c {shlex.quote(_BOOT.format(size=size))}'
     )
     return f"exec sh -c {shlex.quote(script)}"
 
@@ -327,10 +328,8 @@ class Connection:
         process = self._process
         for stream in (process.stdin, process.stdout):
             if stream is not None:
-                try:
+                with suppress(OSError):  # what was not sent is lost with the connection
                     stream.close()
-                except OSError:
-                    pass  # What was not sent is lost with the connection.
         try:
             code = process.wait(2)
         except subprocess.TimeoutExpired:
@@ -381,4 +380,3 @@ class Connection:
     def _last_words(self) -> str:
         lines = self._said.decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else "it ended"
-

@@ -113,7 +113,7 @@ class EdgerunTarget:
             raise
 
     def _remedy(self, crash: CrashError, model: Path, settings: Mapping[str, Any]) -> str:
-        """The remedy for a model that crashes the process; lower levels of optimization are tried."""
+        """The remedy for a model that crashes its process; lower levels are tried."""
         if crash.signal == signal.SIGKILL:
             return OUT_OF_MEMORY
         for lower in LEVELS[LEVELS.index(settings.get("optimization", LEVELS[0])) + 1 :]:
@@ -125,8 +125,8 @@ class EdgerunTarget:
             return (
                 f"at graph optimization level {lower!r} it {'opens and runs' if ran else 'opens'} "
                 f"(tried here): give 'edgekd build' or 'benchmark' --optimization {lower}, in a "
-                f"pipeline engines: [{{kind: onnxruntime, optimization: {lower}}}], and a program of "
-                "your own SessionOptions.graph_optimization_level"
+                f"pipeline engines: [{{kind: onnxruntime, optimization: {lower}}}], and a program "
+                "of your own SessionOptions.graph_optimization_level"
             )
         if crash.signal == signal.SIGFPE:
             return (

@@ -90,9 +90,7 @@ class Device:
                 missing[digest] = partial.stat().st_size if partial.is_file() else 0
         return missing
 
-    def do_put(
-        self, digest: str, offset: int, total: int, content: bytes = b""
-    ) -> Dict[str, int]:
+    def do_put(self, digest: str, offset: int, total: int, content: bytes = b"") -> Dict[str, int]:
         """Append to a file that is sent; the offset that is expected next."""
         partial = self._partial(digest)
         try:
@@ -143,7 +141,7 @@ class Device:
         sys.path.insert(0, edgerun)
         from edgerun.board import describe_board
 
-        return {**describe_board(), "disk_free_mb": shutil.disk_usage(str(self.folder)).free / 1e6}
+        return describe_board(folder=self.folder)
 
     def do_start(self, job: str, **task: Any) -> None:
         """Start a job, unless it was started before: its files, then its supervisor.
