@@ -159,15 +159,17 @@ class RemoteMachine:
     def _wait(self, job: Job) -> dict[str, Any]:
         """The state of a job that has ended by itself."""
         config, before = self.config, None
+        known = "running"
         until = time.monotonic() + config.wait_seconds + config.limit_seconds + 60
         while True:
             try:
-                state: dict[str, Any] = self.ask("wait", job=job.id, most=WAIT_SECONDS)
+                state: dict[str, Any] = self.ask("wait", job=job.id, most=WAIT_SECONDS, known=known)
             except DeviceRefused as refused:
                 raise self.refused(refused) from refused
-            if state["state"] == "ended":
+            known = state["state"]
+            if known == "ended":
                 break
-            if state["state"] == "waiting" and (held := _held(state["holder"])) != before:
+            if known == "waiting" and (held := _held(state["holder"])) != before:
                 self.say(f"waiting for {self.name}: in use by {held}")
                 before = held
             if time.monotonic() > until:

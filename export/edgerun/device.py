@@ -170,13 +170,13 @@ class Device:
         os.close(started)
         os.wait()
 
-    def do_wait(self, job: str, most: float) -> Dict[str, Any]:
+    def do_wait(self, job: str, most: float, known: str) -> Dict[str, Any]:
         """The state of a job: ``waiting`` for the lease, ``running`` or ``ended``; returns when it
-        has ended or its state changed, or after some seconds."""
+        has ended or its state is another one than ``known``, or after ``most`` seconds."""
         folder = self.folder / "jobs" / job
         if not (folder / "task.json").is_file():
             raise Refused("lost", "the job is not known here")
-        until, before = time.monotonic() + most, _state(folder)
+        until = time.monotonic() + most
         # The supervisor has this pipe open as long as it lives.
         pipe = os.open(str(folder / "ended"), os.O_RDONLY | os.O_NONBLOCK)
         try:
@@ -185,7 +185,7 @@ class Device:
                     (folder / "alive").touch()
                 state = _state(folder)
                 left = until - time.monotonic()
-                if left <= 0 or state != before or state["state"] == "ended":
+                if left <= 0 or state["state"] != known:
                     return state
                 readable = select.select([0, pipe], [], [], min(left, 2.0))[0]
                 if 0 in readable:  # the next request, or the end of the connection

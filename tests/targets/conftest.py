@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,7 @@ def make_key(path: Path) -> Path:
 class Board:
     folder: Path
     port: int
+    opened: list[SshTarget] = field(default_factory=list)
 
     @property
     def work(self) -> Path:
@@ -68,7 +70,8 @@ class Board:
         }
 
     def target(self, say=lambda text: None, **changes):
-        return SshTarget("board", TargetConfig(**self.settings(**changes)), say)
+        self.opened.append(SshTarget("board", TargetConfig(**self.settings(**changes)), say))
+        return self.opened[-1]
 
     def script(self, name: str, *lines: str) -> str:
         path = self.folder / name
@@ -77,12 +80,25 @@ class Board:
         return str(path)
 
 
+@pytest.fixture
+def board(server):
+    """The board; connections of a test end with it."""
+    yield server
+    while server.opened:
+        server.opened.pop().close()
+
+
 @pytest.fixture(scope="module")
-def board(tmp_path_factory):
+def server(tmp_path_factory):
+    with start_server(tmp_path_factory.mktemp("sshd")) as started:
+        yield started
+
+
+@contextmanager
+def start_server(folder: Path):
     """A server with its own keys on a free port, ended by its process id."""
     if SSHD is None or shutil.which("ssh") is None:
         pytest.skip("there is no sshd or ssh on this machine (apt install openssh-server)")
-    folder = tmp_path_factory.mktemp("sshd")
     make_key(folder / "host")
     shutil.copy(f"{make_key(folder / 'id')}.pub", folder / "authorized_keys")
     if os.getuid() == 0:
@@ -102,5 +118,7 @@ def board(tmp_path_factory):
         time.sleep(0.05)
     else:
         pytest.skip(f"sshd does not start: {done.stderr}{(folder / 'log').read_text()}")
-    yield Board(folder, port)
-    os.kill(int(pid.read_text()), signal.SIGTERM)
+    try:
+        yield Board(folder, port)
+    finally:
+        os.kill(int(pid.read_text()), signal.SIGTERM)

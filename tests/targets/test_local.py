@@ -145,8 +145,10 @@ def test_a_misspelt_setting_is_refused(tmp_path):
 
 def test_a_target_is_opened_by_name():
     assert open_target("local").name == "local"
-    with pytest.raises(InputError, match="later version"):
-        open_target("ssh://user@board")
+    assert open_target("ssh://user@board:22").config.address == "user@board:22"
+    for wrong in ("ssh://", "ssh://a:b@c", "ssh://-o=x", "ssh://h/folder", "ssh://h:0"):
+        with pytest.raises(InputError, match="is no target"):
+            open_target(wrong)
     with pytest.raises(InputError, match="did you mean 'local'"):
         open_target("locl")
 
