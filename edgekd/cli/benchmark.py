@@ -11,7 +11,13 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from edgekd.cli.options import THREADS, FiniteRange, is_pipeline, refuse_options_of_a_model, target_override
+from edgekd.cli.options import (
+    THREADS,
+    FiniteRange,
+    is_pipeline,
+    refuse_options_of_a_model,
+    target_override,
+)
 from edgekd.errors import InputError, StageError
 from edgekd.measurement import ABSENT, number
 from edgekd.progress import Console
