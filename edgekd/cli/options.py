@@ -114,7 +114,9 @@ def target_option(command: Command) -> Command:
         return command(*args, overrides=overrides + target_override(target), **given)
 
     text = "Where it is measured: local, ssh://user@host[:port], or a name (edgekd target list)."
-    return click.option("--target", metavar="TARGET", help=text)(with_target)
+    decorated: Any = with_target
+    result: Command = click.option("--target", metavar="TARGET", help=text)(decorated)
+    return result
 
 
 def target_override(target: str | None) -> tuple[str, ...]:
