@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,13 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from edgekd.cli.options import THREADS, FiniteRange, is_pipeline, refuse_options_of_a_model
+from edgekd.cli.options import (
+    THREADS,
+    FiniteRange,
+    is_pipeline,
+    refuse_options_of_a_model,
+    target_override,
+)
 from edgekd.errors import InputError, StageError
 from edgekd.measurement import ABSENT, number
 from edgekd.progress import Console
@@ -20,6 +26,7 @@ from edgerun.percentiles import PERCENTILES
 
 if TYPE_CHECKING:
     from edgekd.config.profile import Profile
+    from edgekd.targets import Target
 
 FILE = click.Path(path_type=Path)
 
@@ -30,6 +37,10 @@ COMPARED_BYTES = 64 << 20
 @click.command()
 @click.argument("model", type=FILE, metavar="MODEL.onnx")
 @click.option("--against", type=FILE, metavar="OTHER.onnx", help="Compare, in interleaved rounds.")
+@click.option(
+    "--target", metavar="TARGET", help="Where: ssh://user@host[:port], or a name (edgekd target "
+    "list).  [default: local]",
+)  # fmt: skip
 @click.option("--profile", metavar="NAME", help="Threads and providers of this device profile.")
 @click.option("--threads", type=THREADS, help="[default: the profile's, or 1]")
 @click.option("--inputs", type=FILE, metavar="DATA.npz", help="[default: random inputs]")
@@ -59,6 +70,7 @@ COMPARED_BYTES = 64 << 20
 def benchmark(
     model: Path,
     against: Path | None,
+    target: str | None,
     profile: str | None,
     threads: int | None,
     inputs: Path | None,
@@ -72,7 +84,7 @@ def benchmark(
     budget_p95_ms: float | None,
     out: Path | None,
 ) -> None:
-    """Measure the latency and peak memory of MODEL.onnx on this machine.
+    """Measure the latency and peak memory of MODEL.onnx, on this machine or another one.
 
     The model runs in several fresh processes that hold only numpy and ONNX Runtime, in each of
     which it is warmed up until steady. Percentiles are shown only with enough queries, each with
@@ -81,10 +93,10 @@ def benchmark(
     Given a pipeline's YAML file, run the pipeline up to its benchmark.
     """
     if is_pipeline(model):
-        refuse_options_of_a_model({"model"})
+        refuse_options_of_a_model({"model", "target"})
         from edgekd.cli.run import run_pipeline_until
 
-        run_pipeline_until(model, "benchmark")
+        run_pipeline_until(model, "benchmark", target_override(target))
         return
     from edgekd.crashes import note_model
     from edgekd.files import check_output
@@ -99,12 +111,13 @@ def benchmark(
     if out is not None:
         check_output(out, "--json", inputs=read, stream=True)
     loaded = _load_profile(profile)
-    target = open_target(LocalTarget.name)
+    machine = open_target(target or LocalTarget.name, "--target")
+    local = machine.name == LocalTarget.name
     console = Console()
-    chosen, left_out = _providers(providers, loaded)
+    chosen, left_out = _providers(providers, loaded, None if local else machine)
     threads = threads or (loaded.runtime.threads if loaded else None) or 1
     with Console(stderr=True).status("measuring: warm-up until steady, then timed rounds"):
-        record = target.bench(
+        record = machine.bench(
             model,
             against,
             inputs=inputs,
@@ -124,14 +137,17 @@ def benchmark(
         for measured, path in zip(record["models"], (model, against), strict=False):
             measured["fed"]["decides_work"] = decided_by_inputs(path)
     name = loaded.name if loaded else "host"
-    evidence = evidence_of(name, target.name)
-    record.update(profile=name, target=target.name, evidence=evidence, providers_left_out=left_out)
+    mismatch = loaded.mismatch(record["environment"]) if loaded and not local else ""
+    evidence = evidence_of(name, machine.name, mismatch)
+    record.update(profile=name, target=machine.name, evidence=evidence, providers_left_out=left_out)
     # A lower level is set by users who already avoid the highest one.
     timed = [model, *([against] if against else [])] if optimization == "all" else []
     record["optimizer_faults"] = _optimizer_faults(timed)
     if out is not None:
         write_record(out, record)
     print_benchmark(console, record)
+    if mismatch:
+        console.print(f"not evidence for {name}: {mismatch}", style="yellow", markup=False)
     for file, fault in record["optimizer_faults"].items():
         console.print(f"  {file}: {fault}", style="yellow", highlight=False, markup=False)
 
@@ -178,8 +194,10 @@ def _load_profile(name: str | None) -> Profile | None:
     return load_profile(name)
 
 
-def _providers(given: str | None, profile: Profile | None) -> tuple[list[str], list[str]]:
-    """The providers to use, and those of the profile that this machine does not have.
+def _providers(
+    given: str | None, profile: Profile | None, machine: Target | None
+) -> tuple[list[str], list[str]]:
+    """The providers to use, and those of the profile that the machine (None: this one) has not.
 
     A requested one must be available; a profile may be another device's, and then the ones
     left out are shown next to the figures.
@@ -193,7 +211,11 @@ def _providers(given: str | None, profile: Profile | None) -> tuple[list[str], l
         return [], []
     from edgekd.config.host import local_providers
 
-    here = local_providers()
+    here: Sequence[str] = (
+        local_providers()
+        if machine is None
+        else machine.info()["environment"]["providers_available"]
+    )
     wanted = profile.runtime.providers
     return [name for name in wanted if name in here], [name for name in wanted if name not in here]
 

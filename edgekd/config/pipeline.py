@@ -269,7 +269,8 @@ class PipelineConfig(ConfigModel):
     profile: str = "host"
     """A shipped device profile (``edgekd profiles list``), or a YAML file."""
     target: str = "local"
-    """Where the benchmark runs: ``local``, or ``package.module:name`` of a
+    """Where the benchmark runs: ``local``, ``ssh://user@host:port``, a name in the user's file of
+    targets (``edgekd target list``), or ``package.module:name`` of a
     :class:`~edgekd.targets.Target`.
     """
     teacher: TeacherConfig

@@ -21,8 +21,6 @@ MB = 1e6
 
 BENCH_SCHEMA = "edgerun.bench/1"
 _MEASURE_AGAIN = "measure again: python -m edgerun bench model.onnx --json bench.json"
-_ARM_KINDS = ("cpu-board", "jetson")
-_ARM = ("aarch64", "arm64", "armv7l", "armv8l")
 _NOT_SCORED = (
     "bench.json times a model and does not score it: give the pipeline's result too, "
     "edgekd gate result.json --device bench.json"
@@ -311,15 +309,14 @@ def evidence_of_bench(
         profile: the expected device; None: the measuring machine is the device.
         workstation: the ``environment`` of the workstation's result.
     """
-    machine, cpu = bench.environment.get("machine"), bench.environment.get("cpu")
-    if profile is None or profile.name == "host":
+    if profile is None or profile.kind == "host":
         return "measured-on-target", ""
-    board = profile.kind in _ARM_KINDS
-    if board and machine not in _ARM:
-        return "measured-on-host", f"it was measured on {machine} ({cpu}), not on {profile.name}"
-    if not board and workstation and cpu is not None and workstation.get("cpu") == cpu:
-        return "measured-on-host", f"it was measured on the workstation's own {cpu}"
-    return "measured-on-target", ""
+    cpu = bench.environment.get("cpu")
+    why = profile.mismatch(bench.environment)
+    board = profile.kind in ("cpu-board", "jetson")
+    if not why and not board and workstation and cpu is not None and workstation.get("cpu") == cpu:
+        why = f"it was measured on the workstation's own {cpu}"
+    return ("measured-on-host", why) if why else ("measured-on-target", "")
 
 
 def result_of_bench(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -46,6 +45,8 @@ class BenchmarkStage:
 
         The machine is included: a figure of another machine is not valid here.
         """
+        from edgekd.targets import machine_of
+
         config = job.config
         return {
             "name": config.name,
@@ -53,7 +54,7 @@ class BenchmarkStage:
             "budgets": _budgets(job),
             "profile": job.profile.name,
             "target": config.target,
-            "machine": [platform.node(), platform.machine()],
+            "machine": machine_of(config.target),
             "task": job.task_settings,
             "seed": config.seed,
         }
@@ -66,7 +67,7 @@ class BenchmarkStage:
         from edgekd.release.report_tables import thread_remark
         from edgekd.release.result import SCHEMA as RESULT_SCHEMA
         from edgekd.release.result import recipe_sha256
-        from edgekd.targets import open_target
+        from edgekd.targets import LocalTarget, open_target
         from edgekd.tasks import agreement_task
 
         config, profile = context.job.config, context.job.profile
@@ -107,6 +108,9 @@ class BenchmarkStage:
             context.progress.message(f"  not steady: {reason}")
         if remark := thread_remark(settings["threads"], bench["environment"].get("cpus_usable")):
             context.progress.message(f"  {remark}")
+        mismatch = profile.mismatch(bench["environment"])
+        if mismatch and config.target != LocalTarget.name:
+            context.progress.message(f"  not evidence for {profile.name}: {mismatch}")
         task, labelled = task_data.task, task_data.task.labelled(targets)
         by_teacher = not labelled.any() and "teacher" in files
         if by_teacher:
@@ -143,7 +147,7 @@ class BenchmarkStage:
             recipe=recipe_sha256(config.model_dump(mode="json", include=RECIPE)),
             profile=profile.name,
             target=config.target,
-            evidence=evidence_of(profile.name, config.target),
+            evidence=evidence_of(profile.name, config.target, mismatch),
             versions=library_versions(("edgekd", "torch", "onnx", "onnxruntime", "numpy")),
             fingerprints=context.fingerprints,
         )

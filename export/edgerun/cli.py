@@ -434,12 +434,19 @@ def _verify(options: argparse.Namespace) -> Done:
 
 
 def _info(options: argparse.Namespace) -> Done:
+    from edgerun.board import describe_board
     from edgerun.run import describe_model, model_lines
     from edgerun.system import describe_environment, description_lines, read_conditions
 
     environment = {**describe_environment(), "now": read_conditions()}
-    record: Dict[str, Any] = {"schema": "edgerun.info/1", "environment": environment}
-    lines = list(description_lines(environment))
+    board = describe_board()
+    record: Dict[str, Any] = {
+        "schema": "edgerun.info/1",
+        "environment": environment,
+        "board": board,
+    }
+    own = {key: board[key] for key in board if key not in environment and key != "missing"}
+    lines = list(description_lines({**environment, **own}))
     if options.model is not None:
         record["model"] = describe_model(options.model)
         lines = [*model_lines(record["model"]), *lines]
