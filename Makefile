@@ -28,12 +28,12 @@ demo: setup
 
 test-setup: .venv/.test-installed system-packages
 
-# The real Fashion-MNIST images, and strace, which sees what commands connect to; tests that need
-# them say why they skip where apt-get is not.
-PACKAGES := dataset-fashion-mnist strace
+# The real Fashion-MNIST images, strace, which sees what commands connect to, and an SSH server for
+# targets on this machine; tests that need them say why they skip where apt-get is not.
+PACKAGES := dataset-fashion-mnist strace openssh-client openssh-server
 
 system-packages:
-	@{ test -d /usr/share/datasets/fashion-mnist && command -v strace >/dev/null; } \
+	@{ test -d /usr/share/datasets/fashion-mnist && command -v strace ssh >/dev/null && test -x /usr/sbin/sshd; } \
 	  || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
 	    && { apt-get install -y -qq --no-install-recommends $(PACKAGES) >/dev/null 2>&1 \
 	         || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(PACKAGES) >/dev/null; }; }; } \

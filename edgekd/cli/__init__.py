@@ -52,11 +52,12 @@ _COMMANDS = {
     "compare": ("edgekd.cli.compare:compare", "Compare the results of several runs side by side."),
     "layers": ("edgekd.cli.layers:layers", "List the layers that a loss can name, with shapes."),
     "profiles": ("edgekd.cli.profiles:profiles", "List, show and check device profiles."),
+    "target": ("edgekd.cli.target:target", "Name, check and prepare the machines to measure on."),
     "doctor": ("edgekd.cli.doctor:doctor", "Report what this machine can do and what is missing."),
 }
 
 
-_OF_TEXT_FILES = ("init", "gate", "verify", "compare", "profiles", "doctor")
+_OF_TEXT_FILES = ("init", "gate", "verify", "compare", "profiles", "target", "doctor")
 """Commands that open no file by the path from the root."""
 
 

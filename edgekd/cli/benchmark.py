@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,13 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from edgekd.cli.options import THREADS, FiniteRange, is_pipeline, refuse_options_of_a_model
+from edgekd.cli.options import (
+    THREADS,
+    FiniteRange,
+    is_pipeline,
+    refuse_options_of_a_model,
+    target_override,
+)
 from edgekd.errors import InputError, StageError
 from edgekd.measurement import ABSENT, number
 from edgekd.progress import Console
@@ -20,6 +26,7 @@ from edgerun.percentiles import PERCENTILES
 
 if TYPE_CHECKING:
     from edgekd.config.profile import Profile
+    from edgekd.targets import Target
 
 FILE = click.Path(path_type=Path)
 
@@ -30,6 +37,10 @@ COMPARED_BYTES = 64 << 20
 @click.command()
 @click.argument("model", type=FILE, metavar="MODEL.onnx")
 @click.option("--against", type=FILE, metavar="OTHER.onnx", help="Compare, in interleaved rounds.")
+@click.option(
+    "--target", metavar="TARGET", help="Where: ssh://user@host[:port], or a name (edgekd target "
+    "list).  [default: local]",
+)  # fmt: skip
 @click.option("--profile", metavar="NAME", help="Threads and providers of this device profile.")
 @click.option("--threads", type=THREADS, help="[default: the profile's, or 1]")
 @click.option("--inputs", type=FILE, metavar="DATA.npz", help="[default: random inputs]")
@@ -42,10 +53,24 @@ COMPARED_BYTES = 64 << 20
 @click.option("--batch", type=click.IntRange(min=1), help="Samples of one query.  [default: 1]")
 @click.option("--min-queries", type=click.IntRange(min=1), default=1000, show_default=True)
 @click.option("--max-seconds", type=FiniteRange(0, min_open=True), default=60.0)
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Fresh "
+    "processes at least; up to three times as many are added while the interval of p50 is wide.",
+)
+@click.option(
+    "--budget-p95-ms",
+    type=FiniteRange(0, min_open=True),
+    help="Add processes until this is outside the interval of p95.",
+)
 @click.option("--json", "out", type=FILE, metavar="OUT", help="Write the complete record here.")
 def benchmark(
     model: Path,
     against: Path | None,
+    target: str | None,
     profile: str | None,
     threads: int | None,
     inputs: Path | None,
@@ -55,20 +80,23 @@ def benchmark(
     batch: int | None,
     min_queries: int,
     max_seconds: float,
+    processes: int,
+    budget_p95_ms: float | None,
     out: Path | None,
 ) -> None:
-    """Measure the latency and peak memory of MODEL.onnx on this machine.
+    """Measure the latency and peak memory of MODEL.onnx, on this machine or another one.
 
-    The model runs in a fresh process that holds only numpy and ONNX Runtime. It is warmed up
-    until steady; percentiles are shown only with enough queries, each with its 95 % interval.
+    The model runs in several fresh processes that hold only numpy and ONNX Runtime, in each of
+    which it is warmed up until steady. Percentiles are shown only with enough queries, each with
+    the 95 % interval in which the same measurement would find it again.
 
     Given a pipeline's YAML file, run the pipeline up to its benchmark.
     """
     if is_pipeline(model):
-        refuse_options_of_a_model({"model"})
+        refuse_options_of_a_model({"model", "target"})
         from edgekd.cli.run import run_pipeline_until
 
-        run_pipeline_until(model, "benchmark")
+        run_pipeline_until(model, "benchmark", target_override(target))
         return
     from edgekd.crashes import note_model
     from edgekd.files import check_output
@@ -83,12 +111,13 @@ def benchmark(
     if out is not None:
         check_output(out, "--json", inputs=read, stream=True)
     loaded = _load_profile(profile)
-    target = open_target(LocalTarget.name)
+    machine = open_target(target or LocalTarget.name, "--target")
+    local = machine.name == LocalTarget.name
     console = Console()
-    chosen, left_out = _providers(providers, loaded)
+    chosen, left_out = _providers(providers, loaded, None if local else machine)
     threads = threads or (loaded.runtime.threads if loaded else None) or 1
     with Console(stderr=True).status("measuring: warm-up until steady, then timed rounds"):
-        record = target.bench(
+        record = machine.bench(
             model,
             against,
             inputs=inputs,
@@ -101,19 +130,24 @@ def benchmark(
             optimization=optimization,
             min_queries=min_queries,
             max_seconds=max_seconds,
+            processes=processes,
+            budget_p95_ms=budget_p95_ms,
         )
     if inputs is None:
         for measured, path in zip(record["models"], (model, against), strict=False):
             measured["fed"]["decides_work"] = decided_by_inputs(path)
     name = loaded.name if loaded else "host"
-    evidence = evidence_of(name, target.name)
-    record.update(profile=name, target=target.name, evidence=evidence, providers_left_out=left_out)
+    mismatch = loaded.mismatch(record["environment"]) if loaded and not local else ""
+    evidence = evidence_of(name, machine.name, mismatch)
+    record.update(profile=name, target=machine.name, evidence=evidence, providers_left_out=left_out)
     # A lower level is set by users who already avoid the highest one.
     timed = [model, *([against] if against else [])] if optimization == "all" else []
     record["optimizer_faults"] = _optimizer_faults(timed)
     if out is not None:
         write_record(out, record)
     print_benchmark(console, record)
+    if mismatch:
+        console.print(f"not evidence for {name}: {mismatch}", style="yellow", markup=False)
     for file, fault in record["optimizer_faults"].items():
         console.print(f"  {file}: {fault}", style="yellow", highlight=False, markup=False)
 
@@ -160,8 +194,10 @@ def _load_profile(name: str | None) -> Profile | None:
     return load_profile(name)
 
 
-def _providers(given: str | None, profile: Profile | None) -> tuple[list[str], list[str]]:
-    """The providers to use, and those of the profile that this machine does not have.
+def _providers(
+    given: str | None, profile: Profile | None, machine: Target | None
+) -> tuple[list[str], list[str]]:
+    """The providers to use, and those of the profile that the machine (None: this one) has not.
 
     A requested one must be available; a profile may be another device's, and then the ones
     left out are shown next to the figures.
@@ -175,7 +211,11 @@ def _providers(given: str | None, profile: Profile | None) -> tuple[list[str], l
         return [], []
     from edgekd.config.host import local_providers
 
-    here = local_providers()
+    here: Sequence[str] = (
+        local_providers()
+        if machine is None
+        else machine.info()["environment"]["providers_available"]
+    )
     wanted = profile.runtime.providers
     return [name for name in wanted if name in here], [name for name in wanted if name not in here]
 
@@ -215,7 +255,9 @@ _EVIDENCE = {
 def print_benchmark(console: Console, record: dict[str, Any]) -> None:
     """Print a record ``edgerun.bench/1`` with ``profile`` and ``evidence``: one column a model."""
     models = record["models"]
-    table = Table(title="ms, 95 % interval in brackets", title_justify="left")
+    count = len(record["processes"])
+    title = f"ms, 95 % interval over {count} process{'es' if count != 1 else ''} in brackets"
+    table = Table(title=title, title_justify="left")
     table.add_column("")
     for model in models:
         table.add_column(escape(Path(model["path"]).name), justify="right", overflow="fold")
@@ -225,7 +267,8 @@ def print_benchmark(console: Console, record: dict[str, Any]) -> None:
         )
     table.add_row("queries", *(f"{model['latency']['n']:,}" for model in models))
     table.add_row("warm-up", *(_warm_up(model["warmup"]) for model in models))
-    table.add_row("load", *(f"{number(model['load_ms'])} ms" for model in models))
+    table.add_row("load", *(_cold(model["load"]) for model in models))
+    table.add_row("first query", *(_cold(model["first"]) for model in models))
     table.add_row("peak memory", *(_memory(model["memory"]) for model in models))
     table.add_row("size", *(f"{model['size_bytes'] / 1e6:.3f} MB" for model in models))
     table.add_row("nodes run by", *(_nodes(model["providers"]) for model in models))
@@ -246,6 +289,11 @@ def _percentile(figure: dict[str, Any]) -> str:
         return number(figure["value"])
     low, high = figure["interval"]
     return f"{number(figure['value'])} \\[{number(low)}, {number(high)}]"
+
+
+def _cold(figure: dict[str, Any]) -> str:
+    low, high = figure["range"]
+    return f"{number(figure['value'])} ({number(low)} to {number(high)})"
 
 
 def _warm_up(warm_up: dict[str, Any]) -> str:
@@ -301,7 +349,8 @@ def _print_comparison(console: Console, record: dict[str, Any]) -> None:
     low, high = comparison["interval"]
     console.print(
         f"{second} takes {number(comparison['ratio'])} times the p50 of {first} "
-        f"[{number(low)}, {number(high)}] ({comparison['rounds']} interleaved rounds)",
+        f"[{number(low)}, {number(high)}] ({comparison['rounds']} interleaved rounds in "
+        f"{len(record['processes'])} processes)",
         markup=False,
         highlight=False,
         soft_wrap=True,
@@ -323,13 +372,13 @@ def _print_machine(console: Console, record: dict[str, Any]) -> None:
             f"[bold yellow]not on this machine, left out: "
             f"{escape(', '.join(record['providers_left_out']))}[/]"
         )
-    throttled = environment["before"]["throttling"] != environment["after"]["throttling"]
-    if throttled:
-        console.print("[bold yellow]the machine throttled during the measurement[/]")
-    if not all(model["warmup"]["steady"] for model in record["models"]):
+    for reason in record["steadiness"]["reasons"]:
+        console.print(f"not steady: {reason}", style="bold yellow", highlight=False, markup=False)
+    if not record["steadiness"]["steady"]:
         console.print(
-            "[bold yellow]latency was still changing when the warm-up ended: close other "
-            "programs, fix the clocks, or allow more time (--max-seconds)[/]"
+            "close other programs, fix the clocks, or allow more time (--max-seconds)",
+            style="yellow",
+            highlight=False,
         )
     console.print(
         f"evidence: {record['evidence']} ({_EVIDENCE[record['evidence']]}; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import os
 from collections.abc import Callable, Collection, Sequence
@@ -101,6 +102,27 @@ def requirement_options(command: Command) -> Command:
         decorated = click.option(option, type=kind, help=f"{text}  [{key}]")(decorated)
     result: Command = decorated
     return result
+
+
+def target_option(command: Command) -> Command:
+    """Add ``--target``; the command receives it among ``overrides``, after those of ``--set``."""
+
+    @functools.wraps(command)
+    def with_target(
+        *args: Any, target: str | None, overrides: tuple[str, ...] = (), **given: Any
+    ) -> Any:
+        return command(*args, overrides=overrides + target_override(target), **given)
+
+    text = "Where it is measured: local, ssh://user@host[:port], or a name (edgekd target list)."
+    decorated: Any = with_target
+    result: Command = click.option("--target", metavar="TARGET", help=text)(decorated)
+    return result
+
+
+def target_override(target: str | None) -> tuple[str, ...]:
+    """The override of a pipeline's target by ``--target``."""
+    # JSON is YAML, and quoted: a name may look like a number.
+    return () if target is None else (f"target={json.dumps(target)}",)
 
 
 def goal_words(command: Command) -> Command:

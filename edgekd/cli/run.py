@@ -11,7 +11,7 @@ from rich.text import Text
 
 from edgekd.api import execute, open_job, plan_students, run_folder
 from edgekd.cli.advise import advice_summary
-from edgekd.cli.options import goal_option, pipeline_options, requirement_options
+from edgekd.cli.options import goal_option, pipeline_options, requirement_options, target_option
 from edgekd.config.loader import Override, apply_overrides
 from edgekd.config.yaml_source import read_yaml
 from edgekd.extension import searching
@@ -144,6 +144,7 @@ until_option = click.option("--until", metavar="STAGE", help="Stop after this st
 @pipeline_options
 @requirement_options
 @goal_option
+@target_option
 @until_option
 def run(
     pipeline: Path, overrides: tuple[str, ...], output: Path | None, quiet: bool, until: str | None
@@ -159,6 +160,7 @@ def run(
 @pipeline_options
 @requirement_options
 @goal_option
+@target_option
 @until_option
 def plan(
     pipeline: Path, overrides: tuple[str, ...], output: Path | None, quiet: bool, until: str | None

@@ -242,9 +242,13 @@ class BenchmarkConfig(ConfigModel):
     batch_size: PositiveInt = 1
     """Samples of one query."""
     min_queries: PositiveInt = 1000
-    """Timed queries of each model, unless ``max_seconds`` are reached first."""
+    """Timed queries of each model in all processes, unless ``max_seconds`` are reached first."""
     max_seconds: PositiveFloat = 60.0
     """Limit of the time for all queries."""
+    processes: PositiveInt = 5
+    """Fresh processes at least, each of which opens the models anew. Up to three times as many are
+    added while an interval contains a latency budget, or is wide where there is none.
+    """
 
 
 class PipelineConfig(ConfigModel):
@@ -265,7 +269,8 @@ class PipelineConfig(ConfigModel):
     profile: str = "host"
     """A shipped device profile (``edgekd profiles list``), or a YAML file."""
     target: str = "local"
-    """Where the benchmark runs: ``local``, or ``package.module:name`` of a
+    """Where the benchmark runs: ``local``, ``ssh://user@host:port``, a name in the user's file of
+    targets (``edgekd target list``), or ``package.module:name`` of a
     :class:`~edgekd.targets.Target`.
     """
     teacher: TeacherConfig

@@ -6,7 +6,8 @@ and one that is uncertain is left out. MB are 10⁶ bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,6 +38,9 @@ SPARSE_OVER_DENSE = 1.8
 """The least ratio of a published sparse figure to a dense one of the same device; 2:4 sparsity
 doubles the rate, and vendors round both."""
 
+
+ARM = ("aarch64", "arm64", "armv7l", "armv8l")
+"""Names of the processor architectures of boards."""
 
 HOST_USABLE = 0.8
 """The share of this machine's memory that counts as usable for models."""
@@ -235,9 +239,53 @@ class Profile(ConfigModel):
         """Every figure and version with its dotted key, in the order of the file."""
         yield from _statements(self, "")
 
+    def mismatch(self, environment: Mapping[str, Any]) -> str:
+        """Why a machine is not this device, or empty.
+
+        A board is known by the name in its device tree, an x86 machine by its processor, a
+        desktop's GPU by its own name. One that does not say what it is counts by its processor's
+        architecture.
+
+        Args:
+            environment: of a record ``edgerun.bench/1`` or ``edgerun.info/1``.
+        """
+        if self.kind == "host":
+            return ""
+        machine, cpu = (str(environment.get(key) or "unknown") for key in ("machine", "cpu"))
+        board = self.kind in ("cpu-board", "jetson")
+        if board != (machine.lower() in ARM):
+            return f"it was measured on {machine} ({cpu}), not on {self.name}"
+        gpu = environment.get("gpu")
+        if self.kind == "desktop-gpu":
+            name, wanted = gpu.get("name") if isinstance(gpu, Mapping) else None, self.device
+            if name is None:
+                return f"it was measured on a machine without the GPU of {self.name}"
+        elif board:
+            name, wanted = environment.get("device"), self.device
+        else:
+            name, wanted = environment.get("cpu"), self.cpu.model.value if self.cpu else ""
+        if name is not None and (lacking := _words(wanted) - _words(str(name))):
+            return (
+                f"the machine calls itself {name!r}, without {', '.join(sorted(lacking))}: it is "
+                f"not {self.device}"
+            )
+        return ""
+
     def unverified(self) -> list[tuple[str, SourcedValue]]:
         """The sourced values that are not verified."""
         return [(key, stated) for key, stated in self.statements() if not stated.verified]
+
+
+def _words(name: str) -> set[str]:
+    """The words of a device's name that tell it from others: no sizes, clocks or trade marks.
+
+    Super is a power mode of an Orin Nano.
+    """
+    text = re.sub(r"\((r|tm|c)\)", " ", name.lower().partition(",")[0])
+    words = set(re.findall(r"[a-z0-9.-]+", text))
+    return {word for word in words if not re.fullmatch(r"super|\d+gb|t\d+|[\d.]+", word)} | (
+        {word for word in words if re.fullmatch(r"\d+", word)}
+    )
 
 
 def _statements(section: BaseModel, prefix: str) -> Iterator[tuple[str, SourcedValue]]:

@@ -14,15 +14,13 @@ from edgekd.errors import InputError
 from edgekd.files import file_sha256
 from edgekd.measurement import OF_CONSTANT, Evidence, Measurement, Number, drop_unit
 from edgekd.release import statistics
-from edgekd.release.result import ModelResult, Result, read_json_input, validate
+from edgekd.release.result import ModelResult, Result, Steadiness, read_json_input, validate
 from edgekd.release.statistics import Scores
 
 MB = 1e6
 
 BENCH_SCHEMA = "edgerun.bench/1"
 _MEASURE_AGAIN = "measure again: python -m edgerun bench model.onnx --json bench.json"
-_ARM_KINDS = ("cpu-board", "jetson")
-_ARM = ("aarch64", "arm64", "armv7l", "armv8l")
 _NOT_SCORED = (
     "bench.json times a model and does not score it: give the pipeline's result too, "
     "edgekd gate result.json --device bench.json"
@@ -53,8 +51,23 @@ class BenchMemory(BaseModel):
     above_empty_mb: Number | None
 
 
+class BenchCold(BaseModel):
+    """A time of each process, in ms: the median and the range."""
+
+    value: Annotated[Number, Field(ge=0)]
+    range: tuple[Number, Number]
+    n: Annotated[int, Field(ge=1)]
+
+    def figure(self, evidence: Evidence) -> Measurement:
+        """The same as a figure of a result, with the range as its interval."""
+        note = f"median and range of {self.n} processes"
+        return Measurement(self.value, "ms", self.n, self.range, evidence=evidence, note=note)
+
+
 class BenchModel(BaseModel):
-    """One model of a benchmark record."""
+    """One model of a benchmark record. Records of edgekd 0.1 are of one process, which is not
+    described.
+    """
 
     path: str
     sha256: str
@@ -65,6 +78,9 @@ class BenchModel(BaseModel):
     warmup: dict[str, Any]
     providers: dict[str, Any]
     threads: int | None
+    queries_per_process: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    load: BenchCold | None = None
+    first: BenchCold | None = None
 
 
 class BenchSpeedup(BaseModel):
@@ -81,6 +97,7 @@ class BenchRecord(BaseModel):
     models: Annotated[tuple[BenchModel, ...], Field(min_length=1)]
     comparison: BenchSpeedup | None
     environment: dict[str, Any]
+    steadiness: Steadiness | None = None
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> BenchRecord:
@@ -156,6 +173,7 @@ def build_result(
         },
         "comparison": _comparison(measured, task, record, evidence, constant),
         "environment": record.environment,
+        **({} if record.steadiness is None else {"steadiness": record.steadiness}),
     }
     if constant is not None:
         content["constant"] = statistics.mean_score(constant).figure(task.metric, evidence)
@@ -194,7 +212,10 @@ def _timing(timed: BenchModel, evidence: Evidence) -> dict[str, Any]:
             if peak is None
             else "above an empty process",
         ),
+        "load_ms": timed.load and timed.load.figure(evidence),
+        "first_ms": timed.first and timed.first.figure(evidence),
         "samples_ms": timed.samples_ms,
+        "queries_per_process": timed.queries_per_process,
         "warmup": timed.warmup,
         "runtime": {"providers": timed.providers, "threads": timed.threads},
     }
@@ -261,15 +282,6 @@ def _times(estimate: statistics.Estimate, factor: float) -> statistics.Estimate:
     )
 
 
-BENCH_SCHEMA = "edgerun.bench/1"
-_ARM_KINDS = ("cpu-board", "jetson")
-_ARM = ("aarch64", "arm64", "armv7l", "armv8l")
-_NOT_SCORED = (
-    "bench.json times a model and does not score it: give the pipeline's result too, "
-    "edgekd gate result.json --device bench.json"
-)
-
-
 def read_bench(path: Path) -> BenchRecord | None:
     """The content of a file that ``edgerun bench --json`` wrote; None: it is something else.
 
@@ -297,15 +309,14 @@ def evidence_of_bench(
         profile: the expected device; None: the measuring machine is the device.
         workstation: the ``environment`` of the workstation's result.
     """
-    machine, cpu = bench.environment.get("machine"), bench.environment.get("cpu")
-    if profile is None or profile.name == "host":
+    if profile is None or profile.kind == "host":
         return "measured-on-target", ""
-    board = profile.kind in _ARM_KINDS
-    if board and machine not in _ARM:
-        return "measured-on-host", f"it was measured on {machine} ({cpu}), not on {profile.name}"
-    if not board and workstation and cpu is not None and workstation.get("cpu") == cpu:
-        return "measured-on-host", f"it was measured on the workstation's own {cpu}"
-    return "measured-on-target", ""
+    cpu = bench.environment.get("cpu")
+    why = profile.mismatch(bench.environment)
+    board = profile.kind in ("cpu-board", "jetson")
+    if not why and not board and workstation and cpu is not None and workstation.get("cpu") == cpu:
+        why = f"it was measured on the workstation's own {cpu}"
+    return ("measured-on-host", why) if why else ("measured-on-target", "")
 
 
 def result_of_bench(
@@ -343,6 +354,7 @@ def result_of_bench(
         "models": dict(zip(("student", "teacher"), models, strict=False)),
         "comparison": _speedup(bench, evidence),
         "environment": bench.environment,
+        "steadiness": bench.steadiness,
         "versions": bench.environment.get("versions") or {},
         "fingerprints": {},
     }
@@ -390,5 +402,6 @@ def with_bench(result: Result, bench: BenchRecord, where: str, evidence: Evidenc
         "models": models,
         "comparison": {**result.comparison, **_speedup(bench, evidence)},
         "environment": bench.environment,
+        "steadiness": bench.steadiness,
     }
     return validate(Result, content, "this bench.json", where, _MEASURE_AGAIN)

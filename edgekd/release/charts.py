@@ -420,6 +420,10 @@ def _histogram(role: str, model: ModelResult) -> Markup:
     counts, edges = np.histogram(samples, bins=_BINS, range=(low, high))
     shares = 100 * counts / len(samples)
     note = f"{len(samples):,} queries"
+    ends = np.cumsum(model.queries_per_process)
+    parts = np.split(samples, ends[:-1]) if len(ends) > 1 else []
+    if parts:
+        note += f" in {len(parts)} processes, the p50 of each marked below"
     if beyond := int(np.sum(samples > high)):
         slowest = number(float(samples.max()), 3)
         note += f"; {beyond:,} above {number(high, 3)} ms are not drawn (slowest {slowest} ms)"
@@ -440,6 +444,12 @@ def _histogram(role: str, model: ModelResult) -> Markup:
             width = max(plot.x_at(float(right)) - x - 0.6, 0.6)
             bars.append(element("rect", tip=tip, x=x, y=y, width=width, height=_FLOOR - y))
     plot.add(f"bars s-{role}", *bars)
+    for index, part in enumerate(parts):
+        p50 = float(np.median(part))
+        x = plot.x_at(min(max(p50, low), high))
+        tip = f"process {index + 1}: p50 {number(p50)} ms"
+        parts_at = {"x1": x, "x2": x, "y1": _FLOOR, "y2": _FLOOR - 9}
+        plot.body.append(element("line", tip=tip, class_="percentile", **parts_at))
     right_of_last, row = float("-inf"), 0
     for name, (ms, text) in percentiles.items():
         x = plot.x_at(ms)

@@ -2,7 +2,8 @@
 
 A rule passes only when the complete interval of its figure meets the budget. When
 the interval contains the budget, or the figure rests on weaker evidence than required, or was not
-measured, the rule is *inconclusive*, and an inconclusive rule does not pass.
+measured, the rule is *inconclusive*, and an inconclusive rule does not pass. So is a rule on
+latency where the measurement was not steady, unless the figure is far from the budget.
 """
 
 from __future__ import annotations
@@ -97,6 +98,8 @@ class Rule:
     origin: str = "gate"
     remark: str = ""
     """Added to the reason where the rule is not passed."""
+    unsteady: str = ""
+    """Why the figure may not be expected again, of a latency that is not steady."""
 
 
 def rules_of(result: Result, budgets: Budgets) -> list[Rule]:
@@ -123,11 +126,19 @@ def rules_of(result: Result, budgets: Budgets) -> list[Rule]:
             figures[key],
             performance=not key.startswith(("size.", "parameters.")),
             origin=budgets.origin(key),
+            unsteady=_unsteady(result) if key.startswith("latency.") else "",
         )
         for key, budget in budgets.given.items()
     ]
     last = sum(rule.key.startswith("accuracy.") for rule in rules)
     return [*rules[:last], *_beat_constant(result, budgets.beat_constant), *rules[last:]]
+
+
+def _unsteady(result: Result) -> str:
+    state = result.steadiness
+    if state is None or state.steady:
+        return ""
+    return "; ".join(state.reasons) or "no reason is recorded"
 
 
 def _drop(result: Result) -> Measurement | None:
@@ -207,6 +218,9 @@ def _text(text: str) -> str:
 
 
 SCHEMA = "edgekd.gate/2"
+WIDE_MARGIN = 1.5
+"""An unsteady latency decides a rule only where its interval, wider by this factor on both sides,
+does: runs of one file on a busy machine differ by up to half."""
 
 
 def evaluate(result: Result, budgets: Budgets) -> list[Verdict]:
@@ -281,6 +295,11 @@ def _status(rule: Rule, figure: Measurement, required: Evidence) -> tuple[Verdic
         return "inconclusive", f"{full_text(figure)} has no interval (n = {figure.n:,})"
     low, high = figure.interval or (figure.value, figure.value)
     text, budget = full_text(figure), bound_text(rule.budget, figure.unit)
+    if rule.unsteady and low / WIDE_MARGIN <= rule.budget <= high * WIDE_MARGIN:
+        return "inconclusive", (
+            f"it was not steady ({rule.unsteady}), and {text} is within {WIDE_MARGIN:g} times "
+            f"{budget}: measure again when the machine is idle"
+        )
     if rule.side == "at most":
         good, bad = high <= rule.budget, low > rule.budget
     elif rule.side == "at least":

@@ -188,7 +188,12 @@ def result_table(result: Result, alone: bool = False) -> tuple[list[str], list[T
         if any(figures):
             counts = {f.n for f in figures if f}
             note = f"n = {', '.join(f'{n:,}' for n in sorted(counts))} queries"
+            if processes := len(result.student.queries_per_process):
+                note += f" in {processes} processes"
             rows.append(_row(f"latency {key.removesuffix('_ms')}", figures, note))
+    for label, key in (("opening", "load_ms"), ("first query", "first_ms")):
+        if any(cold := [getattr(model, key) for model in models]):
+            rows.append(_row(label, cold, "median and range of the processes"))
     memory = [model.peak_memory_mb for model in models]
     if any(memory):
         rows.append(_row("peak memory", memory, "above an empty process"))
@@ -250,6 +255,9 @@ def cautions(result: Result) -> list[str]:
                 f"The {ROLES[role]} never became steady within {queries} warm-up queries: its "
                 "latency may change from run to run."
             )
+    if result.steadiness is not None and not result.steadiness.steady:
+        reasons = "; ".join(result.steadiness.reasons) or "no reason is recorded"
+        found.append(f"The latencies are not steady: {reasons}.")
     found += constant_caution(result) + thread_caution(result)
     effect, gap = distillation_effect(result), result.comparison.get("gap_closed")
     if effect is not None and effect.outcome == "harmed":

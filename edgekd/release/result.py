@@ -60,6 +60,19 @@ def _known(names: tuple[str, ...]) -> Callable[[Mapping[str, Value]], dict[str, 
     return lambda value: {name: value[name] for name in names if name in value}
 
 
+class Steadiness(BaseModel):
+    """Whether a measurement may be expected to repeat itself."""
+
+    model_config = ConfigDict(frozen=True)
+
+    steady: StrictBool
+    """Whether the machine was left to it, and the figures of all processes were alike."""
+    reasons: tuple[str, ...] = ()
+    """Why they are not steady."""
+    contention: dict[str, Any] = Field(default_factory=dict)
+    """What other processes used meanwhile."""
+
+
 class ModelResult(BaseModel):
     """What was measured of one model. A figure that was not measured is None."""
 
@@ -82,7 +95,13 @@ class ModelResult(BaseModel):
     peak_memory_mb: Measurement | None = None
     """Peak of the process above an empty one, in MB."""
     samples_ms: tuple[Annotated[Number, Field(ge=0)], ...] = ()
-    """The latency of every query, in ms."""
+    """The latency of every query, in ms, process by process."""
+    queries_per_process: tuple[Annotated[StrictInt, Field(ge=1)], ...] = ()
+    """How many of ``samples_ms`` are of each process; empty where there was one."""
+    load_ms: Measurement | None = None
+    """Of opening the file: the median of the processes, and their range."""
+    first_ms: Measurement | None = None
+    """Of the first query: the median of the processes, and their range."""
     warmup: dict[str, Any] = Field(default_factory=dict)
     """Number of warm-up queries, and whether the latency was steady after them."""
     runtime: dict[str, Any] = Field(default_factory=dict)
@@ -116,6 +135,8 @@ class Result(BaseModel):
     comparison: Annotated[dict[str, Measurement], AfterValidator(_known(COMPARISONS))]
     """The student against the others: ``drop``, ``speedup``, ``gap_closed`` and others."""
     environment: dict[str, Any]
+    steadiness: Steadiness | None = None
+    """Whether the latencies are steady; None in the results of edgekd 0.1."""
     versions: dict[str, Any]
     fingerprints: dict[str, Any]
 
@@ -178,6 +199,8 @@ class Result(BaseModel):
             yield f"{at}.size_mb", model.size_mb, "MB", 0, math.inf
             yield f"{at}.parameters", model.parameters, "parameters", 0, math.inf
             yield f"{at}.peak_memory_mb", model.peak_memory_mb, "MB", 0, math.inf
+            yield f"{at}.load_ms", model.load_ms, "ms", 0, math.inf
+            yield f"{at}.first_ms", model.first_ms, "ms", 0, math.inf
             for name, figure in model.latency.items():
                 yield f"{at}.latency.{name}", figure, "ms", 0, math.inf
         against = self.comparison
@@ -215,7 +238,9 @@ def _problem(key: str, figure: Measurement, unit: str, low: float, high: float) 
 
 def _sample_problems(key: str, model: ModelResult) -> Iterator[str]:
     """Percentiles that are not those of the raw samples."""
-    samples = sorted(model.samples_ms)
+    samples, by_process = sorted(model.samples_ms), sum(model.queries_per_process)
+    if by_process not in (0, len(samples)):
+        yield f"{key}.queries_per_process are {by_process}, and samples_ms has {len(samples)}"
     for name, figure in model.latency.items():
         if not samples or figure.value is None:
             continue

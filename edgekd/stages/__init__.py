@@ -48,6 +48,7 @@ def preflight(job: Job, gated: bool = True) -> None:
     Raises:
         InputError: a name is unknown, an argument does not fit, a module cannot be imported, a
             training's settings contradict each other, or the gate has nothing to check.
+        TargetError: the gate's target cannot be reached, or has no runtime.
     """
     from edgekd.data.sources import find_source
     from edgekd.data.transforms import check_augmentations, mixing
@@ -62,7 +63,7 @@ def preflight(job: Job, gated: bool = True) -> None:
     from edgekd.stages.search import check_search
     from edgekd.stages.training import augmentation_of
     from edgekd.students.pruning_plan import torch_pruning
-    from edgekd.targets import open_target
+    from edgekd.targets import SshTarget, open_target
     from edgekd.tasks import Classification, get_task
 
     config = job.config
@@ -106,7 +107,11 @@ def preflight(job: Job, gated: bool = True) -> None:
     if config.teacher.train is not None:
         check_train_config(config.teacher.train, Objective.supervised(task), device)
     find_scheme(config.distill.scheme)
-    open_target(config.target)
+    target = open_target(config.target)
+    if gated and isinstance(target, SshTarget):
+        # Found now, and not after a night of training.
+        target.check_runtime()
+        target.close()
     for engine in config.engines:
         if engine.kind == "onnxruntime":
             provider_chain(job.profile.runtime.providers, engine.providers, engine.fallback)

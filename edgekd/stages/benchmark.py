@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from edgekd.files import write_npz
 from edgekd.pipeline.stage import Context, Job
+from edgekd.release.result import LATENCIES
 from edgekd.stages.engine_builders import common_level
 from edgekd.stages.task_data import ENGINES_SCHEMA, TaskData, open_task_data, read_json, write_json
 
 if TYPE_CHECKING:
     from edgekd.onnx.samples import Array
+    from edgekd.targets.target import LatencyLimits
 
 ROLES = ("teacher", "student", "baseline")
 """The teacher first: without labels, its predictions replace them."""
@@ -44,13 +45,16 @@ class BenchmarkStage:
 
         The machine is included: a figure of another machine is not valid here.
         """
+        from edgekd.targets import machine_of
+
         config = job.config
         return {
             "name": config.name,
             "benchmark": config.benchmark.model_dump(mode="json"),
+            "budgets": _budgets(job),
             "profile": job.profile.name,
             "target": config.target,
-            "machine": [platform.node(), platform.machine()],
+            "machine": machine_of(config.target),
             "task": job.task_settings,
             "seed": config.seed,
         }
@@ -63,7 +67,7 @@ class BenchmarkStage:
         from edgekd.release.report_tables import thread_remark
         from edgekd.release.result import SCHEMA as RESULT_SCHEMA
         from edgekd.release.result import recipe_sha256
-        from edgekd.targets import open_target
+        from edgekd.targets import LocalTarget, open_target
         from edgekd.tasks import agreement_task
 
         config, profile = context.job.config, context.job.profile
@@ -95,11 +99,18 @@ class BenchmarkStage:
             batch=config.benchmark.batch_size,
             min_queries=config.benchmark.min_queries,
             max_seconds=config.benchmark.max_seconds,
+            processes=config.benchmark.processes,
             optimization=common_level(levels.values()),
             **settings,
+            **_budgets(context.job),
         )
+        for reason in bench.get("steadiness", {}).get("reasons", ()):
+            context.progress.message(f"  not steady: {reason}")
         if remark := thread_remark(settings["threads"], bench["environment"].get("cpus_usable")):
             context.progress.message(f"  {remark}")
+        mismatch = profile.mismatch(bench["environment"])
+        if mismatch and config.target != LocalTarget.name:
+            context.progress.message(f"  not evidence for {profile.name}: {mismatch}")
         task, labelled = task_data.task, task_data.task.labelled(targets)
         by_teacher = not labelled.any() and "teacher" in files
         if by_teacher:
@@ -136,7 +147,7 @@ class BenchmarkStage:
             recipe=recipe_sha256(config.model_dump(mode="json", include=RECIPE)),
             profile=profile.name,
             target=config.target,
-            evidence=evidence_of(profile.name, config.target),
+            evidence=evidence_of(profile.name, config.target, mismatch),
             versions=library_versions(("edgekd", "torch", "onnx", "onnxruntime", "numpy")),
             fingerprints=context.fingerprints,
         )
@@ -147,6 +158,21 @@ class BenchmarkStage:
         write_json(context.out / "result.json", result.to_json(), RESULT_SCHEMA)
         scores = {role: entry.scores for role, entry in measured.items()}
         write_npz(context.out / "scores.npz", scores)
+
+
+def _budgets(job: Job) -> LatencyLimits:
+    """The limits of latency and speed-up, as settings of the benchmark: they decide how many
+    processes it takes.
+    """
+    names = {
+        f"latency.{key}": f"budget_{key.removeprefix('min_')}"
+        for key in (*LATENCIES, "min_speedup")
+    }
+    given = job.budgets.given
+    found = {name: given[key] for key, name in names.items() if key in given}
+    if job.config.benchmark.against == "none":
+        found.pop("budget_speedup", None)
+    return cast("LatencyLimits", found)
 
 
 def _names(specs: Any) -> list[str]:

@@ -6,7 +6,6 @@ Everything is stored in the run's cache as it is found, so that a search that is
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import time
 from collections.abc import Mapping
@@ -85,6 +84,8 @@ def section_of(job: Job) -> SearchConfig:
 
 def measuring_settings(job: Job) -> dict[str, Any]:
     """What candidates and their measured figures depend on, for a ``config_slice``."""
+    from edgekd.targets import machine_of
+
     config, search = job.config, section_of(job)
     preprocess, quantize = config.teacher.preprocess, config.quantize
     sources = search.candidates or ()
@@ -109,7 +110,7 @@ def measuring_settings(job: Job) -> dict[str, Any]:
             if key.startswith(_LIMITS)
         },
         "target": config.target,
-        "machine": [platform.node(), platform.machine()],
+        "machine": machine_of(config.target),
         "libraries": library_versions(("optuna", "torch-pruning", "onnxruntime")),
     }
 

@@ -62,6 +62,8 @@ class EnginesStage:
 
     def config_slice(self, job: Job) -> dict[str, Any]:
         """The engines, the selection's settings and budgets, and the machine."""
+        from edgekd.targets import machine_of
+
         config = job.config
         measured = {
             "max_drop": config.quantize.max_drop,
@@ -83,7 +85,7 @@ class EnginesStage:
             "memory": job.budgets["memory.peak_mb"] if kinds != {"onnxruntime"} else None,
             "choice": measured,
             "target": config.target if bound else None,
-            "machine": [platform.node(), platform.machine()] if bound else None,
+            "machine": machine_of(config.target) if bound else None,
             "tensorrt": _tensorrt_versions(kinds),
         }
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import platform
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -263,6 +262,8 @@ class _FileMeter:
     def __init__(
         self, meter: _Meter, file: Path, teacher: Path | None, quantize: QuantizeConfig | None
     ) -> None:
+        from edgekd.targets import machine_of
+
         self.meter, self.file, self.teacher, self.quantize = meter, file, teacher, quantize
         job, config = meter.context.job, meter.config
         self.runtime: Runtime = runtime_of(job, config.engines[0])
@@ -274,7 +275,7 @@ class _FileMeter:
             "engine": config.engines[0].model_dump(mode="json"),
             "profile": job.profile.model_dump(mode="json", include={"runtime", "gpu"}),
             "queries": [meter.queries, SECONDS],
-            "machine": [meter.target.name, platform.node(), platform.machine()],
+            "machine": [meter.target.name, *machine_of(config.target)],
             "versions": library_versions(("onnx", "onnxruntime")),
         }
         self.folder = meter.folder / json_sha256(key)[:16]
@@ -366,6 +367,9 @@ class _FileMeter:
             min_queries=self.meter.queries,
             max_seconds=SECONDS,
             memory=memory,
+            # Processes are started one by one here, so that each is stored.
+            processes=1,
+            max_processes=1,
             provider_options=built.row.get("provider_options"),
             against_options=other.get("provider_options"),
             optimization=common_level(levels),

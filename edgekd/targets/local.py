@@ -44,8 +44,8 @@ FILES = ("against", "engine", "inputs", "json", "manifest", "output", "timing_ca
 """Settings that are files."""
 
 
-class LocalTarget:
-    """Runs ``python -m edgerun`` with this interpreter, one fresh process for each call.
+class EdgerunTarget:
+    """Runs ``python -m edgerun``, one fresh process for each call, which a subclass starts.
 
     The methods are those of :class:`edgekd.targets.target.Target`. All raise InputError when
     edgerun finds the input wrong, StageError when it cannot write a file, and TargetError when it
@@ -54,7 +54,28 @@ class LocalTarget:
     process; the others raise TargetError then.
     """
 
-    name = "local"
+    name: str
+
+    def _edgerun(self, command: str, model: Path | None, settings: Mapping[str, Any]) -> None:
+        """Run a command of edgerun; the settings of :data:`FILES` are paths on this machine."""
+        raise NotImplementedError
+
+    def _record(
+        self, command: str, model: Path | None, settings: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Run edgerun with ``--json`` and read its record."""
+        with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
+            path = Path(folder) / "record.json"
+            self._edgerun(command, model, {"json": path, **settings})
+            try:
+                record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise TargetError(
+                    f"edgerun {command} ended well but left no readable result: {error}",
+                    where=self.name,
+                    remedy="check the space in the temporary folder",
+                ) from error
+        return record
 
     def bench(
         self, model: Path, against: Path | None = None, **settings: Unpack[BenchSettings]
@@ -66,14 +87,14 @@ class LocalTarget:
         if against is not None:
             models.append((against, settings.get("against_options") or options))
         with self._explained(models, settings):
-            return _edgerun_record("bench", model, {"against": against, **settings})
+            return self._record("bench", model, {"against": against, **settings})
 
     def run(self, model: Path, inputs: Path, output: Path, **settings: Unpack[RunSettings]) -> None:
         """Write the model's outputs for every sample of an npz file to another one."""
         _check_names(settings, RunSettings)
         given = {"inputs": inputs, "output": output, **settings}
         with self._explained([(model, settings.get("provider_options"))], given):
-            _edgerun("run", model, given)
+            self._edgerun("run", model, given)
 
     def probe(self, model: Path, **settings: Unpack[ProbeSettings]) -> dict[str, Any]:
         """Open a model and run it once: a record ``edgerun.probe/1``.
@@ -85,11 +106,37 @@ class LocalTarget:
         """
         _check_names(settings, ProbeSettings)
         try:
-            return _edgerun_record("probe", model, settings)
+            return self._record("probe", model, settings)
         except CrashError as crash:
             crash.where = str(model)
-            crash.remedy = _remedy(crash, model, settings)
+            crash.remedy = self._remedy(crash, model, settings)
             raise
+
+    def _remedy(self, crash: CrashError, model: Path, settings: Mapping[str, Any]) -> str:
+        """The remedy for a model that crashes its process; lower levels are tried."""
+        if crash.signal == signal.SIGKILL:
+            return OUT_OF_MEMORY
+        for lower in LEVELS[LEVELS.index(settings.get("optimization", LEVELS[0])) + 1 :]:
+            try:
+                probed = {**settings, "optimization": lower}
+                ran = self._record("probe", model, probed)["ran"]
+            except EdgekdError:
+                continue
+            return (
+                f"at graph optimization level {lower!r} it {'opens and runs' if ran else 'opens'} "
+                f"(tried here): give 'edgekd build' or 'benchmark' --optimization {lower}, in a "
+                f"pipeline engines: [{{kind: onnxruntime, optimization: {lower}}}], and a program "
+                "of your own SessionOptions.graph_optimization_level"
+            )
+        if crash.signal == signal.SIGFPE:
+            return (
+                "that is a division of whole numbers without a result (by 0, or of the smallest by "
+                "-1): give real inputs (--inputs DATA.npz)"
+            )
+        return (
+            "no lower level of graph optimization helps (tried here); another release of ONNX "
+            "Runtime may, or an export in another opset"
+        )
 
     @contextmanager
     def _explained(
@@ -119,15 +166,72 @@ class LocalTarget:
 
     def build(self, model: Path, engine: Path, settings: BuildSettings) -> dict[str, Any]:
         """Build a TensorRT engine: a record ``edgerun.build/1``, also written next to it."""
-        return _edgerun_record("build", model, {"engine": engine, **vars(settings)})
+        return self._record("build", model, {"engine": engine, **vars(settings)})
 
     def parse(self, model: Path, library: str) -> dict[str, Any]:
         """The verdict of TensorRT's parser on a model: a record ``edgerun.parse/1``."""
-        return _edgerun_record("parse", model, {"library": library})
+        return self._record("parse", model, {"library": library})
 
     def info(self, model: Path | None = None) -> dict[str, Any]:
         """Describe this machine, and a model's inputs and outputs: ``edgerun.info/1``."""
-        return _edgerun_record("info", model, {})
+        return self._record("info", model, {})
+
+
+class LocalTarget(EdgerunTarget):
+    """This machine, and this interpreter."""
+
+    name = "local"
+
+    def _edgerun(self, command: str, model: Path | None, settings: Mapping[str, Any]) -> None:
+        file, files = real_files(model, settings)
+        words = command_words(command, file, {**settings, **files})
+        with edgerun_errors():
+            memory = memory_limit()
+        # The child has this limit, so that it is known where the child is killed.
+        limits = {} if memory is None else {MEMORY: f"{memory / 1e6:.6f}"}
+        # An empty working folder: 'python -m' would prefer a numpy.py in the current folder.
+        with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
+            try:
+                done = subprocess.run(
+                    [sys.executable, "-m", "edgerun", *words],
+                    # Temporary files of a crashed process are removed with this folder.
+                    env=clean_environment(settings.get("threads")) | limits | {"TMPDIR": folder},
+                    cwd=folder,
+                    stdin=subprocess.DEVNULL,
+                    capture_output=True,
+                    text=True,
+                    errors="replace",
+                    check=False,
+                )
+            except OSError as error:
+                raise TargetError(
+                    f"{sys.executable} could not be started: {error}", where=LocalTarget.name
+                ) from error
+        if done.returncode != 0:
+            # An engine fails for what the machine lacks, an ONNX model by itself.
+            runs_onnx = command in ("bench", "run", "probe") and file and not is_engine(file)
+            raise error_of(command, done, file if runs_onnx else None, memory)
+
+
+def real_files(
+    model: Path | None, settings: Mapping[str, Any]
+) -> tuple[Path | None, dict[str, Path]]:
+    """The model, and those of a call's settings that are files, as absolute paths without links:
+    edgerun works in a folder of its own, and relative paths are meant from here.
+
+    Raises:
+        InputError: a path is not valid UTF-8.
+    """
+    files = {k: Path(os.path.realpath(settings[k])) for k in FILES if settings.get(k) is not None}
+    file = None if model is None else Path(os.path.realpath(model))
+    for path in (file, *files.values()):
+        if not is_utf8(str(path)):
+            raise InputError(
+                "the path is not valid UTF-8, and the runtimes take no other",
+                where=str(path),
+                remedy="rename the folder or the file",
+            )
+    return file, files
 
 
 def clean_environment(threads: int | None) -> dict[str, str]:
@@ -137,11 +241,14 @@ def clean_environment(threads: int | None) -> dict[str, str]:
     is inherited but the interpreter; PYTHONPATH is edgerun's parent alone.
     """
     inherited = {k: value for k, value in os.environ.items() if not k.startswith("PYTHON")}
+    own = {"PYTHONPATH": str(edgerun_folder().parent), PARENT: str(os.getpid())}
+    return {**inherited, **own, **edgerun_variables(threads)}
+
+
+def edgerun_variables(threads: int | None) -> dict[str, str]:
+    """The variables of a measuring process that are the same on every machine."""
     return {
-        **inherited,
-        "PYTHONPATH": str(edgerun_folder().parent),
         "PYTHONDONTWRITEBYTECODE": "1",  # a run writes nothing outside its folders
-        PARENT: str(os.getpid()),
         AS_JSON: "json",
         # numpy's libraries allocate buffers for each thread when imported: memory that no model
         # needs.
@@ -156,111 +263,28 @@ def _check_names(settings: Mapping[str, Any], known: type) -> None:
             raise TypeError(f"there is no setting {name!r} in {known.__name__}")
 
 
-def _remedy(crash: CrashError, model: Path, settings: Mapping[str, Any]) -> str:
-    """The remedy for a model that crashes the process; lower levels of optimization are tried."""
-    if crash.signal == signal.SIGKILL:
-        return OUT_OF_MEMORY
-    for lower in LEVELS[LEVELS.index(settings.get("optimization", LEVELS[0])) + 1 :]:
-        try:
-            probed = {**settings, "optimization": lower}
-            ran = _edgerun_record("probe", model, probed)["ran"]
-        except EdgekdError:
-            continue
-        return (
-            f"at graph optimization level {lower!r} it {'opens and runs' if ran else 'opens'} "
-            f"(tried here): give 'edgekd build' or 'benchmark' --optimization {lower}, in a "
-            f"pipeline engines: [{{kind: onnxruntime, optimization: {lower}}}], and a program of "
-            "your own SessionOptions.graph_optimization_level"
-        )
-    if crash.signal == signal.SIGFPE:
-        return (
-            "that is a division of whole numbers without a result (by 0, or of the smallest by "
-            "-1): give real inputs (--inputs DATA.npz)"
-        )
-    return (
-        "no lower level of graph optimization helps (tried here); another release of ONNX "
-        "Runtime may, or an export in another opset"
-    )
-
-
-def _edgerun_record(
-    command: str, model: Path | None, settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Run edgerun with ``--json`` and read its record."""
-    with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
-        path = Path(folder) / "record.json"
-        _edgerun(command, model, {"json": path, **settings})
-        try:
-            record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise TargetError(
-                f"edgerun {command} ended well but left no readable result: {error}",
-                where=LocalTarget.name,
-                remedy="check the space in the temporary folder",
-            ) from error
-    return record
-
-
-def _edgerun(command: str, model: Path | None, settings: Mapping[str, Any]) -> None:
-    # edgerun works in a folder of its own; relative paths are meant from here.
-    files = {k: Path(os.path.realpath(settings[k])) for k in FILES if settings.get(k) is not None}
-    file = None if model is None else Path(os.path.realpath(model))
-    words = command_words(command, file, {**settings, **files})
-    for path in (file, *files.values()):
-        if not is_utf8(str(path)):
-            raise InputError(
-                "the path is not valid UTF-8, and the runtimes take no other",
-                where=str(path),
-                remedy="rename the folder or the file",
-            )
-    with edgerun_errors():
-        memory = memory_limit()
-    # The child has this limit, so that it is known where the child is killed.
-    limits = {} if memory is None else {MEMORY: f"{memory / 1e6:.6f}"}
-    # An empty working folder: 'python -m' would prefer a numpy.py in the current folder.
-    with tempfile.TemporaryDirectory(prefix="edgekd-") as folder:
-        try:
-            done = subprocess.run(
-                [sys.executable, "-m", "edgerun", *words],
-                # Temporary files of a crashed process are removed with this folder.
-                env=clean_environment(settings.get("threads")) | limits | {"TMPDIR": folder},
-                cwd=folder,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                check=False,
-            )
-        except OSError as error:
-            raise TargetError(
-                f"{sys.executable} could not be started: {error}", where=LocalTarget.name
-            ) from error
-    if done.returncode != 0:
-        # An engine fails for what the machine lacks, an ONNX model by itself.
-        runs_onnx = command in ("bench", "run", "probe") and file and not is_engine(file)
-        raise _error(command, done, file if runs_onnx else None, memory)
-
-
-def _error(
+def error_of(
     command: str,
     done: subprocess.CompletedProcess[str],
     model: Path | None,
     memory: int | None = None,
+    target: str = LocalTarget.name,
 ) -> EdgerunError:
     """The error that a failed edgerun reported, or what it last wrote when it crashed.
 
     Args:
         model: the ONNX file that it ran; None for an engine and for other commands.
         memory: its limit in bytes.
+        target: where it ran.
     """
-    reported = _reported(done.stderr)
+    reported = reported_error(done.stderr)
     if reported is not None:
         what, where, remedy, code = (reported[k] for k in ("what", "where", "remedy", "code"))
         if code == BadInput.exit_code:
             return InputError(what, where=where, remedy=remedy)
         if code == CannotWrite.exit_code or (model is not None and code == RunFailed.exit_code):
             return StageError(what, where=where, remedy=remedy)
-        return TargetError(what, where=where or LocalTarget.name, remedy=remedy)
+        return TargetError(what, where=where or target, remedy=remedy)
     code = done.returncode
     last = "\n".join(f"    {line}" for line in done.stderr.strip().splitlines()[-STDERR_LINES:])
     wrote = f"; it last wrote:\n{last}" if last else ""
@@ -277,10 +301,10 @@ def _error(
             remedy=remedy,
         )
     ending = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-    return TargetError(f"edgerun {command} {ending}{wrote}", where=LocalTarget.name, remedy=remedy)
+    return TargetError(f"edgerun {command} {ending}{wrote}", where=target, remedy=remedy)
 
 
-def _reported(stderr: str) -> dict[str, Any] | None:
+def reported_error(stderr: str) -> dict[str, Any] | None:
     """The error that edgerun reported as a JSON line (see :meth:`EdgerunError.report`), or None."""
     for line in reversed(stderr.splitlines()):
         if line.startswith('{"edgerun_error": '):

@@ -49,7 +49,19 @@ class ProbeSettings(ModelSettings, total=False):
     """Whether to run the model at all."""
 
 
-class BenchSettings(ModelSettings, total=False):
+class LatencyLimits(TypedDict, total=False):
+    """Limits of a benchmark: processes are added until each is outside its figure's interval."""
+
+    budget_p50_ms: float | None
+    """Of a percentile, in ms."""
+    budget_p90_ms: float | None
+    budget_p95_ms: float | None
+    budget_p99_ms: float | None
+    budget_speedup: float | None
+    """Of the ratio of ``against`` to the model."""
+
+
+class BenchSettings(ModelSettings, LatencyLimits, total=False):
     """Settings of :meth:`Target.bench`; ``inputs`` and ``shapes`` as in :class:`ProbeSettings`."""
 
     inputs: Path | None
@@ -60,9 +72,13 @@ class BenchSettings(ModelSettings, total=False):
     min_queries: int
     """Timed queries of each model, 1000 by default, unless ``max_seconds`` are over before."""
     max_seconds: float
-    """Of timing all models, 60 by default."""
+    """Of timing all models in all processes, 60 by default."""
     seed: int
     """Of random inputs."""
+    processes: int
+    """Fresh processes at least, 5 by default, each of which opens the models anew."""
+    max_processes: int | None
+    """At most; three times as many by default."""
     memory: bool
     """Whether to measure peak memory, in additional processes."""
 

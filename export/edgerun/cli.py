@@ -38,6 +38,13 @@ if TYPE_CHECKING:
 MAX_THREADS = 1024
 """More threads than this only exhaust the system; ONNX Runtime starts all at once."""
 
+BUDGETS = {
+    **{f"budget_{name}_ms": name for name in ("p50", "p90", "p95", "p99")},
+    "budget_speedup": "speedup",
+}
+"""Options of ``bench`` that are limits of a figure: processes are added until its interval is on
+one side."""
+
 LEVELS = ("all", "extended", "basic", "disabled")
 """ONNX Runtime's levels of graph optimization, the highest first."""
 
@@ -73,6 +80,10 @@ def command_parser() -> argparse.ArgumentParser:
     bench.add_argument("--seed", type=_natural, default=0, metavar="N")
     bench.add_argument("--min-queries", type=_count, default=1000, metavar="N")
     bench.add_argument("--max-seconds", type=_seconds, default=60.0, metavar="S")
+    bench.add_argument("--processes", type=_count, default=5, metavar="N", help="fresh ones, least")
+    bench.add_argument("--max-processes", type=_count, metavar="N", help="default: 3 times as many")
+    for name in BUDGETS:
+        bench.add_argument(f"--{name.replace('_', '-')}", type=_positive, metavar="LIMIT")
     bench.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     bench.add_argument("--json", type=Path, metavar="OUT", help="write the complete record here")
     _add_settings(bench)
@@ -400,6 +411,13 @@ def _bench(options: argparse.Namespace) -> Done:
             min_queries=options.min_queries,
             max_seconds=options.max_seconds,
             memory=not options.no_memory,
+            processes=options.processes,
+            max_processes=options.max_processes,
+            budgets={
+                figure: getattr(options, name)
+                for name, figure in BUDGETS.items()
+                if getattr(options, name) is not None
+            },
             against_settings=model_settings(options, against=True),
         )
     )
@@ -416,12 +434,19 @@ def _verify(options: argparse.Namespace) -> Done:
 
 
 def _info(options: argparse.Namespace) -> Done:
+    from edgerun.board import describe_board
     from edgerun.run import describe_model, model_lines
     from edgerun.system import describe_environment, description_lines, read_conditions
 
     environment = {**describe_environment(), "now": read_conditions()}
-    record: Dict[str, Any] = {"schema": "edgerun.info/1", "environment": environment}
-    lines = list(description_lines(environment))
+    board = describe_board()
+    record: Dict[str, Any] = {
+        "schema": "edgerun.info/1",
+        "environment": environment,
+        "board": board,
+    }
+    own = {key: board[key] for key in board if key not in environment and key != "missing"}
+    lines = list(description_lines({**environment, **own}))
     if options.model is not None:
         record["model"] = describe_model(options.model)
         lines = [*model_lines(record["model"]), *lines]

@@ -24,7 +24,7 @@ from edgerun.cuda_runtime import load_cuda_runtime
 from edgerun.errors import EdgerunError, RunFailed
 from edgerun.files import is_engine
 from edgerun.inputs import Feed
-from edgerun.model import LoadedModel, Settings
+from edgerun.model import Settings
 from edgerun.nvml import MB, Nvml, Unread, open_nvml
 from edgerun.process import PARENT, end_with_parent
 from edgerun.run import open_model
@@ -58,10 +58,15 @@ def peak_mb() -> float | None:
     return None
 
 
-def runtime_of(model: LoadedModel) -> tuple[str, ...]:
-    """The modules that opening a model imports, its runtime among them."""
-    if is_engine(model.path):
-        return ("edgerun.tensorrt.runner", MODULES[model.providers[0]])
+def runtime_of(path: Path, providers: Sequence[str]) -> tuple[str, ...]:
+    """The modules that opening a model imports, its runtime among them.
+
+    Args:
+        path: the model.
+        providers: those of the opened model.
+    """
+    if is_engine(path):
+        return ("edgerun.tensorrt.runner", MODULES[providers[0]])
     return ("edgerun.onnx_session",)
 
 
@@ -73,11 +78,19 @@ def empty_memory(runtime: tuple[str, ...]) -> float | None:
     return statistics.median(known) if known else None
 
 
-def model_memory(model: LoadedModel, settings: Settings, feed: Feed) -> dict[str, Any]:
+def model_memory(
+    model: Path, runtime: tuple[str, ...], settings: Settings, feed: Feed
+) -> dict[str, Any]:
     """``{"peak_mb", "empty_mb", "above_empty_mb", "processes", "device_mb", "device_note"}``.
 
     The largest of the peaks; ``device_mb`` is the GPU's, which the others do not count.
     Values are null where the kernel or the driver does not report them.
+
+    Args:
+        model: its file.
+        runtime: :func:`runtime_of` it.
+        settings: to open it with.
+        feed: of its queries.
 
     Raises:
         RunFailed: the process ended without a result, as when it is killed for memory.
@@ -89,14 +102,14 @@ def model_memory(model: LoadedModel, settings: Settings, feed: Feed) -> dict[str
         np.savez(path, **arrays)
         options = {name: dict(given) for name, given in settings.provider_options.items()}
         job = {
-            "model": str(model.path),
+            "model": str(model),
             "feed": str(path),
             "names": list(feed),
             "settings": {**vars(settings), "provider_options": options},
         }
         reports = [_child(job) for _ in range(PROCESSES)]
     known = [report["peak_mb"] for report in reports if report["peak_mb"] is not None]
-    peak, empty = max(known) if known else None, empty_memory(runtime_of(model))
+    peak, empty = max(known) if known else None, empty_memory(runtime)
     return {
         "peak_mb": peak,
         "empty_mb": empty,

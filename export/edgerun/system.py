@@ -198,6 +198,12 @@ def _clocks(root: Path) -> list[float] | None:
     return [float(value) for value in found] or None
 
 
+def read_clock(root: Path = ROOT) -> float | None:
+    """The highest clock of a core now, in MHz: that of the one which is in use."""
+    clocks = _clocks(root)
+    return max(clocks) if clocks else None
+
+
 def _temperatures(root: Path) -> dict[str, float] | None:
     zones: dict[str, float] = {}
     for zone in sorted(root.glob("sys/class/thermal/thermal_zone*")):

@@ -1,9 +1,12 @@
-"""``edgekd benchmark`` against a bare loop around ``InferenceSession.run``: the ratio of p50s.
+"""edgerun's timing against a bare loop around ``InferenceSession.run``: the ratios of p50 and p99.
 
-Both measure the same file, threads and input, each time in a fresh process, in turn, so that a
-drift of the machine meets both alike. The goal is a ratio within 3 % of one::
+Both time one session in one process, in turn, so that the machine and the places in memory are
+the same for both. The goals are a p50 within 2 % and a p99 within 10 %::
 
-    python tests/benchmarks/bare_loop.py MODEL.onnx [--threads 1] [--rounds 10]
+    python tests/benchmarks/bare_loop.py [MODEL.onnx] [--threads 1] [--processes 10]
+
+Each process is fresh; the ratios are those of the pooled percentiles of each process, with the
+interval of their median. The complete benchmark is measured beside it in as many processes.
 """
 
 from __future__ import annotations
@@ -15,80 +18,69 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
-import onnxruntime
-
 from edgekd.targets import LocalTarget
+from edgerun.percentiles import median_interval
+from tests.benchmarks.layers import save_layers
 
-QUERIES = 1000
-WARM_UP = 300
-
-BARE = """
+BOTH = """
 import sys, time
-import numpy as np, onnxruntime
-model, data, threads, warm_up, queries = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
-options = onnxruntime.SessionOptions()
-options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-feed = dict(np.load(data))
-for _ in range(warm_up):
-    session.run(None, feed)
-elapsed = []
-for _ in range(queries):
-    begin = time.perf_counter()
-    session.run(None, feed)
-    elapsed.append(time.perf_counter() - begin)
-print(1e3 * float(np.median(elapsed)))
+from pathlib import Path
+import numpy as np
+from edgerun.inputs import make_feeds
+from edgerun.model import Settings
+from edgerun.run import open_model
+from edgerun.timing import Stopwatch
+model = open_model(Path(sys.argv[1]), Settings(int(sys.argv[2])))
+feeds = make_feeds(model.inputs, {})
+watch, session, feed = Stopwatch(model, feeds), model.session, feeds.feeds[0]
+watch.warm_up(3)
+bare, ours = [], []
+for _ in range(200):
+    for _ in range(50):
+        begin = time.perf_counter()
+        session.run(None, feed)
+        bare.append(1e3 * (time.perf_counter() - begin))
+    ours += watch.block(50)
+print(*np.percentile(bare, [50, 99]), *np.percentile(ours, [50, 99]))
 """
 
 
-def bare_p50(model: Path, data: Path, threads: int) -> float:
-    """Median ms of the loop that anybody would write."""
-    words = [str(model), str(data), str(threads), str(WARM_UP), str(QUERIES)]
-    done = subprocess.run(
-        [sys.executable, "-c", BARE, *words], check=True, capture_output=True, text=True
-    )
-    return float(done.stdout)
-
-
-def one_query(model: Path, path: Path) -> None:
-    """Write one random input of every declared one; open dimensions are 1."""
-    session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
-    generator = np.random.default_rng(0)
-    kinds = {"tensor(float)": "float32", "tensor(int32)": "int32", "tensor(int64)": "int64"}
-    arrays = {}
-    for node in session.get_inputs():
-        shape = [size if isinstance(size, int) else 1 for size in node.shape]
-        arrays[node.name] = generator.random(shape).round(3).astype(kinds[node.type])
-    np.savez(path, **arrays)
-
-
 def main() -> None:
-    """Measure in turn and print both p50s and their ratio, round by round."""
+    """Measure in turn and print both percentiles and their ratios, process by process."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--inputs", type=Path)
+    parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--processes", type=int, default=10)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        data = options.inputs or Path(folder) / "query.npz"
-        if options.inputs is None:
-            one_query(options.model, data)
-        ratios = []
-        for number in range(options.rounds):
-            bare = bare_p50(options.model, data, options.threads)
-            record = LocalTarget().bench(
-                options.model,
-                inputs=data,
-                threads=options.threads,
-                min_queries=QUERIES,
-                memory=False,
+        model = options.model or save_layers(Path(folder) / "model.onnx", 20)
+        ratios: dict[str, list[float]] = {"p50": [], "p99": []}
+        bare_p50s = []
+        for number in range(options.processes):
+            words = [sys.executable, "-c", BOTH, str(model), str(options.threads)]
+            done = subprocess.run(words, check=True, capture_output=True, text=True)
+            bare50, bare99, ours50, ours99 = map(float, done.stdout.split())
+            ratios["p50"].append(ours50 / bare50)
+            ratios["p99"].append(ours99 / bare99)
+            bare_p50s.append(bare50)
+            print(
+                f"{number}: bare {bare50:.5f} and {bare99:.5f} ms, edgerun {ours50:.5f} and "
+                f"{ours99:.5f} ms, {ours50 / bare50:.4f} and {ours99 / bare99:.4f}",
+                flush=True,
             )
-            ours = record["models"][0]["latency"]["p50"]["value"]
-            ratios.append(ours / bare)
-            print(f"{number}: bare {bare:.5f} ms, edgekd {ours:.5f} ms, {ratios[-1]:.4f}")
-    print(f"median ratio {statistics.median(ratios):.4f} over {len(ratios)} rounds")
+        for name, found in ratios.items():
+            interval = median_interval(found) or (min(found), max(found))
+            print(f"{name}: median ratio {statistics.median(found):.4f} {interval}")
+        record = LocalTarget().bench(
+            model,
+            threads=options.threads,
+            processes=options.processes,
+            max_processes=options.processes,
+            memory=False,
+        )
+        p50 = record["models"][0]["latency"]["p50"]
+        bare = statistics.median(bare_p50s)
+        print(f"benchmark p50 {p50['value']:.5f} {p50['interval']}, bare loops {bare:.5f} ms")
 
 
 if __name__ == "__main__":

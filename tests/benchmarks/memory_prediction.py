@@ -238,6 +238,7 @@ def measure(
                 record = LocalTarget().bench(
                     built, inputs=inputs, batch=batch, threads=threads, providers=CPU,
                     min_queries=20, max_seconds=5.0, optimization=row.run_level,
+                    processes=1, max_processes=1,
                 )["models"][0]  # fmt: skip
                 known[keys[precision, batch]] = {
                     "costs": vars(graph_costs(source, batch)),

@@ -206,6 +206,38 @@ def test_a_profile_goes_through_json():
     assert isinstance(profile.compute.int8_dense_tops, Quantity)
 
 
+@pytest.mark.parametrize(
+    ("profile", "machine", "device", "cpu", "is_it"),
+    [
+        ("raspberry-pi-5", "aarch64", "Raspberry Pi 5 Model B Rev 1.0", "Cortex-A76", True),
+        ("raspberry-pi-5", "aarch64", "Raspberry Pi 4 Model B Rev 1.4", "BCM2711", False),
+        ("raspberry-pi-4", "aarch64", "Raspberry Pi 4 Model B Rev 1.4", "BCM2711", True),
+        ("raspberry-pi-5", "x86_64", "Raspberry Pi 5", "Intel Xeon", False),
+        ("raspberry-pi-5", "aarch64", None, None, True),
+        ("jetson-orin-nano-super-8gb", "aarch64",
+         "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super", None, True),
+        ("jetson-orin-nx-16gb", "aarch64", "NVIDIA Jetson Orin Nano Developer Kit", None, False),
+        ("jetson-agx-orin-64gb", "aarch64", "NVIDIA Jetson AGX Orin Developer Kit", None, True),
+        ("jetson-thor-t5000", "aarch64", "NVIDIA Jetson AGX Thor Developer Kit", None, True),
+        ("intel-n100", "x86_64", "Mini PC", "Intel(R) N100", True),
+        ("intel-n100", "x86_64", "Mini PC", "Intel(R) N200", False),
+        ("intel-n100", "aarch64", "Mini PC", "Intel(R) N100", False),
+        ("rtx-3060", "x86_64", "PC", "AMD Ryzen 5", False),
+        ("host", "riscv64", "anything", None, True),
+    ],
+)  # fmt: skip
+def test_a_machine_is_the_device_it_calls_itself(profile, machine, device, cpu, is_it):
+    environment = {"machine": machine, "device": device, "cpu": cpu, "gpu": None}
+    why = load_profile(profile).mismatch(environment)
+    assert (why == "") == is_it, why
+
+
+@pytest.mark.parametrize(("name", "is_it"), [("RTX 3060", True), ("RTX 4090", False)])
+def test_a_desktop_is_known_by_its_gpu(name, is_it):
+    environment = {"machine": "x86_64", "gpu": {"name": f"NVIDIA GeForce {name}"}}
+    assert (load_profile("rtx-3060").mismatch(environment) == "") == is_it
+
+
 def test_profiles_are_read_without_torch():
     code = "from edgekd.config.profile import load_profile; load_profile('host'); "
     check_not_imported({"torch"}, code + "import edgekd.cli.profiles, edgekd.cli.doctor")

@@ -2,15 +2,21 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 
+from edgerun.bench import BenchOptions, bench
+from edgerun.contention import Contention
+from edgerun.model import Settings
+from edgerun.timed_process import Share, TimedModel, TimedProcess
 from tests.command_line import edgerun
 from tests.export import models
 from tests.onnx_builders import save_external, save_onnx
 
-QUICK = ("--threads", 1, "--min-queries", 70, "--max-seconds", 4)
+QUICK = ("--threads", 1, "--min-queries", 70, "--max-seconds", 2)
+FEW = (*QUICK, "--max-processes", 2, "--processes", 2)
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +39,77 @@ def test_the_record_keeps_every_sample_that_its_figures_rest_on(record):
         assert p50["value"] in samples
         assert p50["interval"][0] <= p50["value"] <= p50["interval"][1]
         assert model["warmup"]["steady"] in (True, False)
+        counts = model["queries_per_process"]
+        assert len(counts) == len(record["processes"]) >= 5
+        assert sum(counts) == samples.size
+        for cold in (model["load"], model["first"]):
+            assert 0 < cold["range"][0] <= cold["value"] <= cold["range"][1]
+    state = record["steadiness"]
+    assert state["steady"] == (not state["reasons"])
+
+
+IDLE = Contention(1.0, 2, others=0.01, waited=0.001)
+
+
+@dataclass
+class Machine:
+    """Processes that find the given latency in ms, one after the other, and cost no time."""
+
+    latencies: list[float]
+    contention: Contention = IDLE
+    shares: list[Share] = field(default_factory=list)
+
+    def __call__(self, config, share):
+        ms = self.latencies[len(self.shares) % len(self.latencies)]
+        self.shares.append(share)
+        warm = {"queries": 9, "windows": [ms], "steady": True}
+        rounds = [[ms] * 30, [1.1 * ms] * 10]
+        return TimedProcess([TimedModel(5.0, 2 * ms, warm, rounds, None)], self.contention, None)
+
+
+def timed_on(machine, tmp_path, monkeypatch, **options):
+    monkeypatch.setattr("edgerun.bench.run_timed_process", machine)
+    model = models.linear(tmp_path / "m.onnx")
+    return bench(BenchOptions((model,), Settings(1), memory=False, **options))
+
+
+def test_processes_are_added_until_the_interval_is_narrow(tmp_path, monkeypatch):
+    record = timed_on(Machine([1.0]), tmp_path, monkeypatch)
+    assert len(record["processes"]) == 5
+    assert record["steadiness"] == {**record["steadiness"], "steady": True, "reasons": []}
+    record = timed_on(Machine([1.0, 1.03, 0.97]), tmp_path, monkeypatch)
+    low, high = record["models"][0]["latency"]["p50"]["interval"]
+    assert 5 <= len(record["processes"]) < 15
+    assert (high - low) / 2 <= 0.05 * record["models"][0]["latency"]["p50"]["value"]
+    record = timed_on(Machine([1.0, 2.0]), tmp_path, monkeypatch)
+    assert len(record["processes"]) == 15
+    assert "differs from process to process" in record["steadiness"]["reasons"][0]
+
+
+def test_a_budget_decides_how_many_processes_there_are(tmp_path, monkeypatch):
+    counts = {}
+    for limit in (1.04, 1.5):
+        budgets = {"p50": limit}
+        record = timed_on(Machine([1.0, 1.1, 0.9]), tmp_path, monkeypatch, budgets=budgets)
+        counts[limit] = len(record["processes"])
+        low, high = record["models"][0]["latency"]["p50"]["interval"]
+        assert counts[limit] == 15 or not low <= limit <= high
+    assert counts[1.5] == 5 < counts[1.04]
+
+
+def test_a_busy_machine_is_not_measured_at_length(tmp_path, monkeypatch):
+    busy = Contention(1.0, 2, others=0.5, waited=0.0)
+    record = timed_on(Machine([1.0, 2.0], busy), tmp_path, monkeypatch)
+    assert len(record["processes"]) == 5
+    assert "other processes used 50 %" in record["steadiness"]["reasons"][0]
+
+
+def test_a_slow_model_has_fewer_processes_and_no_fewer_than_two(tmp_path, monkeypatch):
+    machine = Machine([1.0])
+    timed_on(machine, tmp_path, monkeypatch, max_seconds=1e-9)
+    assert len(machine.shares) == 2
+    assert [share.turned for share in machine.shares] == [False, True]
+    assert sum(share.queries for share in machine.shares) >= 1000
 
 
 def test_the_ratio_is_that_of_the_second_to_the_first(record):
@@ -62,7 +139,7 @@ def test_peak_memory_grows_with_what_the_model_holds(tmp_path):
     peaks = []
     for size in (16, 2048):
         model = models.heavy(tmp_path / f"{size}.onnx", size)
-        edgerun("bench", model, *QUICK, "--json", tmp_path / "out.json")
+        edgerun("bench", model, *FEW, "--json", tmp_path / "out.json")
         peaks.append(json.loads((tmp_path / "out.json").read_text())["models"][0]["memory"])
     small, large = peaks
     assert small["above_empty_mb"] == pytest.approx(small["peak_mb"] - small["empty_mb"])
@@ -84,7 +161,7 @@ def test_weights_outside_the_file_count_in_its_size(tmp_path):
 
 def test_a_model_of_branches_states_and_constants_is_measured(tmp_path):
     model = models.stateful_if(tmp_path / "m.onnx")
-    done = edgerun("bench", model, *QUICK, "--batch", 2, "--no-memory")
+    done = edgerun("bench", model, *FEW, "--batch", 2, "--no-memory")
     assert "state float32 1x2x3" in done.stdout
     assert "rate int64 scalar" in done.stdout
 
@@ -122,4 +199,4 @@ def test_a_size_that_was_chosen_and_does_not_run_is_told(tmp_path):
     model = save_onnx(tmp_path / "m.onnx", text, {"pairs": np.array([-1, 2])})
     done = edgerun("bench", model, code=2)
     assert "axis 0 (n) = 1 (batch)" in done.stderr
-    edgerun("bench", model, "--shape", "x=4", *QUICK, "--no-memory")
+    edgerun("bench", model, "--shape", "x=4", *FEW, "--no-memory")

@@ -19,6 +19,7 @@ from edgerun.run import open_model, run
 from edgerun.tensorrt.engine import LoadedEngine
 from edgerun.tensorrt.library import find_gpu, open_library
 from edgerun.tensorrt.runner import EngineModel, open_engine
+from edgerun.timed_process import time_models
 from edgerun.timing import Stopwatch, device_times
 from tests.command_line import edgerun, python
 from tests.export import models
@@ -300,7 +301,9 @@ def test_the_record_of_an_engine_has_the_gpu_s_time_beside_the_latency(
     model, _ = make_engine(tensors=("x", "y"))
     model.path = tmp_path / "m.engine"
     model.path.write_bytes(b"engine")
-    monkeypatch.setattr("edgerun.bench.open_model", lambda path, settings: model)
+    for module in ("bench", "timed_process"):
+        monkeypatch.setattr(f"edgerun.{module}.open_model", lambda path, settings: model)
+    monkeypatch.setattr("edgerun.bench.run_timed_process", time_models)
     record = bench(
         BenchOptions((model.path,), Settings(), min_queries=70, max_seconds=0.4, memory=False)
     )

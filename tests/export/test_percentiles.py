@@ -13,6 +13,7 @@ from edgerun.percentiles import (
     median_interval,
     queries_needed,
     summarize,
+    t_interval,
 )
 
 
@@ -83,3 +84,41 @@ def test_a_percentile_is_a_sample_that_lies_in_its_interval():
 def test_a_median_needs_six_values_for_an_interval(n: int, known: bool):
     # 2 · 0.5^6 = 3.1 % is the first below 5 %.
     assert (median_interval(list(map(float, range(n)))) is not None) is known
+
+
+def test_the_quantiles_of_t_are_those_of_the_distribution():
+    from scipy.special import stdtrit
+
+    for count in (2, 3, 6, 31, 32, 60, 200):
+        # Logarithms 0 and 1 in turn: their mean and deviation are known.
+        logs = np.arange(count) % 2
+        _, low, high = t_interval(np.exp(logs))
+        half = stdtrit(count - 1, 0.975) * logs.std(ddof=1) / math.sqrt(count)
+        assert math.log(high / low) / 2 == pytest.approx(half, rel=2e-3)
+
+
+def test_the_interval_of_processes_covers_the_next_run():
+    generator = np.random.default_rng(2)
+
+    def run() -> list[np.ndarray]:
+        # Each process has its own level, 4 % apart: far more than the noise within one.
+        levels = np.exp(0.04 * generator.normal(size=5))
+        return [level * (1 + 0.01 * generator.exponential(size=100)) for level in levels]
+
+    by_process = pooled = 0
+    for _ in range(300):
+        parts, following = run(), summarize(*run())["p50"]["value"]
+        low, high = summarize(*parts)["p50"]["interval"]
+        by_process += low <= following <= high
+        low, high = summarize(np.concatenate(parts))["p50"]["interval"]
+        pooled += low <= following <= high
+    # 95 % nominal, less four standard errors of 300 draws.
+    assert by_process / 300 >= 0.95 - 0.05
+    assert pooled / 300 < 0.5
+
+
+def test_processes_that_agree_keep_the_interval_of_their_samples():
+    samples = np.random.default_rng(3).exponential(size=200)
+    several, one = summarize(*[samples] * 5), summarize(np.tile(samples, 5))
+    assert several["p50"]["value"] == one["p50"]["value"]
+    assert several["p90"]["interval"] == one["p90"]["interval"]

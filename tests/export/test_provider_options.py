@@ -14,6 +14,7 @@ import pytest
 from edgerun import memory, onnx_session
 from edgerun.bench import BenchOptions, bench
 from edgerun.model import Settings
+from edgerun.timed_process import _options, _plain, time_models
 from tests.command_line import edgerun
 from tests.export import models
 from tests.onnx_builders import save_onnx
@@ -36,22 +37,30 @@ def opened(monkeypatch):
     return seen
 
 
+def in_process(config, share):
+    return time_models(_options(json.loads(json.dumps(_plain(config)))), share)
+
+
 def test_every_session_of_a_benchmark_has_the_options(opened, tmp_path, monkeypatch):
     def child(job):
         memory._main(json.loads(json.dumps(job)))
         return {"peak_mb": 1.0, "device": memory.NO_GPU}
 
     monkeypatch.setattr(memory, "_child", child)
+    monkeypatch.setattr("edgerun.bench.run_timed_process", in_process)
     monkeypatch.setattr(memory, "empty_memory", lambda runtime: 1.0)
     path = models.linear(tmp_path / "m.onnx")
     settings = Settings(1, (CPU,), "all", OPTIONS)
     record = bench(BenchOptions((path,), settings, min_queries=70, max_seconds=0.4))
-    # The timed one, the profiled one, and one in each process that measures memory.
-    assert opened == [[(CPU, OPTIONS[CPU])]] * (2 + memory.PROCESSES)
+    # The described one, one in each process that times it, the profiled one, and one in each
+    # process that measures memory.
+    count = 2 + len(record["processes"]) + memory.PROCESSES
+    assert opened == [[(CPU, OPTIONS[CPU])]] * count
     assert record["models"][0]["providers"]["options"] == OPTIONS
 
 
-def test_two_models_are_each_opened_with_their_own(opened, tmp_path):
+def test_two_models_are_each_opened_with_their_own(opened, tmp_path, monkeypatch):
+    monkeypatch.setattr("edgerun.bench.run_timed_process", in_process)
     path = models.linear(tmp_path / "m.onnx")
     other = {CPU: {"arena_extend_strategy": "kNextPowerOfTwo"}}
     plan = BenchOptions(
@@ -60,12 +69,14 @@ def test_two_models_are_each_opened_with_their_own(opened, tmp_path):
         min_queries=70,
         max_seconds=0.4,
         memory=False,
+        processes=2,
+        max_processes=2,
         against_settings=Settings(1, (CPU,), "all", other),
     )
     record = bench(plan)
     pairs = [[(CPU, OPTIONS[CPU])], [(CPU, other[CPU])]]
-    # The two timed ones, then the two profiled ones.
-    assert opened == pairs * 2
+    # Described, timed in two processes, the second of them in the other order, and profiled.
+    assert opened == [*pairs, *pairs, *pairs[::-1], *pairs]
     assert [m["providers"]["options"] for m in record["models"]] == [OPTIONS, other]
 
 

@@ -55,11 +55,22 @@ def test_when_the_time_is_over_a_comparison_still_has_an_interval():
     watches = [Recorded("A", [], 1.0), Recorded("B", [], 2.0)]
     rounds = timed_rounds(watches, [warm(1e5), warm(1e5)], min_queries=1000, max_seconds=1e-9)
     assert len(rounds[0]) == LEAST_ROUNDS
-    assert compare(*rounds)["interval"] is not None
+    assert compare(*([model] for model in rounds))["interval"] is not None
 
 
 def test_a_drift_that_both_models_share_leaves_the_ratio():
     watches = [Recorded("A", [], 1.0, drift=0.1), Recorded("B", [], 3.0, drift=0.1)]
-    result = compare(*timed_rounds(watches, [warm(1.0), warm(3.0)], 30, 60))
-    assert result["ratio"] == pytest.approx(3.0)
-    assert result["interval"] == pytest.approx([3.0, 3.0])
+    rounds = timed_rounds(watches, [warm(1.0), warm(3.0)], 30, 60)
+    for processes in (1, 3):
+        result = compare(*([model] * processes for model in rounds))
+        assert result["ratio"] == pytest.approx(3.0)
+        assert result["interval"] == pytest.approx([3.0, 3.0])
+
+
+def test_a_ratio_that_differs_by_process_is_only_as_sure_as_they_agree():
+    # Within each process every round agrees.
+    first = [[[1.0]] * 30] * 3
+    second = [[[ms]] * 30 for ms in (0.9, 1.0, 1.1)]
+    result = compare(first, second)
+    assert result["interval"][0] < 0.9 < 1.1 < result["interval"][1]
+    assert result["processes"] == [0.9, 1.0, 1.1]

@@ -97,7 +97,7 @@ def test_a_stage_does_not_depend_on_what_it_only_shares_a_file_with() -> None:
     code = stage_code()
     training = "edgekd.distill.trainer"
     assert {stage for stage, modules in code.items() if training in modules} == {
-        "teacher", "distill", "quantize"
+        "teacher", "student", "distill", "quantize"
     }  # fmt: skip
     assert not {"edgerun.bench", "edgerun.timing", "edgerun.onnx_session"} & set(code["gate"])
     assert "edgerun.bench" not in code["teacher"]

@@ -53,6 +53,15 @@ def judge(content, **budgets):
     return {v.rule: v for v in evaluate(content, resolved)}
 
 
+def by_process(content, count=5, **steadiness):
+    """A record as several processes give it."""
+    for model in content["models"]:
+        n = len(model["samples_ms"])
+        cold = {"value": 4.0, "range": [3.0, 9.0], "n": count}
+        model |= {"queries_per_process": [n // count] * count, "load": cold, "first": cold}
+    return content | {"steadiness": {"steady": True, "reasons": []} | steadiness}
+
+
 @pytest.fixture
 def workstation(result):
     """A result of a stand-in for a Raspberry Pi."""
@@ -164,3 +173,36 @@ def test_more_threads_than_cores_are_said(result):
     many["models"]["student"]["runtime"]["threads"] = 4
     assert any("4 threads on 2 usable cores" in line for line in cautions(Result.from_json(many)))
     assert thread_remark(2, 2) == thread_remark(None, 2) == thread_remark(4, None) == ""
+
+
+def test_processes_and_cold_starts_reach_the_result(workstation):
+    read = BenchRecord.from_json(by_process(bench()), "bench.json")
+    merged = with_bench(Result.from_json(workstation), read, "bench.json", "measured-on-target")
+    again = Result.from_json(merged.to_json())
+    assert again.student.queries_per_process == (600,) * 5
+    assert again.student.load_ms.value == 4.0
+    assert again.student.first_ms.interval == (3.0, 9.0)
+    assert again.steadiness.steady
+    content = by_process(bench())
+    content["models"][0]["queries_per_process"] = [600, 600]
+    read = BenchRecord.from_json(content, "b")
+    with pytest.raises(InputError, match="queries_per_process are 1200, and samples_ms has 3000"):
+        result_of_bench(read, "b", "measured-on-target")
+
+
+@pytest.mark.parametrize(
+    ("limit", "status"),
+    # The p50 is 2 ms, from 1.8 to 2.2: by a factor of 1.5 it is from 1.2 to 3.3.
+    [(3.5, "pass"), (3.0, "inconclusive"), (1.5, "inconclusive"), (1.1, "fail")],
+)
+def test_an_unsteady_latency_decides_only_by_a_wide_margin(limit, status):
+    reason = "the machine is busy: other processes used 50 % of the CPU time"
+    content = by_process(bench(), steady=False, reasons=[reason])
+    result = result_of_bench(BenchRecord.from_json(content, "b"), "b", "measured-on-target")
+    verdict = judge(result, latency={"p50_ms": limit})["latency.p50_ms"]
+    assert verdict.status == status
+    if status == "inconclusive":
+        assert reason in verdict.reason
+    assert any(reason in caution for caution in cautions(result))
+    # Memory is not a matter of steadiness.
+    assert judge(result, memory={"peak_mb": 12})["memory.peak_mb"].status == "pass"

@@ -14,6 +14,7 @@ from edgekd.release.charts import linear_axis, log_axis
 from edgekd.release.gate import evaluate
 from edgekd.release.report import write_report
 from edgekd.release.result import Result
+from tests.release.conftest import figure
 
 BUDGETS = Budgets.resolve(
     GateConfig.model_validate({"accuracy": {"max_drop": 0.02}, "size": {"max_mb": 0.01}})
@@ -98,6 +99,18 @@ def test_what_weakens_the_figures_is_said(tmp_path, result, histories, pipeline)
         assert words in page
 
 
+def test_processes_and_what_disturbed_them_are_shown(tmp_path, result, histories, pipeline):
+    student = result["models"]["student"]
+    student["queries_per_process"] = [600] * 5
+    student["load_ms"] = figure(7.25, "ms", 5, (6.5, 9.5))
+    reason = "other processes used 48 % of the CPU time"
+    result["steadiness"] = {"steady": False, "reasons": [reason]}
+    page = written(tmp_path, result, histories, pipeline)
+    p50 = np.median(student["samples_ms"][600:1200])
+    for words in ("queries in 5 processes", "7.25 ms", reason, f"process 2: p50 {p50:.4g} ms"):
+        assert words in page
+
+
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_short_or_diverged_trainings_are_drawn(tmp_path, result, histories, pipeline, epochs):
     history = histories["student"]
@@ -110,8 +123,8 @@ def test_short_or_diverged_trainings_are_drawn(tmp_path, result, histories, pipe
 def test_equal_latencies_are_drawn(tmp_path, result, histories, pipeline):
     student = result["models"]["student"]
     student["samples_ms"] = [0.05] * 100
-    for figure in student["latency"].values():
-        figure.update(value=0.05, interval=[0.05, 0.05], n=100)
+    for percentile in student["latency"].values():
+        percentile.update(value=0.05, interval=[0.05, 0.05], n=100)
     assert "NaN" not in written(tmp_path, result, histories, pipeline)
 
 

@@ -145,8 +145,10 @@ def test_a_misspelt_setting_is_refused(tmp_path):
 
 def test_a_target_is_opened_by_name():
     assert open_target("local").name == "local"
-    with pytest.raises(InputError, match="later version"):
-        open_target("ssh://user@board")
+    assert open_target("ssh://user@board:22").config.address == "user@board:22"
+    for wrong in ("ssh://", "ssh://a:b@c", "ssh://-o=x", "ssh://h/folder", "ssh://h:0"):
+        with pytest.raises(InputError, match="is no target"):
+            open_target(wrong)
     with pytest.raises(InputError, match="did you mean 'local'"):
         open_target("locl")
 
@@ -155,10 +157,10 @@ def test_a_runtime_that_ends_for_memory_is_an_input_error(tmp_path):
     """In a thread of the runtime, C++'s exception ends the process."""
     said = "terminate called after throwing an instance of 'std::bad_alloc'\n"
     done = subprocess.CompletedProcess([], -6, "runs\n", said)
-    error = local._error("probe", done, tmp_path / "m.onnx", 2 * 10**9)
+    error = local.error_of("probe", done, tmp_path / "m.onnx", 2 * 10**9)
     assert isinstance(error, InputError)
     assert error.what == "the model needs more memory than 2,000 MB"
     killed = subprocess.CompletedProcess([], -9, "runs\n", "")
     assert "signal 9 (SIGKILL) while it ran m.onnx" in str(
-        local._error("run", killed, tmp_path / "m.onnx")
+        local.error_of("run", killed, tmp_path / "m.onnx")
     )
