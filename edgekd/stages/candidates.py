@@ -172,11 +172,27 @@ class CandidateSet:
                 self.context.progress.advance()
         finally:
             self.context.progress.finish()
+        self._leave_out_equal()
         for entry in self.entries:
             if entry.status == "failed":
                 self.say(f"  {entry.name}: {entry.reason}")
         if all(entry.status == "failed" for entry in self.entries):
             raise no_candidate(self.entries, self.limits)
+
+    def _leave_out_equal(self) -> None:
+        """Leave out networks that rounding made the same as an earlier one, weights included."""
+        seen: dict[tuple[str, str], str] = {}
+        kept = []
+        for entry in self.entries:
+            if entry.status != "failed":
+                student = entry.candidate.student
+                forward = str([student.model, student.args, student.resolution])
+                identity = (forward, file_sha256(self._first_weights(entry)))
+                if (first := seen.setdefault(identity, entry.name)) != entry.name:
+                    self.say(f"  {entry.name} is left out: it is the same network as {first}")
+                    continue
+            kept.append(entry)
+        self.entries = kept
 
     def predict(self) -> list[Entry]:
         """Predict the candidates that were not measured; those that may be feasible."""

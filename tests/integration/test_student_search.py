@@ -153,6 +153,14 @@ def test_no_feasible_candidate_names_the_nearest_budget(tmp_path: Path) -> None:
         assert "the nearest budget: latency.p95_ms = " in text
 
 
+def test_networks_that_rounding_makes_equal_are_one_candidate(searched: Path) -> None:
+    sources = "[{prune: {ratio: [0.5, 0.52], round_to: 8}}, {model: convnet-xs}]"
+    changed = ["--set", f"student.search.candidates={sources}"]
+    plan = edgekd("plan", "found.yaml", *changed, cwd=searched)
+    assert "teacher pruned 0.52 is left out: it is the same network" in plan.output
+    assert "2 of 2 candidates" in plan.output
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -188,7 +196,7 @@ from torch import nn
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv = nn.Conv2d(16, 16, 3, padding=1)
+        self.conv = nn.Conv2d(32, 32, 3, padding=1)
 
     def forward(self, x):
         return x + self.conv(x).relu()
@@ -200,9 +208,9 @@ class EfficientNet(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem = nn.Conv2d(3, 16, 3, 8)
+        self.stem = nn.Conv2d(3, 32, 3, 8)
         self.blocks = nn.Sequential(*(Block() for _ in range(4)))
-        self._fc = nn.Linear(16, 1000)
+        self._fc = nn.Linear(32, 1000)
 
     def forward(self, x):
         return self._fc(self.blocks(self.stem(x)).mean((2, 3)))
@@ -219,7 +227,7 @@ def test_the_pretrained_teacher_is_planned(tmp_path: Path, monkeypatch: pytest.M
     pipeline = str(pipelines_folder() / "lite0-search.yaml")
     plan = edgekd("plan", pipeline, *options, cwd=tmp_path)
     text = " ".join(plan.output.replace("│", " ").split())
-    for words in ("pruned", "mobilenet", "8 of 8 candidates may hold all limits"):
+    for words in ("pruned", "mobilenet", "9 of 9 candidates may hold all limits"):
         assert words in text
 
 
