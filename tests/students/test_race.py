@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from edgekd.errors import InputError, StageError, TargetError
 from edgekd.students import race_storage
 from edgekd.students.race import RaceResult, epochs_of, pareto_front, race, ranked, rungs_of
+from edgekd.students.race_storage import publish
 
 ARMS = [f"a{number}" for number in range(9)]
 
@@ -260,3 +261,10 @@ def test_without_optuna_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(InputError, match=r"edgekd\[search\]"):
         run(Recorder())
+
+
+def test_workers_take_what_the_first_published(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'shared.sqlite3'}"
+    assert publish(["a", "b"], url, "feasible") == ["a", "b"]
+    assert publish(["b", "c"], url, "feasible") == ["a", "b"]
+    assert publish(["c"], url, "another search") == ["c"]
