@@ -12,6 +12,7 @@ from edgekd.config.pipeline import load_pipeline
 from edgekd.files import pipelines_folder
 from edgekd.stages import preflight
 from tests.command_line import edgekd
+from tests.onnx_builders import save_onnx
 
 GOAL = "under 5 ms and 20 MB on an Orin Nano, lose at most one point"
 CHINESE = "树莓派 5, 延迟低于 5 毫秒, 20 MB 以内, 准确率下降不超过 1 个点"
@@ -106,7 +107,7 @@ def test_a_fixed_student_cannot_be_chosen(tmp_path: Path) -> None:
 def test_a_file_is_written_once_and_its_paths_still_resolve(tmp_path: Path) -> None:
     source = tmp_path / "a" / "own.yaml"
     source.parent.mkdir()
-    (source.parent / "t.onnx").write_bytes(b"x")
+    save_onnx(source.parent / "t.onnx", "(float[b,4] x) => (float[b,4] y) { y = Relu (x) }")
     text = OWN.replace('model: "mine:Teacher", checkpoint: teacher.safetensors', "onnx: t.onnx")
     source.write_text(text)
     target = tmp_path / "b" / "advised.yaml"

@@ -18,6 +18,7 @@ from edgekd.pipeline.stage import Job
 from edgekd.stages import preflight
 from edgekd.stages.student import StudentStage
 from tests.command_line import edgekd as run_edgekd
+from tests.onnx_builders import save_onnx
 
 PIPELINE = """\
 name: digits
@@ -135,6 +136,7 @@ def job(tmp_path: Path, **changes: Any) -> Job:
 
 def test_an_onnx_teacher_has_no_network_of_its_own(tmp_path: Path) -> None:
     preflight(job(tmp_path), gated=False)
+    save_onnx(tmp_path / "t.onnx", "(float[b,64] x) => (float[b,64] y) { y = Relu (x) }")
     with pytest.raises(InputError, match=r"ONNX file[\s\S]*student.model"):
         preflight(job(tmp_path, teacher={"onnx": "t.onnx"}), gated=False)
 

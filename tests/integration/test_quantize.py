@@ -71,6 +71,7 @@ def test_what_is_shipped_computes_in_8_bits_and_is_what_was_scored(run: Path) ->
 def test_the_drop_in_the_index_is_that_of_the_file(run: Path) -> None:
     data, folder = artifact(run, "data"), artifact(run, "quantize")
     index = json.loads((folder / "quantize.json").read_text())
+    assert index.pop("schema") == "edgekd.variants/1"
     labels = np.load(data / "validation" / "label.npy")
     prepared = prepared_images(run, "validation")
 

@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from edgekd.config.pipeline import DataConfig, PipelineConfig
+from edgekd.config.profile import load_profile
 from edgekd.config.training import LossTerm, TrainConfig
 from edgekd.data.build_dataset import build_dataset
 from edgekd.data.source import RawData
@@ -21,6 +22,7 @@ from edgekd.distill.objective import Objective, TaskLoss
 from edgekd.distill.teacher import ModuleTeacher
 from edgekd.errors import InputError
 from edgekd.models.dict_model import DictModel
+from edgekd.pipeline.stage import Job
 from edgekd.spec import ModelSpec
 from edgekd.stages.benchmark import BenchmarkStage
 from edgekd.stages.task_data import TaskData
@@ -99,7 +101,9 @@ def test_a_run_without_any_label_is_gated_by_agreement_with_the_teacher(work: Pa
     assert found["value"] == pytest.approx(agreement, abs=2 / len(raw))
     assert found["n"] == len(raw)
     checked = next((folder / "artifacts" / "teacher").glob("*/validation.json"))
-    assert json.loads(checked.read_text()) == {"accuracy": None, "chance": None, "labelled": 0}
+    assert json.loads(checked.read_text()) == {
+        "schema": "edgekd.teacher-validation/1", "accuracy": None, "chance": None, "labelled": 0
+    }  # fmt: skip
     history = next((folder / "artifacts" / "distill").glob("*/student-history.json"))
     assert json.loads(history.read_text())["metric"] == "agreement"
     assert "the student alone is not trained" in outcome.output
@@ -371,7 +375,7 @@ def test_the_benchmark_scores_what_is_labelled_or_else_agreement(
     (tmp_path / "engines.json").write_text(json.dumps(rows))
     for role in logits:
         (tmp_path / f"{role}.onnx").write_bytes(b"a network")
-    job = SimpleNamespace(config=on.config, profile=SimpleNamespace(name="host"))
+    job = Job(on.config, tmp_path, load_profile("host"))
     context = SimpleNamespace(
         job=job, out=tmp_path, scratch=tmp_path, progress=RecordedProgress(), fingerprints={}
     )
