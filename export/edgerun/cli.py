@@ -28,7 +28,15 @@ from typing import (
 )
 
 import edgerun
-from edgerun.errors import BadInput, CannotWrite, EdgerunError, RunFailed, is_utf8, printable
+from edgerun.errors import (
+    BadInput,
+    CannotWrite,
+    EdgerunError,
+    RunFailed,
+    discard,
+    is_utf8,
+    printable,
+)
 from edgerun.files import check_output, is_engine, read_json, write_errors
 from edgerun.limits import limited_memory
 
@@ -352,8 +360,7 @@ def _print(lines: Iterable[str], code: int) -> int:
             sys.stdout.flush()
         return code
     except OSError as error:
-        # Python would try to write the rest when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         if isinstance(error, BrokenPipeError):  # the reader closed it (| head)
             return 141
         lost = CannotWrite(

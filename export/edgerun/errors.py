@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from contextlib import suppress
+from typing import TextIO
 
 AS_JSON = "EDGERUN_ERRORS"
 """With this environment variable set to ``json``, an error is one JSON line for a program."""
@@ -46,9 +46,16 @@ class EdgerunError(Exception):
         if os.environ.get(AS_JSON) == "json":
             fields = {"what": self.what, "where": self.where, "remedy": self.remedy}
             text = json.dumps({"edgerun_error": {**fields, "code": self.exit_code}})
-        with suppress(OSError):  # the exit code remains
-            print(text, file=sys.stderr)
+        try:
+            print(text, file=sys.stderr, flush=True)
+        except OSError:  # the exit code remains
+            discard(sys.stderr)
         return self.exit_code
+
+
+def discard(stream: TextIO) -> None:
+    """Drop what a stream could not write: Python would try again, and end with another code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class BadInput(EdgerunError):

@@ -124,7 +124,8 @@ def isolated(tmp_path_factory) -> Isolated:
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, edgerun_folder().parent))),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    for name in ("ORT_DISABLE_TELEMETRY", "TORCHINDUCTOR_CACHE_DIR"):  # set by other tests
+        environment.pop(name, None)
     done = subprocess.run(
         [*(trace if traced else NAMESPACE if offline else []), sys.executable, "-c", DRIVER],
         input=COMMANDS,
