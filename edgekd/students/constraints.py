@@ -138,11 +138,17 @@ class Limits:
             band = "" if exact else f" ({number(figure.low)} to {number(figure.high)})"
             spare = f" with {100 * self.margin:g} % to spare" if bound != limit else ""
             kind = "measured" if measured else "predicted"
-            within = figure.low >= limit if key in _SMALLEST else figure.high <= limit
+            sign = 1 if key in _SMALLEST else -1
+            ends = sorted((sign * figure.low, sign * figure.high))
+            if ends[0] >= sign * limit:
+                relation = "is too near to"
+            elif sign * figure.value >= sign * limit:
+                relation = f"may be {beyond}"
+            else:
+                relation = f"is {beyond}"
             text = (
-                f"{key}: {_text(key, figure.value)}{band}, {kind}, is "
-                f"{'too near to' if within else beyond} the limit of {_text(key, limit)}"
-                f"{spare} ({self.origins[key]})"
+                f"{key}: {_text(key, figure.value)}{band}, {kind}, {relation} "
+                f"the limit of {_text(key, limit)}{spare} ({self.origins[key]})"
             )
             broken.append(Violation(key, limit, figure, text))
         return tuple(broken)
