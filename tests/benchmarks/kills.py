@@ -46,7 +46,7 @@ def start(folder: Path, name: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"TMPDIR": str(temporary), MARK: name},
+        env=os.environ | {"TMPDIR": str(temporary), MARK: str(temporary)},
         start_new_session=True,
     )
 
@@ -62,9 +62,9 @@ def contents(run: Path) -> dict[str, str]:
     return found | {verdict["rule"]: verdict["status"] for verdict in gate["verdicts"]}
 
 
-def survivors(name: str) -> list[int]:
+def survivors(run: Path) -> list[int]:
     """Processes that were started by a run (Linux)."""
-    marked = f"{MARK}={name}".encode()
+    marked = f"{MARK}={run}-tmp".encode()
     left = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -109,7 +109,7 @@ def main() -> None:
                     process.send_signal(chosen)
                 said = process.communicate()[0]
                 time.sleep(0.3)
-                if left := survivors(name):
+                if left := survivors(folder / name):
                     problems.append(f"{name}: processes {left} are left after {chosen.name}")
                 if process.returncode == 0:
                     break
