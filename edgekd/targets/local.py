@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +45,7 @@ FILES = ("against", "engine", "inputs", "json", "manifest", "output", "timing_ca
 """Settings that are files."""
 
 
-class EdgerunTarget:
+class EdgerunTarget(ABC):
     """Runs ``python -m edgerun``, one fresh process for each call, which a subclass starts.
 
     The methods are those of :class:`edgekd.targets.target.Target`. All raise InputError when
@@ -56,9 +57,9 @@ class EdgerunTarget:
 
     name: str
 
+    @abstractmethod
     def _edgerun(self, command: str, model: Path | None, settings: Mapping[str, Any]) -> None:
         """Run a command of edgerun; the settings of :data:`FILES` are paths on this machine."""
-        raise NotImplementedError
 
     def _record(
         self, command: str, model: Path | None, settings: Mapping[str, Any]
