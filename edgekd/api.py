@@ -240,8 +240,7 @@ def _survey_stages(job: Job, folder: Path) -> tuple[Stage, ...]:
 def _finished(job: Job, folder: Path, stages: tuple[Stage, ...]) -> dict[str, Path]:
     """The artifacts of those of these stages that are up to date."""
     rows = plan_run(job, folder, stages)
-    artifacts = Store(folder).artifacts
-    return {row.stage: artifacts / row.stage / row.reason for row in rows if row.action == "cached"}
+    return {row.stage: row.artifact.folder for row in rows if row.artifact is not None}
 
 
 def _read_record(folder: Path) -> dict[str, Any]:

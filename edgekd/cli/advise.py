@@ -126,7 +126,7 @@ def _advice(
     place = run_folder(as_it_is, folder)
     rows = plan(as_it_is, place, STAGES) if place.is_dir() else []
     keys = [o.partition("=")[0] for o in wanted]
-    facts = read_facts(job, content, before, keys, rows, place, objectives)
+    facts = read_facts(job, content, before, keys, rows, objectives)
     advice = rules(facts)
     return advised_content(content, advice), advice, job
 
@@ -144,7 +144,7 @@ def advice_summary(job: Job, content: Mapping[str, Any], folder: Path) -> list[s
     from edgekd.students.advice_facts import at
 
     rows = plan(job, folder, STAGES) if folder.is_dir() else []
-    advice = rules(read_facts(job, content, content, (), rows, folder))
+    advice = rules(read_facts(job, content, content, (), rows))
     written = {key: at(content, key) for key in _SHOWN} | {
         "distill.scheme": at(content, "distill.scheme") or "offline"
     }

@@ -27,7 +27,6 @@ def read_facts(
     original: Mapping[str, Any],
     wished: Sequence[str],
     rows: Sequence[PlanRow],
-    folder: Path,
     objectives: Sequence[str] | None = None,
 ) -> Facts:
     """The facts of a job.
@@ -38,18 +37,13 @@ def read_facts(
         original: the file without them.
         wished: the keys that the goal and the requirements set.
         rows: the plan of the job without them: only artifacts that are up to date count.
-        folder: the run folder.
         objectives: of the search that the goal asks for; None: it asks for none.
 
     Raises:
         InputError: the task is unknown, or a result is damaged.
     """
     task = get_task(job.config.task, job.config.task_args)
-    artifacts = {
-        row.stage: folder / "artifacts" / row.stage / row.reason
-        for row in rows
-        if row.action == "cached"
-    }
+    artifacts = {row.stage: row.artifact.folder for row in rows if row.artifact is not None}
     found: dict[str, Any] = {}
     if data := artifacts.get("data"):
         stored = read_json(data / "dataset.json", DATASET_SCHEMA)
